@@ -1,0 +1,25 @@
+"""The shape legend: every axis name that appears in a jaxtyping annotation.
+
+| name       | in SPEC and paper | meaning                                                  |
+|------------|-------------------|----------------------------------------------------------|
+| batch      | B                 | sequences                                                |
+| length     | L or S            | positions of whatever the function is given              |
+| hidden     | H                 | width of the residual stream                             |
+| heads      | Nq                | query heads                                              |
+| kv_heads   | Nk                | key/value heads                                          |
+| head_dim   | Dk                | width of a query or key head                             |
+| value_dim  | Dv                | width of a value head                                    |
+| channels   | E                 | SSM channels                                             |
+| state      | N                 | SSM state size per channel                               |
+| dt_rank    | R                 | width of the time step before `dt_proj`                  |
+| kernel     | K                 | taps of the causal convolution                           |
+| vocab      |                   | tokens in the vocabulary                                 |
+| stream     |                   | tokens of many documents, one after the other            |
+
+Tests import the package under jaxtyping's import hook, so that every annotation is checked
+at run time; ordinary use pays nothing.
+"""
+
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "UInt"]

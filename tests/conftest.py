@@ -1,0 +1,14 @@
+"""Strict everywhere: shapes checked at run time, no silent promotion of ranks."""
+
+import os
+
+# Before JAX starts: 8 CPU devices, so that sharding is tested on every machine.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+from jaxtyping import install_import_hook
+
+# All but the configs, which check their values themselves, in words for people.
+CHECKED = ("convert", "data", "inference", "model", "ops", "sharding", "training")
+install_import_hook([f"hymba_jax.{name}" for name in CHECKED], "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")

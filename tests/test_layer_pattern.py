@@ -1,0 +1,79 @@
+"""Patterns of layers, spelt out."""
+
+import pytest
+
+from hymba_jax.layer_pattern import LayerSpec, format_pattern, hymba_pattern, parse_pattern
+
+
+def specs(pattern):
+    return [spec for run in parse_pattern(pattern) for spec in run.unit * run.repeats]
+
+
+def test_every_letter():
+    assert specs("Gg Ww Aa Ll M") == [
+        LayerSpec("global", ssm=True),
+        LayerSpec("global", ssm=True, reuses_kv=True),
+        LayerSpec("window", ssm=True),
+        LayerSpec("window", ssm=True, reuses_kv=True),
+        LayerSpec("global", ssm=False),
+        LayerSpec("global", ssm=False, reuses_kv=True),
+        LayerSpec("window", ssm=False),
+        LayerSpec("window", ssm=False, reuses_kv=True),
+        LayerSpec(None, ssm=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "shortest"),
+    [
+        ("Ww Ww 2*Ww", "4*Ww"),
+        ("1*G  Www", "G Www"),
+        ("G G W W", "2*G 2*W"),
+        ("3*GWWW GWWW", "4*GWWW"),
+    ],
+)
+def test_equal_neighbours_merge(written, shortest):
+    assert format_pattern(parse_pattern(written)) == shortest
+    assert specs(written) == specs(shortest)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("", "no layers"),
+        ("G Xx", "unknown layer X, x"),
+        ("0*G", "'0\\*G' is not a unit"),
+        ("G*2", "is not a unit"),
+        ("w", "'w' in 'w' reuses keys and values"),
+        ("Wg", "no global attention stands directly before it"),
+        ("Gw", "no window attention stands directly before it"),
+        ("WMw", "'w' in 'WMw' reuses"),
+        ("W w", "'w' in 'w' reuses"),
+    ],
+)
+def test_impossible_patterns(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        parse_pattern(pattern)
+
+
+def test_the_paper_at_its_own_depths():
+    """Global and sharing layers of the released config.json (32), and SPEC's rule at 24."""
+    assert hymba_pattern(32) == "G 7*Ww G Www 6*Ww G"
+    assert hymba_pattern(24) == "G 5*Ww G Www 4*Ww G"
+
+
+@pytest.mark.parametrize("depth", range(1, 50))
+def test_the_rule_at_any_depth(depth):
+    layers = specs(hymba_pattern(depth))
+    assert len(layers) == depth
+    is_global = {i for i, spec in enumerate(layers) if spec.attention == "global"}
+    assert is_global == {0, max(depth // 2 - 1, 0), depth - 1}
+    assert not any(layers[i].reuses_kv for i in is_global)
+    alone = [
+        i
+        for i, spec in enumerate(layers)
+        if spec.attention == "window"
+        and not spec.reuses_kv
+        and not (i + 1 < depth and layers[i + 1].reuses_kv)
+    ]
+    assert all(i - 1 in is_global and i + 1 in is_global for i in alone)
