@@ -1,0 +1,25 @@
+"""Text in, batches of token windows out.
+
+| file           | subject                                                                  |
+|----------------|--------------------------------------------------------------------------|
+| `config.py`    | what to read and how to tokenize it                                      |
+| `sources.py`   | documents from text files, JSON lines or the standard library's sources  |
+| `tokenizer.py` | bytes, a BPE trained here, or any `tokenizer.json`                       |
+| `packing.py`   | documents to one stream of tokens, the stream to windows                 |
+| `pipeline.py`  | training and validation batches through Grain                            |
+"""
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.packing import IGNORED_TARGET
+from hymba_jax.data.pipeline import Data, prepare, train_iterator, validation_batches
+from hymba_jax.data.tokenizer import Tokenizer
+
+__all__ = [
+    "IGNORED_TARGET",
+    "Data",
+    "DataConfig",
+    "Tokenizer",
+    "prepare",
+    "train_iterator",
+    "validation_batches",
+]

@@ -1,0 +1,121 @@
+"""From a DataConfig to batches.
+
+Training batches depend on the stream, the seed and the step alone. Every process of a distributed
+run makes the same global batch, from token arrays in memory, and takes its rows of it; so a run
+resumes exactly on another number of processes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.packing import IGNORED_TARGET, Progress, Windows, pack
+from hymba_jax.data.sources import load_documents
+from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.types import Int, UInt
+
+type Batch = dict[str, Int[np.ndarray, "batch length"]]
+"""`inputs` and `targets`, int32, the targets one token ahead."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A tokenized corpus.
+
+    Attributes:
+      tokenizer: what made the tokens.
+      train, validation: the two streams of packed documents.
+      validation_bytes: UTF-8 bytes of the validation text.
+    """
+
+    tokenizer: Tokenizer
+    train: UInt[np.ndarray, " train_stream"]
+    validation: UInt[np.ndarray, " validation_stream"]
+    validation_bytes: int
+
+    @property
+    def validation_targets(self) -> int:
+        """Tokens of the validation stream that are predicted, document borders among them."""
+        return len(self.validation) - 1
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """Compression of the validation text at a mean loss: comparable between tokenizers."""
+        return nats_per_token / math.log(2) * self.validation_targets / self.validation_bytes
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    on_progress: Progress | None = None,
+) -> Data:
+    """Reads the corpus, makes the tokenizer unless one is given, and tokenizes both sides.
+
+    A BPE is trained on the training documents only. A run that is resumed passes the tokenizer
+    that it saved. `on_progress` follows the tokenizing. Raises HymbaError where the corpus or the
+    tokenizer is unusable, or the training text is shorter than one sequence.
+    """
+    corpus = load_documents(config)
+    if tokenizer is None:
+        tokenizer = build_tokenizer(config, (document.text for document in corpus.train))
+    pieces = pack([*corpus.train, *corpus.validation], tokenizer, on_progress)
+    data = Data(
+        tokenizer=tokenizer,
+        train=np.concatenate(pieces[: len(corpus.train)]),
+        validation=np.concatenate(pieces[len(corpus.train) :]),
+        validation_bytes=sum(len(document.text.encode()) for document in corpus.validation),
+    )
+    if len(data.train) <= config.sequence_length:
+        raise HymbaError(
+            f"{config.path or 'standard library'}: too little text for one sequence: the "
+            f"{len(corpus.train)} training documents hold {len(data.train)} tokens, one sequence "
+            f"takes {config.sequence_length + 1}: add text or shorten sequence_length"
+        )
+    return data
+
+
+def train_iterator(
+    tokens: UInt[np.ndarray, " stream"], sequence_length: int, batch_size: int, seed: int
+) -> grain.DatasetIterator[Batch]:
+    """Endless training batches, (batch_size, sequence_length) each.
+
+    Every window comes once an epoch, each epoch in another order, and batches run on across the
+    end of an epoch. `get_state()` is a small dictionary for JSON, the number of batches taken;
+    `set_state` of it gives the same batches from there. `seed` must not be negative.
+    """
+    windows = grain.MapDataset.source(Windows(tokens, sequence_length))
+    batches = windows.seed(seed).shuffle().repeat().batch(batch_size)
+    # All in memory: threads would only make the batches wait for one another.
+    in_memory = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches.to_iter_dataset(in_memory))
+
+
+def validation_batches(
+    tokens: UInt[np.ndarray, " stream"],
+    sequence_length: int,
+    batch_size: int,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """The stream's windows in order, (batch_size, sequence_length) each, the same at every call.
+
+    Every token but the first is a target once; positions past the end have the target
+    IGNORED_TARGET, so that all batches have one shape. With fewer batches allowed by `limit` than
+    there are, their windows are spread evenly over the stream.
+    """
+    count = -(-(len(tokens) - 1) // sequence_length)
+    chosen = np.arange(count)
+    if limit is not None and limit * batch_size < count:
+        chosen = np.arange(limit * batch_size) * count // (limit * batch_size)
+    for start in range(0, len(chosen), batch_size):
+        rows = chosen[start : start + batch_size]
+        inputs = np.zeros((batch_size, sequence_length), np.int32)
+        targets = np.full((batch_size, sequence_length), IGNORED_TARGET, np.int32)
+        for row, index in enumerate(rows):
+            window = tokens[index * sequence_length : (index + 1) * sequence_length + 1]
+            inputs[row, : len(window) - 1] = window[:-1]
+            targets[row, : len(window) - 1] = window[1:]
+        yield {"inputs": inputs, "targets": targets}

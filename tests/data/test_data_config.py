@@ -1,0 +1,26 @@
+import pytest
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.errors import HymbaError
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(HymbaError) as caught:
+        DataConfig(text_field="", tokenizer="bpe:12", sequence_length=0, held_out_one_in=1)
+    message = str(caught.value)
+    for part in ("text_field", "'bpe:12'", "at least 259", "sequence_length is 0", "is 1, it must"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:", "bpe:many", "bpe:-300", "bpe:258", "bpe:3e3", ""])
+def test_bad_tokenizer_specs(tokenizer):
+    with pytest.raises(HymbaError, match="tokenizer"):
+        DataConfig(tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "size"), [("bytes", None), ("bpe:259", 259), ("bpe:50000", 50000), ("a/b", None)]
+)
+def test_bpe_size(tokenizer, size):
+    assert DataConfig(tokenizer=tokenizer).bpe_size == size

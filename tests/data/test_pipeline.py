@@ -1,0 +1,183 @@
+import json
+import threading
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from hymba_jax.data import (
+    IGNORED_TARGET,
+    DataConfig,
+    Tokenizer,
+    prepare,
+    train_iterator,
+    validation_batches,
+)
+from hymba_jax.data.sources import load_documents
+from hymba_jax.errors import HymbaError
+
+TOKENS = np.arange(1000, 1000 + 37 * 8 + 5, dtype=np.uint16)  # 37 windows of 8, and 4 targets over
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"document {number}: {'δ' * number}"}) for number in range(60)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def starts(batch):
+    """Windows of TOKENS in a batch, by index."""
+    index, rest = np.divmod(batch["inputs"][:, 0] - 1000, 8)
+    assert not rest.any()
+    return index.tolist()
+
+
+def test_prepare_packs_both_sides_in_order(corpus):
+    config = DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=16, held_out_one_in=5)
+    seen = []
+    data = prepare(config, on_progress=lambda done, total: seen.append((done, total)))
+
+    documents = load_documents(config)
+    for side, stream in ((documents.train, data.train), (documents.validation, data.validation)):
+        expected = []
+        for document in side:
+            expected += [1, *data.tokenizer.encode(document.text), 2]
+        assert stream.tolist() == expected
+    text = "".join(document.text for document in documents.validation)
+    assert data.validation_bytes == len(text.encode())
+    assert data.validation_targets == len(text.encode()) + 2 * len(documents.validation) - 1
+    done, total = seen[-1]
+    assert done == total == sum(len(d.text) for d in documents.train + documents.validation)
+
+
+def test_bits_per_byte_of_a_uniform_guess(corpus):
+    config = DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=16, held_out_one_in=5)
+    data = prepare(config)
+    bits = data.validation_targets * np.log2(259)
+    assert data.bits_per_byte(np.log(259)) == pytest.approx(bits / data.validation_bytes, rel=1e-12)
+
+
+def test_bpe_sees_training_documents_only(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text("common words " * 20)
+    config = DataConfig(
+        path=str(tmp_path), tokenizer="bpe:500", sequence_length=16, held_out_one_in=4
+    )
+    for document in load_documents(config).validation:
+        (tmp_path / document.name).write_text("zzzzzzzz " * 50)
+    tokenizer = prepare(config).tokenizer
+    assert len(tokenizer.encode("common words ")) <= 3
+    assert len(tokenizer.encode("zzzzzzzz")) == 8
+
+
+def test_given_tokenizer_is_used(corpus, tmp_path):
+    config = DataConfig(path=str(corpus), tokenizer="bpe:300", sequence_length=16)
+    first = prepare(config)
+    first.tokenizer.save(tmp_path / "run")
+    again = prepare(
+        DataConfig(path=str(corpus), tokenizer="bpe:400", sequence_length=16),
+        tokenizer=Tokenizer.load(tmp_path / "run"),
+    )
+    assert again.train.tolist() == first.train.tolist()
+
+
+def test_too_little_text(corpus):
+    with pytest.raises(HymbaError) as caught:
+        prepare(DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=100_000))
+    for part in (str(corpus), "too little text", "takes 100001", "shorten sequence_length"):
+        assert part in str(caught.value)
+
+
+def test_batches_are_windows_of_the_stream():
+    for batch in islice(train_iterator(TOKENS, 8, 5, seed=0), 20):
+        assert batch["inputs"].shape == batch["targets"].shape == (5, 8)
+        assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+        for row, index in enumerate(starts(batch)):
+            window = TOKENS[index * 8 : index * 8 + 9]
+            np.testing.assert_array_equal(batch["inputs"][row], window[:-1])
+            np.testing.assert_array_equal(batch["targets"][row], window[1:])
+
+
+def test_every_window_comes_once_an_epoch_in_a_new_order():
+    batches = islice(train_iterator(TOKENS, 8, 5, seed=3), 3 * 37)
+    order = [index for batch in batches for index in starts(batch)]
+    epochs = [order[start : start + 37] for start in range(0, len(order), 37)]
+    assert len(epochs) == 15
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(37))
+        assert epoch != sorted(epoch)
+    assert len(set(map(tuple, epochs))) == 15
+
+
+def test_order_depends_on_the_seed_alone():
+    def order(seed):
+        return [starts(batch) for batch in islice(train_iterator(TOKENS, 8, 5, seed), 8)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 8, 23])
+def test_resume_is_exact(step):
+    through = train_iterator(TOKENS, 8, 5, seed=4)
+    for _ in range(step):
+        next(through)
+    state = json.dumps(through.get_state())
+    expected = [next(through) for _ in range(12)]
+
+    resumed = train_iterator(TOKENS, 8, 5, seed=4)
+    next(resumed)  # restored into an iterator that was in use
+    resumed.set_state(json.loads(state))
+    for batch, wanted in zip(resumed, expected, strict=False):
+        np.testing.assert_array_equal(batch["inputs"], wanted["inputs"])
+        np.testing.assert_array_equal(batch["targets"], wanted["targets"])
+    assert len(state) < 100
+
+
+def test_order_of_windows_does_not_depend_on_the_batch_size():
+    small = [i for b in islice(train_iterator(TOKENS, 8, 2, seed=5), 12) for i in starts(b)]
+    large = [i for b in islice(train_iterator(TOKENS, 8, 6, seed=5), 4) for i in starts(b)]
+    assert small == large
+
+
+def test_batch_larger_than_the_stream_wraps_around():
+    batch = next(train_iterator(TOKENS[:9], 8, 3, seed=0))
+    assert starts(batch) == [0, 0, 0]
+
+
+def test_no_threads_are_left():
+    before = threading.active_count()
+    iterator = train_iterator(TOKENS, 8, 5, seed=0)
+    next(iterator)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 19, 50])
+def test_validation_covers_every_target_once(batch_size):
+    batches = list(validation_batches(TOKENS, 8, batch_size))
+    assert len(batches) == -(-38 // batch_size)
+    assert all(batch["targets"].shape == (batch_size, 8) for batch in batches)
+    inputs = np.concatenate([batch["inputs"].ravel() for batch in batches])
+    targets = np.concatenate([batch["targets"].ravel() for batch in batches])
+    counted = targets != IGNORED_TARGET
+    assert targets[counted].tolist() == TOKENS[1:].tolist()
+    assert inputs[counted].tolist() == TOKENS[:-1].tolist()
+    assert not inputs[~counted].any()
+
+
+def test_validation_limit_spreads_evenly():
+    batches = list(validation_batches(TOKENS, 8, 2, limit=4))
+    chosen = [index for batch in batches for index in starts(batch)]
+    assert chosen == [0, 4, 9, 14, 19, 23, 28, 33]
+    again = validation_batches(TOKENS, 8, 2, limit=4)
+    for batch, same in zip(batches, again, strict=True):
+        np.testing.assert_array_equal(batch["targets"], same["targets"])
+
+
+def test_validation_limit_beyond_the_stream_changes_nothing():
+    for batch, same in zip(
+        validation_batches(TOKENS, 8, 4), validation_batches(TOKENS, 8, 4, limit=10), strict=True
+    ):
+        np.testing.assert_array_equal(batch["targets"], same["targets"])

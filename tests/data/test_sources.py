@@ -1,0 +1,176 @@
+import hashlib
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.sources import Document, is_held_out, load_documents
+from hymba_jax.errors import HymbaError
+
+
+def all_documents(config):
+    corpus = load_documents(config)
+    return sorted([*corpus.train, *corpus.validation], key=lambda document: document.name)
+
+
+def write_texts(directory, count=40):
+    for number in range(count):
+        (directory / f"{number:03}.txt").write_text(f"text {number}\n", encoding="utf-8")
+
+
+def write_lines(path, *lines):
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def error_of(config):
+    with pytest.raises(HymbaError) as caught:
+        load_documents(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_directory_of_text_files(tmp_path):
+    write_texts(tmp_path)
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested" / "café.md").write_bytes("\ufeffnaïve\r\nδ".encode())
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / ".hidden").write_bytes(b"\0\xff")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"\0\xff")
+
+    documents = all_documents(DataConfig(path=str(tmp_path), held_out_one_in=4))
+
+    assert documents == [
+        *(Document(f"{number:03}.txt", f"text {number}\n") for number in range(40)),
+        Document("nested/café.md", "naïve\r\nδ"),  # line ends kept, byte order mark dropped
+    ]
+
+
+def test_split_is_by_hash_of_the_name_and_stable(tmp_path):
+    write_texts(tmp_path)
+    config = DataConfig(path=str(tmp_path), held_out_one_in=4)
+    before = load_documents(config)
+    expected = [
+        name
+        for name in sorted(os.listdir(tmp_path))
+        if int(hashlib.sha1(name.encode()).hexdigest()[:2], 16) % 4 == 0
+    ]
+    assert [document.name for document in before.validation] == expected
+    assert load_documents(config) == before
+
+    (tmp_path / "another.txt").write_text("more")
+    after = load_documents(config)
+    assert set(before.validation) <= set(after.validation)
+    assert set(before.train) <= set(after.train)
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    texts = ["plain", 'quo"te\n\ttab', "é \U0001f600 \u2028 line separator", "x" * 5000]
+    lines = [json.dumps({"id": 1, "body": text}).encode() for text in texts]
+    write_lines(path, lines[0], b"", lines[1], b'{"body": ""}', *lines[2:])
+    for given in (path, tmp_path):
+        documents = all_documents(DataConfig(path=str(given), text_field="body", held_out_one_in=3))
+        assert documents == [
+            Document(f"corpus.jsonl:{line}", text)
+            for line, text in zip((1, 3, 5, 6), texts, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (b'{"text": "a"', ["broken JSON", "column"]),
+        (b"text", ["broken JSON", "column 1", "mend or remove"]),
+        (b'{"body": "a", "n": 1}', ["no field 'text'", "'body', 'n'", "text_field"]),
+        (b"{}", ["no field 'text'", "none"]),
+        (b'["a"]', ["not a JSON object"]),
+        (b'{"text": 3}', ["field 'text' is not a string"]),
+        (b'{"text": "\xff"}', ["not UTF-8", "byte 10"]),
+        (b'{"text": "\\ud800"}', ["surrogate"]),
+        (b'{"a":' + b"[" * 100_000, ["unreadable JSON"]),
+    ],
+)
+def test_bad_json_line_is_named(tmp_path, line, parts):
+    path = tmp_path / "corpus.jsonl"
+    write_lines(path, b'{"text": "good"}', b"", line)
+    message = error_of(DataConfig(path=str(path)))
+    for part in [f"{path}, line 3:", *parts]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"ab\0c", "binary, not text (byte 2"),
+        ("\ufeffab\0c".encode(), "binary, not text (byte 5"),
+        (b"\x89PNG\r\n", "not UTF-8 text (byte 0)"),
+        ("é".encode("latin-1"), "not UTF-8 text (byte 0)"),
+    ],
+)
+def test_binary_file_is_named(tmp_path, content, part):
+    write_texts(tmp_path)
+    (tmp_path / "bad.txt").write_bytes(content)
+    message = error_of(DataConfig(path=str(tmp_path)))
+    assert f"{tmp_path}/bad.txt: {part}" in message
+
+
+def test_nothing_to_read(tmp_path):
+    missing = tmp_path / "missing"
+    assert f"{missing}: no such file or directory" in error_of(DataConfig(path=str(missing)))
+    assert f"{tmp_path}: no text found" in error_of(DataConfig(path=str(tmp_path)))
+    empty = tmp_path / "empty.jsonl"
+    write_lines(empty, b"", b'{"text": ""}')
+    assert f"{empty}: no text found" in error_of(DataConfig(path=str(empty)))
+    lone = tmp_path / "book.txt"
+    lone.write_text("text")
+    assert f"{lone}: neither a directory nor" in error_of(DataConfig(path=str(lone)))
+
+
+def test_unreadable_file_is_named(tmp_path, monkeypatch):
+    write_texts(tmp_path, 2)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "000.txt: cannot be read (Permission denied)" in error_of(DataConfig(path=str(tmp_path)))
+
+
+def test_empty_side_names_a_split_that_works(tmp_path):
+    kept = [name for name in map(str, range(1000)) if not is_held_out(name, 20)][:6]
+    for name in kept:
+        (tmp_path / name).write_text(name)
+    message = error_of(DataConfig(path=str(tmp_path)))
+    assert "held_out_one_in 20 leaves no validation document of 6" in message
+    advised = int(message.split("set held_out_one_in to ")[1].split()[0])
+    assert load_documents(DataConfig(path=str(tmp_path), held_out_one_in=advised)).validation
+
+    for name in kept[1:]:
+        (tmp_path / name).unlink()
+    assert "add documents" in error_of(DataConfig(path=str(tmp_path)))
+
+    (tmp_path / kept[0]).unlink()
+    held = next(name for name in map(str, range(1000)) if is_held_out(name, 20))
+    (tmp_path / held).write_text(held)
+    assert "leaves no training document of 1" in error_of(DataConfig(path=str(tmp_path)))
+
+
+def test_standard_library_split():
+    corpus = load_documents(DataConfig())
+    assert load_documents(DataConfig()) == corpus
+    names = {document.name for document in corpus.train + corpus.validation}
+    assert len(names) == len(corpus.train) + len(corpus.validation) > 400
+    assert {"argparse.py", "json/decoder.py"} <= names
+    assert not any(name.startswith(("test/", "idlelib/", "site-packages/")) for name in names)
+    for document in corpus.validation:
+        digest = hashlib.sha1(document.name.split("/")[-1].encode()).digest()
+        assert digest[0] % 20 == 0
+
+    decoder = next(d for d in corpus.train + corpus.validation if d.name == "json/decoder.py")
+    source = Path(sysconfig.get_path("stdlib"), "json", "decoder.py").read_text(encoding="utf-8")
+    assert decoder.text == source

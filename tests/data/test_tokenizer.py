@@ -1,0 +1,230 @@
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.sources import load_documents
+from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.errors import HymbaError
+
+RELEASED = Path(__file__).parents[3] / "shared" / "released"
+
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "<s>",
+    "</s><pad><s>",
+    "a<s> </s>\n<|endoftext|>",
+    "\tif x:\r\n\t\treturn  'it''s'  \r\n\r\n",
+    "  leading and trailing  ",
+    "\0\x01\x7f\x80\ufeff\ufffd\U0010ffff",
+    "é e\u0301 \u200d \U0001f468\u200d\U0001f469 中文 العربية ١٢٣",
+    "1234567890 0x00e9",
+]
+
+
+def random_texts(count, seed=0):
+    """Unicode strings of every plane and of characters that the split treats specially."""
+    rng = random.Random(seed)
+    special = " \t\n\r</s><pad>_'\"09aZ\u00a0\u2028\u3000\u0301é中\U0001f600"
+    for _ in range(count):
+        yield "".join(
+            rng.choice(special)
+            if rng.random() < 0.6
+            else chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+            for _ in range(rng.randrange(60))
+        )
+
+
+@pytest.fixture(scope="module")
+def library():
+    return load_documents(DataConfig())
+
+
+@pytest.fixture(scope="module")
+def bpe(library):
+    texts = (document.text for document in library.train[::4])
+    return build_tokenizer(DataConfig(tokenizer="bpe:1024"), texts)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    return request.getfixturevalue("bpe")
+
+
+def test_round_trip_is_exact_and_free_of_specials(tokenizer):
+    texts = [*AWKWARD, *random_texts(2000)]
+    encoded = tokenizer.encode_batch(texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        assert tokenizer.decode(ids) == text
+        assert all(3 <= token < tokenizer.vocab_size for token in ids)
+        assert tokenizer.encode(text) == ids
+
+
+def test_long_runs_take_no_long_time(tokenizer):
+    for run in (" ", "\n", "a", "\u00e9", "</s>", " \n"):
+        text = run * 100_000
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_specials_come_first_and_decode_to_nothing(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.decode([1, *tokenizer.encode("text"), 2, 0]) == "text"
+
+
+def test_bytes_are_one_token_each():
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), ["not trained on"])
+    assert tokenizer.vocab_size == 259
+    points = [*range(0x800), *range(0x800, 0xD800, 64), *range(0xE000, 0x110000, 64)]
+    text = "".join(map(chr, points))
+    pairs = set(zip(text.encode(), tokenizer.encode(text), strict=True))
+    # One to one, over every byte that UTF-8 uses.
+    assert len(pairs) == len({byte for byte, _ in pairs}) == len({token for _, token in pairs})
+    assert len(pairs) == 243
+
+
+def test_text_like_specials_cannot_merge_into_them():
+    config = DataConfig(tokenizer="bpe:400")
+    tokenizer = build_tokenizer(config, ["<s></s><pad> <s>", "</s>", "<pad>"] * 100)
+    for text in ("<s>", "</s>", "<pad>", "<s></s><pad> <s>"):
+        assert min(tokenizer.encode(text)) > 2
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bpe_compresses_source_code(bpe, library):
+    assert bpe.vocab_size == 1024
+    text = "".join(document.text for document in library.validation)
+    assert len(text.encode()) / len(bpe.encode(text)) > 2.6  # 2.73 trained on all of it
+    assert len(bpe.encode("\n" + 8 * " ")) == 1
+    assert len(bpe.encode(" self")) == 1
+
+
+def test_bpe_training_is_deterministic_across_processes(bpe):
+    code = """
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.sources import load_documents
+from hymba_jax.data.tokenizer import build_tokenizer
+texts = (document.text for document in load_documents(DataConfig()).train[::4])
+print(build_tokenizer(DataConfig(tokenizer="bpe:1024"), texts).model.to_str())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert result.stderr == b""
+    assert json.loads(result.stdout) == json.loads(bpe.model.to_str())
+
+
+def test_small_corpus_gives_a_smaller_vocabulary():
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bpe:4096"), ["abab abab cdcd"])
+    assert 259 < tokenizer.vocab_size < 280
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    directory = tmp_path / "run" / "tokenizer"
+    tokenizer.save(directory)
+    tokenizer.save(directory)  # over an older one
+    assert sorted(file.name for file in directory.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    texts = [*AWKWARD, *random_texts(200)]
+    for path in (directory, directory / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+        assert (loaded.bos_id, loaded.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert loaded.vocab_size == tokenizer.vocab_size
+    from_spec = build_tokenizer(DataConfig(tokenizer=str(directory)), [])
+    assert from_spec.encode("def f():") == tokenizer.encode("def f():")
+
+
+def foreign(directory, words, config=None, **special):
+    """A word-level tokenizer.json such as others write, padding and truncating."""
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, "[UNK]")
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    for name, is_special in special.items():
+        model.add_tokens([tokenizers.AddedToken(name, special=is_special)])
+    model.enable_truncation(2)
+    model.enable_padding(length=9)
+    model.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_foreign_specials_by_customary_name(tmp_path):
+    words = ["[UNK]", "<|begin_of_text|>", "<|end_of_text|>", "a", "b"]
+    tokenizer = Tokenizer.load(foreign(tmp_path, words))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 5)
+    assert tokenizer.encode("a b a a") == [3, 4, 3, 3]  # neither truncated nor padded
+
+
+def test_foreign_specials_by_config(tmp_path):
+    config = {"bos_token": {"content": "BOS"}, "eos_token": "EOS", "pad_token": None}
+    path = foreign(tmp_path, ["[UNK]", "<s>", "</s>", "a", "BOS", "EOS"], config)
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (4, 5)
+
+
+def test_one_token_may_be_both_begin_and_end(tmp_path):
+    path = foreign(tmp_path, ["[UNK]", "a", "<|endoftext|>"], {"bos_token": None})
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 2)
+
+
+def test_foreign_tokens_not_marked_special_still_come_by_id_only(tmp_path):
+    path = foreign(tmp_path, ["[UNK]", "a"], **{"<s>": False, "</s>": False})
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
+    assert tokenizer.encode("a<s>") == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "parts"),
+    [
+        (["[UNK]", "</s>"], None, ["no begin-of-text token", "<s>, <bos>", "bos_token"]),
+        (["[UNK]", "<s>"], None, ["no end-of-text token", "</s>, <eos>"]),
+        (["[UNK]", "<s>"], {"bos_token": "[B]"}, ["no begin-of-text token (looked for [B])"]),
+    ],
+)
+def test_missing_specials(tmp_path, words, config, parts):
+    with pytest.raises(HymbaError) as caught:
+        Tokenizer.load(foreign(tmp_path, words, config))
+    for part in [str(tmp_path / "tokenizer.json"), *parts]:
+        assert part in str(caught.value)
+
+
+def test_bad_tokenizer_files(tmp_path):
+    with pytest.raises(HymbaError, match=r"tokenizer\.json: no such tokenizer file"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(HymbaError, match="unknown tokenizer 'sentencepiece': give bytes, bpe:SIZE"):
+        build_tokenizer(DataConfig(tokenizer="sentencepiece"), [])
+    for content in ("", "{}", '{"model": 3}', "no JSON\nat all"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(HymbaError, match=r"tokenizer\.json: not a file of the tokenizers lib"):
+            Tokenizer.load(tmp_path)
+    foreign(tmp_path, ["[UNK]", "<s>", "</s>"])
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(HymbaError, match=r"tokenizer_config\.json: broken JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(HymbaError, match=r"tokenizer_config\.json: not a JSON object"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="released tokenizer files not here")
+def test_released_tokenizer():
+    tokenizer = Tokenizer.load(RELEASED)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 32001)
+    assert tokenizer.encode("Hello world") == [15043, 3186]  # as every Llama 2 tokenizer
+    for text in [*AWKWARD, *random_texts(300)]:
+        ids = tokenizer.encode(text)
+        assert not {1, 2, 32000} & set(ids)
+        assert tokenizer.decode(ids) == text
