@@ -1,0 +1,59 @@
+"""What every benchmark shares: a clock, a compiler's account of memory, a table."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, str | int | float]
+
+
+def median_ms(call: Callable[[], Any], *, warmup: int = 2, repeats: int = 10) -> float:
+    """Median wall-clock milliseconds of `call`, waiting for the arrays it returns."""
+    times = []
+    for i in range(warmup + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        if i >= warmup:
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def measure(
+    function: Callable[..., Any], *arguments: Any, warmup: int = 2, repeats: int = 10
+) -> tuple[float, float]:
+    """Milliseconds a call of the jitted function, and the MB of temporaries it was compiled to."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    milliseconds = median_ms(lambda: compiled(*arguments), warmup=warmup, repeats=repeats)
+    memory: Any = compiled.memory_analysis()
+    return milliseconds, memory.temp_size_in_bytes / 1e6
+
+
+def report(title: str, rows: Sequence[Row], json_file: Path | None = None) -> None:
+    """Prints the rows as a table under the hardware they were measured on; `json_file` gets
+    them too, one JSON object a line."""
+    device = jax.devices()[0]
+    table = Table(title=title, caption=f"{device.device_kind}, {os.cpu_count()} CPU cores")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(
+            *(
+                f"{v:,.3g}"
+                if isinstance(v, float) and v < 100
+                else f"{v:,.0f}"
+                if isinstance(v, float)
+                else str(v)
+                for v in row.values()
+            )
+        )
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))

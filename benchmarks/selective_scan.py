@@ -1,0 +1,104 @@
+"""The selective scan: a loop over time, an associative scan, and ours, side by side.
+
+python benchmarks/selective_scan.py [--batch 16 --length 256 --channels 512] [--json FILE]
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _report import Row, measure, report
+
+from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.types import Array
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes; by default one sequence through a layer of Hymba-1.5B."""
+
+    batch: int = 1
+    length: int = 1024
+    channels: int = 3200
+    state: int = 16
+    repeats: int = 10
+    json: Path | None = None
+
+
+def loop(x: Array, dt: Array, A: Array, B: Array, C: Array) -> tuple[Array, Array]:
+    """The recurrence as most people write it: `lax.scan` over time, state (B, E, N)."""
+    delta = jax.nn.softplus(dt)
+
+    def step(h: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, delta, B, C = at
+        decay = jnp.exp(delta[:, :, None] * A.T[None])
+        h = decay * h + (delta * x)[:, :, None] * B[:, None, :]
+        return h, jnp.einsum("ben,bn->be", h, C)
+
+    h = jnp.zeros((x.shape[0], x.shape[2], A.shape[0]))
+    h, y = jax.lax.scan(step, h, tuple(jnp.moveaxis(v, 1, 0) for v in (x, delta, B, C)))
+    return jnp.moveaxis(y, 0, 1), h
+
+
+def associative(x: Array, dt: Array, A: Array, B: Array, C: Array) -> tuple[Array, Array]:
+    """The recurrence as a parallel prefix over the whole length."""
+    delta = jax.nn.softplus(dt)
+    decay = jnp.exp(delta[:, :, None] * A[None, None])
+    h = (delta * x)[:, :, None] * B[:, :, :, None]
+
+    def combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    _, h = jax.lax.associative_scan(combine, (decay, h), axis=1)
+    return jnp.einsum("blne,bln->ble", h, C), h[:, -1]
+
+
+def with_gradient(scan: Callable[..., tuple[Array, Array]]) -> Callable[..., Any]:
+    """y and the gradient of every input, from y's cotangent and the inputs."""
+
+    def function(dy: Array, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+        y, vjp = jax.vjp(lambda *v: scan(*v)[0], *inputs)
+        return y, vjp(dy)
+
+    return function
+
+
+def main(options: Options) -> None:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    b, length, e, n = options.batch, options.length, options.channels, options.state
+    x, dt, dy = normal(b, length, e), normal(b, length, e) - 3, normal(b, length, e)
+    A = -jnp.broadcast_to(jnp.arange(1.0, n + 1)[:, None], (n, e))
+    inputs = (x, dt, A, normal(b, length, n), normal(b, length, n))
+
+    scans: dict[str, Callable[..., tuple[Array, Array]]] = {
+        "lax.scan over time": loop,
+        "lax.associative_scan": associative,
+        "hymba_jax xla": lambda *v: selective_scan(*v, implementation="xla"),
+    }
+    rows: list[Row] = []
+    for name, scan in scans.items():
+        forward_ms, forward_mb = measure(scan, *inputs, repeats=options.repeats)
+        both_ms, both_mb = measure(with_gradient(scan), dy, *inputs, repeats=options.repeats)
+        rows.append(
+            {
+                "implementation": name,
+                "forward ms": forward_ms,
+                "forward MB": forward_mb,
+                "+ backward ms": both_ms,
+                "+ backward MB": both_mb,
+            }
+        )
+    report(f"selective scan, B={b} L={length} E={e} N={n}, float32", rows, options.json)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

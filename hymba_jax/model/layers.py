@@ -1,0 +1,62 @@
+"""The two parts every block is made of: a linear map and a norm.
+
+Parameters name their logical axes in the metadata `axes`; `hymba_jax.sharding` has the one table
+from those to the axes of a device mesh.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hymba_jax.config import ComputeConfig
+from hymba_jax.types import Array, Float
+
+INIT_STD = 0.02
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    axes: tuple[str, str],
+    compute: ComputeConfig,
+    rngs: nnx.Rngs,
+    *,
+    dtype: DTypeLike | None = None,
+    init: nnx.Initializer | None = None,
+) -> nnx.Linear:
+    """A linear map without bias, kernel (in, out), normal(0.02) unless told otherwise."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=False,
+        dtype=dtype or compute.dtype,
+        param_dtype=compute.param_dtype,
+        kernel_init=init or nnx.initializers.normal(INIT_STD),
+        kernel_metadata={"axes": axes},
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis; the mean square in float32.
+
+    Args:
+      shape: of the scale; one number a feature, or (heads, features) for a norm per head.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones(shape, dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading features"]:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
+        scale = self.scale[...].astype(x.dtype)
+        return normed * jnp.broadcast_to(scale, x.shape)
+
+
+def rms_norm(features: int, axis: str, eps: float, compute: ComputeConfig) -> RMSNorm:
+    """An RMSNorm with one scale a feature."""
+    return RMSNorm((features,), (axis,), eps, compute.param_dtype)

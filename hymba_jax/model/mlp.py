@@ -1,0 +1,27 @@
+"""The MLP of each block."""
+
+import jax
+from flax import nnx
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.model.layers import linear
+from hymba_jax.types import Array, Float
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)), or down(relu(up(x)) ** 2) where the config says "relu2"."""
+
+    def __init__(self, config: HymbaConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.mlp_size
+        self.gated = config.mlp_activation == "silu"
+        if self.gated:
+            self.gate_proj = linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
+        self.up_proj = linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
+        self.down_proj = linear(inner, hidden, ("mlp", "hidden"), compute, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length hidden"]:
+        up = self.up_proj(x)
+        inner = jax.nn.silu(self.gate_proj(x)) * up if self.gated else jax.nn.relu(up) ** 2
+        return self.down_proj(inner)

@@ -1,0 +1,59 @@
+"""Rotary position embeddings (arXiv 2104.09864), in float32 whatever the model computes in."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from hymba_jax.config import HymbaConfig
+from hymba_jax.types import Array, Float, Int
+
+
+class Rope(NamedTuple):
+    """Cosine and sine of each position's angles, meta tokens counted as positions."""
+
+    cos: Float[Array, "length half_dim"]
+    sin: Float[Array, "length half_dim"]
+
+    def rotate(
+        self, x: Float[Array, "batch length heads head_dim"]
+    ) -> Float[Array, "batch length heads head_dim"]:
+        """Rotates pairs (i, i + head_dim / 2) of each head by its position's angles."""
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = self.cos[None, :, None], self.sin[None, :, None]
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def make_rope(
+    config: HymbaConfig, positions: Int[Array, " length"], total: int | Int[Array, ""]
+) -> Rope:
+    """The rotation for these positions of a sequence.
+
+    Args:
+      positions: absolute, counted from the first meta token.
+      total: length of the whole sequence, meta tokens included; only "dynamic_ntk" reads it.
+    """
+    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, total)[None]
+    return Rope(jnp.cos(angles), jnp.sin(angles))
+
+
+def inverse_frequencies(
+    config: HymbaConfig, total: int | Int[Array, ""]
+) -> Float[Array, " half_dim"]:
+    """Radians a position turns each pair of channels.
+
+    The ntk forms enlarge the base so that `max_positions` (or the present length) turns the
+    slowest pair no further than `rope_original_positions` did.
+    """
+    attention, head_dim = config.attention, config.head_dim
+    original = attention.rope_original_positions
+    stretch: float | Array
+    match attention.rope_type:
+        case "default":
+            stretch = 1.0
+        case "ntk":
+            stretch = 2 * config.max_positions / original - 1
+        case "dynamic_ntk":
+            stretch = jnp.maximum(2 * total / original - 1, 1.0)
+    theta = attention.rope_theta * stretch ** (head_dim / (head_dim - 2))
+    return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)

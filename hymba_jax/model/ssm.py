@@ -1,0 +1,88 @@
+"""The SSM heads of a layer: Mamba (arXiv 2312.00752) with inner norms (paper, section 2.1)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.model.layers import linear, rms_norm
+from hymba_jax.ops.causal_conv import causal_conv
+from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.types import Array, Float
+
+DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps at the start of training: Mamba, section 3.6
+
+
+class SSM(nnx.Module):
+    """conv, silu, selective scan, gate.
+
+    A_log, D and dt_bias are float32 whatever the parameters are: the recurrence multiplies their
+    rounding over the whole sequence.
+    """
+
+    def __init__(self, config: HymbaConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        hidden, channels, ssm = config.hidden_size, config.channels, config.ssm
+        rank, state, kernel = config.dt_rank, ssm.state_size, ssm.conv_kernel
+        self.sizes = (rank, state, state)
+        self.in_proj = linear(hidden, channels, ("hidden", "channels"), compute, rngs)
+        self.gate_proj = linear(hidden, channels, ("hidden", "channels"), compute, rngs)
+        self.conv_kernel = nnx.Param(
+            _uniform(kernel**-0.5)(rngs.params(), (kernel, channels), compute.param_dtype),
+            axes=("conv_kernel", "channels"),
+        )
+        self.conv_bias = nnx.Param(jnp.zeros(channels, compute.param_dtype), axes=("channels",))
+        self.x_proj = linear(channels, sum(self.sizes), ("channels", "dt_B_C"), compute, rngs)
+        self.dt_norm = rms_norm(rank, "dt_rank", config.norm_eps, compute)
+        self.B_norm = rms_norm(state, "state", config.norm_eps, compute)
+        self.C_norm = rms_norm(state, "state", config.norm_eps, compute)
+        self.dt_proj = linear(
+            rank,
+            channels,
+            ("dt_rank", "channels"),
+            compute,
+            rngs,
+            dtype=jnp.float32,
+            init=_uniform(rank**-0.5),
+        )
+        self.dt_bias = nnx.Param(_dt_bias(rngs.params(), channels), axes=("channels",))
+        A = jnp.arange(1, state + 1, dtype=jnp.float32)
+        self.A_log = nnx.Param(
+            jnp.tile(jnp.log(A)[:, None], (1, channels)), axes=("state", "channels")
+        )
+        self.D = nnx.Param(jnp.ones(channels, jnp.float32), axes=("channels",))
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length channels"]:
+        u, gate = self.in_proj(x), self.gate_proj(x)
+        u, _ = causal_conv(u, self.conv_kernel[...], self.conv_bias[...])
+        u = jax.nn.silu(u)
+        dt, B, C = jnp.split(self.x_proj(u), (self.sizes[0], sum(self.sizes[:2])), axis=-1)
+        y, _ = selective_scan(
+            u,
+            self.dt_proj(self.dt_norm(dt)),
+            -jnp.exp(self.A_log[...]),
+            self.B_norm(B),
+            self.C_norm(C),
+            self.D[...],
+            z=gate,
+            dt_bias=self.dt_bias[...],
+        )
+        return y
+
+
+def _uniform(bound: float) -> nnx.Initializer:
+    """Uniform in [-bound, bound]."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
+
+    return init
+
+
+def _dt_bias(key: Array, channels: int) -> Float[Array, " channels"]:
+    """The bias whose softplus is log-uniform in [DT_MIN, DT_MAX]."""
+    low, high = jnp.log(DT_MIN), jnp.log(DT_MAX)
+    dt = jnp.exp(jax.random.uniform(key, (channels,), minval=low, maxval=high))
+    return dt + jnp.log(-jnp.expm1(-dt))

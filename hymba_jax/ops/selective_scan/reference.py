@@ -1,0 +1,43 @@
+"""The definition of the selective scan: one position after another."""
+
+import jax
+import jax.numpy as jnp
+
+from hymba_jax.types import Array, Float
+
+
+def selective_scan_reference(
+    x: Float[Array, "batch length channels"],
+    dt: Float[Array, "batch length channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "batch length state"],
+    C: Float[Array, "batch length state"],
+    D: Float[Array, "channels"] | None = None,
+    z: Float[Array, "batch length channels"] | None = None,
+    dt_bias: Float[Array, "channels"] | None = None,
+    initial_state: Float[Array, "batch state channels"] | None = None,
+) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
+    """`selective_scan` as its formula reads. Float64 inputs are computed in float64."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    inputs, dt, A, B, C = (v.astype(dtype) for v in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(dtype)[None, None]
+    delta = jax.nn.softplus(dt)
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *A.shape), dtype)
+
+    def step(h: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, delta, B, C = at
+        decay = jnp.exp(delta[:, None] * A[None])
+        h = decay * h + (delta * x)[:, None] * B[:, :, None]
+        return h, (h * C[:, :, None]).sum(1)
+
+    time_major = [jnp.moveaxis(v, 1, 0) for v in (inputs, delta, B, C)]
+    final_state, y = jax.lax.scan(step, initial_state.astype(dtype), tuple(time_major))
+    y = jnp.moveaxis(y, 0, 1)
+
+    if D is not None:
+        y = y + D.astype(dtype)[None, None] * inputs
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(dtype))
+    return y.astype(x.dtype), final_state

@@ -1,0 +1,79 @@
+"""The table of names: complete, strict, and its own inverse."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from golden_cases import GOLDEN, load
+
+from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.convert.mapping import ConversionError, from_released, to_released
+from hymba_jax.model import Hymba
+
+
+def abstract_params(config, **compute):
+    chosen = ComputeConfig(**compute)
+    return nnx.split(nnx.eval_shape(lambda: Hymba(config, chosen, nnx.Rngs(0))))[1]
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_1_5b_has_the_released_names_and_shapes(scan_layers):
+    config = PRESETS["hymba-1.5b"]
+    params = abstract_params(config, scan_layers=scan_layers)
+    released = jax.eval_shape(
+        lambda params: to_released(params, config, scan_layers=scan_layers), params
+    )
+    expected = json.loads((GOLDEN / "hymba_1p5b_params.json").read_text())
+    assert {name: list(array.shape) for name, array in released.items()} == expected["shapes"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected["total"]
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("hymba-125m", 125), ("hymba-350m", 350)])
+def test_the_small_presets_have_about_the_parameters_of_their_names(preset, millions):
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(PRESETS[preset])))
+    assert abs(count / 1e6 - millions) < 0.1 * millions
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("case", ["tiny-shared", "tiny-nometa"])
+def test_round_trip_reproduces_every_bit(case, scan_layers):
+    golden = load(case)
+    _, params = golden.model(scan_layers=scan_layers)
+    back = to_released(params, golden.config, scan_layers=scan_layers)
+    assert back.keys() == golden.weights.keys()
+    for name, expected in golden.weights.items():
+        np.testing.assert_array_equal(back[name], expected)
+
+
+def test_untied_and_ungated_parameters_have_their_names():
+    config = HymbaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        mlp_size=6,
+        layers="G",
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1),
+        mlp_activation="relu2",
+        tie_embeddings=False,
+    )
+    params = abstract_params(config)
+    released = jax.eval_shape(lambda p: to_released(p, config, scan_layers=True), params)
+    assert released["lm_head.weight"].shape == (11, 8)
+    assert "model.layers.0.moe.experts.0.gate_proj.weight" not in released
+
+
+def test_every_tensor_that_does_not_fit_is_named():
+    golden = load("tiny-ntk")
+    weights = dict(golden.weights)
+    del weights["model.final_layernorm.weight"]
+    weights["model.layers.3.mamba.D.0"] = np.zeros(3, np.float32)
+    weights["lm_head.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(ConversionError) as error:
+        from_released(weights, abstract_params(golden.config), golden.config, scan_layers=True)
+    for words in (
+        "model.final_layernorm.weight is missing",
+        "lm_head.bias is not part of this model",
+        "model.layers.3.mamba.D.0 has shape (3,), not (128,)",
+    ):
+        assert words in str(error.value)

@@ -1,0 +1,108 @@
+"""The whole model: every design of the roadmap, causality, dtypes, and layers rolled or not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_config import ROADMAP, roadmap_config
+
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.model import Hymba
+from hymba_jax.model.hymba import layer_places
+
+CONFIG = HymbaConfig(
+    vocab_size=50,
+    hidden_size=32,
+    mlp_size=48,
+    layers="G 3*Ww G",
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=5, rope_type="default"),
+    num_meta_tokens=3,
+)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
+
+
+@pytest.mark.parametrize("row", ROADMAP)
+def test_every_design_of_the_roadmap_computes(row):
+    """Small, with its own pattern, heads, window and fusion: finite, and every part is trained."""
+    wanted = ROADMAP[row]
+    unit = wanted["layers"].split("*")[1]
+    heads = (
+        {"heads": wanted["heads"], "kv_heads": wanted.get("kv_heads")} if "heads" in wanted else {}
+    )
+    small = wanted | heads | {"layers": f"2*{unit}", "window": 5, "hidden": 64}
+    config = dataclasses.replace(roadmap_config(**small), vocab_size=50)
+    model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
+    graph, params = nnx.split(model)
+
+    def loss(params, tokens):
+        logits = nnx.merge(graph, params)(tokens)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 7]), logits
+
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, TOKENS)
+    assert logits.shape == (2, 24, 50)
+    assert np.isfinite(logits).all()
+    for path, gradient in nnx.to_flat_state(gradients):
+        assert np.abs(gradient[...]).max() > 0, path
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_nothing_looks_ahead(scan_layers):
+    model = Hymba(CONFIG, ComputeConfig(scan_layers=scan_layers), nnx.Rngs(0))
+    changed = TOKENS.at[:, 15].add(1)
+    before, after = model(TOKENS), model(changed)
+    np.testing.assert_array_equal(before[:, :15], after[:, :15])
+    assert np.abs(before[:, 15:] - after[:, 15:]).max() > 1e-3
+
+
+def test_layers_start_the_same_rolled_or_not():
+    states = {
+        scan_layers: dict(
+            nnx.to_flat_state(
+                nnx.state(
+                    Hymba(CONFIG, ComputeConfig(scan_layers=scan_layers), nnx.Rngs(3)), nnx.Param
+                )
+            )
+        )
+        for scan_layers in (True, False)
+    }
+    rolled, unrolled = (layer_places(CONFIG, scan_layers=choice) for choice in (True, False))
+    for layer in range(CONFIG.num_layers):
+        name = ("mixer", "ssm", "in_proj", "kernel")
+        stack = states[True][(*rolled[layer].block, *name)]
+        unit = rolled[layer].unit
+        alone = states[False][(*unrolled[layer].block, *name)][...]
+        np.testing.assert_array_equal(stack[...] if unit is None else stack[unit], alone)
+    kernels = [states[False][(*place.block, *name)][...] for place in unrolled]
+    assert len({kernel.tobytes() for kernel in map(np.asarray, kernels)}) == CONFIG.num_layers
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_dtypes(tie_embeddings):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings)
+    model = Hymba(config, ComputeConfig(dtype="bfloat16"), nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
+        jnp.dtype("float32")
+    }
+    assert {state.dtype for state in model.hidden_states(TOKENS)} == {jnp.dtype("bfloat16")}
+    assert model(TOKENS).dtype == jnp.float32
+
+
+def test_meta_tokens_are_seen_from_beyond_the_window():
+    """A change of the first meta token reaches the last position through one window layer."""
+    config = dataclasses.replace(
+        CONFIG, layers="L", attention=dataclasses.replace(CONFIG.attention, value_dim=8)
+    )
+    model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
+    before = model(TOKENS)
+    model.meta_tokens[...] = model.meta_tokens[...].at[0].add(1.0)
+    assert np.abs(model(TOKENS) - before)[:, -1].max() > 1e-4
+    assert np.array_equal(model(TOKENS.at[:, 0].set(4))[:, -1], model(TOKENS)[:, -1])
+
+
+def test_parameters_name_every_axis():
+    model = nnx.eval_shape(lambda: Hymba(CONFIG, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        assert len(leaf.get_metadata("axes")) == leaf.get_raw_value().ndim, path

@@ -1,0 +1,125 @@
+"""The whole model against the released code: values, hidden states, loss and every gradient.
+
+Bounds are those of golden/README.md: a few times the distance between the released code's own
+float32 and float64 runs, and 8 times below what an eps of 1e-5 instead of 1e-6 would move.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_cases import CASES, load
+
+from hymba_jax.convert.mapping import to_released
+from hymba_jax.training.loss import next_token_loss
+
+VALUE_BOUND = 5e-4
+GRADIENT_BOUND = 3e-4  # of the gradient's own maximum
+
+load = functools.cache(load)
+
+
+def loss_and_logits(graph, params, tokens):
+    logits = nnx.merge(graph, params)(tokens)
+    loss = next_token_loss(logits[:, :-1], tokens[:, 1:])
+    return loss.nats / loss.tokens, logits
+
+
+def run(case, **compute):
+    """Loss, logits and gradients under released names."""
+    golden = load(case)
+    graph, params = golden.model(**compute)
+    step = jax.jit(jax.value_and_grad(functools.partial(loss_and_logits, graph), has_aux=True))
+    (loss, logits), gradients = step(params, golden.tokens)
+    scan_layers = compute.get("scan_layers", True)
+    return loss, logits, to_released(gradients, golden.config, scan_layers=scan_layers)
+
+
+reference_run = functools.cache(run)
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestReleasedCode:
+    def test_logits_and_loss(self, case):
+        golden = load(case)
+        loss, logits, _ = reference_run(case)
+        np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=VALUE_BOUND)
+        np.testing.assert_allclose(loss, golden.meta["loss"], rtol=0, atol=VALUE_BOUND)
+
+    def test_hidden_states_after_each_layer(self, case):
+        golden = load(case)
+        graph, params = golden.model()
+        states = jax.jit(lambda p, t: nnx.merge(graph, p).hidden_states(t))(params, golden.tokens)
+        expected = golden.arrays["hidden_states"]
+        assert len(states) == len(expected) == golden.config.num_layers + 1
+        for ours, theirs in zip(states, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=VALUE_BOUND)
+
+    def test_gradient_of_every_parameter(self, case):
+        golden = load(case)
+        _, _, gradients = reference_run(case)
+        assert gradients.keys() == golden.gradients.keys()
+        strides = golden.meta["grad_stride"] or {}
+        for name, expected in golden.gradients.items():
+            ours = np.asarray(gradients[name]).reshape(-1)[:: strides.get(name, 1)]
+            error = np.abs(ours - expected.reshape(-1)).max() / np.abs(expected).max()
+            assert error <= GRADIENT_BOUND, (name, error)
+
+
+# tiny-shared has two rolled pairs, tiny-default-rope a stack of four layers.
+@pytest.mark.parametrize("case", ["tiny-shared", "tiny-default-rope"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"scan_layers": False},
+        {"remat": "block"},
+        {"remat": "dots"},
+        {"scan_layers": False, "remat": "block"},
+    ],
+    ids=lambda compute: "-".join(f"{key}={value}" for key, value in compute.items()),
+)
+def test_ways_of_computing_agree(case, compute):
+    """To float32 rounding, a tenth of the bounds above: they are the same sums in another order."""
+    loss, logits, gradients = run(case, **compute)
+    expected_loss, expected_logits, expected_gradients = reference_run(case)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=VALUE_BOUND / 10)
+    for name, expected in expected_gradients.items():
+        error = np.abs(gradients[name] - expected).max() / np.abs(expected).max()
+        assert error <= GRADIENT_BOUND / 10, (name, error)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_without_jit(scan_layers):
+    golden = load("tiny-shared")
+    graph, params = golden.model(scan_layers=scan_layers)
+    logits = nnx.merge(graph, params)(golden.tokens)
+    np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=VALUE_BOUND)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_compute(case):
+    """No further off than twice what rounding the weights alone does to the float32 model.
+
+    A bfloat16 keeps 8 bits, so a rounding moves a number by at most 2**-8 of itself. Computing in
+    bfloat16 rounds each weight once and the activations about as often. The measure is the root
+    mean square over all logits; the loss averages over tokens and errs less.
+    """
+    golden = load(case)
+    graph, params = golden.model()
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
+    moved = jax.tree.map(
+        lambda w: w * (1 + jax.random.uniform(next(keys), w.shape, minval=-(2**-8), maxval=2**-8)),
+        params,
+    )
+    _, moved_logits = jax.jit(functools.partial(loss_and_logits, graph))(moved, golden.tokens)
+    graph, params = golden.model(dtype="bfloat16")
+    loss, logits = jax.jit(functools.partial(loss_and_logits, graph))(params, golden.tokens)
+    assert logits.dtype == jnp.float32
+    expected = golden.arrays["logits"]
+    error, bound = (np.sqrt(np.mean((a - expected) ** 2)) for a in (logits, moved_logits))
+    assert error <= 2 * bound
+    np.testing.assert_allclose(loss, golden.meta["loss"], rtol=0.02)
