@@ -8,7 +8,7 @@ from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.layers import RMSNorm, linear
+from hymba_jax.model.layers import Linear, RMSNorm
 from hymba_jax.model.rope import Rope
 from hymba_jax.ops.attention import attention
 from hymba_jax.ops.attention.reference import attention_mask, attention_weights
@@ -36,15 +36,15 @@ class Attention(nnx.Module):
         self.num_meta_tokens = config.num_meta_tokens
         self.reuses_kv = spec.reuses_kv
         self.head_dim, self.value_dim = config.head_dim, config.value_dim
-        self.query_proj = linear(
+        self.query_proj = Linear(
             config.hidden_size, heads * config.head_dim, ("hidden", "heads"), compute, rngs
         )
         self.query_norm = _qk_norm(config, heads, compute)
         if not spec.reuses_kv:
-            self.key_proj = linear(
+            self.key_proj = Linear(
                 config.hidden_size, kv_heads * config.head_dim, ("hidden", "heads"), compute, rngs
             )
-            self.value_proj = linear(
+            self.value_proj = Linear(
                 config.hidden_size, kv_heads * config.value_dim, ("hidden", "heads"), compute, rngs
             )
             self.key_norm = _qk_norm(config, kv_heads, compute)

@@ -9,8 +9,9 @@ from flax import nnx
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import Segment
 from hymba_jax.model.block import Stack, Unit
-from hymba_jax.model.layers import INIT_STD, linear, rms_norm
+from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
 from hymba_jax.model.rope import Rope, make_rope
+from hymba_jax.ops.matmul import matmul
 from hymba_jax.types import Array, Float, Int
 
 
@@ -47,7 +48,7 @@ class Hymba(nnx.Module):
             start += segment.num_layers
         self.final_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         if not config.tie_embeddings:
-            self.lm_head = linear(
+            self.lm_head = Linear(
                 config.hidden_size, config.vocab_size, ("hidden", "vocab"), compute, rngs
             )
 
@@ -100,7 +101,7 @@ class Hymba(nnx.Module):
             kernel = self.embedding[...].astype(x.dtype).T
         else:
             kernel = self.lm_head.kernel[...].astype(x.dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        return matmul(x, kernel, jnp.float32)
 
 
 class LayerPlace(NamedTuple):

@@ -10,32 +10,39 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig
+from hymba_jax.ops.matmul import matmul
 from hymba_jax.types import Array, Float
 
 INIT_STD = 0.02
 
 
-def linear(
-    in_features: int,
-    out_features: int,
-    axes: tuple[str, str],
-    compute: ComputeConfig,
-    rngs: nnx.Rngs,
-    *,
-    dtype: DTypeLike | None = None,
-    init: nnx.Initializer | None = None,
-) -> nnx.Linear:
-    """A linear map without bias, kernel (in, out), normal(0.02) unless told otherwise."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        use_bias=False,
-        dtype=dtype or compute.dtype,
-        param_dtype=compute.param_dtype,
-        kernel_init=init or nnx.initializers.normal(INIT_STD),
-        kernel_metadata={"axes": axes},
-        rngs=rngs,
-    )
+class Linear(nnx.Module):
+    """x @ kernel without bias; the kernel is (in, out).
+
+    Args:
+      axes: logical axes of the kernel.
+      dtype: of the product; the compute dtype unless told otherwise.
+      init: normal(0.02) unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str, str],
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike | None = None,
+        init: nnx.Initializer | None = None,
+    ):
+        init = init or nnx.initializers.normal(INIT_STD)
+        kernel = init(rngs.params(), (in_features, out_features), compute.param_dtype)
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.dtype = dtype or compute.dtype
+
+    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
+        return matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):

@@ -6,7 +6,7 @@ from flax import nnx
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
 from hymba_jax.model.attention import Attention, KeyValue
-from hymba_jax.model.layers import linear, rms_norm
+from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.model.rope import Rope
 from hymba_jax.model.ssm import SSM
 from hymba_jax.types import Array, Float
@@ -80,9 +80,9 @@ def make_mixer(
 
 def _out_proj(
     config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs
-) -> nnx.Linear:
+) -> Linear:
     width = config.mixer_channels(spec)
-    return linear(width, config.hidden_size, ("channels", "hidden"), compute, rngs)
+    return Linear(width, config.hidden_size, ("channels", "hidden"), compute, rngs)
 
 
 def _mean(attention: Array, ssm: Array) -> Array:

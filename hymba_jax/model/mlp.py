@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.model.layers import linear
+from hymba_jax.model.layers import Linear
 from hymba_jax.types import Array, Float
 
 
@@ -15,9 +15,9 @@ class MLP(nnx.Module):
         hidden, inner = config.hidden_size, config.mlp_size
         self.gated = config.mlp_activation == "silu"
         if self.gated:
-            self.gate_proj = linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
-        self.up_proj = linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
-        self.down_proj = linear(inner, hidden, ("mlp", "hidden"), compute, rngs)
+            self.gate_proj = Linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
+        self.up_proj = Linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
+        self.down_proj = Linear(inner, hidden, ("mlp", "hidden"), compute, rngs)
 
     def __call__(
         self, x: Float[Array, "batch length hidden"]

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.model.layers import linear, rms_norm
+from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.types import Array, Float
@@ -25,18 +25,18 @@ class SSM(nnx.Module):
         hidden, channels, ssm = config.hidden_size, config.channels, config.ssm
         rank, state, kernel = config.dt_rank, ssm.state_size, ssm.conv_kernel
         self.sizes = (rank, state, state)
-        self.in_proj = linear(hidden, channels, ("hidden", "channels"), compute, rngs)
-        self.gate_proj = linear(hidden, channels, ("hidden", "channels"), compute, rngs)
+        self.in_proj = Linear(hidden, channels, ("hidden", "channels"), compute, rngs)
+        self.gate_proj = Linear(hidden, channels, ("hidden", "channels"), compute, rngs)
         self.conv_kernel = nnx.Param(
             _uniform(kernel**-0.5)(rngs.params(), (kernel, channels), compute.param_dtype),
             axes=("conv_kernel", "channels"),
         )
         self.conv_bias = nnx.Param(jnp.zeros(channels, compute.param_dtype), axes=("channels",))
-        self.x_proj = linear(channels, sum(self.sizes), ("channels", "dt_B_C"), compute, rngs)
+        self.x_proj = Linear(channels, sum(self.sizes), ("channels", "dt_B_C"), compute, rngs)
         self.dt_norm = rms_norm(rank, "dt_rank", config.norm_eps, compute)
         self.B_norm = rms_norm(state, "state", config.norm_eps, compute)
         self.C_norm = rms_norm(state, "state", config.norm_eps, compute)
-        self.dt_proj = linear(
+        self.dt_proj = Linear(
             rank,
             channels,
             ("dt_rank", "channels"),

@@ -1,0 +1,46 @@
+"""The product of activations and a kernel, with a gradient that every back end computes fast."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from hymba_jax.types import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(
+    x: Float[Array, "*leading features"],
+    kernel: Float[Array, "features outputs"],
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "*leading outputs"]:
+    """x @ kernel, in x's dtype unless another is asked for; x and kernel have one dtype.
+
+    JAX's own gradient of the kernel is (dy x).T; XLA:CPU is up to five times as fast at x dy,
+    which is laid out as the kernel is. On accelerators the two are the same product.
+    """
+    return lax.dot_general(
+        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype or x.dtype
+    )
+
+
+def _forward(x: Array, kernel: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel, dtype), (x, kernel)
+
+
+def _backward(
+    _dtype: DTypeLike | None, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    dy = dy.astype(x.dtype)
+    leading = tuple(range(x.ndim - 1))
+    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    dkernel = lax.dot_general(
+        x, dy, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
+    )
+    return dx, dkernel.astype(kernel.dtype)
+
+
+matmul.defvjp(_forward, _backward)

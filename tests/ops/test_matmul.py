@@ -1,0 +1,50 @@
+"""The product and its own gradient, against numpy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hymba_jax.ops.matmul import matmul
+
+
+def arrays(leading, features=5, outputs=7):
+    rng = np.random.default_rng(0)
+    return [
+        rng.normal(size=shape)
+        for shape in ((*leading, features), (features, outputs), (*leading, outputs))
+    ]
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 3, 4)])
+def test_values_and_gradients(leading):
+    x, kernel, dy = arrays(leading)
+    y, pull = jax.vjp(matmul, *(jnp.asarray(a, jnp.float32) for a in (x, kernel)))
+    dx, dkernel = pull(jnp.asarray(dy, jnp.float32))
+    np.testing.assert_allclose(y, x @ kernel, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(dx, dy @ kernel.T, rtol=0, atol=1e-5)
+    expected = x.reshape(-1, 5).T @ dy.reshape(-1, 7)
+    np.testing.assert_allclose(dkernel, expected, rtol=0, atol=1e-5)
+
+
+def test_float32_out_of_bfloat16():
+    """Each product of two 8-bit numbers is exact in float32, and so nearly is their sum."""
+    x, kernel, dy = (jnp.asarray(a, jnp.bfloat16) for a in arrays((2, 3)))
+    y, pull = jax.vjp(lambda x, kernel: matmul(x, kernel, jnp.float32), x, kernel)
+    assert y.dtype == jnp.float32
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5)
+    assert [gradient.dtype for gradient in pull(dy.astype(jnp.float32))] == [jnp.bfloat16] * 2
+
+
+def test_under_vmap_and_remat():
+    x, kernel, _ = (jnp.asarray(a, jnp.float32) for a in arrays((2, 3)))
+    kernels = jnp.stack([kernel, 2 * kernel])
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.square(jax.checkpoint(matmul)(x, kernel)))
+
+    both = jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(None, 0))(x, kernels)
+    for i in range(2):
+        for batched, alone in zip(both, jax.grad(loss, (0, 1))(x, kernels[i]), strict=True):
+            np.testing.assert_allclose(batched[i], alone, rtol=1e-5)
