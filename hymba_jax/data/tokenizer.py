@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import replace_text
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -73,8 +74,8 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"bos_token": self.bos, "eos_token": self.eos}
-        _write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        _write(directory / "tokenizer.json", self.model.to_str(pretty=True))
+        replace_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        replace_text(directory / "tokenizer.json", self.model.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -172,9 +173,3 @@ def _special_name(
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

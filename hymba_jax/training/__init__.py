@@ -14,5 +14,4 @@
 | `recorder.py`      | from the metrics of a step to lines                                   |
 | `display.py`       | what a run shows while it works                                       |
 | `text.py`          | whether the tokenizer fits, and a sample of text                      |
-| `files.py`         | files that are whole or not there                                     |
 """

@@ -12,7 +12,7 @@ from golden_cases import GOLDEN, load
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.generate import generate, pick
+from hymba_jax.inference.decoding import generate, pick
 from hymba_jax.model import Hymba
 
 DECODE_CASES = ("tiny-ntk-decode", "tiny-ntk-decode-short", "tiny-shared-decode")

@@ -1,0 +1,194 @@
+"""A whole run as one object, from a TOML file and the command line.
+
+A file holds the fields of `RunConfig` by their names, those of its parts in tables:
+
+    output = "runs/mine"
+
+    [model]
+    preset = "hymba-125m"
+    max_positions = 2048
+
+    [training]
+    steps = 1000
+
+What it leaves out keeps its default, for the model that of the preset if one is named. On the
+command line any field can be overridden: `--training.steps 100`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeAliasType, Union, get_args, get_origin
+
+import tyro
+
+from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
+from hymba_jax.data.config import DataConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.training.config import TrainingConfig
+
+CONFIG_FILE = "config.toml"  # inside a run directory
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a training run.
+
+    Attributes:
+      output: the run directory: config, tokenizer, metrics and checkpoints.
+      seed: of the first parameters, the order of the data and the sample.
+
+    Raises:
+      HymbaError: the parts do not fit one another.
+    """
+
+    output: str = "runs/hymba"
+    seed: int = 0
+    model: HymbaConfig = field(default_factory=HymbaConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.output:
+            problems.append("output is empty: name a directory")
+        if self.seed < 0:
+            problems.append(f"seed is {self.seed}, below 0")
+        if self.data.sequence_length > self.model.max_positions:
+            problems.append(
+                f"data.sequence_length {self.data.sequence_length} is longer than "
+                f"model.max_positions {self.model.max_positions}"
+            )
+        if problems:
+            raise HymbaError("run config: " + "; ".join(problems))
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> "RunConfig":
+        """Reads a file.
+
+        Raises:
+          HymbaError: it isn't there or isn't TOML; it has unknown fields or values of a wrong
+            type (all are named); or the values fit no run.
+        """
+        path = Path(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise HymbaError(f"{path}: no such config file") from error
+        except ValueError as error:  # not UTF-8, or not TOML
+            raise HymbaError(f"{path}: not a TOML file ({error})") from error
+        base = cls()
+        preset = (
+            table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
+        )
+        if preset is not None:
+            if preset not in PRESETS:
+                raise HymbaError(
+                    f"{path}: model.preset is {preset!r}, not one of {', '.join(PRESETS)}"
+                )
+            base = dataclasses.replace(base, model=PRESETS[preset])
+        problems = [*_misfits(base, table, "")]
+        if problems:
+            raise HymbaError(f"{path}: " + "; ".join(problems))
+        try:
+            return _override(base, table)
+        except HymbaError as error:
+            raise HymbaError(f"{path}: {error}") from error
+
+    def to_toml(self) -> str:
+        """The file that `from_toml` reads as this config; every field is in it."""
+        return "\n".join(_toml_lines(self, "")).lstrip() + "\n"
+
+
+def parse_run(args: Sequence[str], prog: str) -> RunConfig:
+    """The run that a command line asks for: `--config FILE`, and fields to override.
+
+    Raises:
+      HymbaError: what it asks for cannot be.
+      SystemExit: for --help, and for arguments that are no fields.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config")
+    path = peek.parse_known_args(args)[0].config
+    default = RunConfig() if path is None else RunConfig.from_toml(path)
+
+    def arguments(
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default, config: str = ""
+    ) -> RunConfig:
+        """Trains a model. The same command again goes on with a run that was stopped.
+
+        Args:
+          config: TOML file; its values are the defaults of all other options.
+        """
+        return run
+
+    return tyro.cli(arguments, args=args, prog=prog)
+
+
+def _misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
+    """What in the table is no field of `base`, or no value for its field."""
+    types = {item.name: item.type for item in dataclasses.fields(base)}
+    for name, value in table.items():
+        dotted = where + name
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"there are {', '.join(types)}"
+            yield f"unknown field {dotted}, {hint}"
+        elif dataclasses.is_dataclass(getattr(base, name)):
+            if isinstance(value, dict):
+                yield from _misfits(getattr(base, name), value, f"{dotted}.")
+            else:
+                yield f"{dotted} is {value!r}, not a table"
+        elif not _fits(value, types[name]):
+            yield f"{dotted} is {value!r}, not {_describe(types[name])}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a TOML value is of this type; whole numbers are numbers, booleans are not."""
+    if isinstance(kind, TypeAliasType):
+        return _fits(value, kind.__value__)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _describe(kind: Any) -> str:
+    if isinstance(kind, TypeAliasType):
+        return _describe(kind.__value__)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_describe, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return " or ".join(json.dumps(choice) for choice in get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def _override[T](base: T, table: dict[str, Any]) -> T:
+    """The same with the table's values."""
+    changes = {
+        name: _override(getattr(base, name), value) if isinstance(value, dict) else value
+        for name, value in table.items()
+    }
+    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+def _toml_lines(config: Any, where: str) -> Iterator[str]:
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    tables = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    if where:
+        yield f"\n[{where}]"
+    for name, value in values.items():
+        if name not in tables:
+            text = json.dumps(value, ensure_ascii=False)  # which TOML reads, but for one character
+            yield f"{name} = {text.replace('\x7f', '\\u007f')}"
+    for name, value in tables.items():
+        yield from _toml_lines(value, f"{where}.{name}" if where else name)

@@ -1,0 +1,193 @@
+"""Checkpoints through Orbax: written behind the run's back, committed by a rename.
+
+A checkpoint has three parts: `params` and `optimizer`, which are trees of arrays, and `loop`, JSON
+with what the loop itself needs. Nothing else in a run has a memory: every random number comes from
+the run's seed and a step.
+"""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import absl.logging
+import orbax.checkpoint as ocp
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.training.state import Params, TrainState
+
+FOLDER = "checkpoints"  # inside the run directory
+
+
+def silence_orbax() -> None:
+    """Leaves it to this module's exceptions to say what went wrong; for programs, not libraries.
+
+    Where many arrays cannot be read or written, Orbax raises one error and drops the others, which
+    Python would print one by one as errors that nobody handles.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+
+    def report_unless_dropped(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error.__cause__, GeneratorExit) or "Event loop is closed" in str(error)):
+            report(unraisable)
+
+    sys.unraisablehook = report_unless_dropped
+
+
+class LoopState(NamedTuple):
+    """The part of a checkpoint that is not arrays.
+
+    Attributes:
+      step: updates done.
+      batches: state of the iterator of training batches.
+      corpus: fingerprint of the training tokens.
+    """
+
+    step: int
+    batches: dict[str, Any]
+    corpus: str
+
+
+class Checkpoints:
+    """The checkpoints of a run, as a context: leaving it waits until the last one is written.
+
+    Args:
+      run_directory: holds them in its folder `checkpoints`, one directory a step.
+      keep: how many stay, newest first.
+    """
+
+    def __init__(self, run_directory: str | os.PathLike[str], keep: int):
+        self.directory = (Path(run_directory) / FOLDER).absolute()
+        with _one_line(self.directory, "cannot be used for checkpoints"):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, cleanup_tmp_directories=True, enable_background_delete=True
+                ),
+            )
+
+    def restore(self, template: TrainState) -> tuple[TrainState, LoopState]:
+        """The newest checkpoint, placed as `template` says.
+
+        Raises:
+          HymbaError: it cannot be read, or holds another model.
+        """
+        step = self._manager.latest_step()
+        with _one_line(self.directory / str(step), _UNREADABLE):
+            parts = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(template.params),
+                    optimizer=ocp.args.StandardRestore(template.optimizer),
+                    loop=ocp.args.JsonRestore(),
+                ),
+            )
+            return TrainState(parts.params, parts.optimizer), LoopState(**parts.loop)
+
+    def save(self, state: TrainState, loop: LoopState) -> None:
+        """Copies the state and returns; a thread writes it.
+
+        Raises:
+          HymbaError: this checkpoint, or one before it, cannot be written.
+        """
+        with _one_line(self.directory, _UNWRITABLE):  # it raises errors of earlier ones, too
+            self._manager.save(
+                loop.step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(state.optimizer),
+                    loop=ocp.args.JsonSave(loop._asdict()),
+                ),
+            )
+
+    def check(self) -> None:
+        """Raises HymbaError if a checkpoint could not be written in the meantime."""
+        # The manager's own check_for_errors misses what its last thread met; waiting does not.
+        if not self._manager.is_saving_in_progress():
+            with _one_line(self.directory, _UNWRITABLE):
+                self._manager.wait_until_finished()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            with _one_line(self.directory, _UNWRITABLE):
+                self._manager.close()
+        except HymbaError:
+            if error is None:  # else the first error is the one to tell
+                raise
+
+
+def load_params(
+    run_directory: str | os.PathLike[str], template: Params, step: int | None = None
+) -> Params:
+    """The parameters of a checkpoint, without the optimizer's state.
+
+    Args:
+      template: shape, dtype and sharding of every parameter, as in `TrainState.params`.
+      step: which checkpoint; the newest if absent.
+
+    Raises:
+      HymbaError: there is no such checkpoint, or it cannot be read, or holds another model.
+    """
+    directory = (Path(run_directory) / FOLDER).absolute()
+    steps = checkpoint_steps(run_directory)
+    if not steps or step not in (None, *steps):
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+        raise HymbaError(f"{directory}: no checkpoint{f' {step}' if step else ''}; {there}")
+    path = directory / str(steps[-1] if step is None else step)
+    with _one_line(path, _UNREADABLE), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "params", template)
+
+
+def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:
+    """Steps that have a whole checkpoint, oldest first."""
+    directory = Path(run_directory) / FOLDER
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+_UNREADABLE = (
+    "not a checkpoint of this model that can be read; "
+    "remove it to go on from the one before, or choose another output"
+)
+_UNWRITABLE = (
+    "a checkpoint cannot be written; "
+    "mend the disk and run the same command to go on from the last whole one"
+)
+
+
+@contextmanager
+def _one_line(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever Orbax raises, which has many types, into one line about `path`."""
+    try:
+        yield
+    except HymbaError:
+        raise
+    except Exception as error:
+        raise HymbaError(f"{path}: {what} ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The part of an error that says what happened."""
+    text = str(error).partition("\n")[0]
+    if re.match(r"[A-Z_]+: ", text):  # TensorStore: what it was doing, to the innermost, in JSON
+        text = text.partition(" [tensorstore_spec")[0].rpartition(": ")[2]
+    return text or repr(error)

@@ -1,0 +1,50 @@
+"""What a run shows: on a terminal one line that lives, elsewhere plain lines."""
+
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.text import Text
+
+
+class Display:
+    """Lines on the standard output, as a context."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._status = self._console.status("")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, what: str) -> None:
+        """Names what is being done now, for something that takes a while."""
+        self.update(what)
+        self.log(f"{what}…")
+
+    def update(self, line: str) -> None:
+        """Changes the live line; elsewhere it does nothing."""
+        self._status.update(Text(line))
+
+    def log(self, line: str) -> None:
+        """A line that stays where there is no live line to say it."""
+        if not self._console.is_terminal:
+            self.say(line)
+
+    def __enter__(self) -> "Display":
+        self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._status.stop()
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,121 @@
+"""A training run, from top to bottom."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_batches
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import replace_text
+from hymba_jax.run_config import RunConfig
+from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.training.checkpoint import Checkpoints, LoopState
+from hymba_jax.training.display import Display
+from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.recorder import Recorder
+from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
+from hymba_jax.training.state import Params, init_state, make_template
+from hymba_jax.training.step import compile_train_step, make_eval_step
+from hymba_jax.training.text import check_tokenizer, sample
+
+SAMPLE_FILE = "sample.txt"  # inside the run directory
+
+
+def train(config: RunConfig) -> None:
+    """Trains a model, or goes on with the run in the run directory; writes a sample at the end.
+
+    Raises:
+      HymbaError: the run cannot be what the config says, cannot be written, or diverged.
+    """
+    with Display() as display:
+        _train(config, display)
+
+
+def _train(config: RunConfig, display: Display) -> None:
+    training, length = config.training, config.data.sequence_length
+    mesh = make_mesh()
+    if training.micro_batch_size % mesh.size:
+        raise HymbaError(
+            f"training.batch_size / training.accumulate is {training.micro_batch_size} sequences, "
+            f"which {mesh.size} devices cannot share equally"
+        )
+
+    resumed = is_resumed(config)
+    display.begin("reading and tokenizing")
+    data = prepare(
+        config.data,
+        Tokenizer.load(config.output) if resumed else None,
+        lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
+    )
+    check_tokenizer(config, data.tokenizer)
+    batches = train_iterator(data.train, length, training.batch_size, config.seed)
+
+    optimizer = make_optimizer(training)
+    template = make_template(config.model, config.compute, optimizer, mesh)
+    display.say(_headline(config, template.num_params, data))
+    display.begin("compiling")
+
+    with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
+        corpus = fingerprint(data.train)
+        if resumed:
+            state, loop = checkpoints.restore(template.state)
+            if loop.corpus != corpus:
+                raise HymbaError(
+                    f"{config.output}: was trained on other text than data.path holds now: "
+                    "bring that text back, or choose another output"
+                )
+            batches.set_state(loop.batches)
+            display.say(f"going on after step {loop.step}")
+        else:
+            state = init_state(config.model, config.compute, optimizer, template, config.seed)
+            loop = LoopState(0, batches.get_state(), corpus)
+        write_run_directory(config, data.tokenizer)
+
+        place = batch_sharding(mesh)
+        train_step = compile_train_step(template, optimizer, training, length, place)
+        eval_step = jax.jit(make_eval_step(template.graph))
+
+        def validate(params: Params, limit: int | None) -> dict[str, float]:
+            rows = validation_batches(data.validation, length, training.micro_batch_size, limit)
+            losses = [eval_step(params, jax.device_put(batch, place)) for batch in rows]
+            nats = sum(float(loss.nats) for loss in losses)
+            nats /= sum(int(loss.tokens) for loss in losses)
+            return {"validation_loss": nats, "validation_bits_per_byte": data.bits_per_byte(nats)}
+
+        with MetricsWriter(Path(config.output), loop.step) as writer:
+            tokens = training.batch_size * length
+            recorder = Recorder(training, tokens, loop.step, writer, display)
+            for step in range(loop.step + 1, training.steps + 1):
+                state, metrics = train_step(state, jax.device_put(next(batches), place))
+                recorder.submit(step, metrics)
+                checkpoints.check()
+                last = step == training.steps
+                if last or step % training.validate_every == 0:
+                    if last:
+                        display.begin("validating on all held-out text")
+                    with recorder.paused():
+                        limit = None if last else training.validation_batches
+                        validation = validate(state.params, limit)
+                    recorder.flush(validation)
+                if last or step % training.checkpoint_every == 0:
+                    recorder.flush()  # a run that diverged stops here, before it is saved
+                    checkpoints.save(state, LoopState(step, batches.get_state(), corpus))
+
+    if training.sample_tokens:
+        display.begin("writing a sample")
+        text = sample(config, nnx.merge(template.graph, state.params), data.tokenizer)
+        replace_text(Path(config.output) / SAMPLE_FILE, text)
+        display.say(text)
+    display.say(f"done: {config.output}")
+
+
+def _headline(config: RunConfig, num_params: int, data: Data) -> str:
+    training, devices = config.training, jax.devices()
+    return (
+        f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
+        f"{len(devices)} x {devices[0].device_kind}; {training.steps:,} steps of "
+        f"{training.batch_size * config.data.sequence_length:,} tokens, "
+        f"{len(data.train):,} tokens of text"
+    )

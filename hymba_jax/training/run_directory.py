@@ -1,0 +1,80 @@
+"""The run directory: complete in itself, with config, tokenizer, metrics and checkpoints."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt
+
+from hymba_jax.data import Tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import replace_text
+from hymba_jax.run_config import CONFIG_FILE, RunConfig
+from hymba_jax.training.checkpoint import FOLDER, checkpoint_steps
+
+
+def is_resumed(config: RunConfig) -> bool:
+    """Whether the run directory holds a checkpoint to go on from.
+
+    Raises:
+      HymbaError: it does, but of a run that this config does not continue.
+    """
+    directory = Path(config.output)
+    if not checkpoint_steps(directory):
+        return False
+    if not (directory / CONFIG_FILE).is_file():
+        raise HymbaError(
+            f"{directory}: has {FOLDER} but no {CONFIG_FILE}, so it is no run of this program: "
+            "choose another output"
+        )
+    before = dict(_lasting(RunConfig.from_toml(directory / CONFIG_FILE)))
+    changed = [
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in _lasting(config)
+        if value != before[name]
+    ]
+    if changed:
+        raise HymbaError(
+            f"{directory}: holds another run, which this config does not continue "
+            f"({'; '.join(changed)}): choose another output, or undo the change"
+        )
+    return True
+
+
+def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Makes the directory and writes what generating text needs beside a checkpoint."""
+    directory = Path(config.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_text(directory / CONFIG_FILE, config.to_toml())
+    tokenizer.save(directory)
+
+
+def fingerprint(tokens: UInt[np.ndarray, " stream"]) -> str:
+    """Tells one stream of training tokens from another."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens).data, digest_size=16).hexdigest()
+
+
+def _lasting(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """What a resumed run cannot change: the arrays and their layout, and the order of the data.
+
+    The place of the corpus may change: its tokens are compared, by their fingerprint.
+    """
+    yield "seed", config.seed
+    yield "training.batch_size", config.training.batch_size
+    yield "compute.param_dtype", config.compute.param_dtype
+    yield "compute.scan_layers", config.compute.scan_layers
+    data = dataclasses.replace(config.data, path="")
+    yield from _leaves(data, "data.")
+    yield from _leaves(config.model.resolved(), "model.")
+
+
+def _leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{where}{item.name}.")
+        else:
+            yield where + item.name, value

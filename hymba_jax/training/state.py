@@ -1,0 +1,82 @@
+"""What training changes, as plain trees: how it is drawn, described, and placed on devices."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.model import Hymba
+from hymba_jax.sharding import replicated, state_shardings
+
+type Params = dict[Any, Any]
+"""Nested dictionaries of arrays: NNX variables without their wrapping, which costs time a step."""
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes."""
+
+    params: Params
+    optimizer: optax.OptState
+
+
+class Template(NamedTuple):
+    """A training state without its values.
+
+    Attributes:
+      graph: the model without its parameters; `nnx.merge(graph, params)` is the model.
+      state: shape, dtype and sharding of every array.
+    """
+
+    graph: nnx.GraphDef[Hymba]
+    state: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda array: array.sharding, self.state)
+
+    @property
+    def num_params(self) -> int:
+        return sum(array.size for array in jax.tree.leaves(self.state.params))
+
+
+def make_template(
+    config: HymbaConfig, compute: ComputeConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Template:
+    """Describes the training state of this architecture on this mesh; computes nothing."""
+    model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
+    graph, variables = nnx.split(model)
+    params = nnx.to_pure_dict(variables)
+    param_shardings = nnx.to_pure_dict(state_shardings(variables, mesh))
+    moments = jax.eval_shape(optimizer.init, params)
+    moment_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        moments,
+        param_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    state = jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        TrainState(params, moments),
+        TrainState(param_shardings, moment_shardings),
+    )
+    return Template(graph, state)
+
+
+def init_state(
+    config: HymbaConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformation,
+    template: Template,
+    seed: int,
+) -> TrainState:
+    """Draws the state of an untrained model, each part on the devices that hold it."""
+
+    def draw(key: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(Hymba(config, compute, nnx.Rngs(key))))
+        return TrainState(params, optimizer.init(params))
+
+    return jax.jit(draw, out_shardings=template.shardings)(jax.random.key(seed))

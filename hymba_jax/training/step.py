@@ -1,0 +1,87 @@
+"""One update of the parameters, and one evaluation: pure functions of plain trees."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from hymba_jax.model import Hymba
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.loss import LossSum, next_token_loss
+from hymba_jax.training.state import Params, Template, TrainState
+from hymba_jax.types import Array, Float, Int
+
+type Batch = dict[str, Int[Array, "batch length"]]
+"""`inputs`, and `targets` one token ahead."""
+
+
+class StepMetrics(NamedTuple):
+    """Of the parameters before the update.
+
+    Attributes:
+      loss: mean cross entropy of the batch, in nats a token.
+      grad_norm: length of its gradient before clipping.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+def make_eval_step(graph: nnx.GraphDef[Hymba]) -> Callable[[Params, Batch], LossSum]:
+    """The function (params, batch) -> summed loss."""
+
+    def eval_step(params: Params, batch: Batch) -> LossSum:
+        return next_token_loss(nnx.merge(graph, params)(batch["inputs"]), batch["targets"])
+
+    return eval_step
+
+
+def make_train_step(
+    graph: nnx.GraphDef[Hymba], optimizer: optax.GradientTransformation, *, micro_batch_size: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The function (state, batch) -> (next state, metrics).
+
+    The batch is computed `micro_batch_size` rows at a time. Loss and gradient are sums until the
+    last of them, so they are those of the batch as a whole, however its targets are spread.
+    """
+    eval_step = make_eval_step(graph)
+
+    def summed_loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], LossSum]:
+        loss = eval_step(params, batch)
+        return loss.nats, loss
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        rows = batch["inputs"].shape[0]
+        compute = optax.microbatching.microbatch(
+            jax.value_and_grad(summed_loss, has_aux=True),
+            argnums=1,
+            microbatch_size=micro_batch_size if micro_batch_size < rows else None,
+        )
+        (_, loss), grads = compute(state.params, batch)
+        grads = jax.tree.map(lambda grad: grad / loss.tokens.astype(grad.dtype), grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(loss.nats / loss.tokens, optax.tree.norm(grads))
+        return TrainState(params, moments), metrics
+
+    return train_step
+
+
+def compile_train_step(
+    template: Template,
+    optimizer: optax.GradientTransformation,
+    config: TrainingConfig,
+    sequence_length: int,
+    batch_sharding: NamedSharding,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The training step, compiled now; it reuses the memory of the state it is given."""
+    step = make_train_step(template.graph, optimizer, micro_batch_size=config.micro_batch_size)
+    rows = jax.ShapeDtypeStruct(
+        (config.batch_size, sequence_length), jnp.int32, sharding=batch_sharding
+    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(template.shardings, None))
+    return jitted.lower(template.state, {"inputs": rows, "targets": rows}).compile()

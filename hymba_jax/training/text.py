@@ -1,0 +1,46 @@
+"""Where training meets text: whether the tokenizer fits the model, and what the model writes."""
+
+from hymba_jax.data import Tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.decoding import generate
+from hymba_jax.model import Hymba
+from hymba_jax.run_config import RunConfig
+
+
+def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises HymbaError if the model cannot work with the tokenizer."""
+    model, problems = config.model, []
+    if tokenizer.vocab_size > model.vocab_size:
+        problems.append(
+            f"it has {tokenizer.vocab_size} tokens, model.vocab_size is {model.vocab_size}"
+        )
+    for name in ("bos", "eos"):
+        ours, theirs = getattr(model, f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
+        if ours != theirs:
+            problems.append(f"its {name} token is {theirs}, model.{name}_token_id is {ours}")
+    length = len(_prompt(config, tokenizer)) + config.training.sample_tokens
+    if length > model.max_positions:
+        problems.append(
+            f"training.sample_prompt and sample_tokens make {length} tokens, "
+            f"model.max_positions is {model.max_positions}"
+        )
+    if problems:
+        raise HymbaError(f"tokenizer {config.data.tokenizer} does not fit: " + "; ".join(problems))
+
+
+def sample(config: RunConfig, model: Hymba, tokenizer: Tokenizer) -> str:
+    """The prompt of the config and what the model makes of it."""
+    training = config.training
+    prompt = _prompt(config, tokenizer)
+    tokens = generate(
+        model,
+        prompt,
+        training.sample_tokens,
+        temperature=training.sample_temperature,
+        seed=config.seed,
+    )
+    return tokenizer.decode([*prompt, *tokens])
+
+
+def _prompt(config: RunConfig, tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id, *tokenizer.encode(config.training.sample_prompt)]

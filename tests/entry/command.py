@@ -1,0 +1,96 @@
+"""Runs the real commands, on a model that compiles in seconds and a corpus of a few pages."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+HYMBA = Path(sys.executable).with_name("hymba")
+
+CONFIG = """
+output = "{output}"
+
+[model]
+vocab_size = 259
+hidden_size = 16
+mlp_size = 32
+layers = "G W"
+num_meta_tokens = 4
+max_positions = 64
+
+[model.attention]
+num_heads = 2
+num_kv_heads = 1
+window = 8
+rope_type = "default"
+
+[data]
+path = "{corpus}"
+tokenizer = "bytes"
+sequence_length = 24
+held_out_one_in = 4
+
+[training]
+steps = 4
+batch_size = 8
+log_every = 1
+validate_every = 3
+validation_batches = 1
+checkpoint_every = 2
+sample_prompt = "the"
+sample_tokens = 8
+"""
+
+
+def write_config(directory: Path, output: Path) -> Path:
+    """A corpus and a config for it, below `directory`."""
+    corpus = directory / "corpus"
+    corpus.mkdir(exist_ok=True)
+    words = ["a ", "red ", "hat ", "and ", "the ", "old ", "dog ", "ran. ", "Who ", "sat? "]
+    for i in range(12):
+        text = "".join(random.Random(i).choices(words, k=200))
+        (corpus / f"page{i}.txt").write_text(text)
+    path = directory / "config.toml"
+    path.write_text(CONFIG.format(output=output, corpus=corpus))
+    return path
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """One CPU device, and compiled programs kept between processes."""
+    return {
+        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "NO_COLOR": "1",
+    }
+
+
+def run(
+    command: list[str | Path], cache: Path, prefix: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; `prefix` is a shell command line that comes before it."""
+    return subprocess.run(
+        [*prefix, *map(str, command)],
+        env=environment(cache),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def train_py(*arguments: str | Path) -> list[str | Path]:
+    return [sys.executable, "train.py", *arguments]
+
+
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without the speed, which no two runs share."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.pop("tokens_per_second") > 0
+    return lines

@@ -1,0 +1,103 @@
+import pytest
+from entry.command import HYMBA, read_metrics, run, train_py, write_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A finished run: its output directory, its config file and what it printed."""
+    directory = tmp_path_factory.mktemp("finished")
+    output = directory / "runs" / "mine"
+    config = write_config(directory, output)
+    result = run(train_py("--config", config), cache)
+    assert result.returncode == 0, result.stderr
+    return output, config, result
+
+
+def test_a_run_says_what_it_does(finished):
+    output, _, result = finished
+    lines = result.stdout.splitlines()
+    assert lines[0] == "reading and tokenizing…"
+    assert lines[1].startswith(f"{output}: ")
+    assert "parameters in 2 layers, 1 x cpu; 4 steps of 192 tokens" in lines[1]
+    assert "compiling…" in lines
+    for step in range(1, 5):
+        assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
+    assert any("bits/byte" in line and "tokens/s" in line and "left" in line for line in lines)
+    assert lines[-1] == f"done: {output}"
+    assert result.stderr == ""
+
+
+def test_the_output_is_complete(finished):
+    output, _, _ = finished
+    names = {path.name for path in output.iterdir()}
+    assert names == {
+        *("config.toml", "tokenizer.json", "tokenizer_config.json", "checkpoints"),
+        *("metrics.jsonl", "tensorboard", "sample.txt"),
+    }
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"2", "4"}
+    assert (output / "sample.txt").read_text().startswith("the")
+    assert list((output / "tensorboard").iterdir())
+
+
+def test_metrics_have_a_line_a_step_and_validation_where_asked(finished):
+    lines = read_metrics(finished[0])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    always = {"step", "loss", "grad_norm", "learning_rate"}
+    validated = always | {"validation_loss", "validation_bits_per_byte"}
+    assert [set(line) for line in lines] == [always, always, validated, validated]
+
+
+def test_hymba_train_is_the_same_command(finished, cache, tmp_path):
+    _, config, _ = finished
+    result = run([HYMBA, "train", "--config", config, "--output", tmp_path / "other"], cache)
+    assert result.returncode == 0, result.stderr
+    assert read_metrics(tmp_path / "other") == read_metrics(finished[0])
+
+
+def test_a_finished_run_can_be_prolonged_from_its_own_config(finished, cache):
+    output, _, _ = finished
+    before = read_metrics(output)
+    result = run(train_py("--config", output / "config.toml", "--training.steps", "6"), cache)
+    assert result.returncode == 0, result.stderr
+    assert "going on after step 4" in result.stdout
+    after = read_metrics(output)
+    assert after[:4] == before
+    assert [line["step"] for line in after[4:]] == [5, 6]
+
+
+def test_generate_works_from_the_output_alone(finished, cache):
+    command = [HYMBA, "generate", "--model", finished[0], "--prompt", "the old"]
+    result = run([*command, "--max-new-tokens", "5"], cache)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("the old")
+    assert result.stderr == ""
+
+
+def test_another_architecture_is_refused(finished, cache):
+    output, config, _ = finished
+    before = (output / "config.toml").read_text()
+    result = run(train_py("--config", config, "--model.mlp-size", "48"), cache)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {output}: holds another run")
+    assert "model.mlp_size was 32, is 48" in result.stderr
+    assert (output / "config.toml").read_text() == before
+
+
+def test_help_lists_commands_and_fields(cache):
+    assert "generate" in run([HYMBA, "--help"], cache).stdout
+    result = run([HYMBA, "train", "--help"], cache)
+    assert result.returncode == 0
+    assert "--training.learning-rate" in result.stdout
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_one_line(config, output, cache):
+    small_files = ("bash", "-c", 'ulimit -f 24; exec "$@"', "bash")
+    limit = ("env", "JAX_ENABLE_COMPILATION_CACHE=0", *small_files)
+    result = run(train_py("--config", config), cache, limit)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {output}/checkpoints: a checkpoint cannot be written")
+    assert "File too large" in line
+    result = run(train_py("--config", config), cache)
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4]

@@ -1,0 +1,102 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from training.tiny import COMPUTE, MODEL
+
+from hymba_jax.model import Hymba
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.optimizer import is_matrix, learning_rate_schedule, make_optimizer
+
+CONFIG = TrainingConfig(
+    steps=10,
+    learning_rate=0.1,
+    min_learning_rate=0.01,
+    warmup_fraction=0.3,
+    decay_fraction=0.4,
+    weight_decay=0.2,
+    clip_norm=1.0,
+)
+
+
+def wsd(update: int) -> float:
+    """The rate of update 1, 2, ..., 10, written out for the config above."""
+    rates = [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1, 0.1, 0.0775, 0.055, 0.0325, 0.01]
+    return rates[update - 1]
+
+
+def test_schedule_warms_up_stays_and_decays():
+    schedule = learning_rate_schedule(CONFIG)
+    np.testing.assert_allclose(
+        [schedule(count) for count in range(10)], [wsd(i) for i in range(1, 11)], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_schedule_may_lack_a_stage(warmup, decay):
+    config = TrainingConfig(
+        steps=4,
+        learning_rate=0.4,
+        min_learning_rate=0.0,
+        warmup_fraction=warmup,
+        decay_fraction=decay,
+    )
+    expected = {(0, 0): [0.4] * 4, (0, 1): [0.3, 0.2, 0.1, 0], (1, 0): [0.1, 0.2, 0.3, 0.4]}
+    schedule = learning_rate_schedule(config)
+    np.testing.assert_allclose([schedule(i) for i in range(4)], expected[warmup, decay], atol=1e-7)
+
+
+def test_updates_equal_adamw_by_hand():
+    """Decoupled decay, bias correction and clipping, in float64 (arXiv 1711.05101, algorithm 2)."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 4)), "scale": rng.normal(size=4)}
+    mean = {name: np.zeros_like(value) for name, value in params.items()}
+    square = {name: np.zeros_like(value) for name, value in params.items()}
+    optimizer = make_optimizer(CONFIG)
+    ours = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), params)
+    state = optimizer.init(ours)
+    for update in range(1, 11):
+        scale = 10.0 if update % 2 else 0.01  # clipped, and not
+        grads = {name: scale * rng.normal(size=value.shape) for name, value in params.items()}
+        updates, state = optimizer.update(
+            jax.tree.map(lambda grad: jnp.asarray(grad, jnp.float32), grads), state, ours
+        )
+        ours = jax.tree.map(jnp.add, ours, updates)
+
+        norm = np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
+        for name, grad in grads.items():
+            clipped = grad / max(norm, 1.0)
+            mean[name] = 0.9 * mean[name] + 0.1 * clipped
+            square[name] = 0.95 * square[name] + 0.05 * clipped**2
+            step = mean[name] / (1 - 0.9**update)
+            step /= np.sqrt(square[name] / (1 - 0.95**update)) + 1e-8
+            if name == "kernel":
+                step += 0.2 * params[name]
+            params[name] = params[name] - wsd(update) * step
+    for name, value in params.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-6)  # float32, ten steps
+
+
+def test_only_matrices_decay():
+    config = dataclasses.replace(MODEL, layers="G 2*W")  # stacked layers, and one that is not
+    model = nnx.eval_shape(lambda: Hymba(config, COMPUTE, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model))
+    decays: dict[bool, set[str]] = {True: set(), False: set()}
+    for path, _ in jax.tree.leaves_with_path(params):
+        names = [str(key.key) for key in path]
+        name = names[-2] + "." + names[-1] if len(names) > 1 else names[-1]
+        decays[is_matrix(path, None)].add(name)
+    assert decays[True] == {
+        "embedding",
+        *(f"{name}_proj.kernel" for name in ("query", "key", "value", "in", "gate", "out")),
+        *(f"{name}_proj.kernel" for name in ("x", "dt", "up", "down")),
+    }
+    assert decays[False] == {
+        "meta_tokens",
+        *(f"ssm.{name}" for name in ("A_log", "D", "dt_bias", "conv_kernel", "conv_bias")),
+        *(f"{name}_norm.scale" for name in ("query", "key", "dt", "B", "C", "attention", "ssm")),
+        *(f"{name}_norm.scale" for name in ("mixer", "mlp", "final")),
+    }

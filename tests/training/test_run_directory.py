@@ -1,0 +1,84 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from training.tiny import MODEL
+
+from hymba_jax.config import ComputeConfig
+from hymba_jax.data import DataConfig
+from hymba_jax.data.tokenizer import build_tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.run_config import RunConfig
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
+
+DATA = DataConfig(tokenizer="bytes", sequence_length=16)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run that has a checkpoint."""
+    config = RunConfig(
+        str(tmp_path / "run"), model=dataclasses.replace(MODEL, vocab_size=259), data=DATA
+    )
+    write_run_directory(config, build_tokenizer(DATA, ()))
+    (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
+    return config
+
+
+def test_the_directory_holds_config_and_tokenizer(config, tmp_path):
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoints", "config.toml", "tokenizer.json", "tokenizer_config.json"}
+    assert RunConfig.from_toml(tmp_path / "run" / "config.toml") == config
+
+
+def test_an_empty_directory_is_a_fresh_run(config, tmp_path):
+    assert not is_resumed(dataclasses.replace(config, output=str(tmp_path / "other")))
+
+
+def test_a_directory_without_checkpoint_is_a_fresh_run(config, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "10").rename(tmp_path / "run" / "checkpoints" / "10.tmp")
+    assert not is_resumed(dataclasses.replace(config, seed=5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"training": TrainingConfig(steps=5000, learning_rate=1e-4, accumulate=2)},
+        {"compute": ComputeConfig(dtype="bfloat16", remat="block")},
+        {"data": dataclasses.replace(DATA, path="/another/place/of/the/same/text")},
+    ],
+)
+def test_a_run_goes_on_with_what_may_change(config, change):
+    assert is_resumed(dataclasses.replace(config, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"training": TrainingConfig(batch_size=16)}, "training.batch_size was 8, is 16"),
+        ({"compute": ComputeConfig(scan_layers=False)}, "compute.scan_layers was True, is False"),
+        ({"model": MODEL}, "model.vocab_size was 259, is 61"),
+        ({"data": DataConfig(tokenizer="bytes", sequence_length=8)}, "data.sequence_length was 16"),
+    ],
+)
+def test_another_run_is_refused_by_name(config, change, named):
+    with pytest.raises(HymbaError) as caught:
+        is_resumed(dataclasses.replace(config, **change))
+    assert named in str(caught.value)
+
+
+def test_a_directory_of_another_program_is_refused(config, tmp_path):
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.raises(HymbaError, match="no config"):
+        is_resumed(config)
+
+
+def test_fingerprints_tell_texts_apart():
+    tokens = np.arange(1000, dtype=np.uint16)
+    other = tokens.copy()
+    other[500] += 1
+    assert fingerprint(tokens) == fingerprint(tokens.copy())
+    assert len({fingerprint(stream) for stream in (tokens, other, tokens[:-1])}) == 3

@@ -1,0 +1,122 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from training.tiny import COMPUTE, MODEL
+
+from hymba_jax.data import IGNORED_TARGET
+from hymba_jax.model import Hymba
+from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.state import init_state, make_template
+from hymba_jax.training.step import compile_train_step
+
+LENGTH = 8
+
+
+class Setup:
+    """A compiled training step on some of the devices."""
+
+    def __init__(self, num_devices: int, accumulate: int):
+        config = TrainingConfig(batch_size=8, accumulate=accumulate, warmup_fraction=0.0)
+        mesh = make_mesh(jax.devices()[:num_devices])
+        optimizer = make_optimizer(config)
+        self.place = batch_sharding(mesh)
+        self.template = make_template(MODEL, COMPUTE, optimizer, mesh)
+        self.step = compile_train_step(self.template, optimizer, config, LENGTH, self.place)
+        self.optimizer = optimizer
+
+    def run(self, state, batch, steps=2):
+        """State and metrics after some steps; the second one's loss tests the first's update."""
+        state = jax.tree.map(jnp.copy, state)  # the step takes the memory of the one it is given
+        state = jax.device_put(state, self.template.shardings)
+        for _ in range(steps):
+            state, metrics = self.step(state, jax.device_put(batch, self.place))
+        return state, metrics
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return Setup(num_devices=1, accumulate=1)
+
+
+@pytest.fixture(scope="module")
+def state(one_device):
+    return init_state(MODEL, COMPUTE, one_device.optimizer, one_device.template, seed=3)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = np.random.default_rng(1).integers(0, 61, (8, LENGTH + 1)).astype(np.int32)
+    targets = tokens[:, 1:].copy()
+    targets[:3, 2:] = IGNORED_TARGET  # so that pieces of the batch count unequally
+    return {"inputs": tokens[:, :-1], "targets": targets}
+
+
+def assert_same(ours, expected):
+    """Equal but for the order of float32 sums; Adam's first steps turn rounding into sign."""
+    np.testing.assert_allclose(ours[1].loss, expected[1].loss, rtol=1e-5)
+    np.testing.assert_allclose(ours[1].grad_norm, expected[1].grad_norm, rtol=1e-4)
+    moments, expected_moments = (
+        [leaf for leaf in jax.tree.leaves(result[0].optimizer) if leaf.ndim]
+        for result in (ours, expected)
+    )
+    for moment, expected_moment in zip(moments, expected_moments, strict=True):
+        np.testing.assert_allclose(moment, expected_moment, rtol=2e-3, atol=1e-6)
+
+
+def test_metrics_are_of_the_model_before_the_update(one_device, state, batch):
+    logits = nnx.merge(one_device.template.graph, state.params)(jnp.asarray(batch["inputs"]))
+    logits = np.asarray(logits, np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    counts = batch["targets"] != IGNORED_TARGET
+    picked = np.take_along_axis(log_probs, np.where(counts, batch["targets"], 0)[..., None], -1)
+    _, metrics = one_device.run(state, batch, steps=1)
+    np.testing.assert_allclose(metrics.loss, -picked[..., 0][counts].mean(), rtol=1e-5)
+
+
+def test_training_learns_a_batch_by_heart(one_device, state, batch):
+    _, first = one_device.run(state, batch, steps=1)
+    _, last = one_device.run(state, batch, steps=200)
+    assert float(last.loss) < 0.2 * float(first.loss)
+
+
+def test_accumulating_equals_one_big_batch(one_device, state, batch):
+    pieces = Setup(num_devices=1, accumulate=4)
+    assert_same(pieces.run(state, batch), one_device.run(state, batch))
+
+
+def test_many_devices_equal_one(one_device, state, batch):
+    ours = Setup(num_devices=4, accumulate=2).run(state, batch)
+    assert ours[0].params["embedding"].sharding.num_devices == 4
+    assert not ours[0].params["embedding"].sharding.is_fully_replicated
+    assert_same(ours, one_device.run(state, batch))
+
+
+def test_state_is_drawn_as_the_template_says(one_device, state):
+    template = one_device.template
+    assert jax.tree.map(describe, template.state) == jax.tree.map(describe, state)
+    expected = nnx.to_pure_dict(nnx.state(Hymba(MODEL, COMPUTE, nnx.Rngs(3))))
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-6)  # compiled or not
+    jax.tree.map(assert_close, state.params, expected)
+    assert template.num_params == sum(leaf.size for leaf in jax.tree.leaves(expected))
+
+
+def describe(array):
+    return array.shape, array.dtype, array.sharding
+
+
+def test_moments_lie_where_their_parameters_lie():
+    mesh = make_mesh(jax.devices()[:4])
+    state = make_template(MODEL, COMPUTE, make_optimizer(TrainingConfig()), mesh).state
+    expected = jax.tree.leaves(jax.tree.map(describe, state.params), is_leaf=is_description)
+    moments = [describe(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert moments == 2 * expected
+
+
+def is_description(value):
+    return isinstance(value, tuple)

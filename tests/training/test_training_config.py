@@ -1,0 +1,34 @@
+import pytest
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.training.config import TrainingConfig
+
+
+def test_every_bad_value_is_named_at_once():
+    with pytest.raises(HymbaError) as caught:
+        TrainingConfig(steps=0, clip_norm=0.0, beta2=1.0, warmup_fraction=0.7, decay_fraction=0.4)
+    for name in ("steps is 0", "clip_norm is 0.0", "beta2 is 1.0", "warmup_fraction 0.7"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 6, "accumulate": 4},
+        {"learning_rate": 1e-4, "min_learning_rate": 1e-3},
+        {"learning_rate": float("nan")},
+        {"weight_decay": -0.1},
+        {"keep_checkpoints": 0},
+        {"sample_tokens": -1},
+        {"warmup_fraction": -0.1},
+    ],
+)
+def test_impossible_values_are_refused(change):
+    with pytest.raises(HymbaError, match=next(iter(change))):
+        TrainingConfig(**change)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_warmup_and_decay_never_overlap(steps):
+    config = TrainingConfig(steps=steps, warmup_fraction=0.5, decay_fraction=0.5)
+    assert config.warmup_steps + config.decay_steps <= steps
