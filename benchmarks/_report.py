@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 Row = dict[str, str | int | float]
@@ -42,7 +42,8 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None = None) -> No
     device = jax.devices()[0]
     table = Table(title=title, caption=f"{device.device_kind}, {os.cpu_count()} CPU cores")
     for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        justify: JustifyMethod = "left" if isinstance(value, str) else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(
             *(
@@ -54,6 +55,9 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None = None) -> No
                 for v in row.values()
             )
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has room for every column
+    console.print(table)
     if json_file is not None:
         json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
