@@ -57,7 +57,9 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of `text`, without special tokens. Raises HymbaError where it is no text."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise HymbaError(f"{text!a} is no text: it has bytes that are not UTF-8")
         return self.model.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
