@@ -11,7 +11,8 @@ class Display:
     """Lines on the standard output, as a context."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        # In a notebook, too, plain lines: they stay when it is saved.
+        self._console = Console(highlight=False, force_jupyter=False)
         self._status = self._console.status("")
 
     def say(self, text: str) -> None:
