@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
 
     XLA:CPU allocates a step's temporaries anew in each step. Given back and mapped again, every
     page of them is zeroed and faulted in each time: a training step of `configs/tiny.toml` took
-    545 ms so and takes 481 ms (`benchmarks/train_step.py`).
+    767 ms so and takes 636 ms (`benchmarks/train_step.py`).
 
     Call it before JAX starts its threads. It does nothing where the C library isn't glibc, or
     where JAX has an accelerator, whose host threads would only wait for one another's memory.

@@ -1,6 +1,6 @@
 """The shape legend: every axis name that appears in a jaxtyping annotation.
 
-| name       | in SPEC and paper | meaning                                                  |
+| name       | in the paper      | meaning                                                  |
 |------------|-------------------|----------------------------------------------------------|
 | batch      | B                 | sequences                                                |
 | length     | L or S            | positions of whatever the function is given              |

@@ -85,7 +85,7 @@ class Hymba(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch positions hidden"]:
         """The meta tokens, then the tokens' embeddings, in the compute dtype."""
-        x = self.embedding[...].astype(self.compute.dtype)[tokens]
+        x = self.embedding[...][tokens].astype(self.compute.dtype)  # gradients add up unrounded
         if not self.config.num_meta_tokens:
             return x
         meta = self.meta_tokens[...].astype(self.compute.dtype)

@@ -11,8 +11,9 @@ class Display:
     """Lines on the standard output, as a context."""
 
     def __init__(self) -> None:
-        # In a notebook, too, plain lines: they stay when it is saved.
-        self._console = Console(highlight=False, force_jupyter=False)
+        # A notebook says it is a terminal; it gets plain lines, which stay when it is saved.
+        live = False if Console().is_jupyter else None
+        self._console = Console(highlight=False, force_jupyter=False, force_terminal=live)
         self._status = self._console.status("")
 
     def say(self, text: str) -> None:

@@ -18,7 +18,7 @@ def inputs(length, seed=0):
 
 
 def by_hand(query, key, value, window, num_meta_tokens):
-    """One query, one head at a time, from SPEC's words."""
+    """One query, one head at a time, from the mask's words."""
     output = np.zeros((*query.shape[:3], value.shape[-1]))
     for b, q, h in np.ndindex(query.shape[:3]):
         group = h // (query.shape[2] // key.shape[2])
