@@ -3,7 +3,6 @@
 python benchmarks/train_step.py --config configs/tiny.toml
 """
 
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from _report import report
+from _report import Row, median_ms, report
 
 from hymba_jax.host_memory import keep_freed_memory
 from hymba_jax.run_config import RunConfig
@@ -53,22 +52,22 @@ def main(args: Args) -> None:
     shape = (training.batch_size, length)
     tokens = np.random.default_rng(0).integers(3, run.model.vocab_size, shape, np.int32)
     batch = jax.device_put({"inputs": tokens, "targets": tokens}, place)
-    times = []
-    for _ in range(args.steps + 2):
-        start = time.perf_counter()
+
+    def one_step() -> object:
+        nonlocal state
         state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    tokens_per_second = tokens.size / seconds
-    row = {
+        return metrics
+
+    milliseconds = median_ms(one_step, repeats=args.steps)
+    tokens_per_second = 1e3 * tokens.size / milliseconds
+    row: Row = {
         "config": args.config.stem,
         "parameters": template.num_params,
         "batch": f"{shape[0]} x {length}",
         "dtype": run.compute.dtype,
         "kept memory": str(args.keep_memory),
         "compile s": compile_seconds,
-        "step ms": 1e3 * seconds,
+        "step ms": milliseconds,
         "tokens/s": tokens_per_second,
         # 6 operations a parameter and token; attention's and the scan's own are left out.
         "GFLOP/s": 6e-9 * template.num_params * tokens_per_second,

@@ -4,9 +4,10 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import describe, fits
 from hymba_jax.layer_pattern import LayerSpec, Segment, format_pattern, hymba_pattern, parse_pattern
 
 type Auto = Literal["auto"]
@@ -261,19 +262,11 @@ def _type_problems(config: object) -> Iterator[str]:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             yield from _type_problems(value)
-        elif item.type in (int, bool, str) and type(value) is not item.type:
-            yield f"{item.name} is {value!r}, not {_TYPE_WORDS[item.type]}"
-        elif item.type is float and type(value) not in (int, float):
-            yield f"{item.name} is {value!r}, not a number"
-        elif item.type == int | Auto and type(value) is not int and value != "auto":
-            yield f'{item.name} is {value!r}, not a whole number or "auto"'
-        elif get_args(item.type) and item.type != int | Auto:
-            choices = get_args(item.type)
-            if value not in choices:
-                yield f"{item.name} is {value!r}, not one of {', '.join(map(str, choices))}"
+        elif not fits(value, item.type):
+            choices = get_args(item.type) if get_origin(item.type) is Literal else ()
+            wanted = f"one of {', '.join(choices)}" if choices else describe(item.type)
+            yield f"{item.name} is {value!r}, not {wanted}"
 
-
-_TYPE_WORDS = {int: "a whole number", bool: "true or false", str: "a text"}
 
 # Paper, Tab. 10 and appendix. Only the 1.5B has been released.
 PRESETS = {

@@ -24,14 +24,14 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeAliasType, Union, get_args, get_origin
+from typing import Annotated, Any
 
 import tyro
 
 from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import describe, fits
 from hymba_jax.training.config import TrainingConfig
 
 CONFIG_FILE = "config.toml"  # inside a run directory
@@ -147,29 +147,8 @@ def _misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
                 yield from _misfits(getattr(base, name), value, f"{dotted}.")
             else:
                 yield f"{dotted} is {value!r}, not a table"
-        elif not _fits(value, types[name]):
-            yield f"{dotted} is {value!r}, not {_describe(types[name])}"
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a TOML value is of this type; whole numbers are numbers, booleans are not."""
-    if isinstance(kind, TypeAliasType):
-        return _fits(value, kind.__value__)
-    if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, choice) for choice in get_args(kind))
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return type(value) in ((int, float) if kind is float else (kind,))
-
-
-def _describe(kind: Any) -> str:
-    if isinstance(kind, TypeAliasType):
-        return _describe(kind.__value__)
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(map(_describe, get_args(kind)))
-    if get_origin(kind) is Literal:
-        return " or ".join(json.dumps(choice) for choice in get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        elif not fits(value, types[name]):
+            yield f"{dotted} is {value!r}, not {describe(types[name])}"
 
 
 def _override[T](base: T, table: dict[str, Any]) -> T:

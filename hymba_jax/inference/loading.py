@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
+from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import load_params
+from hymba_jax.training.state import describe_model
 
 
 def load(directory: str | os.PathLike[str], step: int | None = None) -> tuple[Hymba, Tokenizer]:
@@ -29,10 +30,5 @@ def load(directory: str | os.PathLike[str], step: int | None = None) -> tuple[Hy
         raise HymbaError(f"{directory}: no run directory, it has no {CONFIG_FILE}")
     config = RunConfig.from_toml(config_file)
     compute = dataclasses.replace(config.compute, remat="none")
-    graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(config.model, compute, nnx.Rngs(0))))
-    here = SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        nnx.to_pure_dict(params),
-    )
+    graph, template = describe_model(config.model, compute, make_mesh(jax.devices()[:1]))
     return nnx.merge(graph, load_params(directory, template, step)), Tokenizer.load(directory)

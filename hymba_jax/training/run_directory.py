@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
 from hymba_jax.training.checkpoint import FOLDER, checkpoint_steps
+from hymba_jax.types import UInt
 
 
 def is_resumed(config: RunConfig) -> bool:

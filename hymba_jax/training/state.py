@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model import Hymba
@@ -46,24 +46,29 @@ def make_template(
     config: HymbaConfig, compute: ComputeConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Template:
     """Describes the training state of this architecture on this mesh; computes nothing."""
-    model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
-    graph, variables = nnx.split(model)
-    params = nnx.to_pure_dict(variables)
-    param_shardings = nnx.to_pure_dict(state_shardings(variables, mesh))
+    graph, params = describe_model(config, compute, mesh)
     moments = jax.eval_shape(optimizer.init, params)
-    moment_shardings = optax.tree.map_params(
+    shardings = optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda _, param: param.sharding,
         moments,
-        param_shardings,
+        params,
         transform_non_params=lambda _: replicated(mesh),
     )
-    state = jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        TrainState(params, moments),
-        TrainState(param_shardings, moment_shardings),
-    )
-    return Template(graph, state)
+    return Template(graph, TrainState(params, jax.tree.map(_placed, moments, shardings)))
+
+
+def describe_model(
+    config: HymbaConfig, compute: ComputeConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef[Hymba], Params]:
+    """The model without its parameters, and their shapes, dtypes and shardings."""
+    graph, variables = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
+    shardings = nnx.to_pure_dict(state_shardings(variables, mesh))
+    return graph, jax.tree.map(_placed, nnx.to_pure_dict(variables), shardings)
+
+
+def _placed(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def init_state(
