@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import HymbaConfig
+from hymba_jax.convert.released_config import require_released_form
 from hymba_jax.errors import HymbaError
 from hymba_jax.layer_pattern import LayerSpec
 from hymba_jax.model.hymba import layer_places
@@ -83,12 +84,9 @@ def rules(config: HymbaConfig) -> tuple[tuple[Rule, ...], tuple[tuple[Rule, ...]
     """The rules for what stands outside the layers, and for each layer.
 
     Raises:
-      ConversionError: the released code has no such architecture.
+      HymbaError: the released code, or its checkpoint, has no such architecture.
     """
-    if any(spec.attention is None or not spec.ssm for spec in config.layer_specs):
-        raise ConversionError(
-            f"layers {config.layers!r}: the released code has no layers without attention or SSM"
-        )
+    require_released_form(config)
     if config.attention.qk_norm != "none":
         raise ConversionError("no released checkpoint has query and key norms")
     meta = (_META_RULE,) if config.num_meta_tokens else ()

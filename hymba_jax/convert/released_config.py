@@ -91,12 +91,8 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
     Raises:
       ConfigError: the released code has no such architecture.
     """
-    specs = config.layer_specs
-    if config.fusion != "mean":
-        raise ConfigError(f"the released code cannot fuse by {config.fusion!r}")
-    if any(spec.attention is None or not spec.ssm for spec in specs):
-        raise ConfigError(f"layers {config.layers!r}: the released code has only hybrid layers")
-    attention, ssm = config.attention, config.ssm
+    require_released_form(config)
+    specs, attention, ssm = config.layer_specs, config.attention, config.ssm
     windowed = any(spec.attention == "window" for spec in specs)
     return _FIXED | {
         "architectures": ["HymbaForCausalLM"],
@@ -132,6 +128,14 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
+
+
+def require_released_form(config: HymbaConfig) -> None:
+    """Raises ConfigError if the released code has no such architecture."""
+    if config.fusion != "mean":
+        raise ConfigError(f"the released code cannot fuse by {config.fusion!r}")
+    if any(spec.attention is None or not spec.ssm for spec in config.layer_specs):
+        raise ConfigError(f"layers {config.layers!r}: the released code has only hybrid layers")
 
 
 def _positive_or_auto(value: int | None) -> int | Auto:

@@ -10,6 +10,7 @@ from golden_cases import GOLDEN, load
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.convert.mapping import ConversionError, from_released, to_released
+from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 
 
@@ -77,3 +78,16 @@ def test_every_tensor_that_does_not_fit_is_named():
         "model.layers.3.mamba.D.0 has shape (3,), not (128,)",
     ):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (HymbaConfig(layers="G M"), "the released code has only hybrid layers"),
+        (HymbaConfig(fusion="concat"), "the released code cannot fuse by 'concat'"),
+        (HymbaConfig(attention=AttentionConfig(qk_norm="rms")), "query and key norms"),
+    ],
+)
+def test_what_no_released_checkpoint_can_hold_is_refused(config, message):
+    with pytest.raises(HymbaError, match=message):
+        from_released({}, abstract_params(config), config, scan_layers=True)
