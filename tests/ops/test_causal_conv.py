@@ -1,11 +1,13 @@
 """The causal convolution against its formula in numpy, float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hymba_jax.ops.causal_conv import causal_conv
+from hymba_jax.ops.causal_conv import causal_conv, causal_conv_step
 
 # Float32 rounds at 6e-8; sums of at most some hundred terms, relative to the largest entry.
 FLOAT32 = 1e-5
@@ -21,20 +23,44 @@ def make_inputs(length, kernel, batch=2, channels=5):
     }
 
 
-def oracle(x, weight, bias, initial_inputs):
-    """The formula in float64, one position and tap at a time."""
-    kernel, before = len(weight), initial_inputs.shape[1]
+def make_marks(batch, length):
+    """Rows from empty to full, with a reset at every third position or so, past their ends too."""
+    resets = np.random.default_rng(2).random((batch, length)) < 0.3
+    return {"resets": resets, "lengths": np.arange(batch) * length // (batch - 1)}
+
+
+def oracle(x, weight, bias, initial_inputs, resets=None, lengths=None):
+    """One row and position after another in float64, with a window of the inputs before it."""
     y = np.zeros(x.shape)
-    for t in range(x.shape[1]):
-        for tap in range(kernel):
-            s = t - (kernel - 1) + tap
-            source = x[:, s] if s >= 0 else initial_inputs[:, before + s]
-            y[:, t] += weight[tap].astype(np.float64) * source
-    return y + bias
+    final_inputs = []
+    for row, window in enumerate(initial_inputs.astype(np.float64)):
+        for t in range(x.shape[1] if lengths is None else lengths[row]):
+            if resets is not None and resets[row, t]:
+                window = np.zeros_like(window)
+            window = np.concatenate([window, x[row, t][None]])
+            y[row, t] = (weight * window).sum(0) + bias
+            window = window[1:]
+        final_inputs.append(window)
+    return y, np.stack(final_inputs)
 
 
 def device(inputs):
     return {k: jnp.asarray(v) for k, v in inputs.items()}
+
+
+def loss_of(conv, weights):
+    """A scalar that gives y and the final inputs different cotangents everywhere."""
+
+    def loss(inputs):
+        return sum((w * out).sum() for w, out in zip(weights, conv(**inputs), strict=True))
+
+    return loss
+
+
+def make_weights(inputs):
+    rng = np.random.default_rng(1)
+    shapes = inputs["x"].shape, inputs["initial_inputs"].shape
+    return [rng.normal(size=s).astype(np.float32) for s in shapes]
 
 
 def assert_close(actual, expected, relative=0.0):
@@ -42,60 +68,115 @@ def assert_close(actual, expected, relative=0.0):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=relative, atol=atol)
 
 
+@pytest.mark.parametrize("marked", [(), ("resets",), ("lengths",), ("resets", "lengths")])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 11])
 @pytest.mark.parametrize("kernel", [1, 2, 4])
-def test_forward(length, kernel):
-    inputs = make_inputs(length, kernel)
+def test_forward(length, kernel, marked):
+    inputs, marks = make_inputs(length, kernel, batch=6), make_marks(6, length)
+    inputs |= {name: marks[name] for name in marked}
     y, final_inputs = jax.jit(causal_conv)(**device(inputs))
-    assert_close(y, oracle(**inputs))
-    seen = np.concatenate([inputs["initial_inputs"], inputs["x"]], axis=1)
-    np.testing.assert_array_equal(final_inputs, seen[:, length:])
+    expected_y, expected_inputs = oracle(**inputs)
+    assert_close(y, expected_y)
+    np.testing.assert_array_equal(final_inputs, expected_inputs)
 
 
 def test_zeros_left_of_the_start():
     inputs = make_inputs(6, 4)
     zeros = np.zeros_like(inputs.pop("initial_inputs"))
     y, final_inputs = causal_conv(**device(inputs))
-    assert_close(y, oracle(**inputs, initial_inputs=zeros))
+    assert_close(y, oracle(**inputs, initial_inputs=zeros)[0])
     np.testing.assert_array_equal(final_inputs, inputs["x"][:, -3:])
 
 
+@pytest.mark.parametrize("reset", [None, 0, 1, 5, 8])
 @pytest.mark.parametrize("cut", [1, 2, 7])
-def test_two_halves_equal_the_whole(cut):
-    inputs = device(make_inputs(11, 4))
+def test_two_halves_equal_the_whole(cut, reset):
+    inputs, resets = device(make_inputs(11, 4)), jnp.zeros((2, 11), bool)
     x = inputs.pop("x")
-    y, final_inputs = causal_conv(x, **inputs)
-    y1, between = causal_conv(x[:, :cut], **inputs)
-    y2, last = causal_conv(x[:, cut:], **inputs | {"initial_inputs": between})
+    if reset is not None:
+        resets = resets.at[:, reset].set(True)
+    y, final_inputs = causal_conv(x, **inputs, resets=resets)
+    y1, between = causal_conv(x[:, :cut], **inputs, resets=resets[:, :cut])
+    inputs["initial_inputs"] = between
+    y2, last = causal_conv(x[:, cut:], **inputs, resets=resets[:, cut:])
     np.testing.assert_array_equal(jnp.concatenate([y1, y2], axis=1), y)
     np.testing.assert_array_equal(last, final_inputs)
 
 
-def test_gradients():
-    """y is linear in each input apart, so a difference of any step is the exact derivative."""
-    inputs = make_inputs(5, 4)
-    cotangent = np.random.default_rng(1).normal(size=inputs["x"].shape).astype(np.float32)
+def test_steps_equal_the_whole():
+    inputs = make_inputs(7, 4)
+    expected_y, expected_inputs = oracle(**inputs)
+    x, weight, bias, before = device(inputs).values()
+    for t in range(7):
+        y, before = causal_conv_step(x[:, t], weight, bias, inputs=before)
+        assert_close(y, expected_y[:, t])
+    np.testing.assert_array_equal(before, expected_inputs)
 
-    def loss(inputs):
-        return (cotangent * causal_conv(**inputs)[0]).sum()
 
-    gradients = jax.grad(loss)(device(inputs))
-    at_zero = (cotangent * oracle(**inputs)).sum()
-    for name, gradient in gradients.items():
+@pytest.mark.parametrize("marked", [False, True])
+def test_gradients(marked):
+    """The outputs are linear in each input apart: a difference of any step is the derivative."""
+    inputs = make_inputs(6, 4, batch=4)
+    marks, weights = make_marks(4, 6) if marked else {}, make_weights(inputs)
+    conv, loss = partial(causal_conv, **device(marks)), loss_of(partial(oracle, **marks), weights)
+    for name, gradient in jax.grad(loss_of(conv, weights))(device(inputs)).items():
         expected = np.zeros(gradient.shape)
         for index in np.ndindex(gradient.shape):
             moved = inputs[name].astype(np.float64)
             moved[index] += 1
-            expected[index] = (cotangent * oracle(**inputs | {name: moved})).sum() - at_zero
+            expected[index] = loss(inputs | {name: moved}) - loss(inputs)
         assert_close(gradient, expected)
+
+
+def test_what_follows_the_end_does_not_matter():
+    """Not even when it is not a number: the same values, the same gradients, and none there."""
+    inputs, lengths = make_inputs(11, 4, batch=3), [0, 2, 7]
+    weights, spoilt = make_weights(inputs), {k: v.copy() for k, v in inputs.items()}
+    for row, end in enumerate(lengths):
+        spoilt["x"][row, end:] = np.nan
+    conv = partial(causal_conv, lengths=jnp.array(lengths))
+    gradient = jax.grad(loss_of(conv, weights))
+    for function in (lambda v: conv(**v), gradient):
+        clean, other = (jax.jit(function)(device(v)) for v in (inputs, spoilt))
+        jax.tree.map(np.testing.assert_array_equal, other, clean)
+    assert not any(
+        gradient(device(spoilt))["x"][row, end:].any() for row, end in enumerate(lengths)
+    )
+
+
+@pytest.mark.parametrize("first", [0, 1, 6, 9])
+def test_a_document_does_not_see_the_one_before(first):
+    """Changing what comes before a reset changes nothing from there on, in values or gradients."""
+    inputs = make_inputs(10, 4)
+    changed = {k: v.copy() for k, v in inputs.items()}
+    changed["x"][:, :first] *= -2
+    changed["initial_inputs"] *= -2
+    conv = partial(causal_conv, resets=jnp.zeros((2, 10), bool).at[:, first].set(True))
+    weights = make_weights(inputs)
+    weights[0][:, :first] = 0
+
+    def of_the_second(inputs):
+        y, final_inputs = jax.jit(conv)(**inputs)
+        gradients = jax.jit(jax.grad(loss_of(conv, weights)))(inputs)
+        assert not gradients.pop("initial_inputs").any()
+        assert not gradients["x"][:, :first].any()
+        return y[:, first:], final_inputs, gradients
+
+    of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
+    jax.tree.map(np.testing.assert_array_equal, of_one, of_other)
 
 
 def test_bfloat16():
     """Inputs and taps in bfloat16; y is rounded once, to 8 bits: at most 2**-8 of its size."""
     inputs = {k: jnp.asarray(v, jnp.bfloat16) for k, v in make_inputs(11, 4).items()}
-    y, final_inputs = causal_conv(**inputs)
+    marks = make_marks(2, 11)
+    y, final_inputs = causal_conv(**inputs, **device(marks))
     assert y.dtype == final_inputs.dtype == jnp.bfloat16
-    assert_close(y, oracle(**{k: np.asarray(v, np.float64) for k, v in inputs.items()}), 2**-8)
+    expected_y, expected_inputs = oracle(
+        **{k: np.asarray(v, np.float64) for k, v in inputs.items()}, **marks
+    )
+    assert_close(y, expected_y, 2**-8)
+    np.testing.assert_array_equal(np.asarray(final_inputs, np.float64), expected_inputs)
 
 
 def test_vmap():

@@ -1,7 +1,7 @@
 """The depthwise causal convolution."""
 
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float, Int
 
 
 def causal_conv(
@@ -10,6 +10,8 @@ def causal_conv(
     bias: Float[Array, "channels"],
     *,
     initial_inputs: Float[Array, "batch kernel-1 channels"] | None = None,
+    resets: Bool[Array, "batch length"] | None = None,
+    lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
     """Convolves every channel with its own taps over the current and the earlier positions.
 
@@ -22,8 +24,12 @@ def causal_conv(
       weight: taps, the oldest input's first.
       bias: added to every position.
       initial_inputs: the inputs just before the first position, oldest first; zeros if absent.
+      resets: where true, the inputs before that position count as zero from there on: a document
+        starts there.
+      lengths: positions of each row that count. Those after them have y = 0, whatever they hold.
 
     Returns:
-      y in x's dtype, and the last `kernel - 1` inputs: the `initial_inputs` of what follows.
+      y in x's dtype, and the last `kernel - 1` inputs that count, zeros for those before a reset:
+      the `initial_inputs` of what follows.
     """
-    return causal_conv_reference(x, weight, bias, initial_inputs)
+    return causal_conv_reference(x, weight, bias, initial_inputs, resets, lengths)

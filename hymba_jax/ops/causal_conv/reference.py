@@ -1,8 +1,9 @@
 """The causal convolution as a sum of shifted products."""
 
 import jax.numpy as jnp
+from jax import lax
 
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float, Int
 
 
 def causal_conv_reference(
@@ -10,15 +11,38 @@ def causal_conv_reference(
     weight: Float[Array, "kernel channels"],
     bias: Float[Array, "channels"],
     initial_inputs: Float[Array, "batch kernel-1 channels"] | None = None,
+    resets: Bool[Array, "batch length"] | None = None,
+    lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
     """`causal_conv` as its formula reads, summed in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    kernel, length = weight.shape[0], x.shape[1]
+    before, length = weight.shape[0] - 1, x.shape[1]
+    positions = jnp.arange(length)[None]
     if initial_inputs is None:
-        initial_inputs = jnp.zeros((x.shape[0], kernel - 1, x.shape[2]), x.dtype)
+        initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
+    if lengths is not None:
+        counts = positions < lengths[:, None]
+        x = jnp.where(counts[:, :, None], x, 0)
+        resets = None if resets is None else resets & counts
+    if resets is not None:
+        # Where the document of each position starts, if not before the first one.
+        starts = lax.cummax(jnp.where(resets, positions, -before), axis=1)
+
     inputs = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
     y = bias.astype(dtype)[None, None]
-    for tap in range(kernel):
+    for tap in range(before + 1):
         shifted = inputs[:, tap : tap + length].astype(dtype)
+        if resets is not None:
+            shifted = jnp.where((positions - before + tap >= starts)[:, :, None], shifted, 0)
         y = y + weight[tap].astype(dtype)[None, None] * shifted
-    return y.astype(x.dtype), inputs[:, length:]
+
+    ends = length if lengths is None else lengths[:, None]
+    last = ends + jnp.arange(-before, 0)[None]
+    if lengths is None:
+        final_inputs = inputs[:, length:]
+    else:
+        y = jnp.where(counts[:, :, None], y, 0)
+        final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
+    if resets is not None:
+        final_inputs = jnp.where((last >= starts[:, -1:])[:, :, None], final_inputs, 0)
+    return y.astype(x.dtype), final_inputs
