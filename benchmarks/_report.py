@@ -60,4 +60,9 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None = None) -> No
         console.width = 160  # a file has room for every column
     console.print(table)
     if json_file is not None:
-        json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json(rows, json_file)
+
+
+def write_json(rows: Sequence[Row], file: Path) -> None:
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

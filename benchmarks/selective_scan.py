@@ -68,17 +68,23 @@ def with_gradient(scan: Callable[..., tuple[Array, Array]]) -> Callable[..., Any
     return function
 
 
-def main(options: Options) -> None:
+def make_inputs(
+    batch: int, length: int, channels: int, state: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """A cotangent of y, and x, dt, A, B and C as at the start of training."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return jnp.asarray(rng.normal(size=(batch, length, *shape)), jnp.float32)
 
+    A = -jnp.broadcast_to(jnp.arange(1.0, state + 1)[:, None], (state, channels))
+    x, dt, dy = normal(channels), normal(channels) - 3, normal(channels)
+    return dy, (x, dt, A, normal(state), normal(state))
+
+
+def main(options: Options) -> None:
     b, length, e, n = options.batch, options.length, options.channels, options.state
-    x, dt, dy = normal(b, length, e), normal(b, length, e) - 3, normal(b, length, e)
-    A = -jnp.broadcast_to(jnp.arange(1.0, n + 1)[:, None], (n, e))
-    inputs = (x, dt, A, normal(b, length, n), normal(b, length, n))
-
+    dy, inputs = make_inputs(b, length, e, n)
     scans: dict[str, Callable[..., tuple[Array, Array]]] = {
         "lax.scan over time": loop,
         "lax.associative_scan": associative,

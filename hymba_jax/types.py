@@ -12,6 +12,8 @@
 | channels   | E                 | SSM channels                                             |
 | state      | N                 | SSM state size per channel                               |
 | dt_rank    | R                 | width of the time step before `dt_proj`                  |
+| chunks     |                   | parts of a length, as scans take it                      |
+| steps      |                   | positions of a chunk                                     |
 | kernel     | K                 | taps of the causal convolution                           |
 | vocab      |                   | tokens in the vocabulary                                 |
 | stream     |                   | tokens of many documents, one after the other            |

@@ -25,6 +25,11 @@ TRAINING = TrainingConfig(steps=3, batch_size=8, warmup_fraction=0.0, decay_frac
 
 def train(devices):
     mesh = make_mesh(devices)
+    with jax.set_mesh(mesh):
+        return train_on(mesh)
+
+
+def train_on(mesh):
     optimizer = make_optimizer(TRAINING)
     template = make_template(CONFIG, ComputeConfig(), optimizer, mesh)
     state = init_state(CONFIG, ComputeConfig(), optimizer, template, seed=0)

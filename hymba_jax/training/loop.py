@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_batches
 from hymba_jax.errors import HymbaError
@@ -29,13 +30,13 @@ def train(config: RunConfig) -> None:
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
     """
-    with Display() as display:
-        _train(config, display)
-
-
-def _train(config: RunConfig, display: Display) -> None:
-    training, length = config.training, config.data.sequence_length
     mesh = make_mesh()
+    with Display() as display, jax.set_mesh(mesh):
+        _train(config, mesh, display)
+
+
+def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
+    training, length = config.training, config.data.sequence_length
     if training.micro_batch_size % mesh.size:
         raise HymbaError(
             f"training.batch_size / training.accumulate is {training.micro_batch_size} sequences, "

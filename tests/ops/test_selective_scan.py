@@ -1,20 +1,52 @@
 """Every implementation of the selective scan against the recurrence in numpy, float64."""
 
-from functools import cache
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.ops.selective_scan import selective_scan, selective_scan_step
 from hymba_jax.ops.selective_scan.api import IMPLEMENTATIONS
 
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 # Float32 rounds at 6e-8; sums of some hundred terms, relative to the largest entry.
 FLOAT32 = 1e-5
 
-every_implementation = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+# Positions that each implementation takes at a time; tests cross the borders between them.
+CHUNK = {"associative": 32, "pallas_gpu": 64, "pallas_tpu": 128, "reference": 1, "xla": 8}
+
+
+@contextmanager
+def pallas_interpreter():
+    """Runs a kernel as XLA operations, with NaN wherever nothing was written. They are many, and
+    need not be fast: XLA may save itself the optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+# What runs a kernel on this machine, where it is not compiled for it.
+INTERPRETER = {
+    "pallas_gpu": plgpu.force_gpu_interpret_mode,
+    "pallas_tpu": pallas_interpreter,
+}
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+def implementation(request):
+    with INTERPRETER.get(request.param, nullcontext)():
+        yield request.param
 
 
 def make_inputs(batch, length, channels, state, without=()):
@@ -34,13 +66,38 @@ def make_inputs(batch, length, channels, state, without=()):
     return {k: v.astype(np.float32) for k, v in inputs.items() if k not in without}
 
 
-def oracle(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None):
-    """The formula, one number at a time over time, in float64."""
+def make_marks(batch, length):
+    """Resets at the start, in the middle, twice running and at the end, and past a row's end."""
+    resets = np.zeros((batch, length), bool)
+    resets[-1, [0, length // 2, length // 2 + 1, length - 1]] = True
+    resets[0] = resets[-1]
+    return {"resets": resets, "lengths": np.arange(1, batch + 1) * length // batch}
+
+
+def oracle(
+    x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, resets=None, lengths=None
+):
+    """The formula, one position after another in float64, for each row as far as it goes."""
+    if lengths is not None:
+        y, h = np.zeros_like(x), []
+        for row, length in enumerate(lengths):
+            of_row = {"z": z, "initial_state": initial_state, "resets": resets}
+            of_row = {k: v[row : row + 1] for k, v in of_row.items() if v is not None}
+            # cut to the row's length: what comes after must not matter
+            for k in {"z", "resets"} & set(of_row):
+                of_row[k] = of_row[k][:, :length]
+            x_row, dt_row, B_row, C_row = (v[row : row + 1, :length] for v in (x, dt, B, C))
+            y_row, h_row = oracle(x_row, dt_row, A, B_row, C_row, D, dt_bias=dt_bias, **of_row)
+            y[row, :length] = y_row[0]
+            h.append(h_row)
+        return y, np.concatenate(h)
     delta = np.logaddexp(0, dt + (0 if dt_bias is None else dt_bias))
     h = np.zeros((len(x), *A.shape)) if initial_state is None else initial_state
     y = np.zeros_like(x)
     for t in range(x.shape[1]):
         decay = np.exp(delta[:, t, None, :] * A)
+        if resets is not None:
+            decay = decay * ~resets[:, t, None, None]
         h = decay * h + (delta[:, t] * x[:, t])[:, None, :] * B[:, t, :, None]
         y[:, t] = (h * C[:, t, :, None]).sum(1)
     if D is not None:
@@ -58,6 +115,10 @@ def device(inputs, dtype=jnp.float32):
     return {k: jnp.asarray(v, dtype) for k, v in inputs.items()}
 
 
+def on_device(marks):
+    return {k: jnp.asarray(v) for k, v in marks.items()}
+
+
 def loss_of(scan, weights):
     """A scalar that gives y and the final state different cotangents everywhere."""
 
@@ -73,16 +134,19 @@ def make_weights(batch, length, channels, state):
     return [rng.normal(size=s).astype(np.float32) for s in shapes]
 
 
-def gradients_in_float64(inputs, weights):
+def gradients_in_float64(inputs, weights, **marks):
     """The reference implementation differentiated in float64: see `test_exact_gradients`."""
+
+    scan = partial(selective_scan, **on_device(marks), implementation="reference")
     with jax.enable_x64(True):
-        loss = loss_of(IMPLEMENTATIONS["reference"], [jnp.asarray(w, jnp.float64) for w in weights])
+        loss = loss_of(scan, [jnp.asarray(w, jnp.float64) for w in weights])
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(device(inputs, jnp.float64)))
 
 
 @cache
-def exact_gradients(sizes, without=()):
-    return gradients_in_float64(make_inputs(*sizes, without), make_weights(*sizes))
+def exact_gradients(sizes, without=(), marked=False):
+    marks = make_marks(*sizes[:2]) if marked else {}
+    return gradients_in_float64(make_inputs(*sizes, without), make_weights(*sizes), **marks)
 
 
 def assert_close(actual, expected, relative=0.0, of_largest=FLOAT32):
@@ -91,13 +155,15 @@ def assert_close(actual, expected, relative=0.0, of_largest=FLOAT32):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=relative, atol=atol)
 
 
+@pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("name", sorted(make_inputs(1, 1, 1, 1)))
-def test_exact_gradients(name):
+def test_exact_gradients(name, marked):
     """Float64 gradients equal central differences of the numpy oracle, entry by entry."""
-    sizes = (2, 3, 3, 2)
+    sizes = (2, 4, 3, 2)
     inputs, weights = float64(make_inputs(*sizes)), make_weights(*sizes)
-    gradient = exact_gradients(sizes)[name]
-    loss, step = loss_of(oracle, weights), 1e-6
+    marks = make_marks(*sizes[:2]) if marked else {}
+    gradient = exact_gradients(sizes, marked=marked)[name]
+    loss, step = loss_of(partial(oracle, **marks), weights), 1e-6
     for index in np.ndindex(inputs[name].shape):
         values = []
         for sign in (1, -1):
@@ -108,47 +174,93 @@ def test_exact_gradients(name):
         assert gradient[index] == pytest.approx(difference, rel=1e-6, abs=1e-8)
 
 
-# Lengths around a chunk of 8: one position, part of one, exactly one and two, two and a part.
-@every_implementation
+def assert_conforms(scan, inputs, weights, gradients, **marks):
+    """Values against the oracle and gradients against these."""
+    scan = partial(scan, **on_device(marks))
+    for actual, expected in zip(
+        jax.jit(scan)(**device(inputs)), oracle(**float64(inputs), **marks), strict=True
+    ):
+        assert_close(actual, expected)
+    actual = jax.jit(jax.grad(loss_of(scan, weights)))(device(inputs))
+    for name, expected in gradients.items():
+        assert_close(actual[name], expected)
+
+
+# One position, part of a chunk, exactly one and two, two and a part; odd and even channels.
 @pytest.mark.parametrize(
-    ("length", "channels"), [(1, 5), (5, 5), (8, 5), (16, 5), (19, 5), (19, 130)]
+    ("chunks", "channels"), [(0, 5), (0.6, 5), (1, 5), (2, 5), (2.3, 5), (1.3, 130)]
 )
-def test_forward_and_gradients(implementation, length, channels):
+def test_forward_and_gradients(implementation, chunks, channels):
+    length = max(1, int(chunks * CHUNK[implementation]))
     sizes = (2, length, channels, 4)
+    scan = partial(selective_scan, implementation=implementation)
+    assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
+def test_blocks_of_channels(implementation):
+    """Two of 384, the second in part, and more states than a tile has sublanes."""
+    sizes = (2, 5, 700, 12)
+    scan = partial(selective_scan, implementation=implementation)
+    assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
+
+
+def test_resets_and_lengths(implementation):
+    sizes = (3, int(2.3 * CHUNK[implementation]) + 4, 6, 4)
+    inputs, weights, marks = make_inputs(*sizes), make_weights(*sizes), make_marks(*sizes[:2])
+    scan = partial(selective_scan, implementation=implementation)
+    assert_conforms(scan, inputs, weights, exact_gradients(sizes, marked=True), **marks)
+
+
+def test_what_follows_the_end_does_not_matter(implementation):
+    """Not even when it is not a number: the same values, the same gradients, and none there."""
+    sizes = (2, 11, 6, 3)
     inputs, weights = make_inputs(*sizes), make_weights(*sizes)
-
-    def scan(**inputs):
-        return selective_scan(**inputs, implementation=implementation)
-
-    y, final_state = jax.jit(scan)(**device(inputs))
-    expected_y, expected_state = oracle(**float64(inputs))
-    assert_close(y, expected_y)
-    assert_close(final_state, expected_state)
-
-    gradients = jax.jit(jax.grad(loss_of(scan, weights)))(device(inputs))
-    for name, expected in exact_gradients(sizes).items():
-        assert_close(gradients[name], expected)
+    lengths = jnp.array([4, 11])
+    spoilt = {k: v.copy() for k, v in inputs.items()}
+    for name in ("x", "dt", "B", "C", "z"):
+        spoilt[name][0, 4:] = np.nan
+    scan = partial(selective_scan, lengths=lengths, implementation=implementation)
+    for function in (lambda v: scan(**v), jax.grad(loss_of(scan, weights))):
+        clean = jax.jit(function)(device(inputs))
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(function)(device(spoilt)), clean)
+    gradients = jax.grad(loss_of(scan, weights))(device(spoilt))
+    assert not any(gradients[name][0, 4:].any() for name in ("x", "dt", "B", "C", "z"))
 
 
-@every_implementation
+def test_a_document_does_not_see_the_one_before(implementation):
+    """Changing what comes before a reset changes nothing from there on, in values or gradients."""
+    sizes = (1, int(1.5 * CHUNK[implementation]) + 3, 6, 3)
+    first = sizes[1] // 2
+    resets = np.zeros(sizes[:2], bool)
+    resets[0, first] = True
+    inputs, changed = make_inputs(*sizes), make_inputs(*sizes)
+    for name in ("x", "dt", "B", "C", "z"):
+        changed[name][:, :first] *= -2
+    weights = make_weights(*sizes)
+    weights[0][:, :first] = 0
+    scan = partial(selective_scan, resets=jnp.asarray(resets), implementation=implementation)
+
+    def of_the_second(inputs):
+        y, state = jax.jit(scan)(**inputs)
+        gradients = jax.jit(jax.grad(loss_of(scan, weights)))(inputs)
+        sequences = [gradients.pop(name) for name in ("x", "dt", "B", "C", "z")]
+        assert not any(gradient[:, :first].any() for gradient in sequences)
+        assert not gradients["initial_state"].any()
+        return y[:, first:], state, [v[:, first:] for v in sequences]
+
+    of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
+    jax.tree.map(np.testing.assert_array_equal, of_one, of_other)
+
+
 @pytest.mark.parametrize("without", [OPTIONAL[:2], OPTIONAL[2:], OPTIONAL])
 def test_optional_inputs(implementation, without):
     sizes = (2, 11, 6, 3)
     inputs, weights = make_inputs(*sizes, without), make_weights(*sizes)
-
-    def scan(**inputs):
-        return selective_scan(**inputs, implementation=implementation)
-
-    for actual, expected in zip(
-        jax.jit(scan)(**device(inputs)), oracle(**float64(inputs)), strict=True
-    ):
-        assert_close(actual, expected)
-    gradients = jax.jit(jax.grad(loss_of(scan, weights)))(device(inputs))
-    for name, expected in exact_gradients(sizes, without).items():
-        assert_close(gradients[name], expected)
+    scan = partial(selective_scan, implementation=implementation)
+    assert_conforms(scan, inputs, weights, exact_gradients(sizes, without))
 
 
-@every_implementation
 def test_bfloat16(implementation):
     """Arithmetic in float32, so the only error beyond it is the rounding of each result to
     8 bits, 2**-9 of its size; a bound of 2**-8 leaves a result on the edge its neighbour."""
@@ -182,7 +294,6 @@ def test_bfloat16(implementation):
         assert_close(gradient, exact[name], relative=2**-8 if name in halved else 0)
 
 
-@every_implementation
 @pytest.mark.parametrize("cut", [1, 8, 13])
 def test_two_halves_equal_the_whole(implementation, cut):
     inputs = device(make_inputs(2, 19, 6, 4))
@@ -197,55 +308,129 @@ def test_two_halves_equal_the_whole(implementation, cut):
     assert_close(last, final_state)
 
 
-@every_implementation
-def test_transformations(implementation):
-    """vmap, and rematerialised inside a scan over layers: the same values and gradients."""
+def make_layers(sizes):
+    """Inputs that differ, one after the other and stacked."""
+    inputs = device(make_inputs(*sizes))
+    layers = [inputs, jax.tree.map(lambda v: v * 0.5, inputs)]
+    return layers, jax.tree.map(lambda *v: jnp.stack(v), *layers)
+
+
+def test_vmap(implementation):
     sizes = (2, 11, 6, 3)
-    inputs, weights = make_inputs(*sizes), make_weights(*sizes)
-    layers = [device(inputs), jax.tree.map(lambda v: v * 0.5, device(inputs))]
-    stacked = jax.tree.map(lambda *v: jnp.stack(v), *layers)
-
-    def scan(**inputs):
-        return selective_scan(**inputs, implementation=implementation)
-
-    loss = loss_of(scan, weights)
-    separate = [jax.jit(jax.value_and_grad(loss))(layer) for layer in layers]
+    layers, stacked = make_layers(sizes)
+    loss = loss_of(partial(selective_scan, implementation=implementation), make_weights(*sizes))
+    function = jax.value_and_grad(loss)
+    separate = [jax.jit(function)(layer) for layer in layers]
     expected = jax.tree.map(lambda *v: np.stack(v), *separate)
+    jax.tree.map(assert_close, jax.jit(jax.vmap(function))(stacked), expected)
+
+
+def loss_of_layers(loss):
+    """The loss summed over stacked layers, each of them rematerialised."""
 
     def summed(stacked):
-        step = jax.checkpoint(lambda total, layer: (total + loss(layer), loss(layer)))
-        return jax.lax.scan(step, jnp.zeros(()), stacked)
+        step = jax.checkpoint(lambda total, layer: (total + loss(layer), None))
+        return jax.lax.scan(step, jnp.zeros(()), stacked)[0]
 
-    (_, losses), gradients = jax.jit(jax.value_and_grad(summed, has_aux=True))(stacked)
-    vmapped = jax.jit(jax.vmap(jax.value_and_grad(loss)))(stacked)
-    for actual in (vmapped, (losses, gradients)):
-        jax.tree.map(assert_close, actual, expected)
+    return summed
 
 
-def test_padding_decays_nothing():
-    """A time step of zero keeps the state to the last bit, however often it is taken."""
+# The interpreter of GPU kernels calls Python, which stops rematerialisation.
+@pytest.mark.parametrize(
+    "implementation", sorted({*IMPLEMENTATIONS} - {"pallas_gpu"}), indirect=True
+)
+def test_rematerialised_in_a_scan_over_layers(implementation):
+    sizes = (2, 11, 6, 3)
+    layers, stacked = make_layers(sizes)
+    loss = loss_of(partial(selective_scan, implementation=implementation), make_weights(*sizes))
+    value, gradients = jax.jit(jax.value_and_grad(loss_of_layers(loss)))(stacked)
+    separate = [jax.jit(jax.value_and_grad(loss))(layer) for layer in layers]
+    assert_close(value, sum(value for value, _ in separate))
+    expected = jax.tree.map(lambda *v: np.stack(v), *(gradient for _, gradient in separate))
+    jax.tree.map(assert_close, gradients, expected)
+
+
+def test_gpu_kernels_lower_when_rematerialised():
+    """Forward, forward again and backward, as far as a machine without a GPU goes."""
+    sizes = (2, 11, 6, 3)
+    _, stacked = make_layers(sizes)
+    loss = loss_of(partial(selective_scan, implementation="pallas_gpu"), make_weights(*sizes))
+    traced = jax.jit(jax.value_and_grad(loss_of_layers(loss))).trace(stacked)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("custom_call @mosaic_gpu") == 3
+
+
+def test_a_time_step_of_zero_changes_nothing(implementation):
+    """To the last bit, however often it is taken."""
     inputs = device(make_inputs(1, 19, 6, 4, without=("dt_bias",)))
     inputs["dt"] = jnp.full_like(inputs["dt"], -jnp.inf)
-    for implementation in IMPLEMENTATIONS:
-        _, final_state = selective_scan(**inputs, implementation=implementation)
-        np.testing.assert_array_equal(final_state, inputs["initial_state"])
+    _, final_state = selective_scan(**inputs, implementation=implementation)
+    np.testing.assert_array_equal(final_state, inputs["initial_state"])
 
 
-def test_fast_decay_underflows_to_zero():
+def test_fast_decay_underflows_to_zero(implementation):
     """exp(delta A) far below the smallest float32 forgets the state and gives no NaN."""
     inputs = device(make_inputs(1, 9, 6, 4))
     inputs["A"] = jnp.full_like(inputs["A"], -1e6)
-    for implementation in IMPLEMENTATIONS:
-        scan = loss_of(
-            lambda i=implementation, **v: selective_scan(**v, implementation=i),
-            make_weights(1, 9, 6, 4),
+    scan = partial(selective_scan, implementation=implementation)
+    gradients = jax.jit(jax.grad(loss_of(scan, make_weights(1, 9, 6, 4))))(inputs)
+    assert_close(gradients["initial_state"], np.zeros((1, 4, 6)))
+    assert all(jnp.isfinite(g).all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("without", [(), OPTIONAL[:3]])
+def test_steps_equal_the_scan(without):
+    inputs = make_inputs(2, 7, 6, 4, without)
+    expected_y, expected_state = oracle(**float64(inputs))
+    state, sequences = jnp.asarray(inputs.pop("initial_state")), ("x", "dt", "B", "C", "z")
+    for t in range(7):
+        now = {k: v[:, t] if k in sequences else v for k, v in device(inputs).items()}
+        y, state = selective_scan_step(**now, state=state)
+        assert_close(y, expected_y[:, t])
+    assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("kernel", sorted(INTERPRETER))
+def test_a_kernel_fails_loudly_where_it_cannot_run(kernel):
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU backend"):
+        selective_scan(**device(make_inputs(1, 2, 3, 2)), implementation=kernel)
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "expected"),
+    [
+        ("cpu", 1, "xla"),
+        ("tpu", 1, "pallas_tpu"),
+        ("gpu", 1, "pallas_gpu"),
+        ("tpu", 8, "xla"),
+        ("gpu", 8, "xla"),
+    ],
+)
+def test_choice_by_what_is_compiled_for(monkeypatch, platform, devices, expected):
+    """A kernel for one device's program, which in `shard_map` it is; else what XLA can split."""
+    chosen = []
+
+    def record(name, scan, *inputs):
+        chosen.append(name)
+        return scan(*inputs)
+
+    reference = IMPLEMENTATIONS["reference"]
+    for name in IMPLEMENTATIONS:
+        monkeypatch.setitem(IMPLEMENTATIONS, name, partial(record, name, reference))
+    kind = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = AbstractMesh((devices,), ("data",), (AxisType.Auto,), abstract_device=kind)
+    inputs = device(make_inputs(8, 4, 3, 2, without=OPTIONAL))
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(lambda v: selective_scan(**v), inputs)
+        by_device = jax.shard_map(
+            lambda v: selective_scan(**v), in_specs=P(), out_specs=P(), check_vma=False
         )
-        gradients = jax.jit(jax.grad(scan))(inputs)
-        assert_close(gradients["initial_state"], np.zeros((1, 4, 6)))
-        assert all(jnp.isfinite(g).all() for g in gradients.values())
+        jax.eval_shape(by_device, inputs)
+    alone = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}[platform]
+    assert chosen == [expected, alone]
 
 
 def test_unknown_implementation():
     inputs = device(make_inputs(1, 2, 3, 2))
-    with pytest.raises(ValueError, match=r"unknown .*'cuda'; choose from .*'reference', 'xla'"):
+    with pytest.raises(ValueError, match=r"unknown .*'cuda'; choose from .*'xla'"):
         selective_scan(**inputs, implementation="cuda")

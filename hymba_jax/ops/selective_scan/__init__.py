@@ -1,5 +1,18 @@
-"""The selective state-space scan of Mamba (arXiv 2312.00752)."""
+"""The selective state-space scan of Mamba (arXiv 2312.00752).
+
+| implementation | what it is                                      | gradient keeps a state every |
+|----------------|-------------------------------------------------|------------------------------|
+| `reference`    | the definition, one position after another      | position                     |
+| `xla`          | a loop, for CPUs and for what XLA must split    | 8 positions                  |
+| `associative`  | a parallel prefix in each chunk                 | 32 positions                 |
+| `pallas_gpu`   | Mosaic GPU kernels, from Hopper on              | 64 positions                 |
+| `pallas_tpu`   | Mosaic TPU kernels                              | 128 positions                |
+
+All of them pass one suite of tests, and can run with the length split over devices
+(`axis_name`). `selective_scan_step` is one position, for decoding.
+"""
 
 from hymba_jax.ops.selective_scan.api import selective_scan
+from hymba_jax.ops.selective_scan.step import selective_scan_step
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "selective_scan_step"]

@@ -1,13 +1,28 @@
 """Chooses an implementation of the selective scan."""
 
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+
+from hymba_jax.ops.platform import is_partitioned, target_platform
+from hymba_jax.ops.selective_scan.associative import selective_scan_associative
+from hymba_jax.ops.selective_scan.pallas_gpu import selective_scan_pallas_gpu
+from hymba_jax.ops.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from hymba_jax.ops.selective_scan.reference import selective_scan_reference
+from hymba_jax.ops.selective_scan.sharded import selective_scan_sharded
 from hymba_jax.ops.selective_scan.xla import selective_scan_xla
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = {
+    "associative": selective_scan_associative,
+    "pallas_gpu": selective_scan_pallas_gpu,
+    "pallas_tpu": selective_scan_pallas_tpu,
     "reference": selective_scan_reference,
     "xla": selective_scan_xla,
 }
+# By platform; all others run `xla`.
+FASTEST = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
 def selective_scan(
@@ -21,6 +36,9 @@ def selective_scan(
     dt_bias: Float[Array, "channels"] | None = None,
     *,
     initial_state: Float[Array, "batch state channels"] | None = None,
+    resets: Bool[Array, "batch length"] | None = None,
+    lengths: Int[Array, "batch"] | None = None,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """Runs the input-dependent linear recurrence of Mamba over a sequence.
@@ -43,17 +61,37 @@ def selective_scan(
       z: gate before its silu; no gate if absent.
       dt_bias: bias added to `dt`; none if absent.
       initial_state: the state before the first position; zeros if absent.
-      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform.
+      resets: where true, the state before that position counts as zero: a document starts there.
+      lengths: positions of each row that count. Those after them leave the state as it is, whatever
+        they hold, and have y = 0.
+      axis_name: mesh axis that the length is split over, inside `jax.shard_map` with
+        `check_vma=False`. Sequences are then this device's part of them; `initial_state`, `lengths`
+        and the returned state are still those of the whole.
+      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform that can
+        be split over the mesh in context.
 
     Returns:
       y in x's dtype and the state after the last position in float32.
 
     Raises:
-      ValueError: `implementation` is not a known name.
+      ValueError: `implementation` is not a known name, or cannot run on this platform.
     """
-    name = "xla" if implementation is None else implementation
+    name = implementation
+    if name is None:
+        name = "xla" if is_partitioned() else FASTEST.get(target_platform(), "xla")
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown selective_scan implementation {name!r}; choose from {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[name](x, dt, A, B, C, D, z, dt_bias, initial_state)
+    if lengths is not None:
+        # A time step of softplus(-inf) = 0 leaves the state alone.
+        start = 0 if axis_name is None else lax.axis_index(axis_name) * x.shape[1]
+        counts = start + jnp.arange(x.shape[1])[None] < lengths[:, None]
+        x, B, C = (jnp.where(counts[:, :, None], v, 0) for v in (x, B, C))
+        dt = jnp.where(counts[:, :, None], dt, -jnp.inf)
+        z = None if z is None else jnp.where(counts[:, :, None], z, 0)
+        resets = None if resets is None else resets & counts
+    scan = IMPLEMENTATIONS[name]
+    if axis_name is not None:
+        scan = partial(selective_scan_sharded, scan, axis_name)
+    return scan(x, dt, A, B, C, D, z, dt_bias, initial_state, resets)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float
 
 
 def selective_scan_reference(
@@ -16,6 +16,7 @@ def selective_scan_reference(
     z: Float[Array, "batch length channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
+    resets: Bool[Array, "batch length"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` as its formula reads. Float64 inputs are computed in float64."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -25,14 +26,17 @@ def selective_scan_reference(
     delta = jax.nn.softplus(dt)
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape), dtype)
+    if resets is None:
+        resets = jnp.zeros(x.shape[:2], bool)
 
     def step(h: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
-        x, delta, B, C = at
+        x, delta, B, C, reset = at
+        h = jnp.where(reset[:, None, None], 0, h)
         decay = jnp.exp(delta[:, None] * A[None])
         h = decay * h + (delta * x)[:, None] * B[:, :, None]
         return h, (h * C[:, :, None]).sum(1)
 
-    time_major = [jnp.moveaxis(v, 1, 0) for v in (inputs, delta, B, C)]
+    time_major = [jnp.moveaxis(v, 1, 0) for v in (inputs, delta, B, C, resets)]
     final_state, y = jax.lax.scan(step, initial_state.astype(dtype), tuple(time_major))
     y = jnp.moveaxis(y, 0, 1)
 

@@ -1,0 +1,150 @@
+"""Compiles the selective scan for an H100 on a machine without one, and says what it will cost.
+
+Registers and spills are ptxas's. Bytes and exponentials are counted in the kernel's jaxpr: copies
+between global and shared memory, loads and stores of global memory, and the kernel's inputs and
+outputs once more where XLA reorders them. A copy for all blocks of a cluster counts once.
+"""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+from _report import Row
+from _scan_passes import equations, exponentials, least_bytes, least_exponentials, passes, size
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+SCHEDULERS = 132 * 4  # a warp for each is a full wave
+# What XLA wants to know of an H100 (SXM, 80 GB).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def compile_scans(
+    lengths: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]
+) -> list[Row]:
+    """A row for each size and pass: inference, the forward pass of training, the backward pass."""
+    import_module("jax_plugins.xla_cuda13")  # before JAX looks for devices
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    rows: list[Row] = []
+    for dtype, length, batch in product(dtypes, lengths, batches):
+        row: Row = {"target": "h100", "dtype": dtype, "length": length, "batch": batch}
+        for name, (function, inputs) in passes("pallas_gpu", length, batch, dtype).items():
+            costs = _compile(function, inputs, topology.devices[0])
+            rows.append(row | {"pass": name} | costs)
+    return rows
+
+
+def _compile(function: Callable[..., Any], inputs: Any, device: jax.Device) -> Row:
+    traced = jax.jit(function, in_shardings=SingleDeviceSharding(device)).trace(*inputs)
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    try:
+        with _captured() as log:
+            lowered.compile()
+    except Exception as error:  # a row of the report
+        return {"compiled": str(error).splitlines()[0][:60]}
+    (registers,) = set(re.findall(r"Used (\d+) registers", log[0]))
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log[0]))
+
+    jaxpr = traced.jaxpr.jaxpr
+    (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "mpmd_map")
+    (mesh,) = kernel.params["meshes"]
+    blocks = 1
+    for extent in (*mesh.grid, *mesh.cluster):
+        blocks *= extent
+    (body,) = kernel.params["jaxprs"]
+    in_kernel = list(equations(body))
+    (scope,) = (e for e, _ in in_kernel if e.primitive.name == "run_scoped")
+    shared = kernel.params["compiler_params"].reduction_scratch_bytes + sum(
+        size(v.aval) for v in scope.params["jaxpr"].invars if hasattr(v.aval.dtype, "itemsize")
+    )
+    around = sum(
+        size(v.aval)
+        for e, _ in equations(jaxpr)
+        if e.primitive.name in ("transpose", "broadcast_in_dim", "reduce_sum")
+        for v in (*e.invars, *e.outvars)
+    )
+    moved = around + blocks * sum(_moved(e, mesh) * times for e, times in in_kernel)
+    taken = blocks * exponentials(body)
+    batch, length, _ = traced.jaxpr.jaxpr.invars[0].aval.shape
+    return {
+        "compiled": "yes",
+        "registers": int(registers),
+        "spilled": spilled,
+        "shared KiB": shared / 2**10,
+        "waves": 4 * blocks / SCHEDULERS,
+        "MB moved": moved / 1e6,
+        "of least": moved / least_bytes(jaxpr),
+        "1e6 exp": taken / 1e6,
+        "of least exp": taken / least_exponentials(length, batch),
+    }
+
+
+def _moved(equation: Any, mesh: Any) -> float:
+    """Bytes that an equation moves between global memory and a block."""
+    name, params = equation.primitive.name, equation.params
+    if name == "copy_gmem_to_smem":
+        _, slots, _ = equation.invars[:3]
+        among = 1
+        for axis in params["collective_axes"] or ():
+            among *= mesh.cluster[mesh.cluster_names.index(axis)]
+        return size(slots.aval) / slots.aval.shape[0] / among
+    if name == "copy_smem_to_gmem":
+        slots = equation.invars[0].aval
+        return size(slots) / (slots.shape[0] if slots.ndim > 2 else 1)
+    if name in ("load", "get", "swap", "store") and "gmem" in str(equation.invars[0].aval):
+        value = equation.outvars[0] if equation.outvars else equation.invars[1]
+        return size(value.aval)
+    return 0
+
+
+@contextmanager
+def _captured() -> Iterator[list[str]]:
+    """What the compiler prints past Python."""
+    log: list[str] = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "log")
+        kept = [os.dup(fd) for fd in (1, 2)]
+        sys.stdout.flush()
+        with path.open("wb") as file:
+            for fd in (1, 2):
+                os.dup2(file.fileno(), fd)
+            try:
+                yield log
+            finally:
+                for fd, copy in zip((1, 2), kept, strict=True):
+                    os.dup2(copy, fd)
+                    os.close(copy)
+        log.append(path.read_text(errors="replace"))

@@ -1,0 +1,98 @@
+"""Compiles the selective scan for TPUs on a machine without one, and says what it will cost there.
+
+VMEM and spills are the compiler's, from the allocations that it dumps. Bytes are the kernel's, a
+block whenever its index changes, plus what XLA counts for the rest of the program (no kernels).
+Exponentials, with all that a TPU has the same slot for, are counted in the kernel's jaxpr.
+"""
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from _report import Row
+from _scan_passes import equations, exponentials, least_bytes, least_exponentials, passes, size
+from jax.experimental import topologies
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def compile_scans(
+    topology_names: Sequence[str],
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+) -> list[Row]:
+    """A row for each size and pass: inference, the forward pass of training, the backward pass."""
+    with tempfile.TemporaryDirectory() as dump:
+        # libtpu reads this once: that no TPU is to be looked for, and what to dump.
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        }
+        rows: list[Row] = []
+        for target, dtype, length, batch in product(topology_names, dtypes, lengths, batches):
+            size: Row = {"target": target, "dtype": dtype, "length": length, "batch": batch}
+            for name, (function, inputs) in passes("pallas_tpu", length, batch, dtype).items():
+                row = _compile(function, inputs, target, Path(dump))
+                rows.append(size | {"pass": name} | row)
+        return rows
+
+
+def _compile(function: Callable[..., Any], inputs: Any, target: str, dump: Path) -> Row:
+    chip = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:1]
+    sharding = NamedSharding(Mesh(chip, ("chip",)), PartitionSpec())
+    before = set(dump.iterdir())
+    traced = jax.jit(function, in_shardings=sharding).trace(*inputs)
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except Exception as error:  # a row of the report
+        return {"compiled": str(error).splitlines()[0][:60]}
+    vmem, spilled = _allocations(set(dump.iterdir()) - before)
+
+    jaxpr = traced.jaxpr.jaxpr
+    (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "pallas_call")
+    grid_mapping = kernel.params["grid_mapping"]
+    costs: Any = compiled.cost_analysis()
+    moved = costs["bytes accessed"] + sum(
+        _moved(block, grid_mapping.grid) for block in grid_mapping.block_mappings
+    )
+    least_moved = least_bytes(jaxpr)
+
+    taken = math.prod(grid_mapping.grid) * exponentials(kernel.params["jaxpr"])
+    batch, length, _ = kernel.invars[0].aval.shape
+    return {
+        "compiled": "yes",
+        "VMEM MiB": vmem / 2**20,
+        "of limit": vmem / kernel.params["compiler_params"].vmem_limit_bytes,
+        "spilled": spilled,
+        "MB moved": moved / 1e6,
+        "of least": moved / least_moved,
+        "1e6 exp": taken / 1e6,
+        "of least exp": taken / least_exponentials(length, batch),
+    }
+
+
+def _allocations(dumped: set[Path]) -> tuple[int, int]:
+    """Bytes of VMEM that the kernel has, and those among them for spilled registers."""
+    (file,) = (f for f in dumped if re.search(r"selective_scan.*-\d+-post-ra\.txt", f.name))
+    pattern = r"space=vmem, size = (0x[0-9a-f]+), scoped, tag = '([^']*)'"
+    sizes = [(int(size, 16), tag) for size, tag in re.findall(pattern, file.read_text())]
+    total = sum(size for size, _ in sizes)
+    return total, sum(size for size, tag in sizes if tag.startswith("spilled"))
+
+
+def _moved(block: Any, grid: tuple[int, ...]) -> int:
+    """Bytes of the blocks that are brought in or out: one whenever the index changes."""
+    points = np.indices(grid).reshape(len(grid), -1)
+    indices = np.stack(jax.vmap(jaxpr_as_fun(block.index_map_jaxpr))(*points), axis=1)
+    changes = 1 + (indices[1:] != indices[:-1]).any(axis=1).sum()
+    return int(changes) * size(block.ref_aval)

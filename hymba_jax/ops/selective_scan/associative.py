@@ -1,0 +1,149 @@
+"""The selective scan as parallel prefixes: one a chunk, chunk after chunk.
+
+A position maps the state h to decay h + input, and such maps compose associatively, so the states
+of a chunk take logarithmically many rounds. The gradient keeps the states at the borders of chunks
+only and recomputes those within, so that no array has a state for every position.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hymba_jax.types import Array, Bool, Float
+
+# Longer chunks outgrow the cache of a CPU.
+_CHUNK = 32
+
+
+def selective_scan_associative(
+    x: Float[Array, "batch length channels"],
+    dt: Float[Array, "batch length channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "batch length state"],
+    C: Float[Array, "batch length state"],
+    D: Float[Array, "channels"] | None = None,
+    z: Float[Array, "batch length channels"] | None = None,
+    dt_bias: Float[Array, "channels"] | None = None,
+    initial_state: Float[Array, "batch state channels"] | None = None,
+    resets: Bool[Array, "batch length"] | None = None,
+) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
+    """`selective_scan` by an associative scan inside each chunk."""
+    batch, length, channels = x.shape
+    inputs, dt, A, B, C = (v.astype(jnp.float32) for v in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(jnp.float32)[None, None]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, *A.shape), jnp.float32)
+
+    steps = min(length, _CHUNK)
+    chunks = math.ceil(length / steps)
+
+    def split(v: Array, padding: float = 0) -> Array:
+        pad = [(0, chunks * steps - length) if axis == 1 else (0, 0) for axis in range(v.ndim)]
+        v = jnp.pad(v, pad, constant_values=padding)
+        return jnp.moveaxis(v.reshape(batch, chunks, steps, *v.shape[2:]), 1, 0)
+
+    y, final_state = _scan(
+        split(inputs),
+        split(dt, -jnp.inf),  # softplus(-inf) = 0, so the padding leaves the state as it is
+        A,
+        split(B),
+        split(C),
+        initial_state.astype(jnp.float32),
+        None if resets is None else split(resets),
+    )
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, chunks * steps, channels)[:, :length]
+
+    if D is not None:
+        y = y + D.astype(jnp.float32)[None, None] * inputs
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(jnp.float32))
+    return y.astype(x.dtype), final_state
+
+
+@jax.custom_vjp
+def _scan(
+    x: Float[Array, "chunks batch steps channels"],
+    dt: Float[Array, "chunks batch steps channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "chunks batch steps state"],
+    C: Float[Array, "chunks batch steps state"],
+    h: Float[Array, "batch state channels"],
+    resets: Bool[Array, "chunks batch steps"] | None,
+) -> tuple[Float[Array, "chunks batch steps channels"], Float[Array, "batch state channels"]]:
+    """The recurrence alone: y and the last state."""
+    return _scan_fwd(x, dt, A, B, C, h, resets)[0]
+
+
+def _scan_fwd(
+    x: Array, dt: Array, A: Array, B: Array, C: Array, h: Array, resets: Array | None
+) -> tuple[tuple[Array, Array], tuple[tuple[Array, ...], Array | None]]:
+    def chunk(
+        border: Array, at: tuple[tuple[Array, ...], Array | None]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        (x, dt, B, C), resets = at
+        _, _, h = _states(x, dt, A, B, border, resets)
+        return h[:, -1], ((h * C[..., None]).sum(2), border)
+
+    final_state, (y, borders) = lax.scan(chunk, h, ((x, dt, B, C), resets))
+    return (y, final_state), ((x, dt, A, B, C, borders), resets)
+
+
+def _scan_bwd(
+    residuals: tuple[tuple[Array, ...], Array | None], cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    (x, dt, A, B, C, borders), resets = residuals
+    dy, dh = cotangents
+
+    def chunk(
+        carry: tuple[Array, Array], at: tuple[tuple[Array, ...], Array | None]
+    ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+        after, dA = carry
+        (x, dt, B, C, border, dy), resets = at
+        delta, decay, h = _states(x, dt, A, B, border, resets)
+        decayed = decay * jnp.concatenate([border[:, None], h[:, :-1]], axis=1)
+
+        # The states' cotangents, the last first: dh_t = C_t dy_t + decay_{t+1} dh_{t+1}.
+        direct = C[..., None] * dy[:, :, None]
+        direct = direct.at[:, -1].add(after)
+        dh = _prefixes(jnp.roll(decay, -1, axis=1), direct, reverse=True)
+
+        du = (dh * B[..., None]).sum(2)
+        ddecay = dh * decayed
+        ddelta = du * x + (ddecay * A[None, None]).sum(2)
+        dA = dA + (ddecay * delta[:, :, None]).sum((0, 1))
+        dB = (dh * (delta * x)[:, :, None]).sum(3)
+        dC = (h * dy[:, :, None]).sum(3)
+        return (decay[:, 0] * dh[:, 0], dA), (du * delta, ddelta * jax.nn.sigmoid(dt), dB, dC)
+
+    (dh, dA), (dx, ddt, dB, dC) = lax.scan(
+        chunk, (dh, jnp.zeros_like(A)), ((x, dt, B, C, borders, dy), resets), reverse=True
+    )
+    return dx, ddt, dA, dB, dC, dh, None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _states(
+    x: Array, dt: Array, A: Array, B: Array, border: Array, resets: Array | None
+) -> tuple[Array, Array, Array]:
+    """delta, the decays and the states of one chunk, after the state `border`."""
+    delta = jax.nn.softplus(dt)
+    decay = jnp.exp(delta[:, :, None] * A[None, None])
+    if resets is not None:
+        decay = jnp.where(resets[:, :, None, None], 0, decay)
+    u = (delta * x)[:, :, None] * B[..., None]
+    u = u.at[:, 0].add(decay[:, 0] * border)
+    return delta, decay, _prefixes(decay, u)
+
+
+def _prefixes(decay: Array, u: Array, reverse: bool = False) -> Array:
+    """h_t = decay_t h_{t-1} + u_t from h = 0, along axis 1."""
+
+    def compose(first: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
+        return then[0] * first[0], then[0] * first[1] + then[1]
+
+    return lax.associative_scan(compose, (decay, u), reverse=reverse, axis=1)[1]

@@ -1,0 +1,504 @@
+"""The selective scan as Pallas kernels for TPUs: every sequence is read once and written once.
+
+The grid goes over rows, blocks of channels and, innermost and in order, chunks of time; the state
+stays in VMEM from chunk to chunk. As in HBM, channels lie along lanes; states lie along sublanes.
+Arithmetic slots bound the scan, which takes few besides the recurrence's own: `_prepare` leaves
+in VMEM what loads spread over whole tiles, and `_fold` has sums over the states cost little. The
+loops are short, and what they carry is back in VMEM between them: no register spills.
+
+The gradient keeps the states at the borders of chunks only. Its kernel takes the chunks from the
+last to the first, recomputes the states of one from its border, and walks back over them.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hymba_jax.ops.selective_scan.softplus import softplus
+from hymba_jax.types import Array, Bool, Float
+
+# Positions that a kernel holds at a time: one for each lane of the transposed B and C.
+_CHUNK = 128
+# A tile is 8 sublanes by 128 lanes. A turn of a loop takes 8 positions.
+_SUBLANES, _LANES = 8, 128
+# Channels and states a block: a wider one shares columns among more channels, until its states
+# take too many registers, and the states of a chunk too much VMEM.
+_MAX_BLOCK, _MAX_STATES = 640, 640 * 16
+_TURNS = _CHUNK // _SUBLANES
+# Turns, and positions of the recurrence, scheduled together: the latencies of one are the time of
+# the other, and more at a time would spill registers.
+_UNROLL_TURNS, _UNROLL_POSITIONS = 2, 4
+# 16 states take less VMEM than the 16 MiB that a kernel has unasked, 128 take 27 MiB.
+_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=32 * 2**20
+)
+
+# What stands for an array: a part of it in VMEM, its shape, the specification of its blocks.
+Ref = Any
+
+
+class _Inputs(NamedTuple):
+    """What the kernels read. All but x, dt and z are padded to whole tiles, chunks and blocks."""
+
+    x: Ref  # (batch, length, channels), as are dt and z
+    dt: Ref
+    z: Ref  # or None
+    B: Ref  # (batch, state, length), as is C
+    C: Ref
+    keep: Ref  # (batch, 8, length), 0 where the state before counts as zero, else 1; or None
+    A: Ref  # (state, channels)
+    D: Ref  # (1, channels), as is dt_bias
+    dt_bias: Ref
+    initial_state: Ref  # (batch, state, channels)
+
+
+class _Steps(NamedTuple):
+    """What the recurrence takes of a chunk, in VMEM, for loads to spread over whole tiles."""
+
+    delta: Ref  # (tiles, positions, lanes), as is u
+    u: Ref
+    B: Ref  # (positions, tiles, sublanes, lanes), as are C and keep
+    C: Ref
+    keep: Ref  # or None
+    # A for powers of two, not of e, which saves each exponential a multiplication. What a kernel
+    # has written it loads in each step, where an input would take registers throughout.
+    rates: Ref
+
+
+def selective_scan_pallas_tpu(
+    x: Float[Array, "batch length channels"],
+    dt: Float[Array, "batch length channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "batch length state"],
+    C: Float[Array, "batch length state"],
+    D: Float[Array, "channels"] | None = None,
+    z: Float[Array, "batch length channels"] | None = None,
+    dt_bias: Float[Array, "channels"] | None = None,
+    initial_state: Float[Array, "batch state channels"] | None = None,
+    resets: Bool[Array, "batch length"] | None = None,
+) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
+    """`selective_scan` with the softplus, the skip and the gate inside the kernel."""
+    batch, _, channels = x.shape
+    state, block = A.shape[0], _block(A.shape[0], channels)
+
+    def of_positions(v: Array) -> Array:
+        return _pad(v.astype(jnp.float32).swapaxes(1, 2), _SUBLANES, _CHUNK)
+
+    def of_channels(v: Array | None) -> Array:
+        v = jnp.zeros(channels) if v is None else v
+        return _pad(v.astype(jnp.float32)[None], 1, block)
+
+    def of_states(v: Array) -> Array:
+        return _pad(v.astype(jnp.float32), _SUBLANES, block)
+
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, state, channels))
+    y, final_state = _scan(
+        _Inputs(
+            x=x,
+            dt=dt,
+            z=z,
+            B=of_positions(B),
+            C=of_positions(C),
+            keep=None
+            if resets is None
+            else 1 - of_positions(jnp.repeat(resets[..., None], _SUBLANES, axis=2)),
+            A=of_states(A),
+            D=of_channels(D),
+            dt_bias=of_channels(dt_bias),
+            initial_state=of_states(initial_state),
+        )
+    )
+    return y, final_state[:, :state, :channels]
+
+
+@jax.custom_vjp
+def _scan(inputs: _Inputs) -> tuple[Array, Array]:
+    y, final_state = _forward(inputs, keep_borders=False)
+    return y, final_state
+
+
+def _scan_fwd(inputs: _Inputs) -> tuple[tuple[Array, Array], tuple[_Inputs, Array]]:
+    y, final_state, borders = _forward(inputs, keep_borders=True)
+    return (y, final_state), (inputs, borders)
+
+
+def _scan_bwd(residuals: tuple[_Inputs, Array], cotangents: tuple[Array, Array]) -> tuple[_Inputs]:
+    return (_backward(*residuals, *cotangents),)
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _forward(inputs: _Inputs, *, keep_borders: bool) -> tuple[Array, ...]:
+    """y, the final state and, if they are to be kept, the states before each chunk."""
+    batch, _, chunks = grid = _grid(inputs)
+    specs, border_spec = _specs(inputs, lambda step: step)
+    h = inputs.initial_state
+    shapes = [inputs.x, h, jax.ShapeDtypeStruct((batch, chunks, *h.shape[1:]), h.dtype)]
+    outputs = 3 if keep_borders else 2
+    return pl.pallas_call(
+        partial(_forward_kernel, edge=_edge(inputs)),
+        grid=grid,
+        in_specs=[specs],
+        out_specs=[specs.x, specs.initial_state, border_spec][:outputs],
+        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in shapes][:outputs],
+        scratch_shapes=[_steps(inputs), _terms(inputs, _CHUNK)],
+        compiler_params=_PARAMS,
+        name="selective_scan_forward",
+    )(inputs)
+
+
+def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -> None:
+    # A block that is the same in every chunk stays in VMEM until the last: `h_ref` carries.
+    y_ref, h_ref, *borders_refs, steps, terms_ref = refs
+    chunk = pl.program_id(2)
+    valid_rows = _valid_rows(edge, chunk, h_ref.shape[2])
+
+    @pl.when(chunk == 0)
+    def _() -> None:
+        h_ref[0] = inputs.initial_state[0]
+
+    for borders_ref in borders_refs:
+        borders_ref[0, 0] = h_ref[0]
+    _prepare(inputs, steps, valid_rows)
+
+    def advance(at: Array, h: Array) -> Array:
+        h = _advance(steps, at, h)
+        _fold(terms_ref, at, h * _column(steps.C, at))
+        return h
+
+    h = jax.lax.fori_loop(0, _CHUNK, advance, _tiles(h_ref[0]), unroll=_UNROLL_POSITIONS)
+    h_ref[0] = _flat(h)
+
+    def finish(i: Array, _: None) -> None:
+        rows, valid = _rows(i), valid_rows(i)
+        y = _unfold(terms_ref, i) + inputs.D[...] * _read(inputs.x, rows, valid)
+        if inputs.z is not None:
+            y = y * jax.nn.silu(_read(inputs.z, rows, valid))
+        y_ref[0, rows] = y.astype(y_ref.dtype)
+
+    jax.lax.fori_loop(0, _TURNS, finish, None, unroll=_UNROLL_TURNS)
+
+
+def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
+    """The gradient of each input, given the states before chunks and the cotangents."""
+    batch, blocks, chunks = grid = _grid(inputs)
+    specs, border_spec = _specs(inputs, lambda step: chunks - 1 - step)
+    state, block = specs.A.block_shape
+    # What several programs read has a gradient from each of them, to be added up.
+    positions_spec = pl.BlockSpec((1, 1, state, _CHUNK), lambda b, e, t: (b, e, 0, chunks - 1 - t))
+    channels_spec = pl.BlockSpec((1, 1, block), lambda b, e, t: (b, 0, e))
+    shared = {
+        "B": (positions_spec, (batch, blocks, *inputs.B.shape[1:])),
+        "C": (positions_spec, (batch, blocks, *inputs.C.shape[1:])),
+        "A": (specs.initial_state, (batch, *inputs.A.shape)),
+        "D": (channels_spec, (batch, *inputs.D.shape)),
+        "dt_bias": (channels_spec, (batch, *inputs.dt_bias.shape)),
+    }
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), inputs)
+    (gradients,) = pl.pallas_call(
+        partial(_backward_kernel, edge=_edge(inputs)),
+        grid=grid,
+        in_specs=[specs, border_spec, specs.x, specs.initial_state],
+        out_specs=[specs._replace(keep=None, **{k: spec for k, (spec, _) in shared.items()})],
+        out_shape=[
+            shapes._replace(
+                keep=None,
+                **{k: jax.ShapeDtypeStruct(v, jnp.float32) for k, (_, v) in shared.items()},
+            )
+        ],
+        scratch_shapes=[
+            _steps(inputs),
+            pltpu.VMEM(
+                (_CHUNK + 1, block // _LANES, state // _SUBLANES, _SUBLANES, _LANES), jnp.float32
+            ),
+            pltpu.VMEM((block // _LANES, _CHUNK, _LANES), jnp.float32),
+            _terms(inputs, _SUBLANES),
+            _terms(inputs, _SUBLANES),
+        ],
+        compiler_params=_PARAMS,
+        name="selective_scan_backward",
+    )(inputs, borders, dy, dh)
+    return gradients._replace(
+        B=gradients.B.sum(1),
+        C=gradients.C.sum(1),
+        A=gradients.A.sum(0),
+        D=gradients.D.sum(0),
+        dt_bias=gradients.dt_bias.sum(0),
+    )
+
+
+def _backward_kernel(
+    inputs: _Inputs,
+    border_ref: Ref,
+    dy_ref: Ref,
+    final_dh_ref: Ref,
+    gradients: _Inputs,
+    steps: _Steps,
+    states_ref: Ref,
+    dy_ungated_ref: Ref,
+    du_terms_ref: Ref,
+    ddelta_terms_ref: Ref,
+    *,
+    edge: tuple[int, int] | None,
+) -> None:
+    step = pl.program_id(2)
+    valid_rows = _valid_rows(edge, pl.num_programs(2) - 1 - step, border_ref.shape[3])
+
+    @pl.when(step == 0)
+    def _() -> None:
+        gradients.initial_state[0] = final_dh_ref[0]
+        for sums in (gradients.A, gradients.D, gradients.dt_bias):
+            sums[...] = jnp.zeros(sums.shape, sums.dtype)
+
+    _prepare(inputs, steps, valid_rows)
+
+    def recompute(i: Array, _: None) -> None:
+        rows, valid = _rows(i), valid_rows(i)
+
+        def advance(t: Array, h: Array) -> Array:
+            at = i * _SUBLANES + t
+            h = _advance(steps, at, h)
+            states_ref[at + 1] = h
+            if inputs.z is not None:
+                _fold(du_terms_ref, t, h * _column(steps.C, at))
+            return h
+
+        jax.lax.fori_loop(
+            0, _SUBLANES, advance, states_ref[i * _SUBLANES], unroll=_UNROLL_POSITIONS
+        )
+        dy = _read(dy_ref, rows, valid)
+        if inputs.z is not None:
+            z = _read(inputs.z, rows, valid)
+            gate = jax.nn.sigmoid(z)
+            y = _unfold(du_terms_ref) + inputs.D[...] * _read(inputs.x, rows, valid)
+            dz = dy * y * gate * (1 + z * (1 - gate))
+            gradients.z[0, rows] = dz.astype(gradients.z.dtype)
+            dy = dy * z * gate
+        _put_rows(dy_ungated_ref, rows, dy)
+
+    states_ref[0] = _tiles(border_ref[0, 0])
+    jax.lax.fori_loop(0, _TURNS, recompute, None)
+
+    def walk_back(turn: Array, _: None) -> None:
+        i = _TURNS - 1 - turn
+        rows, valid = _rows(i), valid_rows(i)
+
+        def retreat(step: Array, dh: Array) -> Array:
+            t = _SUBLANES - 1 - step
+            at = i * _SUBLANES + t
+            dy = _row(dy_ungated_ref, at)
+            dh = dh + _column(steps.C, at) * dy
+            decay = _decay(steps, at)
+            dexponent = dh * decay * states_ref[at]
+            _fold(du_terms_ref, t, dh * _column(steps.B, at))
+            _fold(ddelta_terms_ref, t, dexponent * _tiles(inputs.A[...]))
+            gradients.A[0] += _flat(dexponent * _row(steps.delta, at))
+            _put_column(gradients.B, at, dh * _row(steps.u, at))
+            _put_column(gradients.C, at, states_ref[at + 1] * dy)
+            return dh * decay
+
+        dh = _tiles(gradients.initial_state[0])
+        dh = jax.lax.fori_loop(0, _SUBLANES, retreat, dh)
+        gradients.initial_state[0] = _flat(dh)
+        x, dt = _read(inputs.x, rows, valid), _dt(inputs, rows, valid)
+        dy, delta = _rows_of(dy_ungated_ref, rows), _rows_of(steps.delta, rows)
+        du = _unfold(du_terms_ref)
+        dx = du * delta + inputs.D[...] * dy
+        ddt = (_unfold(ddelta_terms_ref) + du * x) * jax.nn.sigmoid(dt)
+        gradients.x[0, rows] = dx.astype(gradients.x.dtype)
+        gradients.dt[0, rows] = ddt.astype(gradients.dt.dtype)
+        gradients.D[0] += (dy * x).sum(0, keepdims=True)
+        gradients.dt_bias[0] += ddt.sum(0, keepdims=True)
+
+    jax.lax.fori_loop(0, _TURNS, walk_back, None)
+
+
+def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array | None]) -> None:
+    steps.rates[...] = _tiles(inputs.A[...]) * math.log2(math.e)
+    columns = [(inputs.B, steps.B), (inputs.C, steps.C)]
+    if inputs.keep is not None:
+        columns.append((inputs.keep, steps.keep))
+
+    def turn(i: Array, sources: list[Array]) -> list[Array]:
+        """Takes the first columns and rolls on to the next."""
+        rows, valid = _rows(i), valid_rows(i)
+        delta = softplus(_dt(inputs, rows, valid), jnp.exp)
+        _put_rows(steps.delta, rows, delta)
+        _put_rows(steps.u, rows, delta * _read(inputs.x, rows, valid))
+        for (_, ref), source in zip(columns, sources, strict=True):
+            for t in range(_SUBLANES):
+                column = jnp.broadcast_to(source[:, t : t + 1], source.shape)
+                ref[i * _SUBLANES + t] = column.reshape(ref.shape[1:])
+        return [pltpu.roll(source, _CHUNK - _SUBLANES, 1) for source in sources]
+
+    jax.lax.fori_loop(0, _TURNS, turn, [ref[0] for ref, _ in columns], unroll=_UNROLL_TURNS)
+
+
+def _dt(inputs: _Inputs, rows: Ref, valid: Array | None) -> Array:
+    # softplus(-inf) = 0, so what lies past the end leaves the state as it is.
+    return _read(inputs.dt, rows, valid, -jnp.inf) + inputs.dt_bias[...]
+
+
+def _decay(steps: _Steps, at: Array) -> Array:
+    decay = jnp.exp2(_row(steps.delta, at) * steps.rates[...])
+    return decay if steps.keep is None else decay * _column(steps.keep, at)
+
+
+def _advance(steps: _Steps, at: Array, h: Array) -> Array:
+    """The state after a position from that before."""
+    return _decay(steps, at) * h + _row(steps.u, at) * _column(steps.B, at)
+
+
+def _rows(i: Array) -> Ref:
+    return pl.ds(pl.multiple_of(i * _SUBLANES, _SUBLANES), _SUBLANES)
+
+
+def _row(ref: Ref, at: Array) -> Array:
+    """A position's, to be spread over states: loads do that for nothing."""
+    return ref[:, pl.ds(at, 1)][:, None]
+
+
+def _column(ref: Ref, at: Array) -> Array:
+    return ref[pl.ds(at, 1)]
+
+
+def _put_rows(ref: Ref, rows: Ref, v: Array) -> None:
+    ref[:, rows] = jnp.stack(jnp.split(v, ref.shape[0], axis=1))
+
+
+def _rows_of(ref: Ref, rows: Ref) -> Array:
+    return jnp.concatenate(list(ref[:, rows]), axis=1)
+
+
+def _tiles(v: Array) -> Array:
+    """(state, channels) as (tiles of channels, tiles of states, sublanes, lanes)."""
+    tiles = jnp.split(v, v.shape[1] // _LANES, axis=1)
+    return jnp.stack([tile.reshape(-1, _SUBLANES, _LANES) for tile in tiles])
+
+
+def _flat(tiles: Array) -> Array:
+    """The inverse of `_tiles`."""
+    return jnp.concatenate([tile.reshape(-1, _LANES) for tile in tiles], axis=1)
+
+
+def _put_column(ref: Ref, at: Array, terms: Array) -> None:
+    """Sets a column to the terms' sum over channels."""
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (1, _CHUNK), 1)
+    sums = terms.sum(0).reshape(-1, _LANES).sum(1, keepdims=True)
+    ref[0, 0] = jnp.where(lanes == at, sums, ref[0, 0])
+
+
+def _fold(terms_ref: Ref, at: Array, terms: Array) -> None:
+    """Keeps a position's terms of a sum over states, their tiles added up. To add the sublanes
+    of a tile takes a rotation for each halving; `_unfold` adds those of 8 tiles at once."""
+    terms_ref[:, _rows(at)] = terms.sum(1)
+
+
+def _unfold(terms_ref: Ref, i: Array | int = 0) -> Array:
+    """A turn's sums over states, one position a row."""
+    starts = (i * _SUBLANES**2 + n for n in range(_SUBLANES))
+    strided = (terms_ref[:, pl.ds(start, _SUBLANES, stride=_SUBLANES)] for start in starts)
+    return jnp.concatenate(list(sum(strided)), axis=1)
+
+
+def _read(ref: Ref, rows: Ref, valid: Array | None, otherwise: float = 0.0) -> Array:
+    v = ref[0, rows].astype(jnp.float32)
+    return v if valid is None else jnp.where(valid, v, otherwise)
+
+
+def _valid_rows(
+    edge: tuple[int, int] | None, chunk: Array, block: int
+) -> Callable[[Array], Array | None]:
+    """From a turn, which of its positions and channels exist; None if all do."""
+    if edge is None:
+        return lambda i: None
+    shape = (_SUBLANES, block)
+    position = chunk * _CHUNK + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    channel = pl.program_id(1) * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return lambda i: (position + i * _SUBLANES < edge[0]) & (channel < edge[1])
+
+
+def _edge(inputs: _Inputs) -> tuple[int, int] | None:
+    """Length and channels, where chunks or blocks go past them."""
+    _, length, channels = inputs.x.shape
+    whole = (inputs.B.shape[2], inputs.A.shape[1])
+    return None if (length, channels) == whole else (length, channels)
+
+
+def _block(state: int, channels: int) -> int:
+    """Channels a block: whole tiles, and as many in each block."""
+    state = pl.cdiv(state, _SUBLANES) * _SUBLANES
+    most = max(min(_MAX_BLOCK, _MAX_STATES // state), _LANES)
+    blocks = pl.cdiv(channels, most)
+    return pl.cdiv(pl.cdiv(channels, blocks), _LANES) * _LANES
+
+
+def _grid(inputs: _Inputs) -> tuple[int, int, int]:
+    """Rows, blocks of channels, chunks of time."""
+    state, channels = inputs.A.shape
+    block = _block(state, inputs.x.shape[2])
+    return inputs.x.shape[0], channels // block, inputs.B.shape[2] // _CHUNK
+
+
+def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, pl.BlockSpec]:
+    """The blocks of the inputs and of the states before chunks, which come in this order."""
+    state = inputs.A.shape[0]
+    block = _block(state, inputs.x.shape[2])
+    sequence = pl.BlockSpec((1, _CHUNK, block), lambda b, e, t: (b, chunk(t), e))
+    columns = pl.BlockSpec((1, state, _CHUNK), lambda b, e, t: (b, 0, chunk(t)))
+    keep = pl.BlockSpec((1, _SUBLANES, _CHUNK), lambda b, e, t: (b, 0, chunk(t)))
+    channels = pl.BlockSpec((1, block), lambda b, e, t: (0, e))
+    specs = _Inputs(
+        x=sequence,
+        dt=sequence,
+        z=None if inputs.z is None else sequence,
+        B=columns,
+        C=columns,
+        keep=None if inputs.keep is None else keep,
+        A=pl.BlockSpec((state, block), lambda b, e, t: (0, e)),
+        D=channels,
+        dt_bias=channels,
+        initial_state=pl.BlockSpec((1, state, block), lambda b, e, t: (b, 0, e)),
+    )
+    return specs, pl.BlockSpec((1, 1, state, block), lambda b, e, t: (b, chunk(t), 0, e))
+
+
+def _steps(inputs: _Inputs) -> _Steps:
+    state = inputs.A.shape[0]
+    tiles = _block(state, inputs.x.shape[2]) // _LANES
+
+    def scratch(*shape: int) -> Ref:
+        return pltpu.VMEM((*shape, _LANES), jnp.float32)
+
+    def columns(states: int) -> Ref:
+        return scratch(_CHUNK, states // _SUBLANES, _SUBLANES)
+
+    return _Steps(
+        delta=scratch(tiles, _CHUNK),
+        u=scratch(tiles, _CHUNK),
+        B=columns(state),
+        C=columns(state),
+        keep=None if inputs.keep is None else columns(_SUBLANES),
+        rates=scratch(tiles, state // _SUBLANES, _SUBLANES),
+    )
+
+
+def _terms(inputs: _Inputs, positions: int) -> Ref:
+    """Scratch of `_fold`. Strided loads want 128 lanes."""
+    tiles = _block(inputs.A.shape[0], inputs.x.shape[2]) // _LANES
+    return pltpu.VMEM((tiles, positions * _SUBLANES, _LANES), jnp.float32)
+
+
+def _pad(v: Array, rows: int, columns: int) -> Array:
+    """Zeros up to multiples of these in the last two axes."""
+    *_, height, width = v.shape
+    edges = ((0, -height % rows), (0, -width % columns))
+    return jnp.pad(v, (*((0, 0) for _ in v.shape[:-2]), *edges))

@@ -1,0 +1,40 @@
+"""One position of the selective scan, for decoding."""
+
+import jax
+import jax.numpy as jnp
+
+from hymba_jax.types import Array, Float
+
+
+def selective_scan_step(
+    x: Float[Array, "batch channels"],
+    dt: Float[Array, "batch channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "batch state"],
+    C: Float[Array, "batch state"],
+    D: Float[Array, "channels"] | None = None,
+    z: Float[Array, "batch channels"] | None = None,
+    dt_bias: Float[Array, "channels"] | None = None,
+    *,
+    state: Float[Array, "batch state channels"],
+) -> tuple[Float[Array, "batch channels"], Float[Array, "batch state channels"]]:
+    """`selective_scan` of one position, in time and memory that do not depend on those before it.
+
+    Args:
+      x, dt, A, B, C, D, z, dt_bias: as there, without the length.
+      state: the state after the position before.
+
+    Returns:
+      y in x's dtype and the state after this position in float32.
+    """
+    inputs, dt, A, B, C, h = (v.astype(jnp.float32) for v in (x, dt, A, B, C, state))
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(jnp.float32)[None]
+    delta = jax.nn.softplus(dt)
+    h = jnp.exp(delta[:, None] * A[None]) * h + (delta * inputs)[:, None] * B[:, :, None]
+    y = (h * C[:, :, None]).sum(1)
+    if D is not None:
+        y = y + D.astype(jnp.float32)[None] * inputs
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(jnp.float32))
+    return y.astype(x.dtype), h
