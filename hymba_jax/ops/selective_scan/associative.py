@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.types import Array, Bool, Float
 
 # Longer chunks outgrow the cache of a CPU.
@@ -55,12 +56,7 @@ def selective_scan_associative(
         None if resets is None else split(resets),
     )
     y = jnp.moveaxis(y, 0, 1).reshape(batch, chunks * steps, channels)[:, :length]
-
-    if D is not None:
-        y = y + D.astype(jnp.float32)[None, None] * inputs
-    if z is not None:
-        y = y * jax.nn.silu(z.astype(jnp.float32))
-    return y.astype(x.dtype), final_state
+    return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
 
 
 @jax.custom_vjp

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.types import Array, Float
 
 
@@ -33,8 +34,4 @@ def selective_scan_step(
     delta = jax.nn.softplus(dt)
     h = jnp.exp(delta[:, None] * A[None]) * h + (delta * inputs)[:, None] * B[:, :, None]
     y = (h * C[:, :, None]).sum(1)
-    if D is not None:
-        y = y + D.astype(jnp.float32)[None] * inputs
-    if z is not None:
-        y = y * jax.nn.silu(z.astype(jnp.float32))
-    return y.astype(x.dtype), h
+    return skip_and_gate(y, inputs, D, z).astype(x.dtype), h

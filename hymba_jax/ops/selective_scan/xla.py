@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.platform import is_partitioned, target_platform
+from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Bool, Float
 
@@ -50,12 +51,7 @@ def selective_scan_xla(
     each_alone = target_platform() == "cpu" and not is_partitioned()
     over_rows = partial(lax.map, scan_row) if each_alone else jax.vmap(scan_row)
     y, final_state = over_rows((inputs, dt, B, C, initial_state.astype(jnp.float32), resets))
-
-    if D is not None:
-        y = y + D.astype(jnp.float32)[None, None] * inputs
-    if z is not None:
-        y = y * jax.nn.silu(z.astype(jnp.float32))
-    return y.astype(x.dtype), final_state
+    return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
 
 
 @jax.custom_vjp

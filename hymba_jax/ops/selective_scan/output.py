@@ -1,0 +1,19 @@
+"""What follows the recurrence wherever it is not part of a kernel."""
+
+import jax
+
+from hymba_jax.types import Array, Float
+
+
+def skip_and_gate(
+    y: Float[Array, "*positions channels"],
+    x: Float[Array, "*positions channels"],
+    D: Float[Array, "channels"] | None,
+    z: Float[Array, "*positions channels"] | None,
+) -> Float[Array, "*positions channels"]:
+    """(y + D x) silu(z) in float32, as y and x are: x has other uses, whose gradients it sums."""
+    if D is not None:
+        y = y + D.astype(y.dtype).reshape((1,) * (y.ndim - 1) + D.shape) * x
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(y.dtype))
+    return y
