@@ -5,6 +5,7 @@ between global and shared memory, loads and stores of global memory, and the ker
 outputs once more where XLA reorders them. A copy for all blocks of a cluster counts once.
 """
 
+import math
 import os
 import re
 import sys
@@ -81,9 +82,7 @@ def _compile(function: Callable[..., Any], inputs: Any, device: jax.Device) -> R
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "mpmd_map")
     (mesh,) = kernel.params["meshes"]
-    blocks = 1
-    for extent in (*mesh.grid, *mesh.cluster):
-        blocks *= extent
+    blocks = math.prod((*mesh.grid, *mesh.cluster))
     (body,) = kernel.params["jaxprs"]
     in_kernel = list(equations(body))
     (scope,) = (e for e, _ in in_kernel if e.primitive.name == "run_scoped")
@@ -116,11 +115,10 @@ def _moved(equation: Any, mesh: Any) -> float:
     """Bytes that an equation moves between global memory and a block."""
     name, params = equation.primitive.name, equation.params
     if name == "copy_gmem_to_smem":
-        _, slots, _ = equation.invars[:3]
-        among = 1
-        for axis in params["collective_axes"] or ():
-            among *= mesh.cluster[mesh.cluster_names.index(axis)]
-        return size(slots.aval) / slots.aval.shape[0] / among
+        slots = equation.invars[1].aval
+        extents = dict(zip(mesh.cluster_names, mesh.cluster, strict=True))
+        among = math.prod(extents[axis] for axis in params["collective_axes"] or ())
+        return size(slots) / slots.shape[0] / among
     if name == "copy_smem_to_gmem":
         slots = equation.invars[0].aval
         return size(slots) / (slots.shape[0] if slots.ndim > 2 else 1)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from hymba_jax.ops.selective_scan import selective_scan
 
 CHANNELS, STATE = 3200, 16
-# All that the slot or the unit for exponentials takes; a power is one, and a division half of one.
+# What the unit for exponentials computes. The reciprocals of gates, two a position and channel at
+# most, pass through it too and are not counted.
 _EXPONENTIALS = {"exp", "exp2", "log", "log1p", "logistic", "tanh"}
 _KERNELS = {"pallas_call", "mpmd_map"}
 
