@@ -12,14 +12,21 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import jax
 from _report import Row
-from _scan_passes import equations, exponentials, least_bytes, least_exponentials, passes, size
+from _scan_passes import (
+    compile_scans,
+    equations,
+    exponentials,
+    least_bytes,
+    least_exponentials,
+    size,
+)
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -52,23 +59,18 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def compile_scans(
+def compile_for_gpu(
     lengths: Sequence[int], batches: Sequence[int], dtypes: Sequence[str]
 ) -> list[Row]:
     """A row for each size and pass: inference, the forward pass of training, the backward pass."""
     import_module("jax_plugins.xla_cuda13")  # before JAX looks for devices
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    rows: list[Row] = []
-    for dtype, length, batch in product(dtypes, lengths, batches):
-        row: Row = {"target": "h100", "dtype": dtype, "length": length, "batch": batch}
-        for name, (function, inputs) in passes("pallas_gpu", length, batch, dtype).items():
-            costs = _compile(function, inputs, topology.devices[0])
-            rows.append(row | {"pass": name} | costs)
-    return rows
+    compile_pass = partial(_compile, topology.devices[0])
+    return compile_scans(compile_pass, "h100", "pallas_gpu", lengths, batches, dtypes)
 
 
-def _compile(function: Callable[..., Any], inputs: Any, device: jax.Device) -> Row:
+def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> Row:
     traced = jax.jit(function, in_shardings=SingleDeviceSharding(device)).trace(*inputs)
     lowered = traced.lower(lowering_platforms=("cuda",))
     try:

@@ -10,20 +10,27 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from _report import Row
-from _scan_passes import equations, exponentials, least_bytes, least_exponentials, passes, size
+from _scan_passes import (
+    compile_scans,
+    equations,
+    exponentials,
+    least_bytes,
+    least_exponentials,
+    size,
+)
 from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def compile_scans(
+def compile_for_tpu(
     topology_names: Sequence[str],
     lengths: Sequence[int],
     batches: Sequence[int],
@@ -39,15 +46,13 @@ def compile_scans(
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         }
         rows: list[Row] = []
-        for target, dtype, length, batch in product(topology_names, dtypes, lengths, batches):
-            size: Row = {"target": target, "dtype": dtype, "length": length, "batch": batch}
-            for name, (function, inputs) in passes("pallas_tpu", length, batch, dtype).items():
-                row = _compile(function, inputs, target, Path(dump))
-                rows.append(size | {"pass": name} | row)
+        for target in topology_names:
+            compile_pass = partial(_compile, target, Path(dump))
+            rows += compile_scans(compile_pass, target, "pallas_tpu", lengths, batches, dtypes)
         return rows
 
 
-def _compile(function: Callable[..., Any], inputs: Any, target: str, dump: Path) -> Row:
+def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
     chip = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:1]
     sharding = NamedSharding(Mesh(chip, ("chip",)), PartitionSpec())
     before = set(dump.iterdir())
@@ -65,7 +70,6 @@ def _compile(function: Callable[..., Any], inputs: Any, target: str, dump: Path)
     moved = costs["bytes accessed"] + sum(
         _moved(block, grid_mapping.grid) for block in grid_mapping.block_mappings
     )
-    least_moved = least_bytes(jaxpr)
 
     taken = math.prod(grid_mapping.grid) * exponentials(kernel.params["jaxpr"])
     batch, length, _ = kernel.invars[0].aval.shape
@@ -75,7 +79,7 @@ def _compile(function: Callable[..., Any], inputs: Any, target: str, dump: Path)
         "of limit": vmem / kernel.params["compiler_params"].vmem_limit_bytes,
         "spilled": spilled,
         "MB moved": moved / 1e6,
-        "of least": moved / least_moved,
+        "of least": moved / least_bytes(jaxpr),
         "1e6 exp": taken / 1e6,
         "of least exp": taken / least_exponentials(length, batch),
     }

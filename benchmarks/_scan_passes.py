@@ -1,11 +1,13 @@
 """The passes of the selective scan at the size of Hymba-1.5B, and how their work is counted."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from _report import Row
 
 from hymba_jax.ops.selective_scan import selective_scan
 
@@ -44,6 +46,23 @@ def passes(
         "training": (forward, inputs),
         "backward": (backward, (vjp, outputs)),
     }
+
+
+def compile_scans(
+    compile_pass: Callable[..., Row],
+    target: str,
+    implementation: str,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+) -> list[Row]:
+    """What `compile_pass` says of each pass, from its function and inputs, at each size."""
+    rows: list[Row] = []
+    for dtype, length, batch in product(dtypes, lengths, batches):
+        row: Row = {"target": target, "dtype": dtype, "length": length, "batch": batch}
+        for name, (function, inputs) in passes(implementation, length, batch, dtype).items():
+            rows.append(row | {"pass": name} | compile_pass(function, inputs))
+    return rows
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:

@@ -13,8 +13,8 @@ from typing import Literal
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tyro
-from _compile_gpu import compile_scans as compile_for_gpu
-from _compile_tpu import compile_scans as compile_for_tpu
+from _compile_gpu import compile_for_gpu
+from _compile_tpu import compile_for_tpu
 from _report import report, write_json
 from _scan_passes import CHANNELS, STATE
 

@@ -82,6 +82,18 @@ def make_inputs(
     return dy, (x, dt, A, normal(state), normal(state))
 
 
+def costs(scan: Callable[..., Any], dy: Array, inputs: tuple[Array, ...], repeats: int) -> Row:
+    """Time and temporaries of the forward pass, and with every gradient."""
+    forward_ms, forward_mb = measure(scan, *inputs, repeats=repeats)
+    both_ms, both_mb = measure(with_gradient(scan), dy, *inputs, repeats=repeats)
+    return {
+        "forward ms": forward_ms,
+        "forward MB": forward_mb,
+        "+ backward ms": both_ms,
+        "+ backward MB": both_mb,
+    }
+
+
 def main(options: Options) -> None:
     b, length, e, n = options.batch, options.length, options.channels, options.state
     dy, inputs = make_inputs(b, length, e, n)
@@ -90,19 +102,10 @@ def main(options: Options) -> None:
         "lax.associative_scan": associative,
         "hymba_jax xla": lambda *v: selective_scan(*v, implementation="xla"),
     }
-    rows: list[Row] = []
-    for name, scan in scans.items():
-        forward_ms, forward_mb = measure(scan, *inputs, repeats=options.repeats)
-        both_ms, both_mb = measure(with_gradient(scan), dy, *inputs, repeats=options.repeats)
-        rows.append(
-            {
-                "implementation": name,
-                "forward ms": forward_ms,
-                "forward MB": forward_mb,
-                "+ backward ms": both_ms,
-                "+ backward MB": both_mb,
-            }
-        )
+    rows: list[Row] = [
+        {"implementation": name, **costs(scan, dy, inputs, options.repeats)}
+        for name, scan in scans.items()
+    ]
     report(f"selective scan, B={b} L={length} E={e} N={n}, float32", rows, options.json)
 
 

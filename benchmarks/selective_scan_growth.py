@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib
 import tyro
-from _report import Row, measure, report
-from selective_scan import make_inputs, with_gradient
+from _report import Row, report
+from selective_scan import costs, make_inputs
 
 from hymba_jax.ops.selective_scan import selective_scan
 
@@ -32,19 +32,7 @@ def main(options: Options) -> None:
     rows: list[Row] = []
     for length in options.lengths:
         dy, inputs = make_inputs(1, length, options.channels, options.state)
-        forward_ms, forward_mb = measure(selective_scan, *inputs, repeats=options.repeats)
-        both_ms, both_mb = measure(
-            with_gradient(selective_scan), dy, *inputs, repeats=options.repeats
-        )
-        rows.append(
-            {
-                "length": length,
-                "forward ms": forward_ms,
-                "forward MB": forward_mb,
-                "+ backward ms": both_ms,
-                "+ backward MB": both_mb,
-            }
-        )
+        rows.append({"length": length, **costs(selective_scan, dy, inputs, options.repeats)})
     report(f"selective scan, B=1 E={options.channels} N={options.state}, float32", rows)
     draw(rows, options.output)
 

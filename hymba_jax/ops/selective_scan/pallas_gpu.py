@@ -169,7 +169,7 @@ class _Tile:
     """The part of the arrays that one block of threads computes: a row, a block of channels."""
 
     def __init__(self, block: int, states: int, blocks_in_cluster: int):
-        self.block, self.states = block, states
+        self.block = block
         self.shape = (block, states)
         self.layouts = _Layouts(block)
         self.row = lax.axis_index("batch")
@@ -299,10 +299,9 @@ def _forward(
         body,
         out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs.values()],
         scratch_types={
-            "slots": _slots(operands, block),
+            **_fetched(operands, block, blocks),
             "rows": plgpu.SMEM((3, _CHUNK, block), _f32),
             "y_s": plgpu.SMEM((2, _CHUNK, block), inputs.x.dtype),
-            **_barriers(operands, blocks),
         },
         **_grid(batch, channels, block, blocks),
     )
@@ -457,12 +456,11 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
         body,
         out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs.values()],
         scratch_types={
-            "slots": _slots(operands, block),
+            **_fetched(operands, block, blocks),
             "rows": plgpu.SMEM((3, _CHUNK, block), _f32),
             "h_s": plgpu.SMEM((groups, block, states), _f32),
             "dB_s": plgpu.SMEM(by_block[-2:], _f32),
             "dC_s": plgpu.SMEM(by_block[-2:], _f32),
-            **_barriers(operands, blocks),
         },
         **_grid(batch, channels, block, blocks),
     )
@@ -493,18 +491,16 @@ def _await_members(free: Any) -> None:
         plgpu.barrier_wait(free)
 
 
-def _slots(operands: dict[str, Array], block: int) -> dict[str, Any]:
-    """Room for two chunks of each sequence."""
-    return {
+def _fetched(operands: dict[str, Array], block: int, blocks: int) -> dict[str, Any]:
+    """Room for two chunks of each sequence, and the barriers that tell what is in it."""
+    slots = {
         name: plgpu.SMEM((2, _CHUNK, *((block,) if name in _OF_CHANNELS else v.shape[2:])), v.dtype)
         for name, v in operands.items()
         if name in _OF_CHANNELS + _OF_STATES
     }
-
-
-def _barriers(operands: dict[str, Array], blocks: int) -> dict[str, Any]:
     return {
-        "full": plgpu.Barrier(num_arrivals=len(_slots(operands, 0)), num_barriers=2),
+        "slots": slots,
+        "full": plgpu.Barrier(num_arrivals=len(slots), num_barriers=2),
         "free": plgpu.ClusterBarrier(collective_axes=("member",)) if blocks > 1 else None,
     }
 
