@@ -4,6 +4,8 @@
 |------------|-------------------|----------------------------------------------------------|
 | batch      | B                 | sequences                                                |
 | length     | L or S            | positions of whatever the function is given              |
+| queries    |                   | positions that ask in attention                          |
+| keys       |                   | positions that are asked                                 |
 | hidden     | H                 | width of the residual stream                             |
 | heads      | Nq                | query heads                                              |
 | kv_heads   | Nk                | key/value heads                                          |

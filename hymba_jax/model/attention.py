@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         """The attention maps, for looking at; the forward pass never holds them."""
         positions = jnp.arange(x.shape[1])
         mask = attention_mask(
-            positions, positions, window=self.window, num_meta_tokens=self.num_meta_tokens
+            positions[None], positions, window=self.window, num_meta_tokens=self.num_meta_tokens
         )
         maps = attention_weights(self.query(x, rope), self.key_value(x, rope, kv).key, mask)
         return maps.reshape(maps.shape[0], -1, *maps.shape[3:])

@@ -90,10 +90,10 @@ class TestEveryImplementation:
 def test_the_mask_counts_absolute_positions():
     """A piece of the queries sees what it would see among all of them."""
     everything = jnp.arange(40)
-    whole = attention_mask(everything, everything, window=5, num_meta_tokens=3)
-    piece = attention_mask(everything[30:], everything[:35], window=5, num_meta_tokens=3)
-    np.testing.assert_array_equal(piece, whole[30:, :35])
-    assert whole[30].nonzero()[0].tolist() == [0, 1, 2, *range(25, 31)]
+    whole = attention_mask(everything[None], everything, window=5, num_meta_tokens=3)
+    piece = attention_mask(everything[None, 30:], everything[:35], window=5, num_meta_tokens=3)
+    np.testing.assert_array_equal(piece, whole[:, 30:, :35])
+    assert whole[0, 30].nonzero()[0].tolist() == [0, 1, 2, *range(25, 31)]
 
 
 def test_an_unknown_implementation_is_refused():

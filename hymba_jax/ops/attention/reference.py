@@ -7,49 +7,61 @@ from hymba_jax.types import Array, Bool, Float, Int
 
 
 def attention_mask(
-    query_positions: Int[Array, " queries"],
+    query_positions: Int[Array, "#batch queries"],
     key_positions: Int[Array, " keys"],
     *,
     window: int | None,
     num_meta_tokens: int,
-) -> Bool[Array, "queries keys"]:
+    first_key: Int[Array, "batch"] | None = None,
+) -> Bool[Array, "#batch queries keys"]:
     """Which keys each query sees, by absolute positions that count the meta tokens.
 
-    Nothing after itself; with a window, the `window` positions before itself and every meta token.
+    Nothing after itself; with a window, the `window` positions before itself and every meta token;
+    nothing between the meta tokens and `first_key`.
     """
-    distance = query_positions[:, None] - key_positions[None, :]
+    keys = key_positions[None, None]
+    distance = query_positions[:, :, None] - keys
     causal = distance >= 0
-    if window is None:
-        return causal
-    is_meta = jnp.broadcast_to(key_positions[None, :] < num_meta_tokens, causal.shape)
-    return causal & ((distance <= window) | is_meta)
+    is_meta = jnp.broadcast_to(keys < num_meta_tokens, causal.shape)
+    seen = causal if window is None else causal & ((distance <= window) | is_meta)
+    return seen if first_key is None else seen & ((keys >= first_key[:, None, None]) | is_meta)
 
 
 def attention_weights(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
-    mask: Bool[Array, "queries keys"],
+    mask: Bool[Array, "#batch queries keys"],
 ) -> Float[Array, "batch kv_heads group queries keys"]:
     """softmax(query key / sqrt(head_dim)) in float32; query head h reads key head h // group."""
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[None, None, None], scores * head_dim**-0.5, -jnp.inf)
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1)
 
 
 def reference(
-    query: Float[Array, "batch length heads head_dim"],
-    key: Float[Array, "batch length kv_heads head_dim"],
-    value: Float[Array, "batch length kv_heads value_dim"],
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads value_dim"],
     *,
     window: int | None,
     num_meta_tokens: int,
-) -> Float[Array, "batch length heads value_dim"]:
-    """The definition, with all length x length weights in memory."""
-    positions = jnp.arange(query.shape[1])
-    mask = attention_mask(positions, positions, window=window, num_meta_tokens=num_meta_tokens)
+    query_start: Int[Array, "batch"] | None = None,
+    first_key: Int[Array, "batch"] | None = None,
+) -> Float[Array, "batch queries heads value_dim"]:
+    """The definition, with all queries x keys weights in memory."""
+    queries, keys = query.shape[1], key.shape[1]
+    if query_start is None:
+        query_start = jnp.full(1, keys - queries)
+    mask = attention_mask(
+        query_start[:, None] + jnp.arange(queries)[None],
+        jnp.arange(keys),
+        window=window,
+        num_meta_tokens=num_meta_tokens,
+        first_key=first_key,
+    )
     weights = attention_weights(query, key, mask).astype(value.dtype)
     output = jnp.einsum("bhgqk,bkhv->bqhgv", weights, value)
     return output.reshape(*query.shape[:3], value.shape[-1])
