@@ -1,5 +1,17 @@
-"""Attention with a sliding window and meta tokens (paper, sections 2.2 and 2.4)."""
+"""Attention with a sliding window and meta tokens (paper, sections 2.2 and 2.4).
 
-from hymba_jax.ops.attention.api import IMPLEMENTATIONS, attention
+| implementation | what it is                                                         |
+|----------------|--------------------------------------------------------------------|
+| `reference`    | the definition, with all weights in memory                         |
+| `blocks`       | plain XLA, a block of queries and of keys at a time                |
+| `splash`       | the TPU kernels that come with JAX                                 |
+| `cudnn`        | NVIDIA's kernels, for whole sequences in 16 bits                   |
 
-__all__ = ["IMPLEMENTATIONS", "attention"]
+All but the first take time and memory by what the mask shows: linear in the length with a window.
+`attention_step` is one new token, for decoding.
+"""
+
+from hymba_jax.ops.attention.api import attention
+from hymba_jax.ops.attention.step import attention_step
+
+__all__ = ["attention", "attention_step"]

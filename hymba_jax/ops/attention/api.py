@@ -2,10 +2,21 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
+from hymba_jax.ops.attention.blocks import blocks
+from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.reference import reference
+from hymba_jax.ops.attention.splash import splash
+from hymba_jax.ops.platform import is_partitioned, target_platform
 from hymba_jax.types import Array, Float, Int
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "blocks": blocks,
+    "cudnn": cudnn,
+    "reference": reference,
+    "splash": splash,
+}
 
 
 def attention(
@@ -15,34 +26,38 @@ def attention(
     *,
     window: int | None,
     num_meta_tokens: int,
-    query_start: Int[Array, "batch"] | None = None,
     first_key: Int[Array, "batch"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Causal attention, global or in a sliding window that never loses the meta tokens.
 
+    Where there are fewer queries than keys, the last query meets the last key.
+
     Args:
       query, key: rotated already; heads are grouped over kv_heads in order.
       window: positions before itself that a query sees, besides the meta tokens; None sees all.
       num_meta_tokens: the first keys, which every later query sees.
-      query_start: where among the keys the first query of each row stands; at the end, so that the
-        last query meets the last key, if absent. Keys after a query are not seen.
       first_key: the first key of each row that counts, besides the meta tokens; those between do
         not, whatever numbers they hold.
-      implementation: a name in IMPLEMENTATIONS; None takes the fastest that runs here.
+      implementation: a name in IMPLEMENTATIONS; the fastest for the platform that can do this if
+        absent, which is `blocks` on CPUs.
 
     Raises:
-      ValueError: there is no implementation of that name.
+      ValueError: there is no implementation of that name, or it cannot do this or run here.
     """
-    name = implementation or "reference"
+    name = implementation or _fastest(query, key, first_key)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name](
-        query,
-        key,
-        value,
-        window=window,
-        num_meta_tokens=num_meta_tokens,
-        query_start=query_start,
-        first_key=first_key,
+        query, key, value, window=window, num_meta_tokens=num_meta_tokens, first_key=first_key
     )
+
+
+def _fastest(query: Array, key: Array, first_key: Array | None) -> str:
+    platform = target_platform()
+    if platform == "tpu" and not is_partitioned():
+        return "splash"
+    whole = query.shape[1] == key.shape[1] and first_key is None
+    if platform.endswith("gpu") and whole and query.dtype != jnp.float32:
+        return "cudnn"
+    return "blocks"

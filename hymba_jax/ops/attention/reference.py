@@ -48,15 +48,12 @@ def reference(
     *,
     window: int | None,
     num_meta_tokens: int,
-    query_start: Int[Array, "batch"] | None = None,
     first_key: Int[Array, "batch"] | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """The definition, with all queries x keys weights in memory."""
     queries, keys = query.shape[1], key.shape[1]
-    if query_start is None:
-        query_start = jnp.full(1, keys - queries)
     mask = attention_mask(
-        query_start[:, None] + jnp.arange(queries)[None],
+        jnp.arange(keys - queries, keys)[None],
         jnp.arange(keys),
         window=window,
         num_meta_tokens=num_meta_tokens,

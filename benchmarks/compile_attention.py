@@ -1,0 +1,172 @@
+"""Compiles attention for accelerators that need not be there.
+
+python benchmarks/compile_attention.py [--target v5e v6e h100] [--json FILE]
+
+Beside the scores that it does without, were they float32: XLA's temporaries in HBM. For TPUs: the
+most VMEM that one of the kernels has, and spills, as they do with a whole block of scores. For an
+H100: what XLA will ask of cuDNN, which chooses kernels and workspace on the machine itself.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+# Before JAX starts: the accelerators' compilers are wanted, not the accelerators.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import tyro
+from _compile_gpu import H100
+from _report import Row, report, write_json
+from compile_scan import TPUS, Target, installed
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.splash import splash
+
+HEAD_DIM, VALUE_DIM, WINDOW, META_TOKENS = 64, 128, 1024, 128
+HEADS = {"125M": (8, 4), "1.5B": (25, 5)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compile for, by default all whose packages are installed, and sizes."""
+
+    target: tuple[Target, ...] = field(default_factory=installed)
+    model: tuple[Literal["125M", "1.5B"], ...] = ("125M", "1.5B")
+    dtype: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    length: tuple[int, ...] = (2048, 8192)
+    """Besides the meta tokens."""
+    batch: tuple[int, ...] = (1,)
+    json: Path | None = None
+
+
+def main(options: Options) -> None:
+    tables: dict[str, list[Row]] = {}
+    if "h100" in options.target:
+        # The CUDA plugin must be there before any other part of JAX starts.
+        import_module("jax_plugins.xla_cuda13")
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=H100, topology="1x1x1"
+        )
+        # cuDNN has no attention in float32.
+        bfloat16 = replace(options, dtype=("bfloat16",))
+        tables["h100"] = list(rows("h100", cudnn, partial(compile_for_gpu, topology), bfloat16))
+    with tempfile.TemporaryDirectory() as dump:
+        # libtpu reads this once: that no TPU is to be looked for, and what to dump.
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        }
+        for target in options.target:
+            if target in TPUS:
+                topology = topologies.get_topology_desc(TPUS[target], platform="tpu")
+                compile_pass = partial(compile_for_tpu, topology, Path(dump))
+                tables[target] = list(rows(target, splash, compile_pass, options))
+    for name, table in tables.items():
+        report(f"attention compiled for {name}, window {WINDOW}", table)
+    if options.json is not None:
+        write_json([row for table in tables.values() for row in table], options.json)
+
+
+def rows(
+    target: str,
+    attention: Callable[..., jax.Array],
+    compile_pass: Callable[..., Row],
+    options: Options,
+) -> Iterator[Row]:
+    """One for each size and pass: the forward pass, and output and gradients together."""
+    for model, dtype, length, batch, layer in product(
+        options.model, options.dtype, options.length, options.batch, ("window", "global")
+    ):
+        heads, kv_heads = HEADS[model]
+        inputs = [
+            jax.ShapeDtypeStruct((batch, META_TOKENS + length, n, width), dtype)
+            for n, width in ((heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, VALUE_DIM))
+        ]
+        forward = partial(
+            attention,
+            window=WINDOW if layer == "window" else None,
+            num_meta_tokens=META_TOKENS,
+        )
+
+        def training(
+            *inputs: jax.Array, forward: Callable[..., jax.Array] = forward
+        ) -> tuple[jax.Array, ...]:
+            output, vjp = jax.vjp(forward, *inputs)
+            return output, *vjp(output)
+
+        for name, function in (("forward", forward), ("training", training)):
+            row: Row = {
+                "target": target,
+                "model": model,
+                "dtype": dtype,
+                "length": length,
+                "batch": batch,
+                "layer": layer,
+                "pass": name,
+                "scores MB": batch * heads * (META_TOKENS + length) ** 2 * 4 / 1e6,
+            }
+            yield row | compile_pass(function, inputs)
+
+
+def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) -> Row:
+    try:
+        compiled = _compile(topology, "cuda", function, inputs)
+    except Exception as error:  # a row of the report
+        return {"compiled": str(error).splitlines()[0][:40]}
+    calls = re.findall(
+        r'__cudnn\$fmha(\w*)Softmax(?:Backward)?".*"mask_type": "(\w+)"', compiled.as_text()
+    )
+    return {
+        "compiled": "yes",
+        "temporary MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "causal calls": calls.count(("", "CAUSAL")),
+        "masked calls": calls.count(("ScaleBias", "NO_MASK")),
+    }
+
+
+def compile_for_tpu(topology: Any, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
+    try:
+        compiled = _compile(topology, "tpu", function, inputs)
+    except Exception as error:  # a row of the report
+        return {"compiled": str(error).splitlines()[0][:40]}
+    kernels = [f for f in dump.iterdir() if re.search(r"splash.*-\d+-post-ra\.txt", f.name)]
+    allocations = [_allocations(file) for file in kernels]
+    for file in dump.iterdir():
+        file.unlink()
+    return {
+        "compiled": "yes",
+        "temporary MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "kernels": len(kernels),
+        "VMEM MiB": max(total for total, _ in allocations) / 2**20,
+        "spilled MiB": max(spilled for _, spilled in allocations) / 2**20,
+    }
+
+
+def _compile(topology: Any, platform: str, function: Callable[..., Any], inputs: Any) -> Any:
+    sharding = SingleDeviceSharding(topology.devices[0])
+    traced = jax.jit(function, in_shardings=sharding).trace(*inputs)
+    return traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def _allocations(file: Path) -> tuple[int, int]:
+    """Bytes of VMEM that a kernel has, and those among them for spilled registers."""
+    pattern = r"space=vmem, size = (0x[0-9a-f]+), scoped, tag = '([^']*)'"
+    sizes = [(int(size, 16), tag) for size, tag in re.findall(pattern, file.read_text())]
+    total = sum(size for size, _ in sizes)
+    return total, sum(size for size, tag in sizes if tag.startswith("spilled"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,215 @@
+"""Attention in plain XLA, a block of queries and a block of keys at a time, on any platform.
+
+A block of queries meets the meta tokens, and of the other keys only the blocks that some query of
+it sees: half of them without a window, a fixed number with one. Weights are never kept: the forward
+pass carries the largest score and the sum of what it has met (arXiv 2112.05682), the backward pass
+finds the weights again from the logarithm of the whole sum (arXiv 2205.14135).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hymba_jax.ops.attention.reference import attention_mask
+from hymba_jax.types import Array, Float, Int
+
+# Lower than any score, but finite: the difference of two of them is a number.
+_LOWEST = -1e30
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+_zeros = partial(jnp.zeros, dtype=jnp.float32)
+type _Carry = tuple[Array, ...]
+
+
+def blocks(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads value_dim"],
+    *,
+    window: int | None,
+    num_meta_tokens: int,
+    first_key: Int[Array, "batch"] | None = None,
+    block: int = 256,
+) -> Float[Array, "batch queries heads value_dim"]:
+    """`attention` in memory linear in the length and in time that the mask asks for.
+
+    Rows share their loops, so that each takes the time of the keys that any of them sees. A query
+    that sees no key has an output of zero.
+
+    Args:
+      block: queries and keys taken at a time, at most.
+    """
+    mask = _Mask(window, min(num_meta_tokens, key.shape[1]), block)
+    return _attention(query, key, value, first_key, mask)
+
+
+class _Mask(NamedTuple):
+    """What is known of the mask when compiling, and the size of the blocks."""
+
+    window: int | None
+    num_meta_tokens: int
+    block: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    first_key: Int[Array, "batch"] | None,
+    mask: _Mask,
+) -> Array:
+    return _forward(query, key, value, first_key, mask)[0]
+
+
+def _forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    first_key: Array | None,
+    mask: _Mask,
+) -> tuple[Array, tuple[Any, ...]]:
+    def query_block(_: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        start, q = at
+
+        def meet(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
+            highest, total, output = carry
+            higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+            weights = jnp.exp(scores - higher)
+            shrink = jnp.exp(highest - higher)
+            total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+            v = _keys_at(start, value, scores.shape[-1])
+            output = output * shrink + _einsum("bhgqk,bkhv->bhgqv", weights.astype(v.dtype), v)
+            return higher, total, output
+
+        zero = _zeros((*q.shape[:-1], 1))
+        carry = (zero + _LOWEST, zero, _zeros((*q.shape[:-1], value.shape[-1])))
+        highest, total, output = _over_keys(meet, carry, q, key, start, first_key, mask)
+        # The sum is at least 1, but for a query that sees nothing.
+        total = jnp.maximum(total, 1e-30)
+        return None, ((output / total).astype(value.dtype), highest + jnp.log(total))
+
+    kv_heads = key.shape[2]
+    q = _split(query, kv_heads, mask.block)
+    _, (output, log_sum) = lax.scan(query_block, None, (_starts(query, key, q), q))
+    output = _join(output, query.shape[1])
+    return output, (query, key, value, first_key, output, log_sum)
+
+
+def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[Any, ...]:
+    query, key, value, first_key, output, log_sum = residuals
+    scale = query.shape[-1] ** -0.5
+
+    def query_block(
+        gradients: tuple[Array, Array], at: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
+        start, q, do, mean, log_sum = at
+
+        def meet(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
+            dq, dkey, dvalue = carry
+            k, v = (_keys_at(start, x, scores.shape[-1]) for x in (key, value))
+            weights = jnp.exp(scores - log_sum)
+            dscores = weights * (_einsum("bhgqv,bkhv->bhgqk", do, v) - mean) * scale
+            dscores = dscores.astype(k.dtype)
+            dq = dq + _einsum("bhgqk,bkhd->bhgqd", dscores, k)
+            dk = _einsum("bhgqk,bhgqd->bkhd", dscores, q)
+            dv = _einsum("bhgqk,bhgqv->bkhv", weights.astype(v.dtype), do)
+            return dq, _add_at(start, dkey, dk), _add_at(start, dvalue, dv)
+
+        carry = (_zeros(q.shape), *gradients)
+        dq, dkey, dvalue = _over_keys(meet, carry, q, key, start, first_key, mask)
+        return (dkey, dvalue), dq.astype(query.dtype)
+
+    # The derivative of the weights' sum, which is always 1.
+    mean = jnp.sum(doutput.astype(jnp.float32) * output, axis=-1, keepdims=True)
+    q, do, mean = (_split(x, key.shape[2], mask.block) for x in (query, doutput, mean))
+    zeros = (_zeros(key.shape), _zeros(value.shape))
+    (dkey, dvalue), dq = lax.scan(
+        query_block, zeros, (_starts(query, key, q), q, do, mean, log_sum)
+    )
+    dquery = _join(dq, query.shape[1])
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _over_keys(
+    meet: Callable[[_Carry, Array | int, Array], _Carry],
+    carry: _Carry,
+    query: Float[Array, "batch kv_heads group block head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    query_start: Int[Array, ""],
+    first_key: Int[Array, "batch"] | None,
+    mask: _Mask,
+) -> _Carry:
+    """`carry = meet(carry, start, scores)` for the meta tokens and each block of keys they see."""
+    keys, window, meta = key.shape[1], mask.window, mask.num_meta_tokens
+    positions = query_start + jnp.arange(query.shape[3])
+
+    def scores(start: Array | int, first: Array | int, size: int, **limits: Any) -> Array:
+        """Of the keys from `start` on; those before `first` were met already."""
+        k = _keys_at(start, key, size)
+        scores = _einsum("bhgqd,bkhd->bhgqk", query, k) * query.shape[-1] ** -0.5
+        at = start + jnp.arange(size)
+        seen = attention_mask(positions[None], at, num_meta_tokens=0, **limits)
+        seen = seen & (at >= first)[None, None]
+        return jnp.where(seen[:, None, None], scores, -jnp.inf)
+
+    if meta:
+        carry = meet(carry, 0, scores(0, 0, meta, window=None))
+    if meta == keys:
+        return carry
+    size = min(mask.block, keys - meta)
+    begin = jnp.asarray(meta)
+    if window is not None:
+        begin = jnp.maximum(begin, query_start - window)
+    if first_key is not None:
+        begin = jnp.maximum(begin, jnp.min(first_key))
+    end = jnp.minimum(query_start + query.shape[3], keys)
+
+    def key_block(j: Array | int, carry: _Carry) -> _Carry:
+        first = begin + j * size
+        start = jnp.minimum(first, keys - size)
+        return meet(carry, start, scores(start, first, size, window=window, first_key=first_key))
+
+    return lax.fori_loop(0, (end - begin + size - 1) // size, key_block, carry)
+
+
+def _keys_at(start: Array | int, x: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+
+def _add_at(start: Array | int, x: Array, update: Array) -> Array:
+    update = _keys_at(start, x, update.shape[1]) + update
+    return lax.dynamic_update_slice_in_dim(x, update, start, axis=1)
+
+
+def _split(
+    x: Float[Array, "batch queries heads dim"], kv_heads: int, block: int
+) -> Float[Array, "blocks batch kv_heads group block dim"]:
+    """Equal blocks of queries, the last one padded, with the heads that read the same keys."""
+    batch, queries, heads, dim = x.shape
+    size = -(-queries // -(-queries // block))
+    size = min(-(-size // 32) * 32, block, queries)  # products of odd sizes are slow
+    padding = -queries % size
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    x = x.reshape(batch, -1, size, kv_heads, heads // kv_heads, dim)
+    return jnp.einsum("bnqhgd->nbhgqd", x)
+
+
+def _join(
+    x: Float[Array, "blocks batch kv_heads group block dim"], queries: int
+) -> Float[Array, "batch queries heads dim"]:
+    count, batch, kv_heads, group, size, dim = x.shape
+    x = jnp.einsum("nbhgqd->bnqhgd", x)
+    return x.reshape(batch, count * size, kv_heads * group, dim)[:, :queries]
+
+
+def _starts(query: Array, key: Array, query_blocks: Array) -> Int[Array, "blocks"]:
+    """Where the first query of each block stands among the keys."""
+    count, size = query_blocks.shape[0], query_blocks.shape[4]
+    return key.shape[1] - query.shape[1] + size * jnp.arange(count)

@@ -1,0 +1,77 @@
+"""Attention on NVIDIA GPUs, by cuDNN's fused kernels, which keep no weights.
+
+cuDNN knows causal attention, and masks that it reads from memory. The first is all that a global
+layer needs, and what the first queries of a window layer do: they have not lost a key yet. After
+those, blocks of as many queries as the window is long see the meta tokens, the block before and
+their own, through one mask, the same for every block: time and memory are linear in the length.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from hymba_jax.ops.attention.reference import attention_mask
+from hymba_jax.types import Array, Float, Int
+
+
+def cudnn(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads value_dim"],
+    *,
+    window: int | None,
+    num_meta_tokens: int,
+    first_key: Int[Array, "batch"] | None = None,
+) -> Float[Array, "batch queries heads value_dim"]:
+    """`attention` on NVIDIA GPUs over whole sequences, in float16 or bfloat16.
+
+    XLA can split it over devices by batch.
+
+    Raises:
+      ValueError: there are fewer queries than keys, or `first_key` is given: cuDNN's causal mask
+        has both begin together.
+      NotImplementedError: the numbers are float32, or a gradient is wanted of a window that is odd
+        or has an odd number of meta tokens before it.
+      RuntimeError: JAX was installed without cuDNN.
+    """
+    length = key.shape[1]
+    if query.shape[1] != length or first_key is not None:
+        raise ValueError("cuDNN's attention wants as many queries as keys, and all of both")
+    # JAX has cuDNN take only values as wide as keys. Zeros add nothing to a score.
+    scale, width = query.shape[-1] ** -0.5, value.shape[-1]
+    query, key = (_pad(v, 3, width - v.shape[-1]) for v in (query, key))
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+
+    first = length if window is None else min(length, num_meta_tokens + window)
+    outputs = [attend(query[:, :first], key[:, :first], value[:, :first], is_causal=True)]
+    if window is not None and first < length:
+        mask = attention_mask(
+            first + jnp.arange(window)[None],
+            jnp.arange(first + window),
+            window=window,
+            num_meta_tokens=num_meta_tokens,
+        )
+        own, _ = _windows(query, window, num_meta_tokens)
+        _, keys = _windows(key, window, num_meta_tokens)
+        _, values = _windows(value, window, num_meta_tokens)
+        output = attend(own, keys, values, mask=mask[None])
+        outputs.append(output.reshape(outputs[0].shape[0], -1, *output.shape[2:]))
+    return jnp.concatenate(outputs, axis=1)[:, :length]
+
+
+def _windows(
+    v: Float[Array, "batch length heads width"], window: int, num_meta_tokens: int
+) -> tuple[Float[Array, "blocks window heads width"], Float[Array, "blocks seen heads width"]]:
+    """All blocks but the first of each row, and what they see: meta tokens, one before, itself."""
+    meta, text = v[:, None, :num_meta_tokens], v[:, num_meta_tokens:]
+    text = _pad(text, 1, -text.shape[1] % window)
+    blocks = text.reshape(v.shape[0], -1, window, *v.shape[2:])
+    before, own = blocks[:, :-1], blocks[:, 1:]
+    meta = jnp.broadcast_to(meta, (*own.shape[:2], *meta.shape[2:]))
+    seen = jnp.concatenate([meta, before, own], axis=2)
+    return own.reshape(-1, *own.shape[2:]), seen.reshape(-1, *seen.shape[2:])
+
+
+def _pad(v: Array, axis: int, by: int) -> Array:
+    return jnp.pad(v, [(0, by if axis == a else 0) for a in range(v.ndim)])

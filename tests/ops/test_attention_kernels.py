@@ -1,0 +1,144 @@
+"""Attention by kernels that come with JAX, as far as they run on a CPU, against `reference`.
+
+The kernels for TPUs run in Pallas's interpret mode. cuDNN does not run: XLA's attention stands in
+for it, which takes the same arguments, so what is tested is that they are the right ones.
+"""
+
+from functools import partial
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import make_splash_mha_single_device
+
+from hymba_jax.ops.attention import api
+from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.reference import reference
+from hymba_jax.ops.attention.splash import splash
+
+HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 6, 2, 8, 16
+# Relative to the largest entry. Float32 rounds at 6e-8, sums have some hundred terms; bfloat16
+# rounds at 4e-3, and so do weights, values and results.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [splash, cudnn])
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    """Also blocks of 128, for short sequences to have some."""
+    module = "hymba_jax.ops.attention.splash"
+    interpreted = partial(make_splash_mha_single_device, interpret=True)
+    xla = jax.nn.dot_product_attention
+
+    def stand_in(*arrays, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return xla(*arrays, implementation="xla", **kwargs)
+
+    with (
+        patch(f"{module}._BLOCK", 128),
+        patch(f"{module}.make_splash_mha_single_device", interpreted),
+        patch("jax.nn.dot_product_attention", stand_in),
+    ):
+        yield
+
+
+def inputs(queries, keys, dtype="float32"):
+    """Queries, keys, values and a cotangent, in two rows."""
+    rng = np.random.default_rng(queries)
+    shapes = [
+        (queries, HEADS, HEAD_DIM),
+        (keys, KV_HEADS, HEAD_DIM),
+        (keys, KV_HEADS, VALUE_DIM),
+        (queries, HEADS, VALUE_DIM),
+    ]
+    return [jnp.asarray(rng.normal(size=(2, *shape)), dtype) for shape in shapes]
+
+
+def assert_same(implementation, arrays, **kwargs):
+    """The output, and the gradients along the cotangent."""
+
+    @partial(jax.jit, static_argnums=0)
+    def run(attention, *arrays):
+        *arrays, cotangent = arrays
+        output, vjp = jax.vjp(partial(attention, **kwargs), *arrays)
+        return output, *vjp(cotangent)
+
+    expected = run(reference, *(a.astype(jnp.float32) for a in arrays))
+    dtype = str(arrays[0].dtype)
+    for ours, theirs in zip(run(implementation, *arrays), expected, strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        error = jnp.abs(ours.astype(jnp.float32) - theirs).max() / jnp.abs(theirs).max()
+        assert error < TOLERANCE[dtype]
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("window", "meta", "dtype"),
+    [
+        (None, 5, "float32"),
+        (37, 5, "bfloat16"),
+        (37, 5, "float32"),
+        (130, 0, "float32"),
+        (296, 5, "float32"),
+    ],
+)
+def test_whole_sequences(implementation, window, meta, dtype):
+    """Windows of less than a block and of more, one of which loses a single key; a length that
+    neither blocks nor windows divide."""
+    assert_same(implementation, inputs(303, 303, dtype), window=window, num_meta_tokens=meta)
+
+
+@IMPLEMENTATIONS
+def test_a_sequence_that_fits_into_the_window(implementation):
+    assert_same(implementation, inputs(3, 3), window=4, num_meta_tokens=2)
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_splash_with_queries_at_the_end_and_keys_that_do_not_count(window):
+    first_key = jnp.asarray([0, 220])  # before the first query, and after it
+    kwargs = {"window": window, "num_meta_tokens": 5, "first_key": first_key}
+    assert_same(splash, inputs(150, 303), **kwargs)
+
+
+@pytest.mark.parametrize(("queries", "first_key"), [(3, None), (9, [0, 4])])
+def test_cudnn_refuses_parts_of_sequences(queries, first_key):
+    *arrays, _ = inputs(queries, 9)
+    first_key = None if first_key is None else jnp.asarray(first_key)
+    with pytest.raises(ValueError, match="as many queries as keys, and all of both"):
+        cudnn(*arrays, window=None, num_meta_tokens=2, first_key=first_key)
+
+
+@pytest.mark.parametrize(
+    ("platform", "partitioned", "queries", "first_key", "dtype", "chosen"),
+    [
+        ("cpu", False, 9, None, "bfloat16", "blocks"),
+        ("tpu", False, 9, None, "float32", "splash"),
+        ("tpu", False, 3, [2, 4], "bfloat16", "splash"),
+        ("tpu", True, 9, None, "bfloat16", "blocks"),
+        ("gpu", False, 9, None, "bfloat16", "cudnn"),
+        ("older gpu", True, 9, None, "bfloat16", "cudnn"),
+        ("gpu", False, 9, None, "float32", "blocks"),
+        ("gpu", False, 3, None, "bfloat16", "blocks"),
+        ("gpu", False, 9, [2, 4], "bfloat16", "blocks"),
+    ],
+)
+def test_the_platform_chooses_what_can_do_it(
+    monkeypatch, platform, partitioned, queries, first_key, dtype, chosen
+):
+    monkeypatch.setattr(api, "target_platform", lambda: platform)
+    monkeypatch.setattr(api, "is_partitioned", lambda: partitioned)
+    called = []
+
+    def stand_in(name, *args, **kwargs):
+        called.append(name)
+        return reference(*args, **kwargs)
+
+    stand_ins = {name: partial(stand_in, name) for name in api.IMPLEMENTATIONS}
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", stand_ins)
+    *arrays, _ = inputs(queries, 9, dtype)
+    first_key = None if first_key is None else jnp.asarray(first_key)
+    api.attention(*arrays, window=4, num_meta_tokens=2, first_key=first_key)
+    assert called == [chosen]
