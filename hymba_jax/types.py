@@ -17,6 +17,8 @@
 | chunks     |                   | parts of a length, as scans take it                      |
 | steps      |                   | positions of a chunk                                     |
 | kernel     | K                 | taps of the causal convolution                           |
+| slots      |                   | positions that a cache of keys and values holds          |
+| meta_tokens | M                | learned tokens before every text                         |
 | vocab      |                   | tokens in the vocabulary                                 |
 | stream     |                   | tokens of many documents, one after the other            |
 

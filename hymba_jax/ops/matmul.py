@@ -45,3 +45,16 @@ def _backward(
 
 
 matmul.defvjp(_forward, _backward)
+
+
+def matmul_transposed(
+    x: Float[Array, "batch length features"],
+    kernel: Float[Array, "outputs features"],
+    dtype: DTypeLike,
+) -> Float[Array, "batch length outputs"]:
+    """x @ kernel.T, for a kernel that has another use as it is."""
+    if x.shape[1] > 1:
+        return matmul(x, kernel.T, dtype)
+    # With few rows XLA:CPU would transpose all of the kernel first, which it need not this way.
+    y = lax.dot_general(kernel, x[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return y.T[:, None]

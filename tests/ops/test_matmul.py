@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hymba_jax.ops.matmul import matmul
+from hymba_jax.ops.matmul import matmul, matmul_transposed
 
 
 def arrays(leading, features=5, outputs=7):
@@ -25,6 +25,21 @@ def test_values_and_gradients(leading):
     np.testing.assert_allclose(dx, dy @ kernel.T, rtol=0, atol=1e-5)
     expected = x.reshape(-1, 5).T @ dy.reshape(-1, 7)
     np.testing.assert_allclose(dkernel, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_transposed_kernel(length):
+    """In float32 out of bfloat16, for one position, which is computed the other way, and more."""
+    x, kernel, dy = (jnp.asarray(a, jnp.bfloat16) for a in arrays((2, length)))
+    y, pull = jax.vjp(lambda *a: matmul_transposed(*a, jnp.float32), x, kernel.T)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5)
+    _, plain = jax.vjp(lambda *a: matmul(*a, jnp.float32), x, kernel)
+    (dx, dkernel), (expected_dx, expected_dkernel) = (
+        f(dy.astype(jnp.float32)) for f in (pull, plain)
+    )
+    np.testing.assert_array_equal(dx, expected_dx)
+    np.testing.assert_array_equal(dkernel, expected_dkernel.T)
 
 
 def test_float32_out_of_bfloat16():

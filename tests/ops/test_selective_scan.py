@@ -390,6 +390,23 @@ def test_steps_equal_the_scan(without):
     assert_close(state, expected_state)
 
 
+@pytest.mark.parametrize("without", [(), OPTIONAL])
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_one_position_is_a_step(without, resets, lengths):
+    """Chosen by itself, with no loop around it."""
+    inputs = device(make_inputs(3, 1, 6, 4, without))
+    if resets:
+        inputs["resets"] = jnp.asarray([[True], [False], [True]])
+    if lengths:
+        inputs["lengths"] = jnp.asarray([1, 0, 0])
+    ours = jax.jit(selective_scan)(**inputs)
+    expected = selective_scan(**inputs, implementation="reference")
+    for a, b in zip(ours, expected, strict=True):
+        assert_close(a, b)
+    assert "while" not in jax.jit(selective_scan).lower(**inputs).as_text()
+
+
 @pytest.mark.parametrize("kernel", sorted(INTERPRETER))
 def test_a_kernel_fails_loudly_where_it_cannot_run(kernel):
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU backend"):

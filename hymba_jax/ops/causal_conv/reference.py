@@ -42,7 +42,10 @@ def causal_conv_reference(
         final_inputs = inputs[:, length:]
     else:
         y = jnp.where(counts[:, :, None], y, 0)
-        final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
+        if length == 1:  # as in decoding, where a gather would cost more than all else
+            final_inputs = jnp.where(counts[:, :, None], inputs[:, 1:], inputs[:, :-1])
+        else:
+            final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
     if resets is not None:
         final_inputs = jnp.where((last >= starts[:, -1:])[:, :, None], final_inputs, 0)
     return y.astype(x.dtype), final_inputs

@@ -11,6 +11,7 @@ from hymba_jax.ops.selective_scan.pallas_gpu import selective_scan_pallas_gpu
 from hymba_jax.ops.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from hymba_jax.ops.selective_scan.reference import selective_scan_reference
 from hymba_jax.ops.selective_scan.sharded import selective_scan_sharded
+from hymba_jax.ops.selective_scan.step import selective_scan_single
 from hymba_jax.ops.selective_scan.xla import selective_scan_xla
 from hymba_jax.types import Array, Bool, Float, Int
 
@@ -68,7 +69,7 @@ def selective_scan(
         `check_vma=False`. Sequences are then this device's part of them; `initial_state`, `lengths`
         and the returned state are still those of the whole.
       implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform that can
-        be split over the mesh in context.
+        be split over the mesh in context, and for a single position no scan at all.
 
     Returns:
       y in x's dtype and the state after the last position in float32.
@@ -91,7 +92,8 @@ def selective_scan(
         dt = jnp.where(counts[:, :, None], dt, -jnp.inf)
         z = None if z is None else jnp.where(counts[:, :, None], z, 0)
         resets = None if resets is None else resets & counts
-    scan = IMPLEMENTATIONS[name]
+    is_step = implementation is None and axis_name is None and x.shape[1] == 1
+    scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
     if axis_name is not None:
         scan = partial(selective_scan_sharded, scan, axis_name)
     return scan(x, dt, A, B, C, D, z, dt_bias, initial_state, resets)

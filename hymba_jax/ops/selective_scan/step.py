@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from hymba_jax.ops.selective_scan.output import skip_and_gate
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float
 
 
 def selective_scan_step(
@@ -35,3 +35,26 @@ def selective_scan_step(
     h = jnp.exp(delta[:, None] * A[None]) * h + (delta * inputs)[:, None] * B[:, :, None]
     y = (h * C[:, :, None]).sum(1)
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), h
+
+
+def selective_scan_single(
+    x: Float[Array, "batch 1 channels"],
+    dt: Float[Array, "batch 1 channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "batch 1 state"],
+    C: Float[Array, "batch 1 state"],
+    D: Float[Array, "channels"] | None = None,
+    z: Float[Array, "batch 1 channels"] | None = None,
+    dt_bias: Float[Array, "channels"] | None = None,
+    initial_state: Float[Array, "batch state channels"] | None = None,
+    resets: Bool[Array, "batch 1"] | None = None,
+) -> tuple[Float[Array, "batch 1 channels"], Float[Array, "batch state channels"]]:
+    """`selective_scan` of a sequence of length 1: the step, and no loop around it."""
+    state = jnp.zeros((x.shape[0], *A.shape)) if initial_state is None else initial_state
+    if resets is not None:
+        state = jnp.where(resets[:, :, None], 0, state)
+    gate = None if z is None else z[:, 0]
+    y, state = selective_scan_step(
+        x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, gate, dt_bias, state=state
+    )
+    return y[:, None], state
