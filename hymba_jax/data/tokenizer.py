@@ -42,9 +42,13 @@ class Tokenizer:
       model: the underlying `tokenizers.Tokenizer`.
       vocab_size: the largest token id plus one.
       bos_id, eos_id: ids of the tokens before and after each document.
+      special_tokens: the id of each special token, by name.
+      chat_template: how a conversation is written for the model, in Jinja; None if it is not said.
     """
 
-    def __init__(self, model: tokenizers.Tokenizer, bos: str, eos: str) -> None:
+    def __init__(
+        self, model: tokenizers.Tokenizer, bos: str, eos: str, chat_template: str | None = None
+    ) -> None:
         # A released file may ask for truncation or padding, or not mark its tokens as special.
         model.no_truncation()
         model.no_padding()
@@ -55,6 +59,9 @@ class Tokenizer:
         vocabulary = model.get_vocab()
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
         self.vocab_size = max(vocabulary.values()) + 1
+        added = model.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: number for number, token in added if token.special}
+        self.chat_template = chat_template
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. Raises HymbaError where it is no text."""
@@ -76,6 +83,8 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"bos_token": self.bos, "eos_token": self.eos}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         replace_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
         replace_text(directory / "tokenizer.json", self.model.to_str(pretty=True))
 
@@ -84,7 +93,8 @@ class Tokenizer:
         """Reads a tokenizer.json, or the one in a directory.
 
         The special tokens are those that a tokenizer_config.json beside it names, else those with
-        a customary name. Raises HymbaError where a file is missing or unusable.
+        a customary name. The chat template is in a chat_template.jinja beside it, else in the
+        tokenizer_config.json. Raises HymbaError where a file is missing or unusable.
         """
         path = Path(path).expanduser()
         if path.is_dir():
@@ -98,12 +108,16 @@ class Tokenizer:
                 f"{path}: not a file of the tokenizers library ({_first_line(error)}): "
                 "give a tokenizer.json"
             ) from error
-        config = _read_config(path.with_name("tokenizer_config.json"))
-        names = [
-            _special_name(path, model, config.get("bos_token"), "begin-of-text", _BOS_NAMES),
-            _special_name(path, model, config.get("eos_token"), "end-of-text", _EOS_NAMES),
-        ]
-        return cls(model, *names)
+        config_file = path.with_name("tokenizer_config.json")
+        config = _read_config(config_file)
+        bos = _special_name(path, model, config.get("bos_token"), "begin-of-text", _BOS_NAMES)
+        eos = _special_name(path, model, config.get("eos_token"), "end-of-text", _EOS_NAMES)
+        template_file = path.with_name("chat_template.jinja")
+        if template_file.is_file():
+            template: str | None = _read_template(template_file)
+        else:
+            template = _named_template(config_file, config.get("chat_template"))
+        return cls(model, bos, eos, template)
 
 
 def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
@@ -155,6 +169,31 @@ def _read_config(path: Path) -> dict[str, object]:
     if not isinstance(config, dict):
         raise HymbaError(f"{path}: not a JSON object: mend or remove the file")
     return config
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise HymbaError(f"{path}: not UTF-8 ({error}): mend or remove the file") from error
+
+
+def _named_template(path: Path, named: object) -> str | None:
+    """The config's chat template; of several, each with a name, the one named default."""
+    if isinstance(named, list) and all(_is_named_template(item) for item in named):
+        named = {item["name"]: item["template"] for item in named}.get("default")
+    if named is None or isinstance(named, str):
+        return named
+    raise HymbaError(
+        f'{path}: chat_template is neither a text nor a list of {{"name", "template"}}: '
+        "mend or remove it"
+    )
+
+
+def _is_named_template(item: object) -> bool:
+    return isinstance(item, dict) and all(
+        isinstance(item.get(key), str) for key in ("name", "template")
+    )
 
 
 def _special_name(

@@ -186,6 +186,49 @@ def test_foreign_tokens_not_marked_special_still_come_by_id_only(tmp_path):
     assert tokenizer.encode("a<s>") == [0]
 
 
+WORDS = ["[UNK]", "<s>", "</s>", "a"]
+
+
+def test_special_tokens_by_name(tmp_path):
+    tokenizer = Tokenizer.load(foreign(tmp_path, WORDS, **{"<end>": True, "<think>": False}))
+    assert tokenizer.special_tokens == {"<s>": 1, "</s>": 2, "<end>": 4}
+
+
+def test_chat_template(tmp_path):
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "é"}]
+    cases = [
+        (None, None),
+        ("", ""),
+        ("é {{x}}\n", "é {{x}}\n"),
+        (several, "é"),
+        (several[:1], None),
+    ]
+    for index, (named, template) in enumerate(cases):
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        tokenizer = Tokenizer.load(foreign(directory, WORDS, {"chat_template": named}))
+        assert tokenizer.chat_template == template
+        tokenizer.save(directory / "saved")
+        assert Tokenizer.load(directory / "saved").chat_template == template
+        (directory / "chat_template.jinja").write_text("ü\n", encoding="utf-8")
+        assert Tokenizer.load(directory / "tokenizer.json").chat_template == "ü\n"
+    assert Tokenizer.load(foreign(tmp_path, WORDS)).chat_template is None
+
+
+@pytest.mark.parametrize(
+    "broken", [3, {"default": "x"}, ["x"], [{"name": "default"}], [{"name": 1, "template": "x"}]]
+)
+def test_broken_chat_template(tmp_path, broken):
+    path = foreign(tmp_path, WORDS, {"chat_template": broken})
+    with pytest.raises(
+        HymbaError, match=r"tokenizer_config\.json: chat_template is neither a text"
+    ):
+        Tokenizer.load(path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(HymbaError, match=r"chat_template\.jinja: not UTF-8"):
+        Tokenizer.load(path)
+
+
 @pytest.mark.parametrize(
     ("words", "config", "parts"),
     [
