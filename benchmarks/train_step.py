@@ -1,45 +1,106 @@
-"""How fast a training step is, on whatever device JAX finds.
+"""How fast a training step is, or a gradient of one of the family, on whatever device JAX finds.
 
-python benchmarks/train_step.py --config configs/tiny.toml
+python benchmarks/train_step.py [--config configs/tiny.toml]
+python benchmarks/train_step.py --shape 125m [--batch 1 4] [--length 512 2048] [--dtype float32]
+
+With a config: the run's whole training step, optimizer included. With a shape: the summed loss and
+its gradient, jitted, of a model of the family; a row for each batch with its length, each in a
+process of its own, so that its peak of memory (`ru_maxrss`) is its own. Steps are medians of calls
+after two that are not timed, temporaries the compiler's account.
+
+GFLOP/s counts 6 operations a parameter and token, two forward and four backward, and leaves out
+attention's own, the scan's and what is recomputed; the embedding, which is the output's kernel
+too, counts once. `of products` is its share of the best rate, in the same process, of products of
+1024 rows with three of the model's kernels in the same dtype.
 """
 
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from _report import Row, median_ms, report
+from flax import nnx
 
+from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
 from hymba_jax.host_memory import keep_freed_memory
+from hymba_jax.model import Hymba
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
-from hymba_jax.training.step import compile_train_step
+from hymba_jax.training.state import Params, init_state, make_template
+from hymba_jax.training.step import Batch, compile_train_step, make_eval_step
 
 
 @dataclass(frozen=True)
 class Args:
-    """Times training steps on random tokens.
+    """Times steps on random tokens.
 
     Attributes:
       config: the run's TOML file.
+      shape: in its place, one of the family.
+      batch, length: of a shape; the first batch with the first length, and so on.
+      dtype: of a shape's activations; its parameters are float32.
+      remat: what a shape's backward pass recomputes.
       steps: how many are timed, after two that are not.
       keep_memory: keep freed memory in the process, as `train.py` does.
+      row: measure the first batch in this process and write it to `json`, as each child does.
       json: file for the rows as JSON lines.
     """
 
     config: Path = Path("configs/tiny.toml")
+    shape: Literal["125m", "350m", "1.5b"] | None = None
+    batch: tuple[int, ...] = (1, 4)
+    length: tuple[int, ...] = (512, 2048)
+    dtype: DType = "float32"
+    remat: Remat = "none"
     steps: int = 10
     keep_memory: bool = True
+    row: bool = False
     json: Path | None = None
 
 
 def main(args: Args) -> None:
+    if args.shape is not None and not args.row:
+        report("loss and gradient", in_children(args), args.json)
+        return
     if args.keep_memory:
         keep_freed_memory()
+    if args.shape is None:
+        report("training step", [run_row(args)], args.json)
+    elif args.json is not None:
+        args.json.write_text(json.dumps(shape_row(args, PRESETS[f"hymba-{args.shape}"])))
+
+
+def in_children(args: Args) -> list[Row]:
+    """A row for each batch with its length, each measured in a process of its own."""
+    rows = []
+    for batch, length in zip(args.batch, args.length, strict=True):
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory, "row.json")
+            one = replace(args, batch=(batch,), length=(length,), row=True, json=file)
+            command = [
+                *("--shape", str(one.shape), "--batch", str(batch), "--length", str(length)),
+                *("--dtype", one.dtype, "--remat", one.remat, "--steps", str(one.steps)),
+                "--keep-memory" if one.keep_memory else "--no-keep-memory",
+                *("--row", "--json", str(file)),
+            ]
+            subprocess.run([sys.executable, __file__, *command], check=True)
+            rows.append(json.loads(file.read_text()))
+    return rows
+
+
+def run_row(args: Args) -> Row:
+    """Of the run's training step."""
     run = RunConfig.from_toml(args.config)
     training, length = run.training, run.data.sequence_length
     mesh, optimizer = make_mesh(), make_optimizer(run.training)
@@ -59,8 +120,7 @@ def main(args: Args) -> None:
         return metrics
 
     milliseconds = median_ms(one_step, repeats=args.steps)
-    tokens_per_second = 1e3 * tokens.size / milliseconds
-    row: Row = {
+    return {
         "config": args.config.stem,
         "parameters": template.num_params,
         "batch": f"{shape[0]} x {length}",
@@ -68,11 +128,69 @@ def main(args: Args) -> None:
         "kept memory": str(args.keep_memory),
         "compile s": compile_seconds,
         "step ms": milliseconds,
-        "tokens/s": tokens_per_second,
-        # 6 operations a parameter and token; attention's and the scan's own are left out.
-        "GFLOP/s": 6e-9 * template.num_params * tokens_per_second,
+        **_rates(run.model, run.compute.dtype, template.num_params, tokens.size, milliseconds),
     }
-    report("training step", [row], args.json)
+
+
+def shape_row(args: Args, config: HymbaConfig) -> Row:
+    """Of a shape's loss and gradient."""
+    compute = ComputeConfig(dtype=args.dtype, remat=args.remat)
+    init = nnx.jit(lambda: Hymba(config, compute, nnx.Rngs(0)))
+    graph, variables = nnx.split(init())
+    params = nnx.to_pure_dict(variables)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    shape = (args.batch[0], args.length[0])
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, shape, np.int32)
+    batch = {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
+    eval_step = make_eval_step(graph)
+
+    def summed_loss(params: Params, batch: Batch) -> jax.Array:
+        return eval_step(params, batch).nats
+
+    start = time.perf_counter()
+    compiled = jax.jit(jax.value_and_grad(summed_loss)).lower(params, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    milliseconds = median_ms(lambda: compiled(params, batch), repeats=args.steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory: Any = compiled.memory_analysis()
+    return {
+        "shape": str(args.shape),
+        "parameters": num_params,
+        "batch": f"{shape[0]} x {shape[1]}",
+        "dtype": args.dtype,
+        "remat": args.remat,
+        "compile s": compile_seconds,
+        "ms": milliseconds,
+        **_rates(config, args.dtype, num_params, tokens.size, milliseconds),
+        "temporaries GB": memory.temp_size_in_bytes / 1e9,
+        "peak GB": peak / 1e9,
+    }
+
+
+def _rates(
+    config: HymbaConfig, dtype: DType, num_params: int, tokens: int, milliseconds: float
+) -> Row:
+    flops_rate = 6e3 * num_params * tokens / milliseconds
+    return {
+        "tokens/s": 1e3 * tokens / milliseconds,
+        "GFLOP/s": flops_rate / 1e9,
+        "of products": flops_rate / best_product_rate(config, dtype),
+    }
+
+
+def best_product_rate(config: HymbaConfig, dtype: DType) -> float:
+    """Operations a second of the fastest of three of the model's products."""
+    hidden, mlp = config.hidden_size, config.mlp_size
+    shapes = ((hidden, mlp), (mlp, hidden), (hidden, config.channels))
+    return max(
+        _product_rate(jnp.ones((1024, n), dtype), jnp.ones((n, m), dtype)) for n, m in shapes
+    )
+
+
+def _product_rate(x: jax.Array, kernel: jax.Array) -> float:
+    call = jax.jit(jnp.matmul)
+    milliseconds = median_ms(lambda: call(x, kernel), repeats=10)
+    return 2e3 * x.shape[0] * kernel.size / milliseconds
 
 
 if __name__ == "__main__":

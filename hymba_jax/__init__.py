@@ -12,3 +12,19 @@ Where each idea of the paper is:
 | the released checkpoint's names          | `convert/mapping.py`                            |
 | training                                 | `training/loop.py`, from top to bottom          |
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hymba_jax.inference import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`hymba_jax.load`, imported when it is used: it takes JAX and Orbax with it."""
+    if name == "load":
+        from hymba_jax.inference import load
+
+        return load
+    raise AttributeError(f"module 'hymba_jax' has no attribute {name!r}")

@@ -14,7 +14,13 @@ DESCRIPTION = """Hymba in JAX.
 
 train: trains a model.
 
-generate: continues a prompt with a trained model.
+generate: continues prompts with a trained model.
+
+chat: talks with a model that was trained to.
+
+warmup: compiles what generating will need.
+
+memory: says what a model and its cache weigh.
 
 `hymba COMMAND --help` lists the options of a command."""
 
@@ -23,9 +29,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     name = tyro.cli(
-        Literal["train", "generate"], args=args[:1], prog="hymba", description=DESCRIPTION
+        Literal["train", "generate", "chat", "warmup", "memory"],
+        args=args[:1],
+        prog="hymba",
+        description=DESCRIPTION,
     )
-    {"train": train, "generate": generate}[name](args[1:], f"hymba {name}")
+    commands = {"train": train, "generate": generate, "chat": chat, "warmup": warmup}
+    {**commands, "memory": memory}[name](args[1:], f"hymba {name}")
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -51,13 +61,51 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
 
 def generate(args: Sequence[str], prog: str) -> None:
     """Runs `hymba generate ...`."""
-    with _one_line_errors():
-        keep_freed_memory()
-        from hymba_jax.inference import command
-        from hymba_jax.training.checkpoint import silence_orbax
+    with _inference():
+        from hymba_jax.inference import generate
 
-        silence_orbax()
-        command.main(tyro.cli(command.GenerateConfig, args=args, prog=prog))
+        generate.main(tyro.cli(generate.GenerateConfig, args=args, prog=prog))
+
+
+def chat(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba chat ...`."""
+    with _inference():
+        from hymba_jax.inference import chat
+
+        config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
+        chat.run(config.choice.load(), config)
+
+
+def warmup(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba warmup ...`."""
+    with _inference():
+        from hymba_jax.inference import warmup
+
+        warmup.main(tyro.cli(warmup.WarmupConfig, args=args, prog=prog))
+
+
+def memory(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba memory ...`."""
+    with _one_line_errors():
+        from hymba_jax.inference import memory
+
+        memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
+
+
+@contextmanager
+def _inference() -> Iterator[None]:
+    """What all commands that run a model share."""
+    with _one_line_errors():
+        try:
+            keep_freed_memory()
+            from hymba_jax.inference.warmup import use_compilation_cache
+            from hymba_jax.training.checkpoint import silence_orbax
+
+            silence_orbax()
+            use_compilation_cache()
+            yield
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 @contextmanager

@@ -78,34 +78,29 @@ class RunConfig:
           HymbaError: it isn't there or isn't TOML; it has unknown fields or values of a wrong
             type (all are named); or the values fit no run.
         """
-        path = Path(path)
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise HymbaError(f"{path}: no such config file") from error
-        except ValueError as error:  # not UTF-8, or not TOML
-            raise HymbaError(f"{path}: not a TOML file ({error})") from error
-        base = cls()
-        preset = (
-            table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
-        )
-        if preset is not None:
-            if preset not in PRESETS:
-                raise HymbaError(
-                    f"{path}: model.preset is {preset!r}, not one of {', '.join(PRESETS)}"
-                )
-            base = dataclasses.replace(base, model=PRESETS[preset])
-        problems = [*_misfits(base, table, "")]
-        if problems:
-            raise HymbaError(f"{path}: " + "; ".join(problems))
-        try:
-            return _override(base, table)
-        except HymbaError as error:
-            raise HymbaError(f"{path}: {error}") from error
+        base, table = _read(path)
+        return _override_from(path, base, table)
 
     def to_toml(self) -> str:
         """The file that `from_toml` reads as this config; every field is in it."""
         return "\n".join(_toml_lines(self, "")).lstrip() + "\n"
+
+
+def read_model(path: str | os.PathLike[str]) -> tuple[HymbaConfig, ComputeConfig]:
+    """The model of a file and how it computes, whatever run the file may be of.
+
+    Raises:
+      HymbaError: as for `RunConfig.from_toml`.
+    """
+    base, table = _read(path)
+    model = _override_from(path, base.model, table.get("model", {}))
+    return model, _override_from(path, base.compute, table.get("compute", {}))
+
+
+def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:
+    """A file of which `read_model` reads these two."""
+    lines = [*_toml_lines(model, "model"), *_toml_lines(compute, "compute")]
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def parse_run(args: Sequence[str], prog: str) -> RunConfig:
@@ -133,6 +128,27 @@ def parse_run(args: Sequence[str], prog: str) -> RunConfig:
     return tyro.cli(arguments, args=args, prog=prog)
 
 
+def _read(path: str | os.PathLike[str]) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that a file starts from, and the file's fields, all of which it has."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HymbaError(f"{path}: no such config file") from error
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise HymbaError(f"{path}: not a TOML file ({error})") from error
+    base = RunConfig()
+    preset = table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
+    if preset is not None:
+        if preset not in PRESETS:
+            raise HymbaError(f"{path}: model.preset is {preset!r}, not one of {', '.join(PRESETS)}")
+        base = dataclasses.replace(base, model=PRESETS[preset])
+    problems = [*_misfits(base, table, "")]
+    if problems:
+        raise HymbaError(f"{path}: " + "; ".join(problems))
+    return base, table
+
+
 def _misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
     """What in the table is no field of `base`, or no value for its field."""
     types = {item.name: item.type for item in dataclasses.fields(base)}
@@ -149,6 +165,13 @@ def _misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
                 yield f"{dotted} is {value!r}, not a table"
         elif not fits(value, types[name]):
             yield f"{dotted} is {value!r}, not {describe(types[name])}"
+
+
+def _override_from[T](path: str | os.PathLike[str], base: T, table: dict[str, Any]) -> T:
+    try:
+        return _override(base, table)
+    except HymbaError as error:
+        raise HymbaError(f"{path}: {error}") from error
 
 
 def _override[T](base: T, table: dict[str, Any]) -> T:

@@ -1,6 +1,23 @@
-"""From a trained model to text."""
+"""From a trained model to text.
 
-from hymba_jax.inference.decoding import generate
+| file                | subject                                                       |
+|---------------------|---------------------------------------------------------------|
+| `language_model.py` | text in, text out                                             |
+| `engine.py`         | the compiled programs that read and continue texts            |
+| `sampling.py`       | which token comes next                                        |
+| `text_stream.py`    | tokens to text as they come; stop strings                     |
+| `loading.py`        | a model from a directory                                      |
+| `saving.py`         | a model into one                                              |
+| `generate.py`       | `hymba generate`                                              |
+| `chat.py`           | `hymba chat`, with `chat_template.py`                         |
+| `memory.py`         | `hymba memory`: what a model and its cache weigh              |
+| `warmup.py`         | `hymba warmup`, and where compiled programs are kept          |
+
+What is remembered between tokens is the model's own: `hymba_jax/model/cache.py`.
+"""
+
+from hymba_jax.inference.language_model import Completion, LanguageModel, Piece
 from hymba_jax.inference.loading import load
+from hymba_jax.inference.sampling import SamplingConfig
 
-__all__ = ["generate", "load"]
+__all__ = ["Completion", "LanguageModel", "Piece", "SamplingConfig", "load"]

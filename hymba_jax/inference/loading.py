@@ -1,34 +1,91 @@
-"""A trained model and its tokenizer, from a run directory."""
+"""A model and its tokenizer, from a directory."""
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from flax import nnx
 
+from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
-from hymba_jax.run_config import CONFIG_FILE, RunConfig
+from hymba_jax.run_config import CONFIG_FILE, read_model
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.state import describe_model
 
 
-def load(directory: str | os.PathLike[str], step: int | None = None) -> tuple[Hymba, Tokenizer]:
-    """The model of a run directory, on one device, computing as it did in training.
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DType | None = None,
+    state_dtype: DType = "float32",
+    batch_size: int = 8,
+    context: int | None = None,
+    step: int | None = None,
+) -> LanguageModel:
+    """The model of a training run, or of a directory that holds a model alone, on one device.
 
     Args:
-      step: which checkpoint; the newest if absent.
+      dtype: of parameters, activations and cache; what the model was trained to compute in, but
+        float32 on CPUs, which are slow in all else.
+      state_dtype: that the SSM's states are kept in between tokens.
+      batch_size: texts that are continued at the same time.
+      context: tokens of every text's cache; as many as each batch needs if absent.
+      step: which checkpoint of a run; the newest if absent.
 
     Raises:
-      HymbaError: the directory is no run, or a part of it cannot be read.
+      HymbaError: the directory holds no model, or a part of it cannot be read.
     """
+    return LanguageModel(
+        load_model(directory, dtype=dtype, step=step),
+        Tokenizer.load(directory),
+        state_dtype=state_dtype,
+        batch_size=batch_size,
+        context=context,
+    )
+
+
+def load_model(
+    directory: str | os.PathLike[str], *, dtype: DType | None = None, step: int | None = None
+) -> Hymba:
+    """The same without its tokenizer, its layers stacked as the directory has them."""
     config_file = Path(directory) / CONFIG_FILE
     if not config_file.is_file():
-        raise HymbaError(f"{directory}: no run directory, it has no {CONFIG_FILE}")
-    config = RunConfig.from_toml(config_file)
-    compute = dataclasses.replace(config.compute, remat="none")
-    graph, template = describe_model(config.model, compute, make_mesh(jax.devices()[:1]))
-    return nnx.merge(graph, load_params(directory, template, step)), Tokenizer.load(directory)
+        raise HymbaError(f"{directory}: no model is here, there is no {CONFIG_FILE}")
+    config, compute = read_model(config_file)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
+    compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)
+    graph, template = describe_model(config, compute, make_mesh(jax.devices()[:1]))
+    return nnx.merge(graph, load_params(directory, template, step))
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model that a command works with.
+
+    Attributes:
+      model: directory of a training run, or of a model alone.
+      step: which checkpoint of a run; the newest if absent.
+      dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
+      state_dtype: that the SSM's states are kept in between tokens.
+      batch_size: texts that are continued at the same time.
+      context: tokens of every text's cache; as many as each batch of texts needs if absent.
+    """
+
+    model: str
+    step: int | None = None
+    dtype: DType | None = None
+    state_dtype: DType = "float32"
+    batch_size: int = 8
+    context: int | None = None
+
+    def load(self) -> LanguageModel:
+        """The model. Raises HymbaError where there is none."""
+        options = {name: value for name, value in vars(self).items() if name != "model"}
+        return load(self.model, **options)

@@ -1,5 +1,6 @@
 """The architecture, one idea of the paper a file."""
 
-from hymba_jax.model.hymba import Hymba
+from hymba_jax.model.fuse import fuse_projections
+from hymba_jax.model.hymba import Hymba, unroll_layers
 
-__all__ = ["Hymba"]
+__all__ = ["Hymba", "fuse_projections", "unroll_layers"]

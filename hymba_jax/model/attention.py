@@ -1,25 +1,18 @@
 """The attention heads of a layer (paper, sections 2.1 to 2.3)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
+from hymba_jax.model.cache import KeyValue, Past
 from hymba_jax.model.layers import Linear, RMSNorm
 from hymba_jax.model.rope import Rope
-from hymba_jax.ops.attention import attention
+from hymba_jax.ops.attention import attention, attention_step
 from hymba_jax.ops.attention.reference import attention_mask, attention_weights
 from hymba_jax.types import Array, Float
-
-
-class KeyValue(NamedTuple):
-    """What neighbouring layers share: keys after rotation, and values."""
-
-    key: Float[Array, "batch length kv_heads head_dim"]
-    value: Float[Array, "batch length kv_heads value_dim"]
 
 
 class Attention(nnx.Module):
@@ -50,18 +43,48 @@ class Attention(nnx.Module):
             self.key_norm = _qk_norm(config, kv_heads, compute)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
+        self,
+        x: Float[Array, "batch length hidden"],
+        rope: Rope,
+        kv: KeyValue | None,
+        past: Past | None = None,
     ) -> tuple[Float[Array, "batch length attention_channels"], KeyValue]:
-        """The heads' outputs side by side, and the keys and values they read.
+        """The heads' outputs side by side, and the keys and values of these positions.
 
         Args:
           kv: of the layer before, for a layer that reuses them.
+          past: what stands before x; nothing if absent, so that x begins with the meta tokens.
         """
         query, kv = self.query(x, rope), self.key_value(x, rope, kv)
-        output = attention(
-            query, kv.key, kv.value, window=self.window, num_meta_tokens=self.num_meta_tokens
+        return self.attend(query, kv, past).reshape(*x.shape[:2], -1), kv
+
+    def attend(
+        self,
+        query: Float[Array, "batch length heads head_dim"],
+        kv: KeyValue,
+        past: Past | None,
+    ) -> Float[Array, "batch length heads value_dim"]:
+        if past is not None and past.cache is not None and query.shape[1] == 1:
+            output = attention_step(
+                query[:, 0],
+                kv.key[:, 0],
+                kv.value[:, 0],
+                past_key=past.cache.key,
+                past_value=past.cache.value,
+                past_length=past.length,
+                meta_key=past.meta.key[0],
+                meta_value=past.meta.value[0],
+            )
+            return output[:, None]
+        everything = kv if past is None else past.followed_by(kv)
+        return attention(
+            query,
+            everything.key,
+            everything.value,
+            window=self.window,
+            num_meta_tokens=self.num_meta_tokens,
+            first_key=None if past is None else past.first_key(),
         )
-        return output.reshape(*x.shape[:2], -1), kv
 
     def query(
         self, x: Float[Array, "batch length hidden"], rope: Rope

@@ -1,23 +1,31 @@
 """One layer, and the units of layers that are compiled once."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.attention import KeyValue
+from hymba_jax.model.cache import KeyValue, LayerPast, SSMState
 from hymba_jax.model.layers import rms_norm
-from hymba_jax.model.mixer import make_mixer
+from hymba_jax.model.mixer import Context, make_mixer
 from hymba_jax.model.mlp import MLP
-from hymba_jax.model.rope import Rope
 from hymba_jax.types import Array, Float, Key
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class LayerOutput(NamedTuple):
+    """A layer's output, and what it would remember of these positions."""
+
+    x: Float[Array, "batch length hidden"]
+    kv: KeyValue | None
+    ssm: SSMState | None
 
 
 class Block(nnx.Module):
@@ -32,11 +40,15 @@ class Block(nnx.Module):
         self.mlp = MLP(config, compute, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValue | None]:
-        mixed, kv = self.mixer(self.mixer_norm(x), rope, kv)
+        self,
+        x: Float[Array, "batch length hidden"],
+        context: Context,
+        kv: KeyValue | None,
+        past: LayerPast,
+    ) -> LayerOutput:
+        mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, kv, past)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), kv
+        return LayerOutput(x + self.mlp(self.mlp_norm(x)), kv, ssm)
 
 
 class Unit(nnx.Module):
@@ -59,14 +71,23 @@ class Unit(nnx.Module):
         self.remat = compute.remat
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, *, keep_outputs: bool = False
-    ) -> tuple[Float[Array, "batch length hidden"], list[Float[Array, "batch length hidden"]]]:
-        """The last layer's output, and each layer's if they are to be kept."""
+        self, x: Float[Array, "batch length hidden"], context: Context
+    ) -> list[Float[Array, "batch length hidden"]]:
+        """Each layer's output."""
+        return [output.x for output in self.after(x, context)]
+
+    def after(
+        self,
+        x: Float[Array, "batch length hidden"],
+        context: Context,
+        pasts: Sequence[LayerPast] | None = None,
+    ) -> list[LayerOutput]:
+        """Each layer's output and memory, after what each remembers of the positions before x."""
         kv, outputs = None, []
-        for block in self.blocks:
-            x, kv = _run_block(block, self.remat, x, rope, kv)
-            outputs.append(x)
-        return x, outputs if keep_outputs else []
+        for block, past in zip(self.blocks, pasts or [LayerPast()] * len(self.blocks), strict=True):
+            outputs.append(_run_block(block, self.remat, x, context, kv, past))
+            x, kv, _ = outputs[-1]
+        return outputs
 
 
 class Stack(nnx.Module):
@@ -87,27 +108,28 @@ class Stack(nnx.Module):
         self.units = make_units(keys)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, *, keep_outputs: bool = False
-    ) -> tuple[Float[Array, "batch length hidden"], list[Float[Array, "batch length hidden"]]]:
-        """The last layer's output, and each layer's if they are to be kept."""
+        self, x: Float[Array, "batch length hidden"], context: Context, *, keep_all: bool = False
+    ) -> list[Float[Array, "batch length hidden"]]:
+        """The last layer's output, after those of the others if they are to be kept."""
         graph, params = nnx.split(self.units)
 
         def run_unit(x: Array, unit_params: nnx.State) -> tuple[Array, list[Array]]:
-            return nnx.merge(graph, unit_params)(x, rope, keep_outputs=keep_outputs)
+            outputs = nnx.merge(graph, unit_params)(x, context)
+            return outputs[-1], outputs if keep_all else []
 
         x, stacked = jax.lax.scan(run_unit, x, params)
-        return x, [output for unit in zip(*stacked, strict=True) for output in unit]
+        return [output for unit in zip(*stacked, strict=True) for output in unit] or [x]
 
 
 def _run_block(
-    block: Block, remat: str, x: Array, rope: Rope, kv: KeyValue | None
-) -> tuple[Array, KeyValue | None]:
+    block: Block, remat: str, x: Array, context: Context, kv: KeyValue | None, past: LayerPast
+) -> LayerOutput:
     """Runs a block, keeping for the backward pass what the policy says."""
     if remat == "none":
-        return block(x, rope, kv)
+        return block(x, context, kv, past)
     graph, params = nnx.split(block)
 
-    def run(params: nnx.State, x: Array, kv: KeyValue | None) -> tuple[Array, KeyValue | None]:
-        return nnx.merge(graph, params)(x, rope, kv)
+    def run(params: nnx.State, x: Array, kv: KeyValue | None) -> LayerOutput:
+        return nnx.merge(graph, params)(x, context, kv, past)
 
     return jax.checkpoint(run, policy=REMAT_POLICIES[remat])(params, x, kv)

@@ -1,6 +1,7 @@
 """The whole model: meta tokens, layers, logits."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ from flax import nnx
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import Segment
 from hymba_jax.model.block import Stack, Unit
+from hymba_jax.model.cache import Cache, Prefix, empty_prefix, layer_pasts
 from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
-from hymba_jax.model.rope import Rope, make_rope
-from hymba_jax.ops.matmul import matmul
+from hymba_jax.model.mixer import Context
+from hymba_jax.model.rope import make_rope
+from hymba_jax.ops.matmul import matmul, matmul_transposed
 from hymba_jax.types import Array, Float, Int
 
 
@@ -52,56 +55,106 @@ class Hymba(nnx.Module):
                 config.hidden_size, config.vocab_size, ("hidden", "vocab"), compute, rngs
             )
 
-    def __call__(
-        self, tokens: Int[Array, "batch length"], *, text_length: int | Int[Array, ""] | None = None
-    ) -> Float[Array, "batch length vocab"]:
-        """Logits in float32 for the token after each token.
-
-        Args:
-          text_length: tokens of the text, where padding stands behind it; nothing looks ahead, so
-            only a rotation that follows the length ("dynamic_ntk") depends on it.
-        """
-        x, rope = self.embed(tokens), self.rope(tokens.shape[1], text_length)
-        for segment in self.segments:
-            x, _ = segment(x, rope)
-        return self.logits(x)
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+        """Logits in float32 for the token after each token."""
+        x = self._run(tokens, keep_all=False)[-1]
+        return self.logits(x[:, self.config.num_meta_tokens :])
 
     def hidden_states(
         self, tokens: Int[Array, "batch length"]
     ) -> list[Float[Array, "batch positions hidden"]]:
         """The first layer's input and each layer's output, before the final norm."""
-        x, rope = self.embed(tokens), self.rope(tokens.shape[1])
+        return self._run(tokens, keep_all=True)
+
+    def _run(
+        self, tokens: Int[Array, "batch length"], *, keep_all: bool
+    ) -> list[Float[Array, "batch positions hidden"]]:
+        x = jnp.concatenate((self.embed_meta(tokens.shape[0]), self.embed(tokens)), axis=1)
+        context = Context(make_rope(self.config, jnp.arange(x.shape[1])[None], x.shape[1]))
         states = [x]
         for segment in self.segments:
-            x, outputs = segment(x, rope, keep_outputs=True)
-            states += outputs
+            if isinstance(segment, Stack):
+                states += segment(states[-1], context, keep_all=keep_all)
+            else:
+                states += segment(states[-1], context)
         return states
 
-    def rope(self, length: int, text_length: int | Int[Array, ""] | None = None) -> Rope:
-        """The rotation of every position, meta tokens first."""
-        meta = self.config.num_meta_tokens
-        total = meta + (length if text_length is None else text_length)
-        return make_rope(self.config, jnp.arange(meta + length), total)
+    def prefix(self) -> Prefix:
+        """What the meta tokens leave behind, which every text begins with."""
+        length = self.config.num_meta_tokens
+        empty = empty_prefix(self.config, self.compute.dtype)
+        if not length:
+            return empty
+        x, outputs = self.embed_meta(1), []
+        context = Context(make_rope(self.config, jnp.arange(length)[None], length))
+        for unit in self.units():
+            outputs += unit.after(x, context)
+            x = outputs[-1].x
+        start, counts = jnp.zeros(1, jnp.int32), jnp.full(1, length)
+        return tuple(
+            layer.after(output.kv, output.ssm, start, counts)
+            for layer, output in zip(empty, outputs, strict=True)
+        )
 
-    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch positions hidden"]:
-        """The meta tokens, then the tokens' embeddings, in the compute dtype."""
-        x = self.embedding[...][tokens].astype(self.compute.dtype)  # gradients add up unrounded
+    def extend(
+        self,
+        tokens: Int[Array, "batch length"],
+        cache: Cache,
+        prefix: Prefix,
+        lengths: Int[Array, "batch"],
+        *,
+        is_start: bool = False,
+    ) -> tuple[Float[Array, "batch length hidden"], Cache]:
+        """The last layer's output for tokens that go on from a cache, and the cache after them.
+
+        Equal to the full forward pass at those positions, however a text is cut into pieces.
+
+        Args:
+          lengths: tokens of each row that count; those after them leave no trace.
+          is_start: no row has tokens in the cache yet, which saves looking for them.
+        """
+        start = cache.lengths
+        positions = self.config.num_meta_tokens + start[:, None] + jnp.arange(tokens.shape[1])[None]
+        total = self.config.num_meta_tokens + (start + lengths).max()  # padding is no text
+        context = Context(make_rope(self.config, positions, total), lengths)
+        pasts = iter(layer_pasts(cache, prefix, is_start=is_start))
+        caches = iter(cache.layers)
+        x, layers = self.embed(tokens), []
+        for unit in self.units():
+            outputs = unit.after(x, context, [next(pasts) for _ in unit.blocks])
+            x, before = outputs[-1].x, [next(caches) for _ in outputs]
+            # Written after the last reading, so that it happens in place.
+            x, kv_caches = jax.lax.optimization_barrier((x, [cache.kv for cache in before]))
+            layers += [
+                cache._replace(kv=kv).after(output.kv, output.ssm, start, lengths)
+                for cache, kv, output in zip(before, kv_caches, outputs, strict=True)
+            ]
+        return x, Cache(tuple(layers), start + lengths)
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
+        """The tokens' embeddings, in the compute dtype."""
+        return self.embedding[...][tokens].astype(self.compute.dtype)  # gradients add up unrounded
+
+    def embed_meta(self, batch: int) -> Float[Array, "batch meta_tokens hidden"]:
+        """The meta tokens before each row, in the compute dtype."""
         if not self.config.num_meta_tokens:
-            return x
+            return jnp.zeros((batch, 0, self.config.hidden_size), self.compute.dtype)
         meta = self.meta_tokens[...].astype(self.compute.dtype)
-        meta = jnp.broadcast_to(meta[None], (x.shape[0], *meta.shape))
-        return jnp.concatenate((meta, x), axis=1)
+        return jnp.broadcast_to(meta[None], (batch, *meta.shape))
 
-    def logits(
-        self, x: Float[Array, "batch positions hidden"]
-    ) -> Float[Array, "batch length vocab"]:
-        """Norm, meta tokens dropped, projection on the vocabulary in float32."""
-        x = self.final_norm(x[:, self.config.num_meta_tokens :])
+    def logits(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
+        """Norm and projection on the vocabulary, in float32."""
+        x = self.final_norm(x)
         if self.config.tie_embeddings:
-            kernel = self.embedding[...].astype(x.dtype).T
-        else:
-            kernel = self.lm_head.kernel[...].astype(x.dtype)
-        return matmul(x, kernel, jnp.float32)
+            return matmul_transposed(x, self.embedding[...].astype(x.dtype), jnp.float32)
+        return matmul(x, self.lm_head.kernel[...].astype(x.dtype), jnp.float32)
+
+    def units(self) -> list[Unit]:
+        """The layers in their units, where none are stacked."""
+        units = [segment for segment in self.segments if isinstance(segment, Unit)]
+        if len(units) != len(self.segments):
+            raise ValueError("a model that scans its layers keeps no cache: see scan_layers")
+        return units
 
 
 class LayerPlace(NamedTuple):
@@ -123,6 +176,37 @@ def layer_places(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPlace]:
                     place = LayerPlace(("segments", i, "blocks", j), None)
                 places.append(place)
     return places
+
+
+def unroll_layers(model: Hymba) -> Hymba:
+    """The same model with every layer's parameters in arrays of their own, as a cache needs it.
+
+    What was stacked is copied: XLA would copy a layer out of the stack each time it is used. What
+    was not is shared.
+    """
+    config = model.config
+    compute = dataclasses.replace(model.compute, scan_layers=False)
+    abstract = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
+    graph, apart = nnx.split(abstract)
+    held = dict(nnx.to_flat_state(nnx.state(model)))
+    places = {
+        ours.block: theirs
+        for ours, theirs in zip(
+            layer_places(config, scan_layers=False),
+            layer_places(config, scan_layers=model.compute.scan_layers),
+            strict=True,
+        )
+    }
+
+    def find(path: tuple[Any, ...]) -> Array:
+        for depth in range(len(path)):
+            if place := places.get(path[:depth]):
+                stacked = held[*place.block, *path[depth:]][...]
+                return stacked if place.unit is None else stacked[place.unit]
+        return held[path][...]
+
+    flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(apart)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _held_segments(config: HymbaConfig, scan_layers: bool) -> tuple[Segment, ...]:

@@ -1,15 +1,37 @@
 """The idea of the paper: attention heads and SSM heads in parallel on the same input (eq. 2)."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.attention import Attention, KeyValue
+from hymba_jax.model.attention import Attention
+from hymba_jax.model.cache import KeyValue, LayerPast, SSMState
 from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.model.rope import Rope
 from hymba_jax.model.ssm import SSM
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Float, Int
+
+
+class Context(NamedTuple):
+    """What every layer knows of the positions it is given.
+
+    Attributes:
+      lengths: positions of each row that count, where padding stands behind them.
+    """
+
+    rope: Rope
+    lengths: Int[Array, "batch"] | None = None
+
+
+class Mixed(NamedTuple):
+    """A mixer's output, and what it would remember of these positions."""
+
+    y: Float[Array, "batch length hidden"]
+    kv: KeyValue | None
+    ssm: SSMState | None
 
 
 class HybridMixer(nnx.Module):
@@ -31,11 +53,16 @@ class HybridMixer(nnx.Module):
         self.out_proj = _out_proj(config, spec, compute, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValue]:
-        attention, kv = self.attention(x, rope, kv)
-        ssm = self.ssm(x)
-        return self.out_proj(self.fuse(self.attention_norm(attention), self.ssm_norm(ssm))), kv
+        self,
+        x: Float[Array, "batch length hidden"],
+        context: Context,
+        kv: KeyValue | None,
+        past: LayerPast,
+    ) -> Mixed:
+        attention, kv = self.attention(x, context.rope, kv, past.kv)
+        ssm, state = self.ssm(x, past.ssm, context.lengths)
+        y = self.out_proj(self.fuse(self.attention_norm(attention), self.ssm_norm(ssm)))
+        return Mixed(y, kv, state)
 
 
 class AttentionMixer(nnx.Module):
@@ -48,10 +75,14 @@ class AttentionMixer(nnx.Module):
         self.out_proj = _out_proj(config, spec, compute, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValue]:
-        attention, kv = self.attention(x, rope, kv)
-        return self.out_proj(attention), kv
+        self,
+        x: Float[Array, "batch length hidden"],
+        context: Context,
+        kv: KeyValue | None,
+        past: LayerPast,
+    ) -> Mixed:
+        attention, kv = self.attention(x, context.rope, kv, past.kv)
+        return Mixed(self.out_proj(attention), kv, None)
 
 
 class SSMMixer(nnx.Module):
@@ -64,9 +95,14 @@ class SSMMixer(nnx.Module):
         self.out_proj = _out_proj(config, spec, compute, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
-    ) -> tuple[Float[Array, "batch length hidden"], KeyValue | None]:
-        return self.out_proj(self.ssm(x)), kv
+        self,
+        x: Float[Array, "batch length hidden"],
+        context: Context,
+        kv: KeyValue | None,
+        past: LayerPast,
+    ) -> Mixed:
+        ssm, state = self.ssm(x, past.ssm, context.lengths)
+        return Mixed(self.out_proj(ssm), kv, state)
 
 
 def make_mixer(

@@ -11,29 +11,30 @@ from hymba_jax.types import Array, Float, Int
 class Rope(NamedTuple):
     """Cosine and sine of each position's angles, meta tokens counted as positions."""
 
-    cos: Float[Array, "length half_dim"]
-    sin: Float[Array, "length half_dim"]
+    cos: Float[Array, "batch_or_1 length half_dim"]
+    sin: Float[Array, "batch_or_1 length half_dim"]
 
     def rotate(
         self, x: Float[Array, "batch length heads head_dim"]
     ) -> Float[Array, "batch length heads head_dim"]:
         """Rotates pairs (i, i + head_dim / 2) of each head by its position's angles."""
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        cos, sin = self.cos[None, :, None], self.sin[None, :, None]
+        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
         rotated = (first * cos - second * sin, second * cos + first * sin)
         return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def make_rope(
-    config: HymbaConfig, positions: Int[Array, " length"], total: int | Int[Array, ""]
+    config: HymbaConfig, positions: Int[Array, "batch_or_1 length"], total: int | Int[Array, ""]
 ) -> Rope:
     """The rotation for these positions of a sequence.
 
     Args:
-      positions: absolute, counted from the first meta token.
+      positions: absolute, counted from the first meta token; one row where all are alike.
       total: length of the whole sequence, meta tokens included; only "dynamic_ntk" reads it.
     """
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config, total)[None]
+    frequencies = inverse_frequencies(config, total)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None]
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
 

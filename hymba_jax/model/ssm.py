@@ -6,10 +6,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.model.cache import SSMState
 from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Float, Int
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps at the start of training: Mamba, section 3.6
 
@@ -53,13 +54,28 @@ class SSM(nnx.Module):
         self.D = nnx.Param(jnp.ones(channels, jnp.float32), axes=("channels",))
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"]
-    ) -> Float[Array, "batch length channels"]:
+        self,
+        x: Float[Array, "batch length hidden"],
+        past: SSMState | None = None,
+        lengths: Int[Array, "batch"] | None = None,
+    ) -> tuple[Float[Array, "batch length channels"], SSMState]:
+        """The heads' outputs, and the state after the last position.
+
+        Args:
+          past: the state before the first position; nothing if absent.
+          lengths: positions of each row that count; those after them leave the state as it is.
+        """
         u, gate = self.in_proj(x), self.gate_proj(x)
-        u, _ = causal_conv(u, self.conv_kernel[...], self.conv_bias[...])
+        u, conv_inputs = causal_conv(
+            u,
+            self.conv_kernel[...],
+            self.conv_bias[...],
+            initial_inputs=past and past.conv_inputs,
+            lengths=lengths,
+        )
         u = jax.nn.silu(u)
         dt, B, C = jnp.split(self.x_proj(u), (self.sizes[0], sum(self.sizes[:2])), axis=-1)
-        y, _ = selective_scan(
+        y, ssm_state = selective_scan(
             u,
             self.dt_proj(self.dt_norm(dt)),
             -jnp.exp(self.A_log[...]),
@@ -68,8 +84,10 @@ class SSM(nnx.Module):
             self.D[...],
             z=gate,
             dt_bias=self.dt_bias[...],
+            initial_state=past and past.ssm_state,
+            lengths=lengths,
         )
-        return y
+        return y, SSMState(conv_inputs, ssm_state)
 
 
 def _uniform(bound: float) -> nnx.Initializer:

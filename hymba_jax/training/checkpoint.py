@@ -23,6 +23,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.training.state import Params, TrainState
 
 FOLDER = "checkpoints"  # inside the run directory
+PARAMS = "params"  # inside a checkpoint, and inside the directory of a model alone
 
 
 def silence_orbax() -> None:
@@ -135,25 +136,45 @@ class Checkpoints:
 
 
 def load_params(
-    run_directory: str | os.PathLike[str], template: Params, step: int | None = None
+    directory: str | os.PathLike[str], template: Params, step: int | None = None
 ) -> Params:
-    """The parameters of a checkpoint, without the optimizer's state.
+    """The parameters of a run's checkpoint, without the optimizer's state, or of a model alone.
 
     Args:
+      directory: of a run, or one that `save_params` wrote to.
       template: shape, dtype and sharding of every parameter, as in `TrainState.params`.
-      step: which checkpoint; the newest if absent.
+      step: which checkpoint of a run; the newest if absent.
 
     Raises:
       HymbaError: there is no such checkpoint, or it cannot be read, or holds another model.
     """
-    directory = (Path(run_directory) / FOLDER).absolute()
-    steps = checkpoint_steps(run_directory)
+    path = _params_path(Path(directory).absolute(), step)
+    unreadable = "not parameters of this model that can be read"
+    with _one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, template)
+
+
+def save_params(directory: str | os.PathLike[str], params: Params) -> None:
+    """Writes parameters into the directory of a model alone.
+
+    Raises:
+      HymbaError: they cannot be written.
+    """
+    path = Path(directory).absolute() / PARAMS
+    unwritable = "parameters cannot be written"
+    with _one_line(path, unwritable), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, params)
+
+
+def _params_path(directory: Path, step: int | None) -> Path:
+    alone, steps = directory / PARAMS, checkpoint_steps(directory)
+    if alone.is_dir() and step is None:
+        return alone
     if not steps or step not in (None, *steps):
+        wanted = "" if step is None else f" {step}"
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-        raise HymbaError(f"{directory}: no checkpoint{f' {step}' if step else ''}; {there}")
-    path = directory / str(steps[-1] if step is None else step)
-    with _one_line(path, _UNREADABLE), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path / "params", template)
+        raise HymbaError(f"{directory / FOLDER}: no checkpoint{wanted}; {there}")
+    return directory / FOLDER / str(steps[-1] if step is None else step) / PARAMS
 
 
 def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.decoding import generate
+from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import RunConfig
 
@@ -31,15 +31,13 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
 def sample(config: RunConfig, model: Hymba, tokenizer: Tokenizer) -> str:
     """The prompt of the config and what the model makes of it."""
     training = config.training
-    prompt = _prompt(config, tokenizer)
-    tokens = generate(
-        model,
-        prompt,
-        training.sample_tokens,
+    continuation = LanguageModel(model, tokenizer).generate(
+        training.sample_prompt,
+        max_new_tokens=training.sample_tokens,
         temperature=training.sample_temperature,
         seed=config.seed,
     )
-    return tokenizer.decode([*prompt, *tokens])
+    return training.sample_prompt + continuation[0].text
 
 
 def _prompt(config: RunConfig, tokenizer: Tokenizer) -> list[int]:

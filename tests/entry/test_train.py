@@ -1,8 +1,6 @@
 import pytest
 from entry.command import HYMBA, read_metrics, run, train_py, write_config
 
-from hymba_jax.cli import main
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
@@ -73,29 +71,6 @@ def test_generate_works_from_the_output_alone(finished, cache):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the old")
     assert result.stderr == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompt", "the", "--temperature", "-1"], "temperature is -1.0"),
-        (["--prompt", "the old " * 10], "more than the model's 64 positions"),
-        (["--prompt", "the", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--prompt", "\udcff"], "'\\udcff' is no text"),
-        (["--step", "3"], "no checkpoint 3; there are"),
-    ],
-)
-def test_generate_refuses_what_cannot_be(finished, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(["generate", "--model", str(finished[0]), *arguments])
-    assert str(stopped.value).startswith("error: ")
-    assert message in str(stopped.value)
-    assert "\n" not in str(stopped.value)
-
-
-def test_generate_needs_a_run_directory(tmp_path):
-    with pytest.raises(SystemExit, match=r"no run directory, it has no config\.toml"):
-        main(["generate", "--model", str(tmp_path)])
 
 
 def test_another_architecture_is_refused(finished, cache):

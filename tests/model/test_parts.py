@@ -10,8 +10,9 @@ from flax import nnx
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
+from hymba_jax.model.cache import LayerPast
 from hymba_jax.model.layers import RMSNorm
-from hymba_jax.model.mixer import make_mixer
+from hymba_jax.model.mixer import Context, make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.model.rope import make_rope
 from hymba_jax.model.ssm import SSM
@@ -60,7 +61,7 @@ def test_rotation_in_complex_numbers(rope_type, total, theta):
     config = dataclasses.replace(PRESETS["hymba-1.5b"], attention=attention)
     positions = np.asarray([0, 1, 17, 1000])
     x = rng_array(1, 4, 3, 64)
-    rope = make_rope(config, jnp.asarray(positions), total)
+    rope = make_rope(config, jnp.asarray([positions]), total)
     angles = positions[:, None] * theta ** (-np.arange(32) / 32)
     turned = (x[..., :32] + 1j * x[..., 32:]) * np.exp(1j * angles)[None, :, None]
     expected = np.concatenate((turned.real, turned.imag), axis=-1)
@@ -92,7 +93,7 @@ def test_query_and_key_norms(qk_norm):
         config, LayerSpec("global", ssm=True), ComputeConfig(), nnx.Rngs(0)
     ).attention
     x = jnp.asarray(rng_array(2, 5, 32), jnp.float32)
-    rope = make_rope(config, jnp.arange(5), 5)
+    rope = make_rope(config, jnp.arange(5)[None], 5)
     for heads in (layer.query(x, rope), layer.key_value(x, rope, None).key):
         rms = np.sqrt(np.mean(np.square(heads), axis=-1))
         assert np.allclose(rms, 1, atol=1e-3) == (qk_norm != "none")
@@ -105,11 +106,11 @@ def test_the_mixer_is_its_formula(fusion):
     config = dataclasses.replace(CONFIG, fusion=fusion)
     mixer = make_mixer(config, LayerSpec("window", ssm=True), ComputeConfig(), nnx.Rngs(0))
     x = jnp.asarray(rng_array(2, 9, 32), jnp.float32)
-    rope = make_rope(config, jnp.arange(9), 9)
-    heads = (mixer.attention(x, rope, None)[0], mixer.ssm(x))
+    rope = make_rope(config, jnp.arange(9)[None], 9)
+    heads = (mixer.attention(x, rope, None)[0], mixer.ssm(x)[0])
     normed = [a / np.sqrt(np.mean(np.square(a), -1, keepdims=True) + 1e-6) for a in heads]
     fused = sum(normed) / 2 if fusion == "mean" else np.concatenate(normed, axis=-1)
-    output, kv = mixer(x, rope, None)
+    output, kv, _ = mixer(x, Context(rope), None, LayerPast())
     expected = fused @ np.asarray(mixer.out_proj.kernel[...])
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-6)
     assert kv.key.shape == (2, 9, 2, 8)
@@ -122,7 +123,7 @@ def test_a_layer_that_reuses_keys_and_values_has_none_of_its_own():
     assert not hasattr(mixer.attention, "key_proj")
     x = jnp.asarray(rng_array(1, 4, 32), jnp.float32)
     with pytest.raises(ValueError, match="reuses keys and values, and was given none"):
-        mixer(x, make_rope(CONFIG, jnp.arange(4), 4), None)
+        mixer(x, Context(make_rope(CONFIG, jnp.arange(4)[None], 4)), None, LayerPast())
 
 
 class TestInitialisation:

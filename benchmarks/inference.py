@@ -1,0 +1,313 @@
+"""How fast the engine reads and continues texts on this machine, and how close to its limits.
+
+python benchmarks/inference.py [--shape 125m 1.5b] [--batch 1 8] [--context 1024 8192] [--quick]
+
+Random weights in float32. Each row is measured in a process of its own, so that its peak of memory
+(`ru_maxrss`) is its own; times are medians, of programs that were compiled before.
+
+prefill: `Engine.prefill` of `context` tokens a text.
+    GFLOP/s counts useful operations only, two for a product and its sum: each token meets every
+    kernel, and the vocabulary only after the last one; each query meets the keys that its mask
+    shows it, meta tokens included (2 * heads * (head_dim + value_dim) each); each position of the
+    scan takes 9 a state and channel (delta A, its exponential, times h; delta x, times B, their
+    sum; times C, the sum over states; counted as 9 with what D and the gate add) and each tap of
+    the convolution 2 a channel.
+    `of products` is its share of the best rate, in the same process, of float32 products of the
+    model's own shapes: 1024 rows with the MLP's kernels, the SSM's and the output's.
+first token: a whole `LanguageModel.generate` of one token, from a prompt of `context` tokens.
+decode: `Engine.decode` of 16 tokens for every text, greedily, with `context` - 64 of them in each
+    cache. Only their number matters for time, so it is set, and the cache holds zeros.
+    GB/s is what a token must read: every parameter once (of the embedding, all rows, which are the
+    output's kernel), and the cache's filled slots for each layer that reads them, and the states
+    read and written.
+    `of reading` is its share of the best rate, in the same process, of two ways to read all
+    parameters once: the sum of each array, and a vector times each kernel.
+
+A second table has the time of a decoded token at the longest context over that at the shortest.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from _report import Row, median_ms, report
+from flax import nnx
+from rich.console import Console
+from train_step import best_product_rate
+
+from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.tokenizer import build_tokenizer
+from hymba_jax.host_memory import keep_freed_memory
+from hymba_jax.inference.engine import (
+    NO_TOKEN,
+    STEPS,
+    Drawn,
+    Engine,
+    Limits,
+    Prefilled,
+)
+from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.model import Hymba
+
+Shape = Literal["125m", "1.5b"]
+ROOM = 64  # tokens that decoding may add
+LONG = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+      repeats: timed calls of each kind; one where more than `LONG` tokens are read.
+      longest: tokens times width above which nothing is read, only decoded.
+      quick: one timed call of each kind, and contexts an eighth as long.
+      row: measure one combination in this process and write it to `json`; what each child does.
+    """
+
+    shape: tuple[Shape, ...] = ("125m", "1.5b")
+    batch: tuple[int, ...] = (1, 8)
+    context: tuple[int, ...] = (1024, 8192)
+    repeats: int = 3
+    longest: int = 8192 * 8 * 1024
+    quick: bool = False
+    row: bool = False
+    json: Path | None = None
+
+
+def main(options: Options) -> None:
+    if options.row:
+        measure_row(options)
+        return
+    if options.quick:
+        contexts = tuple(max(context // 8, 2 * ROOM) for context in options.context)
+        options = dataclasses.replace(options, repeats=1, context=contexts, quick=False)
+    combinations = list(product(options.shape, options.batch, options.context))
+    progress = Console(stderr=True)
+    rows: list[Row] = []
+    for i, (shape, batch, context) in enumerate(combinations):
+        progress.print(f"{i + 1} of {len(combinations)}: {shape}, {batch} x {context}")
+        start = time.perf_counter()
+        one = dataclasses.replace(options, shape=(shape,), batch=(batch,), context=(context,))
+        rows.append(_in_child(one))
+        progress.print(f"  {time.perf_counter() - start:.0f} s")
+    names = ("shape", "batch", "context")
+    for title in ("prefill", "decode"):
+        table = [
+            {name: row[name] for name in names}
+            | {
+                name.removeprefix(f"{title} "): value
+                for name, value in row.items()
+                if name.startswith(title)
+            }
+            for row in rows
+        ]
+        report(f"{title}, float32, random weights", table)
+    short, long = min(options.context), max(options.context)
+    if short < long:
+        report(f"a decoded token, {long} tokens of context over {short}", ratios(rows, short, long))
+    if options.json is not None:
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ratios(rows: Sequence[Row], short: int, long: int) -> list[Row]:
+    """How much longer a decoded token takes with more context."""
+    times = {
+        (row["shape"], row["batch"], row["context"]): float(row["decode ms a token"])
+        for row in rows
+    }
+    return [
+        {
+            "shape": shape,
+            "batch": batch,
+            f"ms at {short}": times[shape, batch, short],
+            f"ms at {long}": times[shape, batch, long],
+            "ratio": times[shape, batch, long] / times[shape, batch, short],
+        }
+        for shape, batch in dict.fromkeys((row["shape"], row["batch"]) for row in rows)
+    ]
+
+
+def _in_child(options: Options) -> Row:
+    """The row that a process of its own measures."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "row.json")
+        command = [
+            *(sys.executable, __file__, "--row", "--json", str(file)),
+            *("--shape", options.shape[0], "--batch", str(options.batch[0])),
+            *("--context", str(options.context[0]), "--repeats", str(options.repeats)),
+            *("--longest", str(options.longest)),
+        ]
+        subprocess.run(command, check=True)
+        row: Row = json.loads(file.read_text())
+        return row
+
+
+def measure_row(options: Options) -> None:
+    """Measures one combination and writes it as JSON."""
+    keep_freed_memory()
+    shape, batch, context = options.shape[0], options.batch[0], options.context[0]
+    config = PRESETS[f"hymba-{shape}"]
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    model = LanguageModel(random_model(config), tokenizer, batch_size=batch)
+    engine = model.engine
+    rng = np.random.default_rng(0)
+    length = context - ROOM
+    prompts = [rng.integers(3, 250, length).tolist() for _ in range(batch)]
+    flops = batch * prefill_flops(config, length)
+    repeats = 1 if batch * length > LONG else options.repeats
+
+    token_ms = decode_ms(engine, batch, context, repeats)
+    read_ms = first_ms = math.nan
+    if batch * length * config.hidden_size <= options.longest:
+        # Two pieces compile all that longer prompts need, with the same cache.
+        warm = [prompt[: 2 * engine.largest_piece] for prompt in prompts]
+        jax.block_until_ready(engine.prefill(warm, context))
+        read_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
+        first_ms = median_ms(
+            lambda: model.generate(prompts, max_new_tokens=1), warmup=0, repeats=repeats
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    product_rate, read_rate = best_product_rate(config, "float32"), best_read_rate(engine)
+    needed = decode_bytes(engine, batch, context)
+    row: Row = {
+        "shape": shape,
+        "batch": batch,
+        "context": context,
+        "prefill s": read_ms / 1e3,
+        "prefill tokens/s": 1e3 * batch * length / read_ms,
+        "prefill GFLOP/s": flops / read_ms / 1e6,
+        "prefill products GFLOP/s": product_rate / 1e9,
+        "prefill of products": 1e3 * flops / read_ms / product_rate,
+        "prefill first token s": first_ms / 1e3,
+        "prefill peak GB": peak / 1e9,
+        "decode ms a token": token_ms,
+        "decode tokens/s": 1e3 * batch / token_ms,
+        "decode GB": needed / 1e9,
+        "decode GB/s": needed / token_ms / 1e6,
+        "decode reading GB/s": read_rate / 1e9,
+        "decode of reading": 1e3 * needed / token_ms / read_rate,
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(row))
+
+
+def random_model(config: HymbaConfig) -> Hymba:
+    """A model with random kernels, drawn one array at a time."""
+    compute = ComputeConfig(scan_layers=False)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def fill(array: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(array.shape) < 2:
+            return jnp.ones(array.shape, array.dtype)
+        values = rng.random(array.shape, np.float32)
+        values -= 0.5
+        values *= 0.07  # a standard deviation of 0.02
+        return jnp.asarray(values)
+
+    return nnx.merge(graph, jax.tree.map(fill, abstract))
+
+
+def decode_ms(engine: Engine, batch: int, context: int, repeats: int) -> float:
+    """Milliseconds of a step that draws a token for each text, whose caches are almost full."""
+    read = engine._start(batch, context)
+    lengths = jnp.full(batch, context - ROOM, jnp.int32)
+    read = Prefilled(read.cache._replace(lengths=lengths), read.last)
+    limits = Limits(jnp.full(batch, context, jnp.int32), jnp.full((batch, 4), NO_TOKEN, jnp.int32))
+    sampler = make_sampler([SamplingConfig()] * batch, range(batch))
+    seen = jnp.zeros((batch, engine.config.vocab_size), bool)
+    state, _ = engine.first(read, sampler, limits, seen)
+
+    def step() -> Drawn:
+        nonlocal state
+        state, drawn = engine.decode(state, sampler, limits)
+        return drawn
+
+    return median_ms(step, warmup=1, repeats=repeats) / STEPS
+
+
+def prefill_flops(config: HymbaConfig, length: int) -> float:
+    """Operations that reading a text needs, by the formula above."""
+    sizes = jax.eval_shape(
+        lambda: nnx.to_pure_dict(
+            nnx.state(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+        )
+    )
+    kernels = sum(
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(sizes)
+        if jax.tree_util.keystr(path).endswith("['kernel']")
+    )
+    vocabulary = config.vocab_size * config.hidden_size
+    attention, ssm = config.attention, config.ssm
+    before = np.arange(1, length + 1)
+    met = {
+        "global": before.sum(),
+        "window": np.minimum(before, attention.window + 1).sum(),
+    }
+    a_key = 2 * attention.num_heads * (config.head_dim + config.value_dim)
+    scans = sum(spec.ssm for spec in config.layer_specs)
+    return (
+        2 * (kernels * length + vocabulary)
+        + sum(
+            a_key * (met[spec.attention] + config.num_meta_tokens * length)
+            for spec in config.layer_specs
+            if spec.attention
+        )
+        + scans * length * config.channels * (9 * ssm.state_size + 2 * ssm.conv_kernel)
+    )
+
+
+def decode_bytes(engine: Engine, batch: int, context: int) -> int:
+    """Bytes that drawing a token for each text must read, and of the states write."""
+    cache = jax.eval_shape(lambda: engine._start(batch, context)).cache
+    filled = context - ROOM
+    total, kv = _bytes(engine.params), 0
+    for layer in cache.layers:
+        if layer.kv is not None:
+            slots = layer.kv.key.shape[2]
+            kv = _bytes(layer.kv) * min(filled, slots) // slots
+        total += kv + 2 * _bytes(layer.ssm)
+    return total
+
+
+def best_read_rate(engine: Engine) -> float:
+    """Bytes of parameters a second, read in the faster of two ways."""
+
+    def sums(params: Any) -> list[jax.Array]:
+        return [leaf.sum() for leaf in jax.tree.leaves(params)]
+
+    def products(params: Any) -> list[jax.Array]:
+        leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+        return [jnp.ones((1, leaf.shape[0])) @ leaf for leaf in leaves]
+
+    def rate(function: Callable[[Any], Any]) -> float:
+        call = jax.jit(function)
+        return 1e3 * _bytes(engine.params) / median_ms(lambda: call(engine.params), repeats=5)
+
+    return max(rate(sums), rate(products))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,149 @@
+"""`hymba chat`: a conversation, each answer written as it comes."""
+
+import contextlib
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference import chat_template
+from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.inference.sampling import SamplingConfig
+
+HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talks with a model that was trained to.
+
+    An answer ends where the tokenizer's chat template ends one, at the end-of-sequence token, or
+    at `stop` and `stop_tokens`.
+
+    Attributes:
+      system: what the model is told before the conversation.
+      sampling: how answers are drawn; each with a seed of its own, one above that before it.
+
+    Raises:
+      HymbaError: there would be several answers.
+    """
+
+    choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
+    system: str = ""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingConfig
+    )
+
+    def __post_init__(self) -> None:
+        if self.sampling.num_samples != 1:
+            raise HymbaError(
+                f"num_samples is {self.sampling.num_samples}: a conversation has one answer"
+            )
+
+
+def run(model: LanguageModel, config: ChatConfig) -> None:
+    """Reads messages from standard input and writes answers to standard output, up to its end.
+
+    What is not an answer goes to standard error. Ctrl-C stops an answer; while a message is being
+    read it leaves, as Ctrl-D does.
+
+    Raises:
+      HymbaError: the tokenizer has no chat template, or a broken one.
+    """
+    chat = Chat(model, config)
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401  input() then edits lines and remembers them
+    _note(f"{config.choice.model}: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says more")
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            if prompt:
+                _note("")  # the shell's prompt gets a line of its own
+            return
+        except UnicodeDecodeError as error:
+            raise HymbaError(f"the input is no text: {error}") from error
+        if line == "/exit":
+            return
+        if line == "/help":
+            _note(HELP)
+        elif line == "/reset":
+            chat.history.clear()
+        elif line:
+            try:
+                chat.say(line)
+            except HymbaError as error:
+                _note(f"error: {error}")
+
+
+class Chat:
+    """A conversation.
+
+    Attributes:
+      history: messages and answers, as far as the model still sees them.
+    """
+
+    def __init__(self, model: LanguageModel, config: ChatConfig) -> None:
+        stop, stop_tokens = chat_template.answer_end(model.tokenizer)
+        self.history: list[dict[str, str]] = []
+        self._model = model
+        self._system = [_message("system", config.system)] if config.system else []
+        self._sampling = dataclasses.replace(
+            config.sampling,
+            stop=config.sampling.stop + stop,
+            stop_tokens=config.sampling.stop_tokens + stop_tokens,
+        )
+
+    def say(self, message: str) -> None:
+        """Writes the answer, as far as it is not interrupted, and remembers both.
+
+        Raises:
+          HymbaError: the message is too long, or the template refuses it; it is forgotten.
+        """
+        answer = ""
+        try:
+            prompt = self._prompt(message)
+            for piece in self._model.stream([prompt], self._sampling):
+                answer += piece.text
+                print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            pass  # what has been said stands
+        print()
+        self.history += [_message("user", message), _message("assistant", answer)]
+        seed = (self._sampling.seed + 1) % 2**32
+        self._sampling = dataclasses.replace(self._sampling, seed=seed)
+
+    def _prompt(self, message: str) -> list[int]:
+        """The conversation with `message`; of its history, forgets what has no room."""
+        context = self._model.engine.max_context
+        # A message may leave less room for its answer, the history may not.
+        room = min(self._sampling.max_new_tokens, context // 2)
+        kept = self.history
+        while True:
+            messages = [*self._system, *kept, _message("user", message)]
+            prompt = chat_template.encode(self._model.tokenizer, messages)
+            if not kept or len(prompt) + room <= context:
+                break
+            kept = kept[2:]
+        if len(prompt) >= context:
+            raise HymbaError(
+                f"the message is too long: it makes a prompt of {len(prompt)} tokens, "
+                f"and the model's context is {context} with the answer"
+            )
+        if len(kept) < len(self.history):
+            _note("(the beginning of the conversation has no room any more and is forgotten)")
+            self.history = kept
+        return prompt
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,269 @@
+"""What is drawn from a model's distribution over the next token, and when to stop drawing."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import describe, fits
+from hymba_jax.ops.platform import target_platform
+from hymba_jax.types import Array, Bool, Float, Int, Key
+
+LARGEST = 2**31 - 1  # of int32
+ONE = 2**30  # a probability of 1, where probabilities are whole numbers: see `weigh`
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is continued.
+
+    Attributes:
+      max_new_tokens: where to stop, if the text does not end before.
+      temperature: 0 takes the likeliest token each time, 1 samples from the model's distribution.
+      top_k: sample from this many of the likeliest tokens; 0 is all.
+      top_p: sample from the fewest of the likeliest tokens that have this probability together
+        (arXiv 1904.09751); 1 is all.
+      min_p: sample from the tokens with at least this part of the likeliest one's probability
+        (arXiv 2407.01082); 0 is all.
+      repetition_penalty: makes tokens that are in the text already less likely
+        (arXiv 1909.05858); 1 does not.
+      num_samples: continuations of each prompt.
+      seed: the same seed gives the same text.
+      stop: texts that end a continuation.
+      stop_tokens: tokens that end it, besides the end-of-sequence token.
+
+    Raises:
+      HymbaError: naming every value that cannot be.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_samples: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        problems = [*self._problems()]
+        if problems:
+            raise HymbaError("sampling: " + "; ".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            possible, limit = LIMITS[field.name]
+            if items := get_args(kind):
+                right = type(value) is tuple and all(fits(item, items[0]) for item in value)
+                wanted = f"a tuple, each of it {describe(items[0])}"
+            else:
+                right, wanted = fits(value, kind), describe(kind)
+            if not right:
+                yield f"{field.name} is {value!r}, not {wanted}"
+            elif not possible(value):
+                yield f"{field.name} is {value!r}, not {limit}"
+
+
+def _divides(value: float) -> bool:
+    """Whether float32 can divide by it."""
+    return 1e-30 <= value <= 1e30
+
+
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda v: v >= 1, "at least 1"),
+    "temperature": (lambda v: v == 0 or _divides(v), "0 or between 1e-30 and 1e30"),
+    "top_k": (lambda v: 0 <= v <= LARGEST, f"between 0 and {LARGEST}"),
+    "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "min_p": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "repetition_penalty": (_divides, "between 1e-30 and 1e30"),
+    "num_samples": (lambda v: v >= 1, "at least 1"),
+    "seed": (lambda v: 0 <= v < 2**32, f"between 0 and {2**32 - 1}"),
+    "stop": (all, "free of empty texts"),
+    "stop_tokens": (lambda v: all(0 <= t <= LARGEST for t in v), f"between 0 and {LARGEST}"),
+}
+
+
+class Sampler(NamedTuple):
+    """The sampling values of each row of a batch, as in `SamplingConfig`; rows may differ."""
+
+    temperature: Float[Array, " batch"]
+    top_k: Int[Array, " batch"]
+    top_p: Float[Array, " batch"]
+    min_p: Float[Array, " batch"]
+    repetition_penalty: Float[Array, " batch"]
+    key: Key[Array, " batch"]
+
+
+def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> Sampler:
+    """Row i draws sample number `samples[i]` of `configs[i]`, whatever the other rows are."""
+
+    def values(name: str, dtype: type) -> Array:
+        return jnp.asarray(np.array([getattr(config, name) for config in configs], dtype))
+
+    def key(config: SamplingConfig, number: int) -> Key[Array, ""]:
+        # Of JAX's generators, the one whose draws do not depend on the rows beside them.
+        return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), number)
+
+    return Sampler(
+        temperature=values("temperature", np.float32),
+        top_k=values("top_k", np.int32),
+        top_p=values("top_p", np.float32),
+        min_p=values("min_p", np.float32),
+        repetition_penalty=values("repetition_penalty", np.float32),
+        key=jnp.stack([key(*row) for row in zip(configs, samples, strict=True)]),
+    )
+
+
+class Needed(NamedTuple):
+    """What any row of the batch asks for; nothing else is computed."""
+
+    penalty: Bool[Array, ""]
+    draw: Bool[Array, ""]
+    top_k: Bool[Array, ""]
+    top_p: Bool[Array, ""]
+
+
+def sample(
+    logits: Float[Array, "batch vocab"],
+    seen: Bool[Array, "batch vocab"],
+    positions: Int[Array, " batch"],
+    sampler: Sampler,
+) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
+    """The next token of each row, and its log-probability in the model's own distribution.
+
+    The repetition penalty comes first, then temperature, top-k, top-p and min-p, each among what
+    the one before has left; tokens as likely as the last one kept are kept too. A row's result
+    depends, to the bit, on its own logits, values, key and position only.
+
+    Args:
+      logits: in float32; -inf for what cannot come next.
+      seen: the tokens that the repetition penalty is for.
+      positions: where in its text each row's token will stand; other positions, other draws.
+    """
+    needed = Needed(
+        penalty=jnp.any(sampler.repetition_penalty != 1),
+        draw=jnp.any(sampler.temperature > 0),
+        top_k=jnp.any(sampler.top_k > 0),
+        top_p=jnp.any(sampler.top_p < 1),
+    )
+    row = functools.partial(_sample_row, needed)
+    rows = (logits, seen, positions, sampler)
+    if target_platform() == "cpu":  # one after another: a row fits into a cache
+        return jax.lax.map(lambda values: row(*values), rows)
+    return jax.vmap(row)(*rows)
+
+
+def _sample_row(
+    needed: Needed,
+    logits: Float[Array, " vocab"],
+    seen: Bool[Array, " vocab"],
+    position: Int[Array, ""],
+    sampler: Sampler,
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """`sample` for one row, whose values `sampler` holds."""
+    penalised = jax.lax.cond(
+        needed.penalty,
+        lambda: _penalise(logits, seen, sampler.repetition_penalty),
+        lambda: logits,
+    )
+    likeliest = _argmax(penalised)
+
+    def drawn() -> Int[Array, ""]:
+        token = _draw(weigh(needed, penalised, sampler), jax.random.fold_in(sampler.key, position))
+        return jnp.where(sampler.temperature > 0, token, likeliest)
+
+    token = jax.lax.cond(needed.draw, drawn, lambda: likeliest)
+    below = logits - jnp.max(logits)
+    return token, below[token] - jnp.log(_sum(jnp.exp(below)))
+
+
+def _penalise(
+    logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], penalty: Float[Array, ""]
+) -> Float[Array, " vocab"]:
+    """Logits of seen tokens, divided if positive and multiplied if negative (arXiv 1909.05858)."""
+    largest = jnp.finfo(logits.dtype).max  # a tiny penalty must not make an infinity
+    penalised = jnp.where(logits > 0, jnp.minimum(logits / penalty, largest), logits * penalty)
+    return jnp.where(seen, penalised, logits)
+
+
+def weigh(needed: Needed, logits: Float[Array, " vocab"], sampler: Sampler) -> Int[Array, " vocab"]:
+    """What a row's temperature and filters leave of its distribution: of `ONE`, each token's part.
+
+    Probabilities are whole numbers because their sums do not depend on the order of adding, as a
+    float's last bits would. Their error is that of float32: half of 2**-30.
+    """
+    temperature = jnp.where(sampler.temperature > 0, sampler.temperature, 1)
+    # Subtracted before the division, so that no temperature is too small.
+    gap = (jnp.max(logits) - logits) / temperature
+    order = jax.lax.bitcast_convert_type(gap, jnp.int32)  # sorts as the floats do: none is below 0
+
+    count = jnp.where(sampler.top_k > 0, sampler.top_k, LARGEST)
+    limit = jax.lax.cond(
+        needed.top_k,
+        lambda: _threshold(order, jnp.ones_like(order), count, bits=31),
+        lambda: jnp.int32(LARGEST),
+    )
+    odds = jnp.exp(-gap)
+    left = jnp.where(order <= limit, odds, 0)
+    weights = jnp.round(left * (ONE / _sum(left))).astype(jnp.int32)
+
+    share = jnp.maximum(1, jnp.ceil(sampler.top_p * ONE).astype(jnp.int32))
+    share = jnp.where(sampler.top_p < 1, share, LARGEST)
+    limit = jax.lax.cond(
+        needed.top_p,
+        lambda: _threshold(order, weights, share, bits=31),
+        lambda: jnp.int32(LARGEST),
+    )
+    return jnp.where((order <= limit) & (odds >= sampler.min_p), weights, 0)
+
+
+def _draw(weights: Int[Array, " vocab"], key: Key[Array, ""]) -> Int[Array, ""]:
+    """A token, each as often as it weighs: where a dart falls on a line of them all."""
+    # The high half of the product is spread evenly below the sum. `jax.random.randint` takes a
+    # remainder of 32 bits, which favours small numbers where the sum is this large.
+    total = jnp.sum(weights, dtype=jnp.uint32)
+    dart = jax.lax.mulhi(jax.random.bits(key, (), jnp.uint32), total).astype(jnp.int32)
+    numbers = jnp.arange(len(weights), dtype=jnp.int32)
+    return _threshold(numbers, weights, dart + 1, bits=(len(weights) - 1).bit_length())
+
+
+def _threshold(
+    order: Int[Array, " vocab"], weights: Int[Array, " vocab"], enough: Int[Array, ""], bits: int
+) -> Int[Array, ""]:
+    """Where tokens, taken in `order`, come to weigh `enough`; above all of it if they never do.
+
+    Found bit by bit, which costs a tenth of a sort.
+    """
+
+    def narrow(i: Int[Array, ""], found: Int[Array, ""]) -> Int[Array, ""]:
+        further = found | (1 << (bits - 1 - i))
+        before = jnp.sum(jnp.where(order < further, weights, 0), dtype=jnp.int32)
+        return jnp.where(before < enough, further, found)
+
+    return jax.lax.fori_loop(0, bits, narrow, jnp.zeros_like(enough))
+
+
+def _argmax(logits: Float[Array, " vocab"]) -> Int[Array, ""]:
+    """The first of the largest; two plain reductions, faster than `jnp.argmax`'s one on CPUs."""
+    last = len(logits) - 1
+    numbers = jnp.arange(last + 1, dtype=jnp.int32)
+    return jnp.min(jnp.where(logits == jnp.max(logits), numbers, last))
+
+
+def _sum(values: Float[Array, " vocab"]) -> Float[Array, ""]:
+    """The sum, added in the same order however many rows a device adds up at once."""
+    width = 1 << (len(values) - 1).bit_length()
+    values = jnp.pad(values, (0, width - len(values)))
+    while width > 1:
+        width //= 2
+        values = values[:width] + values[width:]
+    return values[0]

@@ -1,0 +1,84 @@
+"""`hymba warmup`: compiles what generating will need, before anyone waits for it."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.engine import SMALLEST_PIECE, Engine, bucket
+from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.loading import ModelChoice
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Compiles a model's programs for one size of cache, and keeps them for later commands.
+
+    Those commands need the same `context`, `dtype` and `state_dtype` to find them.
+
+    Attributes:
+      texts: to be continued at a time, up to; every power of two is compiled.
+
+    Raises:
+      HymbaError: no context is named, or no possible number of texts.
+    """
+
+    choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
+    texts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.choice.context is None:
+            raise HymbaError("name a context: the size of the cache that programs are compiled for")
+        if not 1 <= self.texts <= self.choice.batch_size:
+            raise HymbaError(
+                f"texts is {self.texts}, not 1 to the batch_size {self.choice.batch_size}"
+            )
+
+
+def main(config: WarmupConfig) -> None:
+    """Says what it compiles and how long that takes.
+
+    Raises:
+      HymbaError: there is no such model.
+    """
+    model, console = config.choice.load(), Console(soft_wrap=True, highlight=False)
+    rows = 1
+    while rows <= bucket(config.texts):
+        for length in prompt_lengths(model.engine):
+            start = time.perf_counter()
+            warm(model, rows, length)
+            seconds = time.perf_counter() - start
+            console.print(f"{rows} x {length} tokens: {seconds:.1f} s")
+        rows *= 2
+    console.print(f"kept in {jax.config.jax_compilation_cache_dir}")
+
+
+def prompt_lengths(engine: Engine) -> Iterator[int]:
+    """Lengths of prompts that between them need every program for reading."""
+    longest, piece = engine.max_context - 1, engine.largest_piece  # leaves room for a token
+    widths = [1 << i for i in range(SMALLEST_PIECE.bit_length() - 1, piece.bit_length())]
+    for start in (0, piece):
+        for before in (0, *widths[:-1]):  # the next width is for more than that
+            if start + before < longest:
+                yield start + before + 1
+
+
+def warm(model: LanguageModel, rows: int, length: int) -> None:
+    """Continues `rows` prompts of `length` tokens by two, where there is room for that."""
+    prompts = [[model.tokenizer.bos_id] * length] * rows
+    for piece in model.stream(prompts, max_new_tokens=2):
+        del piece
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, in $XDG_CACHE_HOME or where JAX is told to."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "hymba_jax"))

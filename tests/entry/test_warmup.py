@@ -1,0 +1,103 @@
+"""`hymba warmup`: nothing is left to compile for what comes after it."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from entry.command import HYMBA, run
+from inference.models import byte_tokenizer, compilations, make_model
+
+from hymba_jax import cli
+from hymba_jax.inference import LanguageModel
+from hymba_jax.inference.engine import Engine
+from hymba_jax.inference.saving import save_model
+from hymba_jax.inference.warmup import prompt_lengths, use_compilation_cache, warm
+
+
+@pytest.fixture(scope="module")
+def hymba():
+    return make_model()
+
+
+def reading_programs(engine, length):
+    """Width of each piece of a prompt, and whether it is the first."""
+    pieces = engine._pieces([[0] * length])
+    return {(piece.tokens.shape[1], i == 0) for i, piece in enumerate(pieces)}
+
+
+@pytest.mark.parametrize("largest_piece", [32, 128])
+@pytest.mark.parametrize("context", [2, 3, 32, 33, 34, 64, 65, 66, 128, 129, 130, 161, 200, 300])
+def test_all_programs_for_reading_are_warmed(hymba, context, largest_piece):
+    engine = Engine(hymba, context=context, largest_piece=largest_piece)
+    lengths = [*prompt_lengths(engine)]
+    assert all(1 <= length < context for length in lengths)
+    warmed = set().union(*(reading_programs(engine, length) for length in lengths))
+    needed = set().union(*(reading_programs(engine, n) for n in range(1, context)))
+    assert warmed == needed
+
+
+def test_a_warm_model_compiles_nothing(hymba):
+    model = LanguageModel(hymba, byte_tokenizer(), context=70)
+    model.engine.largest_piece = 32
+    for length in prompt_lengths(model.engine):
+        warm(model, 2, length)
+    with compilations() as names:
+        for length in (1, 31, 33, 69):
+            prompts = [[5] * length, [6] * (length // 2)]
+            model.generate(prompts, max_new_tokens=40, temperature=0.7, top_k=5, seed=3)
+    assert names == []
+
+
+def test_a_later_process_finds_the_programs(hymba, tmp_path):
+    save_model(tmp_path / "model", hymba, byte_tokenizer())
+    options = ["--model", tmp_path / "model", "--context", "32"]
+
+    def compiled():
+        names = {path.name for path in (tmp_path / "cache").iterdir()}
+        return {name for name in names if not name.endswith("-atime")}
+
+    result = run([HYMBA, "warmup", *options], tmp_path / "cache")
+    assert (result.returncode, result.stderr) == (0, "")
+    warmed, kept = result.stdout.splitlines()
+    assert warmed.startswith("1 x 1 tokens: ")
+    assert kept == f"kept in {tmp_path / 'cache'}"
+    before = compiled()
+    assert before
+    command = [HYMBA, "generate", *options, "--prompt", "the", "--seed", "4"]
+    result = run(command, tmp_path / "cache")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert compiled() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a context"),
+        (["--context", "32", "--texts", "0"], "texts is 0, not 1 to the batch_size 8"),
+        (["--context", "32", "--texts", "9"], "texts is 9, not 1 to the batch_size 8"),
+        (["--context", "32"], "gone: no model is here"),
+    ],
+)
+def test_what_cannot_be_warmed(monkeypatch, arguments, message):
+    monkeypatch.setattr("hymba_jax.inference.warmup.use_compilation_cache", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["warmup", "--model", "gone", *arguments])
+    assert str(stopped.value).startswith(f"error: {message}")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("home", ["XDG_CACHE_HOME", "HOME"])
+def test_where_compiled_programs_are_kept(monkeypatch, tmp_path, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(home, str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", "told")
+        use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "told"
+        jax.config.update("jax_compilation_cache_dir", None)
+        use_compilation_cache()
+        folder = tmp_path if home == "XDG_CACHE_HOME" else tmp_path / ".cache"
+        assert Path(jax.config.jax_compilation_cache_dir) == folder / "hymba_jax"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

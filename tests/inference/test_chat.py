@@ -1,0 +1,226 @@
+"""A conversation, with a model that says what it is told to."""
+
+import dataclasses
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference import chat
+from hymba_jax.inference.chat import ChatConfig
+from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.inference.sampling import SamplingConfig
+
+CHOICE = ModelChoice("runs/it")
+
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if 'forbidden' in m.content %}{{ raise_exception('no such words') }}{% endif %}"
+    "[{{ m.role[0] }}]{{ m.content }}{% endfor %}[a]"
+)
+
+
+class Piece(NamedTuple):
+    text: str
+
+
+class Model(LanguageModel):
+    """Says the answers, piece by piece; an exception among the pieces is raised."""
+
+    def __init__(self, *answers, template=TEMPLATE, context=1000):
+        model = build_tokenizer(DataConfig(tokenizer="bytes"), []).model
+        self.tokenizer = Tokenizer(model, "<s>", "</s>", template)
+        self.engine = SimpleNamespace(max_context=context)
+        self.answers = iter(answers)
+        self.asked = []
+        self.sampling = []
+
+    def stream(self, prompts, config):
+        (prompt,) = prompts
+        assert prompt[0] == self.tokenizer.bos_id
+        self.asked.append(self.tokenizer.decode(prompt))
+        self.sampling.append(config)
+        for piece in next(self.answers):
+            if not isinstance(piece, str):
+                raise piece
+            yield Piece(piece)
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """Holds the conversation whose messages are the lines of a text; returns what it printed."""
+
+    def say(model, text, **config):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        chat.run(model, ChatConfig(CHOICE, **config))
+        return capsys.readouterr()
+
+    return say
+
+
+def test_a_conversation(say):
+    model = Model(["He", "llo"], ["Fine"])
+    printed = say(model, "Hi\n\n  How are you? \n", system="Be brief.")
+    assert printed.out == "Hello\nFine\n"
+    assert printed.err.splitlines() == [
+        "runs/it: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says more"
+    ]
+    assert model.asked == [
+        "[s]Be brief.[u]Hi[a]",
+        "[s]Be brief.[u]Hi[a]Hello[u]How are you?[a]",
+    ]
+
+
+def test_sampling_is_passed_on_with_a_seed_for_each_answer(say):
+    model = Model("a", "b", "c")
+    sampling = SamplingConfig(temperature=0.5, seed=2**32 - 2, stop=("#",), stop_tokens=(7,))
+    say(model, "1\n2\n3\n", sampling=sampling)
+    passed_on = dataclasses.replace(sampling, stop=("#", "</s>", "[u]"))
+    assert model.sampling == [
+        dataclasses.replace(passed_on, seed=seed) for seed in (2**32 - 2, 2**32 - 1, 0)
+    ]
+
+
+def test_commands(say):
+    model = Model("a", "b", "c")
+    printed = say(model, "1\n/help\n/reset\n2\n/other\n/exit\n3\n")
+    assert model.asked == ["[u]1[a]", "[u]2[a]", "[u]2[a]b[u]/other[a]"]
+    assert printed.out == "a\nb\nc\n"
+    assert chat.HELP in printed.err.splitlines()
+
+
+def test_an_interrupted_answer_stays(say):
+    model = Model(["One, ", "two", KeyboardInterrupt()], ["b"])
+    assert say(model, "Count\nGo on\n").out == "One, two\nb\n"
+    assert model.asked[1] == "[u]Count[a]One, two[u]Go on[a]"
+
+
+def test_an_error_in_a_turn_is_one_line_and_forgotten(say):
+    model = Model("a", [HymbaError("no room")], "c")
+    printed = say(model, "1\nforbidden\n2\n3\n")
+    assert printed.err.splitlines()[1:] == [
+        "error: the chat template failed: no such words",
+        "error: no room",
+    ]
+    assert printed.out == "a\nc\n"
+    assert model.asked[-1] == "[u]1[a]a[u]3[a]"
+
+
+FORGOTTEN = "(the beginning of the conversation has no room any more and is forgotten)"
+
+
+def test_the_oldest_exchanges_are_forgotten_when_there_is_no_room(say):
+    """A context of 32: 10 for the answer, and [s], [u] and [a] are 3 each, <s> is 1."""
+    model = Model("a", "b", "c", "d", context=32)
+    lines = ["11", "22", "3", 11 * "4"]
+    sampling = SamplingConfig(max_new_tokens=10)
+    printed = say(model, "\n".join(lines), system="S", sampling=sampling)
+    assert model.asked == [
+        "[s]S[u]11[a]",
+        "[s]S[u]11[a]a[u]22[a]",
+        "[s]S[u]22[a]b[u]3[a]",
+        "[s]S[u]44444444444[a]",
+    ]
+    assert printed.err.splitlines()[1:] == [FORGOTTEN, FORGOTTEN]
+
+
+def test_a_long_message_leaves_less_room_and_one_too_long_none(say):
+    """All of the context could be wanted for an answer."""
+    model = Model("a", "b", "c", context=40)
+    printed = say(model, f"1\n2\n{33 * 'x'}\n{32 * 'x'}\n")
+    assert model.asked == ["[u]1[a]", "[u]1[a]a[u]2[a]", f"[u]{32 * 'x'}[a]"]
+    assert printed.err.splitlines()[1:] == [
+        "error: the message is too long: it makes a prompt of 40 tokens, "
+        "and the model's context is 40 with the answer",
+        FORGOTTEN,
+    ]
+
+
+def test_a_message_that_is_too_long_leaves_the_conversation_alone(say):
+    model = Model("a", "b", context=40)
+    say(model, "1\n" + 60 * "x" + "\n2\n")
+    assert model.asked[1] == "[u]1[a]a[u]2[a]"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(None, "no chat template: use `hymba generate`"), ("{% if %}", "the chat template failed")],
+)
+def test_no_conversation_without_a_template(say, template, message):
+    with pytest.raises(HymbaError, match=message):
+        say(Model(template=template), "Hi\n")
+
+
+def test_a_conversation_has_one_answer():
+    with pytest.raises(HymbaError, match="num_samples is 2: a conversation has one answer"):
+        ChatConfig(CHOICE, sampling=SamplingConfig(num_samples=2))
+
+
+def test_input_that_is_no_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(HymbaError, match="the input is no text"):
+        chat.run(Model(), ChatConfig(CHOICE))
+
+
+def test_on_a_terminal():
+    """Ctrl-C stops an answer, and at the prompt it leaves."""
+    script = """
+        import time
+        from test_chat import CHOICE, ChatConfig, Model, Piece, chat
+
+        class Slow(Model):
+            def stream(self, prompts, config):
+                yield Piece("one")
+                time.sleep(60)
+
+        chat.run(Slow(), ChatConfig(CHOICE))
+        print("left")
+    """
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=os.path.dirname(__file__),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    deadline = threading.Timer(60, process.kill)
+    deadline.start()
+    seen = ""
+
+    def read_until(text):
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(ours, 1000).decode()
+        before, _, seen = seen.partition(text)
+        return before
+
+    try:
+        assert read_until("> ").startswith("runs/it: /exit or Ctrl-D leaves")
+        os.write(ours, b"Count\n")
+        read_until("one")
+        process.send_signal(signal.SIGINT)
+        read_until("> ")
+        time.sleep(0.5)  # the prompt is written shortly before the reading begins
+        process.send_signal(signal.SIGINT)
+        read_until("left")
+        assert process.wait(30) == 0
+    finally:
+        deadline.cancel()
+        process.kill()
+        process.wait()
+        os.close(ours)

@@ -1,0 +1,30 @@
+"""Decoding compiles for accelerators at the size of Hymba-1.5B, and keeps its cache in place."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILERS = {"v5e": "libtpu", "v6e": "libtpu", "h100": "jax_cuda13_plugin"}
+KEY_VALUE_GB = 128 * 74.7e6 / 1e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", COMPILERS)
+def test_decode_fits(target, tmp_path):
+    if find_spec(COMPILERS[target]) is None:
+        pytest.skip(f"{COMPILERS[target]}, the compiler for {target}, is not installed")
+    file = tmp_path / "rows.json"
+    command = [sys.executable, ROOT / "benchmarks/compile_decode.py", "--json", file]
+    options = ["--batch", "128", "--prompts", "0", "--no-search", "--state-dtype", "bfloat16"]
+    # In a process of its own: JAX and its compilers read the environment once.
+    subprocess.run([*command, "--target", target, *options], check=True)
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["fits"] == "yes"
+    assert row["donated"] > KEY_VALUE_GB  # the whole cache is updated where it is
+    assert row["copied"] < row["least"] / 100
+    assert row["least"] <= row["a step"] < 2.2 * row["least"]

@@ -1,0 +1,281 @@
+"""Text in, text out, with a model whose texts are bytes."""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inference.models import byte_tokenizer, make_model
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference import LanguageModel, SamplingConfig
+
+TOKENIZER = byte_tokenizer()
+PROMPTS = ["the old dog", "", "Who sat?", "a", "the red hat and the old dog"]
+SAMPLED = SamplingConfig(max_new_tokens=20, temperature=1.0, seed=5)
+# Of log-probabilities of one text in batches of different shapes, all in float32.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def hymba():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def model(hymba):
+    return LanguageModel(hymba, TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    """What follows the first prompt, without an end."""
+    (completion,) = model.generate(PROMPTS[0], max_new_tokens=30)
+    assert len(completion.tokens) == 30
+    return completion
+
+
+def begin(text):
+    return [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
+
+
+def forward_log_probs(hymba, tokens):
+    """Of each token but the first, by the model's own forward pass over the whole text."""
+    logits = jax.jit(lambda tokens: hymba(tokens))(jnp.array([tokens[:-1]], jnp.int32))[0]
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+def as_tokens(completions):
+    return [completion.tokens for completion in completions]
+
+
+def assert_same(ours, expected):
+    """The same continuations, up to the rounding of their log-probabilities."""
+    assert [dataclasses.replace(c, log_probs=[]) for c in ours] == [
+        dataclasses.replace(c, log_probs=[]) for c in expected
+    ]
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=TOLERANCE)
+
+
+def test_the_likeliest_token_of_the_forward_pass_comes_next(hymba, greedy):
+    text = begin(PROMPTS[0]) + greedy.tokens
+    logits = jax.jit(lambda tokens: hymba(tokens))(jnp.array([text], jnp.int32))[0]
+    likeliest = jnp.argmax(logits, axis=-1)[len(text) - 31 : -1]
+    assert greedy.tokens == likeliest.tolist()
+    expected = forward_log_probs(hymba, text)[-30:]
+    np.testing.assert_allclose(greedy.log_probs, expected, rtol=0, atol=TOLERANCE)
+    assert (greedy.index, greedy.sample, greedy.finish_reason) == (0, 0, "length")
+
+
+def test_text_is_what_the_tokens_say(greedy):
+    assert greedy.text == TOKENIZER.decode(greedy.tokens)
+
+
+def test_a_prompt_is_a_text_or_several_or_tokens(model):
+    texts = PROMPTS[:3]
+    (alone,) = model.generate(texts[0], max_new_tokens=5)
+    several = model.generate(texts, max_new_tokens=5)
+    assert_same(several[:1], [alone])
+    assert [completion.index for completion in several] == [0, 1, 2]
+    tokens = [begin(text) for text in texts]
+    assert model.generate(tokens, max_new_tokens=5) == several
+    assert model.generate([tokens[0], texts[1], tuple(tokens[2])], max_new_tokens=5) == several
+
+
+def test_no_tokens_are_the_beginning_of_a_text(model):
+    assert model.generate([[]], max_new_tokens=5) == model.generate("", max_new_tokens=5)
+
+
+def test_fields_stand_in_for_those_of_the_config(model, greedy):
+    config = SamplingConfig(max_new_tokens=30, temperature=1.0)
+    (completion,) = model.generate(PROMPTS[0], config, temperature=0.0)
+    assert completion == greedy
+
+
+@pytest.mark.parametrize("place", [0, 1, 9, 17])
+def test_a_stop_token_ends_the_text_and_is_no_part_of_it(model, greedy, place):
+    stop = greedy.tokens[place]
+    expected = greedy.tokens[: greedy.tokens.index(stop)]
+    (completion,) = model.generate(PROMPTS[0], max_new_tokens=30, stop_tokens=(7, stop))
+    assert completion.tokens == expected
+    assert completion.log_probs == greedy.log_probs[: len(expected)]
+    assert completion.text == TOKENIZER.decode(expected)
+    assert completion.finish_reason == "stop"
+
+
+def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
+    model = LanguageModel(hymba, TOKENIZER)
+    model.config = dataclasses.replace(model.config, eos_token_id=greedy.tokens[12])
+    (completion,) = model.generate(PROMPTS[0], max_new_tokens=30)
+    assert completion.tokens == greedy.tokens[: greedy.tokens.index(greedy.tokens[12])]
+    assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("every", [1, 5, 16])
+def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, every):
+    (free,) = model.generate("a", max_new_tokens=40)
+    text, stop = free.text[:2], free.text[2:5]
+    assert (text + stop).isascii()  # so that each of its characters is a token
+    pieces = [*model.stream("a", max_new_tokens=40, every=every, stop=("never", stop))]
+    assert "".join(piece.text for piece in pieces) == text
+    assert [token for piece in pieces for token in piece.tokens] == free.tokens[:5]
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+
+
+def test_a_stopped_text_leaves_the_others_alone(model, greedy):
+    prompts = [PROMPTS[2], PROMPTS[0], PROMPTS[3]]
+    free = model.generate(prompts, max_new_tokens=30)
+    stop = greedy.tokens[3]
+    completions = model.generate(prompts, max_new_tokens=30, stop_tokens=(stop,))
+    assert completions[1].finish_reason == "stop"
+    others = [i for i in (0, 2) if stop not in free[i].tokens]
+    assert others
+    assert all(completions[i] == free[i] for i in others)
+
+
+def test_the_context_ends_a_text(hymba, greedy):
+    model, text = LanguageModel(hymba, TOKENIZER, context=32), begin(PROMPTS[0]) + greedy.tokens
+    for room in (1, 2, 20):
+        (completion,) = model.generate([text[: 32 - room]], max_new_tokens=30)
+        assert completion.tokens == text[32 - room : 32]
+        assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("every", [1, 3, 16])
+def test_pieces_make_up_the_whole(model, greedy, every):
+    asked = (PROMPTS[:3], dataclasses.replace(SAMPLED, num_samples=2))
+    whole = model.generate(*asked, stop_tokens=(greedy.tokens[5],))
+    pieces = [*model.stream(*asked, every=every, stop_tokens=(greedy.tokens[5],))]
+    for completion in whole:
+        own = [p for p in pieces if (p.index, p.sample) == (completion.index, completion.sample)]
+        assert "".join(piece.text for piece in own) == completion.text
+        assert [token for piece in own for token in piece.tokens] == completion.tokens
+        log_probs = [log_prob for piece in own for log_prob in piece.log_probs]
+        assert log_probs == completion.log_probs
+        assert [piece.finish_reason for piece in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finish_reason == completion.finish_reason
+        assert all(len(piece.tokens) <= every for piece in own)
+
+
+def test_the_first_piece_comes_before_the_rest_is_drawn(model, monkeypatch):
+    pieces = model.stream("the", SAMPLED)
+    assert next(pieces).tokens
+    monkeypatch.setattr(model.engine, "decode", None)
+    with pytest.raises(TypeError):
+        next(pieces)
+
+
+def test_samples_come_in_order_and_differ(model):
+    config = dataclasses.replace(SAMPLED, num_samples=3)
+    completions = model.generate(PROMPTS[:3], config)
+    places = [(i, sample) for i in range(3) for sample in range(3)]
+    assert [(c.index, c.sample) for c in completions] == places
+    assert len({tuple(tokens) for tokens in as_tokens(completions)}) == len(places)
+    fewer = model.generate(PROMPTS[:3], dataclasses.replace(config, num_samples=2))
+    assert_same(fewer, [c for c in completions if c.sample < 2])
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_the_batch(model):
+    together = model.generate(PROMPTS, SAMPLED)
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = model.generate(prompt, SAMPLED)
+        assert_same([alone], [dataclasses.replace(together[i], index=0)])
+    other = model.generate(PROMPTS, dataclasses.replace(SAMPLED, seed=6))
+    assert all(a != b for a, b in zip(as_tokens(other), as_tokens(together), strict=True))
+
+
+def test_more_prompts_than_a_batch_come_back_in_order(hymba, model):
+    prompts = [*PROMPTS, "the " * 7, "ran"]
+    expected = as_tokens(model.generate(prompts, SAMPLED))
+    small = LanguageModel(hymba, TOKENIZER, batch_size=3)
+    for seed in range(2):
+        order = random.Random(seed).sample(range(len(prompts)), len(prompts))
+        completions = small.generate([prompts[i] for i in order], SAMPLED)
+        assert [completion.index for completion in completions] == [*range(len(prompts))]
+        assert as_tokens(completions) == [expected[i] for i in order]
+
+
+def test_log_probs_are_those_of_the_forward_pass(hymba):
+    texts = ["the old dog ran", "", "a", "x" * 150, begin("Who sat? The dog"), [42], []]
+    small = LanguageModel(hymba, TOKENIZER, batch_size=3)
+    log_probs = small.log_probs(texts)
+    assert [len(scores) for scores in log_probs] == [15, 0, 1, 150, 16, 0, 0]
+    for i in (0, 3, 4):
+        tokens = texts[i] if isinstance(texts[i], list) else begin(texts[i])
+        expected = forward_log_probs(hymba, tokens)
+        np.testing.assert_allclose(log_probs[i], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_text_as_long_as_the_context_has_log_probs_but_no_continuation(hymba):
+    model = LanguageModel(hymba, TOKENIZER, context=32)
+    assert len(model.log_probs("x" * 31)[0]) == 31
+    with pytest.raises(HymbaError, match="32 tokens, and the model's context is 32"):
+        model.generate("x" * 31)
+    with pytest.raises(HymbaError, match="33 tokens, and the model's context is 32"):
+        model.log_probs("x" * 32)
+
+
+def refusal(function, *args, **kwargs):
+    """The one line that says what is wrong."""
+    with pytest.raises(HymbaError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "there are no prompts"),
+        ("x" * 512, "the prompt: 513 tokens, and the model's context is 512"),
+        (["a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
+        (["a", "b", [1, 259]], "prompt 3: token 259 is outside the vocabulary of 259"),
+        ([[5, -1]], "the prompt: token -1 is outside the vocabulary of 259"),
+        ("\udcff", "'\\udcff' is no text: it has bytes that are not UTF-8"),
+    ],
+)
+def test_impossible_prompts(model, prompts, message):
+    for function in (model.generate, model.stream):
+        assert refusal(function, prompts).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "sampling: max_new_tokens is 0, not at least 1"),
+        ({"temperature": -1.0}, "sampling: temperature is -1.0, not 0 or between"),
+        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not free of empty texts"),
+        (
+            {"top_p": 0.0, "num_samples": 0},
+            "sampling: top_p is 0.0, not in (0, 1]; num_samples is 0, not at least 1",
+        ),
+    ],
+)
+def test_impossible_sampling_values(model, values, message):
+    for function in (model.generate, model.stream):
+        assert refusal(function, "a", **values).startswith(message)
+
+
+def test_sampling_values_that_do_not_exist(model):
+    with pytest.raises(TypeError, match="temprature"):
+        model.generate("a", temprature=0.5)
+
+
+@pytest.mark.parametrize("every", [-1, 0, 17])
+def test_impossible_distances_between_pieces(model, every):
+    assert refusal(model.stream, "a", every=every) == f"every is {every}, not 1 to 16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, not at least 1"),
+        ({"context": 0}, "a context of 0 tokens: the model's is 1 to 512"),
+        ({"context": 513}, "a context of 513 tokens: the model's is 1 to 512 (max_positions)"),
+    ],
+)
+def test_impossible_models(hymba, options, message):
+    assert refusal(LanguageModel, hymba, TOKENIZER, **options).startswith(message)

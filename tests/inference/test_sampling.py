@@ -1,0 +1,316 @@
+"""What is drawn, against a float64 oracle that sorts, and what a draw depends on."""
+
+import dataclasses
+import importlib.util
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference import sampling
+from hymba_jax.inference.sampling import ONE, Needed, SamplingConfig, make_sampler, sample, weigh
+
+DRAWN = SamplingConfig(temperature=1.0)
+ALL_ON = SamplingConfig(
+    temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3, seed=5
+)
+MIXED = (
+    SamplingConfig(),
+    SamplingConfig(repetition_penalty=2.0),
+    DRAWN,
+    SamplingConfig(temperature=1.5, top_k=5, seed=2**32 - 1),
+    SamplingConfig(temperature=0.9, top_p=0.5, seed=1),
+    SamplingConfig(temperature=1.2, min_p=0.1, seed=2),
+    ALL_ON,
+)
+jitted = jax.jit(sample)
+
+
+def probabilities(logits, config, slack=0.0):
+    """The filtered distribution in float64; `slack` widens what top-p and min-p keep."""
+    logits = np.asarray(logits, np.float64) / config.temperature
+    odds = np.exp(logits - logits.max())
+    if config.top_k:
+        odds[odds < np.sort(odds)[::-1][min(config.top_k, len(odds)) - 1]] = 0
+    if config.top_p < 1:
+        falling = np.sort(odds)[::-1]
+        sums = np.cumsum(falling) / falling.sum()
+        odds[odds < falling[np.argmax(sums >= min(config.top_p + slack, sums[-1]))]] = 0
+    odds[odds < config.min_p - slack] = 0
+    return odds / odds.sum()
+
+
+def weights(logits, config):
+    """`weigh` for one row, as probabilities."""
+    row = jax.tree.map(lambda values: values[0], make_sampler([config], [0]))
+    needed = Needed(*[jnp.array(True)] * 4)
+    return np.asarray(jax.jit(weigh)(needed, jnp.asarray(logits, jnp.float32), row)) / ONE
+
+
+def draw(logits, config, count):
+    """`count` draws from the same logits, at as many positions."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    sampler = make_sampler([config], [0])
+    sampler = jax.tree.map(lambda values: jnp.repeat(values, count), sampler)
+    tokens, log_probs = jitted(rows, jnp.zeros(rows.shape, bool), jnp.arange(count), sampler)
+    return np.asarray(tokens), np.asarray(log_probs)
+
+
+def random_logits(kind, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=499) * {"flat": 0.01, "steep": 20}.get(kind, 3)
+    if kind == "ties":
+        logits = np.round(logits)
+    if kind == "forbidden":
+        logits[rng.permutation(len(logits))[:-12]] = -np.inf
+    return np.float32(logits)
+
+
+@pytest.mark.parametrize("kind", ["plain", "flat", "steep", "ties", "forbidden"])
+def test_the_filters_keep_what_sorting_keeps(kind):
+    for seed, (top_k, top_p, min_p, temperature) in enumerate(
+        itertools.product(
+            (0, 1, 7, 10**9), (1.0, 0.999, 0.6, 1e-30), (0.0, 0.2, 0.9999), (1.0, 0.3)
+        )
+    ):
+        config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        logits = random_logits(kind, seed)
+        ours = weights(logits, config)
+        # Where a sum or a quotient falls on the limit itself, float32 may go either way.
+        surely, perhaps = (probabilities(logits, config, slack) for slack in (-1e-6, 1e-6))
+        visible = perhaps > 2 / ONE
+        assert not (ours[visible & (surely > 0)] == 0).any()
+        assert not (ours > 0)[perhaps == 0].any()
+        assert ours.argmax() == logits.argmax()
+        if ((surely > 0) == (perhaps > 0)).all():
+            np.testing.assert_allclose(ours / ours.sum(), surely, rtol=2e-5, atol=1e-7)
+
+
+def test_ties_at_a_limit_are_all_kept():
+    logits = np.log([0.3, 0.2, 0.1, 0.2, 0.2])
+    for config in (
+        dataclasses.replace(DRAWN, top_k=2),
+        dataclasses.replace(DRAWN, top_p=0.4),
+        dataclasses.replace(DRAWN, min_p=0.6),
+    ):
+        np.testing.assert_array_equal(weights(logits, config) > 0, [1, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 3)])
+def test_top_p_is_reached_by_the_token_that_completes_it(top_p, kept):
+    config = dataclasses.replace(DRAWN, top_p=top_p)
+    assert (weights(np.log([0.2, 0.5, 0.3]), config) > 0).sum() == kept
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DRAWN,
+        SamplingConfig(temperature=2.0, top_k=6, seed=1),
+        SamplingConfig(temperature=0.5, top_p=0.9, seed=2),
+        SamplingConfig(temperature=1.0, min_p=0.1, seed=3),
+        SamplingConfig(temperature=1.5, top_k=8, top_p=0.95, min_p=0.05, seed=4),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(config):
+    count = 20_000
+    logits = np.float32(np.random.default_rng(0).normal(size=11) * 1.5)
+    expected = count * probabilities(logits, config)
+    times = np.bincount(draw(logits, config, count)[0], minlength=len(logits))
+    kept = expected > 0
+    assert times[~kept].sum() == 0
+    freedom = kept.sum() - 1
+    distance = ((times - expected)[kept] ** 2 / expected[kept]).sum()
+    assert distance < freedom + 4 * np.sqrt(2 * freedom)  # chi-square, four deviations
+
+
+def test_samples_of_a_prompt_are_drawn_apart():
+    count = 800
+    sampler = make_sampler([DRAWN] * count, range(count))
+    shape = (count, 4)
+    logits, seen = jnp.zeros(shape), jnp.zeros(shape, bool)
+    first, _ = jitted(logits, seen, jnp.full(count, 3), sampler)
+    second, _ = jitted(logits, seen, jnp.full(count, 4), sampler)
+    pairs = np.bincount(4 * np.asarray(first) + np.asarray(second), minlength=16)
+    assert ((pairs - count / 16) ** 2 / (count / 16)).sum() < 15 + 4 * np.sqrt(2 * 15)
+
+
+def test_the_same_seed_sample_and_position_draw_the_same():
+    logits = np.zeros(1000)
+    tokens, _ = draw(logits, DRAWN, 50)
+    again, _ = draw(logits, DRAWN, 50)
+    other_seed, _ = draw(logits, dataclasses.replace(DRAWN, seed=1), 50)
+    np.testing.assert_array_equal(tokens, again)
+    assert len(set(tokens)) > 40
+    assert (tokens != other_seed).sum() > 40
+
+
+@pytest.mark.parametrize("vocab", [1, 61, 32001])
+def test_a_row_depends_on_nothing_beside_it(vocab, monkeypatch):
+    rng = np.random.default_rng(vocab)
+    size = len(MIXED)
+    logits = jnp.asarray(rng.normal(size=(size, vocab)) * 4, jnp.float32)
+    seen = jnp.asarray(rng.random((size, vocab)) < 0.3)
+    positions = jnp.arange(size, dtype=jnp.int32) * 7
+    sampler = make_sampler(MIXED, range(size))
+    rows = (logits, seen, positions, sampler)
+    together = jitted(*rows)
+    for i in range(size):
+        alone = jitted(*jax.tree.map(lambda values, i=i: values[i : i + 1], rows))
+        assert (alone[0][0], alone[1][0]) == (together[0][i], together[1][i])
+    reverse = jitted(*jax.tree.map(lambda values: values[::-1], rows))
+    np.testing.assert_array_equal(reverse[0][::-1], together[0])
+    np.testing.assert_array_equal(reverse[1][::-1], together[1])
+    # What accelerators run: all rows at once.
+    monkeypatch.setattr(sampling, "target_platform", lambda: "gpu")
+    at_once = jax.jit(lambda *rows: sample(*rows))(*rows)
+    np.testing.assert_array_equal(at_once[0], together[0])
+    np.testing.assert_array_equal(at_once[1], together[1])
+
+
+def test_log_probabilities_are_the_model_s_own():
+    rng = np.random.default_rng(0)
+    logits = np.float32(rng.normal(size=(len(MIXED), 32001)) * 5)
+    logits[:, 5:100] = -np.inf
+    seen = jnp.asarray(rng.random(logits.shape) < 0.5)
+    sampler = make_sampler(MIXED, range(len(MIXED)))
+    tokens, ours = jitted(jnp.asarray(logits), seen, jnp.arange(len(MIXED)), sampler)
+    exact = logits.astype(np.float64)
+    exact -= exact.max(axis=1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    expected = np.take_along_axis(exact, np.asarray(tokens)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_greedy_is_the_first_of_the_likeliest():
+    logits = random_logits("ties", 0)
+    logits[[400, 77, 200]] = 50
+    for config in (SamplingConfig(), SamplingConfig(top_k=3, top_p=0.1, min_p=0.5)):
+        tokens, _ = draw(logits, config, 3)
+        np.testing.assert_array_equal(tokens, [77] * 3)
+
+
+@pytest.mark.parametrize(
+    ("logits", "seen", "penalty", "token"),
+    [
+        ([3.0, 2.0, -1.0], [1, 0, 0], 1.4, 0),  # 3 / 1.4 = 2.14
+        ([3.0, 2.0, -1.0], [1, 0, 0], 1.6, 1),  # 3 / 1.6 = 1.88
+        ([-1.0, -1.5, -9.0], [1, 0, 0], 1.4, 0),  # -1 * 1.4
+        ([-1.0, -1.5, -9.0], [1, 0, 0], 1.6, 1),  # -1 * 1.6
+        ([3.0, 2.0, -1.0], [0, 1, 0], 0.5, 1),  # 2 / 0.5 = 4
+        ([3.0, 2.0, -1.0], [0, 0, 0], 9.0, 0),
+        ([3.0, 2.0, -np.inf], [0, 1, 1], 1e-30, 1),
+        ([3e20, 2e20, -np.inf], [0, 1, 1], 1e-30, 1),  # 2e20 / 1e-30 is beyond float32
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_the_penalty_is_for_seen_tokens(logits, seen, penalty, token, temperature):
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty)
+    rows = jnp.asarray([logits], jnp.float32), jnp.asarray([seen], bool), jnp.zeros(1, int)
+    tokens, log_probs = jitted(*rows, make_sampler([config], [0]))
+    assert tokens[0] == token
+    assert np.isfinite(log_probs[0])
+
+
+@pytest.mark.parametrize(("temperature", "drawn"), [(1e-30, {1}), (1e-4, {1}), (1e30, {0, 1})])
+@pytest.mark.parametrize("logits", [[1.0, 2.0, -np.inf], [-1e20, 1e20, -np.inf]])
+def test_extremes(temperature, drawn, logits):
+    config = SamplingConfig(temperature=temperature, top_k=3, top_p=0.999999, min_p=1e-9)
+    tokens, log_probs = draw(logits, config, 64)
+    assert set(tokens.tolist()) == drawn
+    assert not np.isnan(log_probs).any()
+
+
+def test_samples_inside_a_loop():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 61)), jnp.float32)
+    sampler = make_sampler([ALL_ON, SamplingConfig()], [1, 0])
+
+    @jax.jit
+    def three_tokens(sampler):
+        def body(state):
+            i, seen, tokens = state
+            new, _ = sample(logits, seen, jnp.full(2, i), sampler)
+            return i + 1, seen.at[jnp.arange(2), new].set(True), tokens.at[:, i].set(new)
+
+        start = (0, jnp.zeros((2, 61), bool), jnp.zeros((2, 3), jnp.int32))
+        return jax.lax.while_loop(lambda state: state[0] < 3, body, start)[2]
+
+    tokens = three_tokens(sampler)
+    seen = jnp.zeros((2, 61), bool)
+    for i in range(3):
+        new, _ = jitted(logits, seen, jnp.full(2, i), sampler)
+        np.testing.assert_array_equal(tokens[:, i], new)
+        seen = seen.at[jnp.arange(2), new].set(True)
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """The module without jaxtyping's checks, which would find wrong types before it does."""
+    spec = importlib.util.spec_from_file_location("sampling_unchecked", sampling.__file__)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, not at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, not a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, not a whole number"),
+        ({"temperature": -0.5}, "temperature is -0.5, not 0 or between 1e-30 and 1e30"),
+        ({"temperature": float("nan")}, "temperature is nan, not 0 or between 1e-30 and 1e30"),
+        ({"temperature": float("inf")}, "temperature is inf, not 0 or between 1e-30 and 1e30"),
+        ({"temperature": 2e30}, "temperature is 2e+30, not 0 or between 1e-30 and 1e30"),
+        ({"temperature": 1e-50}, "temperature is 1e-50, not 0 or between 1e-30 and 1e30"),
+        ({"temperature": "hot"}, "temperature is 'hot', not a number"),
+        ({"top_k": -1}, "top_k is -1, not between 0 and 2147483647"),
+        ({"top_k": 2**31}, "top_k is 2147483648, not between 0 and 2147483647"),
+        ({"top_k": 5.0}, "top_k is 5.0, not a whole number"),
+        ({"top_p": 0.0}, "top_p is 0.0, not in (0, 1]"),
+        ({"top_p": 1.01}, "top_p is 1.01, not in (0, 1]"),
+        ({"top_p": float("nan")}, "top_p is nan, not in (0, 1]"),
+        ({"min_p": 1.0}, "min_p is 1.0, not in [0, 1)"),
+        ({"min_p": -0.1}, "min_p is -0.1, not in [0, 1)"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, not between 1e-30 and 1e30"),
+        ({"repetition_penalty": np.inf}, "repetition_penalty is inf, not between 1e-30 and 1e30"),
+        ({"num_samples": 0}, "num_samples is 0, not at least 1"),
+        ({"seed": -1}, "seed is -1, not between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296, not between 0 and 4294967295"),
+        ({"seed": None}, "seed is None, not a whole number"),
+        ({"stop": "end"}, "stop is 'end', not a tuple, each of it a text"),
+        ({"stop": ("a", 1)}, "stop is ('a', 1), not a tuple, each of it a text"),
+        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty texts"),
+        ({"stop_tokens": [2]}, "stop_tokens is [2], not a tuple, each of it a whole number"),
+        ({"stop_tokens": (3, -2)}, "stop_tokens is (3, -2), not between 0 and 2147483647"),
+    ],
+)
+def test_impossible_values(changes, message, unchecked):
+    with pytest.raises(HymbaError) as error:
+        unchecked.SamplingConfig(**changes)
+    assert str(error.value) == f"sampling: {message}"
+
+
+def test_every_problem_is_named_in_one_line(unchecked):
+    with pytest.raises(HymbaError) as error:
+        unchecked.SamplingConfig(temperature="\n", top_p=2.0, stop=("",), seed=-1)
+    assert str(error.value).count(";") == 3
+    assert "\n" not in str(error.value)
+
+
+def test_the_largest_values_are_possible():
+    largest = SamplingConfig(
+        temperature=1e30, top_k=2**31 - 1, seed=2**32 - 1, repetition_penalty=1e30, stop=("\n",)
+    )
+    make_sampler([largest], [2**32 - 1])
+
+
+def test_a_row_needs_a_config_and_a_sample_number():
+    with pytest.raises(ValueError, match="shorter"):
+        make_sampler([DRAWN, DRAWN], [0])

@@ -1,0 +1,190 @@
+"""Text as it comes is the text that comes out when all is decoded at once, cut at a stop string."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.inference.text_stream import TextStream
+
+RELEASED = Path(__file__).parents[3] / "shared" / "released"
+
+TEXT = "Hello world,\n  é ü \u20ac e\u0301 中文 👨\u200d👩\u200d👧 \ufffd\ufffd 😀😀!\n\n"
+# Bytes of which characters begin, go on, or cannot be.
+BYTES = b"\xe2\x82\xac\xf0\x9f\x98\x80\xed\xa0\xff\xc0\xef\xbf\xbd\xc3A\n "
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe", "byte fallback", "words", "released"])
+def tokenizer(request):
+    if request.param == "released" and not RELEASED.is_dir():
+        pytest.skip("the released files are not here")
+    return {
+        "bytes": lambda: build_tokenizer(DataConfig(tokenizer="bytes"), []),
+        "bpe": lambda: build_tokenizer(DataConfig(tokenizer="bpe:400"), [TEXT] * 9),
+        "byte fallback": byte_fallback,
+        "words": words,
+        "released": lambda: Tokenizer.load(RELEASED),
+    }[request.param]()
+
+
+def byte_fallback():
+    """A tokenizer as SentencePiece's: a space before the text, bytes for what it does not know."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += list("▁Helowrd,!é\ufffd")
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    )
+    model.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    model.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(model, "<s>", "</s>")
+
+
+def words():
+    """Letters without a decoder: spaces come between tokens."""
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *TEXT[:40]])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    return Tokenizer(model, "<s>", "</s>")
+
+
+def stream(tokenizer, prompt, tokens, stop=()):
+    """The pieces, the last of them what was held back, and the stream."""
+    text = TextStream(tokenizer, prompt, stop)
+    return [*map(text.push, tokens), text.finish()], text
+
+
+def decoded(tokenizer, prompt, tokens):
+    return tokenizer.decode(prompt + tokens)[len(tokenizer.decode(prompt)) :]
+
+
+def random_tokens(tokenizer, rng, count):
+    """Words, lone bytes, special tokens, and numbers that are no tokens."""
+    model = tokenizer.model
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    lone = [model.token_to_id(f"<0x{byte:02X}>") for byte in BYTES]
+    lone += [model.token_to_id(letter) for letter in sorted(alphabet)]
+    kinds = [
+        tokenizer.encode(TEXT),
+        [token for token in lone if token is not None] or [3],
+        [*tokenizer.special_tokens.values(), tokenizer.vocab_size + 5],
+        range(tokenizer.vocab_size),
+    ]
+    return [rng.choice(rng.choices(kinds, [9, 9, 2, 2])[0]) for _ in range(rng.randrange(count))]
+
+
+def test_pieces_are_the_text(tokenizer):
+    rng = random.Random(0)
+    for _ in range(1000):
+        prompt, tokens = (random_tokens(tokenizer, rng, count) for count in (14, 30))
+        pieces, _ = stream(tokenizer, prompt, tokens)
+        assert "".join(pieces) == decoded(tokenizer, prompt, tokens), (prompt, tokens)
+
+
+def test_a_text_cut_in_two_anywhere(tokenizer):
+    tokens = tokenizer.encode(TEXT)
+    for cut in range(len(tokens)):
+        prompt = [tokenizer.bos_id, *tokens[:cut]]
+        pieces, _ = stream(tokenizer, prompt, [*tokens[cut:], tokenizer.eos_id])
+        assert "".join(pieces) == decoded(tokenizer, prompt, tokens[cut:])
+
+
+def test_no_halves_of_characters():
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    pieces, _ = stream(tokenizer, [], tokenizer.encode("aé😀b"))
+    assert pieces == ["a", "", "é", "", "", "", "😀", "b", ""]
+    pieces, _ = stream(tokenizer, [], tokenizer.encode("é😀")[:-1])
+    assert pieces == ["", "é", "", "", "", "\ufffd"]
+
+
+def test_byte_fallback_waits_for_the_end_of_a_run():
+    """An invalid byte makes the bytes before it invalid too, as far as they go without a word."""
+    tokenizer = byte_fallback()
+    tokens = tokenizer.encode("H😀o")
+    assert len(tokens) == 7  # "▁", "H", four bytes, "o"
+    pieces, _ = stream(tokenizer, tokens[:2], tokens[2:])
+    assert pieces == ["", "", "", "", "😀o", ""]
+    pieces, _ = stream(tokenizer, tokens[:2], tokens[2:6] + tokens[2:4])
+    assert pieces == [*6 * [""], 6 * "\ufffd"]
+
+
+def test_the_space_of_the_first_token_depends_on_the_prompt():
+    tokenizer = byte_fallback()
+    space, *letters = tokenizer.encode("oe")
+    for prompt, text in (([], "oe"), ([tokenizer.bos_id], "oe"), (letters, " oe")):
+        assert "".join(stream(tokenizer, prompt, [space, *letters])[0]) == text
+
+
+def test_stop_strings_at_random(tokenizer):
+    """The cut is before the stop string that begins first, however the text came in tokens."""
+    rng = random.Random(1)
+    met = 0
+    for _ in range(1500):
+        letters = rng.choices("Helo wrd\n", k=rng.randrange(1, 4))
+        tokens = tokenizer.encode("".join(rng.choices(letters, k=rng.randrange(20))))
+        stop = [
+            "".join(rng.choices(letters, k=rng.randrange(1, 5))) for _ in range(rng.randrange(4))
+        ]
+        text = decoded(tokenizer, [], tokens)
+        cut = min((text.find(string) for string in stop if string in text), default=None)
+        pieces, end = stream(tokenizer, [], tokens, stop)
+        assert "".join(pieces) == text[:cut], (tokens, stop)
+        assert end.stopped == (cut is not None)
+        met += end.stopped
+    assert 200 < met < 1200
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces"),
+    [
+        ("abc", ["x"], ["a", "b", "c", ""]),
+        ("ab\n\nc", ["\n\n"], ["a", "b", "", "", "", ""]),
+        ("a\nb", ["\n\n"], ["a", "", "\nb", ""]),
+        ("aab", ["ab"], ["", "a", "", ""]),
+        ("aac", ["aab"], ["", "", "aac", ""]),
+        ("ababa", ["abac"], ["", "", "", "ab", "", "aba"]),
+        ("xabz", ["ab", "abc"], ["x", "", "", "", ""]),
+        ("abcd", ["abcd", "bc"], ["", "", "", "", ""]),
+        ("abce", ["abcd", "bc"], ["", "", "", "a", ""]),
+        ("abc", ["abcd", "bc"], ["", "", "", "a"]),
+        ("é!", ["é!"], ["", "", "", ""]),
+    ],
+)
+def test_what_a_stop_string_holds_back(text, stop, pieces):
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    given, end = stream(tokenizer, [], tokenizer.encode(text), stop)
+    assert given == pieces
+    assert end.stopped == ("".join(pieces) != text)
+
+
+def test_a_stop_string_is_met_at_once():
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    text = TextStream(tokenizer, tokenizer.encode("a"), ["ab", "b"])
+    assert [text.push(token) for token in tokenizer.encode("b")] == [""]
+    assert text.stopped
+    assert (text.push(5), text.finish()) == ("", "")
+
+
+@pytest.mark.parametrize("text", ["Hello world ", "\ufffd", "😀", "\n"])
+def test_time_grows_with_the_length_only(tokenizer, text):
+    tokens = (tokenizer.encode(text) * 4000)[:4000]
+
+    def seconds(count):
+        start = time.process_time()
+        stream(tokenizer, [1], tokens[:count], ["Hello there", "\n\n\n\nx"])
+        return time.process_time() - start
+
+    assert min(seconds(4000) for _ in range(2)) < 16 * min(seconds(500) for _ in range(4))

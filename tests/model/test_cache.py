@@ -1,0 +1,272 @@
+"""Texts that are read in pieces against the full forward pass over all of them.
+
+Every text is several windows long, so that each ring of keys and values wraps more than once.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_cases import CASES, load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
+from hymba_jax.model import Hymba
+from hymba_jax.model.cache import empty_cache, empty_prefix, start_cache
+from hymba_jax.model.hymba import unroll_layers
+
+ROWS, LENGTH = 3, 48
+WIDTHS = (1, 16)  # of a piece with its padding: a step, and more than a window
+# Of the logits' range. The released code's own float32 and float64 runs are 3e-6 of it apart, and
+# the same sums in another order a few times that; a key too many or too few moves them by a tenth.
+BOUND = 1e-4
+
+# These programs take longer to compile than to run.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+SMALL = HymbaConfig(
+    vocab_size=61,
+    hidden_size=16,
+    mlp_size=24,
+    layers="G Ww",
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=5, rope_type="default"),
+    ssm=SSMConfig(state_size=4),
+    num_meta_tokens=3,
+    max_positions=64,
+)
+
+
+def changed(attention=None, ssm=None, **values):
+    return dataclasses.replace(
+        SMALL,
+        attention=dataclasses.replace(SMALL.attention, **attention or {}),
+        ssm=dataclasses.replace(SMALL.ssm, **ssm or {}),
+        **values,
+    )
+
+
+CONFIGS = {
+    "every kind of layer, no meta tokens": changed(
+        {"qk_norm": "rms"}, layers="A Ll M Aa Gg W", num_meta_tokens=0
+    ),
+    "more meta tokens than the window": changed(num_meta_tokens=9, fusion="concat"),
+    "untied head, a kernel of 1": changed(
+        {"qk_norm": "perhead-rms"}, {"conv_kernel": 1}, tie_embeddings=False, mlp_activation="relu2"
+    ),
+    "a kernel longer than the window": changed({"window": 2}, {"conv_kernel": 7}, layers="W Ll"),
+    # The longest row ends in padding that stands where the base would change.
+    "window longer than the text, dynamic base": changed(
+        {"window": 100, "rope_type": "dynamic_ntk", "rope_original_positions": LENGTH + 3},
+        layers="Ww L",
+    ),
+}
+
+
+def lively_weights(config, **compute):
+    """A model far from where training starts, so that every part of every layer matters."""
+    model = Hymba(config, ComputeConfig(**compute), nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    for _, weight in nnx.to_flat_state(nnx.state(model)):
+        weight[...] += 0.4 * rng.normal(size=weight.shape).astype(weight.dtype)
+    return nnx.split(model)
+
+
+class Reader:
+    """A model that reads a text in pieces, and the same text's logits by the full forward."""
+
+    def __init__(self, name):
+        if name in CASES:
+            golden = load(name)
+            self.config = golden.config
+            graph, self.params = golden.model(scan_layers=False)
+        else:
+            self.config = CONFIGS[name]
+            graph, self.params = lively_weights(self.config, scan_layers=False)
+        rng = np.random.default_rng(2)
+        self.tokens = rng.integers(0, self.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+
+        @functools.partial(jit, static_argnames="is_start")
+        def extend(params, piece, cache, prefix, lengths, is_start):
+            model = nnx.merge(graph, params)
+            x, cache = model.extend(piece, cache, prefix, lengths, is_start=is_start)
+            return model.logits(x), cache
+
+        self.extend = extend
+        full = jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+        self.full = np.asarray(full(self.params, self.tokens))
+        self.prefix = jit(lambda params: nnx.merge(graph, params).prefix())(self.params)
+
+    def start(self, dtype="float32", state_dtype="float32"):
+        cache = empty_cache(self.config, ROWS, LENGTH, dtype, state_dtype)
+        return start_cache(cache, self.prefix)
+
+    def read(self, cutting, cache=None, padding=0):
+        """Logits of the whole text and the cache after it, cut into pieces of at most these
+        lengths a row, and single tokens for what they leave. Only the first piece is told that
+        nothing is in the cache, and a single token not even then."""
+        cache = cache or self.start()
+        logits = np.full_like(self.full, np.nan)
+        at, cutting = np.zeros(ROWS, np.int32), iter(cutting)
+        is_start = True
+        while (at < LENGTH).any():
+            lengths = np.minimum(next(cutting, [1] * ROWS), LENGTH - at).astype(np.int32)
+            width = next(width for width in WIDTHS if width >= lengths.max())
+            piece = np.full((ROWS, width), padding, np.int32)
+            for row, start, length in zip(range(ROWS), at, lengths, strict=True):
+                piece[row, :length] = self.tokens[row, start : start + length]
+            new, cache = self.extend(
+                self.params, piece, cache, self.prefix, lengths, is_start=is_start and width > 1
+            )
+            is_start = False
+            for row, start, length in zip(range(ROWS), at, lengths, strict=True):
+                logits[row, start : start + length] = new[row, :length]
+            at += lengths
+        return logits, cache
+
+
+@functools.cache
+def reader(name):
+    return Reader(name)
+
+
+# Pieces of a row: nothing, a token, less than the kernel of the convolution, more than the window.
+piece_lengths = st.lists(
+    st.one_of(st.sampled_from([0, 1, 2, 3, 16]), st.integers(0, 16)), min_size=ROWS, max_size=ROWS
+)
+steps = st.just([1] * ROWS)
+cuttings = st.lists(st.one_of(piece_lengths, piece_lengths, steps), min_size=3, max_size=12)
+
+
+@pytest.mark.parametrize("name", [*CASES, *CONFIGS])
+@settings(derandomize=True, deadline=None, max_examples=8, database=None)
+@given(cutting=cuttings)
+def test_any_cutting_equals_the_full_forward(name, cutting):
+    one = reader(name)
+    logits, cache = one.read(cutting)
+    error = np.abs(logits - one.full).max() / np.ptp(one.full)
+    assert error <= BOUND  # a NaN is not
+    np.testing.assert_array_equal(cache.lengths, LENGTH)
+
+
+CUTTING = [(16, 9, 0), (0, 1, 1), (3, 0, 16), (1, 1, 1), (16, 16, 2)]
+
+
+@pytest.mark.parametrize("name", ["tiny-ntk", "every kind of layer, no meta tokens"])
+def test_padding_leaves_no_trace(name):
+    """To the last bit, in the outputs and in what is remembered of them."""
+    one, other = (reader(name).read(CUTTING, padding=token) for token in (0, 7))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_row_without_tokens_stays_as_it_is():
+    one = reader("tiny-ntk")
+    _, before = one.read(CUTTING)
+    for width in WIDTHS:
+        _, after = one.extend(
+            one.params,
+            np.ones((ROWS, width), np.int32),
+            before,
+            one.prefix,
+            np.array([0, 1, 0], np.int32),
+            is_start=False,
+        )
+        for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+            np.testing.assert_array_equal(ours[::2], theirs[::2])
+            assert (ours[1] != theirs[1]).any()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
+    one = reader("more meta tokens than the window")
+    before = one.start(dtype, state_dtype)
+    piece, lengths = np.ones((ROWS, width), np.int32), np.ones(ROWS, np.int32)
+    _, cache = one.extend.eval_shape(one.params, piece, before, one.prefix, lengths, is_start=False)
+    assert jax.tree.structure(cache) == jax.tree.structure(before)
+    for layer in cache.layers:
+        assert layer.ssm.ssm_state.dtype == state_dtype
+        assert layer.ssm.conv_inputs.dtype == dtype
+        assert layer.kv is None or layer.kv.key.dtype == layer.kv.value.dtype == dtype
+
+
+def test_two_bytes_a_value_stay_close():
+    """A bfloat16 has 8 bits: to keep a number in one moves it by up to 2**-9 of itself. Errors of
+    either sign add up to less than a few roundings: 2**-7 of the logits' spread, as a root mean
+    square. A state that were not carried on would move them by as much as they are."""
+    one = reader("more meta tokens than the window")
+    logits, _ = one.read(CUTTING, one.start("bfloat16", "bfloat16"))
+    error = np.sqrt(np.mean((logits - one.full) ** 2))
+    assert 0 < error <= 2**-7 * np.std(one.full)
+
+
+def cache_shapes(config, batch, context, dtype="bfloat16"):
+    return jax.eval_shape(lambda: empty_cache(config, batch, context, dtype, dtype))
+
+
+@pytest.mark.parametrize(("context", "ring"), [(4, 4), (5, 5), (48, 5)])
+def test_no_more_room_than_a_layer_can_use(context, ring):
+    config = changed(layers="Gg Ww M A Ll", ssm={"conv_kernel": 3})
+    layers = cache_shapes(config, 2, context).layers
+    slots = [layer.kv and (layer.kv.key.shape[2], layer.kv.value.shape[2]) for layer in layers]
+    everything, window = (context, context), (ring, ring)
+    assert slots == [everything, None, window, None, None, everything, window, None]
+    assert [layer.ssm is None for layer in layers] == [False] * 5 + [True] * 3
+    assert layers[0].kv.key.shape == (2, 2, context, 4)
+    assert layers[0].kv.value.shape == (2, 2, context, 8)
+    assert layers[0].ssm.conv_inputs.shape == (2, 2, 32)
+    assert layers[0].ssm.ssm_state.shape == (2, 4, 32)
+
+
+def test_the_released_size_is_that_of_the_paper():
+    """78.6 MB at 8192 tokens, in two bytes a value (SSM state and inputs are 3.9 of them)."""
+    cache = cache_shapes(PRESETS["hymba-1.5b"], 1, 8192)
+    attention = (3 * 8192 + 14 * 1024) * 5 * (64 + 128)
+    ssm = 32 * 3200 * (16 + 3)
+    assert 2 * (attention + ssm) == 78_602_240
+    assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache.layers)) == 78_602_240
+    assert sum(layer.kv is not None for layer in cache.layers) == 17
+
+
+def test_meta_tokens_are_kept_once_for_any_batch():
+    one = reader("tiny-shared")
+    for layer, spec in zip(one.prefix, one.config.layer_specs, strict=True):
+        assert (layer.kv is None) == spec.reuses_kv
+        assert layer.ssm.ssm_state.shape[0] == 1
+        if layer.kv is not None:
+            assert layer.kv.key.shape[:3] == (1, 2, one.config.num_meta_tokens)
+
+
+def test_unrolled_layers_are_the_stacked_ones():
+    config = changed(layers="G 2*Ww")
+    stacked = nnx.merge(*lively_weights(config))
+    unrolled = unroll_layers(stacked)
+    assert len(stacked.segments) == 2
+    assert len(unrolled.segments) == 3
+    np.testing.assert_array_equal(
+        unrolled.segments[2].blocks[1].mlp.down_proj.kernel[...],
+        stacked.segments[1].units.blocks[1].mlp.down_proj.kernel[1],
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, 20)))
+    ours, theirs = (
+        jit(lambda params, graph=graph: nnx.merge(graph, params)(tokens))(params)
+        for graph, params in map(nnx.split, (unrolled, stacked))
+    )
+    # The same sums, compiled apart.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUND / 10 * np.ptp(theirs))
+
+
+def test_stacked_layers_keep_no_cache():
+    config = changed(layers="2*W")
+    model = Hymba(config, ComputeConfig(scan_layers=True), nnx.Rngs(0))
+    tokens, lengths = jnp.ones((1, 4), jnp.int32), jnp.full(1, 4)
+    cache = empty_cache(config, 1, 8, "float32", "float32")
+    prefix = empty_prefix(config, "float32")
+    for use in (model.prefix, lambda: model.extend(tokens, cache, prefix, lengths)):
+        with pytest.raises(ValueError, match="a model that scans its layers keeps no cache"):
+            use()

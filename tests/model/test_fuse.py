@@ -1,0 +1,59 @@
+"""Fewer products, the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.model import Hymba, fuse_projections, unroll_layers
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
+
+
+@pytest.mark.parametrize("layers", ["G 3*Ww G", "M Aa Ll", "2*M"])
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_fused_products_are_the_same(layers, activation):
+    """To float32 rounding: the columns of a product may be added up in another order."""
+    config = HymbaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        mlp_size=48,
+        layers=layers,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=5, rope_type="default"),
+        num_meta_tokens=3,
+        mlp_activation=activation,
+    )
+    model = unroll_layers(Hymba(config, ComputeConfig(), nnx.Rngs(0)))
+    expected = jax.jit(lambda model, tokens: model(tokens))(model, TOKENS)
+    before = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    fused = fuse_projections(model)
+    graph, params = nnx.split(fused)
+    run = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+    np.testing.assert_allclose(run(params, TOKENS), expected, rtol=0, atol=1e-5)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == before
+
+
+def test_each_block_begins_with_one_product():
+    """Five kernels read the mixer's input and two the MLP's; compiled, one each."""
+    config = HymbaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        mlp_size=48,
+        layers="W",
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=5, rope_type="default"),
+        num_meta_tokens=3,
+    )
+
+    def products(model):
+        graph, params = nnx.split(model)
+        run = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
+        text = run.lower(params, TOKENS).compile().as_text()
+        kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+        return sum(shape[0] == 32 and shape != (50, 32) for shape in kernels), text.count(" dot(")
+
+    kernels, dots = products(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    model = fuse_projections(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    fused_kernels, fused_dots = products(model)
+    assert kernels - fused_kernels == dots - fused_dots == 5
