@@ -38,18 +38,22 @@ def compile_for_tpu(
 ) -> list[Row]:
     """A row for each size and pass: inference, the forward pass of training, the backward pass."""
     with tempfile.TemporaryDirectory() as dump:
-        # libtpu reads this once: that no TPU is to be looked for, and what to dump.
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
+        without_a_tpu(f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
         rows: list[Row] = []
         for target in topology_names:
             compile_pass = partial(_compile, target, Path(dump))
             rows += compile_scans(compile_pass, target, "pallas_tpu", lengths, batches, dtypes)
         return rows
+
+
+def without_a_tpu(options: str = "") -> None:
+    """Lets libtpu compile without looking for a TPU; it reads this once, and its options."""
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "LIBTPU_INIT_ARGS": options,
+    }
 
 
 def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
@@ -61,7 +65,9 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except Exception as error:  # a row of the report
         return {"compiled": str(error).splitlines()[0][:60]}
-    vmem, spilled = _allocations(set(dump.iterdir()) - before)
+    dumped = set(dump.iterdir()) - before
+    (file,) = (f for f in dumped if re.search(r"selective_scan.*-\d+-post-ra\.txt", f.name))
+    vmem, spilled = vmem_allocations(file)
 
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "pallas_call")
@@ -85,9 +91,8 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     }
 
 
-def _allocations(dumped: set[Path]) -> tuple[int, int]:
-    """Bytes of VMEM that the kernel has, and those among them for spilled registers."""
-    (file,) = (f for f in dumped if re.search(r"selective_scan.*-\d+-post-ra\.txt", f.name))
+def vmem_allocations(file: Path) -> tuple[int, int]:
+    """Bytes of VMEM that a dumped kernel has, and those among them for spilled registers."""
     pattern = r"space=vmem, size = (0x[0-9a-f]+), scoped, tag = '([^']*)'"
     sizes = [(int(size, 16), tag) for size, tag in re.findall(pattern, file.read_text())]
     total = sum(size for size, _ in sizes)

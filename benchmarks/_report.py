@@ -3,6 +3,9 @@
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +37,15 @@ def measure(
     milliseconds = median_ms(lambda: compiled(*arguments), warmup=warmup, repeats=repeats)
     memory: Any = compiled.memory_analysis()
     return milliseconds, memory.temp_size_in_bytes / 1e6
+
+
+def measured_apart(script: str, arguments: Sequence[str]) -> Row:
+    """The row that a script writes with `--row --json FILE`, in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "row.json")
+        subprocess.run([sys.executable, script, *arguments, "--row", "--json", file], check=True)
+        row: Row = json.loads(file.read_text())
+        return row
 
 
 def report(title: str, rows: Sequence[Row], json_file: Path | None = None) -> None:

@@ -24,6 +24,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import tyro
 from _compile_gpu import H100
+from _compile_tpu import vmem_allocations, without_a_tpu
 from _report import Row, report, write_json
 from compile_scan import TPUS, Target, installed
 from jax.experimental import topologies
@@ -61,13 +62,7 @@ def main(options: Options) -> None:
         bfloat16 = replace(options, dtype=("bfloat16",))
         tables["h100"] = list(rows("h100", cudnn, partial(compile_for_gpu, topology), bfloat16))
     with tempfile.TemporaryDirectory() as dump:
-        # libtpu reads this once: that no TPU is to be looked for, and what to dump.
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
+        without_a_tpu(f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
         for target in options.target:
             if target in TPUS:
                 topology = topologies.get_topology_desc(TPUS[target], platform="tpu")
@@ -142,7 +137,7 @@ def compile_for_tpu(topology: Any, dump: Path, function: Callable[..., Any], inp
     except Exception as error:  # a row of the report
         return {"compiled": str(error).splitlines()[0][:40]}
     kernels = [f for f in dump.iterdir() if re.search(r"splash.*-\d+-post-ra\.txt", f.name)]
-    allocations = [_allocations(file) for file in kernels]
+    allocations = [vmem_allocations(file) for file in kernels]
     for file in dump.iterdir():
         file.unlink()
     return {
@@ -158,14 +153,6 @@ def _compile(topology: Any, platform: str, function: Callable[..., Any], inputs:
     sharding = SingleDeviceSharding(topology.devices[0])
     traced = jax.jit(function, in_shardings=sharding).trace(*inputs)
     return traced.lower(lowering_platforms=(platform,)).compile()
-
-
-def _allocations(file: Path) -> tuple[int, int]:
-    """Bytes of VMEM that a kernel has, and those among them for spilled registers."""
-    pattern = r"space=vmem, size = (0x[0-9a-f]+), scoped, tag = '([^']*)'"
-    sizes = [(int(size, 16), tag) for size, tag in re.findall(pattern, file.read_text())]
-    total = sum(size for size, _ in sizes)
-    return total, sum(size for size, tag in sizes if tag.startswith("spilled"))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _compile_gpu import H100
+from _compile_tpu import without_a_tpu
 from _report import Row, report, write_json
 from compile_scan import TPUS, Target, installed
 from flax import nnx
@@ -77,12 +78,7 @@ class Options:
 def main(options: Options) -> None:
     if "h100" in options.target:
         import_module("jax_plugins.xla_cuda13")  # before JAX looks for devices
-    # libtpu reads this once: that no TPU is to be looked for.
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    }
+    without_a_tpu()
     tables = {target: list(compile_all(target, options)) for target in options.target}
     for target, rows in tables.items():
         decode = [row for row in rows if row["program"] == "decode"]

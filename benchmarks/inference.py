@@ -27,12 +27,8 @@ A second table has the time of a decoded token at the longest context over that 
 """
 
 import dataclasses
-import json
 import math
 import resource
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _report import Row, median_ms, report
+from _report import Row, measured_apart, median_ms, report, write_json
 from flax import nnx
 from rich.console import Console
 from train_step import best_product_rate
@@ -123,7 +119,7 @@ def main(options: Options) -> None:
     if short < long:
         report(f"a decoded token, {long} tokens of context over {short}", ratios(rows, short, long))
     if options.json is not None:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json(rows, options.json)
 
 
 def ratios(rows: Sequence[Row], short: int, long: int) -> list[Row]:
@@ -146,17 +142,12 @@ def ratios(rows: Sequence[Row], short: int, long: int) -> list[Row]:
 
 def _in_child(options: Options) -> Row:
     """The row that a process of its own measures."""
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "row.json")
-        command = [
-            *(sys.executable, __file__, "--row", "--json", str(file)),
-            *("--shape", options.shape[0], "--batch", str(options.batch[0])),
-            *("--context", str(options.context[0]), "--repeats", str(options.repeats)),
-            *("--longest", str(options.longest)),
-        ]
-        subprocess.run(command, check=True)
-        row: Row = json.loads(file.read_text())
-        return row
+    arguments = [
+        *("--shape", options.shape[0], "--batch", str(options.batch[0])),
+        *("--context", str(options.context[0]), "--repeats", str(options.repeats)),
+        *("--longest", str(options.longest)),
+    ]
+    return measured_apart(__file__, arguments)
 
 
 def measure_row(options: Options) -> None:
@@ -205,7 +196,7 @@ def measure_row(options: Options) -> None:
         "decode of reading": 1e3 * needed / token_ms / read_rate,
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(row))
+        write_json([row], options.json)
 
 
 def random_model(config: HymbaConfig) -> Hymba:

@@ -14,13 +14,9 @@ too, counts once. `of products` is its share of the best rate, in the same proce
 1024 rows with three of the model's kernels in the same dtype.
 """
 
-import json
 import resource
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _report import Row, median_ms, report
+from _report import Row, measured_apart, median_ms, report, write_json
 from flax import nnx
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
@@ -78,25 +74,20 @@ def main(args: Args) -> None:
     if args.shape is None:
         report("training step", [run_row(args)], args.json)
     elif args.json is not None:
-        args.json.write_text(json.dumps(shape_row(args, PRESETS[f"hymba-{args.shape}"])))
+        write_json([shape_row(args, PRESETS[f"hymba-{args.shape}"])], args.json)
 
 
 def in_children(args: Args) -> list[Row]:
     """A row for each batch with its length, each measured in a process of its own."""
-    rows = []
-    for batch, length in zip(args.batch, args.length, strict=True):
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "row.json")
-            one = replace(args, batch=(batch,), length=(length,), row=True, json=file)
-            command = [
-                *("--shape", str(one.shape), "--batch", str(batch), "--length", str(length)),
-                *("--dtype", one.dtype, "--remat", one.remat, "--steps", str(one.steps)),
-                "--keep-memory" if one.keep_memory else "--no-keep-memory",
-                *("--row", "--json", str(file)),
-            ]
-            subprocess.run([sys.executable, __file__, *command], check=True)
-            rows.append(json.loads(file.read_text()))
-    return rows
+    shared = [
+        *("--shape", str(args.shape), "--dtype", args.dtype, "--remat", args.remat),
+        *("--steps", str(args.steps)),
+        "--keep-memory" if args.keep_memory else "--no-keep-memory",
+    ]
+    return [
+        measured_apart(__file__, [*shared, "--batch", str(batch), "--length", str(length)])
+        for batch, length in zip(args.batch, args.length, strict=True)
+    ]
 
 
 def run_row(args: Args) -> Row:

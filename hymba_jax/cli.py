@@ -34,8 +34,8 @@ def main(args: Sequence[str] | None = None) -> None:
         prog="hymba",
         description=DESCRIPTION,
     )
-    commands = {"train": train, "generate": generate, "chat": chat, "warmup": warmup}
-    {**commands, "memory": memory}[name](args[1:], f"hymba {name}")
+    commands = {command.__name__: command for command in (train, generate, chat, warmup, memory)}
+    commands[name](args[1:], f"hymba {name}")
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:

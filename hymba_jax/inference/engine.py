@@ -259,13 +259,13 @@ def _programs(
         model = nnx.merge(graph, params)
         x, state = extend(params, prefix, state, piece, is_start)
 
-        def log_probs(part: tuple[Array, Array]) -> Array:
-            x, targets = part
-            log_probs = jax.nn.log_softmax(model.logits(x))
-            return jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
+        def log_probs(part: slice) -> Array:
+            log_probs = jax.nn.log_softmax(model.logits(x[:, part]))
+            return jnp.take_along_axis(log_probs, targets[:, part, None], axis=-1)[:, :, 0]
 
-        parts = tuple(_split_length(a, LOGIT_POSITIONS) for a in (x, targets))
-        return state, jnp.concatenate([log_probs(part) for part in zip(*parts, strict=True)], 1)
+        starts = range(0, x.shape[1], LOGIT_POSITIONS)
+        parts = [log_probs(slice(start, start + LOGIT_POSITIONS)) for start in starts]
+        return state, jnp.concatenate(parts, axis=1)
 
     def advance(
         params: Params, state: DecodeState, last: Array, sampler: Sampler, limits: Limits
@@ -335,7 +335,3 @@ def _programs(
         first=jax.jit(first, donate_argnames="cache"),
         decode=jax.jit(decode, donate_argnames="state"),
     )
-
-
-def _split_length(x: Array, size: int) -> list[Array]:
-    return jnp.split(x, [*range(size, x.shape[1], size)], axis=1)

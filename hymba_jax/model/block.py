@@ -1,16 +1,15 @@
 """One layer, and the units of layers that are compiled once."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.cache import KeyValue, LayerPast, SSMState
+from hymba_jax.model.cache import KeyValue, LayerPast
 from hymba_jax.model.layers import rms_norm
-from hymba_jax.model.mixer import Context, make_mixer
+from hymba_jax.model.mixer import Context, LayerOutput, make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.types import Array, Float, Key
 
@@ -18,14 +17,6 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class LayerOutput(NamedTuple):
-    """A layer's output, and what it would remember of these positions."""
-
-    x: Float[Array, "batch length hidden"]
-    kv: KeyValue | None
-    ssm: SSMState | None
 
 
 class Block(nnx.Module):

@@ -15,7 +15,7 @@ from hymba_jax.model.layers import Linear
 from hymba_jax.types import Array, Float
 
 
-class Columns(nnx.Module):
+class Part(nnx.Module):
     """Some outputs of a linear map; what several of them share is computed once."""
 
     def __init__(self, whole: Linear, start: int, stop: int):
@@ -49,5 +49,5 @@ def _fuse(modules: Sequence[nnx.Module | None], names: Sequence[str]) -> None:
     start = 0
     for (module, name), part in zip(places, parts, strict=True):
         stop = start + part.kernel.shape[1]
-        setattr(module, name, Columns(whole, start, stop))
+        setattr(module, name, Part(whole, start, stop))
         start = stop

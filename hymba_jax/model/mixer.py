@@ -26,10 +26,10 @@ class Context(NamedTuple):
     lengths: Int[Array, "batch"] | None = None
 
 
-class Mixed(NamedTuple):
-    """A mixer's output, and what it would remember of these positions."""
+class LayerOutput(NamedTuple):
+    """A mixer's output, or its block's, and what the layer would remember of these positions."""
 
-    y: Float[Array, "batch length hidden"]
+    x: Float[Array, "batch length hidden"]
     kv: KeyValue | None
     ssm: SSMState | None
 
@@ -58,11 +58,11 @@ class HybridMixer(nnx.Module):
         context: Context,
         kv: KeyValue | None,
         past: LayerPast,
-    ) -> Mixed:
+    ) -> LayerOutput:
         attention, kv = self.attention(x, context.rope, kv, past.kv)
         ssm, state = self.ssm(x, past.ssm, context.lengths)
         y = self.out_proj(self.fuse(self.attention_norm(attention), self.ssm_norm(ssm)))
-        return Mixed(y, kv, state)
+        return LayerOutput(y, kv, state)
 
 
 class AttentionMixer(nnx.Module):
@@ -80,9 +80,9 @@ class AttentionMixer(nnx.Module):
         context: Context,
         kv: KeyValue | None,
         past: LayerPast,
-    ) -> Mixed:
+    ) -> LayerOutput:
         attention, kv = self.attention(x, context.rope, kv, past.kv)
-        return Mixed(self.out_proj(attention), kv, None)
+        return LayerOutput(self.out_proj(attention), kv, None)
 
 
 class SSMMixer(nnx.Module):
@@ -100,9 +100,9 @@ class SSMMixer(nnx.Module):
         context: Context,
         kv: KeyValue | None,
         past: LayerPast,
-    ) -> Mixed:
+    ) -> LayerOutput:
         ssm, state = self.ssm(x, past.ssm, context.lengths)
-        return Mixed(self.out_proj(ssm), kv, state)
+        return LayerOutput(self.out_proj(ssm), kv, state)
 
 
 def make_mixer(
