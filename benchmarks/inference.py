@@ -14,7 +14,7 @@ prefill: `Engine.prefill` of `context` tokens a text.
     the convolution 2 a channel.
     `of products` is its share of the best rate, in the same process, of float32 products of the
     model's own shapes: 1024 rows with the MLP's kernels, the SSM's and the output's.
-first token: a whole `LanguageModel.generate` of one token, from a prompt of `context` tokens.
+first token: a whole `LanguageModel.generate` of one token, from a prompt of `context` - 1 tokens.
 decode: `Engine.decode` of 16 tokens for every text, greedily, with `context` - 64 of them in each
     cache. Only their number matters for time, so it is set, and the cache holds zeros.
     GB/s is what a token must read: every parameter once (of the embedding, all rows, which are the
@@ -159,20 +159,20 @@ def measure_row(options: Options) -> None:
     model = LanguageModel(random_model(config), tokenizer, batch_size=batch)
     engine = model.engine
     rng = np.random.default_rng(0)
-    length = context - ROOM
-    prompts = [rng.integers(3, 250, length).tolist() for _ in range(batch)]
-    flops = batch * prefill_flops(config, length)
-    repeats = 1 if batch * length > LONG else options.repeats
+    prompts = [rng.integers(3, 250, context).tolist() for _ in range(batch)]
+    shorter = [prompt[:-1] for prompt in prompts]
+    flops = batch * prefill_flops(config, context)
+    repeats = 1 if batch * context > LONG else options.repeats
 
     token_ms = decode_ms(engine, batch, context, repeats)
     read_ms = first_ms = math.nan
-    if batch * length * config.hidden_size <= options.longest:
+    if batch * context * config.hidden_size <= options.longest:
         # Two pieces compile all that longer prompts need, with the same cache.
         warm = [prompt[: 2 * engine.largest_piece] for prompt in prompts]
         jax.block_until_ready(engine.prefill(warm, context))
         read_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
         first_ms = median_ms(
-            lambda: model.generate(prompts, max_new_tokens=1), warmup=0, repeats=repeats
+            lambda: model.generate(shorter, max_new_tokens=1), warmup=0, repeats=repeats
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     product_rate, read_rate = best_product_rate(config, "float32"), best_read_rate(engine)
@@ -182,7 +182,7 @@ def measure_row(options: Options) -> None:
         "batch": batch,
         "context": context,
         "prefill s": read_ms / 1e3,
-        "prefill tokens/s": 1e3 * batch * length / read_ms,
+        "prefill tokens/s": 1e3 * batch * context / read_ms,
         "prefill GFLOP/s": flops / read_ms / 1e6,
         "prefill products GFLOP/s": product_rate / 1e9,
         "prefill of products": 1e3 * flops / read_ms / product_rate,

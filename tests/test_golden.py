@@ -69,8 +69,10 @@ class TestReleasedCode:
             assert error <= GRADIENT_BOUND, (name, error)
 
 
-# tiny-shared has two rolled pairs, tiny-default-rope a stack of four layers.
-@pytest.mark.parametrize("case", ["tiny-shared", "tiny-default-rope"])
+# tiny-default-rope has a stack of four layers, tiny-shared two rolled pairs.
+@pytest.mark.parametrize(
+    "case", ["tiny-default-rope", pytest.param("tiny-shared", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "compute",
     [

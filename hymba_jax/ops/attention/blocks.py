@@ -150,17 +150,18 @@ def _over_keys(
     keys, window, meta = key.shape[1], mask.window, mask.num_meta_tokens
     positions = query_start + jnp.arange(query.shape[3])
 
-    def scores(start: Array | int, first: Array | int, size: int, **limits: Any) -> Array:
-        """Of the keys from `start` on; those before `first` were met already."""
+    def scores(start: Array | int, last: Array | int, size: int, **limits: Any) -> Array:
+        """Of the keys from `start` on; those from `last` on were met already."""
         k = _keys_at(start, key, size)
         scores = _einsum("bhgqd,bkhd->bhgqk", query, k) * query.shape[-1] ** -0.5
         at = start + jnp.arange(size)
         seen = attention_mask(positions[None], at, num_meta_tokens=0, **limits)
-        seen = seen & (at >= first)[None, None]
-        return jnp.where(seen[:, None, None], scores, -jnp.inf)
+        seen = seen & (at < last)[None, None]
+        # Else XLA computes the mask again for each use of the scores.
+        return lax.optimization_barrier(jnp.where(seen[:, None, None], scores, -jnp.inf))
 
     if meta:
-        carry = meet(carry, 0, scores(0, 0, meta, window=None))
+        carry = meet(carry, 0, scores(0, meta, meta, window=None))
     if meta == keys:
         return carry
     size = min(mask.block, keys - meta)
@@ -169,12 +170,12 @@ def _over_keys(
         begin = jnp.maximum(begin, query_start - window)
     if first_key is not None:
         begin = jnp.maximum(begin, jnp.min(first_key))
-    end = jnp.minimum(query_start + query.shape[3], keys)
+    end = query_start + query.shape[3]
 
     def key_block(j: Array | int, carry: _Carry) -> _Carry:
-        first = begin + j * size
-        start = jnp.minimum(first, keys - size)
-        return meet(carry, start, scores(start, first, size, window=window, first_key=first_key))
+        last = end - j * size
+        start = jnp.maximum(last - size, meta)
+        return meet(carry, start, scores(start, last, size, window=window, first_key=first_key))
 
     return lax.fori_loop(0, (end - begin + size - 1) // size, key_block, carry)
 
@@ -191,12 +192,11 @@ def _add_at(start: Array | int, x: Array, update: Array) -> Array:
 def _split(
     x: Float[Array, "batch queries heads dim"], kv_heads: int, block: int
 ) -> Float[Array, "blocks batch kv_heads group block dim"]:
-    """Equal blocks of queries, the last one padded, with the heads that read the same keys."""
+    """Equal blocks of queries, the first one padded, with the heads that read the same keys."""
     batch, queries, heads, dim = x.shape
-    size = -(-queries // -(-queries // block))
-    size = min(-(-size // 32) * 32, block, queries)  # products of odd sizes are slow
-    padding = -queries % size
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    size = min(block, queries)
+    padding = -queries % size  # before the first, so that blocks end where blocks of keys end
+    x = jnp.pad(x, ((0, 0), (padding, 0), (0, 0), (0, 0)))
     x = x.reshape(batch, -1, size, kv_heads, heads // kv_heads, dim)
     return jnp.einsum("bnqhgd->nbhgqd", x)
 
@@ -206,10 +206,10 @@ def _join(
 ) -> Float[Array, "batch queries heads dim"]:
     count, batch, kv_heads, group, size, dim = x.shape
     x = jnp.einsum("nbhgqd->bnqhgd", x)
-    return x.reshape(batch, count * size, kv_heads * group, dim)[:, :queries]
+    return x.reshape(batch, count * size, kv_heads * group, dim)[:, -queries:]
 
 
 def _starts(query: Array, key: Array, query_blocks: Array) -> Int[Array, "blocks"]:
-    """Where the first query of each block stands among the keys."""
+    """Where the first query of each block stands among the keys; before them, if it is padding."""
     count, size = query_blocks.shape[0], query_blocks.shape[4]
-    return key.shape[1] - query.shape[1] + size * jnp.arange(count)
+    return key.shape[1] - size * jnp.arange(count, 0, -1)
