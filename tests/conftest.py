@@ -1,6 +1,7 @@
 """Strict everywhere: shapes checked at run time, no silent promotion of ranks."""
 
 import os
+import signal
 
 # Before JAX starts: 8 CPU devices, so that sharding is tested on every machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -12,3 +13,6 @@ from jaxtyping import install_import_hook
 CHECKED = ("convert", "data", "inference", "model", "ops", "sharding", "training")
 install_import_hook([f"hymba_jax.{name}" for name in CHECKED], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell's background jobs ignore interrupts, and so would the programs that these tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
