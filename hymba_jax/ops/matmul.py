@@ -4,9 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
+from hymba_jax.ops.precision import dot_general
 from hymba_jax.types import Array, Float
 
 
@@ -22,7 +22,7 @@ def matmul(
     which is laid out as the kernel is. On accelerators the two are the same product. The gradient
     of y is rounded to x's dtype first; that of the kernel is summed in float32.
     """
-    return lax.dot_general(
+    return dot_general(
         x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype or x.dtype
     )
 
@@ -37,10 +37,8 @@ def _backward(
     x, kernel = residuals
     dy = dy.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
-    dx = lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
-    dkernel = lax.dot_general(
-        x, dy, ((leading, leading), ((), ())), preferred_element_type=jnp.float32
-    )
+    dx = dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    dkernel = dot_general(x, dy, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
     return dx, dkernel.astype(kernel.dtype)
 
 
@@ -56,5 +54,5 @@ def matmul_transposed(
     if x.shape[1] > 1:
         return matmul(x, kernel.T, dtype)
     # With few rows XLA:CPU would transpose all of the kernel first, which it need not this way.
-    y = lax.dot_general(kernel, x[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    y = dot_general(kernel, x[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return y.T[:, None]

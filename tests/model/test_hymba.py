@@ -106,3 +106,13 @@ def test_parameters_name_every_axis():
     model = nnx.eval_shape(lambda: Hymba(CONFIG, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         assert len(leaf.get_metadata("axes")) == leaf.get_raw_value().ndim, path
+
+
+def test_no_product_of_float32_is_rounded_by_accelerators():
+    """Forward and backward: by default GPUs and TPUs multiply fewer bits."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(CONFIG, ComputeConfig(), nnx.Rngs(0))))
+    loss = jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(TOKENS)))
+    lines = jax.jit(loss).lower(params).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line]
+    assert len(products) > 20
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.attention.reference import attention_mask
+from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Float, Int
 
 # Lower than any score, but finite: the difference of two of them is a number.
 _LOWEST = -1e30
-_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+_einsum = partial(einsum, preferred_element_type=jnp.float32)
 _zeros = partial(jnp.zeros, dtype=jnp.float32)
 type _Carry = tuple[Array, ...]
 

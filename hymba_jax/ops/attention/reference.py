@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Bool, Float, Int
 
 
@@ -36,7 +37,7 @@ def attention_weights(
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = einsum("bqhgd,bkhd->bhgqk", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1)
 
@@ -60,5 +61,5 @@ def reference(
         first_key=first_key,
     )
     weights = attention_weights(query, key, mask).astype(value.dtype)
-    output = jnp.einsum("bhgqk,bkhv->bqhgv", weights, value)
+    output = einsum("bhgqk,bkhv->bqhgv", weights, value)
     return output.reshape(*query.shape[:3], value.shape[-1])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Float, Int
 
 
@@ -54,9 +55,9 @@ def attention_step(
 
 def _scores(subscripts: str, key: Array, query: Array) -> Array:
     query = query.astype(key.dtype)
-    return jnp.einsum(subscripts, key, query, preferred_element_type=jnp.float32)
+    return einsum(subscripts, key, query, preferred_element_type=jnp.float32)
 
 
 def _sums(subscripts: str, weights: Array, value: Array) -> Array:
     weights = weights.astype(value.dtype)
-    return jnp.einsum(subscripts, weights, value, preferred_element_type=jnp.float32)
+    return einsum(subscripts, weights, value, preferred_element_type=jnp.float32)

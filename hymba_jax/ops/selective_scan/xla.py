@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.platform import is_partitioned, target_platform
+from hymba_jax.ops.precision import dot
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Bool, Float
 
 # The gradient keeps the state before every so many positions.
 _CHUNK = 8
-# Accelerators would round the factors to fewer bits.
-_dot = partial(jnp.dot, precision=lax.Precision.HIGHEST)
 
 
 def selective_scan_xla(
@@ -103,7 +102,7 @@ def _scan_bwd(
             delta, u = _discretise(x_t, dt_t)
             before = _put(before, t - first, h)
             h = _decay(delta, A, reset) * h + u[None] * B_t[:, None]
-            return h, before, _put(dC, t, _dot(h, dy_t))
+            return h, before, _put(dC, t, dot(h, dy_t))
 
         _, before, dC = lax.fori_loop(first, end, again, (border, *recomputed))
 
@@ -114,7 +113,7 @@ def _scan_bwd(
             delta, u = _discretise(x_t, dt_t)
             dh = dh + dy_t[None] * C_t[:, None]
             du = _over_states(dh, B_t)
-            dB = _put(dB, t, _dot(dh, u))
+            dB = _put(dB, t, dot(dh, u))
             dh = dh * _decay(delta, A, reset)
             dexponent = dh * before[t - first]
             ddelta = du * x_t + _over_states(dexponent, A)
