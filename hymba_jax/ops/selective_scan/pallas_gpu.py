@@ -113,7 +113,9 @@ def _block_size(batch: int, channels: int) -> int:
 
 
 def _cluster_size(channels: int, block: int) -> int:
-    return min(_CLUSTER, channels + -channels % block) // block
+    """A power of two, among which the rows of a chunk can be divided to be fetched."""
+    blocks = min(_CLUSTER // block, -(-channels // block))
+    return 1 << (blocks.bit_length() - 1)
 
 
 def _pad(v: Array, axis: int, multiple: int, value: float = 0.0) -> Array:
