@@ -1,6 +1,6 @@
-"""Attention in blocks, beside all queries x keys weights at once.
+"""Attention in blocks, and what a GPU runs, beside all queries x keys weights at once.
 
-python benchmarks/attention.py [--heads 25 --kv-heads 5] [--json FILE]
+python benchmarks/attention.py [--heads 25 --kv-heads 5] [--dtype bfloat16] [--json FILE]
 """
 
 from collections.abc import Callable
@@ -15,7 +15,9 @@ import numpy as np
 import tyro
 from _report import Row, measure, report
 
+from hymba_jax.config import DType
 from hymba_jax.ops.attention import attention
+from hymba_jax.ops.attention.api import fastest
 from hymba_jax.types import Array
 
 
@@ -29,6 +31,7 @@ class Options:
     value_dim: int = 128
     window: int = 1024
     meta: int = 128
+    dtype: DType = "float32"
     repeats: int = 10
     json: Path | None = None
 
@@ -71,7 +74,7 @@ def make_inputs(options: Options, queries: int, keys: int) -> tuple[Array, tuple
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
-        return jnp.asarray(rng.normal(size=(1, *shape)), jnp.float32)
+        return jnp.asarray(rng.normal(size=(1, *shape)), options.dtype)
 
     o = options
     query, doutput = normal(queries, o.heads, o.head_dim), normal(queries, o.heads, o.value_dim)
@@ -117,10 +120,13 @@ def main(options: Options) -> None:
     rows: list[Row] = []
     for queries, keys, first_key, has_window in CASES:
         fits = queries * keys <= _REFERENCE_LIMIT
-        for name in ("reference", "blocks") if fits else ("blocks",):
+        _, (query, key, _) = make_inputs(options, queries, keys)
+        first = None if first_key is None else jnp.full(1, first_key)
+        chosen = fastest(query, key, first)
+        for name in dict.fromkeys((*(("reference",) if fits else ()), "blocks", chosen)):
             rows.append(costs(options, name, queries, keys, first_key, has_window))
     title = f"attention, heads={options.heads} kv_heads={options.kv_heads} meta={options.meta}"
-    report(f"{title}, float32", rows, options.json)
+    report(f"{title}, {options.dtype}", rows, options.json)
 
 
 if __name__ == "__main__":

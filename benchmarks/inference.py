@@ -1,9 +1,10 @@
 """How fast the engine reads and continues texts on this machine, and how close to its limits.
 
-python benchmarks/inference.py [--shape 125m 1.5b] [--batch 1 8] [--context 1024 8192] [--quick]
+python benchmarks/inference.py [--shape 125m 1.5b] [--batch 1 8] [--context 1024 8192]
+    [--dtype float32] [--quick]
 
-Random weights in float32. Each row is measured in a process of its own, so that its peak of memory
-(`ru_maxrss`) is its own; times are medians, of programs that were compiled before.
+Random weights. Each row is measured in a process of its own, so that its peak of memory is its own;
+times are medians, of programs that were compiled before.
 
 prefill: `Engine.prefill` of `context` tokens a text.
     GFLOP/s counts useful operations only, two for a product and its sum: each token meets every
@@ -12,8 +13,8 @@ prefill: `Engine.prefill` of `context` tokens a text.
     scan takes 9 a state and channel (delta A, its exponential, times h; delta x, times B, their
     sum; times C, the sum over states; counted as 9 with what D and the gate add) and each tap of
     the convolution 2 a channel.
-    `of products` is its share of the best rate, in the same process, of float32 products of the
-    model's own shapes: 1024 rows with the MLP's kernels, the SSM's and the output's.
+    `of products` is its share of the best rate, in the same process, of products of the model's own
+    shapes: `train_step.py` says which.
 first token: a whole `LanguageModel.generate` of one token, from a prompt of `context` - 1 tokens.
 decode: `Engine.decode` of 16 tokens for every text, greedily, with `context` - 64 of them in each
     cache. Only their number matters for time, so it is set, and the cache holds zeros.
@@ -28,7 +29,6 @@ A second table has the time of a decoded token at the longest context over that 
 
 import dataclasses
 import math
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _report import Row, measured_apart, median_ms, report, write_json
+from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms, write_json
 from flax import nnx
 from rich.console import Console
 from train_step import best_product_rate
 
-from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
+from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.host_memory import keep_freed_memory
@@ -71,6 +71,7 @@ class Options:
     """What to measure.
 
     Attributes:
+      dtype: of parameters, activations and caches.
       repeats: timed calls of each kind; one where more than `LONG` tokens are read.
       longest: tokens times width above which nothing is read, only decoded.
       quick: one timed call of each kind, and contexts an eighth as long.
@@ -80,6 +81,7 @@ class Options:
     shape: tuple[Shape, ...] = ("125m", "1.5b")
     batch: tuple[int, ...] = (1, 8)
     context: tuple[int, ...] = (1024, 8192)
+    dtype: DType = "float32"
     repeats: int = 3
     longest: int = 8192 * 8 * 1024
     quick: bool = False
@@ -114,7 +116,7 @@ def main(options: Options) -> None:
             }
             for row in rows
         ]
-        report(f"{title}, float32, random weights", table)
+        report(f"{title}, {options.dtype}, random weights", table)
     short, long = min(options.context), max(options.context)
     if short < long:
         report(f"a decoded token, {long} tokens of context over {short}", ratios(rows, short, long))
@@ -145,7 +147,7 @@ def _in_child(options: Options) -> Row:
     arguments = [
         *("--shape", options.shape[0], "--batch", str(options.batch[0])),
         *("--context", str(options.context[0]), "--repeats", str(options.repeats)),
-        *("--longest", str(options.longest)),
+        *("--longest", str(options.longest), "--dtype", options.dtype),
     ]
     return measured_apart(__file__, arguments)
 
@@ -156,7 +158,7 @@ def measure_row(options: Options) -> None:
     shape, batch, context = options.shape[0], options.batch[0], options.context[0]
     config = PRESETS[f"hymba-{shape}"]
     tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
-    model = LanguageModel(random_model(config), tokenizer, batch_size=batch)
+    model = LanguageModel(random_model(config, options.dtype), tokenizer, batch_size=batch)
     engine = model.engine
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 250, context).tolist() for _ in range(batch)]
@@ -174,8 +176,8 @@ def measure_row(options: Options) -> None:
         first_ms = median_ms(
             lambda: model.generate(shorter, max_new_tokens=1), warmup=0, repeats=repeats
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    product_rate, read_rate = best_product_rate(config, "float32"), best_read_rate(engine)
+    peak = peak_bytes()
+    product_rate, read_rate = best_product_rate(config, options.dtype), best_read_rate(engine)
     needed = decode_bytes(engine, batch, context)
     row: Row = {
         "shape": shape,
@@ -199,9 +201,9 @@ def measure_row(options: Options) -> None:
         write_json([row], options.json)
 
 
-def random_model(config: HymbaConfig) -> Hymba:
+def random_model(config: HymbaConfig, dtype: DType) -> Hymba:
     """A model with random kernels, drawn one array at a time."""
-    compute = ComputeConfig(scan_layers=False)
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
 
@@ -211,7 +213,7 @@ def random_model(config: HymbaConfig) -> Hymba:
         values = rng.random(array.shape, np.float32)
         values -= 0.5
         values *= 0.07  # a standard deviation of 0.02
-        return jnp.asarray(values)
+        return jnp.asarray(values, array.dtype)
 
     return nnx.merge(graph, jax.tree.map(fill, abstract))
 
@@ -291,7 +293,7 @@ def best_read_rate(engine: Engine) -> float:
 
     def rate(function: Callable[[Any], Any]) -> float:
         call = jax.jit(function)
-        return 1e3 * _bytes(engine.params) / median_ms(lambda: call(engine.params), repeats=5)
+        return 1e3 * _bytes(engine.params) / short_ms(lambda: call(engine.params), repeats=5)
 
     return max(rate(sums), rate(products))
 

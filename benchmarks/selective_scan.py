@@ -5,6 +5,7 @@ python benchmarks/selective_scan.py [--batch 16 --length 256 --channels 512] [--
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 import tyro
 from _report import Row, measure, report
 
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.ops.selective_scan.api import FASTEST
 from hymba_jax.types import Array
 
 
@@ -100,8 +103,10 @@ def main(options: Options) -> None:
     scans: dict[str, Callable[..., tuple[Array, Array]]] = {
         "lax.scan over time": loop,
         "lax.associative_scan": associative,
-        "hymba_jax xla": lambda *v: selective_scan(*v, implementation="xla"),
     }
+    fastest = FASTEST.get(target_platform(), "xla")
+    for name in dict.fromkeys(("xla", fastest)):
+        scans[f"hymba_jax {name}"] = partial(selective_scan, implementation=name)
     rows: list[Row] = [
         {"implementation": name, **costs(scan, dy, inputs, options.repeats)}
         for name, scan in scans.items()

@@ -6,16 +6,16 @@ python benchmarks/train_step.py --shape 125m --batch 4 --length 2048 --remat blo
 
 With a config: the run's whole training step, optimizer included. With a shape: the summed loss and
 its gradient, jitted, of a model of the family; a row for each batch with its length, each in a
-process of its own, so that its peak of memory (`ru_maxrss`) is its own. Steps are medians of calls
-after two that are not timed, temporaries the compiler's account.
+process of its own, so that its peak of memory is its own. Steps are medians of calls after two that
+are not timed, temporaries the compiler's account.
 
 GFLOP/s counts 6 operations a parameter and token, two forward and four backward, and leaves out
 attention's own, the scan's and what is recomputed; the embedding, which is the output's kernel
 too, counts once. `of products` is its share of the best rate, in the same process, of products of
-1024 rows with three of the model's kernels in the same dtype.
+1024 rows (on accelerators, which finish those too soon, 32768) with three of the model's kernels in
+the same dtype.
 """
 
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _report import Row, measured_apart, median_ms, report, write_json
+from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms, write_json
 from flax import nnx
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
 from hymba_jax.host_memory import keep_freed_memory
 from hymba_jax.model import Hymba
+from hymba_jax.ops.matmul import matmul
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.optimizer import make_optimizer
@@ -143,7 +144,7 @@ def shape_row(args: Args, config: HymbaConfig) -> Row:
     compiled = jax.jit(jax.value_and_grad(summed_loss)).lower(params, batch).compile()
     compile_seconds = time.perf_counter() - start
     milliseconds = median_ms(lambda: compiled(params, batch), repeats=args.steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes() / 1e9
     memory: Any = compiled.memory_analysis()
     return {
         "shape": str(args.shape),
@@ -155,7 +156,7 @@ def shape_row(args: Args, config: HymbaConfig) -> Row:
         "ms": milliseconds,
         **_rates(config, args.dtype, num_params, tokens.size, milliseconds),
         "temporaries GB": memory.temp_size_in_bytes / 1e9,
-        "peak GB": peak / 1e9,
+        "peak GB": peak,
     }
 
 
@@ -173,15 +174,18 @@ def _rates(
 def best_product_rate(config: HymbaConfig, dtype: DType) -> float:
     """Operations a second of the fastest of three of the model's products."""
     hidden, mlp = config.hidden_size, config.mlp_size
+    rows = 1024 if jax.default_backend() == "cpu" else 32768
     shapes = ((hidden, mlp), (mlp, hidden), (hidden, config.channels))
-    return max(
-        _product_rate(jnp.ones((1024, n), dtype), jnp.ones((n, m), dtype)) for n, m in shapes
-    )
+
+    def random(*shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), shape, dtype)
+
+    return max(_product_rate(random(rows, n), random(n, m)) for n, m in shapes)
 
 
 def _product_rate(x: jax.Array, kernel: jax.Array) -> float:
-    call = jax.jit(jnp.matmul)
-    milliseconds = median_ms(lambda: call(x, kernel), repeats=10)
+    call = jax.jit(matmul)
+    milliseconds = short_ms(lambda: call(x, kernel))
     return 2e3 * x.shape[0] * kernel.size / milliseconds
 
 

@@ -107,7 +107,7 @@ def test_the_mixer_is_its_formula(fusion):
     mixer = make_mixer(config, LayerSpec("window", ssm=True), ComputeConfig(), nnx.Rngs(0))
     x = jnp.asarray(rng_array(2, 9, 32), jnp.float32)
     rope = make_rope(config, jnp.arange(9)[None], 9)
-    heads = (mixer.attention(x, rope, None)[0], mixer.ssm(x)[0])
+    heads = [np.asarray(v) for v in (mixer.attention(x, rope, None)[0], mixer.ssm(x)[0])]
     normed = [a / np.sqrt(np.mean(np.square(a), -1, keepdims=True) + 1e-6) for a in heads]
     fused = sum(normed) / 2 if fusion == "mean" else np.concatenate(normed, axis=-1)
     output, kv, _ = mixer(x, Context(rope), None, LayerPast())

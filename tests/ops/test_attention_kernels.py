@@ -26,7 +26,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [splash, cudnn])
 
 
 @pytest.fixture(autouse=True)
-def on_cpu():
+def stand_ins():
     """Also blocks of 128, for short sequences to have some."""
     module = "hymba_jax.ops.attention.splash"
     interpreted = partial(make_splash_mha_single_device, interpret=True)
@@ -40,6 +40,7 @@ def on_cpu():
         patch(f"{module}._BLOCK", 128),
         patch(f"{module}.make_splash_mha_single_device", interpreted),
         patch("jax.nn.dot_product_attention", stand_in),
+        jax.default_matmul_precision("highest"),
     ):
         yield
 

@@ -32,7 +32,12 @@ COLLECTIVES = r" = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter|colle
 @pytest.fixture(params=MESHES)
 def mesh(request):
     sizes = MESHES[request.param]
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        (AxisType.Auto,) * len(sizes),
+        devices=jax.devices("cpu"),
+    )
 
 
 @pytest.fixture(params=["associative", "xla"])

@@ -45,7 +45,7 @@ def attention(
     Raises:
       ValueError: there is no implementation of that name, or it cannot do this or run here.
     """
-    name = implementation or _fastest(query, key, first_key)
+    name = implementation or fastest(query, key, first_key)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[name](
@@ -53,7 +53,12 @@ def attention(
     )
 
 
-def _fastest(query: Array, key: Array, first_key: Array | None) -> str:
+def fastest(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    first_key: Int[Array, "batch"] | None,
+) -> str:
+    """The implementation for the platform that is traced for."""
     platform = target_platform()
     if platform == "tpu" and not is_partitioned():
         return "splash"
