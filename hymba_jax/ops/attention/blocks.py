@@ -75,6 +75,7 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     def query_block(_: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         start, q = at
+        q = _by_head(q, key.shape[2])
 
         def meet(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
             highest, total, output = carry
@@ -91,10 +92,10 @@ def _forward(
         highest, total, output = _over_keys(meet, carry, q, key, start, first_key, mask)
         # The sum is at least 1, but for a query that sees nothing.
         total = jnp.maximum(total, 1e-30)
-        return None, ((output / total).astype(value.dtype), highest + jnp.log(total))
+        output = _by_query((output / total).astype(value.dtype))
+        return None, (output, highest + jnp.log(total))
 
-    kv_heads = key.shape[2]
-    q = _split(query, kv_heads, mask.block)
+    q = _split(query, mask.block)
     _, (output, log_sum) = lax.scan(query_block, None, (_starts(query, key, q), q))
     output = _join(output, query.shape[1])
     return output, (query, key, value, first_key, output, log_sum)
@@ -107,7 +108,8 @@ def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[
     def query_block(
         gradients: tuple[Array, Array], at: tuple[Array, ...]
     ) -> tuple[tuple[Array, Array], Array]:
-        start, q, do, mean, log_sum = at
+        start, *of_queries, log_sum = at
+        q, do, mean = (_by_head(x, key.shape[2]) for x in of_queries)
 
         def meet(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
             dq, dkey, dvalue = carry
@@ -122,11 +124,11 @@ def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[
 
         carry = (_zeros(q.shape), *gradients)
         dq, dkey, dvalue = _over_keys(meet, carry, q, key, start, first_key, mask)
-        return (dkey, dvalue), dq.astype(query.dtype)
+        return (dkey, dvalue), _by_query(dq.astype(query.dtype))
 
     # The derivative of the weights' sum, which is always 1.
     mean = jnp.sum(doutput.astype(jnp.float32) * output, axis=-1, keepdims=True)
-    q, do, mean = (_split(x, key.shape[2], mask.block) for x in (query, doutput, mean))
+    q, do, mean = (_split(x, mask.block) for x in (query, doutput, mean))
     zeros = (_zeros(key.shape), _zeros(value.shape))
     (dkey, dvalue), dq = lax.scan(
         query_block, zeros, (_starts(query, key, q), q, do, mean, log_sum)
@@ -191,26 +193,40 @@ def _add_at(start: Array | int, x: Array, update: Array) -> Array:
 
 
 def _split(
-    x: Float[Array, "batch queries heads dim"], kv_heads: int, block: int
-) -> Float[Array, "blocks batch kv_heads group block dim"]:
-    """Equal blocks of queries, the first one padded, with the heads that read the same keys."""
+    x: Float[Array, "batch queries heads dim"], block: int
+) -> Float[Array, "blocks batch block heads dim"]:
+    """Equal blocks of queries, the first one padded."""
     batch, queries, heads, dim = x.shape
     size = min(block, queries)
     padding = -queries % size  # before the first, so that blocks end where blocks of keys end
     x = jnp.pad(x, ((0, 0), (padding, 0), (0, 0), (0, 0)))
-    x = x.reshape(batch, -1, size, kv_heads, heads // kv_heads, dim)
-    return jnp.einsum("bnqhgd->nbhgqd", x)
+    return x.reshape(batch, -1, size, heads, dim).swapaxes(0, 1)
 
 
 def _join(
-    x: Float[Array, "blocks batch kv_heads group block dim"], queries: int
+    x: Float[Array, "blocks batch block heads dim"], queries: int
 ) -> Float[Array, "batch queries heads dim"]:
-    count, batch, kv_heads, group, size, dim = x.shape
-    x = jnp.einsum("nbhgqd->bnqhgd", x)
-    return x.reshape(batch, count * size, kv_heads * group, dim)[:, -queries:]
+    blocks, batch, size, heads, dim = x.shape
+    return x.swapaxes(0, 1).reshape(batch, blocks * size, heads, dim)[:, -queries:]
+
+
+def _by_head(
+    x: Float[Array, "batch block heads dim"], kv_heads: int
+) -> Float[Array, "batch kv_heads group block dim"]:
+    """With the heads that read the same keys side by side."""
+    batch, size, heads, dim = x.shape
+    x = x.reshape(batch, size, kv_heads, heads // kv_heads, dim)
+    return x.transpose(0, 2, 3, 1, 4)
+
+
+def _by_query(
+    x: Float[Array, "batch kv_heads group block dim"],
+) -> Float[Array, "batch block heads dim"]:
+    batch, kv_heads, group, size, dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, size, kv_heads * group, dim)
 
 
 def _starts(query: Array, key: Array, query_blocks: Array) -> Int[Array, "blocks"]:
     """Where the first query of each block stands among the keys; before them, if it is padding."""
-    count, size = query_blocks.shape[0], query_blocks.shape[4]
+    count, size = query_blocks.shape[0], query_blocks.shape[2]
     return key.shape[1] - size * jnp.arange(count, 0, -1)
