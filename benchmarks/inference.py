@@ -48,7 +48,7 @@ from train_step import best_product_rate
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.data.tokenizer import build_tokenizer
-from hymba_jax.host_memory import keep_freed_memory
+from hymba_jax.host import prepare_host
 from hymba_jax.inference.engine import (
     NO_TOKEN,
     STEPS,
@@ -154,7 +154,7 @@ def _in_child(options: Options) -> Row:
 
 def measure_row(options: Options) -> None:
     """Measures one combination and writes it as JSON."""
-    keep_freed_memory()
+    prepare_host()
     shape, batch, context = options.shape[0], options.batch[0], options.context[0]
     config = PRESETS[f"hymba-{shape}"]
     tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])

@@ -29,7 +29,7 @@ from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms
 from flax import nnx
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
-from hymba_jax.host_memory import keep_freed_memory
+from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
 from hymba_jax.ops.matmul import matmul
 from hymba_jax.run_config import RunConfig
@@ -50,7 +50,7 @@ class Args:
       dtype: of a shape's activations; its parameters are float32.
       remat: what a shape's backward pass recomputes.
       steps: how many are timed, after two that are not.
-      keep_memory: keep freed memory in the process, as `train.py` does.
+      prepare: the host's memory and vectors, as `train.py` does.
       row: measure the first batch in this process and write it to `json`, as each child does.
       json: file for the rows as JSON lines.
     """
@@ -62,7 +62,7 @@ class Args:
     dtype: DType = "float32"
     remat: Remat = "none"
     steps: int = 10
-    keep_memory: bool = True
+    prepare: bool = True
     row: bool = False
     json: Path | None = None
 
@@ -71,8 +71,8 @@ def main(args: Args) -> None:
     if args.shape is not None and not args.row:
         report("loss and gradient", in_children(args), args.json)
         return
-    if args.keep_memory:
-        keep_freed_memory()
+    if args.prepare:
+        prepare_host()
     if args.shape is None:
         report("training step", [run_row(args)], args.json)
     elif args.json is not None:
@@ -84,7 +84,7 @@ def in_children(args: Args) -> list[Row]:
     shared = [
         *("--shape", str(args.shape), "--dtype", args.dtype, "--remat", args.remat),
         *("--steps", str(args.steps)),
-        "--keep-memory" if args.keep_memory else "--no-keep-memory",
+        "--prepare" if args.prepare else "--no-prepare",
     ]
     return [
         measured_apart(__file__, [*shared, "--batch", str(batch), "--length", str(length)])
@@ -118,7 +118,7 @@ def run_row(args: Args) -> Row:
         "parameters": template.num_params,
         "batch": f"{shape[0]} x {length}",
         "dtype": run.compute.dtype,
-        "kept memory": str(args.keep_memory),
+        "host prepared": str(args.prepare),
         "compile s": compile_seconds,
         "step ms": milliseconds,
         **_rates(run.model, run.compute.dtype, template.num_params, tokens.size, milliseconds),

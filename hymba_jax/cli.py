@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.host_memory import keep_freed_memory
+from hymba_jax.host import prepare_host
 
 DESCRIPTION = """Hymba in JAX.
 
@@ -44,7 +44,7 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
         from hymba_jax.run_config import parse_run
 
         config = parse_run(sys.argv[1:] if args is None else args, prog)
-        keep_freed_memory()
+        prepare_host()
         from hymba_jax.training import loop
         from hymba_jax.training.checkpoint import silence_orbax
 
@@ -97,7 +97,7 @@ def _inference() -> Iterator[None]:
     """What all commands that run a model share."""
     with _one_line_errors():
         try:
-            keep_freed_memory()
+            prepare_host()
             from hymba_jax.inference.warmup import use_compilation_cache
             from hymba_jax.training.checkpoint import silence_orbax
 
