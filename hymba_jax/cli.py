@@ -22,6 +22,10 @@ warmup: compiles what generating will need.
 
 memory: says what a model and its cache weigh.
 
+convert: turns released weights into a model of ours, and back.
+
+inspect: says what a checkpoint of either kind holds.
+
 `hymba COMMAND --help` lists the options of a command."""
 
 
@@ -29,13 +33,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     name = tyro.cli(
-        Literal["train", "generate", "chat", "warmup", "memory"],
+        Literal["train", "generate", "chat", "warmup", "memory", "convert", "inspect"],
         args=args[:1],
         prog="hymba",
         description=DESCRIPTION,
     )
-    commands = {command.__name__: command for command in (train, generate, chat, warmup, memory)}
-    commands[name](args[1:], f"hymba {name}")
+    commands = (train, generate, chat, warmup, memory, convert, inspect)
+    {command.__name__: command for command in commands}[name](args[1:], f"hymba {name}")
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -90,6 +94,42 @@ def memory(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference import memory
 
         memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
+
+
+def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -> None:
+    """Runs `hymba convert ...`, which convert_torch.py is too."""
+    with _checkpoints():
+        from hymba_jax.convert import convert
+
+        args = sys.argv[1:] if args is None else args
+        config = tyro.cli(convert.ConvertConfig, args=args, prog=prog)
+        try:
+            convert.main(config)
+        except OSError as error:
+            error.filename = error.filename or config.target
+            raise
+
+
+def inspect(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba inspect ...`."""
+    with _checkpoints():
+        from hymba_jax.convert import inspect
+
+        inspect.main(tyro.cli(inspect.InspectConfig, args=args, prog=prog))
+
+
+@contextmanager
+def _checkpoints() -> Iterator[None]:
+    """What all commands that read checkpoints and run no model share."""
+    with _one_line_errors():
+        try:
+            prepare_host()
+            from hymba_jax.training.checkpoint import silence_orbax
+
+            silence_orbax()
+            yield
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 @contextmanager

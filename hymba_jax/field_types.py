@@ -1,6 +1,8 @@
-"""Whether a value is of a config field's type, and that type in words for people."""
+"""A config's fields: whether a value is of a field's type, and that type in words for people."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin
 
@@ -25,3 +27,13 @@ def describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(json.dumps(choice) for choice in get_args(kind))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every value of a config and its parts by its dotted name, which begins with `where`."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{where}{item.name}.")
+        else:
+            yield where + item.name, value

@@ -44,6 +44,9 @@ class RunConfig:
     Attributes:
       output: the run directory: config, tokenizer, metrics and checkpoints.
       seed: of the first parameters, the order of the data and the sample.
+      init_from: directory of a model or a run whose parameters, the newest there, the run starts
+        from; nothing: they are drawn. Named on the command line, its model and its tokenizer are
+        the defaults of the run's. A run that goes on ignores it.
 
     Raises:
       HymbaError: the parts do not fit one another.
@@ -51,6 +54,7 @@ class RunConfig:
 
     output: str = "runs/hymba"
     seed: int = 0
+    init_from: str = ""
     model: HymbaConfig = field(default_factory=HymbaConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -71,14 +75,19 @@ class RunConfig:
             raise HymbaError("run config: " + "; ".join(problems))
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> "RunConfig":
+    def from_toml(
+        cls, path: str | os.PathLike[str], base: "RunConfig | None" = None
+    ) -> "RunConfig":
         """Reads a file.
+
+        Args:
+          base: has the values that the file leaves out; the defaults if absent.
 
         Raises:
           HymbaError: it isn't there or isn't TOML; it has unknown fields or values of a wrong
             type (all are named); or the values fit no run.
         """
-        base, table = _read(path)
+        base, table = _read(path, base or cls())
         return _override_from(path, base, table)
 
     def to_toml(self) -> str:
@@ -92,9 +101,26 @@ def read_model(path: str | os.PathLike[str]) -> tuple[HymbaConfig, ComputeConfig
     Raises:
       HymbaError: as for `RunConfig.from_toml`.
     """
-    base, table = _read(path)
+    base, table = _read(path, RunConfig())
     model = _override_from(path, base.model, table.get("model", {}))
     return model, _override_from(path, base.compute, table.get("compute", {}))
+
+
+def read_model_directory(
+    directory: str | os.PathLike[str],
+) -> tuple[HymbaConfig, ComputeConfig]:
+    """The model that a directory of ours holds and how it computes.
+
+    Raises:
+      HymbaError: there is none, or its file cannot be read.
+    """
+    directory = Path(directory)
+    if (directory / CONFIG_FILE).is_file():
+        return read_model(directory / CONFIG_FILE)
+    advice = ""
+    if (directory / "config.json").is_file():
+        advice = f": convert the released checkpoint first, hymba convert {directory} TARGET"
+    raise HymbaError(f"{directory}: no model is here, there is no {CONFIG_FILE}{advice}")
 
 
 def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:
@@ -106,14 +132,18 @@ def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:
 def parse_run(args: Sequence[str], prog: str) -> RunConfig:
     """The run that a command line asks for: `--config FILE`, and fields to override.
 
+    What neither says is as in the directory of `--init-from`, if there is one.
+
     Raises:
       HymbaError: what it asks for cannot be.
       SystemExit: for --help, and for arguments that are no fields.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--config")
-    path = peek.parse_known_args(args)[0].config
-    default = RunConfig() if path is None else RunConfig.from_toml(path)
+    peek.add_argument("--init-from")
+    named = peek.parse_known_args(args)[0]
+    base = _started_from(named.init_from) if named.init_from else RunConfig()
+    default = base if named.config is None else RunConfig.from_toml(named.config, base)
 
     def arguments(
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = default, config: str = ""
@@ -128,7 +158,16 @@ def parse_run(args: Sequence[str], prog: str) -> RunConfig:
     return tyro.cli(arguments, args=args, prog=prog)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[RunConfig, dict[str, Any]]:
+def _started_from(directory: str) -> RunConfig:
+    """A run with the model of a directory and, if it has one, the tokenizer."""
+    model, data = read_model_directory(directory)[0], DataConfig()
+    data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
+    if (Path(directory) / "tokenizer.json").is_file():
+        data = dataclasses.replace(data, tokenizer=directory)
+    return RunConfig(init_from=directory, model=model, data=data)
+
+
+def _read(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
     """The config that a file starts from, and the file's fields, all of which it has."""
     path = Path(path)
     try:
@@ -137,7 +176,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[RunConfig, dict[str, Any]]:
         raise HymbaError(f"{path}: no such config file") from error
     except ValueError as error:  # not UTF-8, or not TOML
         raise HymbaError(f"{path}: not a TOML file ({error})") from error
-    base = RunConfig()
     preset = table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
     if preset is not None:
         if preset not in PRESETS:

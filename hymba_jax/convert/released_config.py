@@ -40,6 +40,11 @@ def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
     """
     problems = [f"{key} is missing" for key in _REQUIRED if key not in released]
     problems += [
+        f"{key} is {released[key]!r}, not a whole number"
+        for key in _REQUIRED
+        if key in released and type(released[key]) is not int
+    ]
+    problems += [
         f"{key} is {released[key]!r}, and only {value!r} is supported"
         for key, value in _FIXED.items()
         if released.get(key, value) != value
@@ -128,6 +133,12 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
+
+
+def with_dtype(released: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same config.json, which says that the weights are of this dtype."""
+    key = "dtype" if "dtype" in released else "torch_dtype"  # transformers 5, or 4
+    return {**released, key: dtype}
 
 
 def require_released_form(config: HymbaConfig) -> None:

@@ -18,7 +18,7 @@ from flax import nnx
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.sampling import Sampler, sample
-from hymba_jax.model import Hymba, fuse_projections, unroll_layers
+from hymba_jax.model import Hymba, arrange_layers, fuse_projections
 from hymba_jax.model.cache import Cache, Prefix, empty_cache, start_cache
 from hymba_jax.training.state import Params
 from hymba_jax.types import Array, Bool, Float, Int
@@ -104,7 +104,7 @@ class Engine:
         context: int | None = None,
         largest_piece: int = LARGEST_PIECE,
     ):
-        graph, variables = nnx.split(fuse_projections(unroll_layers(model)))
+        graph, variables = nnx.split(fuse_projections(arrange_layers(model, scan_layers=False)))
         self.config = model.config
         self.params: Params = nnx.to_pure_dict(variables)
         self.largest_piece = largest_piece

@@ -3,17 +3,15 @@
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 from flax import nnx
 
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
-from hymba_jax.errors import HymbaError
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
-from hymba_jax.run_config import CONFIG_FILE, read_model
+from hymba_jax.run_config import read_model_directory
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.state import describe_model
@@ -54,10 +52,7 @@ def load_model(
     directory: str | os.PathLike[str], *, dtype: DType | None = None, step: int | None = None
 ) -> Hymba:
     """The same without its tokenizer, its layers stacked as the directory has them."""
-    config_file = Path(directory) / CONFIG_FILE
-    if not config_file.is_file():
-        raise HymbaError(f"{directory}: no model is here, there is no {CONFIG_FILE}")
-    config, compute = read_model(config_file)
+    config, compute = read_model_directory(directory)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
     compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)

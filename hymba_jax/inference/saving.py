@@ -1,13 +1,13 @@
 """A model alone, in a directory that `load` reads."""
 
 import os
-import shutil
 from pathlib import Path
 
 from flax import nnx
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import written_beside
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import CONFIG_FILE, model_toml
 from hymba_jax.training.checkpoint import save_params
@@ -22,12 +22,7 @@ def save_model(directory: str | os.PathLike[str], model: Hymba, tokenizer: Token
     directory = Path(directory)
     if directory.exists():
         raise HymbaError(f"{directory}: exists already, choose another directory")
-    beside = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with written_beside(directory) as beside:
         tokenizer.save(beside)
-        (beside / CONFIG_FILE).write_text(model_toml(model.config, model.compute), encoding="utf-8")
         save_params(beside, nnx.to_pure_dict(nnx.state(model)))
-        beside.rename(directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (beside / CONFIG_FILE).write_text(model_toml(model.config, model.compute), encoding="utf-8")

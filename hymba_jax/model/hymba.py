@@ -1,6 +1,7 @@
 """The whole model: meta tokens, layers, logits."""
 
 import dataclasses
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
@@ -178,34 +179,36 @@ def layer_places(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPlace]:
     return places
 
 
-def unroll_layers(model: Hymba) -> Hymba:
-    """The same model with every layer's parameters in arrays of their own, as a cache needs it.
+def arrange_layers(model: Hymba, *, scan_layers: bool) -> Hymba:
+    """The same model with repeated layers' parameters stacked, or each layer's in its own arrays.
 
-    What was stacked is copied: XLA would copy a layer out of the stack each time it is used. What
-    was not is shared.
+    A cache needs them apart: XLA would copy a layer out of the stack each time it is used. What
+    stands as it did before is shared, all else copied.
     """
     config = model.config
-    compute = dataclasses.replace(model.compute, scan_layers=False)
-    abstract = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
-    graph, apart = nnx.split(abstract)
+    compute = dataclasses.replace(model.compute, scan_layers=scan_layers)
+    graph, arranged = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
     held = dict(nnx.to_flat_state(nnx.state(model)))
-    places = {
-        ours.block: theirs
-        for ours, theirs in zip(
-            layer_places(config, scan_layers=False),
-            layer_places(config, scan_layers=model.compute.scan_layers),
-            strict=True,
-        )
-    }
+    sources: dict[tuple[str | int, ...], list[LayerPlace]] = defaultdict(list)
+    for ours, theirs in zip(
+        layer_places(config, scan_layers=scan_layers),
+        layer_places(config, scan_layers=model.compute.scan_layers),
+        strict=True,
+    ):
+        sources[ours.block].append(theirs)
 
     def find(path: tuple[Any, ...]) -> Array:
         for depth in range(len(path)):
-            if place := places.get(path[:depth]):
-                stacked = held[*place.block, *path[depth:]][...]
-                return stacked if place.unit is None else stacked[place.unit]
+            if places := sources.get(path[:depth]):
+                arrays = [take(place, path[depth:]) for place in places]
+                return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
         return held[path][...]
 
-    flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(apart)]
+    def take(place: LayerPlace, name: tuple[Any, ...]) -> Array:
+        array = held[*place.block, *name][...]
+        return array if place.unit is None else array[place.unit]
+
+    flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(arranged)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

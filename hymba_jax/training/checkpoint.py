@@ -69,7 +69,7 @@ class Checkpoints:
 
     def __init__(self, run_directory: str | os.PathLike[str], keep: int):
         self.directory = (Path(run_directory) / FOLDER).absolute()
-        with _one_line(self.directory, "cannot be used for checkpoints"):
+        with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -84,7 +84,7 @@ class Checkpoints:
           HymbaError: it cannot be read, or holds another model.
         """
         step = self._manager.latest_step()
-        with _one_line(self.directory / str(step), _UNREADABLE):
+        with one_line(self.directory / str(step), _UNREADABLE):
             parts = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -101,7 +101,7 @@ class Checkpoints:
         Raises:
           HymbaError: this checkpoint, or one before it, cannot be written.
         """
-        with _one_line(self.directory, _UNWRITABLE):  # it raises errors of earlier ones, too
+        with one_line(self.directory, _UNWRITABLE):  # it raises errors of earlier ones, too
             self._manager.save(
                 loop.step,
                 args=ocp.args.Composite(
@@ -115,7 +115,7 @@ class Checkpoints:
         """Raises HymbaError if a checkpoint could not be written in the meantime."""
         # The manager's own check_for_errors misses what its last thread met; waiting does not.
         if not self._manager.is_saving_in_progress():
-            with _one_line(self.directory, _UNWRITABLE):
+            with one_line(self.directory, _UNWRITABLE):
                 self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
@@ -128,7 +128,7 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         try:
-            with _one_line(self.directory, _UNWRITABLE):
+            with one_line(self.directory, _UNWRITABLE):
                 self._manager.close()
         except HymbaError:
             if error is None:  # else the first error is the one to tell
@@ -148,9 +148,9 @@ def load_params(
     Raises:
       HymbaError: there is no such checkpoint, or it cannot be read, or holds another model.
     """
-    path = _params_path(Path(directory).absolute(), step)
+    path = params_path(Path(directory).absolute(), step)
     unreadable = "not parameters of this model that can be read"
-    with _one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
+    with one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, template)
 
 
@@ -162,11 +162,16 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
     """
     path = Path(directory).absolute() / PARAMS
     unwritable = "parameters cannot be written"
-    with _one_line(path, unwritable), ocp.StandardCheckpointer() as checkpointer:
+    with one_line(path, unwritable), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params)
 
 
-def _params_path(directory: Path, step: int | None) -> Path:
+def params_path(directory: Path, step: int | None) -> Path:
+    """Where the parameters of a run's checkpoint, or of a model alone, are.
+
+    Raises:
+      HymbaError: there is no such checkpoint.
+    """
     alone, steps = directory / PARAMS, checkpoint_steps(directory)
     if alone.is_dir() and step is None:
         return alone
@@ -196,7 +201,7 @@ _UNWRITABLE = (
 
 
 @contextmanager
-def _one_line(path: Path, what: str) -> Iterator[None]:
+def one_line(path: Path, what: str) -> Iterator[None]:
     """Turns whatever Orbax raises, which has many types, into one line about `path`."""
     try:
         yield

@@ -17,6 +17,7 @@ from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
+from hymba_jax.training.start import check_start, start_state
 from hymba_jax.training.state import Params, init_state, make_template
 from hymba_jax.training.step import compile_train_step, make_eval_step
 from hymba_jax.training.text import check_tokenizer, sample
@@ -44,6 +45,8 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         )
 
     resumed = is_resumed(config)
+    if config.init_from and not resumed:
+        check_start(config)
     display.begin("reading and tokenizing")
     data = prepare(
         config.data,
@@ -70,7 +73,11 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             batches.set_state(loop.batches)
             display.say(f"going on after step {loop.step}")
         else:
-            state = init_state(config.model, config.compute, optimizer, template, config.seed)
+            if config.init_from:
+                display.say(f"starting from the parameters in {config.init_from}")
+                state = start_state(config, optimizer, template, mesh)
+            else:
+                state = init_state(config.model, config.compute, optimizer, template, config.seed)
             loop = LoopState(0, batches.get_state(), corpus)
         write_run_directory(config, data.tokenizer)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import leaves
 from hymba_jax.files import replace_text
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
 from hymba_jax.training.checkpoint import FOLDER, checkpoint_steps
@@ -67,14 +68,5 @@ def _lasting(config: RunConfig) -> Iterator[tuple[str, Any]]:
     yield "compute.param_dtype", config.compute.param_dtype
     yield "compute.scan_layers", config.compute.scan_layers
     data = dataclasses.replace(config.data, path="")
-    yield from _leaves(data, "data.")
-    yield from _leaves(config.model.resolved(), "model.")
-
-
-def _leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{where}{item.name}.")
-        else:
-            yield where + item.name, value
+    yield from leaves(data, "data.")
+    yield from leaves(config.model.resolved(), "model.")

@@ -18,7 +18,7 @@ from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import ModelChoice, load_model
 from hymba_jax.inference.saving import save_model
-from hymba_jax.model import Hymba, unroll_layers
+from hymba_jax.model import Hymba, arrange_layers
 from hymba_jax.run_config import RunConfig, model_toml, read_model
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import Checkpoints, LoopState, silence_orbax
@@ -140,7 +140,9 @@ def test_a_saved_model_continues_texts_as_its_run_does(run, tmp_path):
 
 def test_layers_may_be_saved_apart(run, tmp_path):
     """As a converter has them."""
-    save_model(tmp_path / "apart", unroll_layers(load_model(run)), byte_tokenizer())
+    save_model(
+        tmp_path / "apart", arrange_layers(load_model(run), scan_layers=False), byte_tokenizer()
+    )
     assert read_model(tmp_path / "apart" / "config.toml")[1].scan_layers is False
     assert generate(tmp_path / "apart") == generate(run)
 

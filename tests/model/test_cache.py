@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
 from hymba_jax.model.cache import empty_cache, empty_prefix, start_cache
-from hymba_jax.model.hymba import unroll_layers
+from hymba_jax.model.hymba import arrange_layers
 
 ROWS, LENGTH = 3, 48
 WIDTHS = (1, 16)  # of a piece with its padding: a step, and more than a window
@@ -245,7 +245,7 @@ def test_meta_tokens_are_kept_once_for_any_batch():
 def test_unrolled_layers_are_the_stacked_ones():
     config = changed(layers="G 2*Ww")
     stacked = nnx.merge(*lively_weights(config))
-    unrolled = unroll_layers(stacked)
+    unrolled = arrange_layers(stacked, scan_layers=False)
     assert len(stacked.segments) == 2
     assert len(unrolled.segments) == 3
     np.testing.assert_array_equal(

@@ -1,0 +1,145 @@
+"""Speed and memory of converting the 1.5B, in both directions, beside copying its file.
+
+    python benchmarks/convert.py --folder /some/disk
+
+Writes a released checkpoint of random bfloat16 weights (3 GB), converts it and converts the result
+back, each in a process of its own. Who writes first finds the most memory free, so they take turns
+at that, with the copy. Memory is the process's peak of resident pages above what it
+has once JAX and hymba_jax are imported; times are until the data is on the disk, of the copy too.
+Needs 5 times the space of the checkpoint; leaves nothing behind.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import tyro
+from _report import Row, measured_apart, report, write_json
+
+from hymba_jax import cli
+from hymba_jax.config import PRESETS
+from hymba_jax.convert import convert as _  # noqa: F401 (a conversion does not wait for its import)
+from hymba_jax.convert.mapping import param_shapes, pieces, released_shapes
+from hymba_jax.convert.released_checkpoint import RELEASED_CONFIG, WEIGHTS
+from hymba_jax.convert.released_config import config_to_released
+from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to convert and where.
+
+    Attributes:
+      preset: the model.
+      folder: where the files are written; a temporary one if absent.
+      repeats: how often everything is measured, in turns; medians count.
+      source, target: a conversion to measure in this process, with --row.
+      row: only that conversion's row, into the JSON file.
+      json: also written there.
+    """
+
+    preset: str = "hymba-1.5b"
+    folder: str = ""
+    repeats: int = 3
+    source: str = ""
+    target: str = ""
+    row: bool = False
+    json: Path | None = None
+
+
+def run(args: Args) -> None:
+    """Measures and prints the table."""
+    if args.row:
+        assert args.json is not None
+        write_json([convert(args.source, args.target)], args.json)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        released, ours = Path(folder, "released"), Path(folder, "ours")
+        size = write_checkpoint(released, args.preset)
+        convert_apart(released, ours)
+        turns: list[tuple[str, Callable[[Path], Row]]] = [
+            ("copying the file", partial(copy, released / WEIGHTS)),
+            ("released to ours", partial(convert_apart, released)),
+            ("ours to released", partial(convert_apart, ours)),
+        ]
+        rows: dict[str, list[Row]] = {name: [] for name, _ in turns}
+        for _ in range(args.repeats):
+            targets = [Path(folder, f"target{i}") for i in range(len(turns))]
+            for (name, call), target in zip(turns, targets, strict=True):
+                rows[name].append(call(target))
+            for target in targets:  # not before: pages just freed make what comes next faster
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+            turns = [*turns[1:], turns[0]]
+    table: list[Row] = []
+    for name, measured in rows.items():
+        speed = size / 1e9 / statistics.median(float(row["s"]) for row in measured)
+        table.append(
+            {
+                "": name,
+                "GB/s": speed,
+                "of copying": speed / float(table[0]["GB/s"]) if table else 1.0,
+                "peak MB": max(float(row["peak MB"]) for row in measured),
+                "s": " ".join(f"{float(row['s']):.1f}" for row in measured),
+            }
+        )
+    report(f"{args.preset} in bfloat16, {size / 1e9:.2f} GB", table, args.json)
+
+
+def convert(source: str, target: str) -> Row:
+    """Seconds of a conversion, and how far memory rose."""
+    before = _memory("VmRSS")
+    start = time.perf_counter()
+    cli.convert([source, target])
+    seconds = time.perf_counter() - start
+    return {"s": seconds, "peak MB": (_memory("VmHWM") - before) / 1e6}
+
+
+def _memory(kind: str) -> int:
+    """Bytes of resident pages, mapped files included: now (VmRSS), or at most so far (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return next(
+        1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(kind)
+    )
+
+
+def convert_apart(source: Path, target: Path) -> Row:
+    """The same in a process of its own."""
+    return measured_apart(__file__, ["--source", str(source), "--target", str(target)])
+
+
+def copy(source: Path, target: Path) -> Row:
+    """Seconds of copying the file to the disk."""
+    start = time.perf_counter()
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    return {"s": seconds, "peak MB": 0}
+
+
+def write_checkpoint(directory: Path, preset: str) -> int:
+    """A released checkpoint of random weights; how many bytes they are."""
+    config = PRESETS[preset]
+    shapes = released_shapes(
+        pieces(param_shapes(config, scan_layers=False), config, scan_layers=False)
+    )
+    tensors = {name: TensorInfo("bfloat16", shape) for name, shape in shapes.items()}
+    directory.mkdir()
+    writer = TensorFileWriter(directory / WEIGHTS, tensors)
+    rng = np.random.default_rng(0)
+    for name, info in tensors.items():
+        writer.write(name, 0, (0.02 * rng.normal(size=info.shape)).astype(info.dtype))
+    (directory / RELEASED_CONFIG).write_text(json.dumps(config_to_released(config)))
+    return sum(info.nbytes for info in tensors.values())
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Args))

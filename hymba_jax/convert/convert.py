@@ -1,0 +1,180 @@
+"""`hymba convert`: released checkpoints into directories of ours, and the other way round."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from hymba_jax.config import ComputeConfig
+from hymba_jax.convert.our_checkpoint import OurCheckpoint
+from hymba_jax.convert.ours_to_released import write_released
+from hymba_jax.convert.placing import load_released
+from hymba_jax.convert.released_checkpoint import (
+    INDEX,
+    RELEASED_CONFIG,
+    TORCH_INDEX,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    ReleasedCheckpoint,
+)
+from hymba_jax.convert.released_to_ours import write_ours
+from hymba_jax.convert.report import Report, in_gb
+from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.convert.verify import Expected, compare, read_expected
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import written_beside
+from hymba_jax.inference.loading import load_model
+from hymba_jax.model import Hymba
+from hymba_jax.run_config import CONFIG_FILE
+from hymba_jax.sharding import make_mesh
+from hymba_jax.training.checkpoint import PARAMS
+from hymba_jax.training.display import Display
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Converts a released checkpoint into a directory of ours, or one of ours into released form.
+
+    The direction follows from what SOURCE is. Every tensor keeps its bits.
+
+    Attributes:
+      source: directory of a released checkpoint (config.json, .safetensors or pytorch_model.bin,
+        tokenizer), of a training run, or of a model alone.
+      target: directory to write.
+      dtype: of every tensor, in place of its own.
+      max_shard_size: of a file of released weights, such as 500MB or 2GiB.
+      step: which checkpoint of a run; the newest if absent.
+      verify: .npz file with input_ids and logits that the written model is held against.
+      tolerance: the largest difference of a logit that passes.
+      overwrite: replaces a model at TARGET, never a training run or anything else.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    max_shard_size: str = "5GB"
+    step: int | None = None
+    verify: str = ""
+    tolerance: float = 5e-4
+    overwrite: bool = False
+
+
+def main(args: ConvertConfig) -> None:
+    """Converts, and says what became of it.
+
+    Raises:
+      HymbaError: the source is no whole checkpoint, the target cannot be written, or what was
+        written does not compute what it should.
+    """
+    source, target = Path(args.source), Path(args.target)
+    max_shard_bytes = parse_size(args.max_shard_size)
+    _check_target(source, target, args.overwrite)
+    checkpoint = open_checkpoint(source, args.step)
+    checkpoint.check()
+    expected = read_expected(Path(args.verify), checkpoint.config) if args.verify else None
+    _check_space(target, checkpoint.tensors, args.dtype)
+    with Display() as display:
+        size = sum(info.nbytes for info in checkpoint.tensors.values())
+        report = Report(display, size)
+        display.begin(f"converting {in_gb(size)}")
+        with written_beside(target) as beside:
+            if isinstance(checkpoint, OurCheckpoint):
+                write_released(checkpoint, beside, args.dtype, max_shard_bytes, report)
+            else:
+                write_ours(checkpoint, beside, args.dtype, report)
+            display.begin("waiting for the disk")
+        report.finish()
+        display.say(f"done: {target}")
+        if expected is not None:
+            display.begin("computing logits")
+            _verify(target, expected, args, display)
+
+
+def open_checkpoint(directory: Path, step: int | None = None) -> OurCheckpoint | ReleasedCheckpoint:
+    """The checkpoint of either kind that a directory holds.
+
+    Args:
+      step: which checkpoint of a run of ours; the newest if absent.
+
+    Raises:
+      HymbaError: it holds none, or one that is not whole.
+    """
+    if (directory / CONFIG_FILE).is_file():
+        return OurCheckpoint(directory, step)
+    if not (directory / RELEASED_CONFIG).is_file():
+        raise HymbaError(
+            f"{directory}: no checkpoint is here: there is no {CONFIG_FILE}, which a model or run "
+            f"of ours has, and no {RELEASED_CONFIG}, which a released one has"
+        )
+    if step is not None:
+        raise HymbaError(f"{directory}: a released checkpoint has no steps")
+    return ReleasedCheckpoint(directory)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB. Raises HymbaError where it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise HymbaError(f"max_shard_size is {text!r}, not a size such as 500MB, 5GB or 2GiB")
+    return size
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise HymbaError(f"{target}: is or holds the source, choose another target")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise HymbaError(f"{target}: exists already, choose another target or --overwrite")
+    if not target.is_dir() or not _replaceable(target):
+        raise HymbaError(f"{target}: is no model alone that could be overwritten")
+
+
+def _replaceable(directory: Path) -> bool:
+    """Whether nothing but a model is lost if the directory is; a training run is more."""
+    held = {path.name for path in directory.iterdir()}
+    released = RELEASED_CONFIG in held and held & {WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX}
+    return not held or {CONFIG_FILE, PARAMS} <= held or bool(released)
+
+
+def _check_space(target: Path, tensors: dict[str, TensorInfo], dtype: str | None) -> None:
+    """Raises HymbaError where the disk has not the space for the tensors."""
+    needed = sum(info._replace(dtype=dtype or info.dtype).nbytes for info in tensors.values())
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise HymbaError(
+            f"{target}: needs {in_gb(needed)}, the disk has {in_gb(free)} free: make space, or "
+            "choose another target"
+        )
+
+
+def _verify(target: Path, expected: Expected, args: ConvertConfig, display: Display) -> None:
+    """Compares what the written model computes. Raises HymbaError beyond the tolerance."""
+    agreement = compare(_load_written(target), expected)
+    display.say(
+        f"logits: max difference {agreement.max_difference:.3g}, "
+        f"KL divergence {agreement.kl_divergence:.3g}, "
+        f"top-1 agreement {agreement.top_1:.2%}"
+    )
+    if not agreement.max_difference <= args.tolerance:  # nor is NaN
+        raise HymbaError(
+            f"{target}: was written, but its logits differ from those of {args.verify} by "
+            f"{agreement.max_difference:.3g}, more than the tolerance {args.tolerance:g}"
+        )
+
+
+def _load_written(target: Path) -> Hymba:
+    """The model of a checkpoint of either kind, in float32."""
+    if (target / CONFIG_FILE).is_file():
+        return load_model(target, dtype="float32")
+    return load_released(target, ComputeConfig(), make_mesh(jax.devices()[:1]))

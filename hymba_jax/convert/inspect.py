@@ -1,0 +1,113 @@
+"""`hymba inspect`: what a checkpoint of either kind holds."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from hymba_jax.config import HymbaConfig
+from hymba_jax.convert.convert import open_checkpoint
+from hymba_jax.convert.mapping import DTYPES, param_shapes
+from hymba_jax.convert.mapping import Path as ParamPath
+from hymba_jax.convert.our_checkpoint import OurCheckpoint
+from hymba_jax.convert.report import in_gb
+from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.errors import HymbaError
+
+# A parameter belongs to the first part that its path has a name of.
+_PARTS = (
+    ("embedding", ("embedding",)),
+    ("output projection", ("lm_head",)),
+    ("meta tokens", ("meta_tokens",)),
+    ("attention", ("attention",)),
+    ("SSM", ("ssm",)),
+    ("fusion of both", ("mixer",)),
+    ("MLP", ("mlp",)),
+    ("norms of the residual stream", ("mixer_norm", "mlp_norm", "final_norm")),
+)
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Prints what a checkpoint holds: a released one, a model alone or a training run.
+
+    Only headers are read. The exit status is 1 where something is missing or does not fit.
+
+    Attributes:
+      path: its directory.
+      step: which checkpoint of a run; the newest if absent.
+    """
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    step: int | None = None
+
+
+def main(args: InspectConfig) -> None:
+    """Prints a table.
+
+    Raises:
+      HymbaError: there is no checkpoint, a file of it cannot be read, or it is not complete.
+    """
+    checkpoint = open_checkpoint(Path(args.path), args.step)
+    config = checkpoint.config
+    table = Table(title=args.path, show_header=False)
+    table.add_row("form", "hymba_jax" if isinstance(checkpoint, OurCheckpoint) else "released")
+    for name, value in _architecture(config):
+        table.add_row(name, value)
+    table.add_section()
+    parts = count_by_part(config)
+    for name, count in parts.items():
+        table.add_row(f"parameters, {name}", f"{count:,}")
+    table.add_row("parameters", f"{parts.total():,}", end_section=True)
+    for dtype, (tensors, size) in _by_dtype(checkpoint.tensors).items():
+        table.add_row(dtype, f"{tensors:,} tensors, {in_gb(size)}")
+    problems = checkpoint.problems()
+    table.add_row("complete", "no" if problems else "yes")
+    Console().print(table)
+    if problems:
+        raise HymbaError(f"{args.path}: not a whole checkpoint: " + "; ".join(problems))
+
+
+def count_by_part(config: HymbaConfig) -> Counter[str]:
+    """Parameters of an architecture, by what they are for."""
+    counts: Counter[str] = Counter()
+    for path, shape in param_shapes(config, scan_layers=False).items():
+        counts[_part(path)] += math.prod(shape)
+    return counts
+
+
+def _part(path: ParamPath) -> str:
+    return next(part for part, names in _PARTS if set(names) & set(path))
+
+
+def _architecture(config: HymbaConfig) -> list[tuple[str, str]]:
+    attention, ssm = config.attention, config.ssm
+    return [
+        ("layers", f"{config.num_layers}: {config.layers}"),
+        ("hidden size", f"{config.hidden_size:,}, MLP {config.mlp_size:,}"),
+        (
+            "attention",
+            f"{attention.num_heads} heads on {attention.num_kv_heads}, keys of "
+            f"{config.head_dim}, values of {config.value_dim}, window {attention.window:,}",
+        ),
+        ("SSM", f"{config.channels:,} channels of {ssm.state_size} states"),
+        ("meta tokens", f"{config.num_meta_tokens}"),
+        ("vocabulary", f"{config.vocab_size:,}, {'' if config.tie_embeddings else 'not '}tied"),
+        ("positions", f"{config.max_positions:,}, rope {attention.rope_type}"),
+    ]
+
+
+def _by_dtype(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
+    """How many tensors there are of each dtype, and their bytes."""
+    counts: dict[str, tuple[int, int]] = {}
+    for info in tensors.values():
+        count, size = counts.get(info.dtype, (0, 0))
+        nbytes = info.nbytes if info.dtype in DTYPES else 0
+        counts[info.dtype] = (count + 1, size + nbytes)
+    return counts

@@ -1,0 +1,68 @@
+"""A checkpoint of ours, of a model alone or of a training run, to convert or to look at."""
+
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+from hymba_jax.convert.mapping import ConversionError, Piece, dotted, misfits, param_shapes, pieces
+from hymba_jax.convert.mapping import Path as ParamPath
+from hymba_jax.convert.params_stream import StoredParams
+from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.run_config import CONFIG_FILE, read_model
+from hymba_jax.training.checkpoint import params_path
+
+
+class OurCheckpoint:
+    """A checkpoint of ours to read from. No array is read before it is asked for.
+
+    Attributes:
+      directory: where it is.
+      config: the architecture.
+      compute: how the model computes.
+      stored: its parameters on the disk.
+
+    Raises:
+      HymbaError: there is no such checkpoint, or it cannot be read.
+    """
+
+    def __init__(self, directory: Path, step: int | None = None):
+        self.directory = directory
+        self.config, self.compute = read_model(directory / CONFIG_FILE)
+        self.stored = StoredParams(params_path(directory, step))
+
+    @cached_property
+    def shapes(self) -> dict[ParamPath, tuple[int, ...]]:
+        """Of every parameter that the config asks for, by path."""
+        return param_shapes(self.config, scan_layers=self.compute.scan_layers)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Dtype and shape of every stored array, by its dotted path."""
+        return self.stored.tensors
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """Of the parameters. Raises HymbaError if the released code has no such architecture."""
+        return pieces(self.shapes, self.config, scan_layers=self.compute.scan_layers)
+
+    def problems(self) -> list[str]:
+        """Every array that does not fit the config, in words, without reading any."""
+        return misfits(self.tensors, {dotted(path): shape for path, shape in self.shapes.items()})
+
+    def check(self) -> None:
+        """Raises ConversionError naming every array that cannot be converted."""
+        problems = self.problems()
+        if not problems:
+            dtypes = defaultdict(set)
+            for piece in self.pieces:
+                dtypes[piece.name].add(self.tensors[dotted(piece.path)].dtype)
+            problems = [
+                f"the parts of {name} have several dtypes, {', '.join(sorted(several))}"
+                for name, several in dtypes.items()
+                if len(several) > 1
+            ]
+        if problems:
+            raise ConversionError(
+                f"{self.stored.path}: parameters and {CONFIG_FILE} do not fit: "
+                + "; ".join(problems)
+            )

@@ -1,0 +1,140 @@
+"""A checkpoint of ours into a directory in released form."""
+
+import json
+import shutil
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from hymba_jax.convert.arrays import contiguous
+from hymba_jax.convert.mapping import dotted, released_shapes
+from hymba_jax.convert.our_checkpoint import OurCheckpoint
+from hymba_jax.convert.released_checkpoint import (
+    INDEX,
+    RELEASED_CONFIG,
+    WEIGHTS,
+    companion_files,
+    read_json,
+)
+from hymba_jax.convert.released_config import config_from_released, config_to_released, with_dtype
+from hymba_jax.convert.released_to_ours import COPIES_FILE
+from hymba_jax.convert.report import Report
+from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo, split_into_shards
+from hymba_jax.convert.writing import in_threads
+
+
+def write_released(
+    checkpoint: OurCheckpoint,
+    directory: Path,
+    dtype: str | None,
+    max_shard_bytes: int,
+    report: Report,
+) -> None:
+    """Writes the weights of a checked checkpoint, the files that come along and, last, config.json.
+
+    Args:
+      dtype: of every tensor; each keeps its own if absent.
+      max_shard_bytes: of tensors in one file.
+
+    Raises:
+      HymbaError: the parameters cannot be read.
+    """
+    copies = _copies(checkpoint)
+    tensors = _tensors(checkpoint, copies, dtype)
+    shards = name_shards(tensors, max_shard_bytes)
+    settings = _settings(checkpoint, tensors, dtype)
+    _write_weights(checkpoint, directory, copies, shards, report)
+    if len(shards) > 1:
+        (directory / INDEX).write_text(_index(shards))
+    for file in companion_files(checkpoint.directory):
+        shutil.copyfile(file, directory / file.name)
+    if settings is None:
+        shutil.copyfile(checkpoint.directory / RELEASED_CONFIG, directory / RELEASED_CONFIG)
+    else:
+        (directory / RELEASED_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def name_shards(tensors: dict[str, TensorInfo], max_bytes: int) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each file, named as transformers names them."""
+    shards = [*split_into_shards(tensors, max_bytes)]
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    stem, suffix = WEIGHTS.split(".")
+    return {
+        f"{stem}-{i:05}-of-{len(shards):05}.{suffix}": shard for i, shard in enumerate(shards, 1)
+    }
+
+
+def _copies(checkpoint: OurCheckpoint) -> dict[str, str]:
+    """Released tensors that equal another: name to name."""
+    file = checkpoint.directory / COPIES_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def _tensors(
+    checkpoint: OurCheckpoint, copies: dict[str, str], dtype: str | None
+) -> dict[str, TensorInfo]:
+    """What will be written, in the order of the table."""
+    stored = {
+        piece.name: checkpoint.tensors[dotted(piece.path)].dtype for piece in checkpoint.pieces
+    }
+    tensors = {
+        name: TensorInfo(dtype or stored[name], shape)
+        for name, shape in released_shapes(checkpoint.pieces).items()
+    }
+    return tensors | {copy: tensors[name] for copy, name in copies.items()}
+
+
+def _settings(
+    checkpoint: OurCheckpoint, tensors: dict[str, TensorInfo], dtype: str | None
+) -> dict[str, object] | None:
+    """What config.json will say; None where the one that was kept says it all."""
+    kept = checkpoint.directory / RELEASED_CONFIG
+    if not kept.is_file():
+        sizes: Counter[str] = Counter()
+        for info in tensors.values():
+            sizes[info.dtype] += info.nbytes
+        return with_dtype(config_to_released(checkpoint.config), sizes.most_common(1)[0][0])
+    settings = read_json(kept)
+    same = config_from_released(settings).resolved() == checkpoint.config.resolved()
+    if same and dtype is None:
+        return None
+    if not same:
+        settings |= config_to_released(checkpoint.config)
+    return settings if dtype is None else with_dtype(settings, dtype)
+
+
+def _write_weights(
+    checkpoint: OurCheckpoint,
+    directory: Path,
+    copies: dict[str, str],
+    shards: dict[str, dict[str, TensorInfo]],
+    report: Report,
+) -> None:
+    """Fills all files piece by piece, in the order in which the parameters are stored."""
+    by_path, names = defaultdict(list), defaultdict(list)
+    for piece in checkpoint.pieces:
+        by_path[dotted(piece.path)].append(piece)
+        names[piece.name] = [piece.name, *(c for c, name in copies.items() if name == piece.name)]
+    files: dict[str, TensorFileWriter] = {}
+    for file, tensors in shards.items():
+        files |= dict.fromkeys(tensors, TensorFileWriter(directory / file, tensors))
+
+    def convert(paths: list[str]) -> None:
+        for path, array in checkpoint.stored.read(paths).items():
+            for piece in by_path[path]:
+                part = array if piece.unit is None else array[piece.unit]
+                rows = contiguous(piece.layout.to_released(part))
+                rows = rows.astype(files[piece.name].tensors[piece.name].dtype, copy=False)
+                report.converted(piece.name, part, rows)
+                for name in names[piece.name]:
+                    files[name].write(name, piece.start, rows)
+
+    in_threads(convert, checkpoint.stored.batches())
+
+
+def _index(shards: dict[str, dict[str, TensorInfo]]) -> str:
+    """Which tensor is in which file, as transformers writes it."""
+    size = sum(info.nbytes for tensors in shards.values() for info in tensors.values())
+    places = {name: file for file, tensors in shards.items() for name in tensors}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2) + "\n"

@@ -1,0 +1,122 @@
+"""Parameters in Orbax's form, written and read a few arrays at a time."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hymba_jax.convert import mapping
+from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.convert.writing import in_threads
+from hymba_jax.convert.zarr_file import map_array, write_array
+from hymba_jax.training.checkpoint import one_line
+
+_BATCH = 128 * 10**6  # bytes; with much less, Orbax spends its time beginning to read
+_UNREADABLE = "not parameters that can be read"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An array that is made when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], np.ndarray]
+
+
+def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
+    """Writes parameters that Orbax restores as a tree, making a few at a time.
+
+    Raises:
+      HymbaError: they cannot be made or written.
+    """
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (Source, _SourceHandler())
+        ),
+        use_compression=False,
+        use_ocdbt=False,  # a file an array, as _SourceHandler writes
+    )
+    with one_line(path, "parameters cannot be written"), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(sources)))
+
+
+class _SourceHandler(ocp.type_handlers.NumpyHandler):
+    """Makes and writes arrays in several threads."""
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        for info in infos:
+            await info.await_path_creation()
+        in_threads(_write, values, infos)
+        return []
+
+
+def _write(source: Source, info: Any) -> None:
+    write_array(Path(info.parent_dir, info.name), source.make())
+
+
+class StoredParams:
+    """Parameters that Orbax wrote, or `write_params`, to read from.
+
+    Attributes:
+      path: the directory of its files.
+      tensors: dtype and shape of every array, by its dotted path.
+
+    Raises:
+      HymbaError: they cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        self._restoring = threading.Lock()
+        with one_line(path, _UNREADABLE):
+            tree = self._checkpointer.metadata(self.path).item_metadata.tree
+        self._keys = {mapping.dotted(key): key for key in flatten_dict(tree)}
+        self.tensors = {
+            mapping.dotted(key): TensorInfo(str(leaf.dtype), tuple(leaf.shape))
+            for key, leaf in flatten_dict(tree).items()
+        }
+
+    def batches(self) -> Iterator[list[str]]:
+        """The paths of all arrays, as many together as are best read at once."""
+        batch: list[str] = []
+        size = 0
+        for path, info in self.tensors.items():
+            if batch and size + info.nbytes > _BATCH:
+                yield batch
+                batch, size = [], 0
+            batch.append(path)
+            size += info.nbytes
+        yield batch
+
+    def read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Arrays by their dotted paths; from any thread.
+
+        Raises:
+          HymbaError: they cannot be read.
+        """
+        with one_line(self.path, _UNREADABLE):
+            mapped = {path: map_array(self.path / path, *self.tensors[path]) for path in paths}
+            arrays = {path: array for path, array in mapped.items() if array is not None}
+            others = [path for path in paths if path not in arrays]
+            return arrays | (self._restore(others) if others else {})
+
+    def _restore(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """By Orbax, which uses all processors itself."""
+        like = {self._keys[p]: jax.ShapeDtypeStruct(*reversed(self.tensors[p])) for p in paths}
+        restore = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in like}
+        args = ocp.args.PyTreeRestore(
+            item=unflatten_dict(like), restore_args=unflatten_dict(restore), partial_restore=True
+        )
+        with self._restoring:
+            arrays = flatten_dict(self._checkpointer.restore(self.path, args=args))
+        return {path: arrays[self._keys[path]] for path in paths}

@@ -1,0 +1,77 @@
+"""A released checkpoint into the directory of a model alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from hymba_jax.config import ComputeConfig, DType
+from hymba_jax.convert.arrays import contiguous
+from hymba_jax.convert.mapping import EMBEDDING, HEAD, Piece
+from hymba_jax.convert.mapping import Path as ParamPath
+from hymba_jax.convert.params_stream import Source, write_params
+from hymba_jax.convert.released_checkpoint import (
+    RELEASED_CONFIG,
+    ReleasedCheckpoint,
+    companion_files,
+)
+from hymba_jax.convert.released_config import with_dtype
+from hymba_jax.convert.report import Report
+from hymba_jax.run_config import CONFIG_FILE, model_toml
+from hymba_jax.training.checkpoint import PARAMS
+
+COPIES_FILE = "released_copies.json"
+"""Released tensors that are not kept since they equal another: name to name."""
+
+
+def write_ours(
+    checkpoint: ReleasedCheckpoint, directory: Path, dtype: str | None, report: Report
+) -> None:
+    """Writes config and parameters of a checked checkpoint, and what comes along, the config last.
+
+    Args:
+      dtype: of every parameter; each keeps its own if absent.
+
+    Raises:
+      HymbaError: the output projection is another than config.json says, or the parameters cannot
+        be written.
+    """
+    params = {piece.path: _source(checkpoint, piece, dtype, report) for piece in checkpoint.pieces}
+    write_params(directory / PARAMS, params)
+    for file in companion_files(checkpoint.directory):
+        shutil.copyfile(file, directory / file.name)
+    if checkpoint.has_tied_copy:
+        (directory / COPIES_FILE).write_text(json.dumps({HEAD: EMBEDDING}) + "\n")
+        report.display.say(f"{HEAD} equals {EMBEDDING}, one of them is kept")
+    if dtype is None:
+        shutil.copyfile(checkpoint.directory / RELEASED_CONFIG, directory / RELEASED_CONFIG)
+    else:
+        settings = with_dtype(checkpoint.settings, dtype)
+        (directory / RELEASED_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    toml = model_toml(checkpoint.config, _compute(checkpoint, params))
+    (directory / CONFIG_FILE).write_text(toml, encoding="utf-8")
+
+
+def _source(
+    checkpoint: ReleasedCheckpoint, piece: Piece, dtype: str | None, report: Report
+) -> Source:
+    dtype = dtype or checkpoint.tensors[piece.name].dtype
+
+    def make() -> np.ndarray:
+        rows = checkpoint.read(piece.name, (slice(piece.start, piece.stop),))
+        array = contiguous(piece.layout.to_ours(rows)).astype(dtype, copy=False)
+        report.converted(piece.name, rows, array)
+        return array
+
+    return Source(piece.shape, dtype, make)
+
+
+def _compute(checkpoint: ReleasedCheckpoint, params: dict[ParamPath, Source]) -> ComputeConfig:
+    """How the model computes unless told otherwise: in bfloat16 where that rounds no parameter."""
+    rounded = (path for path, p in checkpoint.bfloat16_params.items() if p.dtype == jnp.bfloat16)
+    dtype: DType = "float32"
+    if all(params[path].dtype == "bfloat16" for path in rounded):
+        dtype = "bfloat16"
+    return ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)

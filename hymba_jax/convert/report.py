@@ -1,0 +1,66 @@
+"""What a conversion tells: progress while it works, and at the end what a person should know."""
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hymba_jax.convert.arrays import count_not_finite
+from hymba_jax.training.display import Display, duration
+
+_SHOW_EVERY = 0.1  # seconds
+
+
+@dataclass
+class Report:
+    """What happens to the tensors of one conversion.
+
+    Attributes:
+      display: shows it.
+      total: bytes that there are to convert.
+    """
+
+    display: Display
+    total: int
+    done: int = 0
+    dtypes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    not_finite: Counter[str] = field(default_factory=Counter)
+    start: float = field(default_factory=time.perf_counter)
+    _shown: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def converted(self, name: str, before: np.ndarray, after: np.ndarray) -> None:
+        """Takes note of a piece of the released tensor `name`; from any thread."""
+        not_finite = count_not_finite(after)
+        with self._lock:
+            self.dtypes[str(before.dtype), str(after.dtype)] += after.size
+            if not_finite:
+                self.not_finite[name] += not_finite
+            self.done += before.nbytes
+            now = time.perf_counter()
+            if now - self._shown > _SHOW_EVERY:
+                self._shown = now
+                self._show(now - self.start)
+
+    def _show(self, seconds: float) -> None:
+        left = duration(seconds * (self.total / self.done - 1))
+        self.display.update(f"{in_gb(self.done)} of {in_gb(self.total)}, {left} left")
+
+    def finish(self) -> None:
+        """Says what a person should know of the result."""
+        seconds = time.perf_counter() - self.start
+        self.display.say(
+            f"{in_gb(self.done)} in {seconds:.1f} s, {in_gb(self.done / seconds)} a second"
+        )
+        for (before, after), count in self.dtypes.items():
+            change = before if before == after else f"from {before} to {after}, as asked for"
+            self.display.say(f"{count:,} numbers in {change}")
+        for name, count in self.not_finite.items():
+            self.display.say(f"warning: {name} has {count:,} numbers that are NaN or infinite")
+
+
+def in_gb(size: int | float) -> str:
+    """Bytes for people: 3.05 GB, or 12.3 MB where they are few."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,58 @@
+"""A run that starts from the parameters of another run or model."""
+
+import dataclasses
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import leaves
+from hymba_jax.model import Hymba, arrange_layers
+from hymba_jax.run_config import RunConfig, read_model_directory
+from hymba_jax.training.checkpoint import load_params
+from hymba_jax.training.state import Params, Template, TrainState, describe_model
+
+
+def check_start(config: RunConfig) -> None:
+    """Raises HymbaError if `config.init_from` holds no model, or one with other parameters."""
+    held = read_model_directory(config.init_from)[0].resolved()
+    wanted = config.model.resolved()
+    if held != wanted and _shapes(held) != _shapes(wanted):
+        before = dict(leaves(held, "model."))
+        changed = [
+            f"{name} is {before[name]!r} there, {value!r} here"
+            for name, value in leaves(wanted, "model.")
+            if value != before[name]
+        ]
+        raise HymbaError(
+            f"{config.init_from}: its parameters do not fit this model ({'; '.join(changed)})"
+        )
+
+
+def start_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, template: Template, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, with the parameters in `config.init_from`.
+
+    Raises:
+      HymbaError: they cannot be read.
+    """
+    scan_layers = read_model_directory(config.init_from)[1].scan_layers
+    compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
+    graph, held = describe_model(config.model, compute, mesh)
+    params = load_params(config.init_from, held)
+    if scan_layers != config.compute.scan_layers:
+        model = arrange_layers(nnx.merge(graph, params), scan_layers=config.compute.scan_layers)
+        params = nnx.to_pure_dict(nnx.state(model))
+    params = jax.device_put(params, template.shardings.params)
+    moments = jax.jit(optimizer.init, out_shardings=template.shardings.optimizer)(params)
+    return TrainState(params, moments)
+
+
+def _shapes(config: HymbaConfig) -> Params:
+    compute = ComputeConfig(scan_layers=False)
+    model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(model)))

@@ -1,0 +1,380 @@
+"""What cannot be converted: one clear line, and nothing is left behind."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from convert.released import convert, golden_weights, read_released, write_released
+from golden_cases import GOLDEN
+
+from hymba_jax import cli
+from hymba_jax.convert.mapping import EMBEDDING
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.loading import load_model
+from hymba_jax.training.checkpoint import silence_orbax
+
+silence_orbax()
+# Pytest makes errors of the warning that this ignores.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+ONE = "model-00001-of-00002.safetensors"
+TWO = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_released(tmp_path_factory.mktemp("whole") / "released")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The same in two files."""
+    directory = write_released(tmp_path_factory.mktemp("sharded") / "released")
+    (directory / WHOLE).unlink()
+    weights = sorted(golden_weights().items())
+    half = len(weights) // 2
+    places = {}
+    for file, part in ((ONE, weights[:half]), (TWO, weights[half:])):
+        safetensors.numpy.save_file(dict(part), directory / file, {"format": "pt"})
+        places |= dict.fromkeys(dict(part), file)
+    (directory / INDEX).write_text(json.dumps({"weight_map": places}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ours(whole, tmp_path_factory):
+    return convert(whole, tmp_path_factory.mktemp("ours") / "ours")
+
+
+def refusal(tmp_path, original, damage):
+    """The line that a damaged copy is refused with; nothing is written."""
+    source = shutil.copytree(original, tmp_path / "source")
+    damage(source)
+    with pytest.raises(HymbaError) as caught:
+        convert(source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(source) in message
+    return message
+
+
+def truncate(name, size):
+    return lambda directory: os.truncate(directory / name, size)
+
+
+def overwrite(name, content):
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+def remove(name):
+    return lambda directory: (directory / name).unlink()
+
+
+def edit_config(**changes):
+    def damage(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def edit_index(change):
+    def damage(directory):
+        index = json.loads((directory / INDEX).read_text())
+        change(index["weight_map"])
+        (directory / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def edit_weights(change):
+    def damage(directory):
+        weights = safetensors.numpy.load_file(directory / WHOLE)
+        change(weights)
+        safetensors.numpy.save_file(weights, directory / WHOLE)
+
+    return damage
+
+
+def header(entries, data=b""):
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate(WHOLE, 1_000_000), "truncated: it has 1,000,000 bytes, its header speaks of"),
+        (truncate(WHOLE, 100), "truncated, or no safetensors file: its header should have"),
+        (truncate(WHOLE, 5), "truncated, or no safetensors file"),
+        (overwrite(WHOLE, b""), "truncated, or no safetensors file"),
+        (overwrite(WHOLE, b"\xff" * 16), "its header should have 18,446,744,073,709,551,615 bytes"),
+        (overwrite(WHOLE, (3).to_bytes(8, "little") + b"{}}"), "its header is no JSON object"),
+        (overwrite(WHOLE, header([1])), "its header is no JSON object"),
+        (
+            overwrite(WHOLE, (60).to_bytes(8, "little") + b'{"a": {}, "a": {}}'.ljust(60)),
+            "a name stands in it twice",
+        ),
+        (overwrite(WHOLE, header({"a": 3})), "its header says nothing of a's place"),
+        (overwrite(WHOLE, header({"a": entry(shape=[-1])}, b"12345678")), "no dtype or no shape"),
+        (overwrite(WHOLE, header({"a": entry(shape=[3])}, b"12345678")), "has 8 bytes, not 12"),
+        (
+            overwrite(WHOLE, header({"a": entry(), "b": entry()}, b"12345678")),
+            "b does not begin where the last one ends",
+        ),
+        (overwrite(WHOLE, header({"a": entry()}, b"123456789")), "broken: it has"),
+        (remove(WHOLE), "no weights are here"),
+        (remove("config.json"), "no checkpoint is here"),
+        (overwrite("config.json", b"{"), "config.json: broken JSON"),
+        (overwrite("config.json", b"[]"), "config.json: not a JSON object"),
+        (edit_config(model_type="llama"), "model_type is 'llama', and only 'hymba' is supported"),
+        (edit_config(num_hidden_layers="ten"), "num_hidden_layers is 'ten', not a whole number"),
+        (edit_config(mamba_d_state=8), "mamba.A_log.0 has shape (96, 16), not (96, 8)"),
+        (edit_config(num_hidden_layers=9, kv_reuse_group=[[1, 2]]), "model.layers.9.mamba.D.0 is"),
+    ],
+)
+def test_one_file(whole, tmp_path, damage, message):
+    assert message in refusal(tmp_path, whole, damage)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove(TWO), f"{TWO} is missing"),
+        (truncate(TWO, 1000), "truncated"),
+        (
+            edit_index(lambda m: m.update({EMBEDDING: "gone.safetensors"})),
+            "gone.safetensors is mis",
+        ),
+        (
+            edit_index(lambda m: m.update({EMBEDDING: "../x.safetensors"})),
+            "'../x.safetensors' is no",
+        ),
+        (edit_index(lambda m: m.update({EMBEDDING: "/etc/passwd"})), "'/etc/passwd' is no file of"),
+        (edit_index(lambda m: m.update({EMBEDDING: TWO})), f"{EMBEDDING} is not in {TWO}"),
+        (edit_index(lambda m: m.pop(EMBEDDING)), f"{EMBEDDING} is in no place of the index"),
+        (edit_index(lambda m: m.update({"more": TWO})), f"more is not in {TWO}"),
+        (overwrite(INDEX, b'{"weight_map": 3}'), "has no weight_map from tensors to files"),
+        (
+            lambda directory: shutil.copyfile(directory / TWO, directory / ONE),
+            "is in 2 files",
+        ),
+    ],
+)
+def test_many_files(sharded, tmp_path, damage, message):
+    assert message in refusal(tmp_path, sharded, damage)
+
+
+def test_many_files_are_read(sharded, whole, tmp_path):
+    ours = convert(sharded, tmp_path / "ours")
+    back = read_released(convert(ours, tmp_path / "back"))
+    assert {name: a.tobytes() for name, a in back.items()} == {
+        name: a.tobytes() for name, a in read_released(whole).items()
+    }
+
+
+def test_every_problem_is_listed_at_once(whole, tmp_path):
+    def change(weights):
+        del weights["model.final_layernorm.weight"]
+        weights["model.layers.3.mamba.D.0"] = np.zeros(3, np.float32)
+        weights["model.layers.4.mamba.D.0"] = np.zeros(96, np.int64)
+        weights["lm_head.bias"] = np.zeros(3, np.float32)
+
+    message = refusal(tmp_path, whole, edit_weights(change))
+    for words in (
+        "model.final_layernorm.weight is missing",
+        "lm_head.bias is not part of this model",
+        "model.layers.3.mamba.D.0 has shape (3,), not (96,)",
+        "model.layers.4.mamba.D.0 has dtype I64, not bfloat16, float16 or float32",
+    ):
+        assert words in message
+
+
+def lose_an_array(directory):
+    (directory / "params" / "meta_tokens" / "0.0").unlink()
+
+
+def widen(directory):
+    path = directory / "config.toml"
+    path.write_text(path.read_text().replace("mlp_size = 48", "mlp_size = 50"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda directory: shutil.rmtree(directory / "params"), "no checkpoint; there is none"),
+        (lose_an_array, "not parameters that can be read"),
+        (truncate("params/embedding/0.0", 1000), "not parameters that can be read"),
+        (truncate("params/embedding/0.0", 10**6), "0.0 is longer than its header says"),
+        (remove("params/_METADATA"), "not parameters that can be read"),
+        (widen, "mlp.up_proj.kernel has shape (48, 48), not (48, 50); "),
+        (overwrite("config.toml", b"a = "), "not a TOML file"),
+    ],
+)
+def test_ours(ours, tmp_path, damage, message):
+    assert message in refusal(tmp_path, ours, damage)
+
+
+class TestTarget:
+    def test_an_existing_one_is_refused(self, whole, ours, tmp_path):
+        (tmp_path / "target").mkdir()
+        with pytest.raises(HymbaError, match="exists already, choose another target or --overwr"):
+            convert(whole, tmp_path / "target")
+
+    def test_a_checkpoint_is_overwritten_if_asked_for(self, whole, ours, tmp_path):
+        target = shutil.copytree(whole, tmp_path / "target")
+        convert(whole, target, overwrite=True)
+        assert load_model(target).embedding.shape == (89, 48)
+        assert not (target / WHOLE).exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+    def test_what_is_no_checkpoint_is_never_overwritten(self, whole, tmp_path):
+        (tmp_path / "letters").mkdir()
+        (tmp_path / "letters" / "dear.txt").write_text("dear")
+        with pytest.raises(HymbaError, match="is no model alone that could be overwritten"):
+            convert(whole, tmp_path / "letters", overwrite=True)
+        assert (tmp_path / "letters" / "dear.txt").exists()
+
+    @pytest.mark.parametrize("place", [".", "..", "../released"])
+    def test_the_source_is_never_overwritten(self, whole, place):
+        with pytest.raises(HymbaError, match="is or holds the source"):
+            convert(whole, whole / place, overwrite=True)
+        assert (whole / WHOLE).exists()
+
+    def test_a_failure_leaves_the_old_one(self, whole, ours, tmp_path, monkeypatch):
+        target = shutil.copytree(ours, tmp_path / "target")
+        (target / "mark").touch()
+        monkeypatch.setattr("hymba_jax.convert.released_to_ours.model_toml", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(whole, target, overwrite=True)
+        assert (target / "mark").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def interrupt(*_args, **_options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["report.Report.converted", "convert.Report.finish"])
+def test_interrupted_by_hand(place, whole, ours, tmp_path, monkeypatch):
+    """While tensors are written; and at the end, when everything is."""
+    monkeypatch.setattr(f"hymba_jax.convert.{place}", interrupt)
+    for source in (whole, ours):
+        with pytest.raises(SystemExit) as caught:
+            cli.convert([str(source), str(tmp_path / "target")])
+        assert caught.value.code == 130
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left == ([] if "converted" in place else ["target"])
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+
+
+def test_killed_at_the_last_moment(whole, tmp_path):
+    """The most that a kill can leave: everything is written, and nothing has its name yet."""
+    script = """
+import os, sys
+from hymba_jax import cli, files
+files._sync = lambda _: os.kill(os.getpid(), 9)
+cli.convert(sys.argv[1:])
+"""
+    target = tmp_path / "target"
+    command = [sys.executable, "-c", script, str(whole), str(target)]
+    result = subprocess.run(command, check=False, capture_output=True, timeout=300)
+    assert result.returncode == -signal.SIGKILL
+    assert not target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["target.partial"]
+    convert(whole, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+class TestNoSpace:
+    def test_it_is_seen_before_anything_is_written(self, whole, tmp_path, monkeypatch):
+        usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+        with pytest.raises(HymbaError, match=r"needs 1\.2 MB, the disk has 1\.0 MB free"):
+            convert(whole, tmp_path / "some" / "target")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("direction", ["released to ours", "ours to released"])
+    def test_it_is_one_line_while_writing(self, direction, whole, ours, tmp_path):
+        source = whole if direction == "released to ours" else ours
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                cli.convert([str(source), str(tmp_path / "target")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.code.startswith(f"error: {tmp_path}/target")
+        assert "File too large" in caught.value.code
+        assert "\n" not in caught.value.code
+        assert not list(tmp_path.iterdir())
+
+
+class TestVerify:
+    def expected(self, tmp_path, **changes):
+        arrays = dict(np.load(GOLDEN / "tiny-shared" / "golden.npz"))
+        arrays |= {name: change(arrays[name]) for name, change in changes.items()}
+        kept = {name: arrays[name] for name in ("input_ids", "logits") if arrays[name] is not None}
+        np.savez(tmp_path / "expected.npz", **kept)
+        return str(tmp_path / "expected.npz")
+
+    def test_beyond_the_tolerance_the_exit_status_is_1(self, whole, tmp_path, capsys):
+        verify = self.expected(tmp_path, logits=lambda logits: logits + 0.01)
+        command = [str(whole), str(tmp_path / "target"), "--verify", verify]
+        with pytest.raises(SystemExit) as caught:
+            cli.convert(command)
+        assert "was written, but its logits differ" in caught.value.code
+        assert ", more than the tolerance 0.0005" in caught.value.code
+        assert "max difference 0.01" in capsys.readouterr().out
+        cli.convert([*command, "--overwrite", "--tolerance", "0.02"])
+
+    def test_nan_never_passes(self, whole, tmp_path):
+        verify = self.expected(tmp_path, logits=lambda logits: logits * np.nan)
+        with pytest.raises(HymbaError, match=r"differ from those of .* by nan"):
+            convert(whole, tmp_path / "target", verify=verify)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"logits": lambda _: None}, "needs arrays input_ids and logits"),
+            ({"logits": lambda logits: logits[:, :-1]}, "logits have shape"),
+            ({"input_ids": lambda ids: ids + 89}, "outside the vocabulary of 89"),
+            ({"input_ids": lambda ids: ids / 2}, "not whole numbers"),
+        ],
+    )
+    def test_other_arrays_are_refused_before_anything_is_written(
+        self, whole, tmp_path, changes, message
+    ):
+        verify = self.expected(tmp_path, **changes)
+        with pytest.raises(HymbaError, match=message):
+            convert(whole, tmp_path / "target", verify=verify)
+        assert not (tmp_path / "target").exists()
+
+    def test_a_file_that_is_none(self, whole, tmp_path):
+        (tmp_path / "text.npz").write_text("text")
+        with pytest.raises(HymbaError, match=r"text\.npz: not a \.npz file"):
+            convert(whole, tmp_path / "target", verify=str(tmp_path / "text.npz"))
+
+
+def test_a_released_checkpoint_has_to_be_converted_to_be_loaded(whole):
+    with pytest.raises(HymbaError, match="convert the released checkpoint first, hymba convert"):
+        load_model(whole)
+
+
+def test_a_released_checkpoint_has_no_steps(whole, tmp_path):
+    with pytest.raises(HymbaError, match="has no steps"):
+        convert(whole, tmp_path / "target", step=3)

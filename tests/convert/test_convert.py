@@ -1,0 +1,297 @@
+"""Released weights in, ours back out: nothing lost, in values, bits, config and other files."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors
+from convert.released import (
+    COMPANIONS,
+    assert_same_bits,
+    convert,
+    golden_config,
+    golden_weights,
+    random_bits,
+    read_released,
+    write_released,
+)
+from flax import nnx
+from golden_cases import CASES, GOLDEN
+from inference.models import TINY, byte_tokenizer, make_model
+
+from hymba_jax.config import ComputeConfig
+from hymba_jax.convert.convert import parse_size
+from hymba_jax.convert.mapping import EMBEDDING, HEAD
+from hymba_jax.convert.released_config import config_from_released
+from hymba_jax.data import Tokenizer
+from hymba_jax.data.config import DataConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.loading import load_model
+from hymba_jax.inference.saving import save_model
+from hymba_jax.model import Hymba, arrange_layers
+from hymba_jax.run_config import RunConfig, read_model
+from hymba_jax.training.checkpoint import Checkpoints, LoopState, silence_orbax
+from hymba_jax.training.run_directory import write_run_directory
+from hymba_jax.training.state import TrainState
+
+silence_orbax()
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    directory = write_released(tmp_path_factory.mktemp("golden") / "released")
+    for name, content in COMPANIONS.items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ours(released, tmp_path_factory):
+    return convert(released, tmp_path_factory.mktemp("converted") / "ours")
+
+
+def files(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def params(model):
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_logits_in_both_directions(case, tmp_path, capsys):
+    released = write_released(tmp_path / "released", case=case)
+    verify = str(GOLDEN / case / "golden.npz")
+    ours = convert(released, tmp_path / "ours", verify=verify)
+    back = convert(ours, tmp_path / "back", verify=verify)
+    reports = [line for line in capsys.readouterr().out.splitlines() if "logits: max" in line]
+    assert len(reports) == 2
+    assert all("top-1 agreement 100.00%" in line for line in reports)
+    assert_same_bits(read_released(back), golden_weights(case))
+    assert (back / "config.json").read_bytes() == (released / "config.json").read_bytes()
+
+
+def test_everything_else_comes_back_byte_for_byte(released, ours, tmp_path):
+    back = files(convert(ours, tmp_path / "back"))
+    before = files(released)
+    assert back.keys() == before.keys()
+    for name in before.keys() - {"model.safetensors"}:
+        assert back[name] == before[name]
+
+
+def test_the_directory_is_one_of_a_model_alone(ours):
+    assert {path.name for path in ours.iterdir()} == {
+        *("config.toml", "params", "config.json"),
+        *COMPANIONS,
+    }
+    config, compute = read_model(ours / "config.toml")
+    assert config == config_from_released(golden_config())
+    assert compute == ComputeConfig(scan_layers=False)
+    expected = golden_weights()
+    model = load_model(ours)
+    np.testing.assert_array_equal(model.embedding[...], expected[EMBEDDING])
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {"": "bfloat16"},
+        {"": "float16"},
+        {"": "float32"},
+        {"": "bfloat16", "A_log": "float32", "norm": "float16", "layers.3": "float32"},
+    ],
+    ids=lambda dtypes: "-".join(dtypes.values()),
+)
+def test_any_bits_survive_in_any_dtype(dtypes, tmp_path, capsys):
+    weights = random_bits(golden_weights(), dtypes)
+    released = write_released(tmp_path / "released", weights)
+    ours = convert(released, tmp_path / "ours")
+    assert f"warning: {EMBEDDING} has" in capsys.readouterr().out
+    back = convert(ours, tmp_path / "back")
+    assert f"warning: {EMBEDDING} has" in capsys.readouterr().out
+    assert_same_bits(read_released(back), weights)
+
+
+def test_orbax_restores_what_was_written_by_itself(ours):
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((ours / "params").absolute())
+    np.testing.assert_array_equal(tree["embedding"], golden_weights()[EMBEDDING])
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ({"": "bfloat16"}, "bfloat16"),
+        ({"": "bfloat16", "A_log": "float32"}, "bfloat16"),
+        ({"": "bfloat16", "up_proj": "float32"}, "float32"),
+        ({"": "float16"}, "float32"),
+    ],
+)
+def test_the_model_computes_in_a_dtype_that_loses_nothing(dtypes, expected, tmp_path):
+    weights = random_bits(golden_weights(), dtypes)
+    ours = convert(write_released(tmp_path / "released", weights), tmp_path / "ours")
+    compute = read_model(ours / "config.toml")[1]
+    assert (compute.dtype, compute.param_dtype) == (expected, expected)
+    loaded = load_model(ours, dtype=expected).embedding[...]
+    assert loaded.dtype == expected
+    np.testing.assert_array_equal(
+        loaded.astype("float32"),
+        weights[EMBEDDING].astype("float32"),  # NaN equals NaN in these
+    )
+
+
+def test_numbers_that_are_not_finite_are_counted(tmp_path, capsys):
+    weights = golden_weights()
+    weights["model.layers.2.mamba.D.0"][:3] = np.nan, np.inf, -np.inf
+    convert(write_released(tmp_path / "released", weights), tmp_path / "ours")
+    out = capsys.readouterr().out
+    assert "warning: model.layers.2.mamba.D.0 has 3 numbers that are NaN or infinite" in out
+    assert out.count("warning") == 1
+
+
+def test_a_dtype_changes_when_asked_for_and_is_reported(released, tmp_path, capsys):
+    ours = convert(released, tmp_path / "ours", dtype="bfloat16")
+    assert "numbers in from float32 to bfloat16, as asked for" in capsys.readouterr().out
+    expected = {name: a.astype("bfloat16") for name, a in golden_weights().items()}
+    back = convert(ours, tmp_path / "back")
+    assert_same_bits(read_released(back), expected)
+    assert json.loads((back / "config.json").read_text()) == {
+        **golden_config(),
+        "torch_dtype": "bfloat16",
+    }
+    wide = convert(ours, tmp_path / "wide", dtype="float32")
+    assert_same_bits(
+        read_released(wide), {name: a.astype("float32") for name, a in expected.items()}
+    )
+    assert json.loads((wide / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+class TestTiedHead:
+    def test_an_equal_copy_is_kept_once_and_comes_back(self, tmp_path, capsys):
+        weights = golden_weights()
+        weights[HEAD] = weights[EMBEDDING].copy()
+        weights[EMBEDDING][0, 0] = weights[HEAD][0, 0] = np.nan
+        ours = convert(write_released(tmp_path / "released", weights), tmp_path / "ours")
+        assert f"{HEAD} equals {EMBEDDING}" in capsys.readouterr().out
+        assert_same_bits(read_released(convert(ours, tmp_path / "back")), weights)
+
+    def test_a_different_one_is_refused_with_advice(self, tmp_path):
+        weights = golden_weights()
+        weights[HEAD] = weights[EMBEDDING].copy()
+        weights[HEAD][-1, -1] += 1
+        released = write_released(tmp_path / "released", weights)
+        with pytest.raises(HymbaError, match=r"differs from .*set tie_word_embeddings to false"):
+            convert(released, tmp_path / "ours")
+        assert [path.name for path in tmp_path.iterdir()] == ["released"]
+
+    def test_untied_it_is_a_tensor_of_its_own(self, tmp_path):
+        weights = golden_weights()
+        weights[HEAD] = 2 * weights[EMBEDDING]
+        released = write_released(tmp_path / "released", weights, tie_word_embeddings=False)
+        ours = convert(released, tmp_path / "ours")
+        np.testing.assert_array_equal(load_model(ours).lm_head.kernel[...], weights[HEAD].T)
+        assert_same_bits(read_released(convert(ours, tmp_path / "back")), weights)
+
+    def test_untied_and_absent_it_is_missing(self, tmp_path):
+        released = write_released(tmp_path / "released", tie_word_embeddings=False)
+        with pytest.raises(HymbaError, match=f"{HEAD} is missing"):
+            convert(released, tmp_path / "ours")
+
+
+class TestShards:
+    def test_files_are_small_named_and_indexed_as_transformers_does(self, ours, tmp_path):
+        back = convert(ours, tmp_path / "back", max_shard_size="100KB")
+        index = json.loads((back / "model.safetensors.index.json").read_text())
+        names = sorted(path.name for path in back.glob("*.safetensors"))
+        count = len(names)
+        assert count > 3
+        assert names == [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        weights = golden_weights()
+        assert index["metadata"]["total_size"] == sum(a.nbytes for a in weights.values())
+        for name in names:
+            with safetensors.safe_open(back / name, "np") as file:
+                assert file.metadata() == {"format": "pt"}
+                held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            size = sum(array.nbytes for array in held.values())
+            assert size <= 100_000 or len(held) == 1
+            assert {key for key, file in index["weight_map"].items() if file == name} == {*held}
+        assert_same_bits(read_released(back), weights)
+        again = convert(back, tmp_path / "again")
+        assert_same_bits(read_released(convert(again, tmp_path / "whole")), weights)
+
+    @pytest.mark.parametrize(
+        ("text", "size"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("1.5 mb", 1500000), ("7", 7)]
+    )
+    def test_sizes(self, text, size):
+        assert parse_size(text) == size
+
+    @pytest.mark.parametrize("text", ["", "big", "0", "-1GB", "5TB"])
+    def test_what_is_no_size(self, text, ours, tmp_path):
+        with pytest.raises(HymbaError, match="not a size such as"):
+            convert(ours, tmp_path / "back", max_shard_size=text)
+
+
+OURS = dataclasses.replace(TINY, layers="G 2*Ww G")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return arrange_layers(make_model(OURS), scan_layers=True)
+
+
+class TestModelsTrainedHere:
+    """Ours to released and back; their layers are stacked."""
+
+    def test_a_model_alone(self, model, tmp_path):
+        save_model(tmp_path / "mine", model, byte_tokenizer())
+        released = convert(tmp_path / "mine", tmp_path / "released")
+        config = json.loads((released / "config.json").read_text())
+        assert config_from_released(config).resolved() == OURS.resolved()
+        assert (config["model_type"], config["torch_dtype"]) == ("hymba", "float32")
+        again = convert(released, tmp_path / "again")
+        expected = params(arrange_layers(model, scan_layers=False))
+        held = params(load_model(again))
+        assert held.keys() == expected.keys()
+        for path, array in expected.items():
+            np.testing.assert_array_equal(held[path], array)
+        assert Tokenizer.load(again).model.to_str() == byte_tokenizer().model.to_str()
+
+    def test_a_run_at_any_step(self, model, tmp_path):
+        data = DataConfig(tokenizer="bytes", sequence_length=24)
+        run = RunConfig(output=str(tmp_path / "run"), model=OURS, data=data)
+        write_run_directory(run, byte_tokenizer())
+        tree = nnx.to_pure_dict(nnx.state(model))
+        with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+            for step in (1, 2):
+                scaled = jax.tree.map(lambda a, k=step: k * a, tree)
+                state = TrainState(scaled, {"count": jnp.int32(step)})
+                checkpoints.save(state, LoopState(step, {}, ""))
+        newest = read_released(convert(tmp_path / "run", tmp_path / "newest"))
+        older = read_released(convert(tmp_path / "run", tmp_path / "older", step=1))
+        np.testing.assert_array_equal(newest[EMBEDDING], 2 * older[EMBEDDING])
+        kernel = model.segments[1].units.blocks[0].mlp.up_proj.kernel[...]
+        for unit, layer in enumerate((1, 3)):
+            name = f"model.layers.{layer}.moe.experts.0.up_proj.weight"
+            np.testing.assert_array_equal(older[name], kernel[unit].T)
+
+    def test_what_config_toml_changes_is_in_config_json(self, ours, tmp_path):
+        edited = shutil.copytree(ours, tmp_path / "edited")
+        toml = (edited / "config.toml").read_text()
+        (edited / "config.toml").write_text(toml.replace("window = 6", "window = 7"))
+        settings = json.loads((convert(edited, tmp_path / "back") / "config.json").read_text())
+        assert settings["sliding_window"] == 7
+        assert golden_config()["sliding_window"] == 6
+        assert settings.keys() >= golden_config().keys()
+        assert settings["router_aux_loss_coef"] == golden_config()["router_aux_loss_coef"]
+
+    def test_an_architecture_that_was_never_released(self, tmp_path):
+        config = dataclasses.replace(TINY, layers="G M")
+        model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
+        save_model(tmp_path / "mine", model, byte_tokenizer())
+        with pytest.raises(HymbaError, match="the released code has only hybrid layers"):
+            convert(tmp_path / "mine", tmp_path / "released")
