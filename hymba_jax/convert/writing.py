@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-_THREADS = min(4, os.cpu_count() or 1)  # each holds an array or two
+_THREADS = 8  # each holds an array or two, and most wait for the disk
 
 
 def in_threads[*T](call: Callable[[*T], None], *items: Iterable[object]) -> None:
@@ -25,12 +25,15 @@ def in_threads[*T](call: Callable[[*T], None], *items: Iterable[object]) -> None
 
 
 def write_bytes(file: io.FileIO, array: np.ndarray) -> None:
-    """Writes a contiguous array where the file stands, and has the disk begin with it."""
+    """Writes a contiguous array where the file stands, and waits until the disk has it.
+
+    The kernel is to keep no copy: else a checkpoint would fill the memory, which takes longer than
+    the disk where a virtual machine's host has to provide it first.
+    """
     assert array.flags.c_contiguous
     start, data = file.tell(), memoryview(array.reshape(-1).view(np.uint8))
     while data:
         data = data[file.write(data) :]
-    # The kernel itself would wait until much has gathered, or until the end. Of what this call is
-    # named for, leaving memory, nothing happens to pages that the disk does not have yet.
+    os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), start, array.nbytes, os.POSIX_FADV_DONTNEED)
