@@ -120,7 +120,7 @@ def inspect(args: Sequence[str], prog: str) -> None:
 
 @contextmanager
 def _checkpoints() -> Iterator[None]:
-    """What all commands that read checkpoints and run no model share."""
+    """What all commands that read checkpoints share."""
     with _one_line_errors():
         try:
             prepare_host()
@@ -135,17 +135,11 @@ def _checkpoints() -> Iterator[None]:
 @contextmanager
 def _inference() -> Iterator[None]:
     """What all commands that run a model share."""
-    with _one_line_errors():
-        try:
-            prepare_host()
-            from hymba_jax.inference.warmup import use_compilation_cache
-            from hymba_jax.training.checkpoint import silence_orbax
+    with _checkpoints():
+        from hymba_jax.inference.warmup import use_compilation_cache
 
-            silence_orbax()
-            use_compilation_cache()
-            yield
-        except KeyboardInterrupt:
-            sys.exit(130)
+        use_compilation_cache()
+        yield
 
 
 @contextmanager
