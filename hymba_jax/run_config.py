@@ -32,6 +32,7 @@ from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import describe, fits
+from hymba_jax.parallel import ParallelConfig
 from hymba_jax.training.config import TrainingConfig
 
 CONFIG_FILE = "config.toml"  # inside a run directory
@@ -57,6 +58,7 @@ class RunConfig:
     init_from: str = ""
     model: HymbaConfig = field(default_factory=HymbaConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

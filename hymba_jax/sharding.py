@@ -1,55 +1,192 @@
 """The one table from logical axes to the axes of a device mesh.
 
-Models name logical axes (the metadata `axes` of each parameter) and nothing else. The mesh has one
-axis, `data`: batches are split over it, and so is every parameter with its optimizer state, along
-`hidden` (fully sharded data parallelism, arXiv 2004.13336). An array whose axis the mesh does not
-divide is replicated.
+Models name logical axes and nothing else: those of a parameter in its metadata `axes`, those of
+activations in `constrain`. One rule holds for all arrays: an axis that the mesh does not divide
+stays whole, on every device. Heads are counted in key/value heads, so that a device has whole
+groups of them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.lax import with_sharding_constraint
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
-MESH_AXES: dict[str, str] = {"batch": "data", "hidden": "data"}
+from hymba_jax.config import HymbaConfig
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.types import Array
+
+type AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or what is known of one that programs are lowered for from elsewhere."""
+
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "hidden": ("fsdp",),  # of parameters as they are kept; see `gather`
+    "vocab": ("tensor",),
+    "mlp": ("tensor",),
+    "channels": ("tensor",),
+    "heads": ("tensor",),
+}
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of these devices, or of all there are."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, parallel: ParallelConfig | None = None
+) -> Mesh:
+    """A mesh of these devices, or of all there are, in an order that suits how they are linked.
+
+    Raises:
+      HymbaError: so many devices cannot be arranged so.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = (parallel or ParallelConfig()).sizes(len(devices))
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def split_over(axis: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
+    """The mesh axes that a logical axis of this size is split over: all of the table's, or none."""
+    names = tuple(name for name in MESH_AXES[axis] if name in mesh.shape)
+    return () if size % _product(names, mesh) else names
+
+
+def partition(axes: Sequence[str | None], sizes: Mapping[str, int], mesh: AnyMesh) -> PartitionSpec:
+    """How an array with these logical axes lies on a mesh; an axis without a size is whole."""
+
+    def names(axis: str | None) -> tuple[str, ...] | None:
+        if axis is None or axis not in sizes:
+            return None
+        return split_over(axis, sizes[axis], mesh) or None
+
+    return PartitionSpec(*map(names, axes))
+
+
+def axis_sizes(config: HymbaConfig) -> dict[str, int]:
+    """What the mesh has to divide, to split a model's parameters along each logical axis."""
+    widths = [config.mixer_channels(spec) for spec in config.layer_specs]
+    return {
+        "hidden": config.hidden_size,
+        "vocab": config.vocab_size,
+        "mlp": config.mlp_size,
+        "channels": math.gcd(config.channels, *widths),
+        "heads": config.attention.num_kv_heads,
+    }
+
+
+def describe_split(config: HymbaConfig, mesh: AnyMesh) -> str:
+    """What a mesh splits and what it leaves whole, in words."""
+    split, whole = [f"batch in {batch_parts(mesh)}"], []
+    for axis, size in axis_sizes(config).items():
+        parts = _product(MESH_AXES[axis], mesh)
+        if not split_over(axis, size, mesh):
+            count = f"{size} key/value heads" if axis == "heads" else f"{axis} {size}"
+            whole.append(f"{count} by {parts}")
+        elif parts > 1:
+            split.append(f"{axis} in {parts}")
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    rest = f"; whole on each, as they cannot be divided: {', '.join(whole)}" if whole else ""
+    return f"{mesh.size} devices, {sizes}; parts: {', '.join(split)}{rest}"
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Rows of a batch spread over the devices."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def batch_parts(mesh: AnyMesh) -> int:
+    """How many parts of equal size a batch has to have."""
+    return _product(MESH_AXES["batch"], mesh)
+
+
+def state_shardings(state: Any, config: HymbaConfig, mesh: AnyMesh) -> Any:
     """A sharding for each parameter, or each optimizer moment, of a tree of them.
 
     Args:
       state: any tree; NNX variables are placed by their `axes`, all else is replicated.
+      config: of the model that they belong to.
     """
+    sizes = axis_sizes(config)
 
     def place(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nnx.Variable):
             return replicated(mesh)
         axes = leaf.get_metadata("axes")
-        shape = leaf.get_raw_value().shape
-        stacked = len(shape) - len(axes)  # stacked layers stand in front
-        names = [None] * stacked + [MESH_AXES.get(axis) for axis in axes]
-        fits = [
-            name if name and size % mesh.shape[name] == 0 else None
-            for name, size in zip(names, shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        stacked = len(leaf.get_raw_value().shape) - len(axes)  # stacked layers stand in front
+        return NamedSharding(mesh, partition([*[None] * stacked, *axes], sizes, mesh))
 
     return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def is_partitioned() -> bool:
+    """Whether XLA will split the program over the mesh in context (`jax.set_mesh`).
+
+    Inside `jax.shard_map` over all of its axes it will not: each device has a program of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """The same array, split over the mesh in context along these logical axes and no others."""
+    if not is_partitioned():
+        return x
+    sizes = {axis: size for axis, size in zip(axes, x.shape, strict=True) if axis}
+    return with_sharding_constraint(x, partition(axes, sizes, jax.sharding.get_abstract_mesh()))
+
+
+def in_use(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Array:
+    """A parameter as layers compute with it: in their dtype, and whole along `hidden`."""
+    value = param[...] if dtype is None else param[...].astype(dtype)
+    return _in_use(value, param.get_metadata("axes"))
+
+
+def gather(value: Array, axes: tuple[str, ...]) -> Array:
+    """A parameter with these logical axes, its parts along `hidden` put together.
+
+    This is for just before it is used: a device holds whole no more than it works on.
+    """
+    return _constrain_hidden(value, axes, is_split=False)
+
+
+def scatter(gradient: Array, axes: tuple[str, ...]) -> Array:
+    """The gradient of what was gathered, of which each device sums no more than its part."""
+    return _constrain_hidden(gradient, axes, is_split=True)
+
+
+def _constrain_hidden(value: Array, axes: tuple[str, ...], *, is_split: bool) -> Array:
+    if not is_partitioned() or "hidden" not in axes:
+        return value
+    i, mesh = axes.index("hidden"), jax.sharding.get_abstract_mesh()
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * len(axes)
+    spec[i] = split_over("hidden", value.shape[i], mesh) or None if is_split else None
+    return with_sharding_constraint(value, PartitionSpec(*spec))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _in_use(value: Array, axes: tuple[str, ...]) -> Array:
+    return gather(value, axes)
+
+
+def _in_use_forward(value: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
+    return gather(value, axes), None
+
+
+def _in_use_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
+    return (scatter(gradient, axes),)
+
+
+_in_use.defvjp(_in_use_forward, _in_use_backward)
+
+
+def _product(names: Sequence[str], mesh: AnyMesh) -> int:
+    return math.prod(mesh.shape[name] for name in names)

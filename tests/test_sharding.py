@@ -1,83 +1,168 @@
-"""Training on 8 devices equals training on one, in losses and in parameters."""
+"""Training on 8 devices equals training on one, however they share the work."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sharded_step import CASES, LENGTH, META_TOKENS, ODD, SNAPSHOTS, STACKED, ShardedStep
 
-from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
-from hymba_jax.sharding import batch_sharding, make_mesh, state_shardings
-from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
-from hymba_jax.training.step import make_train_step
-
-CONFIG = HymbaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    mlp_size=48,
-    layers="G 2*Ww",
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=8, rope_type="default"),
-    num_meta_tokens=3,
-)
-TRAINING = TrainingConfig(steps=3, batch_size=8, warmup_fraction=0.0, decay_fraction=0.0)
-
-
-def train(devices):
-    mesh = make_mesh(devices)
-    with jax.set_mesh(mesh):
-        return train_on(mesh)
-
-
-def train_on(mesh):
-    optimizer = make_optimizer(TRAINING)
-    template = make_template(CONFIG, ComputeConfig(), optimizer, mesh)
-    state = init_state(CONFIG, ComputeConfig(), optimizer, template, seed=0)
-    step = jax.jit(
-        make_train_step(template.graph, optimizer, micro_batch_size=8),
-        out_shardings=(template.shardings, None),
-    )
-    rng = np.random.default_rng(0)
-    losses = []
-    for _ in range(TRAINING.steps):
-        tokens = rng.integers(3, 61, (8, 25))
-        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
-        losses.append(metrics.loss)
-    return losses, state.params
+from hymba_jax.config import PRESETS
+from hymba_jax.errors import HymbaError
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import constrain, describe_split, make_mesh, state_shardings
 
 
 @pytest.fixture(scope="module")
 def on_one():
-    return train(jax.devices()[:1])
+    """Of each model, the state before the first step, and what training gives on one device."""
+
+    @functools.cache
+    def run(config):
+        step = ShardedStep(config, jax.devices()[:1])
+        start = jax.device_get(step.draw())
+        return start, step.run(start)
+
+    return run
+
+
+@pytest.fixture(scope="module", params=CASES)
+def step(request):
+    config, parallel = CASES[request.param]
+    step = ShardedStep(config, jax.devices()[:8], parallel)
+    step.snapshot = SNAPSHOTS / f"{request.param}.txt"
+    return step
 
 
 @pytest.fixture(scope="module")
-def on_eight():
-    return train(jax.devices()[:8])
+def results(step, on_one):
+    start, expected = on_one(step.config)
+    return step.run(start), expected
 
 
-def test_losses_agree(on_one, on_eight):
-    np.testing.assert_allclose(on_eight[0], on_one[0], rtol=1e-5)
+def test_losses_agree(results):
+    ours, expected = results
+    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
 
 
-def test_parameters_agree(on_one, on_eight):
+def test_gradients_agree(results):
+    """Of the first step, a tenth of which the optimizer then has as its mean."""
+    ours, expected = (jax.tree.leaves_with_path(means) for _, means, _ in results)
+    for (path, gradient), (_, wanted) in zip(ours, expected, strict=True):
+        largest = np.abs(wanted).max()
+        assert largest > 0, path
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 * largest, err_msg=str(path))
+
+
+def test_parameters_agree(results):
     """Adam divides by the gradient's size, so rounding of a tiny gradient can move a parameter by
     a part of the learning rate of 3e-3; a wrong gradient moves most of them by all of it."""
-    one, eight = (jax.tree.leaves(params) for _, params in (on_one, on_eight))
-    for ours, theirs in zip(eight, one, strict=True):
-        difference = np.abs(np.asarray(ours) - np.asarray(theirs))
+    ours, expected = (jax.tree.leaves(params) for _, _, params in results)
+    for parameter, wanted in zip(ours, expected, strict=True):
+        difference = np.abs(np.asarray(parameter) - np.asarray(wanted))
         assert difference.mean() < 1e-5
         assert difference.max() < 3e-3
 
 
-def test_each_device_holds_its_part(on_eight):
-    kernel = on_eight[1]["segments"][1]["units"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
-    assert kernel.shape == (2, 32, 48)
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 4, 48)}
+def test_each_device_draws_and_keeps_its_part(on_one):
+    step = ShardedStep(ODD, jax.devices()[:8], CASES["2x2x2-odd"][1])
+    drawn = step.draw()
+    expected, _ = on_one(ODD)
+    for array, whole in zip(*map(jax.tree.leaves, (drawn, expected)), strict=True):
+        np.testing.assert_allclose(array, whole, rtol=1e-6)
+    assert jax.tree.map(lambda array: array.sharding, drawn) == step.template.shardings
+    kernel = drawn.params["segments"][0]["units"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
+    parts = {shard.data.shape for shard in kernel.addressable_shards}
+    assert parts == {(STACKED, ODD.hidden_size // 2, ODD.mlp_size // 2)}
 
 
-def test_what_the_mesh_does_not_divide_is_replicated():
-    params = {"odd": nnx.Param(np.zeros((12, 7)), axes=("hidden", "mlp")), "count": np.zeros(3)}
-    placed = state_shardings(params, make_mesh(jax.devices()[:8]))
-    assert all(sharding.is_fully_replicated for sharding in placed.values())
+def gathered(step):
+    """The numbers, not tokens, that are put together from parts on several devices."""
+    collectives = [c for c in step.collectives() if c.kind == "all-gather"]
+    return [c for c in collectives if c.dtype == "f32"]
+
+
+def test_no_activations_are_gathered_over_the_batch(step):
+    for collective in gathered(step):
+        activations = {LENGTH, LENGTH + META_TOKENS} & {*collective.shape}
+        assert not (activations and collective.over != "tensor"), collective
+
+
+def test_no_stack_of_layers_is_gathered_at_once(step):
+    assert not [c for c in gathered(step) if STACKED in c.shape]
+
+
+def test_the_program_is_the_one_that_was_looked_at(step):
+    """If it is another and better one: python tests/sharded_step.py"""
+    assert step.describe() == step.snapshot.read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ParallelConfig(), (1, 8, 1)),
+        (ParallelConfig(tensor=2), (1, 4, 2)),
+        (ParallelConfig(data=-1, fsdp=2), (4, 2, 1)),
+        (ParallelConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+    ],
+)
+def test_meshes(config, expected):
+    mesh = make_mesh(jax.devices()[:8], config)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_sizes == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 0}, "parallel config: data is 0, neither at least 1 nor -1 for the rest"),
+        ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
+        ({"data": -1}, "parallel config: data and fsdp are -1, which only one can be"),
+        ({"fsdp": 3}, "data 1 x fsdp 3 x tensor 1 is not the number of devices, 8"),
+        ({"tensor": 3}, "data 1 x tensor 3 times a whole number is not the number of devices, 8"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, message):
+    with pytest.raises(HymbaError, match=message):
+        make_mesh(jax.devices()[:8], ParallelConfig(**sizes))
+
+
+def test_what_the_mesh_does_not_divide_is_whole():
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=4, tensor=2))
+    params = {
+        "odd": nnx.Param(np.zeros((61, 40)), axes=("vocab", "hidden")),
+        "heads": nnx.Param(np.zeros((40, 20)), axes=("hidden", "heads")),
+        "stacked": nnx.Param(np.zeros((3, 40, 48)), axes=("hidden", "mlp")),
+        "count": np.zeros(3),
+    }
+    specs = {name: s.spec for name, s in state_shardings(params, ODD, mesh).items()}
+    assert specs == {
+        "odd": jax.P(None, "fsdp"),
+        "heads": jax.P("fsdp", None),
+        "stacked": jax.P(None, "fsdp", "tensor"),
+        "count": jax.P(),
+    }
+
+
+def test_the_split_in_words():
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=2, tensor=2))
+    assert describe_split(PRESETS["hymba-1.5b"], mesh) == (
+        "8 devices, data 2 x fsdp 2 x tensor 2; parts: batch in 4, hidden in 2, mlp in 2, "
+        "channels in 2; whole on each, as they cannot be divided: vocab 32001 by 2, "
+        "5 key/value heads by 2"
+    )
+    assert describe_split(PRESETS["hymba-125m"], make_mesh(jax.devices()[:8])) == (
+        "8 devices, data 1 x fsdp 8 x tensor 1; parts: batch in 8, hidden in 8"
+    )
+
+
+def test_activations_are_split_as_told():
+    x = jnp.ones((8, 3, 6))
+    assert constrain(x, "batch", None, "mlp") is x
+    with jax.set_mesh(make_mesh(jax.devices()[:8], ParallelConfig(fsdp=4, tensor=2))):
+        split = jax.jit(lambda x: constrain(x, "batch", None, "mlp"))(x)
+        odd = jax.jit(lambda x: constrain(x[:7], "batch", None, "mlp"))(x)
+    assert split.sharding.shard_shape(split.shape) == (2, 3, 3)
+    assert odd.sharding.shard_shape(odd.shape) == (7, 3, 3)

@@ -11,6 +11,7 @@ from hymba_jax.model.cache import KeyValue, LayerPast
 from hymba_jax.model.layers import rms_norm
 from hymba_jax.model.mixer import Context, LayerOutput, make_mixer
 from hymba_jax.model.mlp import MLP
+from hymba_jax.sharding import constrain
 from hymba_jax.types import Array, Float, Key
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -38,8 +39,9 @@ class Block(nnx.Module):
         past: LayerPast,
     ) -> LayerOutput:
         mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, kv, past)
-        x = x + mixed
-        return LayerOutput(x + self.mlp(self.mlp_norm(x)), kv, ssm)
+        x = constrain(x + mixed, "batch", None, None)
+        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
+        return LayerOutput(x, kv, ssm)
 
 
 class Unit(nnx.Module):

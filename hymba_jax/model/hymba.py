@@ -16,6 +16,7 @@ from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
 from hymba_jax.model.mixer import Context
 from hymba_jax.model.rope import make_rope
 from hymba_jax.ops.matmul import matmul, matmul_transposed
+from hymba_jax.sharding import constrain, in_use
 from hymba_jax.types import Array, Float, Int
 
 
@@ -71,6 +72,7 @@ class Hymba(nnx.Module):
         self, tokens: Int[Array, "batch length"], *, keep_all: bool
     ) -> list[Float[Array, "batch positions hidden"]]:
         x = jnp.concatenate((self.embed_meta(tokens.shape[0]), self.embed(tokens)), axis=1)
+        x = constrain(x, "batch", None, None)
         context = Context(make_rope(self.config, jnp.arange(x.shape[1])[None], x.shape[1]))
         states = [x]
         for segment in self.segments:
@@ -134,21 +136,26 @@ class Hymba(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """The tokens' embeddings, in the compute dtype."""
-        return self.embedding[...][tokens].astype(self.compute.dtype)  # gradients add up unrounded
+        embedding = in_use(self.embedding)  # not rounded, so that its gradients add up unrounded
+        return embedding[tokens].astype(self.compute.dtype)
 
     def embed_meta(self, batch: int) -> Float[Array, "batch meta_tokens hidden"]:
         """The meta tokens before each row, in the compute dtype."""
         if not self.config.num_meta_tokens:
             return jnp.zeros((batch, 0, self.config.hidden_size), self.compute.dtype)
-        meta = self.meta_tokens[...].astype(self.compute.dtype)
+        meta = in_use(self.meta_tokens, self.compute.dtype)
         return jnp.broadcast_to(meta[None], (batch, *meta.shape))
 
     def logits(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
         """Norm and projection on the vocabulary, in float32."""
         x = self.final_norm(x)
         if self.config.tie_embeddings:
-            return matmul_transposed(x, self.embedding[...].astype(x.dtype), jnp.float32)
-        return matmul(x, self.lm_head.kernel[...].astype(x.dtype), jnp.float32)
+            param, product = self.embedding, matmul_transposed
+        else:
+            param, product = self.lm_head.kernel, matmul
+        axes = param.get_metadata("axes")
+        logits = product(x, param[...].astype(x.dtype), jnp.float32, axes)
+        return constrain(logits, "batch", None, "vocab")
 
     def units(self) -> list[Unit]:
         """The layers in their units, where none are stacked."""

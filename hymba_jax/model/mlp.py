@@ -5,6 +5,7 @@ from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model.layers import Linear
+from hymba_jax.sharding import constrain
 from hymba_jax.types import Array, Float
 
 
@@ -24,4 +25,4 @@ class MLP(nnx.Module):
     ) -> Float[Array, "batch length hidden"]:
         up = self.up_proj(x)
         inner = jax.nn.silu(self.gate_proj(x)) * up if self.gated else jax.nn.relu(up) ** 2
-        return self.down_proj(inner)
+        return self.down_proj(constrain(inner, "batch", None, "mlp"))

@@ -7,39 +7,50 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hymba_jax.ops.precision import dot_general
+from hymba_jax.sharding import gather, scatter
 from hymba_jax.types import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(
     x: Float[Array, "*leading features"],
     kernel: Float[Array, "features outputs"],
     dtype: DTypeLike | None = None,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "*leading outputs"]:
     """x @ kernel, in x's dtype unless another is asked for; x and kernel have one dtype.
 
     JAX's own gradient of the kernel is (dy x).T; XLA:CPU is up to five times as fast at x dy,
     which is laid out as the kernel is. On accelerators the two are the same product. The gradient
     of y is rounded to x's dtype first; that of the kernel is summed in float32.
+
+    Args:
+      axes: logical axes of a kernel that devices keep parts of. It is gathered for each of the
+        two passes anew, not kept whole between them.
     """
-    return dot_general(
-        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype or x.dtype
-    )
+    kernel, over = gather(kernel, axes), (((x.ndim - 1,), (0,)), ((), ()))
+    return dot_general(x, kernel, over, preferred_element_type=dtype or x.dtype)
 
 
-def _forward(x: Array, kernel: Array, dtype: DTypeLike | None) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel, dtype), (x, kernel)
+def _forward(
+    x: Array, kernel: Array, dtype: DTypeLike | None, axes: tuple[str, ...]
+) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, kernel, dtype, axes), (x, kernel)
 
 
 def _backward(
-    _dtype: DTypeLike | None, residuals: tuple[Array, Array], dy: Array
+    _dtype: DTypeLike | None,
+    axes: tuple[str, ...],
+    residuals: tuple[Array, Array],
+    dy: Array,
 ) -> tuple[Array, Array]:
     x, kernel = residuals
+    kernel = gather(kernel, axes)
     dy = dy.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     dx = dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
     dkernel = dot_general(x, dy, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
-    return dx, dkernel.astype(kernel.dtype)
+    return dx, scatter(dkernel.astype(kernel.dtype), axes)
 
 
 matmul.defvjp(_forward, _backward)
@@ -49,10 +60,11 @@ def matmul_transposed(
     x: Float[Array, "batch length features"],
     kernel: Float[Array, "outputs features"],
     dtype: DTypeLike,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "batch length outputs"]:
     """x @ kernel.T, for a kernel that has another use as it is."""
     if x.shape[1] > 1:
-        return matmul(x, kernel.T, dtype)
+        return matmul(x, kernel.T, dtype, axes[::-1])
     # With few rows XLA:CPU would transpose all of the kernel first, which it need not this way.
     y = dot_general(kernel, x[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return y.T[:, None]

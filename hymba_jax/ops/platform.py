@@ -1,7 +1,6 @@
 """What a function is traced for, by which an op chooses its implementation."""
 
 import jax
-from jax.sharding import AxisType
 
 
 def target_platform() -> str:
@@ -16,13 +15,3 @@ def target_platform() -> str:
         capability = float(jax.devices()[0].compute_capability)
         return "gpu" if capability >= 9 else "older gpu"
     return platform
-
-
-def is_partitioned() -> bool:
-    """Whether XLA will split the program over the mesh in context, which it cannot do to a kernel.
-
-    Inside `jax.shard_map` over all of its axes it will not: each device has a program of its own.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)

@@ -10,7 +10,7 @@ from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.sharding import batch_parts, batch_sharding, describe_split, make_mesh
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
 from hymba_jax.training.metrics import MetricsWriter
@@ -31,17 +31,18 @@ def train(config: RunConfig) -> None:
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
     """
-    mesh = make_mesh()
+    mesh = make_mesh(parallel=config.parallel)
     with Display() as display, jax.set_mesh(mesh):
         _train(config, mesh, display)
 
 
 def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     training, length = config.training, config.data.sequence_length
-    if training.micro_batch_size % mesh.size:
+    if training.micro_batch_size % batch_parts(mesh):
         raise HymbaError(
             f"training.batch_size / training.accumulate is {training.micro_batch_size} sequences, "
-            f"which {mesh.size} devices cannot share equally"
+            f"which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} devices cannot share "
+            "equally"
         )
 
     resumed = is_resumed(config)
@@ -59,6 +60,8 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     optimizer = make_optimizer(training)
     template = make_template(config.model, config.compute, optimizer, mesh)
     display.say(_headline(config, template.num_params, data))
+    if mesh.size > 1:
+        display.say(describe_split(config.model, mesh))
     display.begin("compiling")
 
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:

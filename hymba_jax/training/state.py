@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model import Hymba
-from hymba_jax.sharding import replicated, state_shardings
+from hymba_jax.sharding import AnyMesh, replicated, state_shardings
 
 type Params = dict[Any, Any]
 """Nested dictionaries of arrays: NNX variables without their wrapping, which costs time a step."""
@@ -43,7 +43,10 @@ class Template(NamedTuple):
 
 
 def make_template(
-    config: HymbaConfig, compute: ComputeConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: HymbaConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
 ) -> Template:
     """Describes the training state of this architecture on this mesh; computes nothing."""
     graph, params = describe_model(config, compute, mesh)
@@ -59,11 +62,11 @@ def make_template(
 
 
 def describe_model(
-    config: HymbaConfig, compute: ComputeConfig, mesh: Mesh
+    config: HymbaConfig, compute: ComputeConfig, mesh: AnyMesh
 ) -> tuple[nnx.GraphDef[Hymba], Params]:
     """The model without its parameters, and their shapes, dtypes and shardings."""
     graph, variables = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
-    shardings = nnx.to_pure_dict(state_shardings(variables, mesh))
+    shardings = nnx.to_pure_dict(state_shardings(variables, config, mesh))
     return graph, jax.tree.map(_placed, nnx.to_pure_dict(variables), shardings)
 
 

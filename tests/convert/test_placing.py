@@ -44,7 +44,7 @@ def test_every_parameter_is_where_and_what_it_should_be(released, scan_layers, n
     compute = ComputeConfig(scan_layers=scan_layers)
     params = nnx.state(load_released(released, compute, mesh))
     _, expected = load("tiny-shared").model(scan_layers=scan_layers)
-    shardings = dict(nnx.to_flat_state(state_shardings(params, mesh)))
+    shardings = dict(nnx.to_flat_state(state_shardings(params, load("tiny-shared").config, mesh)))
     expected = dict(nnx.to_flat_state(expected))
     for path, leaf in nnx.to_flat_state(params):
         assert leaf[...].sharding == shardings[path]

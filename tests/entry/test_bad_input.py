@@ -38,7 +38,10 @@ def test_a_bad_value_in_a_process_of_its_own(config, output, cache):
         (["--model.layers", "WGw"], "a sharing group cannot cross another kind"),
         (["--data.sequence-length", "65"], "longer than model.max_positions 64"),
         (["--training.sample-tokens", "61"], "sample_tokens make 65 tokens"),
-        (["--training.batch-size", "9"], "9 sequences, which 8 devices cannot share equally"),
+        (
+            ["--training.batch-size", "9"],
+            "9 sequences, which data 1 x fsdp 8 devices cannot",
+        ),
         (["--training.clip-norm", "0"], "clip_norm is 0.0, not above 0"),
         (["--data.tokenizer", "bpe:300"], "tokens, model.vocab_size is 259"),
         (["--model.bos-token-id", "7"], "does not fit: its bos token is 1, model.bos_token_id"),

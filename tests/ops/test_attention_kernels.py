@@ -113,24 +113,22 @@ def test_cudnn_refuses_parts_of_sequences(queries, first_key):
 
 
 @pytest.mark.parametrize(
-    ("platform", "partitioned", "queries", "first_key", "dtype", "chosen"),
+    ("platform", "queries", "first_key", "dtype", "chosen"),
     [
-        ("cpu", False, 9, None, "bfloat16", "blocks"),
-        ("tpu", False, 9, None, "float32", "splash"),
-        ("tpu", False, 3, [2, 4], "bfloat16", "splash"),
-        ("tpu", True, 9, None, "bfloat16", "blocks"),
-        ("gpu", False, 9, None, "bfloat16", "cudnn"),
-        ("older gpu", True, 9, None, "bfloat16", "cudnn"),
-        ("gpu", False, 9, None, "float32", "blocks"),
-        ("gpu", False, 3, None, "bfloat16", "blocks"),
-        ("gpu", False, 9, [2, 4], "bfloat16", "blocks"),
+        ("cpu", 9, None, "bfloat16", "blocks"),
+        ("tpu", 9, None, "float32", "splash"),
+        ("tpu", 3, [2, 4], "bfloat16", "splash"),
+        ("gpu", 9, None, "bfloat16", "cudnn"),
+        ("older gpu", 9, None, "bfloat16", "cudnn"),
+        ("gpu", 9, None, "float32", "blocks"),
+        ("gpu", 3, None, "bfloat16", "blocks"),
+        ("gpu", 9, [2, 4], "bfloat16", "blocks"),
     ],
 )
 def test_the_platform_chooses_what_can_do_it(
-    monkeypatch, platform, partitioned, queries, first_key, dtype, chosen
+    monkeypatch, platform, queries, first_key, dtype, chosen
 ):
     monkeypatch.setattr(api, "target_platform", lambda: platform)
-    monkeypatch.setattr(api, "is_partitioned", lambda: partitioned)
     called = []
 
     def stand_in(name, *args, **kwargs):

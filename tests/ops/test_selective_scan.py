@@ -418,23 +418,17 @@ def test_a_kernel_fails_loudly_where_it_cannot_run(kernel):
         selective_scan(**device(make_inputs(1, 2, 3, 2)), implementation=kernel)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(
-    ("platform", "devices", "expected"),
-    [
-        ("cpu", 1, "xla"),
-        ("tpu", 1, "pallas_tpu"),
-        ("gpu", 1, "pallas_gpu"),
-        ("tpu", 8, "xla"),
-        ("gpu", 8, "xla"),
-    ],
+    ("platform", "expected"), [("cpu", "xla"), ("tpu", "pallas_tpu"), ("gpu", "pallas_gpu")]
 )
-def test_choice_by_what_is_compiled_for(monkeypatch, platform, devices, expected):
-    """A kernel for one device's program, which in `shard_map` it is; else what XLA can split."""
+def test_choice_by_what_is_compiled_for(monkeypatch, platform, expected, devices):
+    """Given the rows of a device, whether the mesh splits them or a `shard_map` around it has."""
     chosen = []
 
-    def record(name, scan, *inputs):
-        chosen.append(name)
-        return scan(*inputs)
+    def record(name, scan, x, **inputs):
+        chosen.append((name, len(x)))
+        return scan(x, **inputs)
 
     reference = IMPLEMENTATIONS["reference"]
     for name in IMPLEMENTATIONS:
@@ -444,12 +438,11 @@ def test_choice_by_what_is_compiled_for(monkeypatch, platform, devices, expected
     inputs = device(make_inputs(8, 4, 3, 2, without=OPTIONAL))
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(lambda v: selective_scan(**v), inputs)
-        by_device = jax.shard_map(
+        in_shard_map = jax.shard_map(
             lambda v: selective_scan(**v), in_specs=P(), out_specs=P(), check_vma=False
         )
-        jax.eval_shape(by_device, inputs)
-    alone = {"cpu": "xla", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}[platform]
-    assert chosen == [expected, alone]
+        jax.eval_shape(in_shard_map, inputs)
+    assert chosen == [(expected, 8 // devices), (expected, 8)]
 
 
 def test_unknown_implementation():

@@ -116,7 +116,7 @@ def test_a_run_starts_from_them_and_goes_on_without(tmp_path, monkeypatch):
         ),
     )
     mesh = make_mesh(jax.devices()[:1])
-    monkeypatch.setattr(loop, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(loop, "make_mesh", lambda parallel: mesh)
     monkeypatch.setattr(loop, "init_state", None)  # nothing is drawn
     loop.train(run)
     template = make_template(config, ComputeConfig(), make_optimizer(run.training), mesh)

@@ -1,6 +1,7 @@
 """Attention behind meta tokens: one call, a back end for each platform."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 
@@ -8,7 +9,8 @@ from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.reference import reference
 from hymba_jax.ops.attention.splash import splash
-from hymba_jax.ops.platform import is_partitioned, target_platform
+from hymba_jax.ops.by_device import by_device
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.types import Array, Float, Int
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
@@ -48,8 +50,15 @@ def attention(
     name = implementation or fastest(query, key, first_key)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](
-        query, key, value, window=window, num_meta_tokens=num_meta_tokens, first_key=first_key
+    heads = ("batch", None, "heads", None)
+    return by_device(
+        partial(IMPLEMENTATIONS[name], window=window, num_meta_tokens=num_meta_tokens),
+        {"query": heads, "key": heads, "value": heads, "first_key": ("batch",)},
+        heads,
+        query=query,
+        key=key,
+        value=value,
+        first_key=first_key,
     )
 
 
@@ -60,7 +69,7 @@ def fastest(
 ) -> str:
     """The implementation for the platform that is traced for."""
     platform = target_platform()
-    if platform == "tpu" and not is_partitioned():
+    if platform == "tpu":
         return "splash"
     whole = query.shape[1] == key.shape[1] and first_key is None
     if platform.endswith("gpu") and whole and query.dtype != jnp.float32:

@@ -5,7 +5,8 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.ops.platform import is_partitioned, target_platform
+from hymba_jax.ops.by_device import Axes, by_device
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.associative import selective_scan_associative
 from hymba_jax.ops.selective_scan.pallas_gpu import selective_scan_pallas_gpu
 from hymba_jax.ops.selective_scan.pallas_tpu import selective_scan_pallas_tpu
@@ -24,6 +25,19 @@ IMPLEMENTATIONS = {
 }
 # By platform; all others run `xla`.
 FASTEST = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+_SEQUENCE, _STATE = ("batch", None, "channels"), ("batch", None, "channels")
+AXES: dict[str, Axes] = {
+    "x": _SEQUENCE,
+    "dt": _SEQUENCE,
+    "A": (None, "channels"),
+    "B": ("batch", None, None),
+    "C": ("batch", None, None),
+    "D": ("channels",),
+    "z": _SEQUENCE,
+    "dt_bias": ("channels",),
+    "initial_state": _STATE,
+    "resets": ("batch", None),
+}
 
 
 def selective_scan(
@@ -68,8 +82,8 @@ def selective_scan(
       axis_name: mesh axis that the length is split over, inside `jax.shard_map` with
         `check_vma=False`. Sequences are then this device's part of them; `initial_state`, `lengths`
         and the returned state are still those of the whole.
-      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform that can
-        be split over the mesh in context, and for a single position no scan at all.
+      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, and
+        for a single position no scan at all.
 
     Returns:
       y in x's dtype and the state after the last position in float32.
@@ -77,9 +91,7 @@ def selective_scan(
     Raises:
       ValueError: `implementation` is not a known name, or cannot run on this platform.
     """
-    name = implementation
-    if name is None:
-        name = "xla" if is_partitioned() else FASTEST.get(target_platform(), "xla")
+    name = implementation or FASTEST.get(target_platform(), "xla")
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown selective_scan implementation {name!r}; choose from {sorted(IMPLEMENTATIONS)}"
@@ -96,4 +108,18 @@ def selective_scan(
     scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
     if axis_name is not None:
         scan = partial(selective_scan_sharded, scan, axis_name)
-    return scan(x, dt, A, B, C, D, z, dt_bias, initial_state, resets)
+    return by_device(
+        scan,
+        AXES,
+        (_SEQUENCE, _STATE),
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_state=initial_state,
+        resets=resets,
+    )

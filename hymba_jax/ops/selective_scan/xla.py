@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.ops.platform import is_partitioned, target_platform
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
@@ -47,8 +47,8 @@ def selective_scan_xla(
         return _scan(A, *row)
 
     # One after the other on a CPU, whose cache holds the states of one.
-    each_alone = target_platform() == "cpu" and not is_partitioned()
-    over_rows = partial(lax.map, scan_row) if each_alone else jax.vmap(scan_row)
+    on_cpu = target_platform() == "cpu"
+    over_rows = partial(lax.map, scan_row) if on_cpu else jax.vmap(scan_row)
     y, final_state = over_rows((inputs, dt, B, C, initial_state.astype(jnp.float32), resets))
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
 

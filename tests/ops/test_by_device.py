@@ -1,0 +1,96 @@
+"""Ops on a mesh that splits rows and widths, against what they are on whole arrays."""
+
+import re
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import assert_close, by_hand, cast, with_gradients
+from test_selective_scan import (
+    INTERPRETER,
+    assert_conforms,
+    gradients_in_float64,
+    make_inputs,
+    make_marks,
+    make_weights,
+)
+
+from hymba_jax.ops.attention import attention
+from hymba_jax.ops.attention.reference import reference
+from hymba_jax.ops.by_device import by_device
+from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import make_mesh
+
+COLLECTIVES = r"all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(jax.devices("cpu")[:8], ParallelConfig(data=2, fsdp=2, tensor=2))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("batch", [4, 3])
+def test_scan(mesh, implementation, batch):
+    """Of rows that the mesh splits and of rows that it does not."""
+    sizes = (batch, 12, 6, 2)
+    inputs, weights, marks = make_inputs(*sizes), make_weights(*sizes), make_marks(*sizes[:2])
+    gradients = gradients_in_float64(inputs, weights, **marks)
+    scan = partial(selective_scan, implementation=implementation)
+    with jax.set_mesh(mesh), INTERPRETER.get(implementation, nullcontext)():
+        assert_conforms(scan, inputs, weights, gradients, **marks)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 3])
+def test_attention(mesh, kv_heads):
+    """Of whole groups of heads, also where the mesh could divide the query heads alone."""
+    rng = np.random.default_rng(kv_heads)
+    shapes = [(9, 6, 4), (11, kv_heads, 4), (11, kv_heads, 8), (9, 6, 8)]
+    arrays = [rng.normal(size=(4, *shape)) for shape in shapes]
+    first_key = jnp.array([2, 3, 4, 5])
+    kwargs = {"window": 4, "num_meta_tokens": 2, "first_key": first_key}
+    _, *expected = with_gradients(reference, *cast(arrays), **kwargs)
+    with jax.set_mesh(mesh):
+        ours = with_gradients(attention, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:3], 4, 2, first_key), *expected])
+
+
+def test_cudnn_is_asked_for_whole_groups_of_heads(mesh):
+    """As where it is installed, which this machine need not have."""
+    check = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    shapes = [(4, 16, 6, 8), (4, 16, 2, 8), (4, 16, 2, 8)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    attend = partial(attention, window=None, num_meta_tokens=2, implementation="cudnn")
+    with jax.set_mesh(mesh), patch(check, return_value=91000):
+        lowered = jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    (types,) = re.findall(r"custom_call @__cudnn\$fmha.* : \((.*)\) ->", lowered)
+    assert types.split(", ")[:2] == ["tensor<1x16x3x8xbf16>", "tensor<1x16x1x8xbf16>"]
+
+
+@pytest.mark.parametrize(("width", "collectives"), [(6, ["all-reduce"]), (5, [])])
+def test_only_parts_are_summed(mesh, width, collectives):
+    """The gradient of what all widths share, and only where they are split."""
+    rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    whole = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor" if width == 6 else None))
+    axes = {"x": ("batch", "channels"), "factor": ("batch", None)}
+
+    def gradients(x, factor, dy):
+        scale = partial(by_device, lambda x, factor: x * factor, axes, axes["x"])
+        return jax.vjp(lambda x, factor: scale(x=x, factor=factor), x, factor)[1](dy)
+
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 4, width)).astype(np.float32)
+    factor = rng.normal(size=(4, 1)).astype(np.float32)
+    arrays = jax.device_put((x, factor, dy), (whole, rows, whole))
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(gradients, out_shardings=(whole, rows))
+        compiled = jitted.lower(*arrays).compile()
+    assert re.findall(rf" ({COLLECTIVES})(?:-start)?\(", compiled.as_text()) == collectives
+    dx, dfactor = compiled(*arrays)
+    np.testing.assert_allclose(dx, dy * factor, rtol=1e-6)
+    np.testing.assert_allclose(dfactor, (x * dy).sum(1, keepdims=True), rtol=1e-5)

@@ -1,0 +1,199 @@
+"""Training steps of small models on 8 CPU devices, and what XLA makes of them, as text.
+
+`python tests/sharded_step.py` writes the texts in tests/snapshots anew; read what changed.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import batch_sharding, describe_split, make_mesh
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.state import TrainState, init_state, make_template
+from hymba_jax.training.step import compile_train_step
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+LENGTH = 21
+META_TOKENS = 5
+STACKED = 7  # units of layers, a number that no other axis has
+
+# Eight of everything that 8 devices split.
+EVEN = HymbaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    mlp_size=48,
+    layers=f"{STACKED}*W",
+    attention=AttentionConfig(
+        num_heads=8, num_kv_heads=8, window=8, qk_norm="perhead-rms", rope_type="default"
+    ),
+    num_meta_tokens=META_TOKENS,
+)
+# As the released model, which 2 devices cannot split into heads, nor its vocabulary.
+ODD = dataclasses.replace(
+    EVEN,
+    vocab_size=61,
+    hidden_size=40,
+    layers=f"{STACKED}*Ww",
+    attention=AttentionConfig(num_heads=10, num_kv_heads=5, window=8, rope_type="default"),
+)
+CASES = {
+    "data-8": (EVEN, ParallelConfig(data=8, fsdp=1)),
+    "fsdp-8": (EVEN, ParallelConfig(fsdp=8)),
+    "tensor-8": (EVEN, ParallelConfig(tensor=8, fsdp=1)),
+    "2x2x2": (EVEN, ParallelConfig(data=2, fsdp=2, tensor=2)),
+    "2x2x2-odd": (ODD, ParallelConfig(data=2, fsdp=2, tensor=2)),
+}
+COLLECTIVE = re.compile(
+    r" = (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+    r".*?(?:replica_groups|source_target_pairs)=(.*)"
+)
+
+
+class Collective(NamedTuple):
+    """One array that a collective of a compiled program gives each device."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    over: str  # mesh axes
+
+    def __str__(self) -> str:
+        shape = ",".join(map(str, self.shape))
+        return f"{self.kind} {self.dtype}[{shape}]{self.over and f' over {self.over}'}"
+
+
+@contextmanager
+def compiling_fast() -> Iterator[None]:
+    """With the same collectives, but machine code that need not be fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def first_group(groups: str) -> Sequence[int]:
+    """The first of some groups of devices, in the words of XLA."""
+    if listed := re.match(r"{{([\d,]+)}", groups):
+        return _numbers(listed[1])
+    if named := re.match(r"mesh\[(.*?)\] {(.*?)}", groups):
+        sizes = re.findall(r"('\w+')=(\d+)", named[1])
+        ids = np.arange(math.prod(int(size) for _, size in sizes))
+        ids = ids.reshape([int(size) for _, size in sizes])
+        return ids[tuple(slice(None) if name in named[2] else 0 for name, _ in sizes)].ravel()
+    shape, dims, order = re.match(r"\[(.*?)\]<=\[(.*?)\](?:T\((.*?)\))?", groups).groups()
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids.transpose(_numbers(order) if order else None).reshape(_numbers(shape))[0]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+class ShardedStep:
+    """A training step, compiled for a mesh of some devices."""
+
+    def __init__(
+        self,
+        config: HymbaConfig,
+        devices: Sequence[jax.Device] | None = None,
+        parallel: ParallelConfig | None = None,
+    ):
+        self.config = config
+        self.mesh = make_mesh(devices, parallel)
+        # All that changes how a step computes, and not what, in one of the cases.
+        all_axes = min(self.mesh.axis_sizes) > 1
+        self.compute = ComputeConfig(remat="block" if all_axes else "none")
+        self.training = TrainingConfig(
+            steps=5,
+            batch_size=8,
+            accumulate=2 if all_axes else 1,
+            warmup_fraction=0.0,
+            decay_fraction=0.0,
+        )
+        self.optimizer = make_optimizer(self.training)
+        self.template = make_template(config, self.compute, self.optimizer, self.mesh)
+        self.place = batch_sharding(self.mesh)
+
+    @cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        with jax.set_mesh(self.mesh), compiling_fast():
+            return compile_train_step(
+                self.template, self.optimizer, self.training, LENGTH, self.place
+            )
+
+    def draw(self) -> TrainState:
+        """The state before the first step."""
+        with jax.set_mesh(self.mesh), compiling_fast():
+            return init_state(self.config, self.compute, self.optimizer, self.template, seed=0)
+
+    def run(self, state: TrainState) -> tuple[list[float], dict, dict]:
+        """The loss of each step, the means of the gradients after the first, all parameters."""
+        state = jax.device_put(state, self.template.shardings)
+        rng, losses, means = np.random.default_rng(0), [], None
+        for _ in range(self.training.steps):
+            tokens = rng.integers(3, self.config.vocab_size, (8, LENGTH + 1), np.int32)
+            batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+            state, metrics = self.compiled(state, jax.device_put(batch, self.place))
+            losses.append(float(metrics.loss))
+            if means is None:
+                means = jax.device_get(state.optimizer[1][0].mu)
+        return losses, means, state.params
+
+    def collectives(self) -> Iterator[Collective]:
+        """Those of the compiled program; one of several arrays counts as several."""
+        for results, kind, groups in COLLECTIVE.findall(self.compiled.as_text()):
+            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", results):
+                over = "" if kind == "collective-permute" else self._axes_of(groups)
+                yield Collective(kind, dtype, (*_numbers(shape),), over)
+
+    def _axes_of(self, attributes: str) -> str:
+        """The mesh axes along which the devices of a group lie."""
+        places = np.unravel_index(first_group(attributes), self.mesh.axis_sizes)
+        places = zip(self.mesh.axis_names, places, strict=True)
+        return " x ".join(name for name, at in places if len({*at}) > 1)
+
+    def describe(self) -> str:
+        """What a snapshot holds."""
+        lines = [describe_split(self.config, self.mesh), "", "collectives:"]
+        for collective, count in sorted(Counter(self.collectives()).items()):
+            lines.append(f"{count:4} {collective}")
+        lines += ["", "parameters, stacked layers in front:"]
+        places = defaultdict(set)
+        for path, leaf in jax.tree.leaves_with_path(self.template.state.params):
+            keys = [str(key.key) for key in path]
+            name = ".".join(key for key in keys if not (key.isdigit() or key in _CONTAINERS))
+            places[name].add(f"{leaf.shape} {tuple(leaf.sharding.spec)}")
+        for name, found in sorted(places.items()):
+            lines += [f"  {name} {place}" for place in sorted(found)]
+        return "\n".join(lines) + "\n"
+
+
+_CONTAINERS = ("segments", "units", "blocks")
+
+
+def main() -> None:
+    SNAPSHOTS.mkdir(exist_ok=True)
+    for name, (config, parallel) in CASES.items():
+        step = ShardedStep(config, parallel=parallel)
+        (SNAPSHOTS / f"{name}.txt").write_text(step.describe())
+
+
+if __name__ == "__main__":
+    main()
