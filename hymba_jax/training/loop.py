@@ -10,7 +10,13 @@ from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import batch_parts, batch_sharding, describe_split, make_mesh
+from hymba_jax.sharding import (
+    batch_parts,
+    batch_sharding,
+    describe_split,
+    make_mesh,
+    replicated,
+)
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
 from hymba_jax.training.metrics import MetricsWriter
@@ -116,7 +122,10 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
 
     if training.sample_tokens:
         display.begin("writing a sample")
-        text = sample(config, nnx.merge(template.graph, state.params), data.tokenizer)
+        alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
+        with jax.set_mesh(alone):
+            params = jax.device_put(state.params, replicated(alone))
+            text = sample(config, nnx.merge(template.graph, params), data.tokenizer)
         replace_text(Path(config.output) / SAMPLE_FILE, text)
         display.say(text)
     display.say(f"done: {config.output}")

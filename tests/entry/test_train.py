@@ -54,6 +54,21 @@ def test_hymba_train_is_the_same_command(finished, cache, tmp_path):
     assert read_metrics(tmp_path / "other") == read_metrics(finished[0])
 
 
+def test_several_devices_do_the_same_and_one_goes_on(finished, cache, tmp_path):
+    command = train_py("--config", finished[1], "--output", tmp_path, "--parallel.tensor", "2")
+    devices = ("env", "XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    result = run(command, cache, devices)
+    assert result.returncode == 0, result.stderr
+    assert "4 devices, data 1 x fsdp 2 x tensor 2; parts: batch in 2" in result.stdout
+    assert "1 key/value heads by 2" in result.stdout
+    for ours, expected in zip(read_metrics(tmp_path), read_metrics(finished[0]), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+    alone = ("--parallel.tensor", "1", "--training.steps", "5")
+    result = run(train_py("--config", tmp_path / "config.toml", *alone), cache)
+    assert result.returncode == 0, result.stderr
+    assert "going on after step 4" in result.stdout
+
+
 def test_a_finished_run_can_be_prolonged_from_its_own_config(finished, cache):
     output, _, _ = finished
     before = read_metrics(output)
