@@ -7,12 +7,8 @@ Random weights. Each row is measured in a process of its own, so that its peak o
 times are medians, of programs that were compiled before.
 
 prefill: `Engine.prefill` of `context` tokens a text.
-    GFLOP/s counts useful operations only, two for a product and its sum: each token meets every
-    kernel, and the vocabulary only after the last one; each query meets the keys that its mask
-    shows it, meta tokens included (2 * heads * (head_dim + value_dim) each); each position of the
-    scan takes 9 a state and channel (delta A, its exponential, times h; delta x, times B, their
-    sum; times C, the sum over states; counted as 9 with what D and the gate add) and each tap of
-    the convolution 2 a channel.
+    GFLOP/s counts useful operations only, as `hymba_jax/model/flops.py` does; the vocabulary only
+    after the last token.
     `of products` is its share of the best rate, in the same process, of products of the model's own
     shapes: `train_step.py` says which.
 first token: a whole `LanguageModel.generate` of one token, from a prompt of `context` - 1 tokens.
@@ -60,10 +56,11 @@ from hymba_jax.inference.engine import (
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.sampling import SamplingConfig, make_sampler
 from hymba_jax.model import Hymba
+from hymba_jax.model.flops import forward_flops
 
 Shape = Literal["125m", "1.5b"]
 ROOM = 64  # tokens that decoding may add
-LONG = 4096
+LONG = 8192
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def measure_row(options: Options) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 250, context).tolist() for _ in range(batch)]
     shorter = [prompt[:-1] for prompt in prompts]
-    flops = batch * prefill_flops(config, context)
+    flops = batch * forward_flops(config, engine.params, context, predicted=1)
     repeats = 1 if batch * context > LONG else options.repeats
 
     token_ms = decode_ms(engine, batch, context, repeats)
@@ -234,38 +231,6 @@ def decode_ms(engine: Engine, batch: int, context: int, repeats: int) -> float:
         return drawn
 
     return median_ms(step, warmup=1, repeats=repeats) / STEPS
-
-
-def prefill_flops(config: HymbaConfig, length: int) -> float:
-    """Operations that reading a text needs, by the formula above."""
-    sizes = jax.eval_shape(
-        lambda: nnx.to_pure_dict(
-            nnx.state(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
-        )
-    )
-    kernels = sum(
-        leaf.size
-        for path, leaf in jax.tree.leaves_with_path(sizes)
-        if jax.tree_util.keystr(path).endswith("['kernel']")
-    )
-    vocabulary = config.vocab_size * config.hidden_size
-    attention, ssm = config.attention, config.ssm
-    before = np.arange(1, length + 1)
-    met = {
-        "global": before.sum(),
-        "window": np.minimum(before, attention.window + 1).sum(),
-    }
-    a_key = 2 * attention.num_heads * (config.head_dim + config.value_dim)
-    scans = sum(spec.ssm for spec in config.layer_specs)
-    return (
-        2 * (kernels * length + vocabulary)
-        + sum(
-            a_key * (met[spec.attention] + config.num_meta_tokens * length)
-            for spec in config.layer_specs
-            if spec.attention
-        )
-        + scans * length * config.channels * (9 * ssm.state_size + 2 * ssm.conv_kernel)
-    )
 
 
 def decode_bytes(engine: Engine, batch: int, context: int) -> int:

@@ -9,11 +9,10 @@ its gradient, jitted, of a model of the family; a row for each batch with its le
 process of its own, so that its peak of memory is its own. Steps are medians of calls after two that
 are not timed, temporaries the compiler's account.
 
-GFLOP/s counts 6 operations a parameter and token, two forward and four backward, and leaves out
-attention's own, the scan's and what is recomputed; the embedding, which is the output's kernel
-too, counts once. `of products` is its share of the best rate, in the same process, of products of
-1024 rows (on accelerators, which finish those too soon, 32768) with three of the model's kernels in
-the same dtype.
+GFLOP/s counts the operations that the model needs (`hymba_jax/model/flops.py`), and none that are
+done to save memory. `of products` is its share of the best rate, in the same process, of products
+of 1024 rows (on accelerators, which finish those too soon, 32768) with three of the model's kernels
+in the same dtype.
 """
 
 import time
@@ -31,6 +30,7 @@ from flax import nnx
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
 from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
+from hymba_jax.model.flops import training_flops
 from hymba_jax.ops.matmul import matmul
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import batch_sharding, make_mesh
@@ -121,7 +121,7 @@ def run_row(args: Args) -> Row:
         "host prepared": str(args.prepare),
         "compile s": compile_seconds,
         "step ms": milliseconds,
-        **_rates(run.model, run.compute.dtype, template.num_params, tokens.size, milliseconds),
+        **_rates(run.model, run.compute.dtype, template.state.params, shape, milliseconds),
     }
 
 
@@ -154,18 +154,19 @@ def shape_row(args: Args, config: HymbaConfig) -> Row:
         "remat": args.remat,
         "compile s": compile_seconds,
         "ms": milliseconds,
-        **_rates(config, args.dtype, num_params, tokens.size, milliseconds),
+        **_rates(config, args.dtype, params, shape, milliseconds),
         "temporaries GB": memory.temp_size_in_bytes / 1e9,
         "peak GB": peak,
     }
 
 
 def _rates(
-    config: HymbaConfig, dtype: DType, num_params: int, tokens: int, milliseconds: float
+    config: HymbaConfig, dtype: DType, params: Params, shape: tuple[int, int], milliseconds: float
 ) -> Row:
-    flops_rate = 6e3 * num_params * tokens / milliseconds
+    rows, length = shape
+    flops_rate = 1e3 * rows * training_flops(config, params, length) / milliseconds
     return {
-        "tokens/s": 1e3 * tokens / milliseconds,
+        "tokens/s": 1e3 * rows * length / milliseconds,
         "GFLOP/s": flops_rate / 1e9,
         "of products": flops_rate / best_product_rate(config, dtype),
     }

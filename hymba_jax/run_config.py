@@ -48,6 +48,7 @@ class RunConfig:
       init_from: directory of a model or a run whose parameters, the newest there, the run starts
         from; nothing: they are drawn. Named on the command line, its model and its tokenizer are
         the defaults of the run's. A run that goes on ignores it.
+      profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 
     Raises:
       HymbaError: the parts do not fit one another.
@@ -56,6 +57,7 @@ class RunConfig:
     output: str = "runs/hymba"
     seed: int = 0
     init_from: str = ""
+    profile: bool = False
     model: HymbaConfig = field(default_factory=HymbaConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_batches
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
+from hymba_jax.model.flops import training_flops
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import (
     batch_parts,
@@ -21,12 +22,15 @@ from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.profile import FOLDER as PROFILE
+from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
 from hymba_jax.training.start import check_start, start_state
 from hymba_jax.training.state import Params, init_state, make_template
 from hymba_jax.training.step import compile_train_step, make_eval_step
 from hymba_jax.training.text import check_tokenizer, sample
+from hymba_jax.training.utilisation import Workload, peak_flops
 
 SAMPLE_FILE = "sample.txt"  # inside the run directory
 
@@ -101,11 +105,16 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             nats /= sum(int(loss.tokens) for loss in losses)
             return {"validation_loss": nats, "validation_bits_per_byte": data.bits_per_byte(nats)}
 
-        with MetricsWriter(Path(config.output), loop.step) as writer:
-            tokens = training.batch_size * length
-            recorder = Recorder(training, tokens, loop.step, writer, display)
+        output = Path(config.output)
+        trace = output / PROFILE if config.profile else None
+        with MetricsWriter(output, loop.step) as writer, Tracer(trace, loop.step) as tracer:
+            workload = _workload(config, template.state.params, mesh)
+            recorder = Recorder(training, workload, loop.step, writer, display)
             for step in range(loop.step + 1, training.steps + 1):
-                state, metrics = train_step(state, jax.device_put(next(batches), place))
+                with recorder.waiting_for("input"):
+                    batch = jax.device_put(next(batches), place)
+                with tracer.step(step):
+                    state, metrics = train_step(state, batch)
                 recorder.submit(step, metrics)
                 checkpoints.check()
                 last = step == training.steps
@@ -118,7 +127,8 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
                     recorder.flush(validation)
                 if last or step % training.checkpoint_every == 0:
                     recorder.flush()  # a run that diverged stops here, before it is saved
-                    checkpoints.save(state, LoopState(step, batches.get_state(), corpus))
+                    with recorder.waiting_for("checkpoint"):
+                        checkpoints.save(state, LoopState(step, batches.get_state(), corpus))
 
     if training.sample_tokens:
         display.begin("writing a sample")
@@ -129,6 +139,16 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         replace_text(Path(config.output) / SAMPLE_FILE, text)
         display.say(text)
     display.say(f"done: {config.output}")
+
+
+def _workload(config: RunConfig, params: Params, mesh: Mesh) -> Workload:
+    rows, length = config.training.batch_size, config.data.sequence_length
+    return Workload(
+        tokens=rows * length,
+        flops=rows * training_flops(config.model, params, length),
+        devices=mesh.size,
+        peak_flops=peak_flops([device.device_kind for device in mesh.devices.flat]),
+    )
 
 
 def _headline(config: RunConfig, num_params: int, data: Data) -> str:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import jax
 
@@ -13,6 +14,11 @@ from hymba_jax.training.display import Display, duration
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.optimizer import learning_rate_schedule
 from hymba_jax.training.step import StepMetrics
+from hymba_jax.training.utilisation import Workload
+
+type Loss = Literal["input", "checkpoint"]
+LOSSES: tuple[Loss, ...] = ("input", "checkpoint")
+"""What devices may have to wait for."""
 
 
 class Recorder:
@@ -21,24 +27,25 @@ class Recorder:
     So the device never waits for Python. `flush` reads the last ones at once.
 
     Args:
-      tokens_per_step: predicted in each step, for the speed.
+      workload: of a step, for the speed.
       start: updates done when the run begins or goes on.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        tokens_per_step: int,
+        workload: Workload,
         start: int,
         writer: MetricsWriter,
         display: Display,
     ):
         self._config, self._writer, self._display = config, writer, display
-        self._tokens_per_step = tokens_per_step
+        self._workload = workload
         self._learning_rate = learning_rate_schedule(config)
         self._pending: tuple[int, StepMetrics] | None = None
         self._bits_per_byte: float | None = None
         self._logged, self._logged_at = start, time.monotonic()
+        self._lost = dict.fromkeys(LOSSES, 0.0)
 
     def submit(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of the step just begun; reads those of the step before."""
@@ -70,9 +77,11 @@ class Recorder:
         if step % self._config.log_every == 0 or validation:
             (self._display.say if validation else self._display.log)(line)
             values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-            values["tokens_per_second"] = round(self._tokens_per_step / seconds, 1)
+            values |= self._workload.rates(seconds)
+            values |= {f"{what}_seconds": round(lost, 4) for what, lost in self._lost.items()}
             self._writer.write(step, {**values, **(validation or {})})
             self._logged, self._logged_at = step, time.monotonic()
+            self._lost = dict.fromkeys(LOSSES, 0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -82,12 +91,26 @@ class Recorder:
         yield
         self._logged_at += time.monotonic() - began
 
+    @contextmanager
+    def waiting_for(self, what: Loss) -> Iterator[None]:
+        """Time spent inside is lost if the devices have nothing left to do at its end.
+
+        The next line of metrics has it, as `input_seconds` or `checkpoint_seconds`. That is the
+        most that it can be: the devices may have been busy at first.
+        """
+        began = time.monotonic()
+        yield
+        loss: Any = None if self._pending is None else self._pending[1].loss
+        if loss is None or loss.is_ready():
+            self._lost[what] += time.monotonic() - began
+
     def _line(self, step: int, loss: float, seconds: float) -> str:
         """The line of progress, at this many seconds a step."""
-        steps = self._config.steps
+        steps, rates = self._config.steps, self._workload.rates(seconds)
         bits = "-" if self._bits_per_byte is None else f"{self._bits_per_byte:.4f}"
+        used = f"{rates['mfu']:.1%} MFU  " if "mfu" in rates else ""
         return (
             f"step {step:{len(str(steps))}}/{steps}  loss {loss:.4f}  "
-            f"validation {bits} bits/byte  {self._tokens_per_step / seconds:,.0f} tokens/s  "
-            f"{duration((steps - step) * seconds)} left"
+            f"validation {bits} bits/byte  {rates['tokens_per_second']:,.0f} tokens/s  "
+            f"{used}{duration((steps - step) * seconds)} left"
         )

@@ -69,8 +69,8 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
         ),
         (
             "zzz = 1",
-            "unknown field zzz, there are output, seed, init_from, model, compute, parallel, data, "
-            "training",
+            "unknown field zzz, there are output, seed, init_from, profile, model, compute, "
+            "parallel, data, training",
         ),
         ("seed = 1.5", "seed is 1.5, not a whole number"),
         ("seed = true", "seed is True, not a whole number"),

@@ -1,0 +1,54 @@
+"""How much of what the devices can compute goes into the model (PaLM, arXiv 2204.02311, app. B)."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+# Dense bfloat16 operations a second, from the vendors' data sheets, by JAX's name of the device.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Workload(NamedTuple):
+    """What one step computes, and on what.
+
+    Attributes:
+      tokens: that it predicts.
+      flops: that the model needs for them, `training_flops`.
+      devices: that share it.
+      peak_flops: a second, of all devices together; None where nobody has looked it up.
+    """
+
+    tokens: int
+    flops: float
+    devices: int
+    peak_flops: float | None
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """What a metric line says of steps that take this long.
+
+        `mfu`, the model flops utilisation, is flops / (seconds x peak_flops). What is computed
+        twice to save memory, and padding, do not count: they take time and are no progress.
+        """
+        tokens = self.tokens / seconds
+        rates = {
+            "tokens_per_second": round(tokens, 1),
+            "tokens_per_second_per_device": round(tokens / self.devices, 1),
+        }
+        if self.peak_flops is not None:
+            rates["mfu"] = round(self.flops / (seconds * self.peak_flops), 4)
+        return rates
+
+
+def peak_flops(device_kinds: Iterable[str]) -> float | None:
+    """Operations a second of such devices together; None where one is not in the table."""
+    rates = [PEAK_FLOPS.get(kind) for kind in device_kinds]
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) if len(known) == len(rates) else None

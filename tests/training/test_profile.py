@@ -1,0 +1,33 @@
+"""What `--profile` writes."""
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hymba_jax.training.profile import Tracer
+
+
+def run(directory, steps):
+    with Tracer(directory, start=10) as tracer:
+        for step in range(11, 11 + steps):
+            with tracer.step(step):
+                jax.block_until_ready(jnp.ones(3) + step)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_a_few_steps_are_traced(tmp_path, steps):
+    """Also if the run ends among them."""
+    run(tmp_path, steps)
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1  # what XProf opens
+    (events,) = tmp_path.rglob("*.trace.json.gz")  # the same, in part
+    events = json.loads(gzip.decompress(events.read_bytes()))["traceEvents"]
+    traced = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
+    assert traced == [*range(13, min(11 + steps, 18))]
+
+
+def test_nothing_is_traced_unless_asked_for(tmp_path):
+    run(None, 20)
+    assert not any(tmp_path.iterdir())
