@@ -328,9 +328,9 @@ class TestReading:
         expected = self.one_layer().prefill(texts, 40)
         scan, called = api.IMPLEMENTATIONS[name], []
 
-        def recorded(*inputs):
+        def recorded(**inputs):
             called.append(name)
-            return scan(*inputs)
+            return scan(**inputs)
 
         monkeypatch.setitem(api.FASTEST, jax.default_backend(), name)
         monkeypatch.setitem(api.IMPLEMENTATIONS, name, recorded)
