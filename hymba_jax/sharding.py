@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.lax import with_sharding_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -44,8 +45,11 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = (parallel or ParallelConfig()).sizes(len(devices))
-    types = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), types, devices=devices)
+    # On a torus a mesh axis is a physical axis, or several; part of one if it has to be.
+    arranged = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(arranged, tuple(sizes))
 
 
 def split_over(axis: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
