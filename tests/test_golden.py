@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_cases import CASES, load
+from slow import slow_but
 
 from hymba_jax.convert.mapping import to_released
 from hymba_jax.training.loss import next_token_loss
@@ -102,7 +103,7 @@ def test_without_jit(scan_layers):
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=VALUE_BOUND)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "tiny-ntk"))
 def test_bfloat16_compute(case):
     """No further off than twice what rounding the weights alone does to the float32 model.
 

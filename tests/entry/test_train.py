@@ -105,6 +105,7 @@ def test_help_lists_commands_and_fields(cache):
     assert "--training.learning-rate" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_with_one_line(config, output, cache):
     small_files = ("bash", "-c", 'ulimit -f 24; exec "$@"', "bash")
     limit = ("env", "JAX_ENABLE_COMPILATION_CACHE=0", *small_files)

@@ -14,6 +14,7 @@ from flax import nnx
 from golden_cases import CASES, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_but
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
@@ -142,7 +143,9 @@ steps = st.just([1] * ROWS)
 cuttings = st.lists(st.one_of(piece_lengths, piece_lengths, steps), min_size=3, max_size=12)
 
 
-@pytest.mark.parametrize("name", [*CASES, *CONFIGS])
+@pytest.mark.parametrize(
+    "name", slow_but([*CASES, *CONFIGS], "tiny-shared", "every kind of layer, no meta tokens")
+)
 @settings(derandomize=True, deadline=None, max_examples=8, database=None)
 @given(cutting=cuttings)
 def test_any_cutting_equals_the_full_forward(name, cutting):

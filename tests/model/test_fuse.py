@@ -12,8 +12,10 @@ from hymba_jax.model import Hymba, arrange_layers, fuse_projections
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 
 
-@pytest.mark.parametrize("layers", ["G 3*Ww G", "M Aa Ll", "2*M"])
-@pytest.mark.parametrize("activation", ["silu", "relu2"])
+@pytest.mark.parametrize(
+    ("layers", "activation"),
+    [("G 3*Ww G", "silu"), ("M Aa Ll", "relu2")],
+)
 def test_fused_products_are_the_same(layers, activation):
     """To float32 rounding: the columns of a product may be added up in another order."""
     config = HymbaConfig(

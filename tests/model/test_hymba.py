@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from slow import slow_but
 from test_config import ROADMAP, roadmap_config
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
@@ -24,7 +25,7 @@ CONFIG = HymbaConfig(
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 
 
-@pytest.mark.parametrize("row", ROADMAP)
+@pytest.mark.parametrize("row", slow_but(ROADMAP, "11 concatenation"))
 def test_every_design_of_the_roadmap_computes(row):
     """Small, with its own pattern, heads, window and fusion: finite, and every part is trained."""
     wanted = ROADMAP[row]
