@@ -72,7 +72,7 @@ def main(args: Args) -> None:
         "all-reduce-scatter": len(re.findall(r"^%all-reduce-scatter", text, re.MULTILINE)),
     }
     kernels: Row = {name: " ".join(_results(name, text)) for name in KERNELS}
-    print(describe_split(config, mesh))
+    print(describe_split(config, mesh, args.length))
     report(f"training step, {args.layers}", [sizes])
     report("kernels of each chip", [kernels])
     if args.json is not None:

@@ -13,6 +13,7 @@ class ParallelConfig:
     Attributes:
       data: parts of a batch, each of whose devices together hold all parameters.
       fsdp: parts of such a part, and of every parameter and its optimizer state.
+      sequence: parts of each sequence, meta tokens and text, one after the other.
       tensor: parts of the width of each layer, which work on the same sequences.
 
     Raises:
@@ -21,6 +22,7 @@ class ParallelConfig:
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ type AnyMesh = Mesh | AbstractMesh
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "length": ("sequence",),
     "hidden": ("fsdp",),  # of parameters as they are kept; see `gather`
     "vocab": ("tensor",),
     "mlp": ("tensor",),
@@ -58,6 +59,13 @@ def split_over(axis: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
     return () if size % _product(names, mesh) else names
 
 
+def split_length(length: int, mesh: AnyMesh, *, at_least: int = 1) -> str | None:
+    """The mesh axis that a length is split over, if in parts of at least so many positions."""
+    (name,) = MESH_AXES["length"]
+    parts = mesh.shape.get(name, 1)
+    return name if parts > 1 and length % parts == 0 and length // parts >= at_least else None
+
+
 def partition(axes: Sequence[str | None], sizes: Mapping[str, int], mesh: AnyMesh) -> PartitionSpec:
     """How an array with these logical axes lies on a mesh; an axis without a size is whole."""
 
@@ -81,16 +89,27 @@ def axis_sizes(config: HymbaConfig) -> dict[str, int]:
     }
 
 
-def describe_split(config: HymbaConfig, mesh: AnyMesh) -> str:
-    """What a mesh splits and what it leaves whole, in words."""
+def describe_split(config: HymbaConfig, mesh: AnyMesh, text_length: int) -> str:
+    """What a mesh splits and what it leaves whole, in words.
+
+    Args:
+      text_length: tokens of a sequence, without the meta tokens before it.
+    """
     split, whole = [f"batch in {batch_parts(mesh)}"], []
-    for axis, size in axis_sizes(config).items():
+    meta, length_parts = config.num_meta_tokens, _product(MESH_AXES["length"], mesh)
+    length = meta + text_length
+    for axis, size in {"length": length, **axis_sizes(config)}.items():
         parts = _product(MESH_AXES[axis], mesh)
         if not split_over(axis, size, mesh):
             count = f"{size} key/value heads" if axis == "heads" else f"{axis} {size}"
             whole.append(f"{count} by {parts}")
         elif parts > 1:
             split.append(f"{axis} in {parts}")
+    if split_length(length, mesh):
+        if text_length % length_parts:
+            whole.append(f"logits of length {text_length} by {length_parts}")
+        if not split_length(length, mesh, at_least=meta):
+            whole.append(f"attention by {length_parts}, in parts that hold {meta} meta tokens")
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     rest = f"; whole on each, as they cannot be divided: {', '.join(whole)}" if whole else ""
     return f"{mesh.size} devices, {sizes}; parts: {', '.join(split)}{rest}"

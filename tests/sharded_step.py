@@ -29,8 +29,6 @@ from hymba_jax.training.state import TrainState, init_state, make_template
 from hymba_jax.training.step import compile_train_step
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-LENGTH = 21
-META_TOKENS = 5
 STACKED = 7  # units of layers, a number that no other axis has
 
 # Eight of everything that 8 devices split.
@@ -42,7 +40,7 @@ EVEN = HymbaConfig(
     attention=AttentionConfig(
         num_heads=8, num_kv_heads=8, window=8, qk_norm="perhead-rms", rope_type="default"
     ),
-    num_meta_tokens=META_TOKENS,
+    num_meta_tokens=5,
 )
 # As the released model, which 2 devices cannot split into heads, nor its vocabulary.
 ODD = dataclasses.replace(
@@ -52,12 +50,26 @@ ODD = dataclasses.replace(
     layers=f"{STACKED}*Ww",
     attention=AttentionConfig(num_heads=10, num_kv_heads=5, window=8, rope_type="default"),
 )
+# With windows longer than two of 8 parts of a sequence, and shorter than one of 2.
+LONG, LONG_ODD = (
+    dataclasses.replace(
+        config,
+        layers=f"G {config.layers}",
+        attention=dataclasses.replace(config.attention, window=30),
+        num_meta_tokens=8,
+    )
+    for config in (EVEN, ODD)
+)
+LENGTHS = {EVEN: 21, ODD: 21, LONG: 104, LONG_ODD: 104}  # of texts
 CASES = {
     "data-8": (EVEN, ParallelConfig(data=8, fsdp=1)),
     "fsdp-8": (EVEN, ParallelConfig(fsdp=8)),
     "tensor-8": (EVEN, ParallelConfig(tensor=8, fsdp=1)),
     "2x2x2": (EVEN, ParallelConfig(data=2, fsdp=2, tensor=2)),
     "2x2x2-odd": (ODD, ParallelConfig(data=2, fsdp=2, tensor=2)),
+    "sequence-8": (LONG, ParallelConfig(fsdp=1, sequence=8)),
+    "2x2x2-long": (LONG, ParallelConfig(data=2, fsdp=2, sequence=2)),
+    "2x2x2-long-odd": (LONG_ODD, ParallelConfig(fsdp=2, sequence=2, tensor=2)),
 }
 COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
@@ -115,15 +127,15 @@ class ShardedStep:
         devices: Sequence[jax.Device] | None = None,
         parallel: ParallelConfig | None = None,
     ):
-        self.config = config
+        self.config, self.length = config, LENGTHS[config]
         self.mesh = make_mesh(devices, parallel)
         # All that changes how a step computes, and not what, in one of the cases.
-        all_axes = min(self.mesh.axis_sizes) > 1
-        self.compute = ComputeConfig(remat="block" if all_axes else "none")
+        is_mixed = self.mesh.axis_sizes.count(2) == 3
+        self.compute = ComputeConfig(remat="block" if is_mixed else "none")
         self.training = TrainingConfig(
             steps=5,
             batch_size=8,
-            accumulate=2 if all_axes else 1,
+            accumulate=2 if is_mixed else 1,
             warmup_fraction=0.0,
             decay_fraction=0.0,
         )
@@ -135,7 +147,7 @@ class ShardedStep:
     def compiled(self) -> jax.stages.Compiled:
         with jax.set_mesh(self.mesh), compiling_fast():
             return compile_train_step(
-                self.template, self.optimizer, self.training, LENGTH, self.place
+                self.template, self.optimizer, self.training, self.length, self.place
             )
 
     def draw(self) -> TrainState:
@@ -148,7 +160,7 @@ class ShardedStep:
         state = jax.device_put(state, self.template.shardings)
         rng, losses, means = np.random.default_rng(0), [], None
         for _ in range(self.training.steps):
-            tokens = rng.integers(3, self.config.vocab_size, (8, LENGTH + 1), np.int32)
+            tokens = rng.integers(3, self.config.vocab_size, (8, self.length + 1), np.int32)
             batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
             state, metrics = self.compiled(state, jax.device_put(batch, self.place))
             losses.append(float(metrics.loss))
@@ -171,7 +183,7 @@ class ShardedStep:
 
     def describe(self) -> str:
         """What a snapshot holds."""
-        lines = [describe_split(self.config, self.mesh), "", "collectives:"]
+        lines = [describe_split(self.config, self.mesh, self.length), "", "collectives:"]
         for collective, count in sorted(Counter(self.collectives()).items()):
             lines.append(f"{count:4} {collective}")
         lines += ["", "parameters, stacked layers in front:"]

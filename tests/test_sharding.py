@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from sharded_step import CASES, LENGTH, META_TOKENS, ODD, SNAPSHOTS, STACKED, ShardedStep
+from sharded_step import CASES, EVEN, ODD, SNAPSHOTS, STACKED, ShardedStep
 
 from hymba_jax.config import PRESETS
 from hymba_jax.errors import HymbaError
@@ -84,10 +84,12 @@ def gathered(step):
     return [c for c in collectives if c.dtype == "f32"]
 
 
-def test_no_activations_are_gathered_over_the_batch(step):
+def test_no_activations_are_gathered(step):
+    """But of heads, which `tensor` may not divide."""
+    lengths = {step.length, step.length + step.config.num_meta_tokens}
+    lengths |= {length // step.mesh.shape["sequence"] for length in lengths}
     for collective in gathered(step):
-        activations = {LENGTH, LENGTH + META_TOKENS} & {*collective.shape}
-        assert not (activations and collective.over != "tensor"), collective
+        assert collective.over == "tensor" or not lengths & {*collective.shape}, collective
 
 
 def test_no_stack_of_layers_is_gathered_at_once(step):
@@ -102,15 +104,16 @@ def test_the_program_is_the_one_that_was_looked_at(step):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (ParallelConfig(), (1, 8, 1)),
-        (ParallelConfig(tensor=2), (1, 4, 2)),
-        (ParallelConfig(data=-1, fsdp=2), (4, 2, 1)),
-        (ParallelConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+        (ParallelConfig(), (1, 8, 1, 1)),
+        (ParallelConfig(tensor=2), (1, 4, 1, 2)),
+        (ParallelConfig(data=-1, fsdp=2), (4, 2, 1, 1)),
+        (ParallelConfig(data=2, fsdp=2, tensor=2), (2, 2, 1, 2)),
+        (ParallelConfig(sequence=4), (1, 2, 4, 1)),
     ],
 )
 def test_meshes(config, expected):
     mesh = make_mesh(jax.devices()[:8], config)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
     assert mesh.axis_sizes == expected
 
 
@@ -120,8 +123,8 @@ def test_meshes(config, expected):
         ({"data": 0}, "parallel config: data is 0, neither at least 1 nor -1 for the rest"),
         ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
         ({"data": -1}, "parallel config: data and fsdp are -1, which only one can be"),
-        ({"fsdp": 3}, "data 1 x fsdp 3 x tensor 1 is not the number of devices, 8"),
-        ({"tensor": 3}, "data 1 x tensor 3 times a whole number is not the number of devices, 8"),
+        ({"fsdp": 3}, "data 1 x fsdp 3 x sequence 1 x tensor 1 is not the number of devices, 8"),
+        ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times a whole number is not the number"),
     ],
 )
 def test_meshes_that_cannot_be(sizes, message):
@@ -148,14 +151,42 @@ def test_what_the_mesh_does_not_divide_is_whole():
 
 def test_the_split_in_words():
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=2, tensor=2))
-    assert describe_split(PRESETS["hymba-1.5b"], mesh) == (
-        "8 devices, data 2 x fsdp 2 x tensor 2; parts: batch in 4, hidden in 2, mlp in 2, "
-        "channels in 2; whole on each, as they cannot be divided: vocab 32001 by 2, "
+    assert describe_split(PRESETS["hymba-1.5b"], mesh, 2048) == (
+        "8 devices, data 2 x fsdp 2 x sequence 1 x tensor 2; parts: batch in 4, hidden in 2, "
+        "mlp in 2, channels in 2; whole on each, as they cannot be divided: vocab 32001 by 2, "
         "5 key/value heads by 2"
     )
-    assert describe_split(PRESETS["hymba-125m"], make_mesh(jax.devices()[:8])) == (
-        "8 devices, data 1 x fsdp 8 x tensor 1; parts: batch in 8, hidden in 8"
+    assert describe_split(PRESETS["hymba-125m"], make_mesh(jax.devices()[:8]), 2048) == (
+        "8 devices, data 1 x fsdp 8 x sequence 1 x tensor 1; parts: batch in 8, hidden in 8"
     )
+
+
+@pytest.mark.parametrize(
+    ("text_length", "expected"),
+    [
+        (8192, "batch in 1, length in 8"),
+        (8191, "batch in 1; whole on each, as they cannot be divided: length 8319 by 8"),
+        (
+            512,
+            "batch in 1, length in 8; whole on each, as they cannot be divided: "
+            "attention by 8, in parts that hold 128 meta tokens",
+        ),
+    ],
+)
+def test_the_split_of_a_length_in_words(text_length, expected):
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
+    described = describe_split(PRESETS["hymba-125m"], mesh, text_length)
+    assert described.split("; parts: ")[1] == expected
+
+
+def test_a_length_that_the_mesh_does_not_divide_is_whole(on_one):
+    step = ShardedStep(EVEN, jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
+    start, (losses, means, _) = on_one(EVEN)
+    ours = step.run(start)
+    np.testing.assert_allclose(ours[0], losses, rtol=1e-5)
+    for gradient, wanted in zip(*map(jax.tree.leaves, (ours[1], means)), strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    assert list(step.collectives()) == []
 
 
 def test_activations_are_split_as_told():

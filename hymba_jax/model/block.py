@@ -39,8 +39,8 @@ class Block(nnx.Module):
         past: LayerPast,
     ) -> LayerOutput:
         mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, kv, past)
-        x = constrain(x + mixed, "batch", None, None)
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
+        x = constrain(x + mixed, "batch", "length", None)
+        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return LayerOutput(x, kv, ssm)
 
 

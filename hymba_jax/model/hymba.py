@@ -71,8 +71,7 @@ class Hymba(nnx.Module):
     def _run(
         self, tokens: Int[Array, "batch length"], *, keep_all: bool
     ) -> list[Float[Array, "batch positions hidden"]]:
-        x = jnp.concatenate((self.embed_meta(tokens.shape[0]), self.embed(tokens)), axis=1)
-        x = constrain(x, "batch", None, None)
+        x = self.embed_all(tokens)
         context = Context(make_rope(self.config, jnp.arange(x.shape[1])[None], x.shape[1]))
         states = [x]
         for segment in self.segments:
@@ -88,8 +87,9 @@ class Hymba(nnx.Module):
         empty = empty_prefix(self.config, self.compute.dtype)
         if not length:
             return empty
-        x, outputs = self.embed_meta(1), []
-        context = Context(make_rope(self.config, jnp.arange(length)[None], length))
+        positions, outputs = jnp.arange(length)[None], []
+        x = self.embed_meta(positions)
+        context = Context(make_rope(self.config, positions, length))
         for unit in self.units():
             outputs += unit.after(x, context)
             x = outputs[-1].x
@@ -139,12 +139,27 @@ class Hymba(nnx.Module):
         embedding = in_use(self.embedding)  # not rounded, so that its gradients add up unrounded
         return embedding[tokens].astype(self.compute.dtype)
 
-    def embed_meta(self, batch: int) -> Float[Array, "batch meta_tokens hidden"]:
-        """The meta tokens before each row, in the compute dtype."""
-        if not self.config.num_meta_tokens:
-            return jnp.zeros((batch, 0, self.config.hidden_size), self.compute.dtype)
+    def embed_meta(
+        self, positions: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length hidden"]:
+        """The meta tokens at these positions in the compute dtype, zeros at those after them."""
         meta = in_use(self.meta_tokens, self.compute.dtype)
-        return jnp.broadcast_to(meta[None], (batch, *meta.shape))
+        return meta.at[positions].get(mode="fill", fill_value=0)
+
+    def embed_all(
+        self, tokens: Int[Array, "batch length"]
+    ) -> Float[Array, "batch positions hidden"]:
+        """The meta tokens and the text behind them.
+
+        Every position is looked up among both, and what it is not goes. A concatenation has other
+        parts than its operands, where devices have parts of the length.
+        """
+        meta = self.config.num_meta_tokens
+        x = self.embed(jnp.pad(tokens, ((0, 0), (meta, 0))))
+        if meta:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+            x = jnp.where(positions[:, :, None] < meta, self.embed_meta(positions), x)
+        return constrain(x, "batch", "length", None)
 
     def logits(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
         """Norm and projection on the vocabulary, in float32."""
@@ -155,7 +170,7 @@ class Hymba(nnx.Module):
             param, product = self.lm_head.kernel, matmul
         axes = param.get_metadata("axes")
         logits = product(x, param[...].astype(x.dtype), jnp.float32, axes)
-        return constrain(logits, "batch", None, "vocab")
+        return constrain(logits, "batch", "length", "vocab")
 
     def units(self) -> list[Unit]:
         """The layers in their units, where none are stacked."""

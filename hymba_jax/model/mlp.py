@@ -25,4 +25,4 @@ class MLP(nnx.Module):
     ) -> Float[Array, "batch length hidden"]:
         up = self.up_proj(x)
         inner = jax.nn.silu(self.gate_proj(x)) * up if self.gated else jax.nn.relu(up) ** 2
-        return self.down_proj(constrain(inner, "batch", None, "mlp"))
+        return self.down_proj(constrain(inner, "batch", "length", "mlp"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from hymba_jax.sharding import is_partitioned, partition, split_over
+from hymba_jax.sharding import is_partitioned, partition, split_length, split_over
 from hymba_jax.types import Array
 
 type Axes = tuple[str | None, ...]
@@ -24,7 +24,8 @@ def by_device(
     """function(**arrays), of which each device of the mesh in context computes its own part.
 
     The function has to compute a part along any logical axis from that part of the arrays, or from
-    arrays without the axis. Where XLA splits nothing, this is just the call.
+    arrays without the axis, or fetch what it needs from other devices. A result without an axis
+    has to be the same on all devices along it. Where XLA splits nothing, this is just the call.
 
     Args:
       function: has no arrays but its arguments.
@@ -46,9 +47,9 @@ def by_device(
     floats = {name for name in given if jnp.issubdtype(given[name].dtype, jnp.floating)}
     rest = dict.fromkeys(name for name in arrays if name not in given)
 
-    def summed_over(name: str) -> tuple[str, ...]:
-        """The mesh axes along which devices have parts of this array's gradient."""
-        others = {axis: size for axis, size in sizes.items() if axis not in axes[name]}
+    def shared_over(array: Axes) -> tuple[str, ...]:
+        """The mesh axes along which devices split other arrays, and all have the same of this."""
+        others = {axis: size for axis, size in sizes.items() if axis not in array}
         names = {n for axis, size in others.items() for n in split_over(axis, size, mesh)}
         return tuple(name for name in mesh.axis_names if name in names and mesh.shape[name] > 1)
 
@@ -69,9 +70,14 @@ def by_device(
         return _shard_map(of_parts, (specs,), (out_specs, one_each))(given)
 
     def backward(vjp: Any, cotangents: Any) -> tuple[dict[str, Array | None]]:
+        def counted_once(result: Axes, cotangent: Array) -> Array:
+            names = shared_over(result)
+            return jnp.where(lax.axis_index(names) == 0, cotangent, 0) if names else cotangent
+
         def of_parts(vjp: Any, cotangents: Any) -> dict[str, Array]:
+            cotangents = jax.tree.map(counted_once, out_axes, cotangents, is_leaf=_is_axes)
             (gradients,) = jax.tree.map(lambda residual: residual[0], vjp)(cotangents)
-            return {name: lax.psum(g, summed_over(name)) for name, g in gradients.items()}
+            return {name: lax.psum(g, shared_over(axes[name])) for name, g in gradients.items()}
 
         wanted = {name: specs[name] for name in floats}
         gradients = _shard_map(of_parts, (one_each, out_specs), wanted)(vjp, cotangents)
@@ -79,6 +85,17 @@ def by_device(
 
     run.defvjp(forward, backward)
     return run(given)
+
+
+def length_axis(length: int, *, at_least: int = 1) -> str | None:
+    """The axis of the mesh in context that sequences of this length are split over, if any.
+
+    Args:
+      at_least: positions that an op needs in every part; it keeps shorter ones together.
+    """
+    if not is_partitioned():
+        return None
+    return split_length(length, jax.sharding.get_abstract_mesh(), at_least=at_least)
 
 
 def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

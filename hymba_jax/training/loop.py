@@ -71,7 +71,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     template = make_template(config.model, config.compute, optimizer, mesh)
     display.say(_headline(config, template.num_params, data))
     if mesh.size > 1:
-        display.say(describe_split(config.model, mesh))
+        display.say(describe_split(config.model, mesh, length))
     display.begin("compiling")
 
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:

@@ -365,9 +365,9 @@ class TestCompiling:
         which runs once whatever is continued."""
         embedded, embed_meta = [], Hymba.embed_meta
 
-        def recorded(self, batch):
-            embedded.append(batch)
-            return embed_meta(self, batch)
+        def recorded(self, positions):
+            embedded.append(positions.shape)
+            return embed_meta(self, positions)
 
         monkeypatch.setattr(Hymba, "embed_meta", recorded)
         model, runs = LanguageModel(tiny(), byte_tokenizer()), []
@@ -387,7 +387,7 @@ class TestCompiling:
             list(model.stream(["six", "7"], max_new_tokens=20))
         assert names == []
         assert len(runs) == 1
-        assert embedded == [1]
+        assert len(embedded) == 1
 
     def test_a_step_in_windows_is_the_same_for_any_context(self):
         """The very program, so it costs the same; with a global layer it is another one."""

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.reference import reference
+from hymba_jax.ops.attention.sharded import attention_sharded
 from hymba_jax.ops.attention.splash import splash
-from hymba_jax.ops.by_device import by_device
+from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.types import Array, Float, Int
 
@@ -47,12 +49,15 @@ def attention(
     Raises:
       ValueError: there is no implementation of that name, or it cannot do this or run here.
     """
-    name = implementation or fastest(query, key, first_key)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    heads = ("batch", None, "heads", None)
+    attend: Callable[..., Array] = partial(_attend, implementation)
+    axis_name = None
+    if query.shape[1] == key.shape[1]:
+        axis_name = length_axis(key.shape[1], at_least=num_meta_tokens)
+    if axis_name is not None:
+        attend = partial(attention_sharded, attend, axis_name)
+    heads: Axes = ("batch", "length" if axis_name else None, "heads", None)
     return by_device(
-        partial(IMPLEMENTATIONS[name], window=window, num_meta_tokens=num_meta_tokens),
+        partial(attend, window=window, num_meta_tokens=num_meta_tokens),
         {"query": heads, "key": heads, "value": heads, "first_key": ("batch",)},
         heads,
         query=query,
@@ -60,6 +65,21 @@ def attention(
         value=value,
         first_key=first_key,
     )
+
+
+def _attend(
+    implementation: str | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    first_key: Array | None = None,
+    **kwargs: Any,
+) -> Array:
+    name = implementation or fastest(query, key, first_key)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name](query, key, value, first_key=first_key, **kwargs)
 
 
 def fastest(

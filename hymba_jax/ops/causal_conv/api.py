@@ -1,7 +1,20 @@
 """The depthwise causal convolution."""
 
+from functools import partial
+
+from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
+from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
 from hymba_jax.types import Array, Bool, Float, Int
+
+_SEQUENCE: Axes = ("batch", "length", "channels")
+AXES: dict[str, Axes] = {
+    "x": _SEQUENCE,
+    "weight": (None, "channels"),
+    "bias": ("channels",),
+    "initial_inputs": ("batch", None, "channels"),
+    "resets": ("batch", "length"),
+}
 
 
 def causal_conv(
@@ -32,4 +45,20 @@ def causal_conv(
       y in x's dtype, and the last `kernel - 1` inputs that count, zeros for those before a reset:
       the `initial_inputs` of what follows.
     """
-    return causal_conv_reference(x, weight, bias, initial_inputs, resets, lengths)
+    before = weight.shape[0] - 1
+    axis_name = length_axis(x.shape[1], at_least=before)
+    if axis_name is None or lengths is not None:
+        return causal_conv_reference(x, weight, bias, initial_inputs, resets, lengths)
+    y = by_device(
+        partial(causal_conv_sharded, axis_name),
+        AXES,
+        _SEQUENCE,
+        x=x,
+        weight=weight,
+        bias=bias,
+        initial_inputs=initial_inputs,
+        resets=resets,
+    )
+    last = slice(x.shape[1] - before, None)
+    resets = None if resets is None else resets[:, last]
+    return y, causal_conv_reference(x[:, last], weight, bias, None, resets)[1]

@@ -3,9 +3,8 @@
 from functools import partial
 
 import jax.numpy as jnp
-from jax import lax
 
-from hymba_jax.ops.by_device import Axes, by_device
+from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.associative import selective_scan_associative
 from hymba_jax.ops.selective_scan.pallas_gpu import selective_scan_pallas_gpu
@@ -25,18 +24,18 @@ IMPLEMENTATIONS = {
 }
 # By platform; all others run `xla`.
 FASTEST = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
-_SEQUENCE, _STATE = ("batch", None, "channels"), ("batch", None, "channels")
+_SEQUENCE, _STATE = ("batch", "length", "channels"), ("batch", None, "channels")
 AXES: dict[str, Axes] = {
     "x": _SEQUENCE,
     "dt": _SEQUENCE,
     "A": (None, "channels"),
-    "B": ("batch", None, None),
-    "C": ("batch", None, None),
+    "B": ("batch", "length", None),
+    "C": ("batch", "length", None),
     "D": ("channels",),
     "z": _SEQUENCE,
     "dt_bias": ("channels",),
     "initial_state": _STATE,
-    "resets": ("batch", None),
+    "resets": ("batch", "length"),
 }
 
 
@@ -53,7 +52,6 @@ def selective_scan(
     initial_state: Float[Array, "batch state channels"] | None = None,
     resets: Bool[Array, "batch length"] | None = None,
     lengths: Int[Array, "batch"] | None = None,
-    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """Runs the input-dependent linear recurrence of Mamba over a sequence.
@@ -79,9 +77,6 @@ def selective_scan(
       resets: where true, the state before that position counts as zero: a document starts there.
       lengths: positions of each row that count. Those after them leave the state as it is, whatever
         they hold, and have y = 0.
-      axis_name: mesh axis that the length is split over, inside `jax.shard_map` with
-        `check_vma=False`. Sequences are then this device's part of them; `initial_state`, `lengths`
-        and the returned state are still those of the whole.
       implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, and
         for a single position no scan at all.
 
@@ -98,15 +93,14 @@ def selective_scan(
         )
     if lengths is not None:
         # A time step of softplus(-inf) = 0 leaves the state alone.
-        start = 0 if axis_name is None else lax.axis_index(axis_name) * x.shape[1]
-        counts = start + jnp.arange(x.shape[1])[None] < lengths[:, None]
+        counts = jnp.arange(x.shape[1])[None] < lengths[:, None]
         x, B, C = (jnp.where(counts[:, :, None], v, 0) for v in (x, B, C))
         dt = jnp.where(counts[:, :, None], dt, -jnp.inf)
         z = None if z is None else jnp.where(counts[:, :, None], z, 0)
         resets = None if resets is None else resets & counts
-    is_step = implementation is None and axis_name is None and x.shape[1] == 1
+    is_step = implementation is None and x.shape[1] == 1
     scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
-    if axis_name is not None:
+    if axis_name := length_axis(x.shape[1]):
         scan = partial(selective_scan_sharded, scan, axis_name)
     return by_device(
         scan,

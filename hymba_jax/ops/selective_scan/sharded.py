@@ -27,7 +27,7 @@ def selective_scan_sharded(
     initial_state: Float[Array, "batch state channels"] | None,
     resets: Bool[Array, "batch length"] | None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
-    """`selective_scan` of this device's part, inside `jax.shard_map` with `check_vma=False`.
+    """`selective_scan` of this device's part, inside `by_device`.
 
     Args:
       scan: an implementation of the scan.

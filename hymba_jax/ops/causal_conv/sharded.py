@@ -1,0 +1,32 @@
+"""The causal convolution of a sequence whose length is split over the devices of a mesh axis."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from hymba_jax.ops.causal_conv.reference import causal_conv_reference
+from hymba_jax.types import Array, Bool, Float
+
+
+def causal_conv_sharded(
+    axis_name: str,
+    x: Float[Array, "batch length channels"],
+    weight: Float[Array, "kernel channels"],
+    bias: Float[Array, "channels"],
+    initial_inputs: Float[Array, "batch kernel-1 channels"] | None,
+    resets: Bool[Array, "batch length"] | None,
+) -> Float[Array, "batch length channels"]:
+    """y of this device's part, inside `by_device`; the device before sends its last inputs.
+
+    Args:
+      axis_name: the mesh axis that the length is split over, in parts of `kernel - 1` positions
+        at least.
+      x, weight, bias, resets: as in `causal_conv`, of this device's part.
+      initial_inputs: the inputs before the first device's part.
+    """
+    _, last = causal_conv_reference(x, weight, bias, None, resets)
+    links = [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)]
+    before = lax.ppermute(last, axis_name, links)  # zeros on the first device
+    if initial_inputs is not None:
+        is_first = lax.axis_index(axis_name) == 0
+        before = jnp.where(is_first, initial_inputs.astype(x.dtype), before)
+    return causal_conv_reference(x, weight, bias, before, resets)[0]
