@@ -28,7 +28,12 @@ def on_one():
     return run
 
 
-@pytest.fixture(scope="module", params=CASES)
+# The rest shows nothing of its own but its snapshot.
+SLOW = ("2x2x2-sequence-data",)
+PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def step(request):
     config, parallel = CASES[request.param]
     step = ShardedStep(config, jax.devices()[:8], parallel)

@@ -22,15 +22,16 @@ MODEL = HymbaConfig(
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=128, rope_type="default"),
     num_meta_tokens=META_TOKENS,
 )
+AXES = ("data", "fsdp", "sequence", "tensor")
 # Of data 2 x fsdp 2 x tensor 2: rows, positions, SSM channels, and heads of queries and keys.
 ROWS, POSITIONS, CHANNELS, HEADS, KV_HEADS = 2, 256, 256, 2, 1
 
 
-def lower(platform, dtype):
-    """The training step as 8 devices of a platform are given it."""
+def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
+    """The training step as 8 devices of a platform are given it, 2 along each of these axes."""
     device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
-    axes = ("data", "fsdp", "tensor")
-    mesh = AbstractMesh((2, 2, 2), axes, (AxisType.Auto,) * 3, abstract_device=device)
+    sizes = [2 if axis in axes else 1 for axis in AXES]
+    mesh = AbstractMesh(tuple(sizes), AXES, (AxisType.Auto,) * 4, abstract_device=device)
     optimizer, compute = make_optimizer(TrainingConfig()), ComputeConfig(dtype=dtype)
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
     with use_abstract_mesh(mesh):
@@ -62,3 +63,23 @@ def test_every_gpu_runs_the_scan_on_its_part():
     scans = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
     assert scans
     assert all(shapes[0] == (ROWS, POSITIONS, CHANNELS) for shapes in scans)
+
+
+def test_every_tpu_runs_the_kernels_on_its_part_of_the_length():
+    given = [*calls(lower("tpu", "bfloat16", ("fsdp", "sequence", "tensor")), "tpu_custom_call")]
+    rows, positions = 2 * ROWS, POSITIONS // 2
+    scans = [shapes for shapes in given if shapes[0] == (rows, positions, CHANNELS)]
+    # The meta tokens, a window and its own part, and what fills up a block of 128.
+    query, key = (rows, HEADS, positions, HEAD_DIM), (rows, KV_HEADS, 384, HEAD_DIM)
+    splash = [shapes for shapes in given if shapes[2:4] == [query, key]]
+    of_meta = [shapes for shapes in given if shapes[2:4] == [query, (*key[:2], 128, HEAD_DIM)]]
+    assert scans
+    assert splash
+    assert len(of_meta) == len(splash)
+    assert len(scans) + len(splash) + len(of_meta) == len(given)
+
+
+def test_every_gpu_runs_the_scan_on_its_part_of_the_length():
+    given = [*calls(lower("gpu", "float32", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
+    assert given
+    assert all(shapes[0] == (2 * ROWS, POSITIONS // 2, CHANNELS) for shapes in given)

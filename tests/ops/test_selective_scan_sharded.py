@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_selective_scan import (
     OPTIONAL,
@@ -21,9 +21,11 @@ from test_selective_scan import (
 )
 
 from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import make_mesh
 
 # 8 parts of 5 positions, or 4 of 10.
-MESHES = {"sequence": {"sequence": 8}, "batch and sequence": {"batch": 2, "sequence": 4}}
+MESHES = {"sequence": {"sequence": 8}, "batch and sequence": {"data": 2, "sequence": 4}}
 SIZES = (4, 40, 3, 2)
 SEQUENCES = ("x", "dt", "B", "C", "z")
 COLLECTIVES = r" = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-\w+)\S*\("
@@ -31,13 +33,7 @@ COLLECTIVES = r" = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter|colle
 
 @pytest.fixture(params=MESHES)
 def mesh(request):
-    sizes = MESHES[request.param]
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        (AxisType.Auto,) * len(sizes),
-        devices=jax.devices("cpu"),
-    )
+    return make_mesh(jax.devices("cpu")[:8], ParallelConfig(fsdp=1, **MESHES[request.param]))
 
 
 @pytest.fixture(params=["associative", "xla"])
@@ -51,42 +47,30 @@ def make_slow_inputs(without=()):
     return inputs | {"A": inputs["A"] * np.float32(0.03)}
 
 
-def specs_of(mesh, names):
+def specs_of(names):
     """How the inputs lie on the mesh."""
-    rows = "batch" if "batch" in mesh.axis_names else None
-    specs = dict.fromkeys((*SEQUENCES, "resets"), P(rows, "sequence"))
-    specs |= dict.fromkeys(("initial_state", "lengths"), P(rows))
+    specs = dict.fromkeys((*SEQUENCES, "resets"), P("data", "sequence"))
+    specs |= dict.fromkeys(("initial_state", "lengths"), P("data"))
     return {name: specs.get(name, P()) for name in names}
 
 
-def sharded(mesh, implementation):
-    """`selective_scan` of whole arrays, computed in parts."""
-
-    def scan(**inputs):
-        specs = specs_of(mesh, ("x", "initial_state", *inputs))
-        in_parts = jax.shard_map(
-            lambda v: selective_scan(**v, axis_name="sequence", implementation=implementation),
-            mesh=mesh,
-            in_specs=({name: specs[name] for name in inputs},),
-            out_specs=(specs["x"], specs["initial_state"]),
-            check_vma=False,
-        )
-        return in_parts(inputs)
-
-    return scan
+@pytest.fixture
+def scan(implementation):
+    return partial(selective_scan, implementation=implementation)
 
 
 @pytest.mark.parametrize("without", [(), OPTIONAL])
-def test_state_passes_through_every_part(mesh, implementation, without):
+def test_state_passes_through_every_part(mesh, scan, without):
     inputs, weights = make_slow_inputs(without), make_weights(*SIZES)
     weights[0][:, :-5] = 0
     gradients = gradients_in_float64(inputs, weights)
     first, largest = (np.abs(gradients["x"][:, part]).max() for part in (slice(5), slice(None)))
     assert first > 0.05 * largest
-    assert_conforms(sharded(mesh, implementation), inputs, weights, gradients)
+    with jax.set_mesh(mesh):
+        assert_conforms(scan, inputs, weights, gradients)
 
 
-def test_resets_and_lengths(mesh, implementation):
+def test_resets_and_lengths(mesh, scan):
     inputs, weights = make_slow_inputs(), make_weights(*SIZES)
     resets = np.zeros(SIZES[:2], bool)
     # Where parts begin and end and within them, also past a row's end.
@@ -97,23 +81,25 @@ def test_resets_and_lengths(mesh, implementation):
     for lengths in ([40, 20, 17, 23], [40, 0, 1, 30]):
         marks = {"resets": resets, "lengths": np.array(lengths)}
         gradients = gradients_in_float64(inputs, weights, **marks)
-        assert_conforms(sharded(mesh, implementation), inputs, weights, gradients, **marks)
+        with jax.set_mesh(mesh):
+            assert_conforms(scan, inputs, weights, gradients, **marks)
 
 
-def test_what_follows_the_end_does_not_matter(mesh, implementation):
+def test_what_follows_the_end_does_not_matter(mesh, scan):
     """Not even when it is not a number."""
     inputs, weights, lengths = make_slow_inputs(), make_weights(*SIZES), [17, 40, 20, 3]
     spoilt = {k: v.copy() for k, v in inputs.items()}
     for name in SEQUENCES:
         for row, end in enumerate(lengths):
             spoilt[name][row, end:] = np.nan
-    scan = partial(sharded(mesh, implementation), lengths=jnp.array(lengths))
-    for function in (lambda v: scan(**v), jax.grad(loss_of(scan, weights))):
-        clean = jax.jit(function)(device(inputs))
-        jax.tree.map(np.testing.assert_array_equal, jax.jit(function)(device(spoilt)), clean)
+    scan = partial(scan, lengths=jnp.array(lengths))
+    with jax.set_mesh(mesh):
+        for function in (lambda v: scan(**v), jax.grad(loss_of(scan, weights))):
+            clean = jax.jit(function)(device(inputs))
+            jax.tree.map(np.testing.assert_array_equal, jax.jit(function)(device(spoilt)), clean)
 
 
-def test_a_document_does_not_see_the_one_before(mesh, implementation):
+def test_a_document_does_not_see_the_one_before(mesh, scan):
     """Changing what comes before a reset in a middle part changes nothing from there on."""
     inputs, changed, first = make_slow_inputs(), make_slow_inputs(), 17
     for name in SEQUENCES:
@@ -121,7 +107,7 @@ def test_a_document_does_not_see_the_one_before(mesh, implementation):
     resets = jnp.zeros(SIZES[:2], bool).at[:, first].set(True)
     weights = make_weights(*SIZES)
     weights[0][:, :first] = 0
-    scan = partial(sharded(mesh, implementation), resets=resets)
+    scan = partial(scan, resets=resets)
 
     def of_the_second(inputs):
         y, state = jax.jit(scan)(**inputs)
@@ -130,13 +116,14 @@ def test_a_document_does_not_see_the_one_before(mesh, implementation):
         assert not any(gradients[name][:, :first].any() for name in SEQUENCES)
         return y[:, first:], state, [gradients[name][:, first:] for name in SEQUENCES]
 
-    of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
+    with jax.set_mesh(mesh):
+        of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
     jax.tree.map(np.testing.assert_array_equal, of_one, of_other)
 
 
-def test_every_device_has_the_last_state(mesh, implementation):
-    scan = sharded(mesh, implementation)
-    _, state = jax.jit(scan)(**device(make_slow_inputs()))
+def test_every_device_has_the_last_state(mesh, scan):
+    with jax.set_mesh(mesh):
+        _, state = jax.jit(scan)(**device(make_slow_inputs()))
     assert len(state.addressable_shards) == 8
     for shard in state.addressable_shards:
         np.testing.assert_array_equal(shard.data, state[shard.index])
@@ -144,15 +131,17 @@ def test_every_device_has_the_last_state(mesh, implementation):
 
 def entries_sent(function, mesh, *arguments):
     """Sizes of the arrays that the compiled function's collectives give."""
-    specs = [specs_of(mesh, argument) for argument in arguments]
+    specs = [specs_of(argument) for argument in arguments]
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
-    compiled = jax.jit(function, in_shardings=tuple(shardings)).lower(*arguments).compile()
+    arguments = jax.eval_shape(lambda *arguments: arguments, *arguments)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, in_shardings=tuple(shardings)).lower(*arguments).compile()
     given = "".join(re.findall(COLLECTIVES, compiled.as_text()))
     shapes = re.findall(r"\w\[([\d,]*)\]", given)
     return [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
 
 
-def test_only_states_are_sent(mesh, implementation):
+def test_only_states_are_sent(mesh, scan):
     batch, length, channels, state = sizes = (2, 512, 3, 2)
     inputs = device(make_inputs(*sizes))
     marks = {"resets": jnp.zeros((batch, length), bool), "lengths": jnp.full(batch, length)}
@@ -160,17 +149,19 @@ def test_only_states_are_sent(mesh, implementation):
     # Fewer than the marks in a part, the smallest of what is as long as the sequence.
     assert gathered < batch * length // mesh.size
 
-    def scan(inputs, marks):
-        return sharded(mesh, implementation)(**inputs, **marks)
+    def outputs(inputs, marks):
+        return scan(**inputs, **marks)
 
     def loss(inputs, marks):
-        return sum((out**2).sum() for out in scan(inputs, marks))
+        return sum((out**2).sum() for out in outputs(inputs, marks))
 
-    for function in (scan, jax.grad(loss)):
+    for function in (outputs, jax.grad(loss)):
         assert 0 < max(entries_sent(function, mesh, inputs, marks)) <= gathered
 
-    def whole(inputs, marks):
-        return selective_scan(**inputs, **marks, implementation=implementation)
 
-    # Unsplit, the scan needs everything everywhere, and the compiler sends it.
-    assert max(entries_sent(whole, mesh, inputs, marks)) >= batch * length
+def test_a_length_that_the_mesh_does_not_divide(mesh, scan):
+    sizes = (4, 41, 3, 2)
+    inputs, weights = make_inputs(*sizes), make_weights(*sizes)
+    gradients = gradients_in_float64(inputs, weights)
+    with jax.set_mesh(mesh):
+        assert_conforms(scan, inputs, weights, gradients)

@@ -1,0 +1,137 @@
+"""Attention with its length split over devices, against all of it on one."""
+
+import re
+from collections import Counter
+from functools import partial
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import make_splash_mha_single_device
+from sharded_step import compiling_fast
+from test_attention import (
+    HEAD_DIM,
+    VALUE_DIM,
+    assert_close,
+    by_hand,
+    cast,
+    inputs,
+    with_gradients,
+)
+
+from hymba_jax.ops.attention import attention
+from hymba_jax.ops.attention.reference import reference
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import make_mesh
+
+# 8 parts of 5 positions, 2 of 20, and 4 of 10 on devices that have whole groups of heads.
+LENGTH = 40
+MESHES = {
+    "8": ParallelConfig(fsdp=1, sequence=8),
+    "2": ParallelConfig(fsdp=4, sequence=2),
+    "4 x tensor 2": ParallelConfig(fsdp=1, sequence=4, tensor=2),
+}
+# Windows of less than a part, of whole parts, of some, of all; every part has room for the meta
+# tokens, or no more than that.
+MASKS = [(None, 3), (None, 0), (3, 3), (5, 0), (10, 5), (13, 3), (39, 2), (100, 5)]
+CASES = [("8", *mask) for mask in MASKS]
+CASES += [(name, window, 3) for name in ("2", "4 x tensor 2") for window in (None, 13)]
+
+
+@pytest.fixture(autouse=True)
+def compile_fast():
+    with compiling_fast():
+        yield
+
+
+def mesh_of(name):
+    return make_mesh(jax.devices("cpu")[:8], MESHES[name])
+
+
+@pytest.mark.parametrize(("mesh", "window", "meta"), CASES)
+def test_values_and_gradients(mesh, window, meta):
+    arrays = inputs(LENGTH, batch=4)
+    kwargs = {"window": window, "num_meta_tokens": meta}
+    _, *expected = with_gradients(reference, *cast(arrays), **kwargs)
+    with jax.set_mesh(mesh_of(mesh)):
+        ours = with_gradients(attention, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:3], window, meta), *expected])
+
+
+def test_rows_that_begin_later():
+    arrays, kwargs = inputs(LENGTH, batch=4), {"window": 13, "num_meta_tokens": 3}
+    kwargs["first_key"] = jnp.array([0, 4, 11, 38])
+    _, *expected = with_gradients(reference, *cast(arrays), **kwargs)
+    with jax.set_mesh(mesh_of("8")):
+        ours = with_gradients(attention, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:3], 13, 3, kwargs["first_key"]), *expected])
+
+
+@pytest.mark.parametrize("window", [None, 13])
+def test_bfloat16(window):
+    """Weights, values and gradients are rounded to 8 bits, and what several parts add to the
+    gradient of a key once more each: some times 2**-8."""
+    arrays, kwargs = cast(inputs(LENGTH), jnp.bfloat16), {"window": window, "num_meta_tokens": 3}
+    with jax.set_mesh(mesh_of("8")):
+        ours = with_gradients(attention, *arrays, **kwargs)
+    expected = with_gradients(reference, *(a.astype(jnp.float32) for a in arrays), **kwargs)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        atol = 6 * 2**-8 * max(1, np.abs(b).max())
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("window", "positions"), [(None, 35), (13, 13), (3, 3)])
+def test_no_more_keys_are_sent_than_are_seen(window, positions):
+    """To each device, 5 at a time; and the meta tokens."""
+    mesh = mesh_of("8")
+    split = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+    attend = partial(attention, window=window, num_meta_tokens=2)
+    jitted = jax.jit(attend, in_shardings=split, out_shardings=split)
+    arrays = cast(inputs(LENGTH)[:3])
+    with jax.set_mesh(mesh):
+        text = jitted.lower(*arrays).compile().as_text()
+    sent = Counter()
+    kinds = r"all-\w+|reduce-\w+|collective-permute"
+    for types, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
+        for length, width in re.findall(r"\[\d+,(\d+),\d+,(\d+)\]", types):
+            sent[kind, int(width)] += int(length)
+    assert sent == {
+        (kind, width): length
+        for kind, length in [("collective-permute", positions), ("all-reduce", 2)]
+        for width in (HEAD_DIM, VALUE_DIM)
+    }
+
+
+@pytest.mark.parametrize(("length", "meta"), [(LENGTH + 1, 3), (LENGTH, 6)])
+def test_what_cannot_be_split_is_whole(length, meta):
+    """A length that the mesh does not divide, and parts that hold fewer than the meta tokens."""
+    arrays, kwargs = cast(inputs(length)), {"window": 7, "num_meta_tokens": meta}
+    expected = with_gradients(attention, *arrays, **kwargs)
+    with jax.set_mesh(mesh_of("8")):
+        ours = with_gradients(attention, *arrays, **kwargs)
+        text = jax.jit(partial(attention, **kwargs)).lower(*arrays[:3]).compile().as_text()
+    assert "collective-permute" not in text
+    assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_splash(window):
+    """In Pallas's interpret mode, with blocks of which a part has some."""
+    rng = np.random.default_rng(0)
+    shapes = [(512, 4, 8), (512, 2, 8), (512, 2, 16), (512, 4, 16)]
+    arrays = [jnp.asarray(rng.normal(size=(1, *shape)), jnp.float32) for shape in shapes]
+    kwargs = {"window": window, "num_meta_tokens": 5}
+    expected = with_gradients(reference, *arrays, **kwargs)
+    module = "hymba_jax.ops.attention.splash"
+    interpreted = partial(make_splash_mha_single_device, interpret=True)
+    with (
+        jax.set_mesh(make_mesh(jax.devices("cpu")[:4], ParallelConfig(fsdp=1, sequence=4))),
+        patch(f"{module}._BLOCK", 128),
+        patch(f"{module}.make_splash_mha_single_device", interpreted),
+        jax.default_matmul_precision("highest"),
+    ):
+        ours = with_gradients(partial(attention, implementation="splash"), *arrays, **kwargs)
+    assert_close(ours, expected)
