@@ -13,7 +13,7 @@ class ParallelConfig:
     Attributes:
       data: parts of a batch, each of whose devices together hold all parameters.
       fsdp: parts of such a part, and of every parameter and its optimizer state.
-      sequence: parts of each sequence, meta tokens and text, one after the other.
+      sequence: parts of each sequence, which begins with the meta tokens.
       tensor: parts of the width of each layer, which work on the same sequences.
 
     Raises:

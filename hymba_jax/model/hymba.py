@@ -151,8 +151,8 @@ class Hymba(nnx.Module):
     ) -> Float[Array, "batch positions hidden"]:
         """The meta tokens and the text behind them.
 
-        Every position is looked up among both, and what it is not goes. A concatenation has other
-        parts than its operands, where devices have parts of the length.
+        Every position is looked up in both tables. Two lookups one after the other would be split
+        over devices in other parts than the whole, and have to be sent between them.
         """
         meta = self.config.num_meta_tokens
         x = self.embed(jnp.pad(tokens, ((0, 0), (meta, 0))))

@@ -35,7 +35,8 @@ def attention(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Causal attention, global or in a sliding window that never loses the meta tokens.
 
-    Where there are fewer queries than keys, the last query meets the last key.
+    Where there are fewer queries than keys, the last query meets the last key. Where there are as
+    many, the mesh in context may split their length, in parts that hold the meta tokens.
 
     Args:
       query, key: rotated already; heads are grouped over kv_heads in order.

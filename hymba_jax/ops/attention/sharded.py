@@ -3,12 +3,12 @@
 Keys and values travel, not queries: they have fewer heads. From neighbour to neighbour, each
 device is given those before its own part that its queries see: all of them in a global layer, as
 many as the window is long in the others. The meta tokens', which are in the first device's part,
-are sent to all.
+are sent to all. A layer that reuses keys and values has its own part of them, and fetches the rest
+again.
 
 Keys are put together before they are met, not one part at a time (a ring, arXiv 2310.01889): the
-same numbers are sent, and any implementation can compute with them. It costs the memory of one
-layer's keys and values at a time, 16 MB a sequence of 8192 tokens in a global layer of the 1.5B in
-bfloat16.
+same numbers are sent, and any implementation that knows `first_key` can compute with them. What it
+costs is memory: 16 MB a sequence of 8192 tokens for each global layer of the 1.5B in bfloat16.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def attention_sharded(
         jnp.concatenate([_of_first(axis_name, x[:, :meta]), _before(axis_name, x, reach), x], 1)
         for x in (key, value)
     )
-    # Among those, before it come zeros and the meta tokens where they stand once more.
+    # In front of it among those: zeros, and the meta tokens where they stand once more.
     first_text = meta if first_key is None else jnp.maximum(meta, first_key)
     first_of_these = meta + jnp.maximum(0, reach + first_text - device * own)
     output = attend(
@@ -59,7 +59,7 @@ def attention_sharded(
     )
     if not meta:
         return output
-    # But the meta tokens' own queries do not see all meta tokens.
+    # The meta tokens' own queries do not see all meta tokens, as all others do.
     firsts = (x[:, :meta] for x in (query, key, value))
     of_meta = attend(*firsts, window=window, num_meta_tokens=meta)
     of_meta = jnp.where(device == 0, of_meta, output[:, :meta])
@@ -68,7 +68,7 @@ def attention_sharded(
 
 def _before(
     axis_name: str, x: Float[Array, "batch length heads width"], reach: int
-) -> Float[Array, "batch reach heads width"]:
+) -> Float[Array, "batch keys heads width"]:
     """The last `reach` positions before this part; zeros for those before the first one."""
     links = [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)]
     own, parts = x.shape[1], []

@@ -31,6 +31,7 @@ def causal_conv(
         y_t = bias + sum over k of weight[k] x_{t - (kernel - 1) + k}
 
     so the last tap meets the current position (the order of PyTorch's `Conv1d`). No activation.
+    The mesh in context may split the length, unless `lengths` are given.
 
     Args:
       x: inputs.
