@@ -8,8 +8,8 @@
 | `cudnn`        | NVIDIA's kernels, for whole sequences in 16 bits                   |
 
 All but the first take time and memory by what the mask shows: linear in the length with a window.
-Where the mesh in context splits the length (`sharded`), any but `cudnn` can run on the parts: on GPUs
-it is `blocks`.
+Where the mesh in context splits the length (`sharded`), all but `cudnn` can run on the parts; on
+GPUs `blocks` does.
 `attention_step` is one new token, for decoding.
 """
 
