@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from sharded_step import CASES, EVEN, ODD, SNAPSHOTS, STACKED, ShardedStep
+from sharded_step import CASES, EVEN, LENGTHS, ODD, SNAPSHOTS, STACKED, ShardedStep
 
 from hymba_jax.config import PRESETS
 from hymba_jax.errors import HymbaError
@@ -52,13 +52,17 @@ def test_losses_agree(results):
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
 
 
-def test_gradients_agree(results):
-    """Of the first step, a tenth of which the optimizer then has as its mean."""
+def test_gradients_agree(step, results):
+    """Of the first step, a tenth of which the optimizer then has as its mean. What sums round off
+    grows with the root of the positions they are over: of 104 tokens, that of a key projection
+    differs by 1.1e-5 between two implementations of attention on one device."""
+    tolerance = 1e-5 * np.sqrt(step.length / LENGTHS[EVEN])
     ours, expected = (jax.tree.leaves_with_path(means) for _, means, _ in results)
     for (path, gradient), (_, wanted) in zip(ours, expected, strict=True):
         largest = np.abs(wanted).max()
         assert largest > 0, path
-        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 * largest, err_msg=str(path))
+        atol = tolerance * largest
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=atol, err_msg=str(path))
 
 
 def test_parameters_agree(results):
