@@ -1,0 +1,165 @@
+"""An optimized HLO program, read from its text as the accelerators' compilers leave it."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# What the names of attention's and the scan's custom calls have in common.
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__cudnn\$fmha\w*)"')
+
+
+class HLOArray(NamedTuple):
+    """An array of a program.
+
+    Attributes:
+      size: bytes, as its tiles are padded.
+      in_hbm: not in another of a TPU's memories.
+      data_size: bytes without padding.
+    """
+
+    shape: tuple[int, ...]
+    size: int
+    in_hbm: bool
+    data_size: int
+
+    @property
+    def in_hbm_size(self) -> int:
+        return self.size if self.in_hbm else 0
+
+
+class Instruction(NamedTuple):
+    """One line of a computation.
+
+    Attributes:
+      operands: names of instructions; of a parameter or a constant, what stands in their place.
+      called: the computation of a fusion; empty for others.
+      attributes: the rest of the line.
+    """
+
+    name: str
+    results: list[HLOArray]
+    op: str
+    operands: list[str]
+    called: str
+    attributes: str
+
+    def computation(self, attribute: str) -> str:
+        """The computation that an attribute names; empty if there is none."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else ""
+
+
+class Program:
+    """An optimized HLO program.
+
+    Attributes:
+      computations: the instructions of each, by name.
+      arrays: the results of each instruction, by name.
+      num_devices: that the program is split over.
+    """
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        lines: list[Instruction] = []
+        text = re.sub(r"/\*.*?\*/", "", text)  # comments number the parts of tuples
+        split = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+        self.num_devices = int(split[1]) if split else 1
+        for line in text.splitlines():
+            if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+                lines = self.computations[start[2]] = []
+                self.entry = start[2] if start[1] else self.entry
+            elif instruction := _instruction(line):
+                lines.append(instruction)
+        self.arrays = {
+            line.name: line.results for lines in self.computations.values() for line in lines
+        }
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """All computations outside fusions, with how often each is run.
+
+        A loop whose number of turns is not known counts as one turn; branches are left out.
+        """
+        yield from self._runs(self.entry, 1)
+
+    def _runs(self, computation: str, times: int) -> Iterator[tuple[str, int]]:
+        yield computation, times
+        for line in self.computations[computation]:
+            if line.op == "while":
+                turns = times * (self.turns(line) or 1)
+                yield from self._runs(line.computation("body"), turns)
+            elif line.op in ("call", "async-start"):
+                yield from self._runs(line.computation("to_apply") or line.called, times)
+
+    def fused(self, line: Instruction) -> Iterator[Instruction]:
+        """The instruction itself, or those of a fusion and of the fusions in it."""
+        if not line.called:
+            yield line
+            return
+        for inner in self.computations[line.called]:
+            yield from self.fused(inner)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether it calls kernels, attention's or the scan's."""
+        return any(_KERNEL.search(line.attributes) for line in self._lines("custom-call"))
+
+    @property
+    def unknown_loops(self) -> int:
+        """Loops that count as one turn."""
+        return sum(self.turns(line) is None for line in self._lines("while"))
+
+    def turns(self, loop: Instruction) -> int | None:
+        """How often a loop's body is run; None if the program does not say.
+
+        Where only the condition tells, the counter is taken to rise from 0 in steps of 1, as that
+        of a scan does.
+        """
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = self.computations[loop.computation("condition")]
+        root = condition[-1]
+        if root.op != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limits = [line.operands[0] for line in condition if line.name == root.operands[1]]
+        return int(limits[0]) if limits and limits[0].isdigit() else None
+
+    def largest_loop(self) -> str:
+        """The body of the loop that carries the most bytes; empty if there is no loop."""
+        loops = self._lines("while")
+        largest = max(loops, key=lambda loop: sum(a.size for a in loop.results), default=None)
+        return largest.computation("body") if largest else ""
+
+    def _lines(self, op: str) -> Iterator[Instruction]:
+        for lines in self.computations.values():
+            yield from (line for line in lines if line.op == op)
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(.*)", line)
+    if found is None:
+        return None
+    name, results, op, operands, rest = found.groups()
+    called = re.search(r"calls=%?([\w.\-]+)", rest)
+    names = [word.split()[-1].lstrip("%") for word in operands.split(", ") if word]
+    return Instruction(name, _arrays(results), op, names, called[1] if called else "", rest)
+
+
+def _arrays(text: str) -> list[HLOArray]:
+    """The arrays of a type, those of a tuple one after another."""
+    found = re.findall(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?", text)
+    return [_array(*parts) for parts in found]
+
+
+def _array(dtype: str, dims: str, order: str, memory: str) -> HLOArray:
+    shape = tuple(int(d) for d in dims.split(",") if d)
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype.split("e")[0]) or 0)
+    padded = [shape[int(axis)] for axis in order.split(",") if axis]  # the minor axis first
+    tile = re.search(r"T\(([\d,]+)\)", memory)
+    if tile:
+        for axis, size in enumerate(reversed([int(n) for n in tile[1].split(",")][-2:])):
+            if axis < len(padded):
+                padded[axis] += -padded[axis] % size
+    size, data = (math.prod(sizes) * bits // 8 for sizes in (padded, shape))
+    return HLOArray(shape, size, "S(" not in memory, data)
