@@ -6,7 +6,6 @@ Exponentials, with all that a TPU has the same slot for, are counted in the kern
 """
 
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hymba_jax.ahead.topology import without_a_tpu
+
 
 def compile_for_tpu(
     topology_names: Sequence[str],
@@ -44,16 +45,6 @@ def compile_for_tpu(
             compile_pass = partial(_compile, target, Path(dump))
             rows += compile_scans(compile_pass, target, "pallas_tpu", lengths, batches, dtypes)
         return rows
-
-
-def without_a_tpu(options: str = "") -> None:
-    """Lets libtpu compile without looking for a TPU; it reads this once, and its options."""
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "LIBTPU_INIT_ARGS": options,
-    }
 
 
 def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:

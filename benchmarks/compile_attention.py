@@ -23,13 +23,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import tyro
-from _compile_gpu import H100
-from _compile_tpu import vmem_allocations, without_a_tpu
+from _compile_tpu import vmem_allocations
 from _report import Row, report, write_json
 from compile_scan import TPUS, Target, installed
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from hymba_jax.ahead.topology import H100, without_a_tpu
 from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.splash import splash
 

@@ -20,10 +20,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import tyro
-from _compile_tpu import without_a_tpu
 from _report import Row, report, write_json
 from jax.experimental import topologies
 
+from hymba_jax.ahead.topology import without_a_tpu
 from hymba_jax.config import PRESETS, ComputeConfig
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import batch_sharding, describe_split, make_mesh

@@ -11,13 +11,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.model.flops import training_flops
 from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import (
-    batch_parts,
-    batch_sharding,
-    describe_split,
-    make_mesh,
-    replicated,
-)
+from hymba_jax.sharding import batch_sharding, describe_split, make_mesh, replicated
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
 from hymba_jax.training.metrics import MetricsWriter
@@ -28,7 +22,7 @@ from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
 from hymba_jax.training.start import check_start, start_state
 from hymba_jax.training.state import Params, init_state, make_template
-from hymba_jax.training.step import compile_train_step, make_eval_step
+from hymba_jax.training.step import check_batch, compile_train_step, make_eval_step
 from hymba_jax.training.text import check_tokenizer, sample
 from hymba_jax.training.utilisation import Workload, peak_flops
 
@@ -48,13 +42,7 @@ def train(config: RunConfig) -> None:
 
 def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     training, length = config.training, config.data.sequence_length
-    if training.micro_batch_size % batch_parts(mesh):
-        raise HymbaError(
-            f"training.batch_size / training.accumulate is {training.micro_batch_size} sequences, "
-            f"which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} devices cannot share "
-            "equally"
-        )
-
+    check_batch(training, mesh)
     resumed = is_resumed(config)
     if config.init_from and not resumed:
         check_start(config)

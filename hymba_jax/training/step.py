@@ -9,7 +9,9 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
+from hymba_jax.sharding import AnyMesh, batch_parts
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.loss import LossSum, next_token_loss
 from hymba_jax.training.state import Params, Template, TrainState
@@ -71,13 +73,27 @@ def make_train_step(
     return train_step
 
 
+def check_batch(config: TrainingConfig, mesh: AnyMesh) -> None:
+    """Refuses batches that a mesh cannot split.
+
+    Raises:
+      HymbaError: their pieces have no equal parts for its devices.
+    """
+    if config.micro_batch_size % batch_parts(mesh):
+        raise HymbaError(
+            f"training.batch_size / training.accumulate is {config.micro_batch_size} sequences, "
+            f"which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} devices cannot share "
+            "equally"
+        )
+
+
 def compile_train_step(
     template: Template,
     optimizer: optax.GradientTransformation,
     config: TrainingConfig,
     sequence_length: int,
     batch_sharding: NamedSharding,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> jax.stages.Compiled:
     """The training step, compiled now; it reuses the memory of the state it is given."""
     step = make_train_step(template.graph, optimizer, micro_batch_size=config.micro_batch_size)
     rows = jax.ShapeDtypeStruct(

@@ -1,0 +1,212 @@
+"""The programs that are compiled ahead of time: those that the other commands run, as they are."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hymba_jax.ahead.fit import Memory, inference_advice, training_advice
+from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.engine import Columns, DecodeState, Engine, Limits
+from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.model import Hymba
+from hymba_jax.model.cache import Cache
+from hymba_jax.model.flops import forward_flops, training_flops
+from hymba_jax.run_config import RunConfig
+from hymba_jax.sharding import batch_parts, batch_sharding, describe_split, make_mesh, split_over
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.state import describe_model, make_template
+from hymba_jax.training.step import check_batch, compile_train_step
+
+
+class AheadProgram(NamedTuple):
+    """A program that has not been compiled yet.
+
+    Attributes:
+      step: what one run of it does, in words.
+      arguments: bytes of them on each chip.
+      model_flops: operations that the model needs for a step, on all chips together.
+      kernel_flops: operations in kernels, on one chip; a compiler's text does not tell them.
+      advice: what to change where it takes this memory of what is available.
+    """
+
+    mesh: Mesh
+    step: str
+    split: str
+    num_params: int
+    arguments: int
+    model_flops: float
+    kernel_flops: float
+    compile: Callable[[], Any]
+    advice: Callable[[Memory, float], Iterator[str]]
+
+
+def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProgram:
+    """The step that `hymba train` runs on these devices.
+
+    Raises:
+      HymbaError: the run cannot be split over them so.
+    """
+    training, length = run.training, run.data.sequence_length
+    mesh = make_mesh(devices, run.parallel)
+    check_batch(training, mesh)
+    optimizer = make_optimizer(training)
+    template = make_template(run.model, run.compute, optimizer, mesh)
+    place = batch_sharding(mesh)
+    batch = jax.ShapeDtypeStruct((training.batch_size, length), jnp.int32, sharding=place)
+    passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
+    kernels = forward_flops(run.model, {}, length, predicted=0) * passes * training.batch_size
+    names = split_over("heads", run.model.attention.num_kv_heads, mesh)
+    parts = batch_parts(mesh) * math.prod(mesh.shape[name] for name in names)
+    return AheadProgram(
+        mesh,
+        f"training, {training.batch_size} sequences of {length} tokens a step, "
+        f"{training.micro_batch_size} at a time",
+        describe_split(run.model, mesh),
+        template.num_params,
+        bytes_on_each((template.state, batch, batch)),
+        training_flops(run.model, template.state.params, length) * training.batch_size,
+        kernels / parts,
+        partial(compile_train_step, template, optimizer, training, length, place),
+        partial(training_advice, run, mesh),
+    )
+
+
+def inference_program(
+    run: RunConfig, name: str, devices: Sequence[jax.Device], batch: int, context: int
+) -> AheadProgram:
+    """What `hymba generate` runs, on one of these devices as it does.
+
+    Args:
+      name: `prefill`, which reads a batch of texts of `context` tokens at once; or `decode`, which
+        continues them: a step is a token of each.
+
+    Raises:
+      HymbaError: the model has no such context.
+    """
+    if batch < 1:
+        raise HymbaError(f"batch is {batch}, not at least 1")
+    mesh = Mesh(np.array(devices[:1]), ("chip",))
+    programs = InferencePrograms(run.model, mesh, run.compute.dtype, "float32", context)
+    traced = (programs.prefill if name == "prefill" else programs.decode)(batch, context)
+    _, params = describe_model(run.model, run.compute, make_mesh(devices[:1]))
+    flops = partial(forward_flops, run.model)
+    if name == "prefill":
+        step = f"reading {batch} texts of {context} tokens at once"
+        model = flops(params, context, predicted=0)
+        kernels = flops({}, context, predicted=0)
+    else:
+        step = f"continuing {batch} texts of {context} tokens, a token of each a step"
+        before = flops(params, context - 1, predicted=0)
+        model, kernels = flops(params, context, predicted=1) - before, 0.0
+    return AheadProgram(
+        mesh,
+        step,
+        f"one of {len(devices)} chips, as generating uses one",
+        sum(leaf.size for leaf in jax.tree.leaves(params)),
+        bytes_on_each(traced.arguments),
+        model * batch,
+        kernels * batch,
+        lambda: traced.program.lower().compile(),
+        partial(inference_advice, batch, bytes_on_each(programs.params)),
+    )
+
+
+class TracedProgram(NamedTuple):
+    """A program, and the arrays that it should read once and write once."""
+
+    program: Any
+    arguments: Any
+    read: Any
+    written: Any
+    cache: Any
+
+
+class InferencePrograms:
+    """The engine's programs, traced for shapes on a chip.
+
+    Raises:
+      HymbaError: the model has no such context.
+    """
+
+    def __init__(
+        self,
+        config: HymbaConfig,
+        mesh: Mesh,
+        dtype: DType,
+        state_dtype: DType,
+        context: int | None = None,
+    ):
+        self.mesh, self.vocab_size = mesh, config.vocab_size
+        compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
+        engines: list[Engine] = []
+
+        def make_params() -> Any:
+            model = Hymba(config, compute, nnx.Rngs(0))
+            engines.append(Engine(model, state_dtype=state_dtype, context=context))
+            return engines[0].params
+
+        self.params = self._shapes(make_params)  # nothing is computed
+        self._programs = engines[0]._programs
+        self._prefix = self._shapes(self._programs.prefix, self.params)
+
+    def decode(self, batch: int, context: int) -> TracedProgram:
+        """Continuing `batch` texts, each with a cache of `context` tokens."""
+        start = partial(self._programs.start, batch=batch, context=context)
+        limits = self._shapes(
+            lambda: Limits(jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 4), jnp.int32))
+        )
+        sampler = self._shapes(lambda: make_sampler([SamplingConfig()] * batch, range(batch)))
+        cache = self._shapes(start, self._prefix).cache
+        state = self._shapes(partial(self._decode_state, batch), cache)
+        steps = self._shapes(lambda: jnp.int32(0))
+        arguments = (self.params, self._prefix, state, sampler, limits, steps)
+        layers = state.cache.layers
+        states = [layer.ssm for layer in layers]
+        program = self._trace(self._programs.decode, *arguments)
+        return TracedProgram(
+            program, arguments, (self.params, self._prefix, layers), states, layers
+        )
+
+    def prefill(self, batch: int, length: int) -> TracedProgram:
+        """Reading `batch` texts of `length` tokens from their start."""
+        start = partial(self._programs.start, batch=batch, context=length)
+        state = self._shapes(start, self._prefix)
+        piece = self._shapes(
+            lambda: Columns(jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32))
+        )
+        arguments = (self.params, self._prefix, state, piece)
+        layers = state.cache.layers
+        program = self._trace(self._programs.read, *arguments, is_start=True)
+        return TracedProgram(program, arguments, (self.params, self._prefix), layers, layers)
+
+    def _trace(self, program: Any, *arguments: Any, **options: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return program.trace(*arguments, **options)
+
+    def _shapes(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            jax.eval_shape(function, *arguments),
+        )
+
+    def _decode_state(self, batch: int, cache: Cache) -> DecodeState:
+        zeros = jnp.zeros(batch, jnp.int32)
+        seen = jnp.zeros((batch, self.vocab_size), bool)
+        return DecodeState(cache, zeros, zeros, zeros == 1, seen)
+
+
+def bytes_on_each(tree: Any) -> int:
+    """Bytes of a tree of placed shapes that each device of their mesh has."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
