@@ -22,6 +22,8 @@ warmup: compiles what generating will need.
 
 memory: says what a model and its cache weigh.
 
+compile: compiles a run for accelerators that need not be there, and says what it will cost.
+
 convert: turns released weights into a model of ours, and back.
 
 inspect: says what a checkpoint of either kind holds.
@@ -33,12 +35,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     name = tyro.cli(
-        Literal["train", "generate", "chat", "warmup", "memory", "convert", "inspect"],
+        Literal["train", "generate", "chat", "warmup", "memory", "compile", "convert", "inspect"],
         args=args[:1],
         prog="hymba",
         description=DESCRIPTION,
     )
-    commands = (train, generate, chat, warmup, memory, convert, inspect)
+    commands = (train, generate, chat, warmup, memory, compile, convert, inspect)
     {command.__name__: command for command in commands}[name](args[1:], f"hymba {name}")
 
 
@@ -94,6 +96,14 @@ def memory(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference import memory
 
         memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
+
+
+def compile(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba compile ...`."""
+    with _one_line_errors():
+        from hymba_jax.ahead import command
+
+        command.main(args, prog)
 
 
 def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -> None:

@@ -142,12 +142,7 @@ def parse_run(args: Sequence[str], prog: str) -> RunConfig:
       HymbaError: what it asks for cannot be.
       SystemExit: for --help, and for arguments that are no fields.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config")
-    peek.add_argument("--init-from")
-    named = peek.parse_known_args(args)[0]
-    base = _started_from(named.init_from) if named.init_from else RunConfig()
-    default = base if named.config is None else RunConfig.from_toml(named.config, base)
+    default = run_defaults(args)
 
     def arguments(
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = default, config: str = ""
@@ -160,6 +155,20 @@ def parse_run(args: Sequence[str], prog: str) -> RunConfig:
         return run
 
     return tyro.cli(arguments, args=args, prog=prog)
+
+
+def run_defaults(args: Sequence[str]) -> RunConfig:
+    """The run of a command line's `--config` and `--init-from`, before its fields are overridden.
+
+    Raises:
+      HymbaError: one of them cannot be read.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config")
+    peek.add_argument("--init-from")
+    named = peek.parse_known_args(args)[0]
+    base = _started_from(named.init_from) if named.init_from else RunConfig()
+    return base if named.config is None else RunConfig.from_toml(named.config, base)
 
 
 def _started_from(directory: str) -> RunConfig:
