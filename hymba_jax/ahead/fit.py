@@ -52,7 +52,7 @@ def training_advice(
     """What to change so that a training step fits, the cheapest first."""
     room = available - memory.arguments
     if room <= 0:
-        yield from _split_more(mesh, memory.arguments, available)
+        yield _split_more(mesh, run.model.hidden_size, memory.arguments, available)
         return
     too_many = memory.temporaries / room
     if run.compute.remat == "none":
@@ -74,13 +74,18 @@ def training_advice(
         )
 
 
-def _split_more(mesh: AnyMesh, arguments: int, available: float) -> Iterator[str]:
-    start = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} a chip"
-    if mesh.shape["data"] > 1:
-        yield f"parallel.data 1, parallel.fsdp -1: {start}, and data's parts each have all of them"
-    else:
-        chips = mesh.size * math.ceil(arguments / available)
-        yield f"a topology of {chips} chips or more, split by parallel.fsdp: {start}"
+def _split_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
+    """How to split what every step needs; the largest fsdp that divides `hidden` is the best."""
+    why = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} a chip"
+    parts = batch_parts(mesh)
+    fsdp = math.gcd(parts, hidden)
+    if hidden % mesh.shape["fsdp"] or fsdp > mesh.shape["fsdp"]:
+        return (
+            f"parallel.data {parts // fsdp}, parallel.fsdp {fsdp}: {why}; "
+            f"a width of {hidden} is split by no more"
+        )
+    chips = mesh.size * math.ceil(arguments / available)
+    return f"a topology of {chips} chips or more, split by parallel.fsdp: {why}"
 
 
 def inference_advice(batch: int, params: int, memory: Memory, available: float) -> Iterator[str]:

@@ -18,13 +18,15 @@ from hymba_jax.training.config import TrainingConfig
 GB = 10**9
 
 
-def advice(arguments, temporaries, *, remat="block", batch=64, accumulate=2, data=1, tensor=1):
-    """For 8 ways of splitting a batch, on chips of 16 GB; in GB, without the reasons."""
+def advice(
+    arguments, temporaries, *, remat="block", batch=64, accumulate=2, data=1, tensor=1, parts=8
+):
+    """On chips of 16 GB, batches in so many parts; in GB, without the reasons."""
     run = RunConfig(
         compute=ComputeConfig(remat=remat),
         training=TrainingConfig(batch_size=batch, accumulate=accumulate),
     )
-    mesh = AbstractMesh((data, 8 // data, tensor), ("data", "fsdp", "tensor"))
+    mesh = AbstractMesh((data, parts // data, tensor), ("data", "fsdp", "tensor"))
     memory = Memory(arguments * GB, temporaries * GB, (arguments + temporaries) * GB)
     return [line.split(":")[0] for line in training_advice(run, mesh, memory, 16 * GB)]
 
@@ -51,7 +53,8 @@ def test_one_sequence_that_is_too_large_is_shared():
 
 def test_state_that_is_too_large_is_split():
     assert advice(20, 1) == ["a topology of 16 chips or more, split by parallel.fsdp"]
-    assert advice(20, 1, data=2) == ["parallel.data 1, parallel.fsdp -1"]
+    assert advice(20, 1, data=2) == ["parallel.data 1, parallel.fsdp 8"]
+    assert advice(20, 1, parts=256, batch=1024) == ["parallel.data 4, parallel.fsdp 64"]  # of 1600
 
 
 def test_fewer_texts():
