@@ -3,21 +3,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from hymba_jax.ahead.collectives import by_kind, collectives
-from hymba_jax.ahead.estimate import Work, assumptions
-from hymba_jax.ahead.fit import Memory, compiled_memory, refused_memory
-from hymba_jax.ahead.hlo import Program
-from hymba_jax.ahead.products import product_flops
+from hymba_jax.ahead.estimate import assumptions
+from hymba_jax.ahead.fit import Memory
+from hymba_jax.ahead.measured import Measured, compile_and_measure
 from hymba_jax.ahead.programs import AheadProgram, inference_program, training_program
 from hymba_jax.ahead.topology import Chip, parse_topology
-from hymba_jax.ahead.traffic import total_moved
 from hymba_jax.errors import HymbaError
 from hymba_jax.run_config import RunConfig, run_defaults
 
@@ -70,12 +67,12 @@ def main(args: Sequence[str], prog: str) -> None:
     console.print(f"{program.num_params:,} parameters, {topology.name}: {program.step}")
     console.print(program.split)
     begun = time.perf_counter()
-    memory, compiled = _compile(program)
+    memory, measured = compile_and_measure(program)
     console.print(f"compiled in {time.perf_counter() - begun:.0f} s")
-    console.print(_table(program, topology.chip, memory, compiled))
-    if compiled is not None:
+    console.print(_table(program, topology.chip, memory, measured))
+    if measured is not None:
         console.print(assumptions(topology.chip))
-    if memory.total > topology.chip.memory or compiled is None:
+    if memory.total > topology.chip.memory or measured is None:
         for change in program.advice(memory, topology.chip.memory):
             console.print(f"to make it fit, {change}")
         raise HymbaError(
@@ -101,35 +98,6 @@ def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
     return tyro.cli(arguments, args=args, prog=prog)
 
 
-class Measured(NamedTuple):
-    """What a compiled program has each chip do."""
-
-    work: Work
-    product_flops: float
-    unknown_loops: int
-    sent: dict[str, tuple[int, float]]
-
-
-def _compile(program: AheadProgram) -> tuple[Memory, Measured | None]:
-    """Its memory, and what it does; nothing if the compiler refused it for want of memory."""
-    try:
-        with jax.set_mesh(program.mesh):
-            compiled = program.compile()
-    except jax.errors.JaxRuntimeError as error:
-        memory = refused_memory(error, program.arguments)
-        if memory is None:
-            raise
-        return memory, None
-    return compiled_memory(compiled), _measure(program, Program(compiled.as_text()))
-
-
-def _measure(program: AheadProgram, hlo: Program) -> Measured:
-    products, sent = product_flops(hlo), by_kind(collectives(hlo))
-    kernels = program.kernel_flops if hlo.has_kernels else 0
-    work = Work(products + kernels, total_moved(hlo), sum(size for _, size in sent.values()))
-    return Measured(work, products, hlo.unknown_loops, sent)
-
-
 def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -149,6 +117,9 @@ def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured
     table.add_row("moved to and from memory a chip", _gb(measured.work.moved))
     if measured.unknown_loops:
         table.add_row("loops of unknown length, taken once", str(measured.unknown_loops))
+    table.add_section()
+    for name, calls, shape in measured.kernels:
+        table.add_row(f"{calls:,} x {name} of a chip, up to", " x ".join(map(str, shape)))
     table.add_section()
     for kind, (count, size) in measured.sent.items():
         table.add_row(f"{count:,} x {kind}, sent by a chip", _gb(size))

@@ -5,9 +5,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# What the names of attention's and the scan's custom calls have in common.
-_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__cudnn\$fmha\w*)"')
-
 
 class HLOArray(NamedTuple):
     """An array of a program.
@@ -99,11 +96,6 @@ class Program:
             return
         for inner in self.computations[line.called]:
             yield from self.fused(inner)
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether it calls kernels, attention's or the scan's."""
-        return any(_KERNEL.search(line.attributes) for line in self._lines("custom-call"))
 
     @property
     def unknown_loops(self) -> int:

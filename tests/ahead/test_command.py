@@ -11,7 +11,9 @@ import pytest
 from hymba_jax import cli
 from hymba_jax.ahead import command
 from hymba_jax.ahead.fit import Memory
-from hymba_jax.ahead.topology import Topology
+from hymba_jax.ahead.topology import Topology, parse_topology
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
@@ -106,7 +108,7 @@ def refusal(capsys, *arguments):
 def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     """The compiler refuses it: 10 GB of arguments and 12 of temporaries, for a sequence a chip."""
     memory = Memory(10 * 10**9, 12 * 10**9, 22 * 10**9)
-    monkeypatch.setattr(command, "_compile", lambda _: (memory, None))
+    monkeypatch.setattr(command, "compile_and_measure", lambda _: (memory, None))
     message, printed = refusal(capsys, "--config", config, "--topology", "v5e:2x2")
     assert message == "error: it does not fit: 22.00 GB of 16.00 GB a chip"
     words, table = parse(printed)
@@ -153,3 +155,14 @@ def test_with_the_compiler_of_tpus(config):
     assert table["kernels', by the model's count"] != "0.00 TFLOP"
     assert "loops of unknown length, taken once" not in table
     assert any("all-gather" in name for name in table)
+    # Half of 4 sequences, 16 + 112 positions, half of 128 channels; layers, pieces of the batch.
+    assert table["4 x selective_scan_forward of a chip, up to"] == "2 x 128 x 64"
+    assert table["4 x selective_scan_backward of a chip, up to"] == "2 x 128 x 64"
+    assert any("splash_mha_fwd" in name for name in table)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed")
+def test_part_of_a_torus_axis_can_be_a_mesh_axis():
+    mesh = make_mesh(parse_topology("v6e:4x4").devices(), ParallelConfig(data=-1, fsdp=8))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 1}

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hymba_jax.ahead.collectives import Collective, by_kind, collectives
 from hymba_jax.ahead.hlo import Program
+from hymba_jax.ahead.kernels import Kernel, kernels
 from hymba_jax.ahead.products import product_flops
 from hymba_jax.ahead.traffic import total_moved
 
@@ -176,7 +177,7 @@ def test_a_program_for_tpus():
         Collective("reduce-scatter", 7, 8, 128 * 128 * 4),
     ]
     assert product_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
-    assert program.has_kernels
+    assert kernels(program) == [Kernel("u", 7, (5, 16, 128)), Kernel("v", 7, (5, 64, 128))]
     assert program.largest_loop() == "body"
 
 
@@ -206,4 +207,23 @@ ENTRY %main (a: bf16[16,128], b: bf16[128,64]) -> bf16[16,64] {
 """  # noqa: E501
     program = Program(text)
     assert product_flops(program) == 2 * 16 * 64 * 128
-    assert not program.has_kernels
+    assert not kernels(program)
+
+
+@pytest.mark.parametrize(
+    ("traced", "name"),
+    [
+        ("while/body/shard_map/jvp()/selective_scan_forward/mpmd_map", "selective_scan_forward"),
+        ("jit(f)/transpose(jvp(selective_scan_backward))/pallas_call", "selective_scan_backward"),
+        ("jit(f)/jvp()/dot_product_attention_fwd", "dot_product_attention_fwd"),
+    ],
+)
+def test_kernels_have_the_names_that_they_were_traced_by(traced, name):
+    text = f"""HloModule jit_f
+
+ENTRY %main (a: bf16[16,128]) -> bf16[2,128] {{
+  %a = bf16[16,128]{{1,0}} parameter(0)
+  ROOT %g = bf16[2,128]{{1,0}} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{traced}" stack_frame_id=4}}
+}}
+"""  # noqa: E501
+    assert kernels(Program(text)) == [Kernel(name, 1, (16, 128))]

@@ -245,7 +245,9 @@ def _forward(
     if keep_borders:
         outputs["borders"] = jax.ShapeDtypeStruct((batch, chunks, channels, states), _f32)
 
-    def body(*refs: Any, slots: dict[str, Any], rows: Any, y_s: Any, full: Any, free: Any) -> None:
+    def selective_scan_forward(
+        *refs: Any, slots: dict[str, Any], rows: Any, y_s: Any, full: Any, free: Any
+    ) -> None:
         gmem = dict(zip((*operands, *outputs), refs, strict=True))
         tile = _Tile(block, states, blocks)
         delta_s, u_s, sum_s = (rows.at[k] for k in range(3))
@@ -298,7 +300,7 @@ def _forward(
         plgpu.wait_smem_to_gmem(0)
 
     kernel = plgpu.kernel(
-        body,
+        selective_scan_forward,
         out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs.values()],
         scratch_types={
             **_fetched(operands, block, blocks),
@@ -335,7 +337,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
     )
     outputs = {"d" + name: v for name, v in _present(**gradients._asdict()).items()}
 
-    def body(
+    def selective_scan_backward(
         *refs: Any,
         slots: dict[str, Any],
         rows: Any,
@@ -455,7 +457,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
         plgpu.wait_smem_to_gmem(0)
 
     kernel = plgpu.kernel(
-        body,
+        selective_scan_backward,
         out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs.values()],
         scratch_types={
             **_fetched(operands, block, blocks),

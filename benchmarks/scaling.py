@@ -1,0 +1,112 @@
+"""What a chip does in a training step as chips are added, counted in the compiled program.
+
+python benchmarks/scaling.py [--chips 1 2 4 ...] [--picture FILE] [--json FILE]
+
+Compiles for slices of TPU v5e that need not be there (extra `tpu`; see `hymba compile`). The layers
+are the 1.5B's, one unit of each kind; a batch is one sequence of 2048 tokens a chip of the largest
+slice (strong scaling: the same batch on fewer chips) or of this one (weak). `[parallel]` is that of
+configs/hymba_1_5b.toml: parameters are split in 8 at most, batches over all chips.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# Before JAX starts: the compiler is wanted, not a TPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import matplotlib.pyplot as plt
+import tyro
+from _report import Row, report
+
+from hymba_jax.ahead.measured import compile_and_measure
+from hymba_jax.ahead.programs import training_program
+from hymba_jax.ahead.topology import parse_topology
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.run_config import RunConfig
+
+PARAMETER_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Args:
+    """Counts what a chip does in a training step as chips are added.
+
+    Attributes:
+      chips: sizes of the slices, powers of two.
+      layers: their pattern, "G" and "Ww" are the units of the 1.5B.
+      picture: where the picture goes.
+      json: file for the rows as JSON lines.
+    """
+
+    chips: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    layers: str = "G Ww"
+    picture: Path = Path("benchmarks/scaling.png")
+    json: Path | None = None
+
+
+def main(args: Args) -> None:
+    rows = [*count(args)]
+    report("a training step on slices of TPU v5e, of each chip, as compiled", rows, args.json)
+    draw(rows, args.picture)
+
+
+def count(args: Args) -> Iterator[Row]:
+    base = RunConfig.from_toml("configs/hymba_1_5b.toml")
+    base = replace(base, model=replace(base.model, layers=args.layers))
+    for chips in args.chips:
+        devices = parse_topology(slice_of(chips)).devices()
+        parallel = ParallelConfig(data=-1, fsdp=min(chips, PARAMETER_PARTS))
+        for scaling, batch in {"strong": max(args.chips), "weak": chips}.items():
+            if scaling == "weak" and chips == max(args.chips):
+                continue  # both are the same there
+            training = replace(base.training, batch_size=batch, accumulate=batch // chips)
+            program = training_program(replace(base, training=training, parallel=parallel), devices)
+            _, measured = compile_and_measure(program)
+            if measured is None:
+                raise SystemExit(f"{chips} chips, {scaling}: does not fit")
+            work = measured.work
+            yield {
+                "scaling": scaling,
+                "chips": chips,
+                "TFLOP": work.flops / 1e12,
+                "GB moved": work.moved / 1e9,
+                "GB sent": work.sent / 1e9,
+                "GB of parameters": 4 * program.num_params / 1e9,
+                "sequences at a time": batch // chips,
+            }
+            print(f"{chips} chips, {scaling}: compiled", flush=True)
+
+
+def slice_of(chips: int) -> str:
+    """The squarest slice of so many chips, a power of two."""
+    power = chips.bit_length() - 1
+    return f"v5e:{2 ** (power // 2)}x{2 ** (power - power // 2)}"
+
+
+def draw(rows: list[Row], picture: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+    for place, scaling in zip(axes, ("strong", "weak"), strict=True):
+        # The largest slice's strong step is its weak one.
+        largest = max(row["chips"] for row in rows)
+        points = [row for row in rows if scaling == row["scaling"] or row["chips"] == largest]
+        chips = [row["chips"] for row in points]
+        for name, label in {
+            "TFLOP": "TFLOP computed",
+            "GB moved": "GB to and from memory",
+            "GB sent": "GB sent to other chips",
+        }.items():
+            place.plot(chips, [row[name] for row in points], "o-", label=label)
+        place.set_xscale("log", base=2)
+        place.set_yscale("log")
+        place.set_xlabel("TPU v5e chips")
+    axes[0].set_title("the same batch", fontsize="medium")
+    axes[1].set_title("a sequence a chip", fontsize="medium")
+    axes[0].set_ylabel("of a chip, a training step")
+    axes[0].legend(fontsize="small")
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
