@@ -3,9 +3,10 @@
 python benchmarks/scaling.py [--chips 1 2 4 ...] [--picture FILE] [--json FILE]
 
 Compiles for slices of TPU v5e that need not be there (extra `tpu`; see `hymba compile`). The layers
-are the 1.5B's, one unit of each kind; a batch is one sequence of 2048 tokens a chip of the largest
-slice (strong scaling: the same batch on fewer chips) or of this one (weak). `[parallel]` is that of
-configs/hymba_1_5b.toml: parameters are split in 8 at most, batches over all chips.
+are eight of the 1.5B's with a sliding window, as one chip holds no more and equal layers are compiled
+once; a batch is a sequence of 2048 tokens a chip of the largest slice (strong scaling: the same batch
+on fewer chips) or of this one (weak). `[parallel]` is that of configs/hymba_1_5b.toml: parameters are
+split in 8 at most, batches over all chips.
 """
 
 import os
@@ -35,13 +36,13 @@ class Args:
 
     Attributes:
       chips: sizes of the slices, powers of two.
-      layers: their pattern, "G" and "Ww" are the units of the 1.5B.
+      layers: their pattern.
       picture: where the picture goes.
       json: file for the rows as JSON lines.
     """
 
     chips: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    layers: str = "G Ww"
+    layers: str = "8*W"
     picture: Path = Path("benchmarks/scaling.png")
     json: Path | None = None
 
