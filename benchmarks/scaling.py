@@ -3,10 +3,10 @@
 python benchmarks/scaling.py [--chips 1 2 4 ...] [--picture FILE] [--json FILE]
 
 Compiles for slices of TPU v5e that need not be there (extra `tpu`; see `hymba compile`). The layers
-are eight of the 1.5B's with a sliding window, as one chip holds no more and equal layers are compiled
-once; a batch is a sequence of 2048 tokens a chip of the largest slice (strong scaling: the same batch
-on fewer chips) or of this one (weak). `[parallel]` is that of configs/hymba_1_5b.toml: parameters are
-split in 8 at most, batches over all chips.
+are eight of the 1.5B's with a sliding window: one chip holds no more, and equal layers are compiled
+once. A batch is a sequence of 2048 tokens a chip of the largest slice (strong scaling: the same
+batch on fewer chips) or of this one (weak). `[parallel]` is that of configs/hymba_1_5b.toml:
+parameters are split in 8 at most, batches over all chips.
 """
 
 import os

@@ -66,9 +66,9 @@ def training_advice(
             f"temporaries {_gb(memory.temporaries * fewer / rows)} or somewhat more"
         )
     if rows // too_many < 1:
-        parts = mesh.shape["tensor"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
+        parts = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
         yield (
-            f"parallel.tensor {parts}: {_gb(memory.temporaries)} of temporaries are for "
+            f"parallel.sequence {parts}: {_gb(memory.temporaries)} of temporaries are for "
             f"{_sequences(rows)} a chip, and {_gb(room)} are left; chips then share the work on a "
             "sequence"
         )

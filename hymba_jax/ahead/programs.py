@@ -20,7 +20,14 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.cache import Cache
 from hymba_jax.model.flops import forward_flops, training_flops
 from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import batch_parts, batch_sharding, describe_split, make_mesh, split_over
+from hymba_jax.sharding import (
+    batch_parts,
+    batch_sharding,
+    describe_split,
+    make_mesh,
+    split_length,
+    split_over,
+)
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.state import describe_model, make_template
 from hymba_jax.training.step import check_batch, compile_train_step
@@ -63,13 +70,12 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
     batch = jax.ShapeDtypeStruct((training.batch_size, length), jnp.int32, sharding=place)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = forward_flops(run.model, {}, length, predicted=0) * passes * training.batch_size
-    names = split_over("heads", run.model.attention.num_kv_heads, mesh)
-    parts = batch_parts(mesh) * math.prod(mesh.shape[name] for name in names)
+    parts = batch_parts(mesh) * _kernel_parts(run.model, length, mesh)
     return AheadProgram(
         mesh,
         f"training, {training.batch_size} sequences of {length} tokens a step, "
         f"{training.micro_batch_size} at a time",
-        describe_split(run.model, mesh),
+        describe_split(run.model, mesh, length),
         template.num_params,
         bytes_on_each((template.state, batch, batch)),
         training_flops(run.model, template.state.params, length) * training.batch_size,
@@ -77,6 +83,15 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
         partial(compile_train_step, template, optimizer, training, length, place),
         partial(training_advice, run, mesh),
     )
+
+
+def _kernel_parts(config: HymbaConfig, text_length: int, mesh: Mesh) -> int:
+    """How many chips share the kernels' work on a sequence, where heads are not fewer."""
+    meta = config.num_meta_tokens
+    names = list(split_over("heads", config.attention.num_kv_heads, mesh))
+    if length_axis := split_length(meta + text_length, mesh, at_least=meta):
+        names.append(length_axis)
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def inference_program(

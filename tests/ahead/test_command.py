@@ -70,7 +70,9 @@ def test_a_training_step(capsys, config, four_cpus):
         capsys, "--config", config, "--topology", "v5e:2x2", "--parallel.tensor", 2
     )
     assert words[0].endswith("v5e:2x2: training, 8 sequences of 112 tokens a step, 4 at a time")
-    assert words[1].startswith("4 devices, data 1 x fsdp 2 x tensor 2; parts: batch in 2")
+    assert words[1].startswith(
+        "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; parts: batch in 2"
+    )
     assert "197 TFLOP/s" in words[-1]
     assert table["in all, fits 16.00 GB"].endswith(" GB")
     counts = {name: int(name.split(" x ")[0]) for name in table if " x " in name}
@@ -115,7 +117,7 @@ def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     assert table["in all, does not fit 16.00 GB"] == "22.00 GB"
     assert [line.split(":")[0] for line in words if "to make it fit" in line] == [
         "to make it fit, compute.remat block",
-        "to make it fit, parallel.tensor 2",
+        "to make it fit, parallel.sequence 2",
     ]
 
 
@@ -165,4 +167,4 @@ def test_with_the_compiler_of_tpus(config):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed")
 def test_part_of_a_torus_axis_can_be_a_mesh_axis():
     mesh = make_mesh(parse_topology("v6e:4x4").devices(), ParallelConfig(data=-1, fsdp=8))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1}

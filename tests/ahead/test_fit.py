@@ -19,14 +19,14 @@ GB = 10**9
 
 
 def advice(
-    arguments, temporaries, *, remat="block", batch=64, accumulate=2, data=1, tensor=1, parts=8
+    arguments, temporaries, *, remat="block", batch=64, accumulate=2, data=1, sequence=1, parts=8
 ):
     """On chips of 16 GB, batches in so many parts; in GB, without the reasons."""
     run = RunConfig(
         compute=ComputeConfig(remat=remat),
         training=TrainingConfig(batch_size=batch, accumulate=accumulate),
     )
-    mesh = AbstractMesh((data, parts // data, tensor), ("data", "fsdp", "tensor"))
+    mesh = AbstractMesh((data, parts // data, sequence), ("data", "fsdp", "sequence"))
     memory = Memory(arguments * GB, temporaries * GB, (arguments + temporaries) * GB)
     return [line.split(":")[0] for line in training_advice(run, mesh, memory, 16 * GB)]
 
@@ -46,9 +46,9 @@ def test_recomputing_comes_first():
 
 
 def test_one_sequence_that_is_too_large_is_shared():
-    assert advice(6, 20, batch=8, accumulate=1) == ["parallel.tensor 2"]
-    assert advice(6, 25, batch=8, accumulate=1, tensor=2) == ["parallel.tensor 8"]
-    assert advice(6, 80) == ["training.accumulate 8", "parallel.tensor 2"]
+    assert advice(6, 20, batch=8, accumulate=1) == ["parallel.sequence 2"]
+    assert advice(6, 25, batch=8, accumulate=1, sequence=2) == ["parallel.sequence 8"]
+    assert advice(6, 80) == ["training.accumulate 8", "parallel.sequence 2"]
 
 
 def test_state_that_is_too_large_is_split():
