@@ -9,6 +9,7 @@ batch on fewer chips) or of this one (weak). `[parallel]` is that of configs/hym
 parameters are split in 8 at most, batches over all chips.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ def slice_of(chips: int) -> str:
 
 
 def draw(rows: list[Row], picture: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for place, scaling in zip(axes, ("strong", "weak"), strict=True):
         # The largest slice's strong step is its weak one.
         largest = max(row["chips"] for row in rows)
@@ -98,8 +99,10 @@ def draw(rows: list[Row], picture: Path) -> None:
             "GB moved": "GB to and from memory",
             "GB sent": "GB sent to other chips",
         }.items():
-            place.plot(chips, [row[name] for row in points], "o-", label=label)
+            values = [row[name] or math.nan for row in points]  # one chip sends nothing
+            place.plot(chips, values, "o-", label=label)
         place.set_xscale("log", base=2)
+        place.set_xticks(chips, map(str, chips))
         place.set_yscale("log")
         place.set_xlabel("TPU v5e chips")
     axes[0].set_title("the same batch", fontsize="medium")

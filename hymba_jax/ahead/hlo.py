@@ -105,17 +105,27 @@ class Program:
     def turns(self, loop: Instruction) -> int | None:
         """How often a loop's body is run; None if the program does not say.
 
-        Where only the condition tells, the counter is taken to rise from 0 in steps of 1, as that
-        of a scan does.
+        Where only the condition tells, the counter is taken to rise from 0, as that of a scan does.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition = self.computations[loop.computation("condition")]
-        root = condition[-1]
+        condition = {line.name: line for line in self.computations[loop.computation("condition")]}
+        root = [*condition.values()][-1]
         if root.op != "compare" or "direction=LT" not in root.attributes:
             return None
-        limits = [line.operands[0] for line in condition if line.name == root.operands[1]]
-        return int(limits[0]) if limits and limits[0].isdigit() else None
+        counter, limit = (condition[name] for name in root.operands)
+        step = self._step(loop, re.search(r"index=(\d+)", counter.attributes))
+        return -(-int(limit.operands[0]) // step) if step and limit.operands[0].isdigit() else None
+
+    def _step(self, loop: Instruction, place: re.Match[str] | None) -> int | None:
+        """What a turn of a loop adds to the counter at this place of what it carries."""
+        body = {line.name: line for line in self.computations[loop.computation("body")]}
+        root = [*body.values()][-1]
+        if place is None or root.op != "tuple":
+            return None
+        rise = body[root.operands[int(place[1])]]
+        steps = [body[name].operands[0] for name in rise.operands if body[name].op == "constant"]
+        return int(steps[0]) if rise.op == "add" and steps else None
 
     def largest_loop(self) -> str:
         """The body of the loop that carries the most bytes; empty if there is no loop."""

@@ -150,7 +150,9 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
   %product = bf16[5,16,64]{2,1,0:T(8,128)(2,1)} fusion(%x, %u, %v), kind=kOutput, calls=%beside
   %w = f32[128,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
   %scattered = f32[16,128]{1,0:T(8,128)} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %out = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) tuple(%i, %x)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %out = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) tuple(%next, %x)
 }
 
 %condition (t.1: (s32[], bf16[32,128])) -> pred[] {
@@ -179,6 +181,13 @@ def test_a_program_for_tpus():
     assert product_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
     assert kernels(program) == [Kernel("u", 7, (5, 16, 128)), Kernel("v", 7, (5, 64, 128))]
     assert program.largest_loop() == "body"
+
+
+def test_a_loop_that_was_unrolled_rises_in_larger_steps():
+    unrolled = Program(TPU.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[] constant(2)"))
+    assert [collective.times for collective in collectives(unrolled)] == [4, 4]  # 0, 2, 4, 6
+    unknown = Program(TPU.replace("add(%i, %one)", "multiply(%i, %one)"))
+    assert unknown.unknown_loops == 1
 
 
 @pytest.mark.parametrize(
