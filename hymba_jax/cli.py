@@ -49,20 +49,22 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     with _one_line_errors():
         from hymba_jax.run_config import parse_run
 
-        config = parse_run(sys.argv[1:] if args is None else args, prog)
+        config, processes = parse_run(sys.argv[1:] if args is None else args, prog)
         prepare_host()
+        from hymba_jax.distributed import started
         from hymba_jax.training import loop
         from hymba_jax.training.checkpoint import silence_orbax
 
         silence_orbax()
-        try:
-            loop.train(config)
-        except KeyboardInterrupt:
-            print(f"\nstopped; the same command goes on with {config.output}", file=sys.stderr)
-            sys.exit(130)
-        except OSError as error:
-            error.filename = error.filename or config.output
-            raise
+        with started(processes, config.output), _one_line_errors():
+            try:
+                loop.train(config)
+            except KeyboardInterrupt:
+                print(f"\nstopped; the same command goes on with {config.output}", file=sys.stderr)
+                sys.exit(130)
+            except OSError as error:
+                error.filename = error.filename or config.output
+                raise
 
 
 def generate(args: Sequence[str], prog: str) -> None:

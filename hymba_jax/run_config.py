@@ -30,6 +30,7 @@ import tyro
 
 from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.data.config import DataConfig
+from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import describe, fits
 from hymba_jax.parallel import ParallelConfig
@@ -133,8 +134,10 @@ def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
-def parse_run(args: Sequence[str], prog: str) -> RunConfig:
+def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
     """The run that a command line asks for: `--config FILE`, and fields to override.
+
+    Beside it stands how this process finds the others of the run, which no file says.
 
     What neither says is as in the directory of `--init-from`, if there is one.
 
@@ -145,14 +148,16 @@ def parse_run(args: Sequence[str], prog: str) -> RunConfig:
     default = run_defaults(args)
 
     def arguments(
-        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default, config: str = ""
-    ) -> RunConfig:
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        config: str = "",
+        distributed: DistributedConfig = DistributedConfig(),  # noqa: B008, it is frozen
+    ) -> tuple[RunConfig, DistributedConfig]:
         """Trains a model. The same command again goes on with a run that was stopped.
 
         Args:
           config: TOML file; its values are the defaults of all other options.
         """
-        return run
+        return run, distributed
 
     return tyro.cli(arguments, args=args, prog=prog)
 

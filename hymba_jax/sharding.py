@@ -130,6 +130,24 @@ def batch_parts(mesh: AnyMesh) -> int:
     return _product(MESH_AXES["batch"], mesh)
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process's devices hold, whoever else holds them, too."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    parts = [index[0] for index in indices if index is not None]
+    return sorted({row for part in parts for row in range(batch_size)[part]})
+
+
+def place_rows(rows: Any, mesh: Mesh, batch_size: int) -> Any:
+    """A batch spread over the devices, of which each process gives its `own_rows`."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda own: jax.make_array_from_process_local_data(
+            place, own, (batch_size, *own.shape[1:])
+        ),
+        rows,
+    )
+
+
 def state_shardings(state: Any, config: HymbaConfig, mesh: AnyMesh) -> Any:
     """A sharding for each parameter, or each optimizer moment, of a tree of them.
 

@@ -1,13 +1,14 @@
 """From a DataConfig to batches.
 
-Training batches depend on the stream, the seed and the step alone. Every process of a distributed
-run makes the same global batch, from token arrays in memory, and takes its rows of it; so a run
-resumes exactly on another number of processes.
+Batches depend on the stream, the seed and the step alone. Each process of a run holds the stream,
+and reads the rows of a batch that its devices compute; so a run resumes exactly on another number
+of processes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -19,7 +20,7 @@ from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.types import Int, UInt
 
-type Batch = dict[str, Int[np.ndarray, "batch length"]]
+type Batch = dict[str, Int[np.ndarray, "rows length"]]
 """`inputs` and `targets`, int32, the targets one token ahead."""
 
 
@@ -78,20 +79,42 @@ def prepare(
     return data
 
 
+class _Batches:
+    """Some rows of each batch of `batch_size` consecutive windows, a data source for Grain."""
+
+    def __init__(
+        self, windows: grain.MapDataset[dict[str, Any]], batch_size: int, rows: Sequence[int]
+    ) -> None:
+        self._windows, self._batch_size, self._rows = windows, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._windows) // self._batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        windows = [self._windows[index * self._batch_size + row] for row in self._rows]
+        return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+
+
 def train_iterator(
-    tokens: UInt[np.ndarray, " stream"], sequence_length: int, batch_size: int, seed: int
+    tokens: UInt[np.ndarray, " stream"],
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches, (batch_size, sequence_length) each.
+    """Endless training batches, of which those rows are read that are asked for, or all.
 
     Every window comes once an epoch, each epoch in another order, and batches run on across the
     end of an epoch. `get_state()` is a small dictionary for JSON, the number of batches taken;
-    `set_state` of it gives the same batches from there. `seed` must not be negative.
+    `set_state` of it gives the same batches from there, whatever the rows. `seed` must not be
+    negative.
     """
     windows = grain.MapDataset.source(Windows(tokens, sequence_length))
-    batches = windows.seed(seed).shuffle().repeat().batch(batch_size)
+    windows = windows.seed(seed).shuffle().repeat()
+    batches = _Batches(windows, batch_size, range(batch_size) if rows is None else rows)
     # All in memory: threads would only make the batches wait for one another.
     in_memory = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches.to_iter_dataset(in_memory))
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(in_memory))
 
 
 def validation_batches(
@@ -99,23 +122,29 @@ def validation_batches(
     sequence_length: int,
     batch_size: int,
     limit: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """The stream's windows in order, (batch_size, sequence_length) each, the same at every call.
+    """The stream's windows in order, `batch_size` a batch, the same at every call.
 
     Every token but the first is a target once; positions past the end have the target
     IGNORED_TARGET, so that all batches have one shape. With fewer batches allowed by `limit` than
-    there are, their windows are spread evenly over the stream.
+    there are, their windows are spread evenly over the stream. A batch has those rows that are
+    asked for, or all.
     """
+    rows = range(batch_size) if rows is None else rows
     count = -(-(len(tokens) - 1) // sequence_length)
     chosen = np.arange(count)
     if limit is not None and limit * batch_size < count:
         chosen = np.arange(limit * batch_size) * count // (limit * batch_size)
     for start in range(0, len(chosen), batch_size):
-        rows = chosen[start : start + batch_size]
-        inputs = np.zeros((batch_size, sequence_length), np.int32)
-        targets = np.full((batch_size, sequence_length), IGNORED_TARGET, np.int32)
-        for row, index in enumerate(rows):
+        indices = chosen[start : start + batch_size]
+        inputs = np.zeros((len(rows), sequence_length), np.int32)
+        targets = np.full((len(rows), sequence_length), IGNORED_TARGET, np.int32)
+        for i, row in enumerate(rows):
+            if row >= len(indices):
+                continue
+            index = indices[row]
             window = tokens[index * sequence_length : (index + 1) * sequence_length + 1]
-            inputs[row, : len(window) - 1] = window[:-1]
-            targets[row, : len(window) - 1] = window[1:]
+            inputs[i, : len(window) - 1] = window[:-1]
+            targets[i, : len(window) - 1] = window[1:]
         yield {"inputs": inputs, "targets": targets}

@@ -20,9 +20,9 @@ import absl.logging
 import orbax.checkpoint as ocp
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.training.state import Params, TrainState
 
-FOLDER = "checkpoints"  # inside the run directory
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a model alone
 
 
@@ -180,14 +180,6 @@ def params_path(directory: Path, step: int | None) -> Path:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
         raise HymbaError(f"{directory / FOLDER}: no checkpoint{wanted}; {there}")
     return directory / FOLDER / str(steps[-1] if step is None else step) / PARAMS
-
-
-def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:
-    """Steps that have a whole checkpoint, oldest first."""
-    directory = Path(run_directory) / FOLDER
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
 _UNREADABLE = (

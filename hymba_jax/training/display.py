@@ -8,12 +8,19 @@ from rich.text import Text
 
 
 class Display:
-    """Lines on the standard output, as a context."""
+    """Lines on the standard output, as a context.
 
-    def __init__(self) -> None:
+    Args:
+      plain: on a terminal, too.
+      quiet: shows nothing.
+    """
+
+    def __init__(self, *, plain: bool = False, quiet: bool = False) -> None:
         # A notebook says it is a terminal; it gets plain lines, which stay when it is saved.
-        live = False if Console().is_jupyter else None
-        self._console = Console(highlight=False, force_jupyter=False, force_terminal=live)
+        live = False if plain or Console().is_jupyter else None
+        self._console = Console(
+            highlight=False, force_jupyter=False, force_terminal=live, quiet=quiet
+        )
         self._status = self._console.status("")
 
     def say(self, text: str) -> None:

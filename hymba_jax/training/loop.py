@@ -7,11 +7,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_batches
+from hymba_jax.distributed import is_first
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.model.flops import training_flops
 from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import batch_sharding, describe_split, make_mesh, replicated
+from hymba_jax.sharding import (
+    batch_sharding,
+    describe_split,
+    make_mesh,
+    own_rows,
+    place_rows,
+    replicated,
+)
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
 from hymba_jax.training.metrics import MetricsWriter
@@ -19,7 +27,12 @@ from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder
-from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
+from hymba_jax.training.run_directory import (
+    check_shared,
+    fingerprint,
+    is_resumed,
+    write_run_directory,
+)
 from hymba_jax.training.start import check_start, start_state
 from hymba_jax.training.state import Params, init_state, make_template
 from hymba_jax.training.step import check_batch, compile_train_step, make_eval_step
@@ -36,7 +49,9 @@ def train(config: RunConfig) -> None:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
     """
     mesh = make_mesh(parallel=config.parallel)
-    with Display() as display, jax.set_mesh(mesh):
+    # A process that is lost takes the others with it, and there they could not mend a terminal.
+    display = Display(plain=jax.process_count() > 1, quiet=not is_first())
+    with display, jax.set_mesh(mesh):
         _train(config, mesh, display)
 
 
@@ -53,7 +68,9 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
     )
     check_tokenizer(config, data.tokenizer)
-    batches = train_iterator(data.train, length, training.batch_size, config.seed)
+    batch_size, micro_batch_size = training.batch_size, training.micro_batch_size
+    rows = own_rows(mesh, batch_size)
+    batches = train_iterator(data.train, length, batch_size, config.seed, rows)
 
     optimizer = make_optimizer(training)
     template = make_template(config.model, config.compute, optimizer, mesh)
@@ -64,6 +81,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
 
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
         corpus = fingerprint(data.train)
+        check_shared(config, corpus)
         if resumed:
             state, loop = checkpoints.restore(template.state)
             if loop.corpus != corpus:
@@ -80,27 +98,31 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             else:
                 state = init_state(config.model, config.compute, optimizer, template, config.seed)
             loop = LoopState(0, batches.get_state(), corpus)
-        write_run_directory(config, data.tokenizer)
+        if is_first():
+            write_run_directory(config, data.tokenizer)
 
         place = batch_sharding(mesh)
         train_step = compile_train_step(template, optimizer, training, length, place)
         eval_step = jax.jit(make_eval_step(template.graph))
 
         def validate(params: Params, limit: int | None) -> dict[str, float]:
-            rows = validation_batches(data.validation, length, training.micro_batch_size, limit)
-            losses = [eval_step(params, jax.device_put(batch, place)) for batch in rows]
+            rows = own_rows(mesh, micro_batch_size)
+            batches = validation_batches(data.validation, length, micro_batch_size, limit, rows)
+            losses = [
+                eval_step(params, place_rows(batch, mesh, micro_batch_size)) for batch in batches
+            ]
             nats = sum(float(loss.nats) for loss in losses)
             nats /= sum(int(loss.tokens) for loss in losses)
             return {"validation_loss": nats, "validation_bits_per_byte": data.bits_per_byte(nats)}
 
-        output = Path(config.output)
-        trace = output / PROFILE if config.profile else None
+        output = Path(config.output) if is_first() else None
+        trace = output / PROFILE if output and config.profile else None
         with MetricsWriter(output, loop.step) as writer, Tracer(trace, loop.step) as tracer:
             workload = _workload(config, template.state.params, mesh)
             recorder = Recorder(training, workload, loop.step, writer, display)
             for step in range(loop.step + 1, training.steps + 1):
                 with recorder.waiting_for("input"):
-                    batch = jax.device_put(next(batches), place)
+                    batch = place_rows(next(batches), mesh, batch_size)
                 with tracer.step(step):
                     state, metrics = train_step(state, batch)
                 recorder.submit(step, metrics)
@@ -120,12 +142,15 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
 
     if training.sample_tokens:
         display.begin("writing a sample")
-        alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
-        with jax.set_mesh(alone):
-            params = jax.device_put(state.params, replicated(alone))
-            text = sample(config, nnx.merge(template.graph, params), data.tokenizer)
-        replace_text(Path(config.output) / SAMPLE_FILE, text)
-        display.say(text)
+        whole = jax.device_put(state.params, replicated(mesh))  # by all processes together
+        if is_first():
+            alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
+            with jax.set_mesh(alone):
+                own = jax.tree.map(lambda array: array.addressable_data(0), whole)
+                params = jax.device_put(own, replicated(alone))
+                text = sample(config, nnx.merge(template.graph, params), data.tokenizer)
+            replace_text(Path(config.output) / SAMPLE_FILE, text)
+            display.say(text)
     display.say(f"done: {config.output}")
 
 
@@ -141,9 +166,10 @@ def _workload(config: RunConfig, params: Params, mesh: Mesh) -> Workload:
 
 def _headline(config: RunConfig, num_params: int, data: Data) -> str:
     training, devices = config.training, jax.devices()
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return (
         f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
-        f"{len(devices)} x {devices[0].device_kind}; {training.steps:,} steps of "
+        f"{len(devices)} x {devices[0].device_kind}{processes}; {training.steps:,} steps of "
         f"{training.batch_size * config.data.sequence_length:,} tokens, "
         f"{len(data.train):,} tokens of text"
     )

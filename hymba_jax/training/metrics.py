@@ -1,8 +1,10 @@
 """What a run writes down: one JSON line a logged step, and the same to TensorBoard."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -19,17 +21,24 @@ class MetricsWriter:
     resumed run read as if it had never stopped.
 
     Args:
+      run_directory: where; nothing is written if absent.
       step: updates done so far.
     """
 
-    def __init__(self, run_directory: Path, step: int):
-        path = run_directory / JSON_LINES
-        _keep_until(path, step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_directory / TENSORBOARD), purge_step=step + 1)
+    def __init__(self, run_directory: Path | None, step: int):
+        self._files = contextlib.ExitStack()
+        self._lines: TextIO | None = None
+        if run_directory is not None:
+            path = run_directory / JSON_LINES
+            _keep_until(path, step)
+            self._lines = self._files.enter_context(path.open("a", encoding="utf-8"))
+            board = SummaryWriter(str(run_directory / TENSORBOARD), purge_step=step + 1)
+            self._board = self._files.enter_context(board)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records these values of a step; a float reads back from the JSON as the same float."""
+        if self._lines is None:
+            return
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
@@ -44,8 +53,7 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lines.close()
-        self._board.close()
+        self._files.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

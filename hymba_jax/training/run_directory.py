@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hymba_jax.data import Tokenizer
+from hymba_jax.distributed import is_same
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import leaves
 from hymba_jax.files import replace_text
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
-from hymba_jax.training.checkpoint import FOLDER, checkpoint_steps
+from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.types import UInt
 
 
@@ -51,6 +53,25 @@ def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     replace_text(directory / CONFIG_FILE, config.to_toml())
     tokenizer.save(directory)
+
+
+def check_shared(config: RunConfig, corpus: str) -> None:
+    """Raises HymbaError unless all processes of the run see the same checkpoints and text.
+
+    Args:
+      corpus: fingerprint of the training tokens.
+    """
+    steps = checkpoint_steps(config.output)
+    if not is_same(steps[-1] if steps else 0):
+        raise HymbaError(
+            f"{config.output}: process {jax.process_index()} sees other checkpoints there than "
+            "process 0: choose an output on a file system that all share"
+        )
+    if not is_same(np.frombuffer(corpus.encode(), np.uint8)):
+        raise HymbaError(
+            f"{config.data.path or 'standard library'}: process {jax.process_index()} reads other "
+            "text there than process 0: give all of them the same"
+        )
 
 
 def fingerprint(tokens: UInt[np.ndarray, " stream"]) -> str:

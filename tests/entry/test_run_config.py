@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from hymba_jax.config import PRESETS, ConfigError
+from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.run_config import RunConfig, parse_run
 
@@ -117,17 +118,17 @@ def test_a_file_that_is_missing_or_binary_is_named(tmp_path):
 def test_the_command_line_overrides_the_file(tmp_path):
     path = write(tmp_path, "[training]\nsteps = 7\nlog_every = 3\n")
     arguments = ["--config", str(path), "--training.steps", "9", "--model.hidden-size", "800"]
-    config = parse_run(arguments, "train.py")
+    config, _ = parse_run(arguments, "train.py")
     assert (config.training.steps, config.training.log_every) == (9, 3)
     assert config.model.hidden_size == 800
-    assert parse_run([f"--config={path}"], "train.py") == RunConfig.from_toml(path)
-    assert parse_run([], "train.py") == RunConfig()
+    assert parse_run([f"--config={path}"], "train.py")[0] == RunConfig.from_toml(path)
+    assert parse_run([], "train.py") == (RunConfig(), DistributedConfig())
 
 
 def test_the_command_line_is_checked_as_a_whole():
     with pytest.raises(ConfigError, match="hidden_size 252"):
         parse_run(["--model.hidden-size", "252"], "train.py")
-    config = parse_run(["--model.hidden-size", "256", "--model.attention.num-heads", "4",
+    config, _ = parse_run(["--model.hidden-size", "256", "--model.attention.num-heads", "4",
                         "--model.attention.num-kv-heads", "2"], "train.py")  # fmt: skip
     assert config.model.head_dim == 64
 

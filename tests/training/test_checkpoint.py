@@ -13,10 +13,10 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.training.checkpoint import (
     Checkpoints,
     LoopState,
-    checkpoint_steps,
     load_params,
     silence_orbax,
 )
+from hymba_jax.training.checkpoint_folder import checkpoint_steps
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.state import TrainState

@@ -73,20 +73,20 @@ def test_another_architecture_is_one_line(held):
 class TestCommandLine:
     def test_model_and_tokenizer_are_those_of_the_directory(self, held):
         directory = str(held[0])
-        run = parse_run(["--init-from", directory, "--model.max-positions", "1000"], "train.py")
+        run, _ = parse_run(["--init-from", directory, "--model.max-positions", "1000"], "train.py")
         assert run.init_from == run.data.tokenizer == directory
         assert run.model == dataclasses.replace(CONFIG, max_positions=1000)
 
     def test_a_file_goes_before_them(self, held, tmp_path):
         path = tmp_path / "run.toml"
         path.write_text('data.tokenizer = "bytes"\nmodel.max_positions = 1000\n')
-        run = parse_run(["--init-from", str(held[0]), "--config", str(path)], "train.py")
+        run, _ = parse_run(["--init-from", str(held[0]), "--config", str(path)], "train.py")
         assert run.data.tokenizer == "bytes"
         assert run.model == dataclasses.replace(CONFIG, max_positions=1000)
 
     def test_without_a_tokenizer_there_it_is_the_usual_one(self, held, tmp_path):
         shutil.copyfile(held[0] / "config.toml", tmp_path / "config.toml")
-        run = parse_run(["--init-from", str(tmp_path)], "train.py")
+        run, _ = parse_run(["--init-from", str(tmp_path)], "train.py")
         assert run.data == DataConfig()
 
     def test_a_directory_without_model(self, tmp_path):

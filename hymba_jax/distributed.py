@@ -1,0 +1,170 @@
+"""Runs of several processes: how they find one another, what they agree on, how they end."""
+
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.lost_process import watch_stderr
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others of its run: no part of the run itself.
+
+    SLURM, Open MPI and TPU pods say where the others are; elsewhere all of the first three are
+    given, or none for a process that is alone.
+
+    Attributes:
+      coordinator: HOST:PORT at which the processes meet: of process 0, a port free there.
+      num_processes: of the run.
+      process_id: of this one, counted from 0.
+      start_timeout: seconds to wait until all have started.
+      heartbeat_timeout: seconds of silence after which a process is lost, and the others end.
+
+    Raises:
+      HymbaError: naming every value that cannot be.
+    """
+
+    coordinator: str = ""
+    num_processes: int | None = None
+    process_id: int | None = None
+    start_timeout: int = 60
+    heartbeat_timeout: int = 30
+
+    def __post_init__(self) -> None:
+        problems = [*self._problems()]
+        if problems:
+            raise HymbaError("distributed config: " + "; ".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        host, _, port = self.coordinator.rpartition(":")
+        if self.coordinator and not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+            yield f"coordinator is {self.coordinator!r}, not HOST:PORT"
+        if self.num_processes is not None and self.num_processes < 1:
+            yield f"num_processes is {self.num_processes}, not at least 1"
+        elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 1):
+            if self.num_processes is None:
+                yield f"process_id is {self.process_id}, of how many num_processes does not say"
+            else:
+                yield f"process_id is {self.process_id}, not from 0 to {self.num_processes - 1}"
+        for name in ("start_timeout", "heartbeat_timeout"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}, not at least 1"
+
+    @property
+    def is_given(self) -> bool:
+        """Whether it says anything of other processes."""
+        return bool(self.coordinator) or (self.num_processes, self.process_id) != (None, None)
+
+
+def is_launched() -> bool:
+    """Whether a launcher that JAX can ask, by environment or metadata, started several processes.
+
+    Where it did not, JAX is not asked either: a process that is alone has nothing to wait for.
+    """
+    for count, sign in (
+        ("SLURM_NTASKS", "SLURM_STEP_NODELIST"),  # the latter is set by srun alone
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("MEGASCALE_NUM_SLICES", "MEGASCALE_COORDINATOR_ADDRESS"),  # slices of TPUs
+    ):
+        if sign in os.environ and os.environ.get(count, "1") != "1":
+            return True
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):  # Kubernetes' hosts of a TPU slice
+        return True
+    # Google Cloud's own TPU hosts have it in their metadata. Importing JAX sets this variable on
+    # hosts without TPUs.
+    return importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+@contextmanager
+def started(config: DistributedConfig, output: str) -> Iterator[None]:
+    """Joins the other processes of the run, before JAX touches a device; alone, it does nothing.
+
+    An exception inside ends the process at once, and JAX then ends the others: at the usual exit it
+    would wait for them, and they for it.
+
+    Args:
+      output: the run directory.
+
+    Raises:
+      HymbaError: the processes cannot be as the config or the launcher says.
+    """
+    if not (config.is_given or is_launched()) or config.num_processes == 1:
+        yield
+        return
+    if config.process_id == 0:
+        _check_port(config.coordinator)
+    where = f" at {config.coordinator}" if config.coordinator else ""
+    watch_stderr(output, where, config.start_timeout)
+    # JAX would take the signal that ends a process as a request to save, which nothing here does.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            config.coordinator or None,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=config.start_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise HymbaError(
+            f"the processes of the run cannot be found ({str(error).partition('\n')[0]}): give "
+            "distributed.coordinator, num_processes and process_id to each"
+        ) from error
+    try:
+        yield
+        wait_for_all("the end")
+    except BaseException as error:
+        _end(error)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process has come here."""
+    multihost_utils.sync_global_devices(what)
+
+
+def is_same(value: Any) -> bool:
+    """Whether a number or an array of numbers, of one shape everywhere, is as in process 0."""
+    return bool(np.array_equal(multihost_utils.broadcast_one_to_all(np.asarray(value)), value))
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises HymbaError if the port is taken, at which XLA would crash."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        with socket.create_server(("", port)):
+            pass
+    except OSError as error:
+        raise HymbaError(
+            f"distributed.coordinator is {coordinator}, and here process 0 cannot listen at port "
+            f"{port} ({error.strerror}): choose another"
+        ) from error
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Reports an exception as Python would, and ends this process without waiting for any other."""
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    else:
+        status = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,14 @@
+"""Which checkpoints a run has, told without JAX and Orbax."""
+
+import os
+from pathlib import Path
+
+FOLDER = "checkpoints"  # inside the run directory
+
+
+def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:
+    """Steps that have a whole checkpoint, oldest first."""
+    directory = Path(run_directory) / FOLDER
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
