@@ -4,6 +4,7 @@ import importlib.util
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from jax.experimental import multihost_utils
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.lost_process import watch_stderr
+
+
+_MARGIN = 5  # seconds that JAX may need to tell the others of a lost process
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,9 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         yield
         wait_for_all("the end")
     except BaseException as error:
+        if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in _causes(error)):
+            # If another process is lost, JAX says so by then, and aborts this one.
+            time.sleep(config.heartbeat_timeout + _MARGIN)
         _end(error)
 
 
@@ -154,6 +161,13 @@ def _check_port(coordinator: str) -> None:
             f"distributed.coordinator is {coordinator}, and here process 0 cannot listen at port "
             f"{port} ({error.strerror}): choose another"
         ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and all that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _end(error: BaseException) -> NoReturn:

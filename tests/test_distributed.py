@@ -1,0 +1,120 @@
+"""What a process knows of the others before it meets them, and what it says of one lost."""
+
+import socket
+
+import pytest
+
+from hymba_jax import distributed
+from hymba_jax.distributed import DistributedConfig, is_launched, started
+from hymba_jax.errors import HymbaError
+from hymba_jax.lost_process import explain
+
+LAUNCHERS = ("SLURM_", "OMPI_", "MEGASCALE_", "TPU_WORKER_HOSTNAMES")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coordinator": "host"}, "coordinator is 'host', not HOST:PORT"),
+        ({"coordinator": "host:no"}, "coordinator is 'host:no', not HOST:PORT"),
+        ({"coordinator": "host:99999"}, "coordinator is 'host:99999', not HOST:PORT"),
+        ({"num_processes": 0}, "num_processes is 0, not at least 1"),
+        ({"num_processes": 2, "process_id": 2}, "process_id is 2, not from 0 to 1"),
+        ({"num_processes": 2, "process_id": -1}, "process_id is -1, not from 0 to 1"),
+        ({"process_id": 1}, "process_id is 1, of how many num_processes does not say"),
+        ({"start_timeout": 0}, "start_timeout is 0, not at least 1"),
+    ],
+)
+def test_values_that_cannot_be_are_named(values, message):
+    with pytest.raises(HymbaError, match=f"^distributed config: {message}$"):
+        DistributedConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # in a batch script, outside srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "host0,host1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_COORDINATOR_ADDRESS": "host0"}, True),
+    ],
+)
+def test_launchers_are_known_by_their_environment(monkeypatch, variables, several):
+    for name in [name for name in distributed.os.environ if name.startswith(LAUNCHERS)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as JAX does on a host without TPUs
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_launched() is several
+
+
+def test_a_process_alone_asks_nobody(monkeypatch):
+    monkeypatch.setattr(distributed, "is_launched", lambda: False)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", None)  # not to be called
+    with started(DistributedConfig(), "runs/mine"):
+        pass
+    with started(DistributedConfig("host:1", num_processes=1, process_id=0), "runs/mine"):
+        pass
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        config = DistributedConfig(f"127.0.0.1:{port}", num_processes=2, process_id=0)
+        with (
+            pytest.raises(HymbaError, match=f"cannot listen at port {port} .*: choose another$"),
+            started(config, "runs/mine"),
+        ):
+            pass
+
+
+def test_an_address_alone_is_too_little(monkeypatch):
+    monkeypatch.setattr(distributed, "watch_stderr", lambda *_: None)
+    config = DistributedConfig("127.0.0.1:4000")
+    with (
+        pytest.raises(HymbaError, match="cannot be found .*: give distributed.coordinator, num"),
+        started(config, "runs/mine"),
+    ):
+        pass
+
+
+# Taken down from JAX 0.12.
+REGISTER = "\n\nRPC: /xla.coordination.CoordinationService/RegisterTask"
+LATE = ". absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded" + REGISTER
+TWICE = (
+    ". absl::Status: ALREADY_EXISTS: Aborted connect attempt as there is a request from a newer "
+    "incarnation." + REGISTER
+)
+SILENT = (
+    ". absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n"
+    "{who}\nThe tasks have crashed. Check the task logs for an earlier error"
+)
+FIRST = ". absl::Status: UNAVAILABLE: Failed to send RPC to coordination service. Either the leader"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (LATE, "not all processes of the run met at host:1 within 9 s: "),
+        (TWICE, "another process met the others at host:1 in place of this one: "),
+        (SILENT.format(who="1"), "{run}: lost process 1, which "),
+        (SILENT.format(who="1\n3"), "{run}: lost process 1, 3, which "),
+        (FIRST, "{run}: lost process 0, which "),
+        (". absl::Status: INTERNAL: something new", "{run}: lost another process, which "),
+    ],
+)
+def test_what_jax_says_is_one_line(tmp_path, words, line):
+    said = explain(words, str(tmp_path), " at host:1", 9)
+    assert said.startswith("error: " + line.format(run=tmp_path))
+    assert "\n" not in said
+
+
+def test_the_step_to_go_on_from_is_the_newest(tmp_path):
+    assert explain(FIRST, str(tmp_path), "", 9).endswith("with the same command to begin anew")
+    for name in ("8", "10", "12.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert explain(FIRST, str(tmp_path), "", 9).endswith("to go on from step 10")
