@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from hymba_jax.errors import HymbaError
 from hymba_jax.lost_process import watch_stderr
 
-
 _MARGIN = 5  # seconds that JAX may need to tell the others of a lost process
 
 

@@ -76,7 +76,7 @@ def test_an_address_alone_is_too_little(monkeypatch):
     monkeypatch.setattr(distributed, "watch_stderr", lambda *_: None)
     config = DistributedConfig("127.0.0.1:4000")
     with (
-        pytest.raises(HymbaError, match="cannot be found .*: give distributed.coordinator, num"),
+        pytest.raises(HymbaError, match=r"cannot be found .*: give distributed.coordinator, num"),
         started(config, "runs/mine"),
     ):
         pass

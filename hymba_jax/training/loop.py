@@ -29,6 +29,7 @@ from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.run_directory import (
     check_shared,
+    check_written,
     fingerprint,
     is_resumed,
     write_run_directory,
@@ -100,6 +101,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             loop = LoopState(0, batches.get_state(), corpus)
         if is_first():
             write_run_directory(config, data.tokenizer)
+        check_written(config)
 
         place = batch_sharding(mesh)
         train_step = compile_train_step(template, optimizer, training, length, place)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import jax
 import numpy as np
 
 from hymba_jax.data import Tokenizer
-from hymba_jax.distributed import is_same
+from hymba_jax.distributed import is_same, wait_for_all
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import leaves
 from hymba_jax.files import replace_text
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.types import UInt
+
+
+_SEEN_WITHIN = 10  # seconds: file systems of a network may remember what was not there
 
 
 def is_resumed(config: RunConfig) -> bool:
@@ -72,6 +76,19 @@ def check_shared(config: RunConfig, corpus: str) -> None:
             f"{config.data.path or 'standard library'}: process {jax.process_index()} reads other "
             "text there than process 0: give all of them the same"
         )
+
+
+def check_written(config: RunConfig) -> None:
+    """Raises HymbaError unless all processes see what the first of them wrote."""
+    wait_for_all("the run directory")
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not (Path(config.output) / CONFIG_FILE).is_file():
+        if time.monotonic() > deadline:
+            raise HymbaError(
+                f"{config.output}: process {jax.process_index()} does not see what process 0 wrote "
+                "there: choose an output on a file system that all share"
+            )
+        time.sleep(0.1)
 
 
 def fingerprint(tokens: UInt[np.ndarray, " stream"]) -> str:

@@ -24,18 +24,23 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def addresses(count: int) -> list[list[str]]:
-    """The options of each process."""
+type Where = tuple[list[str], dict[str, str]]
+"""Options and environment of a process that say where the others are."""
+
+
+def addresses(count: int) -> list[Where]:
+    """Explicit addresses."""
     options = ["--distributed.coordinator", f"127.0.0.1:{free_port()}"]
     options += ["--distributed.num-processes", str(count), "--distributed.process-id"]
-    return [[*options, str(i)] for i in range(count)]
+    return [([*options, str(i)], {}) for i in range(count)]
 
 
-def slurm(count: int) -> list[dict[str, str]]:
-    """What srun puts into the environment of each process."""
+def slurm(count: int) -> list[Where]:
+    """What srun says to each process."""
     common = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(count)}
     common["JAX_COORDINATOR_PORT"] = str(free_port())
-    return [{**common, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+    own = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+    return [([], {**common, **variables}) for variables in own]
 
 
 def start(
