@@ -19,7 +19,6 @@ from hymba_jax.run_config import CONFIG_FILE, RunConfig
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.types import UInt
 
-
 _SEEN_WITHIN = 10  # seconds: file systems of a network may remember what was not there
 
 
