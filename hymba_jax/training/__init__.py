@@ -11,6 +11,7 @@
 | `start.py`         | parameters of another run or model to start from                      |
 | `run_directory.py` | what a run leaves behind, and whether it can be gone on with          |
 | `checkpoint.py`    | saving and restoring through Orbax                                    |
+| `checkpoint_folder.py` | which checkpoints a run has                                       |
 | `metrics.py`       | JSON lines and TensorBoard                                            |
 | `recorder.py`      | from the metrics of a step to lines                                   |
 | `display.py`       | what a run shows while it works                                       |

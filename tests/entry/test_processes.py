@@ -121,10 +121,10 @@ def assert_lost(ended, victim, output):
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(config, whole, cache, tmp_path):
     short = ("--distributed.heartbeat-timeout", "10")
-    ended, _ = interrupt(config, tmp_path, cache, 4, addresses(2), 1, signal.SIGKILL, *short)
+    ended, _ = interrupt(config, tmp_path, cache, 1, addresses(2), 1, signal.SIGKILL, *short)
     assert ended[1].status == -signal.SIGKILL
     assert_lost(ended, 1, tmp_path)
-    said = leg(config, tmp_path, cache, 40, 4, addresses(2))
+    said = leg(config, tmp_path, cache, 40, 1, addresses(2))
     assert "going on after step 20" in said[0]
     assert_same(read(tmp_path), whole)
 
