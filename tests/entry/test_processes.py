@@ -160,6 +160,7 @@ def test_an_error_in_one_process_ends_the_other(config, cache, tmp_path):
     assert ended[0].stderr.endswith("to begin anew\n")
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_shared_is_refused(config, cache, tmp_path):
     short = ("--distributed.heartbeat-timeout", "5")
     ended = ends(
@@ -173,6 +174,7 @@ def test_an_output_that_is_not_shared_is_refused(config, cache, tmp_path):
     assert len(ended[1].stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_other_text_in_one_process_is_refused(config, cache, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -54,6 +54,7 @@ def test_hymba_train_is_the_same_command(finished, cache, tmp_path):
     assert read_metrics(tmp_path / "other") == read_metrics(finished[0])
 
 
+@pytest.mark.slow
 def test_several_devices_do_the_same_and_one_goes_on(finished, cache, tmp_path):
     command = train_py("--config", finished[1], "--output", tmp_path, "--parallel.tensor", "2")
     devices = ("env", "XLA_FLAGS=--xla_force_host_platform_device_count=4")
