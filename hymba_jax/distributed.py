@@ -105,7 +105,7 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
     if not (config.is_given or is_launched()) or config.num_processes == 1:
         yield
         return
-    if config.process_id == 0:
+    if config.coordinator and config.process_id == 0:
         _check_port(config.coordinator)
     where = f" at {config.coordinator}" if config.coordinator else ""
     watch_stderr(output, where, config.start_timeout)

@@ -72,9 +72,13 @@ def test_a_port_that_is_taken_is_one_line():
             pass
 
 
-def test_an_address_alone_is_too_little(monkeypatch):
+@pytest.mark.parametrize(
+    "config",
+    [DistributedConfig("127.0.0.1:4000"), DistributedConfig(num_processes=2, process_id=0)],
+    ids=["an address", "an id"],
+)
+def test_one_of_three_is_too_little(monkeypatch, config):
     monkeypatch.setattr(distributed, "watch_stderr", lambda *_: None)
-    config = DistributedConfig("127.0.0.1:4000")
     with (
         pytest.raises(HymbaError, match=r"cannot be found .*: give distributed.coordinator, num"),
         started(config, "runs/mine"),
