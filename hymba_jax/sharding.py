@@ -61,9 +61,9 @@ def split_over(axis: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
 
 def split_length(length: int, mesh: AnyMesh, *, at_least: int = 1) -> str | None:
     """The mesh axis that a length is split over, if in parts of at least so many positions."""
-    (name,) = MESH_AXES["length"]
-    parts = mesh.shape.get(name, 1)
-    return name if parts > 1 and length % parts == 0 and length // parts >= at_least else None
+    names = split_over("length", length, mesh)
+    parts = _product(names, mesh)
+    return names[0] if parts > 1 and length // parts >= at_least else None
 
 
 def partition(axes: Sequence[str | None], sizes: Mapping[str, int], mesh: AnyMesh) -> PartitionSpec:

@@ -72,12 +72,13 @@ class Recorder:
         if validation:
             self._bits_per_byte = validation["validation_bits_per_byte"]
         seconds = (time.monotonic() - self._logged_at) / (step - self._logged)
-        line = self._line(step, loss, seconds)
+        rates = self._workload.rates(seconds)
+        line = self._line(step, loss, seconds, rates)
         self._display.update(line)
         if step % self._config.log_every == 0 or validation:
             (self._display.say if validation else self._display.log)(line)
             values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-            values |= self._workload.rates(seconds)
+            values |= rates
             values |= {f"{what}_seconds": round(lost, 4) for what, lost in self._lost.items()}
             self._writer.write(step, {**values, **(validation or {})})
             self._logged, self._logged_at = step, time.monotonic()
@@ -104,9 +105,9 @@ class Recorder:
         if loss is None or loss.is_ready():
             self._lost[what] += time.monotonic() - began
 
-    def _line(self, step: int, loss: float, seconds: float) -> str:
-        """The line of progress, at this many seconds a step."""
-        steps, rates = self._config.steps, self._workload.rates(seconds)
+    def _line(self, step: int, loss: float, seconds: float, rates: dict[str, float]) -> str:
+        """The line of progress, at this many seconds a step and the rates that follow."""
+        steps = self._config.steps
         bits = "-" if self._bits_per_byte is None else f"{self._bits_per_byte:.4f}"
         used = f"{rates['mfu']:.1%} MFU  " if "mfu" in rates else ""
         return (
