@@ -20,10 +20,8 @@ import dataclasses
 import difflib
 import json
 import os
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -33,6 +31,7 @@ from hymba_jax.data.config import DataConfig
 from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import describe, fits
+from hymba_jax.files import read_toml, resolve_path
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.training.config import TrainingConfig
 
@@ -119,7 +118,7 @@ def read_model_directory(
     Raises:
       HymbaError: there is none, or its file cannot be read.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     if (directory / CONFIG_FILE).is_file():
         return read_model(directory / CONFIG_FILE)
     advice = ""
@@ -159,7 +158,22 @@ def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedCon
         """
         return run, distributed
 
-    return tyro.cli(arguments, args=args, prog=prog)
+    run, distributed = tyro.cli(arguments, args=args, prog=prog)
+    return _with_resolved_paths(run), distributed
+
+
+def _with_resolved_paths(config: RunConfig) -> RunConfig:
+    """The same with every path resolved, so that one that cannot be used is refused at once."""
+
+    def resolved(path: str) -> str:
+        return str(resolve_path(path)) if path else path
+
+    data = dataclasses.replace(
+        config.data, path=resolved(config.data.path), tokenizer=resolved(config.data.tokenizer)
+    )
+    return dataclasses.replace(
+        config, output=resolved(config.output), init_from=resolved(config.init_from), data=data
+    )
 
 
 def run_defaults(args: Sequence[str]) -> RunConfig:
@@ -180,20 +194,15 @@ def _started_from(directory: str) -> RunConfig:
     """A run with the model of a directory and, if it has one, the tokenizer."""
     model, data = read_model_directory(directory)[0], DataConfig()
     data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
-    if (Path(directory) / "tokenizer.json").is_file():
+    if (resolve_path(directory) / "tokenizer.json").is_file():
         data = dataclasses.replace(data, tokenizer=directory)
     return RunConfig(init_from=directory, model=model, data=data)
 
 
 def _read(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
     """The config that a file starts from, and the file's fields, all of which it has."""
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HymbaError(f"{path}: no such config file") from error
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise HymbaError(f"{path}: not a TOML file ({error})") from error
+    path = resolve_path(path)
+    table = read_toml(path)
     preset = table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
     if preset is not None:
         if preset not in PRESETS:

@@ -26,7 +26,7 @@ from hymba_jax.convert.report import Report, in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.verify import Expected, compare, read_expected
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import written_beside
+from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.inference.loading import load_model
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import CONFIG_FILE
@@ -72,12 +72,12 @@ def main(args: ConvertConfig) -> None:
       HymbaError: the source is no whole checkpoint, the target cannot be written, or what was
         written does not compute what it should.
     """
-    source, target = Path(args.source), Path(args.target)
+    source, target = resolve_path(args.source), resolve_path(args.target)
     max_shard_bytes = parse_size(args.max_shard_size)
     _check_target(source, target, args.overwrite)
     checkpoint = open_checkpoint(source, args.step)
     checkpoint.check()
-    expected = read_expected(Path(args.verify), checkpoint.config) if args.verify else None
+    expected = read_expected(resolve_path(args.verify), checkpoint.config) if args.verify else None
     _check_space(target, checkpoint.tensors, args.dtype)
     with Display() as display:
         size = sum(info.nbytes for info in checkpoint.tensors.values())

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -19,6 +18,7 @@ from hymba_jax.convert.our_checkpoint import OurCheckpoint
 from hymba_jax.convert.report import in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import resolve_path
 
 # A parameter belongs to the first part that its path has a name of.
 _PARTS = (
@@ -54,7 +54,7 @@ def main(args: InspectConfig) -> None:
     Raises:
       HymbaError: there is no checkpoint, a file of it cannot be read, or it is not complete.
     """
-    checkpoint = open_checkpoint(Path(args.path), args.step)
+    checkpoint = open_checkpoint(resolve_path(args.path), args.step)
     config = checkpoint.config
     table = Table(title=args.path, show_header=False)
     table.add_row("form", "hymba_jax" if isinstance(checkpoint, OurCheckpoint) else "released")

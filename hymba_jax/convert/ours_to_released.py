@@ -13,13 +13,13 @@ from hymba_jax.convert.released_checkpoint import (
     RELEASED_CONFIG,
     WEIGHTS,
     companion_files,
-    read_json,
 )
 from hymba_jax.convert.released_config import config_from_released, config_to_released, with_dtype
 from hymba_jax.convert.released_to_ours import COPIES_FILE
 from hymba_jax.convert.report import Report
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo, split_into_shards
 from hymba_jax.convert.writing import in_threads
+from hymba_jax.files import read_json
 
 
 def write_released(

@@ -2,7 +2,6 @@
 
 import os
 from collections import defaultdict
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from hymba_jax.config import ComputeConfig
 from hymba_jax.convert.mapping import Index, Piece, pieces
 from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
+from hymba_jax.files import resolve_path
 from hymba_jax.model import Hymba
 from hymba_jax.training.state import describe_model
 
@@ -28,7 +28,7 @@ def load_released(directory: str | os.PathLike[str], compute: ComputeConfig, mes
     Raises:
       HymbaError: the checkpoint cannot be read, or its weights do not fit its config.json.
     """
-    checkpoint = ReleasedCheckpoint(Path(directory))
+    checkpoint = ReleasedCheckpoint(resolve_path(directory))
     graph, template = describe_model(checkpoint.config, compute, mesh)
     params = flatten_dict(template)
     checkpoint.check()

@@ -1,10 +1,9 @@
 """A checkpoint in released form, as a directory: config, tensors in one file or many, the rest."""
 
-import json
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.convert.tensor_file import TensorFile, TensorInfo
 from hymba_jax.convert.torch_file import TorchFile
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import read_json
 
 RELEASED_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -133,19 +133,6 @@ class ReleasedCheckpoint:
                     f"keep both, or remove {HEAD} from the weights"
                 )
         return part
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises HymbaError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HymbaError(f"{path}: no such file") from error
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise HymbaError(f"{path}: broken JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise HymbaError(f"{path}: not a JSON object")
-    return value
 
 
 def companion_files(directory: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import resolve_path
 
 _NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
 
@@ -41,7 +42,7 @@ def load_documents(config: DataConfig) -> Corpus:
     is no text or one side of the split would be empty.
     """
     if config.path:
-        path = Path(config.path).expanduser()
+        path = resolve_path(config.path)
         documents = list(_read(path, config.text_field))
         split_names = [document.name for document in documents]
     else:

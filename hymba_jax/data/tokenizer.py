@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import replace_text
+from hymba_jax.files import read_json, read_text, replace_text, resolve_path
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -80,7 +80,7 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, each of them whole or not at all."""
-        directory = Path(directory)
+        directory = resolve_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = {"bos_token": self.bos, "eos_token": self.eos}
         if self.chat_template is not None:
@@ -96,7 +96,7 @@ class Tokenizer:
         a customary name. The chat template is in a chat_template.jinja beside it, else in the
         tokenizer_config.json. Raises HymbaError where a file is missing or unusable.
         """
-        path = Path(path).expanduser()
+        path = resolve_path(path)
         if path.is_dir():
             path = path / "tokenizer.json"
         if not path.is_file():
@@ -114,7 +114,7 @@ class Tokenizer:
         eos = _special_name(path, model, config.get("eos_token"), "end-of-text", _EOS_NAMES)
         template_file = path.with_name("chat_template.jinja")
         if template_file.is_file():
-            template: str | None = _read_template(template_file)
+            template: str | None = read_text(template_file)
         else:
             template = _named_template(config_file, config.get("chat_template"))
         return cls(model, bos, eos, template)
@@ -130,7 +130,7 @@ def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
         return _byte_level_bpe()
     if config.bpe_size is not None:
         return _byte_level_bpe(texts, config.bpe_size)
-    if not Path(config.tokenizer).expanduser().exists():
+    if not resolve_path(config.tokenizer).exists():
         raise HymbaError(
             f"unknown tokenizer {config.tokenizer!r}: "
             "give bytes, bpe:SIZE, or the path of a tokenizer.json that exists"
@@ -162,20 +162,7 @@ def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:
 def _read_config(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HymbaError(f"{path}: broken JSON ({error}): mend or remove the file") from error
-    if not isinstance(config, dict):
-        raise HymbaError(f"{path}: not a JSON object: mend or remove the file")
-    return config
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise HymbaError(f"{path}: not UTF-8 ({error}): mend or remove the file") from error
+    return read_json(path)
 
 
 def _named_template(path: Path, named: object) -> str | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import replace_text
+from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
 from hymba_jax.inference.engine import STEPS
 from hymba_jax.inference.language_model import Completion, Piece, collect
 from hymba_jax.inference.loading import ModelChoice
@@ -48,20 +48,21 @@ def main(config: GenerateConfig) -> None:
     Raises:
       HymbaError: there is no such model or file, or the model cannot do what is asked.
     """
-    if config.output:
-        _check_output(Path(config.output))
+    output = resolve_path(config.output) if config.output else None
+    if output:
+        _check_output(output)
     prompts = [*config.prompt, *_file_prompts(config.file)]
     if not prompts and not config.file:
         prompts = [""]
     model = config.choice.load()
     count = len(prompts) * config.sampling.num_samples
-    if count == 1 and config.format == "text" and not config.output:
+    if count == 1 and config.format == "text" and not output:
         _write_as_it_comes(prompts[0], model.stream(prompts, config.sampling))
         return
     pieces = _with_progress(model.stream(prompts, config.sampling, every=STEPS), count)
     text = "".join(_lines(prompts, collect(pieces), config.format))
-    if config.output:
-        replace_text(Path(config.output), text)
+    if output:
+        replace_text(output, text)
     else:
         sys.stdout.write(text)
 
@@ -79,7 +80,7 @@ def _file_prompts(name: str) -> list[str]:
         return []
     place = "standard input" if name == "-" else name
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else read_text(resolve_path(name))
     except UnicodeDecodeError as error:
         raise HymbaError(f"{place}: no text: it has bytes that are not UTF-8") from error
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -92,7 +93,7 @@ def _file_prompts(name: str) -> list[str]:
 
 def _json_prompt(place: str, line: str) -> str:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise HymbaError(f"{place}: broken JSON ({error})") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None

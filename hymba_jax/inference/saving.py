@@ -1,13 +1,12 @@
 """A model alone, in a directory that `load` reads."""
 
 import os
-from pathlib import Path
 
 from flax import nnx
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import written_beside
+from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import CONFIG_FILE, model_toml
 from hymba_jax.training.checkpoint import save_params
@@ -19,7 +18,7 @@ def save_model(directory: str | os.PathLike[str], model: Hymba, tokenizer: Token
     Raises:
       HymbaError: the directory exists already, or the parameters cannot be written.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     if directory.exists():
         raise HymbaError(f"{directory}: exists already, choose another directory")
     with written_beside(directory) as beside:

@@ -20,6 +20,7 @@ import absl.logging
 import orbax.checkpoint as ocp
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import resolve_path
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.training.state import Params, TrainState
 
@@ -68,7 +69,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_directory: str | os.PathLike[str], keep: int):
-        self.directory = (Path(run_directory) / FOLDER).absolute()
+        self.directory = (resolve_path(run_directory) / FOLDER).absolute()
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -148,7 +149,7 @@ def load_params(
     Raises:
       HymbaError: there is no such checkpoint, or it cannot be read, or holds another model.
     """
-    path = params_path(Path(directory).absolute(), step)
+    path = params_path(resolve_path(directory).absolute(), step)
     unreadable = "not parameters of this model that can be read"
     with one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, template)
@@ -160,7 +161,7 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
     Raises:
       HymbaError: they cannot be written.
     """
-    path = Path(directory).absolute() / PARAMS
+    path = resolve_path(directory).absolute() / PARAMS
     unwritable = "parameters cannot be written"
     with one_line(path, unwritable), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, params)

@@ -1,14 +1,15 @@
 """Which checkpoints a run has, told without JAX and Orbax."""
 
 import os
-from pathlib import Path
+
+from hymba_jax.files import resolve_path
 
 FOLDER = "checkpoints"  # inside the run directory
 
 
 def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:
     """Steps that have a whole checkpoint, oldest first."""
-    directory = Path(run_directory) / FOLDER
+    directory = resolve_path(run_directory) / FOLDER
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())

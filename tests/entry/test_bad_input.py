@@ -96,7 +96,7 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
     def no_space(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", no_space)
+    monkeypatch.setattr("os.fsync", no_space)
     monkeypatch.setattr("hymba_jax.training.loop.init_state", lambda *_: None)
     message = refusal("--config", config)
     assert message == f"error: {output}: No space left on device"

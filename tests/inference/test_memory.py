@@ -145,7 +145,7 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
         ([], "name either a preset or a config"),
         (["--preset", "hymba-1.5b", "--config", "a.toml"], "name either a preset or a config"),
         (["--preset", "hymba-7b"], "preset is 'hymba-7b', not one of hymba-125m, hymba-350m, hymb"),
-        (["--config", "gone.toml"], "gone.toml: no such config file"),
+        (["--config", "gone.toml"], "gone.toml: no such file"),
         (["--preset", "hymba-1.5b", "--context", "0"], "context 0 and batch 1: both are at least"),
         (["--preset", "hymba-1.5b", "--batch", "-1"], "context 8192 and batch -1: both are at l"),
     ],
