@@ -1,20 +1,56 @@
-"""A config's fields: whether a value is of a field's type, and that type in words for people."""
+"""A config's fields: what a value of each must be, and what is wrong with one that is not.
+
+Every config checks itself by `field_problems` when it is built, so that the same rules hold in
+Python, in TOML and on the command line.
+"""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeAliasType, Union, get_args, get_origin
+
+import numpy as np
+
+INT64 = 2**63  # what TOML has room for, and NumPy
+
+
+class Bounds(NamedTuple):
+    """The values that a number may have.
+
+    Attributes:
+      at_least, at_most: the smallest and the largest.
+      above: what a larger one would be, or would do, as an end of a sentence.
+      below: the same for a smaller one, where it does not go without saying.
+    """
+
+    at_least: float
+    at_most: float
+    above: str
+    below: str = ""
+
+
+def plain(value: Any) -> Any:
+    """The value, a NumPy scalar as the Python number that it equals."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of this type; whole numbers are numbers, booleans are not."""
+    """Whether a value is of this type.
+
+    Whole numbers are numbers, and NumPy's scalars are what they equal; booleans are no numbers.
+    """
+    value = plain(value)
     if isinstance(kind, TypeAliasType):
         return fits(value, kind.__value__)
     if get_origin(kind) in (Union, UnionType):
         return any(fits(value, choice) for choice in get_args(kind))
     if get_origin(kind) is Literal:
-        return value in get_args(kind)
+        return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+    if kind is type(None):
+        return value is None
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
@@ -26,7 +62,50 @@ def describe(kind: Any) -> str:
         return " or ".join(map(describe, get_args(kind)))
     if get_origin(kind) is Literal:
         return " or ".join(json.dumps(choice) for choice in get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return "nothing" if kind is type(None) else names[kind]
+
+
+def misfit(value: Any, kind: Any) -> str | None:
+    """What is wrong with a value for a field of this type, in words; None where nothing is.
+
+    Besides being of the type, numbers are finite, whole ones have at most 64 bits, and texts can
+    be written as UTF-8.
+    """
+    value = plain(value)
+    if not fits(value, kind):
+        return f"is {shown(value)}, not {describe(kind)}"
+    if type(value) is int and not -INT64 <= value < INT64:
+        return f"is {shown(value)}, beyond 64 bits"
+    if type(value) is float and not math.isfinite(value):
+        return f"is {value}, not finite"
+    if type(value) is str and any("\ud800" <= character <= "\udfff" for character in value):
+        return f"is {shown(value)}, not Unicode"
+    return None
+
+
+def field_problems(config: Any, bounds: Mapping[str, Bounds]) -> Iterator[str]:
+    """What is wrong with the fields of a config, one by one; parts that are configs are left out.
+
+    NumPy scalars among them are replaced by Python's numbers, which can be written to files.
+
+    Args:
+      config: a frozen dataclass, while it is built.
+      bounds: of its numbers, by the names of their fields.
+    """
+    for item in dataclasses.fields(config):
+        value = plain(getattr(config, item.name))
+        if dataclasses.is_dataclass(value):
+            continue
+        object.__setattr__(config, item.name, value)
+        if problem := misfit(value, item.type):
+            yield f"{item.name} {problem}"
+        elif item.name in bounds and type(value) in (int, float):
+            limit = bounds[item.name]
+            if value < limit.at_least:
+                yield f"{item.name} is {value}, below {limit.at_least}{_because(limit.below)}"
+            elif value > limit.at_most:
+                yield f"{item.name} is {value}, above {limit.at_most}{_because(limit.above)}"
 
 
 def leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
@@ -37,3 +116,21 @@ def leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{where}{item.name}.")
         else:
             yield where + item.name, value
+
+
+def shown(value: Any) -> str:
+    """A value of any type for a message: short, whatever was given."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write very long numbers out."""
+        return repr(x) if x.bit_length() <= 80 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short(maxstring=80, maxother=80)
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""

@@ -1,0 +1,110 @@
+"""What fields of configs accept, and the words for what they do not."""
+
+import dataclasses
+import json
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from hymba_jax.field_types import Bounds, field_problems, fits, misfit
+
+type Auto = Literal["auto"]
+
+
+def repr_of_type(value):
+    """Names a case, without writing long numbers out."""
+    return type(value).__name__
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (3, int),
+        (3, float),
+        (3.5, float),
+        (np.int32(3), int),
+        (np.uint8(3), float),
+        (np.float32(3.5), float),
+        (np.bool_(True), bool),
+        (np.str_("a"), str),
+        (np.int64(3), int | Auto),
+        ("auto", int | Auto),
+        (None, int | None),
+        (-(2**63), int),
+    ],
+)
+def test_values_that_fit(value, kind):
+    assert fits(value, kind)
+    assert misfit(value, kind) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (3.0, int, "is 3.0, not a whole number"),
+        (np.float64(3), int, "is 3.0, not a whole number"),
+        (True, int, "is True, not a whole number"),
+        (np.bool_(True), float, "is True, not a number"),
+        (1, bool, "is 1, not true or false"),
+        (float("inf"), float, "is inf, not finite"),
+        (np.float32("nan"), float, "is nan, not finite"),
+        (2**63, int, "is 9223372036854775808, beyond 64 bits"),
+        (16**5000, int | Auto, "is a number of 20001 bits, beyond 64 bits"),
+        (16**5000, float, "is a number of 20001 bits, beyond 64 bits"),
+        (16**5000, str, "is a number of 20001 bits, not a text"),
+        ([16**5000], int, "is [a number of 20001 bits], not a whole number"),
+        (np.ones(2), Auto, 'is array([1., 1.]), not "auto"'),
+        (np.array(3), int, "is array(3), not a whole number"),
+        ("\udcff", str, "is '\\udcff', not Unicode"),
+        ("x", int | None, "is 'x', not a whole number or nothing"),
+    ],
+    ids=repr_of_type,
+)
+def test_values_that_do_not(value, kind, message):
+    assert misfit(value, kind) == message
+
+
+def test_a_message_is_short_whatever_was_given():
+    nested = []
+    for _ in range(10_000):
+        nested = [nested]
+    for value in (nested, "x" * 10**6, {str(i): i for i in range(10**5)}):
+        assert len(misfit(value, int)) < 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    size: int = 1
+    rate: float = 0.5
+    part: Part = Part()
+
+    problems = property(
+        lambda self: [
+            *field_problems(
+                self, {"size": Bounds(1, 9, "no box is"), "rate": Bounds(0.1, 1, "", "too slow")}
+            )
+        ]
+    )
+
+
+def test_bounds_are_given_with_their_reason():
+    assert Example().problems == []
+    assert Example(size=10, rate=0.01).problems == [
+        "size is 10, above 9: no box is",
+        "rate is 0.01, below 0.1: too slow",
+    ]
+    assert Example(size=0, rate=2).problems == ["size is 0, below 1", "rate is 2, above 1"]
+
+
+def test_numpy_scalars_become_numbers_that_files_can_hold():
+    example = Example(size=np.int64(3), rate=np.float32(0.25))
+    assert example.problems == []
+    assert (
+        json.dumps(dataclasses.asdict(example)) == '{"size": 3, "rate": 0.25, "part": {"size": 0}}'
+    )
