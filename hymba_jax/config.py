@@ -4,19 +4,60 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import describe, fits
+from hymba_jax.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.layer_pattern import LayerSpec, Segment, format_pattern, hymba_pattern, parse_pattern
 
 type Auto = Literal["auto"]
-RopeType = Literal["default", "ntk", "dynamic_ntk"]
+RopeType = Literal["auto", "default", "ntk", "dynamic_ntk"]
 DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "block", "dots"]
 QKNorm = Literal["none", "rms", "perhead-rms"]
 Fusion = Literal["mean", "concat"]
 MLPActivation = Literal["silu", "relu2"]
+
+_WIDTH = Bounds(1, 2**17, "a single layer would take hundreds of gigabytes")
+_LENGTH = Bounds(1, 2**23, "RoPE counts positions in float32, which is exact up to 2^24")
+_TOKEN = Bounds(0, 2**24 - 1, "no tokenizer has so many tokens")
+
+ATTENTION_BOUNDS = {
+    "num_heads": Bounds(1, 2**15, "the widest layers have no more of 4 channels each"),
+    "num_kv_heads": Bounds(1, 2**15, "the widest layers have no more of 4 channels each"),
+    "head_dim": Bounds(1, 2**12, "no kernel has heads so wide"),
+    "value_dim": Bounds(1, 2**12, "no kernel has heads so wide"),
+    "window": _LENGTH,
+    "rope_theta": Bounds(
+        1,
+        1e12,
+        "its frequencies, powers of 1 / rope_theta, have to stay apart in float32",
+        "its frequencies, powers of 1 / rope_theta, have to fall from one pair to the next",
+    ),
+    "rope_original_positions": _LENGTH,
+}
+SSM_BOUNDS = {
+    "expand": Bounds(1, 2**6, "a single layer would take hundreds of gigabytes"),
+    "state_size": Bounds(1, 2**12, "no kernel keeps so many states a channel"),
+    "conv_kernel": Bounds(1, 2**10, "attention is for what is further away"),
+    "dt_rank": _WIDTH,
+}
+MODEL_BOUNDS = {
+    "vocab_size": _TOKEN._replace(at_least=1, at_most=2**24),
+    "hidden_size": _WIDTH,
+    "mlp_size": _WIDTH._replace(at_most=2**20),
+    "num_meta_tokens": _LENGTH._replace(at_least=0),
+    "max_positions": _LENGTH,
+    "norm_eps": Bounds(
+        1e-20,
+        0.1,
+        "it would outweigh the mean square that it is added to, which is about 1",
+        "the norm's gradient has its power of -3/2, which float32 cannot hold",
+    ),
+    "bos_token_id": _TOKEN,
+    "eos_token_id": _TOKEN,
+    "pad_token_id": _TOKEN,
+}
 
 
 class ConfigError(HymbaError):
@@ -37,10 +78,13 @@ class AttentionConfig:
         meta token.
       qk_norm: RMSNorm of queries and keys before rotation: none, one weight for all heads, or a
         weight per head.
-      rope_type: "default"; "ntk", a larger base for max_positions; or "dynamic_ntk", a base that
-        follows the length of the sequence.
-      rope_theta: base of the rotary frequencies.
-      rope_original_positions: positions that the base was meant for, before "ntk" stretches it.
+      rope_type: "default"; "ntk", a larger base for max_positions; "dynamic_ntk", a base that
+        follows the length of the sequence; or "auto", which is "ntk" where max_positions is above
+        rope_original_positions and "default" elsewhere.
+      rope_theta: base of the rotary frequencies, rope_theta^(-2i / head_dim) for pair i.
+      rope_original_positions: positions that the base was meant for. "ntk" multiplies it by
+        (2 max_positions / rope_original_positions - 1)^(head_dim / (head_dim - 2)), which is 1
+        where both are equal.
     """
 
     num_heads: int = 25
@@ -49,7 +93,7 @@ class AttentionConfig:
     value_dim: int | Auto = "auto"
     window: int = 1024
     qk_norm: QKNorm = "none"
-    rope_type: RopeType = "ntk"
+    rope_type: RopeType = "auto"
     rope_theta: float = 10000.0
     rope_original_positions: int = 2048
 
@@ -76,7 +120,10 @@ class HymbaConfig:
     """The architecture; the defaults are the released 1.5B.
 
     Attributes:
-      vocab_size: rows of the embedding.
+      vocab_size: rows of the embedding. "auto", which a run has unless it names a number, is the
+        size of the run's tokenizer, and the saved config has the number. A number has to hold the
+        tokenizer; what is beyond it is padding. The released models, and the presets where there
+        is no tokenizer, have 32001.
       hidden_size: width of the residual stream.
       mlp_size: inner width of the MLP.
       layers: the layers' pattern, see `hymba_jax.layer_pattern`; kept in its shortest form.
@@ -93,7 +140,7 @@ class HymbaConfig:
       ConfigError: naming every value that cannot be.
     """
 
-    vocab_size: int = 32001
+    vocab_size: int | Auto = 32001
     hidden_size: int = 1600
     mlp_size: int = 5504
     layers: str = "G 7*Ww G Www 6*Ww G"
@@ -110,9 +157,7 @@ class HymbaConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        problems = [*_type_problems(self)]
-        if not problems:
-            problems = [*self._value_problems()]
+        problems = [*type_problems(self)] or [*self._value_problems()]
         if problems:
             raise ConfigError("the model cannot be built: " + "; ".join(problems))
         object.__setattr__(self, "layers", format_pattern(parse_pattern(self.layers)))
@@ -130,6 +175,38 @@ class HymbaConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layer_specs)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding, V.
+
+        Raises:
+          ConfigError: vocab_size is "auto", and no tokenizer has been named yet.
+        """
+        if self.vocab_size == "auto":
+            raise ConfigError('model.vocab_size is "auto": it needs a number where no tokenizer is')
+        return self.vocab_size
+
+    @property
+    def rope_type(self) -> RopeType:
+        """How the base of the rotary frequencies is found, "auto" replaced by what it means."""
+        attention = self.attention
+        if attention.rope_type != "auto":
+            return attention.rope_type
+        return "ntk" if self.max_positions > attention.rope_original_positions else "default"
+
+    @property
+    def rope_base(self) -> float:
+        """Base of the rotary frequencies, for "dynamic_ntk" before it follows the length."""
+        if self.rope_type != "ntk":
+            return self.attention.rope_theta
+        factor = 2 * self.max_positions / self.attention.rope_original_positions - 1
+        return float(self.attention.rope_theta * factor**self.ntk_exponent)
+
+    @property
+    def ntk_exponent(self) -> float:
+        """The power to which the ntk forms raise their factor of the base."""
+        return self.head_dim / max(self.head_dim - 2, 1)  # two channels turn alike at any base
 
     @property
     def head_dim(self) -> int:
@@ -164,30 +241,31 @@ class HymbaConfig:
         return self.channels if spec.ssm else self.attention_channels
 
     def resolved(self) -> "HymbaConfig":
-        """The same architecture with every "auto" replaced by its number."""
+        """The same architecture with every "auto" replaced by what it means.
+
+        But for that of vocab_size, which depends on a tokenizer.
+        """
         attention = dataclasses.replace(
-            self.attention, head_dim=self.head_dim, value_dim=self.value_dim
+            self.attention,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            rope_type=self.rope_type,
         )
         ssm = dataclasses.replace(self.ssm, dt_rank=self.dt_rank)
         return dataclasses.replace(self, attention=attention, ssm=ssm)
 
     def _value_problems(self) -> Iterator[str]:
-        yield from _not_positive(self, "vocab_size", "hidden_size", "mlp_size", "max_positions")
-        yield from _not_positive(
-            self.attention, "num_heads", "num_kv_heads", "window", "rope_original_positions"
-        )
-        yield from _not_positive(self.attention, "head_dim", "value_dim", "rope_theta")
-        yield from _not_positive(self.ssm, "expand", "state_size", "conv_kernel", "dt_rank")
-        yield from _not_positive(self, "norm_eps")
-        if self.num_meta_tokens < 0:
-            yield f"num_meta_tokens is {self.num_meta_tokens}, below 0"
+        yield from bound_problems(self, MODEL_BOUNDS)
+        yield from bound_problems(self.attention, ATTENTION_BOUNDS)
+        yield from bound_problems(self.ssm, SSM_BOUNDS)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not 0 <= getattr(self, name) < max(self.vocab_size, 1):
-                yield f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
+            token = getattr(self, name)
+            if self.vocab_size != "auto" and token >= self.vocab_size:
+                yield f"{name} {token} is outside the vocabulary of {self.vocab_size}"
         try:
             segments = parse_pattern(self.layers)
         except ValueError as error:
-            yield f"layers {self.layers!r}: {error}"
+            yield f"layers {shown(self.layers)}: {error}"
         else:
             yield from self._head_problems([spec for run in segments for spec in run.unit])
 
@@ -214,10 +292,17 @@ class HymbaConfig:
                 f'{self.channels} channels: fusion "mean" needs equal widths, "concat" does not'
             )
         original = self.attention.rope_original_positions
-        if self.attention.rope_type == "ntk" and original >= 2 * self.max_positions:
+        if self.rope_type != "ntk" or self.head_dim < 4 or min(original, self.max_positions) < 1:
+            return
+        if original >= 2 * self.max_positions:
             yield (
                 f"rope_original_positions {original} is not below twice max_positions "
-                f"{self.max_positions}, so ntk has no base"
+                f'{self.max_positions}, so "ntk" has no base: rope_type "auto" or "default" has one'
+            )
+        elif not self.rope_base >= 1:
+            yield (
+                f'"ntk" makes a base of {self.rope_base:.2g} of rope_theta '
+                f"{self.attention.rope_theta}, which has to be at least 1"
             )
 
 
@@ -240,32 +325,13 @@ class ComputeConfig:
     scan_layers: bool = True
 
     def __post_init__(self) -> None:
-        problems = [*_type_problems(self)]
+        problems = [*type_problems(self)]
         if problems:
             raise ConfigError("cannot compute so: " + "; ".join(problems))
 
 
 def _either(value: int | Auto, default: int) -> int:
     return default if value == "auto" else value
-
-
-def _not_positive(config: object, *names: str) -> Iterator[str]:
-    for name in names:
-        value = getattr(config, name)
-        if value != "auto" and not value > 0:
-            yield f"{name} is {value}, not above 0"
-
-
-def _type_problems(config: object) -> Iterator[str]:
-    """Values of the wrong type, in this config and its parts."""
-    for item in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _type_problems(value)
-        elif not fits(value, item.type):
-            choices = get_args(item.type) if get_origin(item.type) is Literal else ()
-            wanted = f"one of {', '.join(choices)}" if choices else describe(item.type)
-            yield f"{item.name} is {value!r}, not {wanted}"
 
 
 # Paper, Tab. 10 and appendix. Only the 1.5B has been released.

@@ -1,7 +1,7 @@
 """A config's fields: what a value of each must be, and what is wrong with one that is not.
 
-Every config checks itself by `field_problems` when it is built, so that the same rules hold in
-Python, in TOML and on the command line.
+Every config checks itself by `type_problems` and `bound_problems` when it is built, so that the
+same rules hold in Python, in TOML and on the command line.
 """
 
 import dataclasses
@@ -62,8 +62,16 @@ def describe(kind: Any) -> str:
         return " or ".join(map(describe, get_args(kind)))
     if get_origin(kind) is Literal:
         return " or ".join(json.dumps(choice) for choice in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return "nothing" if kind is type(None) else names[kind]
+    return _NAMES.get(kind) or f"a {kind.__name__}"
+
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    type(None): "nothing",
+}
 
 
 def misfit(value: Any, kind: Any) -> str | None:
@@ -84,28 +92,31 @@ def misfit(value: Any, kind: Any) -> str | None:
     return None
 
 
-def field_problems(config: Any, bounds: Mapping[str, Bounds]) -> Iterator[str]:
-    """What is wrong with the fields of a config, one by one; parts that are configs are left out.
+def type_problems(config: Any) -> Iterator[str]:
+    """The fields of a config and its parts that have a value of the wrong type, in words.
 
-    NumPy scalars among them are replaced by Python's numbers, which can be written to files.
-
-    Args:
-      config: a frozen dataclass, while it is built.
-      bounds: of its numbers, by the names of their fields.
+    NumPy scalars among them are replaced by the Python numbers that they equal, which can be
+    written to files: `config` is a frozen dataclass that is being built.
     """
     for item in dataclasses.fields(config):
         value = plain(getattr(config, item.name))
-        if dataclasses.is_dataclass(value):
-            continue
         object.__setattr__(config, item.name, value)
-        if problem := misfit(value, item.type):
+        if dataclasses.is_dataclass(value) and type(value) is item.type:
+            yield from type_problems(value)
+        elif problem := misfit(value, item.type):
             yield f"{item.name} {problem}"
-        elif item.name in bounds and type(value) in (int, float):
-            limit = bounds[item.name]
-            if value < limit.at_least:
-                yield f"{item.name} is {value}, below {limit.at_least}{_because(limit.below)}"
-            elif value > limit.at_most:
-                yield f"{item.name} is {value}, above {limit.at_most}{_because(limit.above)}"
+
+
+def bound_problems(config: Any, bounds: Mapping[str, Bounds]) -> Iterator[str]:
+    """The numbers of a config that are outside their bounds, in words."""
+    for name, limit in bounds.items():
+        value = getattr(config, name)
+        if type(value) not in (int, float):
+            continue
+        if value < limit.at_least:
+            yield f"{name} is {value}, below {limit.at_least}{_because(limit.below)}"
+        elif value > limit.at_most:
+            yield f"{name} is {value}, above {limit.at_most}{_because(limit.above)}"
 
 
 def leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:

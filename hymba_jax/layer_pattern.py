@@ -24,7 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hymba_jax.field_types import shown
+
 type Attention = Literal["global", "window"]
+
+MOST_LAYERS = 4096
+"""No model is nearly as deep, and a program has to be compiled for each unit."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,20 @@ def parse_pattern(pattern: str) -> tuple[Segment, ...]:
     """The segments of a pattern, equal neighbours merged.
 
     Raises:
-      ValueError: the pattern is empty, has an unknown letter, or a layer reuses keys and values
-        that no layer before it in its unit produces in the same kind of attention.
+      ValueError: the pattern is empty, has an unknown letter or too many layers, or a layer reuses
+        keys and values that no layer before it in its unit produces in the same kind of attention.
     """
     segments: list[Segment] = []
+    num_layers = 0
     for word in pattern.split():
-        match = re.fullmatch(r"(?:([1-9]\d*)\*)?([A-Za-z]+)", word)
+        match = re.fullmatch(r"(?:([1-9][0-9]*)\*)?([A-Za-z]+)", word)
         if match is None:
-            raise ValueError(f"{word!r} is not a unit such as Ww or 7*Ww")
+            raise ValueError(f"{shown(word)} is not a unit such as Ww or 7*Ww")
+        repeats = int((match[1] or "1")[:9])  # enough to be too many
+        num_layers += repeats * len(match[2])
+        if num_layers > MOST_LAYERS:
+            raise ValueError(f"with {shown(word)} there are more than {MOST_LAYERS} layers")
         unit = _parse_unit(match[2])
-        repeats = int(match[1] or 1)
         if segments and segments[-1].unit == unit:
             repeats += segments.pop().repeats
         segments.append(Segment(unit, repeats))

@@ -1,9 +1,11 @@
 """How the devices of a run share its work."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import type_problems
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,18 @@ class ParallelConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = asdict(self)
-        problems = [
-            f"{name} is {size}, neither at least 1 nor -1 for the rest"
-            for name, size in sizes.items()
-            if size < 1 and size != -1
-        ]
-        rest = [name for name, size in sizes.items() if size == -1]
-        if len(rest) > 1:
-            problems.append(f"{' and '.join(rest)} are -1, which only one can be")
+        problems = [*type_problems(self)] or [*self._value_problems()]
         if problems:
             raise HymbaError("parallel config: " + "; ".join(problems))
+
+    def _value_problems(self) -> Iterator[str]:
+        sizes = asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                yield f"{name} is {size}, neither at least 1 nor -1 for the rest"
+        rest = [name for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            yield f"{' and '.join(rest)} are -1, which only one can be"
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each axis on so many devices.

@@ -30,12 +30,14 @@ from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import describe, fits
+from hymba_jax.field_types import Bounds, bound_problems, misfit, shown, type_problems
 from hymba_jax.files import read_toml, resolve_path
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.training.config import TrainingConfig
 
 CONFIG_FILE = "config.toml"  # inside a run directory
+
+RUN_BOUNDS = {"seed": Bounds(0, 2**32 - 1, "JAX takes 32 bits of it")}
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,19 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [*type_problems(self)] or [*self._value_problems()]
+        if problems:
+            raise HymbaError("run config: " + "; ".join(problems))
+
+    def _value_problems(self) -> Iterator[str]:
+        yield from bound_problems(self, RUN_BOUNDS)
         if not self.output:
-            problems.append("output is empty: name a directory")
-        if self.seed < 0:
-            problems.append(f"seed is {self.seed}, below 0")
+            yield "output is empty: name a directory"
         if self.data.sequence_length > self.model.max_positions:
-            problems.append(
+            yield (
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_positions {self.model.max_positions}"
             )
-        if problems:
-            raise HymbaError("run config: " + "; ".join(problems))
 
     @classmethod
     def from_toml(
@@ -205,8 +208,10 @@ def _read(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig, dic
     table = read_toml(path)
     preset = table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
     if preset is not None:
-        if preset not in PRESETS:
-            raise HymbaError(f"{path}: model.preset is {preset!r}, not one of {', '.join(PRESETS)}")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise HymbaError(
+                f"{path}: model.preset is {shown(preset)}, not one of {', '.join(PRESETS)}"
+            )
         base = dataclasses.replace(base, model=PRESETS[preset])
     problems = [*_misfits(base, table, "")]
     if problems:
@@ -227,9 +232,9 @@ def _misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
             if isinstance(value, dict):
                 yield from _misfits(getattr(base, name), value, f"{dotted}.")
             else:
-                yield f"{dotted} is {value!r}, not a table"
-        elif not fits(value, types[name]):
-            yield f"{dotted} is {value!r}, not {describe(types[name])}"
+                yield f"{dotted} is {shown(value)}, not a table"
+        elif problem := misfit(value, types[name]):
+            yield f"{dotted} {problem}"
 
 
 def _override_from[T](path: str | os.PathLike[str], base: T, table: dict[str, Any]) -> T:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from hymba_jax.field_types import Bounds, field_problems, fits, misfit
+from hymba_jax.field_types import Bounds, bound_problems, fits, misfit, type_problems
 
 type Auto = Literal["auto"]
 
@@ -84,27 +84,32 @@ class Example:
     rate: float = 0.5
     part: Part = Part()
 
-    problems = property(
-        lambda self: [
-            *field_problems(
-                self, {"size": Bounds(1, 9, "no box is"), "rate": Bounds(0.1, 1, "", "too slow")}
-            )
-        ]
-    )
+
+BOUNDS = {"size": Bounds(1, 9, "no box is"), "rate": Bounds(0.1, 1, "", "too slow")}
 
 
 def test_bounds_are_given_with_their_reason():
-    assert Example().problems == []
-    assert Example(size=10, rate=0.01).problems == [
+    assert [*bound_problems(Example(), BOUNDS)] == []
+    assert [*bound_problems(Example(size=10, rate=0.01), BOUNDS)] == [
         "size is 10, above 9: no box is",
         "rate is 0.01, below 0.1: too slow",
     ]
-    assert Example(size=0, rate=2).problems == ["size is 0, below 1", "rate is 2, above 1"]
+    assert [*bound_problems(Example(size=0, rate=2), BOUNDS)] == [
+        "size is 0, below 1",
+        "rate is 2, above 1",
+    ]
+
+
+def test_every_wrong_type_is_named():
+    assert [*type_problems(Example(size=1.5, part=Part("x")))] == [
+        "size is 1.5, not a whole number",
+        "size is 'x', not a whole number",
+    ]
+    assert [*type_problems(Example(part=3))] == ["part is 3, not a Part"]
 
 
 def test_numpy_scalars_become_numbers_that_files_can_hold():
-    example = Example(size=np.int64(3), rate=np.float32(0.25))
-    assert example.problems == []
-    assert (
-        json.dumps(dataclasses.asdict(example)) == '{"size": 3, "rate": 0.25, "part": {"size": 0}}'
-    )
+    example = Example(size=np.int64(3), rate=np.float32(0.25), part=Part(np.uint8(1)))
+    assert [*type_problems(example)] == []
+    written = json.dumps(dataclasses.asdict(example))
+    assert written == '{"size": 3, "rate": 0.25, "part": {"size": 1}}'

@@ -1,11 +1,23 @@
 """What to read, how to tokenize it and how long a sequence is."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import Bounds, bound_problems, shown, type_problems
 
 SMALLEST_VOCABULARY = 259
 """Every byte, and the three special tokens."""
+
+LARGEST_VOCABULARY = 2**20
+"""Several times the largest that is in use; training one takes memory and time with its size."""
+
+DATA_BOUNDS = {
+    "sequence_length": Bounds(1, 2**23, "no model has so many positions"),
+    "held_out_one_in": Bounds(
+        2, 128, "hardly anything would be held out", "nothing would be left to train on"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -33,29 +45,26 @@ class DataConfig:
     """About one document in this many, chosen by a hash of its name, is held out for validation."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.text_field:
-            problems.append("text_field is empty")
-        if not self.tokenizer:
-            problems.append("tokenizer is empty (bytes, bpe:SIZE or the path of a tokenizer.json)")
-        if self.tokenizer.startswith("bpe:") and self.bpe_size is None:
-            problems.append(
-                f"tokenizer {self.tokenizer!r} needs a whole number of at least "
-                f"{SMALLEST_VOCABULARY} after 'bpe:'"
-            )
-        if self.sequence_length < 1:
-            problems.append(f"sequence_length is {self.sequence_length}, it must be at least 1")
-        if not 2 <= self.held_out_one_in <= 128:
-            problems.append(
-                f"held_out_one_in is {self.held_out_one_in}, it must be between 2 and 128"
-            )
+        problems = [*type_problems(self)] or [*self._value_problems()]
         if problems:
             raise HymbaError("data config: " + "; ".join(problems))
+
+    def _value_problems(self) -> Iterator[str]:
+        yield from bound_problems(self, DATA_BOUNDS)
+        if not self.text_field:
+            yield "text_field is empty"
+        if not self.tokenizer:
+            yield "tokenizer is empty (bytes, bpe:SIZE or the path of a tokenizer.json)"
+        if self.tokenizer.startswith("bpe:") and self.bpe_size is None:
+            yield (
+                f"tokenizer {shown(self.tokenizer)} needs a whole number from "
+                f"{SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY} after 'bpe:'"
+            )
 
     @property
     def bpe_size(self) -> int | None:
         """Vocabulary size of a `bpe:SIZE` tokenizer; None for any other, or a bad SIZE."""
         kind, _, size = self.tokenizer.partition(":")
-        if kind == "bpe" and size.isdecimal() and int(size) >= SMALLEST_VOCABULARY:
-            return int(size)
-        return None
+        if kind != "bpe" or not size.isdecimal() or len(size) > len(str(LARGEST_VOCABULARY)):
+            return None
+        return int(size) if SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY else None

@@ -46,15 +46,8 @@ def inverse_frequencies(
     The ntk forms enlarge the base so that `max_positions` (or the present length) turns the
     slowest pair no further than `rope_original_positions` did.
     """
-    attention, head_dim = config.attention, config.head_dim
-    original = attention.rope_original_positions
-    stretch: float | Array
-    match attention.rope_type:
-        case "default":
-            stretch = 1.0
-        case "ntk":
-            stretch = 2 * config.max_positions / original - 1
-        case "dynamic_ntk":
-            stretch = jnp.maximum(2 * total / original - 1, 1.0)
-    theta = attention.rope_theta * stretch ** (head_dim / (head_dim - 2))
-    return theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    base: float | Array = config.rope_base
+    if config.rope_type == "dynamic_ntk":
+        factor = jnp.maximum(2 * total / config.attention.rope_original_positions - 1, 1.0)
+        base = base * factor**config.ntk_exponent
+    return base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)

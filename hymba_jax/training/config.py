@@ -4,6 +4,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import Bounds, bound_problems, type_problems
+
+_COUNT = Bounds(1, 2**31 - 1, "the optimizer counts steps in 32 bits")
+_ROWS = Bounds(1, 2**20, "no host holds the tokens of so many sequences")
+_RATE = Bounds(1e-30, 1e30, "float32 cannot multiply by it", "float32 cannot multiply by it")
+_DECAY = Bounds(0, 1 - 2**-24, "float32 makes 1 of it")
+
+TRAINING_BOUNDS = {
+    "steps": _COUNT,
+    "batch_size": _ROWS,
+    "accumulate": _ROWS,
+    "learning_rate": _RATE,
+    "min_learning_rate": _RATE._replace(at_least=0),
+    "warmup_fraction": Bounds(0, 1, "it is a part of the steps"),
+    "decay_fraction": Bounds(0, 1, "it is a part of the steps"),
+    "weight_decay": _RATE._replace(at_least=0),
+    "beta1": _DECAY,
+    "beta2": _DECAY,
+    "clip_norm": _RATE,
+    "log_every": _COUNT,
+    "validate_every": _COUNT,
+    "validation_batches": _COUNT,
+    "checkpoint_every": _COUNT,
+    "keep_checkpoints": _COUNT,
+    "sample_tokens": Bounds(0, 2**23, "no model has so many positions"),
+    "sample_temperature": Bounds(0, 1e30, "float32 cannot divide by it"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,33 +83,21 @@ class TrainingConfig:
     sample_temperature: float = 0.8
 
     def __post_init__(self) -> None:
-        problems = [*self._problems()]
+        problems = [*type_problems(self)] or [*self._problems()]
         if problems:
             raise HymbaError("training config: " + "; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
-        for name in (
-            *("steps", "batch_size", "accumulate", "log_every", "validate_every"),
-            *("validation_batches", "checkpoint_every", "keep_checkpoints"),
-        ):
-            if getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}, not at least 1"
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                yield f"{name} is {getattr(self, name)}, not above 0"
-        for name in ("weight_decay", "sample_tokens", "sample_temperature"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                yield f"{name} is {getattr(self, name)}, not at least 0"
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}, not in [0, 1)"
-        if not 0 <= self.min_learning_rate <= self.learning_rate:
+        yield from bound_problems(self, TRAINING_BOUNDS)
+        if 0 < self.sample_temperature < 1e-30:
+            yield f"sample_temperature is {self.sample_temperature}: float32 cannot divide by it"
+        if self.min_learning_rate > self.learning_rate:
             yield (
-                f"min_learning_rate is {self.min_learning_rate}, "
-                f"not between 0 and learning_rate {self.learning_rate}"
+                f"min_learning_rate {self.min_learning_rate} is above "
+                f"learning_rate {self.learning_rate}"
             )
         warmup, decay = self.warmup_fraction, self.decay_fraction
-        if not (warmup >= 0 and decay >= 0 and warmup + decay <= 1):
+        if warmup + decay > 1:
             yield (
                 f"warmup_fraction {warmup} and decay_fraction {decay} are not parts of a whole run"
             )

@@ -42,7 +42,7 @@ def test_a_bad_value_in_a_process_of_its_own(config, output, cache):
             ["--training.batch-size", "9"],
             "9 sequences, which data 1 x fsdp 8 devices cannot",
         ),
-        (["--training.clip-norm", "0"], "clip_norm is 0.0, not above 0"),
+        (["--training.clip-norm", "0"], "clip_norm is 0.0, below 1e-30"),
         (["--data.tokenizer", "bpe:300"], "tokens, model.vocab_size is 259"),
         (["--model.bos-token-id", "7"], "does not fit: its bos token is 1, model.bos_token_id"),
         (["--data.tokenizer", "nothing"], "unknown tokenizer 'nothing'"),
