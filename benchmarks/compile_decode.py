@@ -35,10 +35,11 @@ from jax.sharding import Mesh
 
 from hymba_jax.ahead.fit import compiled_memory, refused_memory
 from hymba_jax.ahead.hlo import Instruction, Program
-from hymba_jax.ahead.programs import InferencePrograms, TracedProgram, bytes_on_each
+from hymba_jax.ahead.programs import InferencePrograms, TracedProgram
 from hymba_jax.ahead.topology import CHIPS, parse_topology
 from hymba_jax.ahead.traffic import moved
 from hymba_jax.config import PRESETS, DType
+from hymba_jax.sharding import bytes_on_each
 
 STEP = 8  # batches between which the largest is looked for
 

@@ -222,7 +222,7 @@ def decode_ms(engine: Engine, batch: int, context: int, repeats: int) -> float:
     read = Prefilled(read.cache._replace(lengths=lengths), read.last)
     limits = Limits(jnp.full(batch, context, jnp.int32), jnp.full((batch, 4), NO_TOKEN, jnp.int32))
     sampler = make_sampler([SamplingConfig()] * batch, range(batch))
-    seen = jnp.zeros((batch, engine.config.vocab_size), bool)
+    seen = jnp.zeros((batch, engine.config.num_embeddings), bool)
     state, _ = engine.first(read, sampler, limits, seen)
 
     def step() -> Drawn:

@@ -26,7 +26,7 @@ from hymba_jax.ahead.measured import compile_and_measure
 from hymba_jax.ahead.programs import training_program
 from hymba_jax.ahead.topology import parse_topology
 from hymba_jax.parallel import ParallelConfig
-from hymba_jax.run_config import RunConfig
+from hymba_jax.run_config import RunConfig, with_vocabulary
 
 PARAMETER_PARTS = 8
 
@@ -55,7 +55,7 @@ def main(args: Args) -> None:
 
 
 def count(args: Args) -> Iterator[Row]:
-    base = RunConfig.from_toml("configs/hymba_1_5b.toml")
+    base = with_vocabulary(RunConfig.from_toml("configs/hymba_1_5b.toml"))
     base = replace(base, model=replace(base.model, layers=args.layers))
     for chips in args.chips:
         devices = parse_topology(slice_of(chips)).devices()

@@ -32,7 +32,7 @@ from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import training_flops
 from hymba_jax.ops.matmul import matmul
-from hymba_jax.run_config import RunConfig
+from hymba_jax.run_config import RunConfig, with_vocabulary
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.state import Params, init_state, make_template
@@ -94,7 +94,7 @@ def in_children(args: Args) -> list[Row]:
 
 def run_row(args: Args) -> Row:
     """Of the run's training step."""
-    run = RunConfig.from_toml(args.config)
+    run = with_vocabulary(RunConfig.from_toml(args.config))
     training, length = run.training, run.data.sequence_length
     mesh, optimizer = make_mesh(), make_optimizer(run.training)
     template = make_template(run.model, run.compute, optimizer, mesh)
@@ -104,7 +104,7 @@ def run_row(args: Args) -> Row:
     step = compile_train_step(template, optimizer, training, length, place)
     compile_seconds = time.perf_counter() - start
     shape = (training.batch_size, length)
-    tokens = np.random.default_rng(0).integers(3, run.model.vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
     batch = jax.device_put({"inputs": tokens, "targets": tokens}, place)
 
     def one_step() -> object:
@@ -133,7 +133,7 @@ def shape_row(args: Args, config: HymbaConfig) -> Row:
     params = nnx.to_pure_dict(variables)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     shape = (args.batch[0], args.length[0])
-    tokens = np.random.default_rng(0).integers(3, config.vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(0).integers(3, config.num_embeddings, shape, np.int32)
     batch = {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
     eval_step = make_eval_step(graph)
 

@@ -184,7 +184,7 @@ class HymbaConfig:
           ConfigError: vocab_size is "auto", and no tokenizer has been named yet.
         """
         if self.vocab_size == "auto":
-            raise ConfigError('model.vocab_size is "auto": it needs a number where no tokenizer is')
+            raise ConfigError('vocab_size is "auto": it needs a number where there is no tokenizer')
         return self.vocab_size
 
     @property
@@ -239,6 +239,10 @@ class HymbaConfig:
             concat = self.fusion == "concat"
             return self.channels + self.attention_channels if concat else self.channels
         return self.channels if spec.ssm else self.attention_channels
+
+    def with_vocabulary(self, size: int) -> "HymbaConfig":
+        """The same architecture with this vocab_size, unless it has a number already."""
+        return dataclasses.replace(self, vocab_size=size) if self.vocab_size == "auto" else self
 
     def resolved(self) -> "HymbaConfig":
         """The same architecture with every "auto" replaced by what it means.

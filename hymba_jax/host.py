@@ -4,10 +4,12 @@ import ctypes
 import importlib.util
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of containers, "max" where there is none
 _VECTOR_WIDTH = "--xla_cpu_prefer_vector_width"
 
 
@@ -20,6 +22,16 @@ def prepare_host() -> None:
     if not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")):
         _keep_freed_memory()
         _use_widest_vectors()
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process can have: the host's, or fewer where its cgroup says so."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdecimal() else memory
 
 
 def _keep_freed_memory() -> None:

@@ -11,8 +11,9 @@ A file holds the fields of `RunConfig` by their names, those of its parts in tab
     [training]
     steps = 1000
 
-What it leaves out keeps its default, for the model that of the preset if one is named. On the
-command line any field can be overridden: `--training.steps 100`.
+What it leaves out keeps its default, for the model that of the preset if one is named: but for
+vocab_size, which is then that of the run's tokenizer. On the command line any field can be
+overridden: `--training.steps 100`.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from typing import Annotated, Any
 import tyro
 
 from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.data.config import SMALLEST_VOCABULARY, DataConfig
+from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import Bounds, bound_problems, misfit, shown, type_problems
@@ -60,7 +62,7 @@ class RunConfig:
     seed: int = 0
     init_from: str = ""
     profile: bool = False
-    model: HymbaConfig = field(default_factory=HymbaConfig)
+    model: HymbaConfig = field(default_factory=lambda: HymbaConfig(vocab_size="auto"))
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -105,12 +107,37 @@ class RunConfig:
 def read_model(path: str | os.PathLike[str]) -> tuple[HymbaConfig, ComputeConfig]:
     """The model of a file and how it computes, whatever run the file may be of.
 
+    A vocab_size of "auto" becomes a number as in `with_vocabulary`.
+
     Raises:
       HymbaError: as for `RunConfig.from_toml`.
     """
     base, table = _read(path, RunConfig())
     model = _override_from(path, base.model, table.get("model", {}))
+    if model.vocab_size == "auto":
+        data = _override_from(path, base.data, table.get("data", {}))
+        model = model.with_vocabulary(_vocabulary(data))
     return model, _override_from(path, base.compute, table.get("compute", {}))
+
+
+def with_vocabulary(run: RunConfig) -> RunConfig:
+    """The run with a number for a vocab_size of "auto", before there is text.
+
+    It is the size of the tokenizer, for a BPE the one that is asked for: trained on very little
+    text it can come out smaller.
+
+    Raises:
+      HymbaError: the tokenizer cannot be read.
+    """
+    if run.model.vocab_size != "auto":
+        return run
+    return dataclasses.replace(run, model=run.model.with_vocabulary(_vocabulary(run.data)))
+
+
+def _vocabulary(data: DataConfig) -> int:
+    if data.tokenizer == "bytes":
+        return SMALLEST_VOCABULARY
+    return data.bpe_size or Tokenizer.load(data.tokenizer).vocab_size
 
 
 def read_model_directory(
@@ -212,7 +239,8 @@ def _read(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig, dic
             raise HymbaError(
                 f"{path}: model.preset is {shown(preset)}, not one of {', '.join(PRESETS)}"
             )
-        base = dataclasses.replace(base, model=PRESETS[preset])
+        model = dataclasses.replace(PRESETS[preset], vocab_size="auto")
+        base = dataclasses.replace(base, model=model)
     problems = [*_misfits(base, table, "")]
     if problems:
         raise HymbaError(f"{path}: " + "; ".join(problems))

@@ -82,7 +82,7 @@ def axis_sizes(config: HymbaConfig) -> dict[str, int]:
     widths = [config.mixer_channels(spec) for spec in config.layer_specs]
     return {
         "hidden": config.hidden_size,
-        "vocab": config.vocab_size,
+        "vocab": config.num_embeddings,
         "mlp": config.mlp_size,
         "channels": math.gcd(config.channels, *widths),
         "heads": config.attention.num_kv_heads,
@@ -165,6 +165,14 @@ def state_shardings(state: Any, config: HymbaConfig, mesh: AnyMesh) -> Any:
         return NamedSharding(mesh, partition([*[None] * stacked, *axes], sizes, mesh))
 
     return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def bytes_on_each(tree: Any) -> int:
+    """Bytes of a tree of placed shapes that each device of their mesh has."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def is_partitioned() -> bool:

@@ -16,7 +16,7 @@ from hymba_jax.ahead.measured import Measured, compile_and_measure
 from hymba_jax.ahead.programs import AheadProgram, inference_program, training_program
 from hymba_jax.ahead.topology import Chip, parse_topology
 from hymba_jax.errors import HymbaError
-from hymba_jax.run_config import RunConfig, run_defaults
+from hymba_jax.run_config import RunConfig, run_defaults, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
         """
         return choice, run
 
-    return tyro.cli(arguments, args=args, prog=prog)
+    choice, run = tyro.cli(arguments, args=args, prog=prog)
+    return choice, with_vocabulary(run)
 
 
 def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:

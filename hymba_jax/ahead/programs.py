@@ -23,6 +23,7 @@ from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import (
     batch_parts,
     batch_sharding,
+    bytes_on_each,
     describe_split,
     make_mesh,
     split_length,
@@ -159,7 +160,7 @@ class InferencePrograms:
         state_dtype: DType,
         context: int | None = None,
     ):
-        self.mesh, self.vocab_size = mesh, config.vocab_size
+        self.mesh, self.vocab_size = mesh, config.num_embeddings
         compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
         engines: list[Engine] = []
 
@@ -217,11 +218,3 @@ class InferencePrograms:
         zeros = jnp.zeros(batch, jnp.int32)
         seen = jnp.zeros((batch, self.vocab_size), bool)
         return DecodeState(cache, zeros, zeros, zeros == 1, seen)
-
-
-def bytes_on_each(tree: Any) -> int:
-    """Bytes of a tree of placed shapes that each device of their mesh has."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

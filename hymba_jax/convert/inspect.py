@@ -98,8 +98,8 @@ def _architecture(config: HymbaConfig) -> list[tuple[str, str]]:
         ),
         ("SSM", f"{config.channels:,} channels of {ssm.state_size} states"),
         ("meta tokens", f"{config.num_meta_tokens}"),
-        ("vocabulary", f"{config.vocab_size:,}, {'' if config.tie_embeddings else 'not '}tied"),
-        ("positions", f"{config.max_positions:,}, rope {attention.rope_type}"),
+        ("vocabulary", f"{config.num_embeddings:,}, {'' if config.tie_embeddings else 'not '}tied"),
+        ("positions", f"{config.max_positions:,}, rope {config.rope_type}"),
     ]
 
 

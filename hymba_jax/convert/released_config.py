@@ -101,7 +101,7 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
     windowed = any(spec.attention == "window" for spec in specs)
     return _FIXED | {
         "architectures": ["HymbaForCausalLM"],
-        "vocab_size": config.vocab_size,
+        "vocab_size": config.num_embeddings,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.mlp_size,
         "num_hidden_layers": config.num_layers,
@@ -115,7 +115,7 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
         "kv_reuse_group": _sharing_groups(specs),
         "kv_reuse_every_i_layer": -1,
         "layer_type": ["h"] * config.num_layers,
-        "rope_type": attention.rope_type,
+        "rope_type": config.rope_type,
         "rope_theta": attention.rope_theta,
         "orig_max_position_embeddings": attention.rope_original_positions,
         "max_position_embeddings": config.max_positions,

@@ -50,12 +50,12 @@ def read_expected(path: Path, config: HymbaConfig) -> Expected:
     ids, logits = expected
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
         raise HymbaError(f"{path}: input_ids are not whole numbers of shape (batch, length)")
-    if logits.shape != (*ids.shape, config.vocab_size):
+    if logits.shape != (*ids.shape, config.num_embeddings):
         raise HymbaError(
-            f"{path}: logits have shape {logits.shape}, not {(*ids.shape, config.vocab_size)}"
+            f"{path}: logits have shape {logits.shape}, not {(*ids.shape, config.num_embeddings)}"
         )
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise HymbaError(f"{path}: input_ids are outside the vocabulary of {config.vocab_size}")
+    if ids.min() < 0 or ids.max() >= config.num_embeddings:
+        raise HymbaError(f"{path}: input_ids are outside the vocabulary of {config.num_embeddings}")
     return expected
 
 

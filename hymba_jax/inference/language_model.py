@@ -162,7 +162,7 @@ class LanguageModel:
                 text = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
             else:
                 text = [int(token) for token in prompt] or [self.tokenizer.bos_id]
-            vocab_size, context = self.config.vocab_size, self.engine.max_context
+            vocab_size, context = self.config.num_embeddings, self.engine.max_context
             if outside := [token for token in text if not 0 <= token < vocab_size]:
                 raise HymbaError(
                     f"{name}: token {outside[0]} is outside the vocabulary of {vocab_size}"
@@ -203,7 +203,7 @@ class LanguageModel:
         padding = [0] * (size - len(rows))
         sampler = make_sampler([config] * size, [sample for _, sample in rows] + padding)
         limits = self._limits([writer.room for writer in writers] + padding, config)
-        seen = np.zeros((size, self.config.vocab_size), bool)
+        seen = np.zeros((size, self.config.num_embeddings), bool)
         for (i, _), row in zip(rows, seen, strict=False):
             row[texts[i]] = True
 

@@ -40,7 +40,7 @@ def forward_flops(config: HymbaConfig, params: Any, length: int, *, predicted: i
     )
     a_channel = 9 * config.ssm.state_size + 2 * config.ssm.conv_kernel
     scans = sum(spec.ssm for spec in config.layer_specs) * length * config.channels * a_channel
-    vocabulary = config.vocab_size * config.hidden_size * predicted
+    vocabulary = config.num_embeddings * config.hidden_size * predicted
     return float(2 * (kernels * length + vocabulary) + attention + scans)
 
 

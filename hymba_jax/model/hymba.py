@@ -32,7 +32,7 @@ class Hymba(nnx.Module):
         self.compute = compute
         normal = nnx.initializers.normal(INIT_STD)
         self.embedding = nnx.Param(
-            normal(rngs.params(), (config.vocab_size, config.hidden_size), compute.param_dtype),
+            normal(rngs.params(), (config.num_embeddings, config.hidden_size), compute.param_dtype),
             axes=("vocab", "hidden"),
         )
         if config.num_meta_tokens:
@@ -54,7 +54,7 @@ class Hymba(nnx.Module):
         self.final_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         if not config.tie_embeddings:
             self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, ("hidden", "vocab"), compute, rngs
+                config.hidden_size, config.num_embeddings, ("hidden", "vocab"), compute, rngs
             )
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:

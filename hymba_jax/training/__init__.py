@@ -8,6 +8,7 @@
 | `optimizer.py`         | AdamW on a warmup-stable-decay schedule                             |
 | `step.py`              | one update, and one evaluation, as pure functions                   |
 | `state.py`             | parameters and optimizer state: drawn, described, placed on devices |
+| `capacity.py`          | whether the training state can fit the devices' memory              |
 | `start.py`             | parameters of another run or model to start from                    |
 | `run_directory.py`     | what a run leaves behind, and whether it can be gone on with        |
 | `checkpoint.py`        | saving and restoring through Orbax                                  |

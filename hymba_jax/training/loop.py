@@ -1,5 +1,6 @@
 """A training run, from top to bottom."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from hymba_jax.sharding import (
     place_rows,
     replicated,
 )
+from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
 from hymba_jax.training.metrics import MetricsWriter
@@ -68,13 +70,23 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         Tokenizer.load(config.output) if resumed else None,
         lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
     )
+    vocabulary = data.tokenizer.vocab_size
+    config = dataclasses.replace(config, model=config.model.with_vocabulary(vocabulary))
     check_tokenizer(config, data.tokenizer)
+    if config.init_from and not resumed:
+        check_start(config)  # again: now its vocabulary is known
+    if vocabulary < config.model.num_embeddings:
+        display.say(
+            f"{config.model.num_embeddings - vocabulary:,} of {config.model.num_embeddings:,} rows "
+            f"of the embedding are padding: the tokenizer has {vocabulary:,} tokens"
+        )
     batch_size, micro_batch_size = training.batch_size, training.micro_batch_size
     rows = own_rows(mesh, batch_size)
     batches = train_iterator(data.train, length, batch_size, config.seed, rows)
 
     optimizer = make_optimizer(training)
     template = make_template(config.model, config.compute, optimizer, mesh)
+    check_memory(template, mesh)
     display.say(_headline(config, template.num_params, data))
     if mesh.size > 1:
         display.say(describe_split(config.model, mesh, length))

@@ -40,7 +40,7 @@ def is_resumed(config: RunConfig) -> bool:
     changed = [
         f"{name} was {before[name]!r}, is {value!r}"
         for name, value in _lasting(config)
-        if value != before[name]
+        if value != before[name] and value != "auto"  # which is what the run has found
     ]
     if changed:
         raise HymbaError(

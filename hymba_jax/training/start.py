@@ -19,7 +19,7 @@ from hymba_jax.training.state import Params, Template, TrainState, describe_mode
 def check_start(config: RunConfig) -> None:
     """Raises HymbaError if `config.init_from` holds no model, or one with other parameters."""
     held = read_model_directory(config.init_from)[0].resolved()
-    wanted = config.model.resolved()
+    wanted = config.model.with_vocabulary(held.num_embeddings).resolved()
     if held != wanted and _shapes(held) != _shapes(wanted):
         before = dict(leaves(held, "model."))
         changed = [

@@ -10,9 +10,9 @@ from hymba_jax.run_config import RunConfig
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises HymbaError if the model cannot work with the tokenizer."""
     model, problems = config.model, []
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.vocab_size > model.num_embeddings:
         problems.append(
-            f"it has {tokenizer.vocab_size} tokens, model.vocab_size is {model.vocab_size}"
+            f"it has {tokenizer.vocab_size} tokens, model.vocab_size is {model.num_embeddings}"
         )
     for name in ("bos", "eos"):
         ours, theirs = getattr(model, f"{name}_token_id"), getattr(tokenizer, f"{name}_id")

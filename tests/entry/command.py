@@ -14,7 +14,6 @@ CONFIG = """
 output = "{output}"
 
 [model]
-vocab_size = 259
 hidden_size = 16
 mlp_size = 32
 layers = "G W"
@@ -25,7 +24,6 @@ max_positions = 64
 num_heads = 2
 num_kv_heads = 1
 window = 8
-rope_type = "default"
 
 [data]
 path = "{corpus}"

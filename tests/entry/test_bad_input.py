@@ -43,7 +43,12 @@ def test_a_bad_value_in_a_process_of_its_own(config, output, cache):
             "9 sequences, which data 1 x fsdp 8 devices cannot",
         ),
         (["--training.clip-norm", "0"], "clip_norm is 0.0, below 1e-30"),
-        (["--data.tokenizer", "bpe:300"], "tokens, model.vocab_size is 259"),
+        (
+            ["--data.tokenizer", "bpe:300", "--model.vocab-size", "259"],
+            "tokens, model.vocab_size is 259",
+        ),
+        (["--model.hidden-size", "65536", "--model.mlp-size", "1000000"], "optimizer state take"),
+        (["--model.attention.rope-theta", "inf"], "rope_theta is inf, not finite"),
         (["--model.bos-token-id", "7"], "does not fit: its bos token is 1, model.bos_token_id"),
         (["--data.tokenizer", "nothing"], "unknown tokenizer 'nothing'"),
         (["--data.path", "/no/such/place"], "/no/such/place"),

@@ -2,11 +2,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hymba_jax.config import PRESETS, ConfigError
+from hymba_jax.data.config import DataConfig
+from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.run_config import RunConfig, parse_run
+from hymba_jax.field_types import leaves
+from hymba_jax.run_config import RunConfig, parse_run, read_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -43,6 +48,96 @@ def test_a_config_survives_its_own_file(path, tmp_path):
     assert RunConfig.from_toml(write(tmp_path, config.to_toml())) == config
 
 
+FIELDS = dict(leaves(RunConfig(), ""))
+CHOICES = ["auto", "default", "ntk", "bfloat16", "none", "relu2", "concat", "2*Ww", "bpe:300"]
+VALUES = {
+    bool: st.booleans(),
+    int: st.integers() | st.integers(0, 2**12),
+    float: st.floats() | st.floats(0, 1),
+    str: st.text() | st.sampled_from(CHOICES),
+}
+CHANGES = st.one_of(st.tuples(st.just(name), VALUES[type(value)]) for name, value in FIELDS.items())
+
+
+def replaced(config, changes):
+    """The config with other values, which are named as in `leaves`."""
+    parts = {}
+    for name, value in changes.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    new = {
+        part: values[""] if "" in values else replaced(getattr(config, part), values)
+        for part, values in parts.items()
+    }
+    return dataclasses.replace(config, **new)
+
+
+@settings(max_examples=100, deadline=None)
+@given(changes=st.lists(CHANGES, min_size=1, max_size=2).map(dict))
+def test_whatever_is_accepted_can_be_written_and_read(tmp_path_factory, changes):
+    try:
+        config = replaced(RunConfig(), changes)
+    except HymbaError:
+        return
+    path = tmp_path_factory.getbasetemp() / "accepted.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert RunConfig.from_toml(path) == config
+
+
+@pytest.mark.parametrize("bad", ["inf", "nan", "-inf", "1e400"])
+def test_the_command_line_takes_finite_numbers_alone(bad):
+    with pytest.raises(HymbaError, match=r"rope_theta is -?(inf|nan), not finite"):
+        parse_run([f"--model.attention.rope-theta={bad}"], "train.py")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert RunConfig.from_toml(path).seed == 3
+
+
+@pytest.mark.parametrize("opening", ["[", "{a = "])
+def test_deep_nesting_is_one_line(tmp_path, opening):
+    assert refusal(tmp_path, "seed = " + opening * 100_000).startswith("not a TOML file (")
+
+
+def test_a_first_small_config_needs_no_rope_settings(tmp_path):
+    text = """
+        [model]
+        hidden_size = 64
+        mlp_size = 128
+        layers = "G W"
+        max_positions = 512
+        attention = { num_heads = 2, num_kv_heads = 1 }
+    """
+    model = RunConfig.from_toml(write(tmp_path, text)).model
+    assert (model.rope_type, model.rope_base) == ("default", 10000.0)
+    longer = dataclasses.replace(model, max_positions=4096)
+    # SPEC: theta * (2 * max / orig - 1) ** (Dk / (Dk - 2)), orig 2048 and Dk 32.
+    assert (longer.rope_type, longer.rope_base) == ("ntk", 10000.0 * 3 ** (32 / 30))
+    assert longer.resolved().attention.rope_type == "ntk"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "auto"),
+        ('[model]\npreset = "hymba-125m"', "auto"),
+        ('[model]\npreset = "hymba-125m"\nvocab_size = 5000', 5000),
+        ("[model]\nvocab_size = 5000", 5000),
+    ],
+)
+def test_the_vocabulary_is_the_tokenizer_s_unless_it_is_named(tmp_path, text, expected):
+    assert RunConfig.from_toml(write(tmp_path, text)).model.vocab_size == expected
+
+
+@pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 259), ("bpe:1024", 1024), ("", 259)])
+def test_the_vocabulary_before_there_is_text(tmp_path, tokenizer, size):
+    build_tokenizer(DataConfig(tokenizer="bytes"), []).save(tmp_path)
+    text = f'[model]\npreset = "hymba-125m"\n[data]\ntokenizer = "{tokenizer or tmp_path}"'
+    assert read_model(write(tmp_path, text))[0].vocab_size == size
+
+
 def test_odd_texts_survive(tmp_path):
     config = RunConfig(output='runs/"quoted" \\ é \U0001f600\t\x7f')
     assert RunConfig.from_toml(write(tmp_path, config.to_toml())) == config
@@ -53,7 +148,9 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
     model = RunConfig.from_toml(write(tmp_path, text)).model
     expected = PRESETS["hymba-350m"]
     attention = dataclasses.replace(expected.attention, window=256)
-    assert model == dataclasses.replace(expected, max_positions=2048, attention=attention)
+    assert model == dataclasses.replace(
+        expected, vocab_size="auto", max_positions=2048, attention=attention
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,6 +197,35 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
         ),
         ("[training]\nsteps = 0", "training config: steps is 0, below 1"),
         ("seed = -1", "run config: seed is -1, below 0"),
+        ("seed = 4294967296", "run config: seed is 4294967296, above 4294967295: JAX takes 32"),
+        ("model.attention.rope_theta = inf", "model.attention.rope_theta is inf, not finite"),
+        ("model.attention.rope_theta = 1e400", "model.attention.rope_theta is inf, not finite"),
+        ("model.attention.rope_theta = 0.5", "the model cannot be built: rope_theta is 0.5, below"),
+        ("training.weight_decay = nan", "training.weight_decay is nan, not finite"),
+        ("model.norm_eps = 1e-310", "the model cannot be built: norm_eps is 1e-310, below 1e-20: "),
+        ("training.steps = 1e400", "training.steps is inf, not a whole number"),
+        ("training.steps = 0x" + "f" * 5000, "training.steps is a number of 20000 bits, beyond 64"),
+        ("training.steps = " + "9" * 5000, "not a TOML file (Exceeds the limit"),
+        ("training.steps = 2147483648", "training config: steps is 2147483648, above 2147483647: "),
+        ("training.sample_temperature = 1e-40", "training config: sample_temperature is 1e-40: "),
+        ("model.vocab_size = 1099511627776", "the model cannot be built: vocab_size is 1099511627"),
+        ("model.attention.window = 1000000000000", "the model cannot be built: window is 10000000"),
+        (
+            "model.max_positions = 8388609",
+            "the model cannot be built: max_positions is 8388609, ",
+        ),
+        (
+            'model.layers = "99999999999*W"',
+            "the model cannot be built: layers '99999999999*W': ",
+        ),
+        (
+            'data.tokenizer = "bpe:999999999999"',
+            "data config: tokenizer 'bpe:999999999999' needs",
+        ),
+        ("model = [1]", "model is [1], not a table"),
+        ("model.preset = [1]", "model.preset is [1], not one of hymba-125m"),
+        ("training.steps = {a = 1}", "training.steps is {'a': 1}, not a whole number"),
+        ("output = 1979-05-27", "output is datetime.date(1979, 5, 27), not a text"),
         ("seed = ", "not a TOML file (Invalid value (at end of document))"),
     ],
 )

@@ -1,6 +1,8 @@
 import pytest
 from entry.command import HYMBA, read_metrics, run, train_py, write_config
 
+from hymba_jax.run_config import RunConfig
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
@@ -37,6 +39,8 @@ def test_the_output_is_complete(finished):
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"2", "4"}
     assert (output / "sample.txt").read_text().startswith("the")
     assert list((output / "tensorboard").iterdir())
+    config = RunConfig.from_toml(output / "config.toml")
+    assert config.model.vocab_size == 259  # the bytes and 3 special tokens of its tokenizer
 
 
 def test_metrics_have_a_line_a_step_and_validation_where_asked(finished):

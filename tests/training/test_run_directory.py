@@ -48,6 +48,7 @@ def test_a_directory_without_checkpoint_is_a_fresh_run(config, tmp_path):
         {"training": TrainingConfig(steps=5000, learning_rate=1e-4, accumulate=2)},
         {"compute": ComputeConfig(dtype="bfloat16", remat="block")},
         {"data": dataclasses.replace(DATA, path="/another/place/of/the/same/text")},
+        {"model": dataclasses.replace(MODEL, vocab_size="auto")},
     ],
 )
 def test_a_run_goes_on_with_what_may_change(config, change):

@@ -1,0 +1,74 @@
+"""States that no device can hold are refused before they are allocated."""
+
+import dataclasses
+import re
+from unittest.mock import Mock
+
+import jax
+import pytest
+from training.tiny import MODEL
+
+from hymba_jax import host
+from hymba_jax.config import ComputeConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.host import host_memory
+from hymba_jax.parallel import ParallelConfig
+from hymba_jax.sharding import make_mesh
+from hymba_jax.training.capacity import check_memory, device_memory
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.state import make_template
+
+# 2^24 rows of 2^14 channels: 2^38 parameters, of 4 bytes and as much again for two moments each;
+# 3,298 GB, and a little more for the layers.
+HUGE = dataclasses.replace(MODEL, vocab_size=2**24, hidden_size=2**14)
+BYTES = 2**38 * 12
+
+
+def template(config, mesh):
+    return make_template(config, ComputeConfig(), make_optimizer(TrainingConfig()), mesh)
+
+
+def test_a_model_that_fits_is_not_refused():
+    mesh = make_mesh(jax.devices()[:8])
+    check_memory(template(MODEL, mesh), mesh)
+
+
+def test_what_is_larger_than_the_host_is_refused(monkeypatch):
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=8, fsdp=1))
+    monkeypatch.setattr("hymba_jax.training.capacity.host_memory", lambda: 16 * 10**9)
+    with pytest.raises(HymbaError) as caught:
+        check_memory(template(HUGE, mesh), mesh)
+    message = str(caught.value)
+    assert re.search(r"optimizer state take 3,[23]\d\d\.\d GB on each device", message)
+    assert "a cpu has 2.0 GB, its part of 16.0 GB of host memory" in message
+    assert "param_dtype bfloat16" in message
+
+
+def test_only_the_shard_of_a_device_counts(monkeypatch):
+    """Parameters and moments are 8 times as large as what each of 8 devices holds of them."""
+    one, eight = (make_mesh(jax.devices()[:n]) for n in (1, 8))
+    monkeypatch.setattr("hymba_jax.training.capacity.device_memory", lambda _: BYTES // 4)
+    check_memory(template(HUGE, eight), eight)
+    with pytest.raises(HymbaError, match=r"3,[23]\d\d\.\d GB on each device"):
+        check_memory(template(HUGE, one), one)
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"), [([{"bytes_limit": 8}, {"bytes_limit": 6}], 6), ([None, {}], None)]
+)
+def test_accelerators_say_what_they_have(stats, expected):
+    devices = [Mock(jax.Device, platform="gpu", memory_stats=Mock(return_value=s)) for s in stats]
+    assert device_memory(devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1048576\n", 2**20), ("max\n", None), (str(2**63), None), ("", None)]
+)
+def test_a_container_s_memory(text, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "_CGROUP_LIMIT", tmp_path / "gone")
+    whole = host_memory()
+    assert whole > 2**20
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(host, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    assert host_memory() == (expected or whole)
