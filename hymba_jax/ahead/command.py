@@ -15,8 +15,16 @@ from hymba_jax.ahead.fit import Memory
 from hymba_jax.ahead.measured import Measured, compile_and_measure
 from hymba_jax.ahead.programs import AheadProgram, inference_program, training_program
 from hymba_jax.ahead.topology import Chip, parse_topology
+from hymba_jax.data.config import DATA_BOUNDS
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import bound_problems, type_problems
 from hymba_jax.run_config import RunConfig, run_defaults, with_vocabulary
+from hymba_jax.training.config import TRAINING_BOUNDS
+
+COMPILE_BOUNDS = {
+    "batch": TRAINING_BOUNDS["batch_size"],
+    "context": DATA_BOUNDS["sequence_length"],
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class CompileConfig:
       context: tokens that they have, data.sequence_length if not named.
 
     Raises:
-      HymbaError: a batch or a context is named for training.
+      HymbaError: a batch or a context is named for training, or is impossible.
     """
 
     topology: str
@@ -40,6 +48,8 @@ class CompileConfig:
     context: int | None = None
 
     def __post_init__(self) -> None:
+        if problems := [*type_problems(self)] or [*bound_problems(self, COMPILE_BOUNDS)]:
+            raise HymbaError("; ".join(problems))
         if self.program == "train" and (self.batch, self.context) != (None, None):
             raise HymbaError(
                 "batch and context are of prefill and decode: "

@@ -1,5 +1,6 @@
 """Slices of accelerators by name, and devices of them to compile for without having any."""
 
+import math
 import os
 import re
 from importlib import import_module
@@ -9,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import shown
 from hymba_jax.training.utilisation import PEAK_FLOPS
 
 
@@ -44,6 +46,7 @@ CHIPS = {
     "h100": Chip("NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9),
 }
 GPUS_OF_A_MACHINE = 8
+MOST_CHIPS = 2**14  # several times the largest slice that there is
 
 # What XLA wants to know of an H100 (SXM, 80 GB).
 H100 = """
@@ -90,7 +93,8 @@ class Topology(NamedTuple):
         except ModuleNotFoundError as error:
             extra = "tpu" if self.chip.is_tpu else "cuda13"
             raise HymbaError(
-                f"{self.name}: its compiler is not installed, pip install 'hymba_jax[{extra}]'"
+                f"{self.name}: its compiler is not installed, pip install -e '.[{extra}]' in the "
+                "repository"
             ) from error
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -103,13 +107,16 @@ def parse_topology(name: str) -> Topology:
     Raises:
       HymbaError: it is not the name of one.
     """
-    named = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    named = re.fullmatch(r"(\w+):([1-9][0-9]*(?:x[1-9][0-9]*){0,2})", name)
     if named is None:
-        raise HymbaError(f"topology is {name!r}, not a chip and a shape such as v5e:16x16")
+        raise HymbaError(f"topology is {shown(name)}, not a chip and a shape such as v5e:16x16")
     if named[1] not in CHIPS:
         raise HymbaError(f"topology {name}: there is no {named[1]!r}, only {', '.join(CHIPS)}")
-    chip = CHIPS[named[1]]
-    if not chip.is_tpu and not (named[2].isdigit() and int(named[2]) <= GPUS_OF_A_MACHINE):
+    chip, sizes = CHIPS[named[1]], named[2].split("x")
+    count = math.prod(int(size[:9]) for size in sizes)  # enough to be too many
+    if count > MOST_CHIPS:
+        raise HymbaError(f"topology {shown(name)}: no slice has more than {MOST_CHIPS} chips")
+    if not chip.is_tpu and (len(sizes) > 1 or count > GPUS_OF_A_MACHINE):
         raise HymbaError(
             f"topology {name}: GPUs of one machine are compiled for, "
             f"{named[1]}:1 to {named[1]}:{GPUS_OF_A_MACHINE}"

@@ -23,6 +23,9 @@ def test_names(name):
         ("v9:2x2", "topology v9:2x2: there is no 'v9', only v5e, v5p, v6e, h100"),
         ("h100:16", "topology h100:16: GPUs of one machine are compiled for, h100:1 to h100:8"),
         ("h100:2x4", "GPUs of one machine"),
+        ("v5e:2x2x2x2", "not a chip and a shape"),
+        ("v5e:99999x99999", "topology 'v5e:99999x99999': no slice has more than 16384 chips"),
+        ("h100:" + "9" * 5000, "no slice has more than 16384 chips"),
     ],
 )
 def test_names_of_nothing(name, message):
@@ -40,7 +43,7 @@ def test_a_compiler_that_is_not_installed(monkeypatch, name, extra):
     with pytest.raises(HymbaError) as caught:
         parse_topology(name).devices()
     assert str(caught.value) == (
-        f"{name}: its compiler is not installed, pip install 'hymba_jax[{extra}]'"
+        f"{name}: its compiler is not installed, pip install -e '.[{extra}]' in the repository"
     )
 
 
