@@ -231,6 +231,12 @@ def _in_use_forward(value: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
 
 
 def _in_use_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
+    # What is looked up in a table lies along the batch, and XLA would sum its gradients in shards
+    # of `hidden`. On a mesh that has `tensor`, too, it considers replicating all activations for
+    # that, with a warning of "involuntary full rematerialization". There the sum is whole, as for
+    # a kernel; elsewhere shards of it take fewer bytes of collectives.
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+        gradient = gather(gradient, axes)
     return (scatter(gradient, axes),)
 
 

@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from sharded_step import CASES, EVEN, LENGTHS, ODD, SNAPSHOTS, STACKED, ShardedStep
 
 from hymba_jax.config import PRESETS
 from hymba_jax.errors import HymbaError
 from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import constrain, describe_split, make_mesh, state_shardings
+from hymba_jax.sharding import (
+    constrain,
+    describe_split,
+    in_use,
+    make_mesh,
+    partition,
+    state_shardings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,25 @@ def test_no_activations_are_gathered(step):
     lengths |= {length // step.mesh.shape["sequence"] for length in lengths}
     for collective in gathered(step):
         assert collective.over == "tensor" or not lengths & {*collective.shape}, collective
+
+
+@pytest.mark.parametrize("vocab", [64, 61])
+def test_no_activations_are_replicated_to_sum_the_gradients_of_a_table(vocab, capfd):
+    """XLA says so where it considers that, on meshes of fsdp and tensor alone."""
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=4, tensor=2))
+    sizes = {"vocab": vocab, "hidden": 32}
+    rows = NamedSharding(mesh, partition(("batch", None), {"batch": 8}, mesh))
+    table = NamedSharding(mesh, partition(("vocab", "hidden"), sizes, mesh))
+
+    def loss(embedding, tokens):
+        x = in_use(nnx.Param(embedding, axes=("vocab", "hidden")))[tokens]
+        return jnp.sum(constrain(x, "batch", None, None) ** 2)
+
+    with jax.set_mesh(mesh):
+        tokens = jax.ShapeDtypeStruct((8, 26), jnp.int32, sharding=rows)
+        embedding = jax.ShapeDtypeStruct((vocab, 32), jnp.float32, sharding=table)
+        jax.jit(jax.grad(loss), out_shardings=table).lower(embedding, tokens).compile()
+    assert "rematerialization" not in capfd.readouterr().err
 
 
 def test_no_stack_of_layers_is_gathered_at_once(step):
