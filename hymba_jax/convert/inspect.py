@@ -37,7 +37,8 @@ _PARTS = (
 class InspectConfig:
     """Prints what a checkpoint holds: a released one, a model alone or a training run.
 
-    Only headers are read. The exit status is 1 where something is missing or does not fit.
+    Of HF checkpoints only headers are read; the arrays of native ones are compared with their
+    checksums. The exit status is 1 where something is missing, damaged or does not fit.
 
     Attributes:
       path: its directory.
@@ -68,6 +69,8 @@ def main(args: InspectConfig) -> None:
     for dtype, (tensors, size) in _by_dtype(checkpoint.tensors).items():
         table.add_row(dtype, f"{tensors:,} tensors, {in_gb(size)}")
     problems = checkpoint.problems()
+    if isinstance(checkpoint, OurCheckpoint) and not problems:
+        problems = checkpoint.stored.damage()
     table.add_row("complete", "no" if problems else "yes")
     Console().print(table)
     if problems:

@@ -15,7 +15,14 @@ from hymba_jax.convert import mapping
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.writing import in_threads
 from hymba_jax.convert.zarr_file import map_array, write_array
+from hymba_jax.errors import HymbaError
 from hymba_jax.training.checkpoint import one_line
+from hymba_jax.training.checksums import (
+    Checksums,
+    check_tree,
+    checksums_metadata,
+    tree_checksums,
+)
 
 _BATCH = 128 * 10**6  # bytes; with much less, Orbax spends its time beginning to read
 _UNREADABLE = "not parameters that can be read"
@@ -36,31 +43,45 @@ def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
     Raises:
       HymbaError: they cannot be made or written.
     """
+    checksums: Checksums = {}
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (Source, _SourceHandler())
+            (Source, _SourceHandler(checksums))
         ),
         use_compression=False,
         use_ocdbt=False,  # a file an array, as _SourceHandler writes
     )
+    # Orbax writes the metadata when all arrays are written, and their checksums known.
+    args = ocp.args.PyTreeSave(
+        unflatten_dict(sources), custom_metadata=checksums_metadata(checksums)
+    )
     with one_line(path, "parameters cannot be written"), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(sources)))
+        checkpointer.save(path.absolute(), args=args)
 
 
 class _SourceHandler(ocp.type_handlers.NumpyHandler):
-    """Makes and writes arrays in several threads."""
+    """Makes and writes arrays in several threads.
+
+    Args:
+      checksums: gets the checksum of every array.
+    """
+
+    def __init__(self, checksums: Checksums):
+        super().__init__()
+        self._checksums = checksums
 
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         for info in infos:
             await info.await_path_creation()
-        in_threads(_write, values, infos)
+        in_threads(self._write, values, infos)
         return []
 
-
-def _write(source: Source, info: Any) -> None:
-    write_array(Path(info.parent_dir, info.name), source.make())
+    def _write(self, source: Source, info: Any) -> None:
+        array = source.make()
+        write_array(Path(info.parent_dir, info.name), array)
+        self._checksums |= tree_checksums({info.name: array})
 
 
 class StoredParams:
@@ -79,7 +100,8 @@ class StoredParams:
         self._checkpointer = ocp.PyTreeCheckpointer()
         self._restoring = threading.Lock()
         with one_line(path, _UNREADABLE):
-            tree = self._checkpointer.metadata(self.path).item_metadata.tree
+            metadata = self._checkpointer.metadata(self.path).item_metadata
+        tree, self._metadata = metadata.tree, metadata.custom_metadata
         self._keys = {mapping.dotted(key): key for key in flatten_dict(tree)}
         self.tensors = {
             mapping.dotted(key): TensorInfo(str(leaf.dtype), tuple(leaf.shape))
@@ -102,13 +124,25 @@ class StoredParams:
         """Arrays by their dotted paths; from any thread.
 
         Raises:
-          HymbaError: they cannot be read.
+          HymbaError: they cannot be read, or are not as they were written.
         """
         with one_line(self.path, _UNREADABLE):
             mapped = {path: map_array(self.path / path, *self.tensors[path]) for path in paths}
             arrays = {path: array for path, array in mapped.items() if array is not None}
             others = [path for path in paths if path not in arrays]
-            return arrays | (self._restore(others) if others else {})
+            arrays |= self._restore(others) if others else {}
+        check_tree(self.path, arrays, self._metadata)
+        return arrays
+
+    def damage(self) -> list[str]:
+        """Reads all arrays; what cannot be read or is not as it was written, in words."""
+        problems = []
+        for paths in self.batches():
+            try:
+                self.read(paths)
+            except HymbaError as error:
+                problems.append(str(error))
+        return problems
 
     def _restore(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         """By Orbax, which uses all processors itself."""

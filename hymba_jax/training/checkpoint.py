@@ -1,15 +1,18 @@
 """Checkpoints through Orbax: written behind the run's back, committed by a rename.
 
 A checkpoint has three parts: `params` and `optimizer`, which are trees of arrays, and `loop`, JSON
-with what the loop itself needs. Nothing else in a run has a memory: every random number comes from
-the run's seed and a step.
+with what the loop itself needs. Nothing else in a run has a state: every random number comes from
+the run's seed and a step. Each part has checksums of its values, and what does not match them is
+never used.
 """
 
+import json
 import logging
 import os
 import re
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +20,19 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import absl.logging
+import jax
+import optax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import read_json, resolve_path
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
+from hymba_jax.training.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.training.state import Params, TrainState
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a model alone
+OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
 
 
 def silence_orbax() -> None:
@@ -82,19 +90,30 @@ class Checkpoints:
         """The newest checkpoint, placed as `template` says.
 
         Raises:
-          HymbaError: it cannot be read, or holds another model.
+          HymbaError: it cannot be read, is damaged, or holds another model.
         """
-        step = self._manager.latest_step()
-        with one_line(self.directory / str(step), _UNREADABLE):
-            parts = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(template.params),
-                    optimizer=ocp.args.StandardRestore(template.optimizer),
-                    loop=ocp.args.JsonRestore(),
-                ),
+        step = checkpoint_steps(self.directory.parent)[-1]
+        path = self.directory / str(step)
+        loop = _read_loop(
+            path / LOOP / "metadata", self._restore(step, LOOP, ocp.args.JsonRestore())
+        )
+        trees = {}
+        for part, like in ((PARAMS, template.params), (OPTIMIZER, template.optimizer)):
+            metadata = _read_metadata(path / part, _UNREADABLE)
+            trees[part] = self._restore(step, part, ocp.args.StandardRestore(like))
+            check_tree(path / part, trees[part], metadata.custom_metadata)
+        state = TrainState(trees[PARAMS], trees[OPTIMIZER])
+        counts = {int(count) for _, count in optax.tree.get_all_with_path(state.optimizer, "count")}
+        if {step, loop.step} | counts != {step}:
+            raise HymbaError(
+                f"{path}: damaged, its parts are of different steps ({LOOP}/metadata of "
+                f"{loop.step}, {OPTIMIZER} of {', '.join(map(str, sorted(counts)))}){_ADVICE}"
             )
-            return TrainState(parts.params, parts.optimizer), LoopState(**parts.loop)
+        return state, loop
+
+    def _restore(self, step: int, part: str, args: Any) -> Any:
+        with one_line(self.directory / str(step) / part, _UNREADABLE):
+            return self._manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
 
     def save(self, state: TrainState, loop: LoopState) -> None:
         """Copies the state and returns; a thread writes it.
@@ -106,9 +125,9 @@ class Checkpoints:
             self._manager.save(
                 loop.step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(state.optimizer),
-                    loop=ocp.args.JsonSave(loop._asdict()),
+                    params=_save_args(state.params),
+                    optimizer=_save_args(state.optimizer),
+                    loop=ocp.args.JsonSave(loop._asdict() | {_CHECKSUM: _loop_checksum(loop)}),
                 ),
             )
 
@@ -151,8 +170,21 @@ def load_params(
     """
     path = params_path(resolve_path(directory).absolute(), step)
     unreadable = "not parameters of this model that can be read"
+    metadata = _read_metadata(path, unreadable)
+    stored = {dotted(keys): leaf for keys, leaf in jax.tree.leaves_with_path(metadata.tree)}
+
+    def as_stored(keys: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Where the stored tree has no such array, Orbax says so.
+        return like.update(dtype=getattr(stored.get(dotted(keys)), "dtype", like.dtype))
+
     with one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, template)
+        params = checkpointer.restore(path, jax.tree.map_with_path(as_stored, template))
+    check_tree(path, params, metadata.custom_metadata)
+    arrays, tree = jax.tree.flatten(params)
+    del params
+    for i, like in enumerate(jax.tree.leaves(template)):
+        arrays[i] = arrays[i].astype(like.dtype)  # one after the other, to hold few of them twice
+    return jax.tree.unflatten(tree, arrays)
 
 
 def save_params(directory: str | os.PathLike[str], params: Params) -> None:
@@ -162,9 +194,9 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
       HymbaError: they cannot be written.
     """
     path = resolve_path(directory).absolute() / PARAMS
-    unwritable = "parameters cannot be written"
-    with one_line(path, unwritable), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, params)
+    checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    with one_line(path, "parameters cannot be written"), checkpointer:
+        checkpointer.save(path, args=_save_args(params))
 
 
 def params_path(directory: Path, step: int | None) -> Path:
@@ -183,13 +215,45 @@ def params_path(directory: Path, step: int | None) -> Path:
     return directory / FOLDER / str(steps[-1] if step is None else step) / PARAMS
 
 
+def _save_args(tree: Any) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave(tree, custom_metadata=checksums_metadata(tree_checksums(tree)))
+
+
+def _read_metadata(path: Path, unreadable: str) -> Any:
+    """Orbax's description of a stored tree, from which the tree can be restored."""
+    # What Orbax says of a broken JSON file does not name it; without the first it guesses.
+    for file in (path / "_METADATA", path / "_sharding", *path.glob("array_metadatas/*")):
+        if file.name == "_METADATA" or file.is_file():
+            read_json(file)
+    with one_line(path, unreadable):
+        return ocp.StandardCheckpointHandler().metadata(epath.Path(path))
+
+
+def _loop_checksum(loop: LoopState) -> int:
+    return zlib.crc32(json.dumps(loop, sort_keys=True).encode())
+
+
+def _read_loop(path: Path, fields: Any) -> LoopState:
+    """The loop's part of a checkpoint. Raises HymbaError if it is not as it was written."""
+    try:
+        checksum = fields.pop(_CHECKSUM)
+        loop = LoopState(**fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise HymbaError(f"{path}: damaged, or another program wrote it{_ADVICE}") from error
+    if checksum != _loop_checksum(loop):
+        raise HymbaError(f"{path}: damaged, its checksum is of other values{_ADVICE}")
+    return loop
+
+
+_CHECKSUM = "checksum"  # of the loop's state, beside it
+_ADVICE = ": remove the checkpoint to resume from the one before, or choose another output"
 _UNREADABLE = (
     "not a checkpoint of this model that can be read; "
-    "remove it to go on from the one before, or choose another output"
+    "remove it to resume from the one before, or choose another output"
 )
 _UNWRITABLE = (
     "a checkpoint cannot be written; "
-    "mend the disk and run the same command to go on from the last whole one"
+    "fix the disk and run the same command to resume from the last whole one"
 )
 
 
@@ -204,9 +268,14 @@ def one_line(path: Path, what: str) -> Iterator[None]:
         raise HymbaError(f"{path}: {what} ({_reason(error)})") from error
 
 
-def _reason(error: Exception) -> str:
-    """The part of an error that says what happened."""
-    text = str(error).partition("\n")[0]
+def _reason(error: BaseException) -> str:
+    """The part of an error that says what happened: what it came from, to the innermost."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = "" if isinstance(error, KeyError) else str(error).partition("\n")[0]
     if re.match(r"[A-Z_]+: ", text):  # TensorStore: what it was doing, to the innermost, in JSON
+        file = re.search(r'local file "([^"]+)"', text)
         text = text.partition(" [tensorstore_spec")[0].rpartition(": ")[2]
+        if file and file[1] not in text:
+            text += f", in {file[1]}"
     return text or repr(error)

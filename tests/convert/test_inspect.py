@@ -10,6 +10,8 @@ from golden_cases import GOLDEN
 from hymba_jax import cli
 from hymba_jax.config import PRESETS
 from hymba_jax.convert.inspect import count_by_part
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,23 @@ def test_a_directory_without_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         inspect(tmp_path, capsys)
     assert "no checkpoint is here" in caught.value.code
+
+
+def test_a_flipped_bit_is_found_wherever_arrays_are_read(released, tmp_path, capsys):
+    ours = convert(released, tmp_path / "ours")
+    name = "segments.1.blocks.0.mixer.ssm.D"
+    (file,) = (path for path in (ours / "params").glob("*.ssm.D/0*") if path.parent.name == name)
+    content = bytearray(file.read_bytes())
+    content[8] ^= 1  # the lowest bit of the third number
+    file.write_bytes(content)
+    capsys.readouterr()
+    message = f"{ours}/params: damaged, other values were written (checksums of {name})"
+    with pytest.raises(SystemExit) as caught:
+        inspect(ours, capsys)
+    assert caught.value.code.startswith(f"error: {ours}: not a whole checkpoint: {message}")
+    assert "│ complete │ no" in " ".join(capsys.readouterr().out.split())
+    for read in (lambda: convert(ours, tmp_path / "back"), lambda: load_model(ours)):
+        with pytest.raises(HymbaError, match="damaged") as damaged:
+            read()
+        assert str(damaged.value).startswith(message)
+    assert not (tmp_path / "back").exists()

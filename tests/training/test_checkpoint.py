@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.checkpoint import (
@@ -26,8 +27,9 @@ silence_orbax()
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 
-def make_state(seed=0, width=64):
-    keys = jax.random.split(jax.random.key(seed), 3)
+def make_state(step=0, width=64):
+    """Other values for every step, and the optimizer's counts of it."""
+    keys = jax.random.split(jax.random.key(step), 3)
     params = {
         "embedding": jax.random.normal(keys[0], (50, width)),
         "segments": {
@@ -35,7 +37,9 @@ def make_state(seed=0, width=64):
             1: {"scale": jax.random.normal(keys[2], (2, width))},
         },
     }
-    return TrainState(params, make_optimizer(TrainingConfig()).init(params))
+    moments = make_optimizer(TrainingConfig()).init(params)
+    moments = optax.tree.set(moments, count=jnp.int32(step))
+    return TrainState(params, jax.tree.map(jnp.copy, moments))  # no array stands there twice
 
 
 def template(state):
@@ -71,7 +75,7 @@ def run(tmp_path):
 
 
 def test_a_state_comes_back_bit_for_bit_though_training_goes_on(tmp_path):
-    state = make_state()
+    state = make_state(7)
     kept = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state, loop(7))
@@ -166,7 +170,7 @@ def test_damage_is_one_clear_line(run, damage, caplog):
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
         checkpoints.restore(template(make_state()))
     message = str(caught.value)
-    assert message.startswith(f"{run}/checkpoints/2: ")
+    assert message.startswith(f"{run}/checkpoints/2")
     assert "\n" not in message
     assert len(message) < 500
     assert checkpoint_steps(run) == [1, 2]
@@ -207,4 +211,85 @@ def test_optimizer_states_keep_their_types(run):
     with Checkpoints(run, keep=2) as checkpoints:
         restored, _ = checkpoints.restore(template(make_state()))
     assert isinstance(optax.tree.get(restored.optimizer, "mu"), dict)
-    assert int(optax.tree.get_all_with_path(restored.optimizer, "count")[0][1]) == 0
+    assert int(optax.tree.get_all_with_path(restored.optimizer, "count")[0][1]) == 2
+
+
+def rewrite_params(run, change):
+    """Writes the arrays of checkpoint 2 again, changed, with the checksums that they had."""
+    path = run / "checkpoints" / "2" / "params"
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(path))
+        params = make_state(2).params
+        args = ocp.args.StandardSave(change(params), custom_metadata=metadata.custom_metadata)
+        checkpointer.save(path, args=args, force=True)
+
+
+def flip_a_bit(params):
+    bits = np.array(params["segments"][0]["kernel"]).view(np.uint16)
+    bits[3, 5] ^= 1
+    return params | {"segments": params["segments"] | {0: {"kernel": bits.view(jnp.bfloat16)}}}
+
+
+def test_a_flipped_bit_is_found_by_name(run):
+    rewrite_params(run, lambda params: params)
+    assert_equal(load_params(run, template(make_state()).params), make_state(2).params)
+    rewrite_params(run, flip_a_bit)
+    where = r"checkpoints/2/params: damaged.*\(checksums of segments\.0\.kernel\)"
+    with pytest.raises(HymbaError, match=where):
+        load_params(run, template(make_state()).params)
+    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError, match=where):
+        checkpoints.restore(template(make_state()))
+
+
+def test_damage_is_found_when_parameters_are_cast(run):
+    wanted = jax.tree.map(lambda like: like.update(dtype=jnp.bfloat16), template(make_state()))
+    expected = jax.tree.map(lambda array: array.astype(jnp.bfloat16), make_state(2).params)
+    assert_equal(load_params(run, wanted.params), expected)
+    rewrite_params(run, flip_a_bit)
+    with pytest.raises(HymbaError, match="damaged"):
+        load_params(run, wanted.params)
+
+
+def test_a_checkpoint_without_checksums_is_refused(run):
+    file = run / "checkpoints" / "2" / "params" / "_METADATA"
+    file.write_text(file.read_text().replace('"checksums"', '"other"'))
+    with pytest.raises(HymbaError, match="2/params: has no checksums"):
+        load_params(run, template(make_state()).params)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"step": 2', '"step": 60'), ('"next_index": 2', '"next_index": 3')]
+)
+def test_an_edited_loop_state_is_refused(run, old, new):
+    file = run / "checkpoints" / "2" / "loop" / "metadata"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
+        checkpoints.restore(template(make_state()))
+    assert str(caught.value).startswith(f"{file}: damaged, its checksum is of other values")
+
+
+def test_a_checkpoint_under_another_step_is_refused(run):
+    (run / "checkpoints" / "2").rename(run / "checkpoints" / "60")
+    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
+        checkpoints.restore(template(make_state()))
+    assert "60: damaged, its parts are of different steps (loop/metadata of 2, optimizer of 2)" in (
+        str(caught.value)
+    )
+
+
+def test_an_optimizer_of_another_step_is_refused(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(make_state(5), loop(6))
+    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(HymbaError) as caught:
+        checkpoints.restore(template(make_state()))
+    assert "(loop/metadata of 6, optimizer of 5)" in str(caught.value)
+
+
+def test_only_directories_named_as_steps_are_checkpoints(run):
+    for name in ("\u0661\u0662", "007", "-3", "8.5", " 9"):
+        (run / "checkpoints" / name).mkdir()
+    (run / "checkpoints" / "5").write_text("")
+    assert checkpoint_steps(run) == [1, 2]
+    with Checkpoints(run, keep=2) as checkpoints:
+        assert checkpoints.restore(template(make_state()))[1].step == 2

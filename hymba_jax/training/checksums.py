@@ -1,0 +1,121 @@
+"""Checksums of arrays by their values: the same on any mesh, and whoever wrote or reads them.
+
+An array's checksum is the sum, modulo 2**32, of a hash of each element's bits and its index in C
+order. A sum has no order, so shards and chunks can be summed apart. At a given index different bits
+have different hashes: damage to one element is always found, to several all but once in 2**32.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.types import Array
+
+type Checksums = dict[str, int]
+"""By the dotted path of each array of a tree."""
+
+_CHUNKS = (1 << 20, 1 << 14)  # elements
+_INDEX_STEP = 0x9E3779B1  # odd, so that no two indices below 2**32 share a multiple
+_KEY = "checksums"
+_LISTED = 3  # damaged arrays that a message names
+
+
+def tree_checksums(tree: Any) -> Checksums:
+    """The checksum of every array; where several processes hold the arrays, all of them call."""
+    sums = {dotted(path): _checksum(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def checksums_metadata(checksums: Checksums) -> dict[str, Any]:
+    """What Orbax is to keep as the custom metadata of a tree, in its file `_METADATA`."""
+    return {_KEY: checksums}
+
+
+def check_tree(path: Path, tree: Any, metadata: Mapping[str, Any] | None) -> None:
+    """Compares arrays with the checksums that were stored with them.
+
+    Args:
+      path: where the arrays were read, for the message.
+      tree: of the arrays, or of some of them.
+      metadata: Orbax's custom metadata of the stored tree.
+
+    Raises:
+      HymbaError: there are no checksums, or they are of other values.
+    """
+    expected = (metadata or {}).get(_KEY)
+    if not isinstance(expected, dict):
+        raise HymbaError(f"{path}: has no checksums: it is damaged, or another program wrote it")
+    found = tree_checksums(tree)
+    damaged = [name for name, value in found.items() if expected.get(name) != value]
+    if damaged:
+        more = f" and {len(damaged) - _LISTED} more" if len(damaged) > _LISTED else ""
+        raise HymbaError(
+            f"{path}: damaged, other values were written (checksums of "
+            f"{', '.join(damaged[:_LISTED])}{more}): use another copy"
+        )
+
+
+def dotted(path: Any) -> str:
+    """The path of a leaf of a JAX tree, such as `segments.0.mixer.out_proj.kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _checksum(array: Array | np.ndarray) -> jax.Array | np.uint32:
+    if isinstance(array, jax.Array):
+        devices = array.devices()
+        if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+            return _of_sharded(array)
+    return _of_host(np.asarray(array))
+
+
+@jax.jit
+def _of_sharded(array: Array) -> jax.Array:
+    """One reduction, which XLA shards as the array is."""
+    index, stride = jnp.zeros(array.shape, jnp.uint32), 1
+    for axis in reversed(range(array.ndim)):
+        position = lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        index += position * jnp.uint32(stride % 2**32)
+        stride *= array.shape[axis]
+    bits = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    return jnp.sum(_hash(bits, index), dtype=jnp.uint32)
+
+
+def _of_host(array: np.ndarray) -> np.uint32:
+    """The same of the host's memory, in chunks of few sizes: few compilations for all shapes."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{min(array.itemsize, 4)}")
+    size = next((size for size in _CHUNKS if bits.size >= size), _CHUNKS[-1])
+    total = 0
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for start in range(0, bits.size, size):
+            chunk = bits[start : start + size]
+            count = np.uint32(chunk.size)
+            if count < size:
+                chunk = np.pad(chunk, (0, size - chunk.size))
+            total += int(_of_chunk(chunk, np.uint32(start % 2**32), count))
+    return np.uint32(total % 2**32)
+
+
+@jax.jit
+def _of_chunk(bits: Array, start: Array, count: Array) -> jax.Array:
+    """The sum over the first `count` elements, of which the first has the index `start`."""
+    # XLA's loops on CPUs use vectors where arrays are added up, not where an array is reduced.
+    rows = bits.reshape(8, -1)
+    sums = jnp.zeros(rows.shape[1], jnp.uint32)
+    for i, row in enumerate(rows):
+        position = lax.iota(jnp.uint32, row.size) + jnp.uint32(i * row.size)
+        sums += jnp.where(position < count, _hash(row, start + position), jnp.uint32(0))
+    return jnp.sum(lax.optimization_barrier(sums), dtype=jnp.uint32)
+
+
+def _hash(bits: Array, index: Array) -> Array:
+    """32 bits of hash; a permutation of the bits at any index (lowbias32 by C. Wellons)."""
+    word = bits.astype(jnp.uint32) ^ (index * jnp.uint32(_INDEX_STEP))
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
