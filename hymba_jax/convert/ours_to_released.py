@@ -120,7 +120,7 @@ def _write_weights(
         files |= dict.fromkeys(tensors, TensorFileWriter(directory / file, tensors))
 
     def convert(paths: list[str]) -> None:
-        for path, array in checkpoint.stored.read(paths).items():
+        for path, array in checkpoint.stored.read(paths):
             for piece in by_path[path]:
                 part = array if piece.unit is None else array[piece.unit]
                 rows = contiguous(piece.layout.to_released(part))

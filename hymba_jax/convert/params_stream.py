@@ -120,29 +120,40 @@ class StoredParams:
             size += info.nbytes
         yield batch
 
-    def read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        """Arrays by their dotted paths; from any thread.
+    def read(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Arrays with their dotted paths; from any thread.
 
         Raises:
           HymbaError: they cannot be read, or are not as they were written.
         """
-        with one_line(self.path, _UNREADABLE):
-            mapped = {path: map_array(self.path / path, *self.tensors[path]) for path in paths}
-            arrays = {path: array for path, array in mapped.items() if array is not None}
-            others = [path for path in paths if path not in arrays]
-            arrays |= self._restore(others) if others else {}
-        check_tree(self.path, arrays, self._metadata)
-        return arrays
+        arrays = self._read(paths)
+        for path in paths:
+            array = arrays.pop(path)
+            check_tree(self.path, {path: array}, self._metadata)
+            yield path, array
 
     def damage(self) -> list[str]:
         """Reads all arrays; what cannot be read or is not as it was written, in words."""
         problems = []
         for paths in self.batches():
             try:
-                self.read(paths)
+                arrays = self._read(paths)
             except HymbaError as error:
                 problems.append(str(error))
+                continue
+            for path, array in arrays.items():
+                try:
+                    check_tree(self.path, {path: array}, self._metadata)
+                except HymbaError as error:
+                    problems.append(str(error))
         return problems
+
+    def _read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        with one_line(self.path, _UNREADABLE):
+            mapped = {path: map_array(self.path / path, *self.tensors[path]) for path in paths}
+            arrays = {path: array for path, array in mapped.items() if array is not None}
+            others = [path for path in paths if path not in arrays]
+            return arrays | (self._restore(others) if others else {})
 
     def _restore(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         """By Orbax, which uses all processors itself."""

@@ -23,7 +23,6 @@ import absl.logging
 import jax
 import optax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json, resolve_path
@@ -226,7 +225,7 @@ def _read_metadata(path: Path, unreadable: str) -> Any:
         if file.name == "_METADATA" or file.is_file():
             read_json(file)
     with one_line(path, unreadable):
-        return ocp.StandardCheckpointHandler().metadata(epath.Path(path))
+        return ocp.StandardCheckpointHandler().metadata(path)
 
 
 def _loop_checksum(loop: LoopState) -> int:

@@ -20,7 +20,7 @@ from hymba_jax.types import Array
 type Checksums = dict[str, int]
 """By the dotted path of each array of a tree."""
 
-_CHUNKS = (1 << 20, 1 << 14)  # elements
+_CHUNKS = (1 << 20, 1 << 17, 1 << 14)  # elements
 _INDEX_STEP = 0x9E3779B1  # odd, so that no two indices below 2**32 share a multiple
 _KEY = "checksums"
 _LISTED = 3  # damaged arrays that a message names

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from etils import epath
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.checkpoint import (
@@ -218,7 +217,7 @@ def rewrite_params(run, change):
     """Writes the arrays of checkpoint 2 again, changed, with the checksums that they had."""
     path = run / "checkpoints" / "2" / "params"
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(path))
+        metadata = ocp.StandardCheckpointHandler().metadata(path)
         params = make_state(2).params
         args = ocp.args.StandardSave(change(params), custom_metadata=metadata.custom_metadata)
         checkpointer.save(path, args=args, force=True)
