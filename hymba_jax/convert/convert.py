@@ -33,6 +33,7 @@ from hymba_jax.run_config import CONFIG_FILE
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import PARAMS
 from hymba_jax.training.display import Display
+from hymba_jax.training.run_lock import check_unlocked
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -131,6 +132,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise HymbaError(f"{target}: is or holds the source, choose another target")
     if not target.exists():
         return
+    check_unlocked(target)
     if not overwrite:
         raise HymbaError(f"{target}: exists already, choose another target or --overwrite")
     if not target.is_dir() or not _replaceable(target):
