@@ -1,11 +1,14 @@
 """Runs of several processes: how they find one another, what they agree on, how they end."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -128,7 +131,7 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         yield
         wait_for_all("the end")
     except BaseException as error:
-        if any(isinstance(cause, jax.errors.JaxRuntimeError) for cause in _causes(error)):
+        if any(_may_be_lost_process(cause) for cause in _causes(error)):
             # If another process is lost, JAX says so by then, and aborts this one.
             time.sleep(config.heartbeat_timeout + _MARGIN)
         _end(error)
@@ -144,9 +147,43 @@ def wait_for_all(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def is_same(value: Any) -> bool:
-    """Whether a number or an array of numbers, of one shape everywhere, is as in process 0."""
-    return bool(np.array_equal(multihost_utils.broadcast_one_to_all(np.asarray(value)), value))
+def require_agreement(settings: Mapping[str, Any]) -> None:
+    """Raises HymbaError, in every process, unless all have the same settings.
+
+    Args:
+      settings: JSON values by the names that the message calls them.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(settings, sort_keys=True).encode(), np.uint8)
+    digest = np.frombuffer(hashlib.blake2b(text.data, digest_size=16).digest(), np.uint8)
+    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) == 1:
+        return
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
+    found = [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
+    raise HymbaError(
+        f"the processes of the run do not agree: {'; '.join(disagreements(found))}: start all with "
+        "the same command, packages and data"
+    )
+
+
+def disagreements(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every setting that is not the same in all processes, and who has which value.
+
+    Args:
+      found: the settings of each process.
+    """
+    for name in dict.fromkeys(name for settings in found for name in settings):
+        holders = defaultdict(list)
+        for process, settings in enumerate(found):
+            holders[json.dumps(settings.get(name))].append(str(process))
+        if len(holders) > 1:
+            several = {value: "es" * (len(who) > 1) for value, who in holders.items()}
+            yield f"{name} is " + " and ".join(
+                f"{value} in process{several[value]} {', '.join(who)}"
+                for value, who in holders.items()
+            )
 
 
 def _check_port(coordinator: str) -> None:
@@ -160,6 +197,13 @@ def _check_port(coordinator: str) -> None:
             f"distributed.coordinator is {coordinator}, and here process 0 cannot listen at port "
             f"{port} ({error.strerror}): choose another"
         ) from error
+
+
+def _may_be_lost_process(error: BaseException) -> bool:
+    """Whether this is how a collective can fail; JAX raises some of Gloo's words as ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and "Gloo" in str(error)
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from hymba_jax.training.checkpoint_folder import checkpoint_steps
 
@@ -26,13 +27,21 @@ def watch_stderr(output: str, where: str, seconds: int) -> None:
       where: the address at which the processes meet, if it is known.
       seconds: how long they wait for one another.
     """
-    command = [sys.executable, "-m", "hymba_jax.lost_process", output, where, str(seconds)]
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # In a session of its own, where no interrupt reaches it: it ends when its input does.
-    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, env=paths, start_new_session=True)
+    command = watcher_command(output, where, seconds)
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert watcher.stdin is not None
     os.dup2(watcher.stdin.fileno(), _STDERR)
     watcher.stdin.close()
+
+
+def watcher_command(output: str, where: str, seconds: int) -> list[str]:
+    """The command line of the process that the standard error goes through."""
+    package = str(Path(__file__).parents[1])
+    # Isolated, and with the directory of this package last on the path: with -m or PYTHONPATH a
+    # file of the user's that is named like a module of the standard library would be run instead.
+    program = f"import sys; sys.path.append({package!r}); from {__name__} import main; main()"
+    return [sys.executable, "-I", "-c", program, output, where, str(seconds)]
 
 
 def explain(words: str, output: str, where: str, seconds: int) -> str:
@@ -63,8 +72,9 @@ def explain(words: str, output: str, where: str, seconds: int) -> str:
     )
 
 
-def main(output: str, where: str, seconds: str) -> None:
+def main() -> None:
     """Copies the standard input to the standard error until it ends."""
+    output, where, seconds = sys.argv[1:]
     held: list[bytes] = []
     for line in sys.stdin.buffer:
         if held or _OMEN.match(line):
@@ -76,7 +86,3 @@ def main(output: str, where: str, seconds: str) -> None:
     if _VERDICT in words:
         words = explain(words.partition(_VERDICT)[2], output, where, int(seconds)) + "\n"
     sys.stderr.write(words)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,13 +1,21 @@
 """What a process knows of the others before it meets them, and what it says of one lost."""
 
+import os
 import socket
+import subprocess
 
 import pytest
 
 from hymba_jax import distributed
-from hymba_jax.distributed import DistributedConfig, is_launched, started
+from hymba_jax.distributed import (
+    DistributedConfig,
+    disagreements,
+    is_launched,
+    require_agreement,
+    started,
+)
 from hymba_jax.errors import HymbaError
-from hymba_jax.lost_process import explain
+from hymba_jax.lost_process import explain, watcher_command
 
 LAUNCHERS = ("SLURM_", "OMPI_", "MEGASCALE_", "TPU_WORKER_HOSTNAMES")
 
@@ -122,3 +130,32 @@ def test_the_step_to_go_on_from_is_the_newest(tmp_path):
     for name in ("8", "10", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert explain(FIRST, str(tmp_path), "", 9).endswith("to go on from step 10")
+
+
+def test_the_watcher_runs_nothing_of_the_working_directory(tmp_path):
+    for name in ("subprocess", "re", "sitecustomize", "hymba_jax"):
+        (tmp_path / f"{name}.py").write_text('open("run", "w").write("")')
+    ended = subprocess.run(
+        watcher_command(str(tmp_path), "", 9),
+        input=b"any words\n",
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert (ended.stdout, ended.stderr) == (b"", b"any words\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_processes_disagree_on_is_named_with_who_has_what():
+    same = {"seed": 0, "model.layers": "G"}
+    assert [*disagreements([same, dict(same), dict(same)])] == []
+    found = [{**same, "rate": 0.1}, {**same, "rate": 1.0}, {"seed": 0, "rate": 0.1}]
+    assert [*disagreements(found)] == [
+        'model.layers is "G" in processes 0, 1 and null in process 2',
+        "rate is 0.1 in processes 0, 2 and 1.0 in process 1",
+    ]
+
+
+def test_a_process_alone_agrees_with_itself():
+    require_agreement({"rate": 0.1})

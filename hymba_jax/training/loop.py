@@ -1,6 +1,7 @@
 """A training run, from top to bottom."""
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -30,13 +31,16 @@ from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.run_directory import (
-    check_shared,
+    check_data,
+    check_output,
+    check_processes,
     check_written,
     fingerprint,
     is_resumed,
     write_run_directory,
 )
-from hymba_jax.training.start import check_start, start_state
+from hymba_jax.training.run_lock import locked
+from hymba_jax.training.start import check_start, check_start_tokenizer, start_state
 from hymba_jax.training.state import Params, init_state, make_template
 from hymba_jax.training.step import check_batch, compile_train_step, make_eval_step
 from hymba_jax.training.text import check_tokenizer, sample
@@ -51,10 +55,13 @@ def train(config: RunConfig) -> None:
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
     """
+    check_output(config)
+    check_processes(config)
     mesh = make_mesh(parallel=config.parallel)
     # A process that is lost takes the others with it, and there they could not mend a terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_first())
-    with display, jax.set_mesh(mesh):
+    lock = locked(Path(config.output), display.say) if is_first() else nullcontext()
+    with display, lock, jax.set_mesh(mesh):
         _train(config, mesh, display)
 
 
@@ -75,11 +82,13 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     check_tokenizer(config, data.tokenizer)
     if config.init_from and not resumed:
         check_start(config)  # again: now its vocabulary is known
+        check_start_tokenizer(config, data.tokenizer)
     if vocabulary < config.model.num_embeddings:
         display.say(
             f"{config.model.num_embeddings - vocabulary:,} of {config.model.num_embeddings:,} rows "
             f"of the embedding are padding: the tokenizer has {vocabulary:,} tokens"
         )
+    check_data(data)
     batch_size, micro_batch_size = training.batch_size, training.micro_batch_size
     rows = own_rows(mesh, batch_size)
     batches = train_iterator(data.train, length, batch_size, config.seed, rows)
@@ -94,7 +103,6 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
 
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
         corpus = fingerprint(data.train)
-        check_shared(config, corpus)
         if resumed:
             state, loop = checkpoints.restore(template.state)
             if loop.corpus != corpus:
@@ -106,7 +114,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             display.say(f"going on after step {loop.step}")
         else:
             if config.init_from:
-                display.say(f"starting from the parameters in {config.init_from}")
+                display.say(f"initialized from {config.init_from}, with its tokenizer")
                 state = start_state(config, optimizer, template, mesh)
             else:
                 state = init_state(config.model, config.compute, optimizer, template, config.seed)

@@ -2,24 +2,57 @@
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from hymba_jax.data import Tokenizer
-from hymba_jax.distributed import is_same, wait_for_all
+from hymba_jax.data import Data, Tokenizer
+from hymba_jax.distributed import require_agreement, wait_for_all
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import leaves
-from hymba_jax.files import replace_text
+from hymba_jax.files import replace_text, resolve_path
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
+from hymba_jax.training.checkpoint import PARAMS
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.types import UInt
 
+_PACKAGES = ("hymba_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Files of HF checkpoints, and those of a run that never come without its config.
+_FOREIGN = (
+    *("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "metrics.jsonl"),
+)
 _SEEN_WITHIN = 10  # seconds: file systems of a network may remember what was not there
+
+
+def check_output(config: RunConfig) -> None:
+    """Raises HymbaError if what a run writes would be mixed with what is in the directory."""
+    output, start = resolve_path(config.output), config.init_from
+    if start:
+        there, here = resolve_path(start).resolve(), output.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise HymbaError(
+                f"{output}: is, holds or lies in the directory of init_from, {start}, whose model "
+                "it would be mixed with: choose another output"
+            )
+    if (output / PARAMS).exists():
+        raise HymbaError(
+            f"{output}: holds a model alone ({PARAMS}), which would be used in place of the run's "
+            "checkpoints: choose another output, or start from it with --init-from"
+        )
+    if not (output / CONFIG_FILE).is_file():
+        found = sorted({path.name for pattern in _FOREIGN for path in output.glob(pattern)})
+        if found:
+            raise HymbaError(
+                f"{output}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it is no run of "
+                "this program and would be mixed with one: choose another output"
+            )
 
 
 def is_resumed(config: RunConfig) -> bool:
@@ -58,23 +91,30 @@ def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
     tokenizer.save(directory)
 
 
-def check_shared(config: RunConfig, corpus: str) -> None:
-    """Raises HymbaError unless all processes of the run see the same checkpoints and text.
+def check_processes(config: RunConfig) -> None:
+    """Raises HymbaError unless all processes have one config, packages, and see one run directory.
 
-    Args:
-      corpus: fingerprint of the training tokens.
+    Where output and data are may have another name in each process: what is there is compared.
     """
+    named = ("output", "data.path", "data.tokenizer")
+    settings = {name: value for name, value in leaves(config, "") if name not in named}
     steps = checkpoint_steps(config.output)
-    if not is_same(steps[-1] if steps else 0):
-        raise HymbaError(
-            f"{config.output}: process {jax.process_index()} sees other checkpoints there than "
-            "process 0: choose an output on a file system that all share"
-        )
-    if not is_same(np.frombuffer(corpus.encode(), np.uint8)):
-        raise HymbaError(
-            f"{config.data.path or 'standard library'}: process {jax.process_index()} reads other "
-            "text there than process 0: give all of them the same"
-        )
+    settings["the newest checkpoint in output"] = steps[-1] if steps else None
+    settings |= {f"package {name}": version(name) for name in _PACKAGES}
+    require_agreement(settings)
+
+
+def check_data(data: Data) -> None:
+    """Raises HymbaError unless all processes have the same tokenizer and tokens."""
+    tokenizer = data.tokenizer
+    parts = (tokenizer.model.to_str(), tokenizer.bos, tokenizer.eos, tokenizer.chat_template)
+    require_agreement(
+        {
+            "the digest of data.tokenizer": _digest(json.dumps(parts).encode()),
+            "the digest of data.path's training tokens": fingerprint(data.train),
+            "the digest of its validation tokens": fingerprint(data.validation),
+        }
+    )
 
 
 def check_written(config: RunConfig) -> None:
@@ -92,7 +132,11 @@ def check_written(config: RunConfig) -> None:
 
 def fingerprint(tokens: UInt[np.ndarray, " stream"]) -> str:
     """Tells one stream of training tokens from another."""
-    return hashlib.blake2b(np.ascontiguousarray(tokens).data, digest_size=16).hexdigest()
+    return _digest(np.ascontiguousarray(tokens).data)
+
+
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _lasting(config: RunConfig) -> Iterator[tuple[str, Any]]:

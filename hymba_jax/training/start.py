@@ -1,6 +1,8 @@
 """A run that starts from the parameters of another run or model."""
 
 import dataclasses
+import json
+from typing import Any
 
 import jax
 import optax
@@ -8,8 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import leaves
+from hymba_jax.files import resolve_path
 from hymba_jax.model import Hymba, arrange_layers
 from hymba_jax.run_config import RunConfig, read_model_directory
 from hymba_jax.training.checkpoint import load_params
@@ -30,6 +34,29 @@ def check_start(config: RunConfig) -> None:
         raise HymbaError(
             f"{config.init_from}: its parameters do not fit this model ({'; '.join(changed)})"
         )
+
+
+def check_start_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises HymbaError if the tokenizer splits text otherwise than the one in `config.init_from`.
+
+    It may have more tokens: embeddings are kept for those that were there.
+    """
+    if not (resolve_path(config.init_from) / "tokenizer.json").is_file():
+        return
+    held = Tokenizer.load(config.init_from)
+    added = held.model.get_vocab().items() - tokenizer.model.get_vocab().items()
+    if added or _splitting(held) != _splitting(tokenizer):
+        raise HymbaError(
+            f"{config.init_from}: its model knows the ids of its own tokenizer, those of "
+            f"data.tokenizer {config.data.tokenizer} have other meanings: use --data.tokenizer "
+            f"{config.init_from}, or train without init_from"
+        )
+
+
+def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer decides the ids of ordinary text."""
+    parts = json.loads(tokenizer.model.to_str())
+    return {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
 
 
 def start_state(

@@ -174,20 +174,39 @@ def test_an_output_that_is_not_shared_is_refused(config, cache, tmp_path):
     assert len(ended[1].stderr.splitlines()) == 1
 
 
+def refused(config, cache, output, *more):
+    """What two processes say that end before they compile, the second with options of its own."""
+    arguments = options(config, output, STEPS, "--distributed.heartbeat-timeout", "5")
+    (first, _), (second, _) = addresses(2)
+    ended = ends(
+        [start([*arguments, *first], 1, cache), start([*arguments, *second, *more], 1, cache)]
+    )
+    assert all(one.status != 0 for one in ended)
+    assert not output.exists()
+    return ended
+
+
+def test_another_config_in_one_process_is_refused(config, cache, tmp_path):
+    rates = ("--training.learning-rate", "1.0", "--seed", "3")
+    for one in refused(config, cache, tmp_path / "run", *rates):
+        assert one.status == 1
+        assert one.stderr == (
+            "error: the processes of the run do not agree: seed is 0 in process 0 and 3 in process "
+            "1; training.learning_rate is 0.003 in process 0 and 1.0 in process 1: start all with "
+            "the same command, packages and data\n"
+        )
+
+
 @pytest.mark.slow
 def test_other_text_in_one_process_is_refused(config, cache, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for i in range(12):
         (other / f"page{i}.txt").write_text("another text. " * 40)
-    arguments = options(config, tmp_path / "run", STEPS, "--distributed.heartbeat-timeout", "5")
-    (first, _), (second, _) = addresses(2)
-    text = ["--data.path", str(other)]
-    ended = ends(
-        [start([*arguments, *first], 1, cache), start([*arguments, *second, *text], 1, cache)]
-    )
-    assert all(one.status != 0 for one in ended)
-    assert f"error: {other}: process 1 reads other text there than process 0" in ended[1].stderr
+    for one in refused(config, cache, tmp_path / "run", "--data.path", str(other)):
+        assert "the digest of data.path's training tokens is " in one.stderr
+        assert "the digest of its validation tokens is " in one.stderr
+        assert "tokenizer" not in one.stderr
 
 
 def test_nobody_at_the_address(config, cache, tmp_path):

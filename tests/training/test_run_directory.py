@@ -10,7 +10,12 @@ from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.run_config import RunConfig
 from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.run_directory import fingerprint, is_resumed, write_run_directory
+from hymba_jax.training.run_directory import (
+    check_output,
+    fingerprint,
+    is_resumed,
+    write_run_directory,
+)
 
 DATA = DataConfig(tokenizer="bytes", sequence_length=16)
 
@@ -83,3 +88,43 @@ def test_fingerprints_tell_texts_apart():
     other[500] += 1
     assert fingerprint(tokens) == fingerprint(tokens.copy())
     assert len({fingerprint(stream) for stream in (tokens, other, tokens[:-1])}) == 3
+
+
+@pytest.mark.parametrize("start", ["run", "run/inside", ".", "link"])
+def test_a_run_does_not_start_from_its_own_directory(config, tmp_path, start):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    started = dataclasses.replace(config, init_from=str(tmp_path / start))
+    with pytest.raises(HymbaError, match="is, holds or lies in the directory of init_from"):
+        check_output(started)
+    check_output(dataclasses.replace(config, init_from=str(tmp_path / "run2")))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.toml", "params/_METADATA"], r"holds a model alone \(params\)"),
+        (["config.json", "model.safetensors"], "has config.json, model.safetensors but no config"),
+        (["tokenizer.json"], "has tokenizer.json but no config"),
+        (["metrics.jsonl"], "has metrics.jsonl but no config"),
+        (["pytorch_model-00001-of-00002.bin"], "has pytorch_model-00001-of-00002.bin but no conf"),
+    ],
+)
+def test_a_directory_with_which_a_run_would_be_mixed_is_refused(config, tmp_path, files, message):
+    fill(tmp_path / "other", files)
+    with pytest.raises(HymbaError, match=f"^{tmp_path}/other: {message}"):
+        check_output(dataclasses.replace(config, output=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    "files", [[], ["log.txt", "slurm/7.out"], ["config.toml"], ["checkpoints/x"]]
+)
+def test_a_directory_with_other_files_is_not(config, tmp_path, files):
+    check_output(config)
+    fill(tmp_path / "other", files)
+    check_output(dataclasses.replace(config, output=str(tmp_path / "other")))
+
+
+def fill(directory, files):
+    for name in files:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()

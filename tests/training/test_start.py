@@ -11,6 +11,7 @@ from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax.config import ComputeConfig
 from hymba_jax.data.config import DataConfig
+from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.saving import save_model
 from hymba_jax.model import arrange_layers
@@ -20,7 +21,7 @@ from hymba_jax.training import loop
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.start import check_start, start_state
+from hymba_jax.training.start import check_start, check_start_tokenizer, start_state
 from hymba_jax.training.state import make_template
 
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
@@ -68,6 +69,51 @@ def test_another_architecture_is_one_line(held):
         f"{held[0]}: its parameters do not fit this model (model.mlp_size is 24 there, 48 here; "
         "model.num_meta_tokens is 3 there, 0 here)"
     )
+
+
+class TestTokenizer:
+    """Whether the ids that the run's tokenizer makes are those that the model knows."""
+
+    TEXTS = ("the cat sat on the mat, the cat sat", "another mat for another cat")
+
+    @pytest.fixture
+    def directory(self, tmp_path):
+        build_tokenizer(DataConfig(tokenizer="bpe:270"), self.TEXTS).save(tmp_path)
+        return tmp_path
+
+    def run(self, directory, tokenizer="bpe:270"):
+        return RunConfig(init_from=str(directory), data=DataConfig(tokenizer=tokenizer))
+
+    def test_one_trained_on_other_text_is_refused(self, directory):
+        other = build_tokenizer(DataConfig(tokenizer="bpe:270"), ["zebras graze, zebras gaze"])
+        with pytest.raises(HymbaError) as caught:
+            check_start_tokenizer(self.run(directory), other)
+        assert str(caught.value) == (
+            f"{directory}: its model knows the ids of its own tokenizer, those of data.tokenizer "
+            f"bpe:270 have other meanings: use --data.tokenizer {directory}, or train without "
+            "init_from"
+        )
+
+    def test_bytes_in_place_of_merges_are_refused(self, directory):
+        run = self.run(directory, "bytes")
+        tokenizer = build_tokenizer(run.data, ())
+        with pytest.raises(HymbaError, match=r"data\.tokenizer bytes have other meanings"):
+            check_start_tokenizer(run, tokenizer)
+
+    def test_its_own_in_any_form_is_used(self, directory):
+        for tokenizer in ("bpe:270", str(directory), str(directory / "tokenizer.json")):
+            run = self.run(directory, tokenizer)
+            check_start_tokenizer(run, build_tokenizer(run.data, self.TEXTS))
+
+    def test_more_tokens_at_the_end_are_none_of_other_meaning(self, directory):
+        run = self.run(directory)
+        larger = build_tokenizer(run.data, self.TEXTS)
+        larger.model.add_special_tokens(["<|user|>"])
+        check_start_tokenizer(run, larger)
+
+    def test_a_model_without_tokenizer_has_none_to_compare_with(self, tmp_path):
+        run = self.run(tmp_path, "bytes")
+        check_start_tokenizer(run, build_tokenizer(run.data, ()))
 
 
 class TestCommandLine:
