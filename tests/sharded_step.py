@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
+import optax
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.parallel import ParallelConfig
@@ -162,7 +163,7 @@ class ShardedStep:
             state, metrics = self.compiled(state, jax.device_put(batch, self.place))
             losses.append(float(metrics.loss))
             if means is None:
-                means = jax.device_get(state.optimizer[1][0].mu)
+                means = jax.device_get(optax.tree.get(state.optimizer, "mu"))
         return losses, means, state.params
 
     def collectives(self) -> Iterator[Collective]:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.types import Array, Float
 
 # What a matrix product multiplies by: the kernels of linear maps, and the embedding, which is the
 # output projection too. Not matrices, whatever their shape: norms, biases, A_log and D, the meta
@@ -39,14 +41,29 @@ def learning_rate_schedule(config: TrainingConfig) -> Callable[[Any], Any]:
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Clips the gradient's norm, then AdamW that decays matrices only."""
+    """Clips the gradient's norm, then AdamW that decays matrices only.
+
+    Its state has the learning rate of the last update, for `applied_learning_rate`.
+    """
+    scale = optax.inject_hyperparams(optax.scale_by_learning_rate, hyperparam_dtype=jnp.float32)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map_with_path(is_matrix, params),
+        optax.scale_by_adam(config.beta1, config.beta2),
+        optax.add_decayed_weights(
+            config.weight_decay, lambda params: jax.tree.map_with_path(is_matrix, params)
         ),
+        scale(learning_rate_schedule(config)),
     )
+
+
+def applied_learning_rate(state: optax.OptState) -> Float[Array, ""] | None:
+    """The learning rate of the update that led to this state of an optimizer.
+
+    None where the state does not have it (`optax.inject_hyperparams` puts it there), or has
+    several.
+    """
+    found = optax.tree.get_all_with_path(
+        state, "learning_rate", lambda _, value: isinstance(value, jax.Array)
+    )
+    rates = [rate for _, rate in found]
+    return rates[0] if len(rates) == 1 else None

@@ -51,13 +51,7 @@ def make_template(
     """Describes the training state of this architecture on this mesh; computes nothing."""
     graph, params = describe_model(config, compute, mesh)
     moments = jax.eval_shape(optimizer.init, params)
-    shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        moments,
-        params,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    shardings = _moment_shardings(moments, params, replicated(mesh))
     return Template(graph, TrainState(params, jax.tree.map(_placed, moments, shardings)))
 
 
@@ -68,6 +62,26 @@ def describe_model(
     graph, variables = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
     shardings = nnx.to_pure_dict(state_shardings(variables, config, mesh))
     return graph, jax.tree.map(_placed, nnx.to_pure_dict(variables), shardings)
+
+
+def _moment_shardings(
+    moments: optax.OptState, params: Params, otherwise: NamedSharding
+) -> optax.OptState:
+    """Of each array of an optimizer's state: that of its parameter, if it has one.
+
+    Optimizers keep trees of the parameters' structure, of which they may mask some: an array
+    belongs to the parameter at whose path its own path ends, if both have one shape.
+    """
+    known = {path: param for path, param in jax.tree.leaves_with_path(params)}
+
+    def sharding(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
+        for start in range(len(path)):  # the longest first
+            param = known.get(path[start:])
+            if param is not None and param.shape == array.shape:
+                return param.sharding
+        return otherwise
+
+    return jax.tree.map_with_path(sharding, moments)
 
 
 def _placed(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -14,6 +14,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.sharding import AnyMesh, batch_parts
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.loss import LossSum, next_token_loss
+from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.training.state import Params, Template, TrainState
 from hymba_jax.types import Array, Float, Int
 
@@ -22,15 +23,19 @@ type Batch = dict[str, Int[Array, "batch length"]]
 
 
 class StepMetrics(NamedTuple):
-    """Of the parameters before the update.
+    """Of the parameters before the update, and of the update.
 
     Attributes:
       loss: mean cross entropy of the batch, in nats a token.
+      tokens: over which it is the mean.
       grad_norm: length of its gradient before clipping.
+      learning_rate: that the optimizer applied, by its own state; None where that does not say.
     """
 
     loss: Float[Array, ""]
+    tokens: Int[Array, ""]
     grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""] | None
 
 
 def make_eval_step(graph: nnx.GraphDef[Hymba]) -> Callable[[Params, Batch], LossSum]:
@@ -67,7 +72,12 @@ def make_train_step(
         grads = jax.tree.map(lambda grad: grad / loss.tokens.astype(grad.dtype), grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss.nats / loss.tokens, optax.tree.norm(grads))
+        metrics = StepMetrics(
+            loss=loss.nats / loss.tokens,
+            tokens=loss.tokens,
+            grad_norm=optax.tree.norm(grads),
+            learning_rate=applied_learning_rate(moments),
+        )
         return TrainState(params, moments), metrics
 
     return train_step

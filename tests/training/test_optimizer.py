@@ -3,13 +3,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
 from hymba_jax.model import Hymba
 from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.optimizer import is_matrix, learning_rate_schedule, make_optimizer
+from hymba_jax.training.optimizer import (
+    applied_learning_rate,
+    is_matrix,
+    learning_rate_schedule,
+    make_optimizer,
+)
 
 CONFIG = TrainingConfig(
     steps=10,
@@ -100,3 +106,31 @@ def test_only_matrices_decay():
         *(f"{name}_norm.scale" for name in ("query", "key", "dt", "B", "C", "attention", "ssm")),
         *(f"{name}_norm.scale" for name in ("mixer", "mlp", "final")),
     }
+
+
+def rates_of(optimizer, updates=3):
+    """The rate after each update, and by how much a parameter changed at a gradient of 1."""
+    params = {"scale": jnp.zeros(2)}
+    state, found = optimizer.init(params), []
+    for _ in range(updates):
+        update, state = optimizer.update({"scale": jnp.ones(2)}, state, params)
+        found.append((applied_learning_rate(state), float(-update["scale"][0])))
+    return found
+
+
+def test_the_rate_applied_is_known_by_any_schedule():
+    sgd = optax.inject_hyperparams(optax.sgd)
+    for rate in (0.25, lambda count: 0.5 / (count + 1)):
+        for known, applied in rates_of(sgd(rate)):
+            np.testing.assert_allclose(known, applied, rtol=1e-6)
+
+
+def test_the_rate_applied_is_that_of_the_schedule():
+    rates = [float(rate) for rate, _ in rates_of(make_optimizer(CONFIG), 10)]
+    np.testing.assert_allclose(rates, [wsd(update) for update in range(1, 11)], rtol=1e-6)
+
+
+def test_a_rate_that_the_state_lacks_is_not_guessed():
+    assert rates_of(optax.sgd(0.1))[0][0] is None
+    sgd = optax.inject_hyperparams(optax.sgd)
+    assert rates_of(optax.chain(sgd(0.1), sgd(0.2)))[0][0] is None

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
@@ -10,10 +11,11 @@ from training.tiny import COMPUTE, MODEL
 from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.model import Hymba
 from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.state import init_state, make_template
-from hymba_jax.training.step import compile_train_step
+from hymba_jax.training.step import compile_train_step, make_train_step
 
 LENGTH = 8
 
@@ -77,6 +79,7 @@ def test_metrics_are_of_the_model_before_the_update(one_device, state, batch):
     picked = np.take_along_axis(log_probs, np.where(counts, batch["targets"], 0)[..., None], -1)
     _, metrics = one_device.run(state, batch, steps=1)
     np.testing.assert_allclose(metrics.loss, -picked[..., 0][counts].mean(), rtol=1e-5)
+    assert int(metrics.tokens) == counts.sum()
 
 
 def test_training_learns_a_batch_by_heart(one_device, state, batch):
@@ -120,3 +123,56 @@ def test_moments_lie_where_their_parameters_lie():
 
 def is_description(value):
     return isinstance(value, tuple)
+
+
+def muon(learning_rate=3e-3):
+    """Muon for what has two axes of its own, and AdamW, whose states mask one another."""
+    return optax.inject_hyperparams(optax.contrib.muon)(learning_rate)
+
+
+def test_masked_states_lie_where_their_parameters_lie():
+    mesh = make_mesh(jax.devices()[:4])
+    template = make_template(MODEL, COMPUTE, muon(), mesh)
+    params = {path: param for path, param in jax.tree.leaves_with_path(template.state.params)}
+    adam = muon_mu = 0
+    for path, leaf in jax.tree.leaves_with_path(template.state.optimizer):
+        (owner,) = [param for end, param in params.items() if path[-len(end) :] == end] or [None]
+        if owner is None:
+            assert leaf.sharding.is_fully_replicated
+            continue
+        assert describe(leaf) == describe(owner)
+        adam, muon_mu = adam + ("nu" in str(path)), muon_mu + ("mu" in str(path))
+    assert muon_mu == len(params)
+    assert 0 < adam < len(params)
+
+
+def test_masked_states_are_saved_and_restored(tmp_path):
+    template = make_template(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:4]))
+    state = init_state(MODEL, COMPUTE, muon(), template, seed=0)
+    state = jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim else leaf, state)
+    kept = jax.device_get(state)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state, LoopState(1, {}, ""))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        restored, _ = checkpoints.restore(template.state)
+    assert jax.tree.structure(restored) == jax.tree.structure(template.state)
+    assert jax.tree.map(describe, restored) == jax.tree.map(describe, template.state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), kept)
+
+
+def test_a_step_of_another_optimizer_keeps_the_state_of_its_template(batch):
+    template = make_template(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
+    step = make_train_step(template.graph, muon(), micro_batch_size=8)
+    state, metrics = jax.eval_shape(step, template.state, batch)
+    assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, template.state)
+    assert metrics.learning_rate.shape == ()
+
+
+def describe_array(array):
+    return array.shape, array.dtype
+
+
+def test_the_learning_rate_of_the_metrics_is_the_one_applied(one_device, state, batch):
+    """TrainingConfig's defaults without a warm-up: constant until the last fifth."""
+    _, metrics = one_device.run(state, batch, steps=2)
+    np.testing.assert_allclose(metrics.learning_rate, 3e-3, rtol=1e-6)
