@@ -32,12 +32,14 @@ class Data:
       tokenizer: what made the tokens.
       train, validation: the two streams of packed documents.
       validation_bytes: UTF-8 bytes of the validation text.
+      left_out: what below `data.path` is no document, in words; empty if nothing.
     """
 
     tokenizer: Tokenizer
     train: UInt[np.ndarray, " train_stream"]
     validation: UInt[np.ndarray, " validation_stream"]
     validation_bytes: int
+    left_out: str = ""
 
     @property
     def validation_targets(self) -> int:
@@ -53,14 +55,16 @@ def prepare(
     config: DataConfig,
     tokenizer: Tokenizer | None = None,
     on_progress: Progress | None = None,
+    output: str | None = None,
 ) -> Data:
     """Reads the corpus, makes the tokenizer unless one is given, and tokenizes both sides.
 
     A BPE is trained on the training documents only. A run that is resumed passes the tokenizer
-    that it saved. `on_progress` follows the tokenizing. Raises HymbaError where the corpus or the
-    tokenizer is unusable, or the training text is shorter than one sequence.
+    that it saved. `on_progress` follows the tokenizing. A run directory, `output`, is no part of
+    the corpus. Raises HymbaError where the corpus or the tokenizer is unusable, or the training
+    text is shorter than one sequence.
     """
-    corpus = load_documents(config)
+    corpus = load_documents(config, output)
     if tokenizer is None:
         tokenizer = build_tokenizer(config, (document.text for document in corpus.train))
     pieces = pack([*corpus.train, *corpus.validation], tokenizer, on_progress)
@@ -69,6 +73,7 @@ def prepare(
         train=np.concatenate(pieces[: len(corpus.train)]),
         validation=np.concatenate(pieces[len(corpus.train) :]),
         validation_bytes=sum(len(document.text.encode()) for document in corpus.validation),
+        left_out=corpus.left_out,
     )
     if len(data.train) <= config.sequence_length:
         raise HymbaError(
@@ -127,15 +132,15 @@ def validation_batches(
     """The stream's windows in order, `batch_size` a batch, the same at every call.
 
     Every token but the first is a target once; positions past the end have the target
-    IGNORED_TARGET, so that all batches have one shape. With fewer batches allowed by `limit` than
-    there are, their windows are spread evenly over the stream. A batch has those rows that are
-    asked for, or all.
+    IGNORED_TARGET, so that all batches have one shape. With a `limit` below the windows that there
+    are, that many are read, spread evenly over the stream, whatever the batch size. A batch has
+    those rows that are asked for, or all.
     """
     rows = range(batch_size) if rows is None else rows
     count = -(-(len(tokens) - 1) // sequence_length)
     chosen = np.arange(count)
-    if limit is not None and limit * batch_size < count:
-        chosen = np.arange(limit * batch_size) * count // (limit * batch_size)
+    if limit is not None and limit < count:
+        chosen = np.arange(limit) * count // limit
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size]
         inputs = np.zeros((len(rows), sequence_length), np.int32)

@@ -6,16 +6,23 @@ are added.
 
 import hashlib
 import json
+import os
 import sysconfig
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import file_kind, open_regular, parse_json, resolve_path
 
+# What is read at once, as bytes: a text file, or a line of a .jsonl file.
+_LARGEST_DOCUMENT = 1 << 30
+_TOO_LARGE = "longer than 1 GiB, the most that one document may be: split it into several"
+# What makes a directory that of a run, here or in another place.
+_RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
 _NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
 
 
@@ -29,21 +36,36 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents on either side of the split, neither side empty."""
+    """Documents on either side of the split, neither side empty.
+
+    Attributes:
+      left_out: what below `data.path` is no document, and how often, such as `hidden entries: 2`;
+        empty if nothing was left out.
+    """
 
     train: list[Document]
     validation: list[Document]
+    left_out: str = ""
 
 
-def load_documents(config: DataConfig) -> Corpus:
-    """Reads and splits the corpus of `config`; documents without text are passed over.
+def load_documents(config: DataConfig, output: str | None = None) -> Corpus:
+    """Reads and splits the corpus of `config`.
 
-    Raises HymbaError, naming the file and line, where something cannot be read, and where there
-    is no text or one side of the split would be empty.
+    Run directories in it are no part of it: neither `output`, whether it is there yet or not, nor
+    others. Nor are devices and the like, links to directories, hidden files and directories, and
+    documents without text.
+
+    Args:
+      output: the run directory of the run that reads.
+
+    Raises:
+      HymbaError: naming the file and line, where something cannot be read, and where there is no
+        text or one side of the split would be empty.
     """
+    left_out: Counter[str] = Counter()
     if config.path:
         path = resolve_path(config.path)
-        documents = list(_read(path, config.text_field))
+        documents = list(_read(path, config.text_field, output, left_out))
         split_names = [document.name for document in documents]
     else:
         path = Path(sysconfig.get_path("stdlib"))
@@ -60,6 +82,7 @@ def load_documents(config: DataConfig) -> Corpus:
     return Corpus(
         train=[document for document, held in pairs if not held],
         validation=[document for document, held in pairs if held],
+        left_out=", ".join(f"{what}: {count}" for what, count in sorted(left_out.items())),
     )
 
 
@@ -92,18 +115,56 @@ def _read_standard_library(root: Path) -> Iterator[Document]:
             yield Document(name.as_posix(), text)
 
 
-def _read(path: Path, text_field: str) -> Iterator[Document]:
+def _read(
+    path: Path, text_field: str, output: str | None, left_out: Counter[str]
+) -> Iterator[Document]:
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            name = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                yield from _read_file(file, name.as_posix(), text_field)
+        if output is not None and resolve_path(output).resolve() == path.resolve():
+            raise HymbaError(
+                f"{path}: is data.path and output, too: choose an output of its own, which may be "
+                "a directory in it"
+            )
+        for file in sorted(_files(path, output, left_out)):
+            name = file.relative_to(path).as_posix()
+            documents = list(_read_file(file, name, text_field))
+            if not documents:
+                left_out["files without text"] += 1
+            yield from documents
     elif not path.exists():
         raise HymbaError(f"{path}: no such file or directory: check the data path")
     elif path.suffix == ".jsonl":
         yield from _read_file(path, path.name, text_field)
     else:
         raise HymbaError(f"{path}: neither a directory nor a .jsonl file: give one of these")
+
+
+def _files(root: Path, output: str | None, left_out: Counter[str]) -> Iterator[Path]:
+    """The regular files below a directory, links to such among them."""
+    own = None if output is None else resolve_path(output).resolve()
+    directories = [root]
+    while directories:
+        directory = directories.pop()
+        try:
+            entries = list(os.scandir(directory))
+        except OSError as error:
+            raise HymbaError(f"{directory}: cannot be read ({error.strerror})") from error
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                left_out["hidden entries"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                if path.resolve() == own or all((path / name).exists() for name in _RUN_FILES):
+                    left_out["run directories"] += 1
+                else:
+                    directories.append(path)
+            elif path.is_file():
+                yield path
+            elif not path.exists():  # a link to nothing, or one that leads back to itself
+                left_out["broken links"] += 1
+            elif path.is_dir():
+                left_out["links to directories"] += 1
+            else:
+                left_out[f"{file_kind(path.stat().st_mode)}s"] += 1
 
 
 def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
@@ -117,7 +178,10 @@ def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
 
 
 def _read_text(path: Path, name: str) -> Iterator[Document]:
-    content = path.read_bytes()
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST_DOCUMENT:
+            raise HymbaError(f"{path}: {_TOO_LARGE}")
+        content: bytes = file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -131,8 +195,9 @@ def _read_text(path: Path, name: str) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_regular(path) as file:
+        lines = iter(lambda: file.readline(_LARGEST_DOCUMENT + 1), b"")
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     text = _text_of_line(line, text_field)
@@ -144,16 +209,18 @@ def _read_json_lines(path: Path, name: str, text_field: str) -> Iterator[Documen
 
 def _text_of_line(line: bytes, text_field: str) -> str:
     """The document in one JSON line. Raises ValueError saying what is wrong and what to do."""
+    if len(line) > _LARGEST_DOCUMENT:
+        raise ValueError(_TOO_LARGE)
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start}): convert the file") from error
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"broken JSON ({error.msg}, column {error.colno}): mend or remove the line"
+            f"broken JSON ({error.msg}, column {error.colno}): fix or remove the line"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"unreadable JSON ({error}): mend or remove the line") from error
+    except ValueError as error:
+        raise ValueError(f"unreadable JSON ({error}): fix or remove the line") from error
     if not isinstance(value, dict):
         raise ValueError('not a JSON object: write {"' + text_field + '": "..."}')
     if text_field not in value:
@@ -161,9 +228,9 @@ def _text_of_line(line: bytes, text_field: str) -> str:
         raise ValueError(f"no field {text_field!r} (it has: {fields}): set text_field")
     text = value[text_field]
     if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} is not a string: mend the line or set text_field")
+        raise ValueError(f"field {text_field!r} is not a string: fix the line or set text_field")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(
-            f"field {text_field!r} holds half a surrogate pair, which is no text: mend the line"
+            f"field {text_field!r} holds half a surrogate pair, which is no text: fix the line"
         )
     return text

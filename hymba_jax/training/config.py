@@ -49,9 +49,10 @@ class TrainingConfig:
       beta1: decay of the mean of the gradients.
       beta2: decay of the mean of their squares.
       clip_norm: the gradient is scaled down to this norm where it is longer.
-      log_every: steps between lines of metrics.
+      log_every: steps between lines of metrics; a validation or a checkpoint adds one.
       validate_every: steps between validations.
-      validation_batches: batches of held-out text in each; the last validation reads all of it.
+      validation_batches: batches of `batch_size` sequences of held-out text in each; the last
+        validation reads all of it.
       checkpoint_every: steps between checkpoints; the last step has one too.
       keep_checkpoints: checkpoints kept, newest first.
       sample_prompt: what the text written at the end of the run continues.

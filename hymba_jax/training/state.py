@@ -72,7 +72,7 @@ def _moment_shardings(
     Optimizers keep trees of the parameters' structure, of which they may mask some: an array
     belongs to the parameter at whose path its own path ends, if both have one shape.
     """
-    known = {path: param for path, param in jax.tree.leaves_with_path(params)}
+    known = dict(jax.tree.leaves_with_path(params))
 
     def sharding(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
         for start in range(len(path)):  # the longest first

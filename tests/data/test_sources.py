@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import socket
 import sysconfig
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_json_lines(tmp_path):
     ("line", "parts"),
     [
         (b'{"text": "a"', ["broken JSON", "column"]),
-        (b"text", ["broken JSON", "column 1", "mend or remove"]),
+        (b"text", ["broken JSON", "column 1", "fix or remove"]),
         (b'{"body": "a", "n": 1}', ["no field 'text'", "'body', 'n'", "text_field"]),
         (b"{}", ["no field 'text'", "none"]),
         (b'["a"]', ["not a JSON object"]),
@@ -134,10 +135,10 @@ def test_nothing_to_read(tmp_path):
 def test_unreadable_file_is_named(tmp_path, monkeypatch):
     write_texts(tmp_path, 2)
 
-    def refuse(path):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("hymba_jax.data.sources.open_regular", refuse)
     assert "000.txt: cannot be read (Permission denied)" in error_of(DataConfig(path=str(tmp_path)))
 
 
@@ -174,3 +175,83 @@ def test_standard_library_split():
     decoder = next(d for d in corpus.train + corpus.validation if d.name == "json/decoder.py")
     source = Path(sysconfig.get_path("stdlib"), "json", "decoder.py").read_text(encoding="utf-8")
     assert decoder.text == source
+
+
+def test_what_is_no_document_is_left_out_and_counted(tmp_path):
+    write_texts(tmp_path)
+    before = all_documents(DataConfig(path=str(tmp_path), held_out_one_in=4))
+    os.mkfifo(tmp_path / "fifo.jsonl")  # opening it would wait for a writer
+    os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "empty").touch()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket"))  # of at most 108 characters
+        config = DataConfig(path=str(tmp_path), held_out_one_in=4)
+        assert all_documents(config) == before
+        assert load_documents(config).left_out == (
+            "FIFOs: 2, broken links: 2, devices: 1, files without text: 1, hidden entries: 1, "
+            "links to directories: 1, sockets: 1"
+        )
+
+
+def test_a_link_to_a_file_is_that_file(tmp_path):
+    write_texts(tmp_path)
+    (tmp_path / "link.txt").symlink_to("000.txt")
+    documents = all_documents(DataConfig(path=str(tmp_path), held_out_one_in=4))
+    assert Document("link.txt", "text 0\n") in documents
+
+
+@pytest.mark.parametrize("name", ["fifo.jsonl", "device.jsonl", "dangling.jsonl", "loop.jsonl"])
+def test_a_path_that_is_no_regular_file_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "dangling.jsonl").symlink_to("nowhere")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    what = {"fifo": "is a FIFO", "device": "is a device"}.get(name[:-6], "no such file")
+    message = error_of(DataConfig(path=str(tmp_path / name)))
+    assert message.startswith(f"{tmp_path / name}: {what}")
+
+
+@pytest.mark.parametrize("name", ["big.txt", "big.jsonl"])
+def test_a_document_too_large_for_memory_is_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("hymba_jax.data.sources._LARGEST_DOCUMENT", 1000)
+    write_texts(tmp_path)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 42)  # 4 TiB of zeros, which take no room
+    message = error_of(DataConfig(path=str(tmp_path)))
+    assert message.startswith(f"{tmp_path / name}")
+    assert "split it into several" in message
+
+
+def make_run(directory):
+    (directory / "checkpoints" / "3").mkdir(parents=True)
+    (directory / "checkpoints" / "3" / "array").write_bytes(b"\0\xff")
+    for name in ("config.toml", "tokenizer.json", "sample.txt", "metrics.jsonl"):
+        (directory / name).write_text("{}")
+
+
+def test_run_directories_are_no_text(tmp_path):
+    write_texts(tmp_path)
+    (tmp_path / "config.toml").write_text("of no run")
+    config = DataConfig(path=str(tmp_path), held_out_one_in=4)
+    first = load_documents(config, str(tmp_path / "runs" / "mine"))
+    assert first.left_out == ""
+    make_run(tmp_path / "runs" / "mine")
+    make_run(tmp_path / "runs" / "other")
+    assert load_documents(config).train == first.train  # as benchmarks read it
+    for output in (tmp_path / "runs" / "mine", tmp_path / "runs" / ".." / "runs" / "mine"):
+        resumed = load_documents(config, str(output))
+        assert (resumed.train, resumed.validation) == (first.train, first.validation)
+        assert resumed.left_out == "run directories: 2"
+    (tmp_path / "runs" / "mine" / "config.toml").unlink()  # one that was killed at its start
+    assert load_documents(config, str(tmp_path / "runs" / "mine")).train == first.train
+
+
+def test_an_output_that_is_the_corpus_is_refused(tmp_path):
+    write_texts(tmp_path)
+    with pytest.raises(HymbaError, match="choose an output of its own"):
+        load_documents(DataConfig(path=str(tmp_path)), str(tmp_path / "."))

@@ -133,7 +133,7 @@ def muon(learning_rate=3e-3):
 def test_masked_states_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
     template = make_template(MODEL, COMPUTE, muon(), mesh)
-    params = {path: param for path, param in jax.tree.leaves_with_path(template.state.params)}
+    params = dict(jax.tree.leaves_with_path(template.state.params))
     adam = muon_mu = 0
     for path, leaf in jax.tree.leaves_with_path(template.state.optimizer):
         (owner,) = [param for end, param in params.items() if path[-len(end) :] == end] or [None]

@@ -21,11 +21,23 @@ def test_every_bad_value_is_named_at_once():
         {"keep_checkpoints": 0},
         {"sample_tokens": -1},
         {"warmup_fraction": -0.1},
+        {"warmup_fraction": float("nan")},
+        {"steps": 2**31},
+        {"batch_size": 10**12},
+        {"keep_checkpoints": 10**400},
+        {"log_every": 10**400},
+        {"learning_rate": 1e39},  # infinite in float32
+        {"learning_rate": 1e-50},  # 0 in float32
+        {"weight_decay": float("inf")},
+        {"clip_norm": float("inf")},
+        {"beta2": 0.9999999999},  # 1 in float32, which Adam divides by 0 with
+        {"sample_temperature": float("nan")},
     ],
 )
 def test_impossible_values_are_refused(change):
-    with pytest.raises(HymbaError, match=next(iter(change))):
+    with pytest.raises(HymbaError, match=next(iter(change))) as caught:
         TrainingConfig(**change)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 1000])
