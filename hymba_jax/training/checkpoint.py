@@ -60,11 +60,13 @@ class LoopState(NamedTuple):
       step: updates done.
       batches: state of the iterator of training batches.
       corpus: fingerprint of the training tokens.
+      validation: fingerprint of the validation tokens.
     """
 
     step: int
     batches: dict[str, Any]
     corpus: str
+    validation: str
 
 
 class Checkpoints:

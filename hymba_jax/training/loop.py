@@ -50,7 +50,7 @@ SAMPLE_FILE = "sample.txt"  # inside the run directory
 
 
 def train(config: RunConfig) -> None:
-    """Trains a model, or goes on with the run in the run directory; writes a sample at the end.
+    """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
@@ -58,7 +58,7 @@ def train(config: RunConfig) -> None:
     check_output(config)
     check_processes(config)
     mesh = make_mesh(parallel=config.parallel)
-    # A process that is lost takes the others with it, and there they could not mend a terminal.
+    # A process that is lost takes the others with it, and there they could not restore a terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_first())
     lock = locked(Path(config.output), display.say) if is_first() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
@@ -76,6 +76,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         config.data,
         Tokenizer.load(config.output) if resumed else None,
         lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
+        config.output,
     )
     vocabulary = data.tokenizer.vocab_size
     config = dataclasses.replace(config, model=config.model.with_vocabulary(vocabulary))
@@ -92,40 +93,47 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     batch_size, micro_batch_size = training.batch_size, training.micro_batch_size
     rows = own_rows(mesh, batch_size)
     batches = train_iterator(data.train, length, batch_size, config.seed, rows)
+    corpus = fingerprint(data.train)
+    validation = f"{fingerprint(data.validation)} of {data.validation_bytes} bytes"
 
     optimizer = make_optimizer(training)
     template = make_template(config.model, config.compute, optimizer, mesh)
     check_memory(template, mesh)
     display.say(_headline(config, template.num_params, data))
+    if data.left_out:
+        display.say(f"{config.data.path}: left out of the text: {data.left_out}")
     if mesh.size > 1:
         display.say(describe_split(config.model, mesh, length))
     display.begin("compiling")
+    place = batch_sharding(mesh)
+    train_step = compile_train_step(template, optimizer, training, length, place)
+    eval_step = jax.jit(make_eval_step(template.graph))
+    if config.init_from and not resumed:
+        display.say(f"initialized from {config.init_from}, with its tokenizer")
+        state = start_state(config, optimizer, template, mesh)
+    elif not resumed:
+        state = init_state(config.model, config.compute, optimizer, template, config.seed)
 
+    # Whatever is refused was refused before this, which makes the run directory.
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
-        corpus = fingerprint(data.train)
         if resumed:
             state, loop = checkpoints.restore(template.state)
-            if loop.corpus != corpus:
-                raise HymbaError(
-                    f"{config.output}: was trained on other text than data.path holds now: "
-                    "bring that text back, or choose another output"
-                )
+            for side, before, now in (
+                ("training", loop.corpus, corpus),
+                ("validation", loop.validation, validation),
+            ):
+                if before != now:
+                    raise HymbaError(
+                        f"{config.output}: had other {side} text than data.path holds now: bring "
+                        "that text back, or choose another output"
+                    )
             batches.set_state(loop.batches)
-            display.say(f"going on after step {loop.step}")
+            display.say(f"resuming after step {loop.step}")
         else:
-            if config.init_from:
-                display.say(f"initialized from {config.init_from}, with its tokenizer")
-                state = start_state(config, optimizer, template, mesh)
-            else:
-                state = init_state(config.model, config.compute, optimizer, template, config.seed)
-            loop = LoopState(0, batches.get_state(), corpus)
+            loop = LoopState(0, batches.get_state(), corpus, validation)
         if is_first():
             write_run_directory(config, data.tokenizer)
         check_written(config)
-
-        place = batch_sharding(mesh)
-        train_step = compile_train_step(template, optimizer, training, length, place)
-        eval_step = jax.jit(make_eval_step(template.graph))
 
         def validate(params: Params, limit: int | None) -> dict[str, float]:
             rows = own_rows(mesh, micro_batch_size)
@@ -140,11 +148,15 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         output = Path(config.output) if is_first() else None
         trace = output / PROFILE if output and config.profile else None
         with MetricsWriter(output, loop.step) as writer, Tracer(trace, loop.step) as tracer:
+            if writer.removed:
+                display.say(writer.removed)
             workload = _workload(config, template.state.params, mesh)
-            recorder = Recorder(training, workload, loop.step, writer, display)
+            steps_per_epoch = (len(data.train) - 1) // length / batch_size
+            recorder = Recorder(training, workload, steps_per_epoch, loop.step, writer, display)
             for step in range(loop.step + 1, training.steps + 1):
                 with recorder.waiting_for("input"):
                     batch = place_rows(next(batches), mesh, batch_size)
+                recorder.collect()
                 with tracer.step(step):
                     state, metrics = train_step(state, batch)
                 recorder.submit(step, metrics)
@@ -154,13 +166,16 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
                     if last:
                         display.begin("validating on all held-out text")
                     with recorder.paused():
-                        limit = None if last else training.validation_batches
-                        validation = validate(state.params, limit)
-                    recorder.flush(validation)
+                        limit = None if last else training.validation_batches * batch_size
+                        validated = validate(state.params, limit)
+                    recorder.flush(validated)
                 if last or step % training.checkpoint_every == 0:
-                    recorder.flush()  # a run that diverged stops here, before it is saved
+                    # A run that diverged stops here, before it is saved. The line of metrics ends
+                    # here, too: the next one is whole in a run that resumes from this checkpoint.
+                    recorder.flush(log=True)
                     with recorder.waiting_for("checkpoint"):
-                        checkpoints.save(state, LoopState(step, batches.get_state(), corpus))
+                        loop = LoopState(step, batches.get_state(), corpus, validation)
+                        checkpoints.save(state, loop)
 
     if training.sample_tokens:
         display.begin("writing a sample")

@@ -12,7 +12,6 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.display import Display, duration
 from hymba_jax.training.metrics import MetricsWriter
-from hymba_jax.training.optimizer import learning_rate_schedule
 from hymba_jax.training.step import StepMetrics
 from hymba_jax.training.utilisation import Workload
 
@@ -26,25 +25,34 @@ class Recorder:
 
     So the device never waits for Python. `flush` reads the last ones at once.
 
+    A line of metrics is about all steps since the line before: `loss` is their mean over tokens,
+    `grad_norm` their mean over steps, and the speed that of their computation. `learning_rate` is
+    that of the last of them; `tokens_seen` and `epoch` count from the start of the run.
+
     Args:
       workload: of a step, for the speed.
-      start: updates done when the run begins or goes on.
+      steps_per_epoch: that read each training window once; need not be whole.
+      start: updates done when the run starts or resumes.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
         workload: Workload,
+        steps_per_epoch: float,
         start: int,
         writer: MetricsWriter,
         display: Display,
     ):
         self._config, self._writer, self._display = config, writer, display
-        self._workload = workload
-        self._learning_rate = learning_rate_schedule(config)
+        self._workload, self._steps_per_epoch = workload, steps_per_epoch
         self._pending: tuple[int, StepMetrics] | None = None
-        self._bits_per_byte: float | None = None
-        self._logged, self._logged_at = start, time.monotonic()
+        self._begin_line(start, time.monotonic())
+
+    def _begin_line(self, step: int, now: float) -> None:
+        """After this step, and at this time, the steps of the next line begin."""
+        self._logged, self._logged_at = step, now
+        self._nats, self._tokens, self._grad_norms = 0.0, 0, 0.0
         self._lost = dict.fromkeys(LOSSES, 0.0)
 
     def submit(self, step: int, metrics: StepMetrics) -> None:
@@ -52,8 +60,19 @@ class Recorder:
         self.flush()
         self._pending = step, metrics
 
-    def flush(self, validation: dict[str, float] | None = None) -> None:
+    def collect(self) -> None:
+        """Reads the step last submitted if it is done: before the next, so that the time is right.
+
+        Where the devices do not compute behind Python's back, the next one would count, too.
+        """
+        if self._is_idle():
+            self.flush()
+
+    def flush(self, validation: dict[str, float] | None = None, *, log: bool = False) -> None:
         """Reads and records the step last submitted, with what validation said after it.
+
+        Args:
+          log: writes a line, as every `log_every` steps and after a validation.
 
         Raises:
           HymbaError: its loss or its gradient is not finite.
@@ -61,28 +80,34 @@ class Recorder:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        learning_rate = float(self._learning_rate(step - 1))
+        loss, tokens = float(metrics.loss), int(metrics.tokens)
+        grad_norm, now = float(metrics.grad_norm), time.monotonic()
+        rate = None if metrics.learning_rate is None else float(metrics.learning_rate)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            at = "" if rate is None else f", at learning rate {rate:.2g}"
             raise HymbaError(
-                f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}, at learning "
-                f"rate {learning_rate:.2g}: look at the metrics of the steps before; a lower "
-                "training.learning_rate, a longer warm-up or a lower training.clip_norm may help"
+                f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}{at}: look at "
+                "the metrics of the steps before; a lower training.learning_rate, a longer warm-up "
+                "or a lower training.clip_norm may help"
             )
-        if validation:
-            self._bits_per_byte = validation["validation_bits_per_byte"]
-        seconds = (time.monotonic() - self._logged_at) / (step - self._logged)
+        self._nats, self._tokens = self._nats + loss * tokens, self._tokens + tokens
+        self._grad_norms += grad_norm
+        count = step - self._logged
+        seconds = (now - self._logged_at) / count
         rates = self._workload.rates(seconds)
-        line = self._line(step, loss, seconds, rates)
+        values = {"loss": self._nats / self._tokens, "grad_norm": self._grad_norms / count}
+        if rate is not None:
+            values["learning_rate"] = rate
+        line = self._line(step, values["loss"], validation, seconds, rates)
         self._display.update(line)
-        if step % self._config.log_every == 0 or validation:
+        if step % self._config.log_every == 0 or validation or log:
             (self._display.say if validation else self._display.log)(line)
-            values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+            values["tokens_seen"] = step * self._workload.tokens
+            values["epoch"] = round(step / self._steps_per_epoch, 4)
             values |= rates
             values |= {f"{what}_seconds": round(lost, 4) for what, lost in self._lost.items()}
             self._writer.write(step, {**values, **(validation or {})})
-            self._logged, self._logged_at = step, time.monotonic()
-            self._lost = dict.fromkeys(LOSSES, 0.0)
+            self._begin_line(step, now)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -101,17 +126,30 @@ class Recorder:
         """
         began = time.monotonic()
         yield
-        loss: Any = None if self._pending is None else self._pending[1].loss
-        if loss is None or loss.is_ready():
+        if self._is_idle():
             self._lost[what] += time.monotonic() - began
 
-    def _line(self, step: int, loss: float, seconds: float, rates: dict[str, float]) -> str:
+    def _is_idle(self) -> bool:
+        """Whether the devices have done all steps submitted."""
+        loss: Any = None if self._pending is None else self._pending[1].loss
+        return loss is None or bool(loss.is_ready())
+
+    def _line(
+        self,
+        step: int,
+        loss: float,
+        validation: dict[str, float] | None,
+        seconds: float,
+        rates: dict[str, float],
+    ) -> str:
         """The line of progress, at this many seconds a step and the rates that follow."""
         steps = self._config.steps
-        bits = "-" if self._bits_per_byte is None else f"{self._bits_per_byte:.4f}"
+        bits = ""
+        if validation:
+            bits = f"validation {validation['validation_bits_per_byte']:.4f} bits/byte  "
         used = f"{rates['mfu']:.1%} MFU  " if "mfu" in rates else ""
         return (
             f"step {step:{len(str(steps))}}/{steps}  loss {loss:.4f}  "
-            f"validation {bits} bits/byte  {rates['tokens_per_second']:,.0f} tokens/s  "
-            f"{used}{duration((steps - step) * seconds)} left"
+            f"{bits}{rates['tokens_per_second']:,.0f} tokens/s  {used}"
+            f"{duration((steps - step) * seconds)} left"
         )

@@ -270,7 +270,7 @@ class TestModelsTrainedHere:
             for step in (1, 2):
                 scaled = jax.tree.map(lambda a, k=step: k * a, tree)
                 state = TrainState(scaled, {"count": jnp.int32(step)})
-                checkpoints.save(state, LoopState(step, {}, ""))
+                checkpoints.save(state, LoopState(step, {}, "", ""))
         newest = read_released(convert(tmp_path / "run", tmp_path / "newest"))
         older = read_released(convert(tmp_path / "run", tmp_path / "older", step=1))
         np.testing.assert_array_equal(newest[EMBEDDING], 2 * older[EMBEDDING])

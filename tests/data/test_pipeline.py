@@ -167,17 +167,19 @@ def test_validation_covers_every_target_once(batch_size):
     assert not inputs[~counted].any()
 
 
-def test_validation_limit_spreads_evenly():
-    batches = list(validation_batches(TOKENS, 8, 2, limit=4))
-    chosen = [index for batch in batches for index in starts(batch)]
-    assert chosen == [0, 4, 9, 14, 19, 23, 28, 33]
-    again = validation_batches(TOKENS, 8, 2, limit=4)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 20])
+def test_validation_limit_spreads_evenly_whatever_the_batch_size(batch_size):
+    batches = list(validation_batches(TOKENS, 8, batch_size, limit=8))
+    targets = np.concatenate([batch["targets"] for batch in batches])
+    targets = targets[(targets != IGNORED_TARGET).any(axis=1)]
+    assert ((targets[:, 0] - 1001) // 8).tolist() == [0, 4, 9, 14, 19, 23, 28, 33]
+    again = validation_batches(TOKENS, 8, batch_size, limit=8)
     for batch, same in zip(batches, again, strict=True):
         np.testing.assert_array_equal(batch["targets"], same["targets"])
 
 
 def test_validation_limit_beyond_the_stream_changes_nothing():
     for batch, same in zip(
-        validation_batches(TOKENS, 8, 4), validation_batches(TOKENS, 8, 4, limit=10), strict=True
+        validation_batches(TOKENS, 8, 4), validation_batches(TOKENS, 8, 4, limit=40), strict=True
     ):
         np.testing.assert_array_equal(batch["targets"], same["targets"])

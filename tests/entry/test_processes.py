@@ -74,7 +74,7 @@ def test_a_run_moves_between_processes_and_devices(config, whole, cache, tmp_pat
     leg(config, tmp_path, cache, 30, 4, ALONE)
     said = leg(config, tmp_path, cache, 40, 4, slurm(2), "--training.sample-tokens", "4")
     assert "8 x cpu in 2 processes" in said[0]
-    assert "going on after step 30" in said[0]
+    assert "resuming after step 30" in said[0]
     assert said[1] == ""
     assert (tmp_path / "sample.txt").read_text().startswith("the")
     assert_same(read(tmp_path), whole)
@@ -125,7 +125,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(config, whole, cach
     assert ended[1].status == -signal.SIGKILL
     assert_lost(ended, 1, tmp_path)
     said = leg(config, tmp_path, cache, 40, 1, addresses(2))
-    assert "going on after step 20" in said[0]
+    assert "resuming after step 20" in said[0]
     assert_same(read(tmp_path), whole)
 
 

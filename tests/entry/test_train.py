@@ -71,7 +71,7 @@ def test_several_devices_do_the_same_and_one_goes_on(finished, cache, tmp_path):
     alone = ("--parallel.tensor", "1", "--training.steps", "5")
     result = run(train_py("--config", tmp_path / "config.toml", *alone), cache)
     assert result.returncode == 0, result.stderr
-    assert "going on after step 4" in result.stdout
+    assert "resuming after step 4" in result.stdout
 
 
 def test_a_finished_run_can_be_prolonged_from_its_own_config(finished, cache):
@@ -79,7 +79,7 @@ def test_a_finished_run_can_be_prolonged_from_its_own_config(finished, cache):
     before = read_metrics(output)
     result = run(train_py("--config", output / "config.toml", "--training.steps", "6"), cache)
     assert result.returncode == 0, result.stderr
-    assert "going on after step 4" in result.stdout
+    assert "resuming after step 4" in result.stdout
     after = read_metrics(output)
     assert after[:4] == before
     assert [line["step"] for line in after[4:]] == [5, 6]

@@ -49,7 +49,7 @@ def write_run(directory, compute, drawn):
                 lambda a, like, k=step: (k * a).astype(like.dtype), drawn, template
             )
             state = TrainState(params, {"count": jnp.int32(step)})
-            checkpoints.save(state, LoopState(step, {}, ""))
+            checkpoints.save(state, LoopState(step, {}, "", ""))
     return directory
 
 

@@ -48,7 +48,7 @@ def template(state):
 
 
 def loop(step):
-    return LoopState(step, {"next_index": step, "epochs": [1, 2]}, "abc")
+    return LoopState(step, {"next_index": step, "epochs": [1, 2]}, "abc", "def")
 
 
 def assert_equal(ours, expected):

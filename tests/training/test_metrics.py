@@ -1,10 +1,12 @@
 import json
+import resource
 import struct
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from hymba_jax.errors import HymbaError
 from hymba_jax.training.metrics import MetricsWriter
 
 
@@ -12,17 +14,23 @@ def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def scalars(directory):
-    """Tag, step and value of every scalar that TensorBoard would show."""
-    found = []
+def events(directory):
+    """All of what TensorBoard would read."""
     for file in (directory / "tensorboard").iterdir():
         data = file.read_bytes()
         while data:  # records of: length, its checksum, bytes, their checksum
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12 : 12 + length])
-            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            yield Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
-    return found
+
+
+def scalars(directory):
+    """Tag, step and value of every scalar that TensorBoard would show."""
+    return [
+        (value.tag, event.step, value.simple_value)
+        for event in events(directory)
+        for value in event.summary.value
+    ]
 
 
 def test_float32_values_come_back_exactly(tmp_path):
@@ -51,6 +59,83 @@ def test_a_resumed_run_writes_each_step_once(tmp_path, tail):
         {"step": 4, "loss": 4.5},
     ]
     assert not list(tmp_path.glob("*.partial"))
+    removed = (tmp_path / "metrics.removed.jsonl").read_text()
+    assert removed == '{"step": 3, "loss": 3.0}\n' + (tail and tail + "\n")
+
+
+DAMAGED = [
+    b"[]",
+    b"5",
+    b"null",
+    b'"text"',
+    b"{}",
+    b'{"step": "1"}',
+    b'{"step": null}',
+    b'{"step": true}',
+    b'{"loss": \xff\xfe, "step": 1}',
+    b'{"loss": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"step": ' + b"1" * 5000 + b"}",
+    b"\x00\x00\x00",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=[str(line[:20]) for line in DAMAGED])
+def test_a_damaged_line_is_moved_and_no_other_is_lost(tmp_path, damage):
+    good = [json.dumps({"step": step, "loss": step / 3}).encode() for step in (1, 2, 3)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([good[0], damage, good[1], damage, good[2]]))  # no last line end
+    with MetricsWriter(tmp_path, 3) as writer:
+        assert writer.removed == f"{path}: moved lines to metrics.removed.jsonl: 2 damaged"
+        writer.write(4, {"loss": 1.0})
+    assert path.read_bytes().splitlines()[:-1] == good
+    assert (tmp_path / "metrics.removed.jsonl").read_bytes() == 2 * (damage + b"\n")
+    with MetricsWriter(tmp_path, 4) as writer:
+        assert writer.removed == ""
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_from_scratch_keeps_the_lines_of_the_one_before(tmp_path):
+    for run in range(3):
+        with MetricsWriter(tmp_path, 0) as writer:
+            for step in (1, 2):
+                writer.write(step, {"loss": run + step / 4})
+    assert writer.removed.endswith("2 after step 0")
+    removed = (tmp_path / "metrics.removed.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in removed] == [0.25, 0.5, 1.25, 1.5]
+    assert [line["loss"] for line in lines(tmp_path)] == [2.25, 2.5]
+
+
+def test_tensorboard_shows_the_lines_of_the_last_run(tmp_path):
+    for step in (0, 1):
+        with MetricsWriter(tmp_path, step) as writer:
+            writer.write(step + 1, {"loss": 1.0})
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len(files) == 2
+    starts = {event.step for event in events(tmp_path) if event.session_log.status}
+    assert starts == {1, 2}
+
+
+def write_many(directory):
+    with MetricsWriter(directory, 1) as writer:
+        for step in range(2, 100):
+            writer.write(step, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard", "metrics.removed.jsonl"])
+def test_a_full_disk_is_one_line_whatever_it_fills(tmp_path, full):
+    line = '{"step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(line * 300 if full == "metrics.jsonl" else "5\n")
+    (tmp_path / "metrics.removed.jsonl").write_text(line * 300)
+    limit = 3601 if full == "metrics.removed.jsonl" else 3700
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(HymbaError) as caught:
+            write_many(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value).startswith(f"{tmp_path}/{full}")
+    assert "File too large" in str(caught.value)
 
 
 def test_lines_are_readable_at_once(tmp_path):

@@ -19,17 +19,37 @@ CONFIG = TrainingConfig(steps=6, log_every=2, warmup_fraction=0.5, decay_fractio
 @pytest.fixture
 def recorder(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
-        yield Recorder(CONFIG, WORKLOAD, 0, writer, Display())
+        yield Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
 
 
-def metrics(loss, grad_norm=1.0):
-    return StepMetrics(jnp.float32(loss), jnp.float32(grad_norm))
+def metrics(loss, grad_norm=1.0, tokens=1000, learning_rate=2e-3):
+    return StepMetrics(
+        jnp.float32(loss), jnp.int32(tokens), jnp.float32(grad_norm), jnp.float32(learning_rate)
+    )
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps(directory):
-    return [
-        json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [line["step"] for line in lines(directory)]
+
+
+class Clock:
+    """In place of the module time: it moves when it is told to."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("hymba_jax.training.recorder.time", clock)
+    return clock
 
 
 def test_a_step_is_read_when_the_next_is_under_way(recorder, tmp_path, capsys):
@@ -38,33 +58,102 @@ def test_a_step_is_read_when_the_next_is_under_way(recorder, tmp_path, capsys):
     assert steps(tmp_path) == []
     recorder.submit(3, metrics(1.0))
     assert steps(tmp_path) == [2]
-    assert "step 2/6  loss 2.0000  validation - bits/byte" in capsys.readouterr().out
+    assert "step 2/6  loss 2.5000  " in capsys.readouterr().out
 
 
 def test_validation_joins_the_line_of_its_step(recorder, tmp_path, capsys):
-    recorder.submit(3, metrics(2.5))
+    recorder.submit(1, metrics(2.5))
     with recorder.paused():
         pass
     recorder.flush({"validation_loss": 2.0, "validation_bits_per_byte": 1.25})
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    values = json.loads(line)
+    (values,) = lines(tmp_path)
     speed = values.pop("tokens_per_second")
     assert speed > 0
     assert values.pop("tokens_per_second_per_device") == pytest.approx(speed / 4, abs=0.1)
     assert values.pop("mfu") == pytest.approx(6e9 / 1000 * speed / 4e12, abs=1e-4)
     assert values == {
-        "step": 3,
+        "step": 1,
         "loss": 2.5,
         "grad_norm": 1.0,
-        "learning_rate": pytest.approx(3e-3),
+        "learning_rate": pytest.approx(2e-3),
+        "tokens_seen": 1000,
+        "epoch": 0.125,
         "input_seconds": 0.0,
         "checkpoint_seconds": 0.0,
         "validation_loss": 2.0,
         "validation_bits_per_byte": 1.25,
     }
-    recorder.submit(4, metrics(2.0))
+    recorder.submit(2, metrics(2.0))
     recorder.flush()
-    assert "step 4/6  loss 2.0000  validation 1.2500 bits/byte" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "step 1/6  loss 2.5000  validation 1.2500 bits/byte" in shown
+    assert shown.count("validation") == 1  # a stale value is not shown again
+
+
+def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
+    for step, loss, norm, tokens in ((1, 3.0, 1.0, 100), (2, 2.0, 3.0, 300), (3, 5.0, 7.0, 10)):
+        recorder.submit(step, metrics(loss, norm, tokens, learning_rate=step))
+    recorder.flush(log=True)
+    first, second = lines(tmp_path)
+    assert (first["step"], first["loss"], first["grad_norm"]) == (2, 2.25, 2.0)
+    assert (second["step"], second["loss"], second["grad_norm"]) == (3, 5.0, 7.0)
+    assert (first["learning_rate"], second["learning_rate"]) == (2.0, 3.0)
+
+
+def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
+    recorder.submit(2, metrics(2.0)._replace(learning_rate=None))
+    recorder.flush()
+    assert "learning_rate" not in lines(tmp_path)[0]
+
+
+def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
+    """Each step takes 2 s, and is done before Python goes on; 1000 tokens."""
+    with MetricsWriter(tmp_path, 0) as writer:
+        recorder = Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
+        for step in range(1, 7):
+            recorder.collect()
+            clock.now += 2
+            recorder.submit(step, metrics(2.0))
+            if step in (3, 4, 6):
+                with recorder.paused():
+                    clock.now += 500
+                recorder.flush({"validation_bits_per_byte": 1.0})
+    assert [(line["step"], line["tokens_per_second"]) for line in lines(tmp_path)] == [
+        *((2, 500.0), (3, 500.0), (4, 500.0), (6, 500.0))
+    ]
+
+
+def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, tmp_path):
+    """Each step takes 2 s, and reading its loss waits for it."""
+
+    class Unfinished:
+        def __init__(self, done):
+            self.done = done
+
+        def is_ready(self):
+            return clock.now >= self.done
+
+        def block_until_ready(self):
+            clock.now = max(clock.now, self.done)
+
+        def __float__(self):
+            self.block_until_ready()
+            return 2.0
+
+    with MetricsWriter(tmp_path, 0) as writer:
+        recorder = Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
+        free = clock.now
+        for step in range(1, 7):
+            recorder.collect()
+            free = max(free, clock.now) + 2
+            recorder.submit(step, metrics(2.0)._replace(loss=Unfinished(free)))
+            if step in (3, 4, 6):
+                with recorder.paused():
+                    clock.now += 500
+                recorder.flush({"validation_bits_per_byte": 1.0})
+    assert [(line["step"], line["tokens_per_second"]) for line in lines(tmp_path)] == [
+        *((2, 500.0), (3, 500.0), (4, 500.0), (6, 500.0))
+    ]
 
 
 def test_time_is_lost_where_the_devices_have_nothing_to_do(recorder, tmp_path):
@@ -72,12 +161,12 @@ def test_time_is_lost_where_the_devices_have_nothing_to_do(recorder, tmp_path):
         time.sleep(0.02)
     recorder.submit(2, metrics(2.0))
     unfinished = type("Unfinished", (), {"is_ready": lambda self: False})()
-    recorder._pending = 2, StepMetrics(unfinished, None)
+    recorder._pending = 2, metrics(2.0)._replace(loss=unfinished)
     with recorder.waiting_for("input"):
         time.sleep(0.02)
     recorder._pending = 2, metrics(2.0)
     recorder.flush()
-    values = json.loads((tmp_path / "metrics.jsonl").read_text())
+    (values,) = lines(tmp_path)
     assert values["checkpoint_seconds"] >= 0.02
     assert values["input_seconds"] == 0
 
