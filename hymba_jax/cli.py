@@ -54,14 +54,16 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
         from hymba_jax.distributed import started
         from hymba_jax.training import loop
         from hymba_jax.training.checkpoint import silence_orbax
+        from hymba_jax.training.interrupts import one_line_interrupts
 
         silence_orbax()
-        with started(processes, config.output), _one_line_errors():
+        with (
+            started(processes, config.output),
+            _one_line_errors(),
+            one_line_interrupts(config.output),
+        ):
             try:
                 loop.train(config)
-            except KeyboardInterrupt:
-                print(f"\nstopped; the same command goes on with {config.output}", file=sys.stderr)
-                sys.exit(130)
             except OSError as error:
                 error.filename = error.filename or config.output
                 raise
