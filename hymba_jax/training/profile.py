@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import jax
+
+from hymba_jax.errors import HymbaError
 
 FOLDER = "profile"  # inside the run directory
 _FIRST, _COUNT = 3, 5  # the first steps of a session differ from the others
@@ -16,6 +19,9 @@ class Tracer:
     Args:
       directory: where the trace goes; nothing is traced if absent.
       start: updates done when the session begins.
+
+    Raises:
+      HymbaError: in `step` and at the end of the context, if the trace cannot be written.
     """
 
     def __init__(self, directory: Path | None, start: int):
@@ -27,7 +33,8 @@ class Tracer:
     def step(self, step: int) -> Iterator[None]:
         """Runs a step, and names it in the trace."""
         if self._directory is not None and step == self._steps.start:
-            jax.profiler.start_trace(self._directory)
+            with _one_line(self._directory):
+                jax.profiler.start_trace(self._directory)
             self._is_tracing = True
         if step == self._steps.stop:  # those before it have been waited for, but for the last
             self._stop()
@@ -36,11 +43,32 @@ class Tracer:
 
     def _stop(self) -> None:
         if self._is_tracing:
+            assert self._directory is not None
             self._is_tracing = False
-            jax.profiler.stop_trace()
+            with _one_line(self._directory):
+                jax.profiler.stop_trace()
 
     def __enter__(self) -> "Tracer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stop()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._stop()
+        except HymbaError:
+            if error is None:  # else the first error is the one to tell
+                raise
+
+
+@contextmanager
+def _one_line(directory: Path) -> Iterator[None]:
+    """Turns what the profiler raises, such as on a full disk, into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise HymbaError(f"{directory}: the profile cannot be written ({reason})") from error

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from hymba_jax.errors import HymbaError
 from hymba_jax.training.profile import Tracer
 
 
-def run(directory, steps):
+def run(directory, steps, error=None):
     with Tracer(directory, start=10) as tracer:
         for step in range(11, 11 + steps):
             with tracer.step(step):
                 jax.block_until_ready(jnp.ones(3) + step)
+        if error is not None:
+            raise error
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -26,6 +29,17 @@ def test_a_few_steps_are_traced(tmp_path, steps):
     events = json.loads(gzip.decompress(events.read_bytes()))["traceEvents"]
     traced = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
     assert traced == [*range(13, min(11 + steps, 18))]
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    directory = tmp_path / "file" / "profile"
+    for steps in (5, 20):
+        with pytest.raises(HymbaError) as caught:
+            run(directory, steps)
+        assert str(caught.value).startswith(f"{directory}: the profile cannot be written (")
+    with pytest.raises(HymbaError, match="diverged"):  # the first error is told
+        run(directory, 5, HymbaError("diverged"))
 
 
 def test_nothing_is_traced_unless_asked_for(tmp_path):

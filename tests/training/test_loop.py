@@ -1,0 +1,141 @@
+"""The loop around the step: real data, files and checkpoints, and arithmetic for a model."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from entry.command import write_config
+
+from hymba_jax.data import IGNORED_TARGET
+from hymba_jax.errors import HymbaError
+from hymba_jax.run_config import RunConfig
+from hymba_jax.sharding import make_mesh
+from hymba_jax.training import loop
+from hymba_jax.training.loss import LossSum
+from hymba_jax.training.step import StepMetrics
+
+
+@pytest.fixture(autouse=True)
+def arithmetic(monkeypatch):
+    """In place of the model: losses that depend on the batch alone, in whole numbers."""
+
+    def compile_train_step(*_):
+        def step(state, batch):
+            loss = jnp.float32(batch["inputs"].mean())
+            rate = jnp.float32(1e-3)
+            return state, StepMetrics(loss, jnp.int32(batch["inputs"].size), 2 * loss, rate)
+
+        return step
+
+    def make_eval_step(_):
+        def eval_step(_, batch):
+            counts = batch["targets"] != IGNORED_TARGET
+            return LossSum(jnp.where(counts, batch["targets"], 0).sum(), counts.sum())
+
+        return eval_step
+
+    def init_state(_config, _compute, _optimizer, template, _seed):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template.state)
+
+    monkeypatch.setattr(loop, "compile_train_step", compile_train_step)
+    monkeypatch.setattr(loop, "make_eval_step", make_eval_step)
+    monkeypatch.setattr(loop, "init_state", init_state)
+    monkeypatch.setattr(loop, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Of 4 steps of 8 sequences, in a directory inside the corpus."""
+    config = RunConfig.from_toml(
+        write_config(tmp_path, tmp_path / "corpus" / "runs" / "mine"), RunConfig()
+    )
+    return changed(config, sample_tokens=0)
+
+
+def changed(config, **training):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
+
+
+def train(config, output=None):
+    """The lines of metrics of a run, without its times."""
+    if output is not None:
+        config = dataclasses.replace(config, output=str(output))
+    loop.train(config)
+    with open(f"{config.output}/metrics.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def test_validation_is_the_same_at_every_accumulate(config, tmp_path):
+    """One of 8 sequences after step 3, and one of the whole text after step 4."""
+    lines = [
+        train(changed(config, accumulate=accumulate), tmp_path / str(accumulate))
+        for accumulate in (1, 2, 4, 8)
+    ]
+    assert "validation_loss" in lines[0][2]
+    assert lines[0][2]["validation_loss"] != lines[0][3]["validation_loss"]
+    assert lines[1:] == 3 * lines[:1]
+
+
+def test_a_resumed_run_has_the_lines_of_one_that_never_stopped(config, tmp_path, capsys):
+    """Though it stopped between two lines; and its own directory is no text."""
+    config = changed(config, steps=12, log_every=5, validate_every=100, checkpoint_every=3)
+    config = changed(config, keep_checkpoints=4)
+    expected = train(config, tmp_path / "elsewhere")
+    assert [line["step"] for line in expected] == [3, 5, 6, 9, 10, 12]
+    assert [line["tokens_seen"] for line in expected[:2]] == [3 * 8 * 24, 5 * 8 * 24]
+    assert train(config) == expected
+    for step in (9, 12):
+        shutil.rmtree(f"{config.output}/checkpoints/{step}")
+    with open(f"{config.output}/metrics.jsonl", "a") as file:
+        file.write("[]\n")
+    capsys.readouterr()
+    assert train(config) == expected
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/corpus: left out of the text: run directories: 1" in said
+    assert "resuming after step 6" in said
+    assert "moved lines to metrics.removed.jsonl: 3 after step 6, 1 damaged" in said
+
+
+def test_other_text_is_refused_on_either_side(config, tmp_path):
+    train(config)
+    pages = {path.name: path.read_text() for path in (tmp_path / "corpus").glob("*.txt")}
+    refused = set()
+    for name, text in pages.items():
+        page = tmp_path / "corpus" / name
+        page.write_text(text[::-1])
+        with pytest.raises(HymbaError, match=r"had other (training|validation) text") as caught:
+            train(config)
+        refused.add("validation" if "validation text" in str(caught.value) else "training")
+        page.write_text(text)
+    assert refused == {"training", "validation"}
+    train(config)
+
+
+@pytest.mark.parametrize("change", ["tokenizer", "data", "batch", "short"])
+def test_a_refused_run_leaves_no_directory(config, tmp_path, change):
+    wrong = {
+        "tokenizer": lambda: dataclasses.replace(
+            config, model=dataclasses.replace(config.model, vocab_size=100)
+        ),
+        "data": lambda: dataclasses.replace(
+            config, data=dataclasses.replace(config.data, path=str(tmp_path / "nowhere"))
+        ),
+        "batch": lambda: dataclasses.replace(config, init_from=str(tmp_path)),
+        "short": lambda: changed(config, sample_tokens=100),
+    }[change]
+    output = tmp_path / "runs" / "refused"
+    with pytest.raises(HymbaError):
+        train(wrong(), output)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_from_scratch_keeps_old_metrics(config, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert [line["step"] for line in train(config, output)] == [1, 2, 3, 4]
+    assert (output / "metrics.removed.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
