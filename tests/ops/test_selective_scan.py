@@ -17,6 +17,8 @@ from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan, selective_scan_step
 from hymba_jax.ops.selective_scan.api import FASTEST, IMPLEMENTATIONS
 
+SEQUENCES = ("x", "dt", "B", "C", "z")
+OF_ROWS = (*SEQUENCES, "initial_state")
 OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 # Float32 rounds at 6e-8; sums of some hundred terms, relative to the largest entry.
 FLOAT32 = 1e-5
@@ -69,37 +71,47 @@ def make_inputs(batch, length, channels, state, without=()):
 
 
 def make_marks(batch, length):
-    """Resets at the start, in the middle, twice running and at the end, and past a row's end."""
-    resets = np.zeros((batch, length), bool)
-    resets[-1, [0, length // 2, length // 2 + 1, length - 1]] = True
-    resets[0] = resets[-1]
-    return {"resets": resets, "lengths": np.arange(1, batch + 1) * length // batch}
+    """Rows of several documents, two of them of one position, and past the end of a row. Ids only
+    differ from the one before."""
+    starts = np.zeros((batch, length), bool)
+    starts[-1, [length // 2, length // 2 + 1, length - 1]] = True
+    starts[0] = starts[-1]
+    lengths = np.arange(1, batch + 1) * length // batch
+    return {"segment_ids": starts.cumsum(1) % 2, "lengths": lengths}
 
 
-def oracle(
-    x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, resets=None, lengths=None
-):
-    """The formula, one position after another in float64, for each row as far as it goes."""
-    if lengths is not None:
-        y, h = np.zeros_like(x), []
-        for row, length in enumerate(lengths):
-            of_row = {"z": z, "initial_state": initial_state, "resets": resets}
-            of_row = {k: v[row : row + 1] for k, v in of_row.items() if v is not None}
-            # cut to the row's length: what comes after must not matter
-            for k in {"z", "resets"} & set(of_row):
-                of_row[k] = of_row[k][:, :length]
-            x_row, dt_row, B_row, C_row = (v[row : row + 1, :length] for v in (x, dt, B, C))
-            y_row, h_row = oracle(x_row, dt_row, A, B_row, C_row, D, dt_bias=dt_bias, **of_row)
-            y[row, :length] = y_row[0]
-            h.append(h_row)
-        return y, np.concatenate(h)
+def documents_of(segment_ids):
+    """The first position of each document of a row, and the one after its last."""
+    starts = [t for t in range(1, len(segment_ids)) if segment_ids[t] != segment_ids[t - 1]]
+    return zip([0, *starts], [*starts, len(segment_ids)], strict=True)
+
+
+def oracle_of_rows(inputs, segment_ids=None, lengths=None):
+    """Each document of each row alone, and of a row no more than its length."""
+    batch, length = inputs["x"].shape[:2]
+    segment_ids = np.zeros((batch, length)) if segment_ids is None else segment_ids
+    lengths = [length] * batch if lengths is None else lengths
+    y, h = np.zeros_like(inputs["x"]), []
+    for row, end in enumerate(lengths):
+        of_row = inputs | {k: v[row : row + 1] for k, v in inputs.items() if k in OF_ROWS}
+        for first, last in documents_of(segment_ids[row, :end]):
+            document = {k: v[:, first:last] for k, v in of_row.items() if k in SEQUENCES}
+            y[row, first:last], of_last = (v[0] for v in oracle(**of_row | document))
+        h.append(of_last)
+    return y, np.stack(h)
+
+
+def oracle(x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, **marks):
+    """The formula, one position after another in float64."""
+    if marks:
+        inputs = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z}
+        inputs |= {"dt_bias": dt_bias, "initial_state": initial_state}
+        return oracle_of_rows({k: v for k, v in inputs.items() if v is not None}, **marks)
     delta = np.logaddexp(0, dt + (0 if dt_bias is None else dt_bias))
     h = np.zeros((len(x), *A.shape)) if initial_state is None else initial_state
     y = np.zeros_like(x)
     for t in range(x.shape[1]):
         decay = np.exp(delta[:, t, None, :] * A)
-        if resets is not None:
-            decay = decay * ~resets[:, t, None, None]
         h = decay * h + (delta[:, t] * x[:, t])[:, None, :] * B[:, t, :, None]
         y[:, t] = (h * C[:, t, :, None]).sum(1)
     if D is not None:
@@ -207,7 +219,7 @@ def test_blocks_of_channels(implementation):
     assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
 
 
-def test_resets_and_lengths(implementation):
+def test_documents_and_lengths(implementation):
     sizes = (3, int(2.3 * CHUNK[implementation]) + 4, 6, 4)
     inputs, weights, marks = make_inputs(*sizes), make_weights(*sizes), make_marks(*sizes[:2])
     scan = partial(selective_scan, implementation=implementation)
@@ -220,47 +232,71 @@ def test_what_follows_the_end_does_not_matter(implementation):
     inputs, weights = make_inputs(*sizes), make_weights(*sizes)
     lengths = jnp.array([4, 11])
     spoilt = {k: v.copy() for k, v in inputs.items()}
-    for name in ("x", "dt", "B", "C", "z"):
+    for name in SEQUENCES:
         spoilt[name][0, 4:] = np.nan
     scan = partial(selective_scan, lengths=lengths, implementation=implementation)
     for function in (lambda v: scan(**v), jax.grad(loss_of(scan, weights))):
         clean = jax.jit(function)(device(inputs))
         jax.tree.map(np.testing.assert_array_equal, jax.jit(function)(device(spoilt)), clean)
     gradients = jax.grad(loss_of(scan, weights))(device(spoilt))
-    assert not any(gradients[name][0, 4:].any() for name in ("x", "dt", "B", "C", "z"))
+    assert not any(gradients[name][0, 4:].any() for name in SEQUENCES)
 
 
-def test_a_document_does_not_see_the_one_before(implementation):
-    """Changing what comes before a reset changes nothing from there on, in values or gradients."""
+def assert_documents_apart(scan, inputs, weights, segment_ids):
+    """The values and gradients of each are the same to the last bit, whatever the others hold. Of
+    what they share, the gradients are the document's own only while the others hold numbers."""
+
+    @jax.jit
+    def with_gradients(inputs, weights):
+        scan_documents = partial(scan, segment_ids=jnp.asarray(segment_ids))
+        outputs, vjp = jax.vjp(lambda inputs: scan_documents(**inputs), inputs)
+        return outputs, *vjp(weights)
+
+    documents = list(documents_of(segment_ids[0]))
+    assert len(documents) > 2
+    for first, end in documents:
+        own, is_last = np.s_[:, first:end], end == segment_ids.shape[1]
+        outside = np.ones(segment_ids.shape, bool)
+        outside[own] = False
+        of_own = np.where(outside[:, :, None], 0, weights[0]), weights[1] * is_last
+
+        def of_the_document(inputs, of_own=of_own, own=own, outside=outside, is_last=is_last):
+            (y, state), gradients = with_gradients(device(inputs), tuple(of_own))
+            sequences = {name: gradients.pop(name) for name in SEQUENCES}
+            alone = y[own], *(gradient[own] for gradient in sequences.values())
+            others = [np.asarray(gradient)[outside] for gradient in sequences.values()]
+            return (alone, state if is_last else 0), (gradients, others)
+
+        alone, shared = of_the_document(inputs)
+        assert all(gradient.any() for gradient in shared[0].values())
+        assert not any(gradient.any() for gradient in shared[1])
+        for factor in (-2, np.nan):
+            changed = {k: v.copy() for k, v in inputs.items()}
+            for name in SEQUENCES:
+                changed[name][outside] *= np.float32(factor)
+            alone_still, shared_still = of_the_document(changed)
+            jax.tree.map(np.testing.assert_array_equal, alone_still, alone)
+            if np.isfinite(factor):
+                jax.tree.map(np.testing.assert_array_equal, shared_still, shared)
+
+
+def test_documents_do_not_see_each_other(implementation):
+    """One of them is a single position, the one after it lies across the border of a chunk."""
     sizes = (1, int(1.5 * CHUNK[implementation]) + 3, 6, 3)
-    first = sizes[1] // 2
-    resets = np.zeros(sizes[:2], bool)
-    resets[0, first] = True
-    inputs, changed = make_inputs(*sizes), make_inputs(*sizes)
-    for name in ("x", "dt", "B", "C", "z"):
-        changed[name][:, :first] *= -2
-    weights = make_weights(*sizes)
-    weights[0][:, :first] = 0
-    scan = partial(selective_scan, resets=jnp.asarray(resets), implementation=implementation)
-
-    def of_the_second(inputs):
-        y, state = jax.jit(scan)(**inputs)
-        gradients = jax.jit(jax.grad(loss_of(scan, weights)))(inputs)
-        sequences = [gradients.pop(name) for name in ("x", "dt", "B", "C", "z")]
-        assert not any(gradient[:, :first].any() for gradient in sequences)
-        assert not gradients["initial_state"].any()
-        return y[:, first:], state, [v[:, first:] for v in sequences]
-
-    of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
-    jax.tree.map(np.testing.assert_array_equal, of_one, of_other)
+    segment_ids = np.zeros(sizes[:2], int)
+    segment_ids[:, sizes[1] // 3] = 1
+    scan = partial(selective_scan, implementation=implementation)
+    assert_documents_apart(scan, make_inputs(*sizes), make_weights(*sizes), segment_ids)
 
 
 @pytest.mark.parametrize("without", [OPTIONAL[:2], OPTIONAL[2:], OPTIONAL])
 def test_optional_inputs(implementation, without):
-    sizes = (2, 11, 6, 3)
+    """The second case has documents, which then start from zeros."""
+    sizes, marked = (2, 11, 6, 3), without == OPTIONAL[2:]
     inputs, weights = make_inputs(*sizes, without), make_weights(*sizes)
     scan = partial(selective_scan, implementation=implementation)
-    assert_conforms(scan, inputs, weights, exact_gradients(sizes, without))
+    marks = make_marks(*sizes[:2]) if marked else {}
+    assert_conforms(scan, inputs, weights, exact_gradients(sizes, without, marked), **marks)
 
 
 def test_bfloat16(implementation):
@@ -299,9 +335,8 @@ def test_bfloat16(implementation):
 @pytest.mark.parametrize("cut", [1, 8, 13])
 def test_two_halves_equal_the_whole(implementation, cut):
     inputs = device(make_inputs(2, 19, 6, 4))
-    sequences = ("x", "dt", "B", "C", "z")
-    first = inputs | {k: inputs[k][:, :cut] for k in sequences}
-    second = inputs | {k: inputs[k][:, cut:] for k in sequences}
+    first = inputs | {k: inputs[k][:, :cut] for k in SEQUENCES}
+    second = inputs | {k: inputs[k][:, cut:] for k in SEQUENCES}
 
     y, final_state = selective_scan(**inputs, implementation=implementation)
     y1, state = selective_scan(**first, implementation=implementation)
@@ -386,22 +421,22 @@ def test_fast_decay_underflows_to_zero(implementation):
 def test_steps_equal_the_scan(without):
     inputs = make_inputs(2, 7, 6, 4, without)
     expected_y, expected_state = oracle(**float64(inputs))
-    state, sequences = jnp.asarray(inputs.pop("initial_state")), ("x", "dt", "B", "C", "z")
+    state = jnp.asarray(inputs.pop("initial_state"))
     for t in range(7):
-        now = {k: v[:, t] if k in sequences else v for k, v in device(inputs).items()}
+        now = {k: v[:, t] if k in SEQUENCES else v for k, v in device(inputs).items()}
         y, state = selective_scan_step(**now, state=state)
         assert_close(y, expected_y[:, t])
     assert_close(state, expected_state)
 
 
 @pytest.mark.parametrize("without", [(), OPTIONAL])
-@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
-def test_one_position_is_a_step(without, resets, lengths):
+def test_one_position_is_a_step(without, documents, lengths):
     """Chosen by itself, with no loop around it."""
     inputs = device(make_inputs(3, 1, 6, 4, without))
-    if resets:
-        inputs["resets"] = jnp.asarray([[True], [False], [True]])
+    if documents:
+        inputs["segment_ids"] = jnp.asarray([[0], [1], [1]])
     if lengths:
         inputs["lengths"] = jnp.asarray([1, 0, 0])
     ours = jax.jit(selective_scan)(**inputs)

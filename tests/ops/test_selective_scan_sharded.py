@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_selective_scan import (
     OPTIONAL,
+    SEQUENCES,
     assert_conforms,
+    assert_documents_apart,
     device,
     gradients_in_float64,
     loss_of,
@@ -27,7 +29,6 @@ from hymba_jax.sharding import make_mesh
 # 8 parts of 5 positions, or 4 of 10.
 MESHES = {"sequence": {"sequence": 8}, "batch and sequence": {"data": 2, "sequence": 4}}
 SIZES = (4, 40, 3, 2)
-SEQUENCES = ("x", "dt", "B", "C", "z")
 COLLECTIVES = r" = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-\w+)\S*\("
 
 
@@ -49,7 +50,7 @@ def make_slow_inputs(without=()):
 
 def specs_of(names):
     """How the inputs lie on the mesh."""
-    specs = dict.fromkeys((*SEQUENCES, "resets"), P("data", "sequence"))
+    specs = dict.fromkeys((*SEQUENCES, "segment_ids"), P("data", "sequence"))
     specs |= dict.fromkeys(("initial_state", "lengths"), P("data"))
     return {name: specs.get(name, P()) for name in names}
 
@@ -70,16 +71,16 @@ def test_state_passes_through_every_part(mesh, scan, without):
         assert_conforms(scan, inputs, weights, gradients)
 
 
-def test_resets_and_lengths(mesh, scan):
+def test_documents_and_lengths(mesh, scan):
     inputs, weights = make_slow_inputs(), make_weights(*SIZES)
-    resets = np.zeros(SIZES[:2], bool)
-    # Where parts begin and end and within them, also past a row's end.
-    resets[0, [10, 11, 29]] = True
-    resets[1, [0, 15, 17, 39]] = True
-    resets[3, [3, 20, 26, 33]] = True
-    # To the end, to the end of a part, into a middle one, nothing.
+    starts = np.zeros(SIZES[:2], int)
+    # Where shards begin and end and within them, also past a row's end.
+    starts[0, [10, 11, 29]] = 1
+    starts[1, [15, 17, 39]] = 1
+    starts[3, [3, 20, 26, 33]] = 1
+    # To the end, to the end of a shard, into a middle one, nothing.
     for lengths in ([40, 20, 17, 23], [40, 0, 1, 30]):
-        marks = {"resets": resets, "lengths": np.array(lengths)}
+        marks = {"segment_ids": starts.cumsum(1), "lengths": np.array(lengths)}
         gradients = gradients_in_float64(inputs, weights, **marks)
         with jax.set_mesh(mesh):
             assert_conforms(scan, inputs, weights, gradients, **marks)
@@ -99,26 +100,13 @@ def test_what_follows_the_end_does_not_matter(mesh, scan):
             jax.tree.map(np.testing.assert_array_equal, jax.jit(function)(device(spoilt)), clean)
 
 
-def test_a_document_does_not_see_the_one_before(mesh, scan):
-    """Changing what comes before a reset in a middle part changes nothing from there on."""
-    inputs, changed, first = make_slow_inputs(), make_slow_inputs(), 17
-    for name in SEQUENCES:
-        changed[name][:, :first] *= -2
-    resets = jnp.zeros(SIZES[:2], bool).at[:, first].set(True)
-    weights = make_weights(*SIZES)
-    weights[0][:, :first] = 0
-    scan = partial(scan, resets=resets)
-
-    def of_the_second(inputs):
-        y, state = jax.jit(scan)(**inputs)
-        gradients = jax.jit(jax.grad(loss_of(scan, weights)))(inputs)
-        assert not gradients["initial_state"].any()
-        assert not any(gradients[name][:, :first].any() for name in SEQUENCES)
-        return y[:, first:], state, [gradients[name][:, first:] for name in SEQUENCES]
-
+def test_documents_do_not_see_each_other(mesh, scan):
+    """One is a single position at the end of a shard, one begins a shard and one ends within it."""
+    starts = np.zeros((1, SIZES[1]), int)
+    starts[0, [14, 19, 20, 28]] = 1
+    segment_ids = np.repeat(starts.cumsum(1), SIZES[0], axis=0)
     with jax.set_mesh(mesh):
-        of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
-    jax.tree.map(np.testing.assert_array_equal, of_one, of_other)
+        assert_documents_apart(scan, make_slow_inputs(), make_weights(*SIZES), segment_ids)
 
 
 def test_every_device_has_the_last_state(mesh, scan):
@@ -144,7 +132,10 @@ def entries_sent(function, mesh, *arguments):
 def test_only_states_are_sent(mesh, scan):
     batch, length, channels, state = sizes = (2, 512, 3, 2)
     inputs = device(make_inputs(*sizes))
-    marks = {"resets": jnp.zeros((batch, length), bool), "lengths": jnp.full(batch, length)}
+    marks = {
+        "segment_ids": jnp.zeros((batch, length), int),
+        "lengths": jnp.full(batch, length),
+    }
     gathered = mesh.shape["sequence"] * batch * state * channels
     # Fewer than the marks in a part, the smallest of what is as long as the sequence.
     assert gathered < batch * length // mesh.size

@@ -1,10 +1,12 @@
 """Chooses an implementation of the selective scan."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
 
 from hymba_jax.ops.by_device import Axes, by_device, length_axis
+from hymba_jax.ops.documents import Documents, document_starts
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.associative import selective_scan_associative
 from hymba_jax.ops.selective_scan.pallas_gpu import selective_scan_pallas_gpu
@@ -35,7 +37,7 @@ AXES: dict[str, Axes] = {
     "z": _SEQUENCE,
     "dt_bias": ("channels",),
     "initial_state": _STATE,
-    "resets": ("batch", "length"),
+    "starts": ("batch", "length"),
 }
 
 
@@ -50,7 +52,7 @@ def selective_scan(
     dt_bias: Float[Array, "channels"] | None = None,
     *,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
     lengths: Int[Array, "batch"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
@@ -74,14 +76,15 @@ def selective_scan(
       z: gate before its silu; no gate if absent.
       dt_bias: bias added to `dt`; none if absent.
       initial_state: the state before the first position; zeros if absent.
-      resets: where true, the state before that position counts as zero: a document starts there.
-      lengths: positions of each row that count. Those after them leave the state as it is, whatever
+      segment_ids: the document of each position, if a row has several, one behind another. Each
+        starts, where the id differs from the one before, from `initial_state`.
+      lengths: valid positions of each row. Those after them leave the state as it is, whatever
         they hold, and have y = 0.
       implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, and
         for a single position no scan at all.
 
     Returns:
-      y in x's dtype and the state after the last position in float32.
+      y in x's dtype, and in float32 the state after the last position: that of the last document.
 
     Raises:
       ValueError: `implementation` is not a known name, or cannot run on this platform.
@@ -91,19 +94,23 @@ def selective_scan(
         raise ValueError(
             f"unknown selective_scan implementation {name!r}; choose from {sorted(IMPLEMENTATIONS)}"
         )
+    is_step = implementation is None and x.shape[1] == 1
+    starts = None if segment_ids is None or is_step else document_starts(segment_ids)
+    if starts is not None and initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
     if lengths is not None:
         # A time step of softplus(-inf) = 0 leaves the state alone.
         counts = jnp.arange(x.shape[1])[None] < lengths[:, None]
         x, B, C = (jnp.where(counts[:, :, None], v, 0) for v in (x, B, C))
         dt = jnp.where(counts[:, :, None], dt, -jnp.inf)
         z = None if z is None else jnp.where(counts[:, :, None], z, 0)
-        resets = None if resets is None else resets & counts
-    is_step = implementation is None and x.shape[1] == 1
+        starts = None if starts is None else starts & counts
     scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
-    if axis_name := length_axis(x.shape[1]):
-        scan = partial(selective_scan_sharded, scan, axis_name)
+    axis_name = length_axis(x.shape[1])
     return by_device(
-        scan,
+        partial(selective_scan_sharded, scan, axis_name)
+        if axis_name
+        else partial(_with_documents, scan),
         AXES,
         (_SEQUENCE, _STATE),
         x=x,
@@ -115,5 +122,19 @@ def selective_scan(
         z=z,
         dt_bias=dt_bias,
         initial_state=initial_state,
-        resets=resets,
+        starts=starts,
     )
+
+
+def _with_documents(
+    scan: Callable[..., tuple[Array, Array]],
+    *,
+    initial_state: Float[Array, "batch state channels"] | None,
+    starts: Bool[Array, "batch length"] | None,
+    **inputs: Array | None,
+) -> tuple[Array, Array]:
+    """The scan of whole rows, inside `by_device`."""
+    if starts is None:
+        return scan(**inputs, initial_state=initial_state)
+    documents = Documents(starts, initial_state)
+    return scan(**inputs, initial_state=initial_state, documents=documents)

@@ -6,11 +6,13 @@ only and recomputes those within, so that no array has a state for every positio
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.types import Array, Bool, Float
 
@@ -28,7 +30,7 @@ def selective_scan_associative(
     z: Float[Array, "batch length channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` by an associative scan inside each chunk."""
     batch, length, channels = x.shape
@@ -53,7 +55,9 @@ def selective_scan_associative(
         split(B),
         split(C),
         initial_state.astype(jnp.float32),
-        None if resets is None else split(resets),
+        None
+        if documents is None
+        else Documents(split(documents.starts), documents.state.astype(jnp.float32)),
     )
     y = jnp.moveaxis(y, 0, 1).reshape(batch, chunks * steps, channels)[:, :length]
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
@@ -67,44 +71,47 @@ def _scan(
     B: Float[Array, "chunks batch steps state"],
     C: Float[Array, "chunks batch steps state"],
     h: Float[Array, "batch state channels"],
-    resets: Bool[Array, "chunks batch steps"] | None,
+    documents: Documents | None,
 ) -> tuple[Float[Array, "chunks batch steps channels"], Float[Array, "batch state channels"]]:
-    """The recurrence alone: y and the last state."""
-    return _scan_fwd(x, dt, A, B, C, h, resets)[0]
+    """The recurrence alone: y and the last state. Starts of documents are in chunks, as x is."""
+    return _scan_fwd(x, dt, A, B, C, h, documents)[0]
 
 
 def _scan_fwd(
-    x: Array, dt: Array, A: Array, B: Array, C: Array, h: Array, resets: Array | None
-) -> tuple[tuple[Array, Array], tuple[tuple[Array, ...], Array | None]]:
-    def chunk(
-        border: Array, at: tuple[tuple[Array, ...], Array | None]
-    ) -> tuple[Array, tuple[Array, Array]]:
-        (x, dt, B, C), resets = at
-        _, _, h = _states(x, dt, A, B, border, resets)
+    x: Array, dt: Array, A: Array, B: Array, C: Array, h: Array, documents: Documents | None
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    starts, state = (None, None) if documents is None else documents
+
+    def chunk(border: Array, at: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
+        x, dt, B, C, starts = at
+        _, _, h = _states(x, dt, A, B, border, starts, state)
         return h[:, -1], ((h * C[..., None]).sum(2), border)
 
-    final_state, (y, borders) = lax.scan(chunk, h, ((x, dt, B, C), resets))
-    return (y, final_state), ((x, dt, A, B, C, borders), resets)
+    final_state, (y, borders) = lax.scan(chunk, h, (x, dt, B, C, starts))
+    return (y, final_state), (x, dt, A, B, C, borders, documents)
 
 
-def _scan_bwd(
-    residuals: tuple[tuple[Array, ...], Array | None], cotangents: tuple[Array, Array]
-) -> tuple[Array | None, ...]:
-    (x, dt, A, B, C, borders), resets = residuals
+def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    x, dt, A, B, C, borders, documents = residuals
+    starts, state = (None, None) if documents is None else documents
     dy, dh = cotangents
 
     def chunk(
-        carry: tuple[Array, Array], at: tuple[tuple[Array, ...], Array | None]
-    ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-        after, dA = carry
-        (x, dt, B, C, border, dy), resets = at
-        delta, decay, h = _states(x, dt, A, B, border, resets)
-        decayed = decay * jnp.concatenate([border[:, None], h[:, :-1]], axis=1)
+        carry: tuple[Any, ...], at: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
+        after, dstate, dA = carry
+        x, dt, B, C, border, dy, starts = at
+        delta, decay, h = _states(x, dt, A, B, border, starts, state)
+        before = jnp.concatenate([border[:, None], h[:, :-1]], axis=1)
+        if starts is not None:
+            before = jnp.where(_of_state(starts), state[:, None], before)
+        decayed = decay * before
 
         # The states' cotangents, the last first: dh_t = C_t dy_t + decay_{t+1} dh_{t+1}.
         direct = C[..., None] * dy[:, :, None]
         direct = direct.at[:, -1].add(after)
-        dh = _prefixes(jnp.roll(decay, -1, axis=1), direct, reverse=True)
+        ends = None if starts is None else jnp.roll(starts, -1, axis=1)
+        dh = _prefixes(jnp.roll(decay, -1, axis=1), direct, ends, reverse=True)
 
         du = (dh * B[..., None]).sum(2)
         ddecay = dh * decayed
@@ -112,34 +119,70 @@ def _scan_bwd(
         dA = dA + (ddecay * delta[:, :, None]).sum((0, 1))
         dB = (dh * (delta * x)[:, :, None]).sum(3)
         dC = (h * dy[:, :, None]).sum(3)
-        return (decay[:, 0] * dh[:, 0], dA), (du * delta, ddelta * jax.nn.sigmoid(dt), dB, dC)
+        after = decay[:, 0] * dh[:, 0]
+        if starts is not None:
+            dstate = dstate + jnp.where(_of_state(starts), decay * dh, 0).sum(1)
+            after = jnp.where(starts[:, 0, None, None], 0, after)
+        return (after, dstate, dA), (du * delta, ddelta * jax.nn.sigmoid(dt), dB, dC)
 
-    (dh, dA), (dx, ddt, dB, dC) = lax.scan(
-        chunk, (dh, jnp.zeros_like(A)), ((x, dt, B, C, borders, dy), resets), reverse=True
+    dstate = None if documents is None else jnp.zeros_like(dh)
+    (dh, dstate, dA), (dx, ddt, dB, dC) = lax.scan(
+        chunk,
+        (dh, dstate, jnp.zeros_like(A)),
+        (x, dt, B, C, borders, dy, starts),
+        reverse=True,
     )
-    return dx, ddt, dA, dB, dC, dh, None
+    ddocuments = None if documents is None else Documents(None, dstate)
+    return dx, ddt, dA, dB, dC, dh, ddocuments
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _states(
-    x: Array, dt: Array, A: Array, B: Array, border: Array, resets: Array | None
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    border: Array,
+    starts: Array | None,
+    state: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """delta, the decays and the states of one chunk, after the state `border`."""
+    """delta, the decays and the states of one chunk, after the state `border`.
+
+    Args:
+      starts, state: where documents start in the chunk, and the state that they start from.
+    """
     delta = jax.nn.softplus(dt)
     decay = jnp.exp(delta[:, :, None] * A[None, None])
-    if resets is not None:
-        decay = jnp.where(resets[:, :, None, None], 0, decay)
     u = (delta * x)[:, :, None] * B[..., None]
-    u = u.at[:, 0].add(decay[:, 0] * border)
-    return delta, decay, _prefixes(decay, u)
+    if starts is None or state is None:
+        u = u.at[:, 0].add(decay[:, 0] * border)
+    else:
+        before = jnp.where(_of_state(starts), state[:, None], 0)
+        before = before.at[:, 0].set(jnp.where(starts[:, 0, None, None], state, border))
+        u = u + decay * before
+    return delta, decay, _prefixes(decay, u, starts)
 
 
-def _prefixes(decay: Array, u: Array, reverse: bool = False) -> Array:
-    """h_t = decay_t h_{t-1} + u_t from h = 0, along axis 1."""
+def _prefixes(
+    decay: Array,
+    u: Array,
+    starts: Bool[Array, "batch steps"] | None,
+    reverse: bool = False,
+) -> Array:
+    """h_t = decay_t h_{t-1} + u_t from h = 0, and h_t = u_t at starts, along axis 1."""
 
-    def compose(first: tuple[Array, Array], then: tuple[Array, Array]) -> tuple[Array, Array]:
-        return then[0] * first[0], then[0] * first[1] + then[1]
+    def compose(first: tuple[Any, ...], then: tuple[Any, ...]) -> tuple[Any, ...]:
+        decay, u, start = then
+        h = decay * first[1] + u
+        if start is None:
+            return decay * first[0], h, None
+        return decay * first[0], jnp.where(start, u, h), first[2] | start
 
-    return lax.associative_scan(compose, (decay, u), reverse=reverse, axis=1)[1]
+    starts = None if starts is None else _of_state(starts)
+    return lax.associative_scan(compose, (decay, u, starts), reverse=reverse, axis=1)[1]
+
+
+def _of_state(starts: Bool[Array, "batch steps"]) -> Bool[Array, "batch steps 1 1"]:
+    return starts[:, :, None, None]

@@ -22,8 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.selective_scan.softplus import softplus
-from hymba_jax.types import Array, Bool, Float
+from hymba_jax.types import Array, Float
 
 _CHUNK = 64
 _GROUP = 8  # steps whose rows are loaded, and whose gradients of B and C are summed, together
@@ -50,15 +51,16 @@ class _Inputs(NamedTuple):
     z: Any  # or None
     B: Any  # (batch, length, state), as is C
     C: Any
-    log_keep: Any  # (batch, length), -inf where the state before counts as zero, else 0; or None
+    starts: Any  # (batch, length), 1 where a document starts, else 0; or None
     A: Any  # (channels, state)
     D: Any  # (channels,), as is dt_bias
     dt_bias: Any
     initial_state: Any  # (batch, channels, state)
+    document_state: Any  # the state that documents start from; or None
 
 
 _OF_CHANNELS = ("x", "dt", "z", "dy")
-_OF_STATES = ("B", "C", "log_keep")  # and so the same for all blocks of a cluster
+_OF_STATES = ("B", "C", "starts")  # and so the same for all blocks of a cluster
 
 
 def selective_scan_pallas_gpu(
@@ -71,7 +73,7 @@ def selective_scan_pallas_gpu(
     z: Float[Array, "batch length channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` on NVIDIA GPUs; elsewhere only in Pallas's interpret mode.
 
@@ -88,6 +90,9 @@ def selective_scan_pallas_gpu(
     def vector(v: Array | None) -> Array:
         return to_channels(jnp.zeros(channels, _f32) if v is None else v.astype(_f32))
 
+    def of_states(v: Array) -> Array:
+        return to_states(to_channels(v.astype(_f32)).mT)
+
     if initial_state is None:
         initial_state = jnp.zeros((batch, states, channels), _f32)
     inputs = _Inputs(
@@ -97,11 +102,12 @@ def selective_scan_pallas_gpu(
         z=None if z is None else to_channels(to_length(z)),
         B=to_states(to_length(B)),
         C=to_states(to_length(C)),
-        log_keep=None if resets is None else to_length(jnp.where(resets, -jnp.inf, 0.0)),
+        starts=None if documents is None else to_length(documents.starts.astype(_f32)),
         A=to_states(to_channels(A.astype(_f32)).T),
         D=vector(D),
         dt_bias=vector(dt_bias),
-        initial_state=to_states(to_channels(initial_state.astype(_f32)).mT),
+        initial_state=of_states(initial_state),
+        document_state=None if documents is None else of_states(documents.state),
     )
     y, final_state = _scan(inputs, block)
     return y[:, :length, :channels], final_state.mT[:, :states, :channels]
@@ -217,12 +223,17 @@ class _Tile:
         together = plgpu.layout_cast(lax.concatenate(steps, 1), self.layouts.state)
         return jnp.sum(together, axis=0)
 
-    def decay(self, delta: Array, A: Array, log_keep: Any, j: Any, k: int) -> Array:
-        """exp(delta A), zero at a reset; A is in units of log(2)."""
-        exponent = delta * A
-        if log_keep is not None:
-            exponent = exponent + log_keep[j * _GROUP + k]
-        return jnp.exp2(exponent)
+    def states(self, ref: Any) -> Array:
+        """The states of each channel."""
+        return plgpu.load(ref.at[self.row, self.channels], layout=self.layouts.state)
+
+
+def _at_start(starts: Any, j: Any, k: int, of_document: Array | float, otherwise: Array) -> Array:
+    """The first of two where a document starts in step k of group j; the second if none do."""
+    if starts is None:
+        return otherwise
+    is_start = jnp.broadcast_to(starts[j * _GROUP + k] > 0, otherwise.shape)
+    return jnp.where(is_start, of_document, otherwise)
 
 
 def _exp(v: Array) -> Array:
@@ -253,7 +264,8 @@ def _forward(
         delta_s, u_s, sum_s = (rows.at[k] for k in range(3))
         A = plgpu.load(gmem["A"].at[tile.channels], layout=tile.layouts.state) * _LOG2_E
         bias, D = tile.vector(gmem["dt_bias"]), tile.vector(gmem["D"])
-        h = plgpu.load(gmem["initial_state"].at[tile.row, tile.channels], layout=tile.layouts.state)
+        h = tile.states(gmem["initial_state"])
+        document = tile.states(gmem["document_state"]) if "starts" in slots else None
         tile.fetch(0, gmem, slots, full)
 
         def chunk(i: Array, h: Array) -> Array:
@@ -277,8 +289,8 @@ def _forward(
                 delta, u = (tile.channel_rows(ref, j) for ref in (delta_s, u_s))
                 B, C = (tile.state_rows(here[name], j) for name in ("B", "C"))
                 for k in range(_GROUP):
-                    decay = tile.decay(delta[k], A, here.get("log_keep"), j, k)
-                    h = decay * h + u[k] * B[k]
+                    h = _at_start(here.get("starts"), j, k, document, h)
+                    h = jnp.exp2(delta[k] * A) * h + u[k] * B[k]
                     sum_s[j * _GROUP + k] = jnp.sum(h * C[k], axis=1)
                 return h
 
@@ -329,11 +341,12 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
         z=inputs.z,
         B=jax.ShapeDtypeStruct(by_block, _f32),
         C=jax.ShapeDtypeStruct(by_block, _f32),
-        log_keep=None,
+        starts=None,
         A=dh,
         D=by_row,
         dt_bias=by_row,
         initial_state=dh,
+        document_state=None if inputs.document_state is None else dh,
     )
     outputs = {"d" + name: v for name, v in _present(**gradients._asdict()).items()}
 
@@ -354,11 +367,12 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
         u_s, delta_s, dsum_s = (rows.at[k] for k in range(3))
         A = plgpu.load(gmem["A"].at[tile.channels], layout=tile.layouts.state) * _LOG2_E
         bias, D = tile.vector(gmem["dt_bias"]), tile.vector(gmem["D"])
-        dh = plgpu.load(gmem["dh"].at[tile.row, tile.channels], layout=tile.layouts.state)
+        dh = tile.states(gmem["dh"])
+        document = tile.states(gmem["document_state"]) if "starts" in slots else None
         tile.fetch(chunks - 1, gmem, slots, full)
 
         def chunk(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            dh, dA, dD, dbias = carry
+            dh, ddocument, dA, dD, dbias = carry
             i = chunks - 1 - step
             slot = lax.rem(i, 2)
             here = {name: ref.at[slot] for name, ref in slots.items()}
@@ -388,21 +402,22 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
                 delta, u = (tile.channel_rows(ref, j) for ref in (delta_s, u_s))
                 B = tile.state_rows(here["B"], j)
                 for k in range(_GROUP):
-                    decay = tile.decay(delta[k], A, here.get("log_keep"), j, k)
-                    h = decay * h + u[k] * B[k]
+                    h = _at_start(here.get("starts"), j, k, document, h)
+                    h = jnp.exp2(delta[k] * A) * h + u[k] * B[k]
                 return h
 
             h_s[groups - 1] = lax.fori_loop(0, groups - 1, recompute, h)
 
-            def group(back: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                dh, dA = carry
+            def group(back: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+                dh, ddocument, dA = carry
                 j = groups - 1 - back
                 delta, u, dsum = (tile.channel_rows(ref, j) for ref in (delta_s, u_s, dsum_s))
                 B, C = (tile.state_rows(here[name], j) for name in ("B", "C"))
                 h = plgpu.load(h_s.at[j], layout=tile.layouts.state)
                 decay, decayed, dB, dC = [], [], [], []
                 for k in range(_GROUP):
-                    decay.append(tile.decay(delta[k], A, here.get("log_keep"), j, k))
+                    h = _at_start(here.get("starts"), j, k, document, h)
+                    decay.append(jnp.exp2(delta[k] * A))
                     decayed.append(decay[k] * h)
                     h = decayed[k] + u[k] * B[k]
                     dC.append(h * dsum[k])
@@ -416,11 +431,14 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
                     delta_s[j * _GROUP + k] = jnp.sum(through * A, axis=1)
                     dA = dA + through * delta[k]
                     dh = dh * decay[k]
+                    if ddocument is not None:
+                        ddocument = _at_start(here["starts"], j, k, ddocument + dh, ddocument)
+                        dh = _at_start(here["starts"], j, k, 0.0, dh)
                 dB_s[j] = tile.over_channels(dB[::-1])
                 dC_s[j] = tile.over_channels(dC)
-                return dh, dA
+                return dh, ddocument, dA
 
-            dh, dA = lax.fori_loop(0, groups, group, (dh, dA))
+            dh, ddocument, dA = lax.fori_loop(0, groups, group, (dh, ddocument, dA))
             plgpu.commit_smem()
 
             x, v, dy = tile.chunk(here["x"]), tile.chunk(here["dt"]) + bias, tile.chunk(here["dy"])
@@ -445,12 +463,15 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
                     plgpu.copy_smem_to_gmem(here[name], into)
             plgpu.copy_smem_to_gmem(dB_s, gmem["dB"].at[tile.index, tile.row, i])
             plgpu.copy_smem_to_gmem(dC_s, gmem["dC"].at[tile.index, tile.row, i])
-            return dh, dA, dD, dbias
+            return dh, ddocument, dA, dD, dbias
 
         zero = plgpu.layout_cast(jnp.zeros(tile.shape, _f32), tile.layouts.state)
         zeros = plgpu.layout_cast(jnp.zeros(block, _f32), tile.layouts.chunk_channels)
-        dh, dA, dD, dbias = lax.fori_loop(0, chunks, chunk, (dh, zero, zeros, zeros))
+        carry = (dh, None if document is None else zero, zero, zeros, zeros)
+        dh, ddocument, dA, dD, dbias = lax.fori_loop(0, chunks, chunk, carry)
         gmem["dinitial_state"][tile.row, tile.channels] = dh
+        if ddocument is not None:
+            gmem["ddocument_state"][tile.row, tile.channels] = ddocument
         gmem["dA"][tile.row, tile.channels] = dA
         for name, v in (("dD", dD), ("ddt_bias", dbias)):
             plgpu.store(gmem[name].at[tile.row, tile.channels], v, optimized=False)
@@ -481,6 +502,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
         D=dD,
         dt_bias=dbias,
         initial_state=out["dinitial_state"],
+        document_state=out.get("ddocument_state"),
     )
 
 

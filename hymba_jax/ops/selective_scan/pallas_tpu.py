@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.selective_scan.softplus import softplus
-from hymba_jax.types import Array, Bool, Float
+from hymba_jax.types import Array, Float
 
 # Positions that a kernel holds at a time: one for each lane of the transposed B and C.
 _CHUNK = 128
@@ -51,11 +52,12 @@ class _Inputs(NamedTuple):
     z: Ref  # or None
     B: Ref  # (batch, state, length), as is C
     C: Ref
-    keep: Ref  # (batch, 8, length), 0 where the state before counts as zero, else 1; or None
+    starts: Ref  # (batch, 8, length), 1 where a document starts, else 0; or None
     A: Ref  # (state, channels)
     D: Ref  # (1, channels), as is dt_bias
     dt_bias: Ref
     initial_state: Ref  # (batch, state, channels)
+    document_state: Ref  # the state that documents start from; or None
 
 
 class _Steps(NamedTuple):
@@ -63,9 +65,10 @@ class _Steps(NamedTuple):
 
     delta: Ref  # (tiles, positions, lanes), as is u
     u: Ref
-    B: Ref  # (positions, tiles, sublanes, lanes), as are C and keep
+    B: Ref  # (positions, tiles, sublanes, lanes), as are C and starts
     C: Ref
-    keep: Ref  # or None
+    starts: Ref  # or None
+    document_state: Ref  # or None
     # A for powers of two, not of e, which saves each exponential a multiplication. What a kernel
     # has written it loads in each step, where an input would take registers throughout.
     rates: Ref
@@ -81,7 +84,7 @@ def selective_scan_pallas_tpu(
     z: Float[Array, "batch length channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` with the softplus, the skip and the gate inside the kernel."""
     batch, _, channels = x.shape
@@ -99,6 +102,10 @@ def selective_scan_pallas_tpu(
 
     if initial_state is None:
         initial_state = jnp.zeros((batch, state, channels))
+    starts = document_state = None
+    if documents is not None:
+        starts = of_positions(jnp.repeat(documents.starts[..., None], _SUBLANES, axis=2))
+        document_state = of_states(documents.state)
     y, final_state = _scan(
         _Inputs(
             x=x,
@@ -106,13 +113,12 @@ def selective_scan_pallas_tpu(
             z=z,
             B=of_positions(B),
             C=of_positions(C),
-            keep=None
-            if resets is None
-            else 1 - of_positions(jnp.repeat(resets[..., None], _SUBLANES, axis=2)),
+            starts=starts,
             A=of_states(A),
             D=of_channels(D),
             dt_bias=of_channels(dt_bias),
             initial_state=of_states(initial_state),
+            document_state=document_state,
         )
     )
     return y, final_state[:, :state, :channels]
@@ -207,10 +213,10 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
         partial(_backward_kernel, edge=_edge(inputs)),
         grid=grid,
         in_specs=[specs, border_spec, specs.x, specs.initial_state],
-        out_specs=[specs._replace(keep=None, **{k: spec for k, (spec, _) in shared.items()})],
+        out_specs=[specs._replace(starts=None, **{k: spec for k, (spec, _) in shared.items()})],
         out_shape=[
             shapes._replace(
-                keep=None,
+                starts=None,
                 **{k: jax.ShapeDtypeStruct(v, jnp.float32) for k, (_, v) in shared.items()},
             )
         ],
@@ -255,8 +261,9 @@ def _backward_kernel(
     @pl.when(step == 0)
     def _() -> None:
         gradients.initial_state[0] = final_dh_ref[0]
-        for sums in (gradients.A, gradients.D, gradients.dt_bias):
-            sums[...] = jnp.zeros(sums.shape, sums.dtype)
+        for sums in (gradients.A, gradients.D, gradients.dt_bias, gradients.document_state):
+            if sums is not None:
+                sums[...] = jnp.zeros(sums.shape, sums.dtype)
 
     _prepare(inputs, steps, valid_rows)
 
@@ -297,13 +304,18 @@ def _backward_kernel(
             dy = _row(dy_ungated_ref, at)
             dh = dh + _column(steps.C, at) * dy
             decay = _decay(steps, at)
-            dexponent = dh * decay * states_ref[at]
+            dexponent = dh * decay * _before(steps, at, states_ref[at])
             _fold(du_terms_ref, t, dh * _column(steps.B, at))
             _fold(ddelta_terms_ref, t, dexponent * _tiles(inputs.A[...]))
             gradients.A[0] += _flat(dexponent * _row(steps.delta, at))
             _put_column(gradients.B, at, dh * _row(steps.u, at))
             _put_column(gradients.C, at, states_ref[at + 1] * dy)
-            return dh * decay
+            dh = dh * decay
+            if steps.starts is not None:
+                start = _column(steps.starts, at) > 0
+                gradients.document_state[0] += _flat(jnp.where(start, dh, 0))
+                dh = jnp.where(start, 0, dh)
+            return dh
 
         dh = _tiles(gradients.initial_state[0])
         dh = jax.lax.fori_loop(0, _SUBLANES, retreat, dh)
@@ -324,8 +336,9 @@ def _backward_kernel(
 def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array | None]) -> None:
     steps.rates[...] = _tiles(inputs.A[...]) * math.log2(math.e)
     columns = [(inputs.B, steps.B), (inputs.C, steps.C)]
-    if inputs.keep is not None:
-        columns.append((inputs.keep, steps.keep))
+    if inputs.starts is not None:
+        columns.append((inputs.starts, steps.starts))
+        steps.document_state[...] = _tiles(inputs.document_state[0])
 
     def turn(i: Array, sources: list[Array]) -> list[Array]:
         """Takes the first columns and rolls on to the next."""
@@ -348,12 +361,19 @@ def _dt(inputs: _Inputs, rows: Ref, valid: Array | None) -> Array:
 
 
 def _decay(steps: _Steps, at: Array) -> Array:
-    decay = jnp.exp2(_row(steps.delta, at) * steps.rates[...])
-    return decay if steps.keep is None else decay * _column(steps.keep, at)
+    return jnp.exp2(_row(steps.delta, at) * steps.rates[...])
+
+
+def _before(steps: _Steps, at: Array, h: Array) -> Array:
+    """The state before a position, given that after the position before."""
+    if steps.starts is None:
+        return h
+    return jnp.where(_column(steps.starts, at) > 0, steps.document_state[...], h)
 
 
 def _advance(steps: _Steps, at: Array, h: Array) -> Array:
-    """The state after a position from that before."""
+    """The state after a position, given that after the position before."""
+    h = _before(steps, at, h)
     return _decay(steps, at) * h + _row(steps.u, at) * _column(steps.B, at)
 
 
@@ -454,7 +474,8 @@ def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, p
     block = _block(state, inputs.x.shape[2])
     sequence = pl.BlockSpec((1, _CHUNK, block), lambda b, e, t: (b, chunk(t), e))
     columns = pl.BlockSpec((1, state, _CHUNK), lambda b, e, t: (b, 0, chunk(t)))
-    keep = pl.BlockSpec((1, _SUBLANES, _CHUNK), lambda b, e, t: (b, 0, chunk(t)))
+    starts = pl.BlockSpec((1, _SUBLANES, _CHUNK), lambda b, e, t: (b, 0, chunk(t)))
+    states = pl.BlockSpec((1, state, block), lambda b, e, t: (b, 0, e))
     channels = pl.BlockSpec((1, block), lambda b, e, t: (0, e))
     specs = _Inputs(
         x=sequence,
@@ -462,11 +483,12 @@ def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, p
         z=None if inputs.z is None else sequence,
         B=columns,
         C=columns,
-        keep=None if inputs.keep is None else keep,
+        starts=None if inputs.starts is None else starts,
         A=pl.BlockSpec((state, block), lambda b, e, t: (0, e)),
         D=channels,
         dt_bias=channels,
-        initial_state=pl.BlockSpec((1, state, block), lambda b, e, t: (b, 0, e)),
+        initial_state=states,
+        document_state=None if inputs.document_state is None else states,
     )
     return specs, pl.BlockSpec((1, 1, state, block), lambda b, e, t: (b, chunk(t), 0, e))
 
@@ -481,13 +503,15 @@ def _steps(inputs: _Inputs) -> _Steps:
     def columns(states: int) -> Ref:
         return scratch(_CHUNK, states // _SUBLANES, _SUBLANES)
 
+    states = scratch(tiles, state // _SUBLANES, _SUBLANES)
     return _Steps(
         delta=scratch(tiles, _CHUNK),
         u=scratch(tiles, _CHUNK),
         B=columns(state),
         C=columns(state),
-        keep=None if inputs.keep is None else columns(_SUBLANES),
-        rates=scratch(tiles, state // _SUBLANES, _SUBLANES),
+        starts=None if inputs.starts is None else columns(_SUBLANES),
+        document_state=None if inputs.document_state is None else states,
+        rates=states,
     )
 
 

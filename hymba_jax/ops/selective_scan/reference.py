@@ -1,9 +1,12 @@
 """The definition of the selective scan: one position after another."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from hymba_jax.types import Array, Bool, Float
+from hymba_jax.ops.documents import Documents
+from hymba_jax.types import Array, Float
 
 
 def selective_scan_reference(
@@ -16,7 +19,7 @@ def selective_scan_reference(
     z: Float[Array, "batch length channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` as its formula reads. Float64 inputs are computed in float64."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -26,18 +29,18 @@ def selective_scan_reference(
     delta = jax.nn.softplus(dt)
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape), dtype)
-    if resets is None:
-        resets = jnp.zeros(x.shape[:2], bool)
+    starts = None if documents is None else documents.starts
 
-    def step(h: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
-        x, delta, B, C, reset = at
-        h = jnp.where(reset[:, None, None], 0, h)
+    def step(h: Array, at: tuple[Any, ...]) -> tuple[Array, Array]:
+        x, delta, B, C, start = at
+        if documents is not None:
+            h = jnp.where(start[:, None, None], documents.state.astype(dtype), h)
         decay = jnp.exp(delta[:, None] * A[None])
         h = decay * h + (delta * x)[:, None] * B[:, :, None]
         return h, (h * C[:, :, None]).sum(1)
 
-    time_major = [jnp.moveaxis(v, 1, 0) for v in (inputs, delta, B, C, resets)]
-    final_state, y = jax.lax.scan(step, initial_state.astype(dtype), tuple(time_major))
+    time_major = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (inputs, delta, B, C, starts))
+    final_state, y = jax.lax.scan(step, initial_state.astype(dtype), time_major)
     y = jnp.moveaxis(y, 0, 1)
 
     if D is not None:

@@ -1,15 +1,17 @@
-"""The selective scan of a sequence whose length is split over the devices of a mesh axis.
+"""The selective scan of a sequence whose length is sharded over a mesh axis.
 
-Twice over its own part, each device runs whatever implementation it is given: from zero, for the
-state that the part adds, and from the state that the parts before leave, for the outputs.
+Twice over its own shard, each device runs whatever implementation it is given: from zero, for the
+state that the shard adds, and from the state that the shards before leave, for the outputs.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hymba_jax.ops.documents import Documents
 from hymba_jax.types import Array, Bool, Float
 
 
@@ -25,44 +27,49 @@ def selective_scan_sharded(
     z: Float[Array, "batch length channels"] | None,
     dt_bias: Float[Array, "channels"] | None,
     initial_state: Float[Array, "batch state channels"] | None,
-    resets: Bool[Array, "batch length"] | None,
+    starts: Bool[Array, "batch length"] | None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
-    """`selective_scan` of this device's part, inside `by_device`.
+    """`selective_scan` of this device's shard, inside `by_device`.
 
     Args:
       scan: an implementation of the scan.
-      axis_name: the mesh axis that the length is split over.
-      x, dt, A, B, C, D, z, dt_bias, resets: as there, of this device's part.
-      initial_state: the state before the first device's part.
+      axis_name: the mesh axis that the length is sharded over.
+      x, dt, A, B, C, D, z, dt_bias: as there, of this device's shard.
+      initial_state: the state before the first device's shard.
+      starts: where documents start from `initial_state`, in this device's shard.
 
     Returns:
-      y of this device's part, and the state after the last device's part.
+      y of this device's shard, and the state after the last device's shard.
     """
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
+    documents = None if starts is None else Documents(starts, initial_state)
+    has_start = None if starts is None else starts.any(1)[:, None, None]
 
-    _, added = scan(x, dt, A, B, C, dt_bias=dt_bias, resets=resets)
+    _, added = scan(x, dt, A, B, C, dt_bias=dt_bias, documents=documents)
     # One round of communication. A prefix by `ppermute` would move fewer of these small arrays, but
     # waits for as many rounds as the number of devices has bits.
-    parts = lax.all_gather((_decay(dt, A, dt_bias, resets), added), axis_name)
+    shards = lax.all_gather((_decay(dt, A, dt_bias, has_start), added, has_start), axis_name)
 
-    def pass_part(h: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-        decay, added = part
-        return decay * h + added, h
+    def pass_shard(h: Array, shard: tuple[Any, ...]) -> tuple[Array, Array]:
+        decay, added, has_start = shard
+        after = decay * h + added
+        return after if has_start is None else jnp.where(has_start, added, after), h
 
-    final_state, before = lax.scan(pass_part, initial_state.astype(jnp.float32), parts)
-    y, _ = scan(x, dt, A, B, C, D, z, dt_bias, before[lax.axis_index(axis_name)], resets)
+    final_state, before = lax.scan(pass_shard, initial_state.astype(jnp.float32), shards)
+    y, _ = scan(x, dt, A, B, C, D, z, dt_bias, before[lax.axis_index(axis_name)], documents)
     return y, final_state
 
 
 def _decay(
-    dt: Array, A: Array, dt_bias: Array | None, resets: Array | None
+    dt: Array, A: Array, dt_bias: Array | None, has_start: Array | None
 ) -> Float[Array, "batch state channels"]:
-    """What this part leaves of the state before it."""
+    """What this shard leaves of the state before it, if no document starts in it."""
     dt = dt.astype(jnp.float32)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None, None]
-    decay = jnp.exp(jax.nn.softplus(dt).sum(1)[:, None] * A.astype(jnp.float32)[None])
-    if resets is not None:
-        decay = jnp.where(resets.any(1)[:, None, None], 0, decay)
-    return decay
+    total = jax.nn.softplus(dt).sum(1)[:, None]
+    if has_start is not None:
+        # Not used then, and so to have no gradient: another document's may be no number.
+        total = jnp.where(has_start, 0, total)
+    return jnp.exp(total * A.astype(jnp.float32)[None])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from hymba_jax.ops.selective_scan.output import skip_and_gate
-from hymba_jax.types import Array, Bool, Float
+from hymba_jax.types import Array, Float
 
 
 def selective_scan_step(
@@ -47,12 +47,9 @@ def selective_scan_single(
     z: Float[Array, "batch 1 channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch 1"] | None = None,
 ) -> tuple[Float[Array, "batch 1 channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` of a sequence of length 1: the step, and no loop around it."""
     state = jnp.zeros((x.shape[0], *A.shape)) if initial_state is None else initial_state
-    if resets is not None:
-        state = jnp.where(resets[:, :, None], 0, state)
     gate = None if z is None else z[:, 0]
     y, state = selective_scan_step(
         x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, gate, dt_bias, state=state

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
-from hymba_jax.types import Array, Bool, Float
+from hymba_jax.types import Array, Float
 
 # The gradient keeps the state before every so many positions.
 _CHUNK = 8
@@ -34,7 +35,7 @@ def selective_scan_xla(
     z: Float[Array, "batch length channels"] | None = None,
     dt_bias: Float[Array, "channels"] | None = None,
     initial_state: Float[Array, "batch state channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` that stores one state a chunk for the gradient."""
     inputs, dt, A, B, C = (v.astype(jnp.float32) for v in (x, dt, A, B, C))
@@ -49,7 +50,9 @@ def selective_scan_xla(
     # One after the other on a CPU, whose cache holds the states of one.
     on_cpu = target_platform() == "cpu"
     over_rows = partial(lax.map, scan_row) if on_cpu else jax.vmap(scan_row)
-    y, final_state = over_rows((inputs, dt, B, C, initial_state.astype(jnp.float32), resets))
+    if documents is not None:
+        documents = documents._replace(state=documents.state.astype(jnp.float32))
+    y, final_state = over_rows((inputs, dt, B, C, initial_state.astype(jnp.float32), documents))
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
 
 
@@ -61,20 +64,22 @@ def _scan(
     B: Float[Array, "length state"],
     C: Float[Array, "length state"],
     h: Float[Array, "state channels"],
-    resets: Bool[Array, "length"] | None,
+    documents: Documents | None,
 ) -> tuple[Float[Array, "length channels"], Float[Array, "state channels"]]:
     """The recurrence alone, of one row: y and the last state."""
-    return _scan_fwd(A, x, dt, B, C, h, resets)[0]
+    return _scan_fwd(A, x, dt, B, C, h, documents)[0]
 
 
 def _scan_fwd(
-    A: Array, x: Array, dt: Array, B: Array, C: Array, h: Array, resets: Array | None
-) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
+    A: Array, x: Array, dt: Array, B: Array, C: Array, h: Array, documents: Documents | None
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    starts = None if documents is None else documents.starts
+
     def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         h, y = carry
-        x_t, dt_t, B_t, C_t, reset = _at(t, (x, dt, B, C, resets))
+        x_t, dt_t, B_t, C_t, start = _at(t, (x, dt, B, C, starts))
         delta, u = _discretise(x_t, dt_t)
-        h = _decay(delta, A, reset) * h + u[None] * B_t[:, None]
+        h = _decay(delta, A) * _before(h, start, documents) + u[None] * B_t[:, None]
         return h, _put(y, t, _over_states(h, C_t))
 
     def chunk(carry: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
@@ -82,14 +87,13 @@ def _scan_fwd(
         return lax.fori_loop(first, end, step, carry), carry[0]
 
     (h, y), borders = lax.scan(chunk, (h, jnp.zeros_like(x)), jnp.arange(0, len(x), _CHUNK))
-    return (y, h), (A, x, dt, B, C, resets, borders)
+    return (y, h), (A, x, dt, B, C, documents, borders)
 
 
-def _scan_bwd(
-    residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array | None, ...]:
-    A, x, dt, B, C, resets, borders = residuals
+def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    A, x, dt, B, C, documents, borders = residuals
     dy, dh = cotangents
+    starts = None if documents is None else documents.starts
 
     def chunk(carry: Any, at: tuple[Array, Array]) -> tuple[Any, None]:
         recomputed, gradients = carry
@@ -98,28 +102,33 @@ def _scan_bwd(
 
         def again(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             h, before, dC = carry
-            x_t, dt_t, B_t, dy_t, reset = _at(t, (x, dt, B, dy, resets))
+            x_t, dt_t, B_t, dy_t, start = _at(t, (x, dt, B, dy, starts))
             delta, u = _discretise(x_t, dt_t)
+            h = _before(h, start, documents)
             before = _put(before, t - first, h)
-            h = _decay(delta, A, reset) * h + u[None] * B_t[:, None]
+            h = _decay(delta, A) * h + u[None] * B_t[:, None]
             return h, before, _put(dC, t, dot(h, dy_t))
 
         _, before, dC = lax.fori_loop(first, end, again, (border, *recomputed))
 
-        def back(k: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            dh, dA, dx, ddt, dB = carry
+        def back(k: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            dh, ddocument, dA, dx, ddt, dB = carry
             t = end - 1 - k
-            x_t, dt_t, B_t, C_t, dy_t, reset = _at(t, (x, dt, B, C, dy, resets))
+            x_t, dt_t, B_t, C_t, dy_t, start = _at(t, (x, dt, B, C, dy, starts))
             delta, u = _discretise(x_t, dt_t)
             dh = dh + dy_t[None] * C_t[:, None]
             du = _over_states(dh, B_t)
             dB = _put(dB, t, dot(dh, u))
-            dh = dh * _decay(delta, A, reset)
+            dh = dh * _decay(delta, A)
             dexponent = dh * before[t - first]
             ddelta = du * x_t + _over_states(dexponent, A)
             dA = dA + delta[None] * dexponent
             dx = _put(dx, t, du * delta)
-            return dh, dA, dx, _put(ddt, t, ddelta * jax.nn.sigmoid(dt_t)), dB
+            if start is not None:
+                ddocument = ddocument + jnp.where(start, dh, 0)
+                dh = jnp.where(start, 0, dh)
+            ddt = _put(ddt, t, ddelta * jax.nn.sigmoid(dt_t))
+            return dh, ddocument, dA, dx, ddt, dB
 
         gradients = lax.fori_loop(0, end - first, back, gradients)
         return ((before, dC), gradients), None
@@ -127,13 +136,15 @@ def _scan_bwd(
     # `before` is carried, though no chunk reads another's, so as to be allocated once.
     before = jnp.zeros((_CHUNK, *dh.shape))
     dA, dx, ddt, dB, dC = (jnp.zeros_like(v) for v in (A, x, dt, B, C))
-    ((_, dC), (dh, dA, dx, ddt, dB)), _ = lax.scan(
+    ddocument = None if documents is None else jnp.zeros_like(dh)
+    ((_, dC), (dh, ddocument, dA, dx, ddt, dB)), _ = lax.scan(
         chunk,
-        ((before, dC), (dh, dA, dx, ddt, dB)),
+        ((before, dC), (dh, ddocument, dA, dx, ddt, dB)),
         (jnp.arange(0, len(x), _CHUNK), borders),
         reverse=True,
     )
-    return dA, dx, ddt, dB, dC, dh, None
+    ddocuments = None if documents is None else Documents(None, ddocument)
+    return dA, dx, ddt, dB, dC, dh, ddocuments
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -158,10 +169,13 @@ def _discretise(x: Array, dt: Array) -> tuple[Array, Array]:
     return lax.optimization_barrier((delta, delta * x))
 
 
-def _decay(delta: Array, A: Array, reset: Array | None) -> Array:
-    """exp(delta A), and 0 at a reset: the state before it does not count."""
-    decay = _exp2(delta[None] * (A * _LOG2_E))
-    return decay if reset is None else jnp.where(reset, 0, decay)
+def _before(h: Array, start: Array | None, documents: Documents | None) -> Array:
+    """The state before a position, given that after the position before."""
+    return h if documents is None else jnp.where(start, documents.state, h)
+
+
+def _decay(delta: Array, A: Array) -> Array:
+    return _exp2(delta[None] * (A * _LOG2_E))
 
 
 _LOG2_E = math.log2(math.e)
