@@ -24,19 +24,22 @@ def make_inputs(length, kernel, batch=2, channels=5):
 
 
 def make_marks(batch, length):
-    """Rows from empty to full, with a reset at every third position or so, past their ends too."""
-    resets = np.random.default_rng(2).random((batch, length)) < 0.3
-    return {"resets": resets, "lengths": np.arange(batch) * length // (batch - 1)}
+    """Rows from empty to full, of documents of three positions or so, past their ends too. Ids only
+    differ from the one before."""
+    starts = np.random.default_rng(2).random((batch, length)) < 0.3
+    lengths = np.arange(batch) * length // (batch - 1)
+    return {"segment_ids": starts.cumsum(1) % 2, "lengths": lengths}
 
 
-def oracle(x, weight, bias, initial_inputs, resets=None, lengths=None):
+def oracle(x, weight, bias, initial_inputs, segment_ids=None, lengths=None):
     """One row and position after another in float64, with a window of the inputs before it."""
     y = np.zeros(x.shape)
     final_inputs = []
-    for row, window in enumerate(initial_inputs.astype(np.float64)):
+    for row, before in enumerate(initial_inputs.astype(np.float64)):
+        window = before
         for t in range(x.shape[1] if lengths is None else lengths[row]):
-            if resets is not None and resets[row, t]:
-                window = np.zeros_like(window)
+            if segment_ids is not None and t and segment_ids[row, t] != segment_ids[row, t - 1]:
+                window = before
             window = np.concatenate([window, x[row, t][None]])
             y[row, t] = (weight * window).sum(0) + bias
             window = window[1:]
@@ -68,7 +71,7 @@ def assert_close(actual, expected, relative=0.0):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=relative, atol=atol)
 
 
-@pytest.mark.parametrize("marked", [(), ("resets",), ("lengths",), ("resets", "lengths")])
+@pytest.mark.parametrize("marked", [(), ("segment_ids",), ("lengths",), ("segment_ids", "lengths")])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 11])
 @pytest.mark.parametrize("kernel", [1, 2, 4])
 def test_forward(length, kernel, marked):
@@ -80,25 +83,24 @@ def test_forward(length, kernel, marked):
     np.testing.assert_array_equal(final_inputs, expected_inputs)
 
 
-def test_zeros_left_of_the_start():
-    inputs = make_inputs(6, 4)
+@pytest.mark.parametrize("marked", [False, True])
+def test_zeros_left_of_the_start(marked):
+    inputs, marks = make_inputs(6, 4), make_marks(2, 6) if marked else {}
     zeros = np.zeros_like(inputs.pop("initial_inputs"))
-    y, final_inputs = causal_conv(**device(inputs))
-    assert_close(y, oracle(**inputs, initial_inputs=zeros)[0])
-    np.testing.assert_array_equal(final_inputs, inputs["x"][:, -3:])
+    y, final_inputs = causal_conv(**device(inputs | marks))
+    expected_y, expected_inputs = oracle(**inputs, **marks, initial_inputs=zeros)
+    assert_close(y, expected_y)
+    np.testing.assert_array_equal(final_inputs, expected_inputs)
 
 
-@pytest.mark.parametrize("reset", [None, 0, 1, 5, 8])
 @pytest.mark.parametrize("cut", [1, 2, 7])
-def test_two_halves_equal_the_whole(cut, reset):
-    inputs, resets = device(make_inputs(11, 4)), jnp.zeros((2, 11), bool)
+def test_two_halves_equal_the_whole(cut):
+    inputs = device(make_inputs(11, 4))
     x = inputs.pop("x")
-    if reset is not None:
-        resets = resets.at[:, reset].set(True)
-    y, final_inputs = causal_conv(x, **inputs, resets=resets)
-    y1, between = causal_conv(x[:, :cut], **inputs, resets=resets[:, :cut])
+    y, final_inputs = causal_conv(x, **inputs)
+    y1, between = causal_conv(x[:, :cut], **inputs)
     inputs["initial_inputs"] = between
-    y2, last = causal_conv(x[:, cut:], **inputs, resets=resets[:, cut:])
+    y2, last = causal_conv(x[:, cut:], **inputs)
     np.testing.assert_array_equal(jnp.concatenate([y1, y2], axis=1), y)
     np.testing.assert_array_equal(last, final_inputs)
 
@@ -144,26 +146,45 @@ def test_what_follows_the_end_does_not_matter():
     )
 
 
-@pytest.mark.parametrize("first", [0, 1, 6, 9])
-def test_a_document_does_not_see_the_one_before(first):
-    """Changing what comes before a reset changes nothing from there on, in values or gradients."""
-    inputs = make_inputs(10, 4)
-    changed = {k: v.copy() for k, v in inputs.items()}
-    changed["x"][:, :first] *= -2
-    changed["initial_inputs"] *= -2
-    conv = partial(causal_conv, resets=jnp.zeros((2, 10), bool).at[:, first].set(True))
-    weights = make_weights(inputs)
-    weights[0][:, :first] = 0
+def test_documents_do_not_see_each_other():
+    """The values and gradients of each are the same to the last bit, whatever the others hold."""
+    # Two documents shorter than the convolution, and one that ends as such.
+    assert_documents_apart(causal_conv, make_inputs(13, 4), [0, 4, 5, 11])
 
-    def of_the_second(inputs):
-        y, final_inputs = jax.jit(conv)(**inputs)
-        gradients = jax.jit(jax.grad(loss_of(conv, weights)))(inputs)
-        assert not gradients.pop("initial_inputs").any()
-        assert not gradients["x"][:, :first].any()
-        return y[:, first:], final_inputs, gradients
 
-    of_one, of_other = (of_the_second(device(v)) for v in (inputs, changed))
-    jax.tree.map(np.testing.assert_array_equal, of_one, of_other)
+def assert_documents_apart(conv, inputs, starts):
+    length, weights = inputs["x"].shape[1], make_weights(inputs)
+    segment_ids = np.zeros((2, length), int)
+    for start in starts[1:]:
+        segment_ids[:, start:] += 1
+
+    @jax.jit
+    def with_gradients(inputs, weights):
+        outputs, vjp = jax.vjp(lambda v: conv(**v, segment_ids=jnp.asarray(segment_ids)), inputs)
+        return outputs, *vjp(weights)
+
+    for first, end in zip(starts, [*starts[1:], length], strict=True):
+        own, is_last = np.s_[:, first:end], end == length
+        outside = np.ones((2, length), bool)
+        outside[own] = False
+        of_own = np.where(outside[:, :, None], 0, weights[0]), weights[1] * is_last
+
+        def of_the_document(inputs, of_own=of_own, own=own, outside=outside, is_last=is_last):
+            (y, final_inputs), gradients = with_gradients(device(inputs), tuple(of_own))
+            dx = gradients.pop("x")
+            assert not np.asarray(dx)[outside].any()
+            return (y[own], dx[own], final_inputs if is_last else 0), gradients
+
+        alone, shared = of_the_document(inputs)
+        assert all(gradient.any() for gradient in shared.values())
+        for factor in (-2, np.nan):
+            changed = {k: v.copy() for k, v in inputs.items()}
+            changed["x"][outside] *= np.float32(factor)
+            alone_still, shared_still = of_the_document(changed)
+            jax.tree.map(np.testing.assert_array_equal, alone_still, alone)
+            # Gradients of the weight have no term of the others'.
+            if np.isfinite(factor):
+                jax.tree.map(np.testing.assert_array_equal, shared_still, shared)
 
 
 def test_bfloat16():

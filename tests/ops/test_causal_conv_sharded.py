@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_causal_conv import assert_close, device, loss_of, make_inputs, make_weights, oracle
+from test_causal_conv import (
+    assert_close,
+    assert_documents_apart,
+    device,
+    loss_of,
+    make_inputs,
+    make_weights,
+    oracle,
+)
 
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.parallel import ParallelConfig
@@ -26,19 +34,19 @@ def mesh(request):
     return make_mesh(jax.devices("cpu")[:8], MESHES[request.param])
 
 
-def make_resets():
-    """Where parts begin and end and within them."""
-    resets = np.zeros((2, LENGTH), bool)
-    resets[0, [6, 7, 11]] = True
-    resets[1, [0, 12, 17, 23]] = True
-    return resets
+def make_documents():
+    """They start where shards begin and end and within them."""
+    starts = np.zeros((2, LENGTH), int)
+    starts[0, [6, 7, 11]] = 1
+    starts[1, [12, 17, 23]] = 1
+    return starts.cumsum(1)
 
 
-@pytest.mark.parametrize("resets", [None, make_resets()], ids=["one text", "resets"])
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("kernel", [1, 2, 4])
-def test_values_and_gradients(mesh, kernel, resets):
+def test_values_and_gradients(mesh, kernel, documents):
     inputs = make_inputs(LENGTH, kernel, channels=6)
-    marks = {} if resets is None else {"resets": resets}
+    marks = {"segment_ids": make_documents()} if documents else {}
     weights = make_weights(inputs)
     conv = partial(causal_conv, **{name: jnp.asarray(mark) for name, mark in marks.items()})
     gradient = jax.grad(loss_of(conv, weights))
@@ -62,6 +70,15 @@ def test_without_inputs_before(mesh):
     with jax.set_mesh(mesh):
         y, _ = jax.jit(causal_conv)(**device(inputs))
     assert_close(y, expected)
+
+
+def test_documents_do_not_see_each_other(mesh):
+    """One of a single position at the end of a shard; one that is the end of a shard and the next
+    position; one that ends with a shard."""
+    with jax.set_mesh(mesh):
+        assert_documents_apart(
+            causal_conv, make_inputs(LENGTH, 4, channels=6), [0, 5, 6, 11, 13, 18]
+        )
 
 
 def test_only_the_inputs_before_a_part_are_sent():

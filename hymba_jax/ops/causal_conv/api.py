@@ -2,10 +2,13 @@
 
 from functools import partial
 
+import jax.numpy as jnp
+
 from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
 from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
-from hymba_jax.types import Array, Bool, Float, Int
+from hymba_jax.ops.documents import Documents, document_starts
+from hymba_jax.types import Array, Float, Int
 
 _SEQUENCE: Axes = ("batch", "length", "channels")
 AXES: dict[str, Axes] = {
@@ -13,7 +16,7 @@ AXES: dict[str, Axes] = {
     "weight": (None, "channels"),
     "bias": ("channels",),
     "initial_inputs": ("batch", None, "channels"),
-    "resets": ("batch", "length"),
+    "starts": ("batch", "length"),
 }
 
 
@@ -23,7 +26,7 @@ def causal_conv(
     bias: Float[Array, "channels"],
     *,
     initial_inputs: Float[Array, "batch kernel-1 channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    segment_ids: Int[Array, "batch length"] | None = None,
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
     """Convolves every channel with its own taps over the current and the earlier positions.
@@ -31,25 +34,29 @@ def causal_conv(
         y_t = bias + sum over k of weight[k] x_{t - (kernel - 1) + k}
 
     so the last tap meets the current position (the order of PyTorch's `Conv1d`). No activation.
-    The mesh in context may split the length, unless `lengths` are given.
+    The mesh in context may shard the length, unless `lengths` are given.
 
     Args:
       x: inputs.
       weight: taps, the oldest input's first.
       bias: added to every position.
       initial_inputs: the inputs just before the first position, oldest first; zeros if absent.
-      resets: where true, the inputs before that position count as zero from there on: a document
-        starts there.
-      lengths: positions of each row that count. Those after them have y = 0, whatever they hold.
+      segment_ids: the document of each position, if a row has several, one behind another. Just
+        before each, which starts where the id differs from the one before, are `initial_inputs`.
+      lengths: valid positions of each row. Those after them have y = 0, whatever they hold.
 
     Returns:
-      y in x's dtype, and the last `kernel - 1` inputs that count, zeros for those before a reset:
-      the `initial_inputs` of what follows.
+      y in x's dtype, and the `initial_inputs` of what follows: the last `kernel - 1` inputs that
+      the last valid position's document has, its `initial_inputs` included.
     """
     before = weight.shape[0] - 1
+    starts = None if segment_ids is None else document_starts(segment_ids)
+    if starts is not None and initial_inputs is None:
+        initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
     axis_name = length_axis(x.shape[1], at_least=before)
     if axis_name is None or lengths is not None:
-        return causal_conv_reference(x, weight, bias, initial_inputs, resets, lengths)
+        documents = None if starts is None else Documents(starts, initial_inputs)
+        return causal_conv_reference(x, weight, bias, initial_inputs, documents, lengths)
     y = by_device(
         partial(causal_conv_sharded, axis_name),
         AXES,
@@ -58,8 +65,8 @@ def causal_conv(
         weight=weight,
         bias=bias,
         initial_inputs=initial_inputs,
-        resets=resets,
+        starts=starts,
     )
     last = slice(x.shape[1] - before, None)
-    resets = None if resets is None else resets[:, last]
-    return y, causal_conv_reference(x[:, last], weight, bias, None, resets)[1]
+    documents = None if starts is None else Documents(starts[:, last], initial_inputs)
+    return y, causal_conv_reference(x[:, last], weight, bias, None, documents)[1]

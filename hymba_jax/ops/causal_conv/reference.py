@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.types import Array, Bool, Float, Int
+from hymba_jax.ops.documents import Documents
+from hymba_jax.types import Array, Float, Int
 
 
 def causal_conv_reference(
@@ -11,7 +12,7 @@ def causal_conv_reference(
     weight: Float[Array, "kernel channels"],
     bias: Float[Array, "channels"],
     initial_inputs: Float[Array, "batch kernel-1 channels"] | None = None,
-    resets: Bool[Array, "batch length"] | None = None,
+    documents: Documents | None = None,
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
     """`causal_conv` as its formula reads, summed in at least float32."""
@@ -23,18 +24,25 @@ def causal_conv_reference(
     if lengths is not None:
         counts = positions < lengths[:, None]
         x = jnp.where(counts[:, :, None], x, 0)
-        resets = None if resets is None else resets & counts
-    if resets is not None:
+    if documents is not None:
+        starts = documents.starts if lengths is None else documents.starts & counts
         # Where the document of each position starts, if not before the first one.
-        starts = lax.cummax(jnp.where(resets, positions, -before), axis=1)
+        latest = lax.cummax(jnp.where(starts, positions, -before), axis=1)
+        document_inputs = documents.state.astype(x.dtype)
 
     inputs = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
     y = bias.astype(dtype)[None, None]
     for tap in range(before + 1):
         shifted = inputs[:, tap : tap + length].astype(dtype)
-        if resets is not None:
-            shifted = jnp.where((positions - before + tap >= starts)[:, :, None], shifted, 0)
+        if documents is not None:
+            shifted = jnp.where((positions - before + tap >= latest)[:, :, None], shifted, 0)
         y = y + weight[tap].astype(dtype)[None, None] * shifted
+    if documents is not None:
+        # The first positions of all documents have the same before them.
+        for position in range(before):
+            seen = document_inputs[:, position:].astype(dtype)
+            of_seen = (weight[: before - position].astype(dtype)[None] * seen).sum(1, keepdims=True)
+            y = jnp.where((positions == latest + position)[:, :, None], y + of_seen, y)
 
     ends = length if lengths is None else lengths[:, None]
     last = ends + jnp.arange(-before, 0)[None]
@@ -46,6 +54,10 @@ def causal_conv_reference(
             final_inputs = jnp.where(counts[:, :, None], inputs[:, 1:], inputs[:, :-1])
         else:
             final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
-    if resets is not None:
-        final_inputs = jnp.where((last >= starts[:, -1:])[:, :, None], final_inputs, 0)
+    if documents is not None and before:
+        # A last document shorter than these has what stood before it in front.
+        start = latest[:, -1:]
+        index = jnp.clip(before + last - start, 0, before - 1)
+        of_before = jnp.take_along_axis(document_inputs, index[:, :, None], axis=1)
+        final_inputs = jnp.where((last >= start)[:, :, None], final_inputs, of_before)
     return y.astype(x.dtype), final_inputs

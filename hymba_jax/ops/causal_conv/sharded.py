@@ -1,9 +1,10 @@
-"""The causal convolution of a sequence whose length is split over the devices of a mesh axis."""
+"""The causal convolution of a sequence whose length is sharded over a mesh axis."""
 
 import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
+from hymba_jax.ops.documents import Documents
 from hymba_jax.types import Array, Bool, Float
 
 
@@ -13,20 +14,24 @@ def causal_conv_sharded(
     weight: Float[Array, "kernel channels"],
     bias: Float[Array, "channels"],
     initial_inputs: Float[Array, "batch kernel-1 channels"] | None,
-    resets: Bool[Array, "batch length"] | None,
+    starts: Bool[Array, "batch length"] | None,
 ) -> Float[Array, "batch length channels"]:
-    """y of this device's part, inside `by_device`; the device before sends its last inputs.
+    """y of this device's shard, inside `by_device`; the device before sends its last inputs.
 
     Args:
-      axis_name: the mesh axis that the length is split over, in parts of `kernel - 1` positions
+      axis_name: the mesh axis that the length is sharded over, in shards of `kernel - 1` positions
         at least.
-      x, weight, bias, resets: as in `causal_conv`, of this device's part.
-      initial_inputs: the inputs before the first device's part.
+      x, weight, bias: as in `causal_conv`, of this device's shard.
+      initial_inputs: the inputs before the first device's shard.
+      starts: where documents start after `initial_inputs`, in this device's shard.
     """
-    _, last = causal_conv_reference(x, weight, bias, None, resets)
+    documents = None
+    if starts is not None and initial_inputs is not None:
+        documents = Documents(starts, initial_inputs)
+    _, last = causal_conv_reference(x, weight, bias, None, documents)
     links = [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)]
     before = lax.ppermute(last, axis_name, links)  # zeros on the first device
     if initial_inputs is not None:
         is_first = lax.axis_index(axis_name) == 0
         before = jnp.where(is_first, initial_inputs.astype(x.dtype), before)
-    return causal_conv_reference(x, weight, bias, before, resets)[0]
+    return causal_conv_reference(x, weight, bias, before, documents)[0]
