@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hymba_jax.ops.attention import attention, attention_step
+from hymba_jax.ops.attention import api, attention, attention_step
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.reference import attention_mask, reference
 
@@ -36,17 +36,23 @@ def cast(arrays, dtype=jnp.float32):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
-def by_hand(query, key, value, window, num_meta_tokens, first_key=None):
+def by_hand(query, key, value, window, num_meta_tokens, first_key=None, segment_ids=None):
     """One query, one head at a time, from the mask's words."""
     batch, queries, heads = query.shape[:3]
     firsts = [0] * batch if first_key is None else first_key
     output = np.zeros((*query.shape[:3], value.shape[-1]))
     for b, q, h in np.ndindex(batch, queries, heads):
-        at, group = key.shape[1] - queries + q, h // (heads // key.shape[2])
+        start, group = key.shape[1] - queries, h // (heads // key.shape[2])
+        at, ids = start + q, np.zeros(queries) if segment_ids is None else segment_ids[b]
         seen = [
             k
             for k in range(at + 1)
-            if k < num_meta_tokens or ((window is None or at - k <= window) and k >= firsts[b])
+            if k < num_meta_tokens
+            or (
+                (window is None or at - k <= window)
+                and k >= firsts[b]
+                and (ids[max(0, k - start) : q + 1] == ids[q]).all()
+            )
         ]
         scores = key[b, seen, group] @ query[b, q, h] / np.sqrt(query.shape[-1])
         weights = np.exp(scores - scores.max())
@@ -73,26 +79,64 @@ def assert_close(ours, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def documents(length, starts, batch=BATCH):
+    """Ids of one row, and of others with one document; they only differ from the one before."""
+    segment_ids = np.zeros((batch, length), int)
+    segment_ids[0, starts] = 1
+    return segment_ids.cumsum(1) % 2
+
+
+def of_documents(function):
+    """`attention`, which puts documents in the terms of the implementations, with one of them."""
+
+    def attend(*arrays, **kwargs):
+        with (
+            patch.dict(api.IMPLEMENTATIONS, chosen=function),
+            patch.object(api, "KNOW_DOCUMENTS", ("chosen",)),
+        ):
+            return attention(*arrays, implementation="chosen", **kwargs)
+
+    return attend
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(
-    ("length", "window", "meta"),
-    [(1, None, 0), (23, None, 3), (23, 4, 3), (23, 4, 0), (23, 3, 8), (9, 30, 2), (3, 2, 9)],
+    ("length", "window", "meta", "starts"),
+    [
+        (1, None, 0, []),
+        (23, None, 3, []),
+        (23, 4, 3, []),
+        (23, 4, 0, []),
+        (23, 3, 8, []),
+        (9, 30, 2, []),
+        (3, 2, 9, []),
+        (23, None, 3, [3, 7, 8, 15]),
+        (23, 4, 0, [7, 8, 22]),
+    ],
 )
-def test_values_and_gradients(name, length, window, meta):
+def test_values_and_gradients(name, length, window, meta, starts):
     """The gradients along a random direction, against central differences in float64."""
     *arrays, cotangent = inputs(length)
     *directions, _ = inputs(length, seed=1)
+    segment_ids = documents(length, starts) if starts else None
     output, *gradients = with_gradients(
-        FUNCTIONS[name], *cast([*arrays, cotangent]), window=window, num_meta_tokens=meta
+        of_documents(FUNCTIONS[name]),
+        *cast([*arrays, cotangent]),
+        window=window,
+        num_meta_tokens=meta,
+        segment_ids=segment_ids if segment_ids is None else jnp.asarray(segment_ids),
     )
-    np.testing.assert_allclose(output, by_hand(*arrays, window, meta), rtol=0, atol=2e-6)
+    expected = by_hand(*arrays, window, meta, segment_ids=segment_ids)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=2e-6)
     step = 1e-5
     for i, direction in enumerate(directions):
         shifted = [
             [a + sign * step * direction if i == j else a for j, a in enumerate(arrays)]
             for sign in (1, -1)
         ]
-        plus, minus = (np.sum(by_hand(*a, window, meta) * cotangent) for a in shifted)
+        plus, minus = (
+            np.sum(by_hand(*a, window, meta, segment_ids=segment_ids) * cotangent) for a in shifted
+        )
         expected = (plus - minus) / (2 * step)
         ours = np.sum(np.asarray(gradients[i], np.float64) * direction)
         scale = np.linalg.norm(gradients[i]) * np.linalg.norm(direction)
@@ -118,8 +162,15 @@ def test_bfloat16(name, length, window, meta):
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
 
 
-# Each row begins with the meta tokens, or later.
-PLACES = {"at once": {}, "after padding": {"first_key": [20, 6]}}
+# Rows begin with the meta tokens, or later; the rest of a document, two of one position that have
+# the same id, and two more.
+IDS = np.array([0, 0, 0, 1, 0, 2, 2, 2, 2, 2, 3, 3, 3])
+PLACES = {
+    "at once": {},
+    "after padding": {"first_key": [20, 6]},
+    "documents": {"segment_ids": np.stack([IDS, IDS[::-1]])},
+    "documents after padding": {"first_key": [20, 6], "segment_ids": np.stack([IDS, IDS[::-1]])},
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -129,10 +180,37 @@ def test_fewer_queries_than_keys(name, place, window, meta):
     kwargs = {k: jnp.asarray(v) for k, v in PLACES[place].items()}
     kwargs |= {"window": window, "num_meta_tokens": meta}
     *exact, _ = arrays = inputs(13, 37)
-    ours = with_gradients(FUNCTIONS[name], *cast(arrays), **kwargs)
+    ours = with_gradients(of_documents(FUNCTIONS[name]), *cast(arrays), **kwargs)
     expected = by_hand(*exact, window, meta, **PLACES[place])
     np.testing.assert_allclose(ours[0], expected, rtol=0, atol=2e-6)
-    assert_close(ours, with_gradients(reference, *cast(arrays), **kwargs))
+    assert_close(ours, with_gradients(of_documents(reference), *cast(arrays), **kwargs))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("window", [None, 4])
+def test_documents_do_not_see_each_other(name, window):
+    """Outputs and gradients of each are the same to the last bit, whatever the others hold."""
+    length, meta, starts = 23, 3, [3, 7, 8, 15]
+    *arrays, cotangent = inputs(length, batch=1)
+    kwargs = {"window": window, "num_meta_tokens": meta}
+    kwargs["segment_ids"] = jnp.asarray(documents(length, starts, batch=1))
+    assert_documents_apart(of_documents(FUNCTIONS[name]), arrays, cotangent, starts, **kwargs)
+
+
+def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
+    length = cotangent.shape[1]
+    for first, end in zip(starts, [*starts[1:], length], strict=True):
+        other = np.ones(length, bool)
+        other[first:end] = other[: starts[0]] = False  # what comes before are meta tokens
+        changed = [np.where(other[None, :, None, None], -2 * a, a) for a in arrays]
+        of_own = cotangent.copy()
+        of_own[:, :first] = of_own[:, end:] = 0
+        output, *gradients = with_gradients(function, *cast([*arrays, of_own]), **kwargs)
+        still, *gradients_still = with_gradients(function, *cast([*changed, of_own]), **kwargs)
+        np.testing.assert_array_equal(still[:, first:end], output[:, first:end])
+        for after, before in zip(gradients_still, gradients, strict=True):
+            np.testing.assert_array_equal(after, before)
+            assert not before[:, other].any()
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -213,6 +291,12 @@ def test_blocks_compute_what_rows_use():
     """Of a long buffer of keys, the meta tokens and those from first_key on."""
     first_key = jnp.array([400 - 32])
     assert scores_computed(16, None, 4, keys=400, first_key=first_key) == 16 * (4 + 32)
+
+
+def test_blocks_compute_what_documents_use():
+    """Of two blocks of queries each, besides the meta tokens."""
+    first_key = jnp.repeat(jnp.array([[0, 32]]), 32, axis=1)
+    assert scores_computed(64, None, 4, first_key=first_key) == 64 * 4 + 16 * 2 * (16 + 32)
 
 
 def test_blocks_split_over_devices_by_rows():

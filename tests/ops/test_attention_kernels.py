@@ -112,6 +112,17 @@ def test_cudnn_refuses_parts_of_sequences(queries, first_key):
         cudnn(*arrays, window=None, num_meta_tokens=2, first_key=first_key)
 
 
+@pytest.mark.parametrize("implementation", ["splash", "cudnn"])
+def test_kernels_refuse_documents(implementation):
+    *arrays, _ = inputs(9, 9)
+    kwargs = {"window": 4, "num_meta_tokens": 2, "segment_ids": jnp.zeros((2, 9), int)}
+    message = (
+        f"attention '{implementation}' has no mask for segment_ids; choose blocks or reference"
+    )
+    with pytest.raises(ValueError, match=message):
+        api.attention(*arrays, **kwargs, implementation=implementation)
+
+
 @pytest.mark.parametrize(
     ("platform", "queries", "first_key", "dtype", "chosen"),
     [
@@ -139,5 +150,7 @@ def test_the_platform_chooses_what_can_do_it(
     monkeypatch.setattr(api, "IMPLEMENTATIONS", stand_ins)
     *arrays, _ = inputs(queries, 9, dtype)
     first_key = None if first_key is None else jnp.asarray(first_key)
-    api.attention(*arrays, window=4, num_meta_tokens=2, first_key=first_key)
-    assert called == [chosen]
+    kwargs = {"window": 4, "num_meta_tokens": 2, "first_key": first_key}
+    api.attention(*arrays, **kwargs)
+    api.attention(*arrays, **kwargs, segment_ids=jnp.zeros((2, queries), int))
+    assert called == [chosen, "blocks"]

@@ -15,9 +15,11 @@ from test_attention import (
     HEAD_DIM,
     VALUE_DIM,
     assert_close,
+    assert_documents_apart,
     by_hand,
     cast,
     inputs,
+    of_documents,
     with_gradients,
 )
 
@@ -67,6 +69,30 @@ def test_rows_that_begin_later():
     with jax.set_mesh(mesh_of("8")):
         ours = with_gradients(attention, *cast(arrays), **kwargs)
     assert_close(ours, [by_hand(*arrays[:3], 13, 3, kwargs["first_key"]), *expected])
+
+
+@pytest.mark.parametrize(("mesh", "window"), [("8", None), ("8", 13), ("4 x tensor 2", 13)])
+def test_documents(mesh, window):
+    """Across shards, which some begin and some end with, and after the start of some rows."""
+    arrays, starts = inputs(LENGTH, batch=4), np.zeros((4, LENGTH), int)
+    for row, of_row in enumerate([[3, 10, 11, 24], [9, 20], [35, 38, 39], []]):
+        starts[row, of_row] = 1
+    segment_ids, first_key = starts.cumsum(1), [0, 4, 11, 38]
+    kwargs = {"window": window, "num_meta_tokens": 3, "first_key": jnp.array(first_key)}
+    kwargs["segment_ids"] = jnp.asarray(segment_ids)
+    _, *expected = with_gradients(of_documents(reference), *cast(arrays), **kwargs)
+    with jax.set_mesh(mesh_of(mesh)):
+        ours = with_gradients(attention, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:3], window, 3, first_key, segment_ids), *expected])
+
+
+def test_documents_do_not_see_each_other():
+    *arrays, cotangent = inputs(LENGTH)
+    starts, segment_ids = [3, 10, 14, 15, 31], np.zeros((2, LENGTH), int)
+    segment_ids[:, starts] = 1
+    kwargs = {"window": 13, "num_meta_tokens": 3, "segment_ids": jnp.asarray(segment_ids.cumsum(1))}
+    with jax.set_mesh(mesh_of("8")):
+        assert_documents_apart(attention, arrays, cotangent, starts, **kwargs)
 
 
 @pytest.mark.parametrize("window", [None, 13])

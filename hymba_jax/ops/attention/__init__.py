@@ -8,8 +8,9 @@
 | `cudnn`        | NVIDIA's kernels, for whole sequences in 16 bits                   |
 
 All but the first take time and memory by what the mask shows: linear in the length with a window.
-Where the mesh in context splits the length (`sharded`), all but `cudnn` can run on the parts; on
-GPUs `blocks` does.
+Where the mesh in context shards the length (`sharded`), all but `cudnn` can run on the shards; on
+GPUs `blocks` does. Rows of several documents are for `reference` and `blocks`, on every platform:
+the masks of `splash` and `cudnn` cannot say "its own document, or a meta token".
 `attention_step` is one new token, for decoding.
 """
 

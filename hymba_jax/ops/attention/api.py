@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
-from hymba_jax.ops.attention.reference import reference
+from hymba_jax.ops.attention.reference import FirstKey, reference
 from hymba_jax.ops.attention.sharded import attention_sharded
 from hymba_jax.ops.attention.splash import splash
 from hymba_jax.ops.by_device import Axes, by_device, length_axis
+from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.platform import target_platform
-from hymba_jax.types import Array, Float, Int
+from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "blocks": blocks,
@@ -21,6 +22,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference,
     "splash": splash,
 }
+# Splash and cuDNN have no mask for several documents in a row; `blocks` is chosen instead of them.
+KNOW_DOCUMENTS = ("blocks", "reference")
 
 
 def attention(
@@ -31,12 +34,13 @@ def attention(
     window: int | None,
     num_meta_tokens: int,
     first_key: Int[Array, "batch"] | None = None,
+    segment_ids: Int[Array, "batch queries"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Causal attention, global or in a sliding window that never loses the meta tokens.
 
     Where there are fewer queries than keys, the last query meets the last key. Where there are as
-    many, the mesh in context may split their length, in parts that hold the meta tokens.
+    many, the mesh in context may shard their length, in shards that hold the meta tokens.
 
     Args:
       query, key: rotated already; heads are grouped over kv_heads in order.
@@ -44,12 +48,16 @@ def attention(
       num_meta_tokens: the first keys, which every later query sees.
       first_key: the first key of each row that counts, besides the meta tokens; those between do
         not, whatever numbers they hold.
+      segment_ids: the document of each query, if a row has several, one behind another. Besides
+        the meta tokens, whose ids do not matter, a query sees its own document's keys. A document
+        starts where the id differs from the one before; the first one with the keys before it.
       implementation: a name in IMPLEMENTATIONS; the fastest for the platform that can do this if
-        absent, which is `blocks` on CPUs.
+        absent, which is `blocks` on CPUs, and everywhere with `segment_ids`.
 
     Raises:
       ValueError: there is no implementation of that name, or it cannot do this or run here.
     """
+    starts = None if segment_ids is None else document_starts(segment_ids)
     attend: Callable[..., Array] = partial(_attend, implementation)
     axis_name = None
     if query.shape[1] == key.shape[1]:
@@ -57,15 +65,48 @@ def attention(
     if axis_name is not None:
         attend = partial(attention_sharded, attend, axis_name)
     heads: Axes = ("batch", "length" if axis_name else None, "heads", None)
+    axes: dict[str, Axes] = {
+        "query": heads,
+        "key": heads,
+        "value": heads,
+        "first_key": ("batch",),
+        "starts": heads[:2],
+    }
     return by_device(
-        partial(attend, window=window, num_meta_tokens=num_meta_tokens),
-        {"query": heads, "key": heads, "value": heads, "first_key": ("batch",)},
+        partial(_with_documents, attend, axis_name, window=window, num_meta_tokens=num_meta_tokens),
+        axes,
         heads,
         query=query,
         key=key,
         value=value,
         first_key=first_key,
+        starts=starts,
     )
+
+
+def _with_documents(
+    attend: Callable[..., Array],
+    axis_name: str | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    first_key: Int[Array, "batch"] | None,
+    starts: Bool[Array, "batch queries"] | None,
+    **kwargs: Any,
+) -> Array:
+    """Attention in which no query sees a key before its own document, inside `by_device`."""
+    if starts is None:
+        return attend(query, key, value, first_key=first_key, **kwargs)
+    first = first_positions(starts, axis_name)
+    first = jnp.where(first > 0, first + key.shape[1] - query.shape[1], 0)
+    if first_key is not None:
+        first = jnp.maximum(first, first_key[:, None])
+    return attend(query, key, value, first_key=first, **kwargs)
+
+
+def _is_by_query(first_key: FirstKey | None) -> bool:
+    return first_key is not None and first_key.ndim == 2
 
 
 def _attend(
@@ -74,22 +115,27 @@ def _attend(
     key: Array,
     value: Array,
     *,
-    first_key: Array | None = None,
+    first_key: FirstKey | None = None,
     **kwargs: Any,
 ) -> Array:
     name = implementation or fastest(query, key, first_key)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    if _is_by_query(first_key) and name not in KNOW_DOCUMENTS:
+        choices = " or ".join(KNOW_DOCUMENTS)
+        raise ValueError(f"attention {name!r} has no mask for segment_ids; choose {choices}")
     return IMPLEMENTATIONS[name](query, key, value, first_key=first_key, **kwargs)
 
 
 def fastest(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
-    first_key: Int[Array, "batch"] | None,
+    first_key: FirstKey | None,
 ) -> str:
     """The implementation for the platform that is traced for."""
     platform = target_platform()
+    if _is_by_query(first_key):
+        return "blocks"  # the fastest of KNOW_DOCUMENTS
     if platform == "tpu":
         return "splash"
     whole = query.shape[1] == key.shape[1] and first_key is None

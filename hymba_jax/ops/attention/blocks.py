@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.ops.attention.reference import attention_mask
+from hymba_jax.ops.attention.reference import FirstKey, attention_mask
 from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Float, Int
 
@@ -32,13 +32,14 @@ def blocks(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: Int[Array, "batch"] | None = None,
+    first_key: FirstKey | None = None,
     block: int = 256,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` in memory linear in the length and in time that the mask asks for.
 
-    Rows share their loops, so that each takes the time of the keys that any of them sees. A query
-    that sees no key has an output of zero.
+    Rows share their loops, so that each takes the time of the keys that any of them sees: from the
+    first document on that a block of queries has part of. A query that sees no key has an output
+    of zero.
 
     Args:
       block: queries and keys taken at a time, at most.
@@ -60,7 +61,7 @@ def _attention(
     query: Array,
     key: Array,
     value: Array,
-    first_key: Int[Array, "batch"] | None,
+    first_key: FirstKey | None,
     mask: _Mask,
 ) -> Array:
     return _forward(query, key, value, first_key, mask)[0]
@@ -146,12 +147,16 @@ def _over_keys(
     query: Float[Array, "batch kv_heads group block head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
     query_start: Int[Array, ""],
-    first_key: Int[Array, "batch"] | None,
+    first_key: FirstKey | None,
     mask: _Mask,
 ) -> _Carry:
     """`carry = meet(carry, start, scores)` for the meta tokens and each block of keys they see."""
     keys, window, meta = key.shape[1], mask.window, mask.num_meta_tokens
     positions = query_start + jnp.arange(query.shape[3])
+    if first_key is not None and first_key.ndim == 2:
+        # The queries that fill up the first block are as its first one.
+        place = positions - keys + first_key.shape[1]
+        first_key = first_key[:, jnp.maximum(place, 0)]
 
     def scores(start: Array | int, last: Array | int, size: int, **limits: Any) -> Array:
         """Of the keys from `start` on; those from `last` on were met already."""

@@ -26,6 +26,8 @@ def cudnn(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` on NVIDIA GPUs over whole sequences, in float16 or bfloat16.
 
+    Rows are one document: the masks here are the same for all rows.
+
     XLA can split it over devices by batch.
 
     Raises:

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Bool, Float, Int
 
+# Of each row; or of each query, where a row has several documents.
+type FirstKey = Int[Array, "batch"] | Int[Array, "batch queries"]
+
 
 def attention_mask(
     query_positions: Int[Array, "#batch queries"],
@@ -13,19 +16,22 @@ def attention_mask(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: Int[Array, "batch"] | None = None,
+    first_key: FirstKey | None = None,
 ) -> Bool[Array, "#batch queries keys"]:
     """Which keys each query sees, by absolute positions that count the meta tokens.
 
     Nothing after itself; with a window, the `window` positions before itself and every meta token;
-    nothing between the meta tokens and `first_key`.
+    nothing between the meta tokens and `first_key`, of the row or of the query.
     """
     keys = key_positions[None, None]
     distance = query_positions[:, :, None] - keys
     causal = distance >= 0
     is_meta = jnp.broadcast_to(keys < num_meta_tokens, causal.shape)
     seen = causal if window is None else causal & ((distance <= window) | is_meta)
-    return seen if first_key is None else seen & ((keys >= first_key[:, None, None]) | is_meta)
+    if first_key is None:
+        return seen
+    first = first_key[:, None, None] if first_key.ndim == 1 else first_key[:, :, None]
+    return seen & ((keys >= first) | is_meta)
 
 
 def attention_weights(
@@ -49,7 +55,7 @@ def reference(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: Int[Array, "batch"] | None = None,
+    first_key: FirstKey | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """The definition, with all queries x keys weights in memory."""
     queries, keys = query.shape[1], key.shape[1]

@@ -1,13 +1,14 @@
-"""Attention of sequences whose length is split over the devices of a mesh axis.
+"""Attention of sequences whose length is sharded over a mesh axis.
 
 Keys and values travel, not queries: they have fewer heads. From neighbour to neighbour, each
-device is given those before its own part that its queries see: all of them in a global layer, as
-many as the window is long in the others. The meta tokens', which are in the first device's part,
-are sent to all. A layer that reuses keys and values has its own part of them, and fetches the rest
+device is given those before its own shard that its queries see: all of them in a global layer, as
+many as the window is long in the others. The meta tokens', which are in the first device's shard,
+are sent to all. A layer that reuses keys and values has its own shard of them, and fetches the rest
 again.
 
-Keys are put together before they are met, not one part at a time (a ring, arXiv 2310.01889): the
-same numbers are sent, and any implementation that knows `first_key` can compute with them. What it
+Keys are put together before they are met, not one shard at a time (a ring, arXiv 2310.01889): the
+same numbers are sent, and any implementation that knows `first_key` can compute with them, given
+one for each query where rows have several documents. What it
 costs is memory: 16 MB a sequence of 8192 tokens for each global layer of the 1.5B in bfloat16.
 """
 
@@ -16,7 +17,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.types import Array, Float, Int
+from hymba_jax.ops.attention.reference import FirstKey
+from hymba_jax.types import Array, Float
 
 
 def attention_sharded(
@@ -28,16 +30,17 @@ def attention_sharded(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: Int[Array, "batch"] | None,
+    first_key: FirstKey | None,
 ) -> Float[Array, "batch length heads value_dim"]:
     """`attention` of this device's queries over whole sequences, inside `by_device`.
 
     Args:
       attend: an implementation of attention.
-      axis_name: the mesh axis that the length is split over, in parts of `num_meta_tokens`
+      axis_name: the mesh axis that the length is sharded over, in shards of `num_meta_tokens`
         positions at least.
-      query, key, value: this device's part of them.
-      window, num_meta_tokens, first_key: as in `attention`, of whole sequences.
+      query, key, value: this device's shard of them.
+      window, num_meta_tokens: as in `attention`.
+      first_key: of whole sequences, for each row or each query of this device's shard.
     """
     own, meta, device = query.shape[1], num_meta_tokens, lax.axis_index(axis_name)
     before = (lax.axis_size(axis_name) - 1) * own
@@ -55,7 +58,7 @@ def attention_sharded(
         values,
         window=window,
         num_meta_tokens=meta,
-        first_key=jnp.broadcast_to(first_of_these, query.shape[:1]),
+        first_key=jnp.broadcast_to(first_of_these, query.shape[: max(1, first_of_these.ndim)]),
     )
     if not meta:
         return output
@@ -69,7 +72,7 @@ def attention_sharded(
 def _before(
     axis_name: str, x: Float[Array, "batch length heads width"], reach: int
 ) -> Float[Array, "batch keys heads width"]:
-    """The last `reach` positions before this part; zeros for those before the first one."""
+    """The last `reach` positions before this shard; zeros for those before the first one."""
     links = [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)]
     own, parts = x.shape[1], []
     for sent in range(0, reach, own):

@@ -36,6 +36,9 @@ def splash(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` on TPUs.
 
+    Rows are one document: the kernels compare segments for equality, so that no document could
+    share the meta tokens with another.
+
     Raises:
       ValueError: compiled for a CPU outside Pallas's interpret mode.
     """
