@@ -14,7 +14,12 @@ from hymba_jax.convert.released_checkpoint import (
     WEIGHTS,
     companion_files,
 )
-from hymba_jax.convert.released_config import config_from_released, config_to_released, with_dtype
+from hymba_jax.convert.released_config import (
+    changed,
+    config_from_released,
+    config_to_released,
+    with_dtype,
+)
 from hymba_jax.convert.released_to_ours import COPIES_FILE
 from hymba_jax.convert.report import Report
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo, split_into_shards
@@ -95,11 +100,10 @@ def _settings(
             sizes[info.dtype] += info.nbytes
         return with_dtype(config_to_released(checkpoint.config), sizes.most_common(1)[0][0])
     settings = read_json(kept)
-    same = config_from_released(settings).resolved() == checkpoint.config.resolved()
-    if same and dtype is None:
+    before, after = config_from_released(settings).resolved(), checkpoint.config.resolved()
+    if before == after and dtype is None:
         return None
-    if not same:
-        settings |= config_to_released(checkpoint.config)
+    settings = changed(settings, before, after)
     return settings if dtype is None else with_dtype(settings, dtype)
 
 

@@ -1,70 +1,86 @@
 """The released code's config.json, read and written."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
-from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, SSMConfig
+from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
+from hymba_jax.convert.hf_keys import FIXED, key_problems
+from hymba_jax.convert.released_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
 from hymba_jax.layer_pattern import LayerSpec, Segment, format_pattern
 
-# What the released code can vary and this architecture does not, with the one value it has here.
-_FIXED: dict[str, Any] = {
-    "model_type": "hymba",
-    "hidden_act": "silu",
-    "mamba_conv_bias": True,
-    "mamba_inner_layernorms": True,
-    "mamba_proj_bias": False,
-    "attention_dropout": 0.0,
-    "attn_hidden_size": -1,
-    "kv_weight_reuse": False,
-    "memory_tokens_interspersed_every": 0,
-    "num_experts": 1,
-    "num_mamba": 1,
-    "rope": True,
-}
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+_MAX_LAYERS = 10_000  # beyond it is no model, but a mistake
 
 
 def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
     """The architecture that a released config.json describes.
 
     Raises:
-      ConfigError: naming every key that is missing or that no Hymba of ours can have.
+      ConfigError: naming every key that is missing or unknown, and every value that has a wrong
+        type, contradicts another or is of no architecture that is supported here.
     """
-    problems = [f"{key} is missing" for key in _REQUIRED if key not in released]
-    problems += [
-        f"{key} is {released[key]!r}, not a whole number"
-        for key in _REQUIRED
-        if key in released and type(released[key]) is not int
-    ]
-    problems += [
-        f"{key} is {released[key]!r}, and only {value!r} is supported"
-        for key, value in _FIXED.items()
-        if released.get(key, value) != value
-    ]
-    if set(released.get("layer_type") or ["h"]) != {"h"}:
-        problems.append("layer_type has layers that are not hybrid")
+    problems = key_problems(released)
+    if not problems:
+        rope, problems = read_rope(released)
+        problems += [*_value_problems(released)]
     if problems:
         raise ConfigError("config.json cannot be read: " + "; ".join(problems))
+    return _architecture(released, rope)
+
+
+def eos_token_ids(released: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a text; transformers allows several."""
+    ids = released.get("eos_token_id", HymbaConfig().eos_token_id)
+    return ids if isinstance(ids, list) else [ids]
+
+
+def _value_problems(released: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with values of the right type."""
+    depth, window = released["num_hidden_layers"], released["sliding_window"]
+    if not 0 < depth <= _MAX_LAYERS:
+        yield f"num_hidden_layers is {depth}, not 1 to {_MAX_LAYERS}"
+        return
+    if window is not None and window < 1:
+        yield f"sliding_window is {window}, not above 0 (null is none)"
+    yield from _sharing_problems(released, depth)
+    outside = [i for i in released.get("global_attn_idx") or [] if not 0 <= i < depth]
+    if outside:
+        yield f"global_attn_idx names layers outside 0..{depth - 1}: {outside}"
+    kinds = released.get("layer_type")
+    if kinds is not None and set(kinds) != {"h"}:
+        yield "layer_type has layers that are not hybrid"
+    if kinds is not None and len(kinds) != depth:
+        yield f"layer_type is of {len(kinds)} layers, num_hidden_layers is {depth}"
+    channels = released.get("mamba_expand", SSMConfig().expand) * released["hidden_size"]
+    others = {size for size in (released.get("conv_dim") or {}).values() if size != channels}
+    if others:
+        yield f"conv_dim is {min(others)} in a layer, and only {channels} is supported"
+    if released.get("pruned_heads"):
+        yield "pruned_heads names heads, and pruned heads are not supported"
+    eos, vocab_size = eos_token_ids(released), released["vocab_size"]
+    if not eos:
+        yield "eos_token_id is an empty list"
+    for token in eos[1:]:  # HymbaConfig looks at the first
+        if not 0 <= token < vocab_size:
+            yield f"eos_token_id {token} is outside the vocabulary of {vocab_size}"
+    dtypes = [released[key] for key in ("dtype", "torch_dtype") if released.get(key) is not None]
+    if len({*dtypes}) > 1:
+        yield f"dtype is {dtypes[0]!r}, torch_dtype is {dtypes[1]!r}: they contradict"
+
+
+def _architecture(released: Mapping[str, Any], rope: Rope) -> HymbaConfig:
+    """The architecture, of values that have no problem by themselves."""
     defaults = HymbaConfig()
     attention = AttentionConfig(
         num_heads=released["num_attention_heads"],
         num_kv_heads=released["num_key_value_heads"],
         head_dim=_positive_or_auto(released.get("kq_head_dim")),
         value_dim=_positive_or_auto(released.get("v_head_dim")),
-        window=released.get("sliding_window") or defaults.attention.window,
+        window=_or_default(released["sliding_window"], defaults.attention.window),
         qk_norm=released.get("kq_norm") or "none",
-        rope_type=released.get("rope_type") or "default",
-        rope_theta=released.get("rope_theta", defaults.attention.rope_theta),
-        rope_original_positions=released.get("orig_max_position_embeddings")
-        or defaults.attention.rope_original_positions,
+        rope_type=cast(RopeType, rope.rope_type),
+        rope_theta=rope.rope_theta,
+        rope_original_positions=rope.rope_original_positions,
     )
     ssm = SSMConfig(
         expand=released.get("mamba_expand", defaults.ssm.expand),
@@ -80,13 +96,13 @@ def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
         attention=attention,
         ssm=ssm,
         num_meta_tokens=released.get("num_memory_tokens", 0),
-        max_positions=released.get("max_position_embeddings", defaults.max_positions),
+        max_positions=released["max_position_embeddings"],
         mlp_activation=released.get("mlp_hidden_act", defaults.mlp_activation),
-        tie_embeddings=released.get("tie_word_embeddings", defaults.tie_embeddings),
+        tie_embeddings=released["tie_word_embeddings"],
         norm_eps=released.get("rms_norm_eps", defaults.norm_eps),
-        bos_token_id=released.get("bos_token_id", defaults.bos_token_id),
-        eos_token_id=released.get("eos_token_id", defaults.eos_token_id),
-        pad_token_id=released.get("pad_token_id", defaults.pad_token_id),
+        bos_token_id=_or_default(released.get("bos_token_id"), defaults.bos_token_id),
+        eos_token_id=eos_token_ids(released)[0],
+        pad_token_id=_or_default(released.get("pad_token_id"), defaults.pad_token_id),
     )
 
 
@@ -99,7 +115,7 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
     require_released_form(config)
     specs, attention, ssm = config.layer_specs, config.attention, config.ssm
     windowed = any(spec.attention == "window" for spec in specs)
-    return _FIXED | {
+    return FIXED | {
         "architectures": ["HymbaForCausalLM"],
         "vocab_size": config.num_embeddings,
         "hidden_size": config.hidden_size,
@@ -135,10 +151,26 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
     }
 
 
+def changed(released: Mapping[str, Any], before: HymbaConfig, after: HymbaConfig) -> dict[str, Any]:
+    """The config.json of one architecture with what is different in another.
+
+    Raises:
+      ConfigError: the released code has no such architecture.
+    """
+    old, new = config_to_released(before), config_to_released(after)
+    changes = {key: value for key, value in new.items() if value != old[key]}
+    kept = dict(released)
+    if changes.keys() & {*ROPE_KEYS}:
+        changes |= {key: new[key] for key in ROPE_KEYS}
+        kept = {key: value for key, value in kept.items() if key not in SPELLINGS}
+    return kept | changes
+
+
 def with_dtype(released: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The same config.json, which says that the weights are of this dtype."""
-    key = "dtype" if "dtype" in released else "torch_dtype"  # transformers 5, or 4
-    return {**released, key: dtype}
+    spellings = [key for key in ("dtype", "torch_dtype") if key in released]
+    # transformers 5 writes the first, transformers 4 the second, which both read.
+    return {**released, **dict.fromkeys(spellings or ["torch_dtype"], dtype)}
 
 
 def require_released_form(config: HymbaConfig) -> None:
@@ -153,14 +185,18 @@ def _positive_or_auto(value: int | None) -> int | Auto:
     return value if value is not None and value > 0 else "auto"
 
 
+def _or_default(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
 def _pattern(released: Mapping[str, Any]) -> str:
     """The layers' pattern from global_attn_idx, sliding_window and the sharing groups.
 
     A unit is a sharing group; a layer that shares with nobody is one by itself.
     """
-    depth, window = released["num_hidden_layers"], released.get("sliding_window")
-    global_layers = range(depth) if window is None else released.get("global_attn_idx") or ()
-    reusing = _reusing_layers(released, depth)
+    depth, window = released["num_hidden_layers"], released["sliding_window"]
+    global_layers = range(depth) if window is None else released["global_attn_idx"] or ()
+    reusing = _reusing_every(released, depth) | _reusing_in_groups(released)
     units: list[list[LayerSpec]] = []
     for i in range(depth):
         spec = LayerSpec("global" if i in global_layers else "window", ssm=True)
@@ -171,23 +207,32 @@ def _pattern(released: Mapping[str, Any]) -> str:
     return format_pattern([Segment(tuple(unit), 1) for unit in units])
 
 
-def _reusing_layers(released: Mapping[str, Any], depth: int) -> set[int]:
-    """The layers that read the keys and values of the layer before them."""
+def _reusing_every(released: Mapping[str, Any], depth: int) -> set[int]:
+    """The layers that kv_reuse_every_i_layer says read the keys and values of the one before."""
     every = released.get("kv_reuse_every_i_layer") or -1
-    if every > 0:
-        return {i for i in range(depth) if i % every}
+    return {i for i in range(depth) if i % every} if every > 0 else set()
+
+
+def _reusing_in_groups(released: Mapping[str, Any]) -> set[int]:
+    """The same that kv_reuse_group says."""
+    return {i for group in released.get("kv_reuse_group") or [] for i in group[1:]}
+
+
+def _sharing_problems(released: Mapping[str, Any], depth: int) -> Iterator[str]:
     groups = released.get("kv_reuse_group") or []
     members = [i for group in groups for i in group]
     problems = []
     if len(members) != len(set(members)):
         problems.append("its groups overlap")
-    if any(list(group) != list(range(group[0], group[0] + len(group))) for group in groups):
+    if any(group != [*range(group[0], group[0] + len(group))] for group in groups if group):
         problems.append("its groups are not of neighbouring layers")
     if any(not 0 <= i < depth for i in members):
         problems.append(f"it names layers outside 0..{depth - 1}")
     if problems:
-        raise ConfigError(f"kv_reuse_group {groups}: {'; '.join(problems)}")
-    return {i for group in groups for i in group[1:]}
+        yield f"kv_reuse_group {groups}: {'; '.join(problems)}"
+    every, grouped = _reusing_every(released, depth), _reusing_in_groups(released)
+    if every and grouped and every != grouped:
+        yield "kv_reuse_every_i_layer and kv_reuse_group contradict, keep the right one"
 
 
 def _sharing_groups(specs: tuple[LayerSpec, ...]) -> list[list[int]]:
