@@ -30,9 +30,10 @@ from hymba_jax import cli
 from hymba_jax.config import PRESETS
 from hymba_jax.convert import convert as _  # noqa: F401 (a conversion does not wait for its import)
 from hymba_jax.convert.mapping import param_shapes, pieces, released_shapes
-from hymba_jax.convert.released_checkpoint import RELEASED_CONFIG, WEIGHTS
+from hymba_jax.convert.released_checkpoint import WEIGHTS
 from hymba_jax.convert.released_config import config_to_released
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
+from hymba_jax.hf_files import HF_CONFIG
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def write_checkpoint(directory: Path, preset: str) -> int:
     rng = np.random.default_rng(0)
     for name, info in tensors.items():
         writer.write(name, 0, (0.02 * rng.normal(size=info.shape)).astype(info.dtype))
-    (directory / RELEASED_CONFIG).write_text(json.dumps(config_to_released(config)))
+    (directory / HF_CONFIG).write_text(json.dumps(config_to_released(config)))
     return sum(info.nbytes for info in tensors.values())
 
 

@@ -1,5 +1,6 @@
 """The `hymba` command."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,17 +74,22 @@ def generate(args: Sequence[str], prog: str) -> None:
     """Runs `hymba generate ...`."""
     with _inference():
         from hymba_jax.inference import generate
+        from hymba_jax.inference.generation_config import with_defaults
 
-        generate.main(tyro.cli(generate.GenerateConfig, args=args, prog=prog))
+        config = tyro.cli(generate.GenerateConfig, args=args, prog=prog)
+        sampling = with_defaults(config.sampling, config.choice.model, args)
+        generate.main(dataclasses.replace(config, sampling=sampling))
 
 
 def chat(args: Sequence[str], prog: str) -> None:
     """Runs `hymba chat ...`."""
     with _inference():
         from hymba_jax.inference import chat
+        from hymba_jax.inference.generation_config import with_defaults
 
         config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
-        chat.run(config.choice.load(), config)
+        sampling = with_defaults(config.sampling, config.choice.model, args)
+        chat.run(config.choice.load(), dataclasses.replace(config, sampling=sampling))
 
 
 def warmup(args: Sequence[str], prog: str) -> None:

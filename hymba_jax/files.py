@@ -8,7 +8,7 @@ import shutil
 import stat
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,13 @@ def replace_text(path: Path, text: str) -> None:
 def written_beside(directory: Path) -> Iterator[Path]:
     """A new directory to write to, which at the end of the context becomes `directory`.
 
-    An exception leaves nothing of it, and whatever was at `directory` as it was. A symbolic link
-    to a directory stays one: what it points to is replaced.
+    An exception leaves nothing of it or of the directories above it that were not there, and
+    whatever was at `directory` as it was. A symbolic link to a directory stays one: what it points
+    to is replaced.
     """
     directory = directory.resolve()
     beside, before = _beside(directory), _beside(directory)
+    above = [path for path in directory.parents if not path.exists()]
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -173,6 +175,10 @@ def written_beside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        for path in above:
+            if not directory.exists():
+                with suppress(OSError):  # somebody else has put something there
+                    path.rmdir()
 
 
 def _beside(path: Path) -> Path:

@@ -34,6 +34,7 @@ from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import Bounds, bound_problems, misfit, shown, type_problems
 from hymba_jax.files import read_toml, resolve_path
+from hymba_jax.hf_files import HF_CONFIG, download_advice
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.training.config import TrainingConfig
 
@@ -151,9 +152,9 @@ def read_model_directory(
     directory = resolve_path(directory)
     if (directory / CONFIG_FILE).is_file():
         return read_model(directory / CONFIG_FILE)
-    advice = ""
-    if (directory / "config.json").is_file():
-        advice = f": convert the released checkpoint first, hymba convert {directory} TARGET"
+    advice = download_advice(directory)
+    if (directory / HF_CONFIG).is_file():
+        advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"
     raise HymbaError(f"{directory}: no model is here, there is no {CONFIG_FILE}{advice}")
 
 

@@ -135,6 +135,12 @@ class TestWrittenBeside:
         assert contents(tmp_path) == ["a"]
         assert contents(tmp_path / "a") == ["old"]
 
+    def test_an_exception_leaves_no_directories_above(self, tmp_path):
+        (tmp_path / "there").mkdir()
+        with pytest.raises(KeyError):
+            self.fail_halfway(tmp_path / "there" / "more" / "of" / "a")
+        assert contents(tmp_path / "there") == []
+
     def test_a_link_to_a_directory_stays_one(self, tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "link").symlink_to("a")

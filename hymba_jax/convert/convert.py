@@ -1,5 +1,6 @@
 """`hymba convert`: released checkpoints into directories of ours, and the other way round."""
 
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -10,15 +11,11 @@ import jax
 import tyro
 
 from hymba_jax.config import ComputeConfig
+from hymba_jax.convert.manifest import not_written, write_manifest
 from hymba_jax.convert.our_checkpoint import OurCheckpoint
 from hymba_jax.convert.ours_to_released import write_released
 from hymba_jax.convert.placing import load_released
 from hymba_jax.convert.released_checkpoint import (
-    INDEX,
-    RELEASED_CONFIG,
-    TORCH_INDEX,
-    TORCH_WEIGHTS,
-    WEIGHTS,
     ReleasedCheckpoint,
 )
 from hymba_jax.convert.released_to_ours import write_ours
@@ -27,11 +24,11 @@ from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.verify import Expected, compare, read_expected
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
+from hymba_jax.hf_files import HF_CONFIG, download_advice
 from hymba_jax.inference.loading import load_model
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import CONFIG_FILE
 from hymba_jax.sharding import make_mesh
-from hymba_jax.training.checkpoint import PARAMS
 from hymba_jax.training.display import Display
 from hymba_jax.training.run_lock import check_unlocked
 
@@ -53,7 +50,7 @@ class ConvertConfig:
       step: which checkpoint of a run; the newest if absent.
       verify: .npz file with input_ids and logits that the written model is held against.
       tolerance: the largest difference of a logit that passes.
-      overwrite: replaces a model at TARGET, never a training run or anything else.
+      overwrite: replaces what an earlier conversion wrote to TARGET, and never anything else.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -75,6 +72,8 @@ def main(args: ConvertConfig) -> None:
     """
     source, target = resolve_path(args.source), resolve_path(args.target)
     max_shard_bytes = parse_size(args.max_shard_size)
+    if not 0 <= args.tolerance < math.inf:
+        raise HymbaError(f"tolerance is {args.tolerance}, not a number from 0 on")
     _check_target(source, target, args.overwrite)
     checkpoint = open_checkpoint(source, args.step)
     checkpoint.check()
@@ -89,6 +88,8 @@ def main(args: ConvertConfig) -> None:
                 write_released(checkpoint, beside, args.dtype, max_shard_bytes, report)
             else:
                 write_ours(checkpoint, beside, args.dtype, report)
+            write_manifest(beside)
+            _check_target(source, target, args.overwrite)  # once more: much time has passed
             display.begin("waiting for the disk")
         report.finish()
         display.say(f"done: {target}")
@@ -108,10 +109,10 @@ def open_checkpoint(directory: Path, step: int | None = None) -> OurCheckpoint |
     """
     if (directory / CONFIG_FILE).is_file():
         return OurCheckpoint(directory, step)
-    if not (directory / RELEASED_CONFIG).is_file():
+    if not (directory / HF_CONFIG).is_file():
         raise HymbaError(
             f"{directory}: no checkpoint is here: there is no {CONFIG_FILE}, which a model or run "
-            f"of ours has, and no {RELEASED_CONFIG}, which a released one has"
+            f"of ours has, and no {HF_CONFIG}, which a HF one has{download_advice(directory)}"
         )
     if step is not None:
         raise HymbaError(f"{directory}: a released checkpoint has no steps")
@@ -120,10 +121,13 @@ def open_checkpoint(directory: Path, step: int | None = None) -> OurCheckpoint |
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 5GB, 500MB or 2GiB. Raises HymbaError where it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    match = re.fullmatch(
+        r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?)?B?", text.strip().upper(), re.ASCII
+    )
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise HymbaError(f"max_shard_size is {text!r}, not a size such as 500MB, 5GB or 2GiB")
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise HymbaError(f"max_shard_size is {shown!r}, not a size such as 500MB, 5GB or 2GiB")
     return size
 
 
@@ -135,15 +139,13 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     check_unlocked(target)
     if not overwrite:
         raise HymbaError(f"{target}: exists already, choose another target or --overwrite")
-    if not target.is_dir() or not _replaceable(target):
-        raise HymbaError(f"{target}: is no model alone that could be overwritten")
-
-
-def _replaceable(directory: Path) -> bool:
-    """Whether nothing but a model is lost if the directory is; a training run is more."""
-    held = {path.name for path in directory.iterdir()}
-    released = RELEASED_CONFIG in held and held & {WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX}
-    return not held or {CONFIG_FILE, PARAMS} <= held or bool(released)
+    if not target.is_dir():
+        raise HymbaError(f"{target}: is no directory, choose another target")
+    if others := not_written(target):
+        raise HymbaError(
+            f"{target}: holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}, which "
+            "no conversion wrote: choose another target, or move that away"
+        )
 
 
 def _check_space(target: Path, tensors: dict[str, TensorInfo], dtype: str | None) -> None:

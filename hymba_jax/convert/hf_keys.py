@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hymba_jax.field_types import describe, fits
+from hymba_jax.field_types import describe, fits, shown
 
 # What the released code can vary and this architecture does not, with the one value it has here.
 FIXED: dict[str, Any] = {
@@ -172,10 +172,10 @@ def key_problems(hf: Mapping[str, Any]) -> list[str]:
     for key, value in hf.items():
         if key in _READ:
             if not _fits(value, _READ[key]):
-                problems.append(f"{key} is {value!r}, not {_describe(_READ[key])}")
+                problems.append(f"{key} is {shown(value)}, not {_describe(_READ[key])}")
         elif key in FIXED:
             if not (fits(value, type(FIXED[key])) and value == FIXED[key]):
-                problems.append(f"{key} is {value!r}, and only {FIXED[key]!r} is supported")
+                problems.append(f"{key} is {shown(value)}, and only {FIXED[key]!r} is supported")
         elif key not in _HARMLESS:
             problems.append(
                 f"{key} is unknown: remove it from the file if it does not change the model"

@@ -9,16 +9,19 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
 from hymba_jax.convert.mapping import DTYPES, param_shapes
 from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.our_checkpoint import OurCheckpoint
+from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
 from hymba_jax.convert.report import in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
-from hymba_jax.errors import HymbaError
+from hymba_jax.errors import HymbaError, printable
 from hymba_jax.files import resolve_path
+from hymba_jax.hf_files import missing_for_transformers
 
 # A parameter belongs to the first part that its path has a name of.
 _PARTS = (
@@ -35,10 +38,11 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Prints what a checkpoint holds: a released one, a model alone or a training run.
+    """Prints what a checkpoint holds: a HF one, a model alone or a training run.
 
     Of HF checkpoints only headers are read; the arrays of native ones are compared with their
-    checksums. The exit status is 1 where something is missing, damaged or does not fit.
+    checksums. The exit status is 1 where something is missing, damaged or does not fit, also what
+    transformers needs to load a HF checkpoint.
 
     Attributes:
       path: its directory.
@@ -57,7 +61,7 @@ def main(args: InspectConfig) -> None:
     """
     checkpoint = open_checkpoint(resolve_path(args.path), args.step)
     config = checkpoint.config
-    table = Table(title=args.path, show_header=False)
+    table = Table(title=Text(printable(args.path)), show_header=False)
     table.add_row("form", "hymba_jax" if isinstance(checkpoint, OurCheckpoint) else "released")
     for name, value in _architecture(config):
         table.add_row(name, value)
@@ -67,9 +71,12 @@ def main(args: InspectConfig) -> None:
         table.add_row(f"parameters, {name}", f"{count:,}")
     table.add_row("parameters", f"{parts.total():,}", end_section=True)
     for dtype, (tensors, size) in _by_dtype(checkpoint.tensors).items():
-        table.add_row(dtype, f"{tensors:,} tensors, {in_gb(size)}")
+        table.add_row(Text(printable(dtype)), f"{tensors:,} tensors, {in_gb(size)}")
     problems = checkpoint.problems()
-    if isinstance(checkpoint, OurCheckpoint) and not problems:
+    if isinstance(checkpoint, ReleasedCheckpoint):
+        missing = missing_for_transformers(checkpoint.directory, checkpoint.settings)
+        problems += [f"transformers cannot load it: {what}" for what in missing]
+    elif not problems:
         problems = checkpoint.stored.damage()
     table.add_row("complete", "no" if problems else "yes")
     Console().print(table)

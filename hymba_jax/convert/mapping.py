@@ -22,6 +22,8 @@ from hymba_jax.model.hymba import Hymba, layer_places
 from hymba_jax.types import Array
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED_COPY = {HEAD: EMBEDDING}
+"""A tensor that a checkpoint may hold twice: name to name."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 

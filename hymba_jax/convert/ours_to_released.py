@@ -6,25 +6,31 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from hymba_jax.convert.arrays import contiguous
-from hymba_jax.convert.mapping import dotted, released_shapes
+from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
+from hymba_jax.convert.mapping import TIED_COPY, dotted, released_shapes
 from hymba_jax.convert.our_checkpoint import OurCheckpoint
-from hymba_jax.convert.released_checkpoint import (
-    INDEX,
-    RELEASED_CONFIG,
-    WEIGHTS,
-    companion_files,
-)
+from hymba_jax.convert.released_checkpoint import INDEX, WEIGHTS
 from hymba_jax.convert.released_config import (
     changed,
     config_from_released,
     config_to_released,
     with_dtype,
 )
-from hymba_jax.convert.released_to_ours import COPIES_FILE
 from hymba_jax.convert.report import Report
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo, split_into_shards
 from hymba_jax.convert.writing import in_threads
+from hymba_jax.data import Tokenizer
+from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
+from hymba_jax.hf_files import (
+    COPIES_FILE,
+    HF_CONFIG,
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    companion_files,
+    hf_directory,
+    missing_for_transformers,
+)
 
 
 def write_released(
@@ -50,12 +56,16 @@ def write_released(
     _write_weights(checkpoint, directory, copies, shards, report)
     if len(shards) > 1:
         (directory / INDEX).write_text(_index(shards))
-    for file in companion_files(checkpoint.directory):
+    for file in companion_files(hf_directory(checkpoint.directory), OTHER_FILES):
         shutil.copyfile(file, directory / file.name)
+    _write_tokenizer(checkpoint, directory, report)
     if settings is None:
-        shutil.copyfile(checkpoint.directory / RELEASED_CONFIG, directory / RELEASED_CONFIG)
+        shutil.copyfile(hf_directory(checkpoint.directory) / HF_CONFIG, directory / HF_CONFIG)
     else:
-        (directory / RELEASED_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        (directory / HF_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    missing = missing_for_transformers(directory, read_json(directory / HF_CONFIG))
+    if missing:
+        report.display.say(f"warning: transformers cannot load it: {'; '.join(missing)}")
 
 
 def name_shards(tensors: dict[str, TensorInfo], max_bytes: int) -> dict[str, dict[str, TensorInfo]]:
@@ -71,8 +81,35 @@ def name_shards(tensors: dict[str, TensorInfo], max_bytes: int) -> dict[str, dic
 
 def _copies(checkpoint: OurCheckpoint) -> dict[str, str]:
     """Released tensors that equal another: name to name."""
-    file = checkpoint.directory / COPIES_FILE
-    return read_json(file) if file.is_file() else {}
+    file = hf_directory(checkpoint.directory) / COPIES_FILE
+    copies = read_json(file) if file.is_file() else {}
+    if copies not in ({}, TIED_COPY):
+        raise HymbaError(f"{file}: broken, it can only hold {json.dumps(TIED_COPY)}")
+    return copies
+
+
+def _write_tokenizer(checkpoint: OurCheckpoint, directory: Path, report: Report) -> None:
+    """The tokenizer files that the model came with, unless it has a tokenizer of its own."""
+    own, kept = checkpoint.directory, hf_directory(checkpoint.directory)
+    if (kept / HF_CONFIG).is_file():
+        files = companion_files(kept, TOKENIZER_FILES)
+        if kept == own or (files and _is_same_tokenizer(own, kept)):
+            for file in files:
+                shutil.copyfile(file, directory / file.name)
+            return
+        report.display.say("the tokenizer is another than that of the model it started from")
+    if (own / "tokenizer.json").is_file():
+        write_hf_tokenizer(Tokenizer.load(own), checkpoint.config, directory)
+
+
+def _is_same_tokenizer(*directories: Path) -> bool:
+    one, other = (Tokenizer.load(directory) for directory in directories)
+    return (one.model.to_str(), one.bos, one.eos, one.chat_template) == (
+        other.model.to_str(),
+        other.bos,
+        other.eos,
+        other.chat_template,
+    )
 
 
 def _tensors(
@@ -93,7 +130,7 @@ def _settings(
     checkpoint: OurCheckpoint, tensors: dict[str, TensorInfo], dtype: str | None
 ) -> dict[str, object] | None:
     """What config.json will say; None where the one that was kept says it all."""
-    kept = checkpoint.directory / RELEASED_CONFIG
+    kept = hf_directory(checkpoint.directory) / HF_CONFIG
     if not kept.is_file():
         sizes: Counter[str] = Counter()
         for info in tensors.values():

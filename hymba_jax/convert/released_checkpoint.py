@@ -1,6 +1,7 @@
 """A checkpoint in released form, as a directory: config, tensors in one file or many, the rest."""
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -26,22 +27,11 @@ from hymba_jax.convert.tensor_file import TensorFile, TensorInfo
 from hymba_jax.convert.torch_file import TorchFile
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
+from hymba_jax.hf_files import HF_CONFIG
 
-RELEASED_CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# What a released directory has besides config and weights, and what has to come back as it was.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "*.py",  # the released code itself, which config.json names
-)
 
 
 @runtime_checkable
@@ -69,25 +59,34 @@ class ReleasedCheckpoint:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self.settings = read_json(directory / RELEASED_CONFIG)
+        self.settings = read_json(directory / HF_CONFIG)
         try:
             self.config: HymbaConfig = config_from_released(self.settings)
         except HymbaError as error:
-            raise HymbaError(f"{directory / RELEASED_CONFIG}: {error}") from error
+            raise HymbaError(f"{directory / HF_CONFIG}: {error}") from error
         self._files = _open_all(directory)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        return {name: info for file in self._files for name, info in file.tensors.items()}
+        return {name: file.tensors[key] for name, (file, key) in self._places.items()}
 
     @cached_property
-    def _file_of(self) -> dict[str, Weights]:
-        return {name: file for file in self._files for name in file.tensors}
+    def _places(self) -> dict[str, tuple[Weights, str]]:
+        """The file that holds each tensor, and its name there."""
+        places = {name: (file, name) for file in self._files for name in file.tensors}
+        if self.config.tie_embeddings and EMBEDDING not in places and HEAD in places:
+            places[EMBEDDING] = places.pop(HEAD)
+        return places
 
     @property
     def has_tied_copy(self) -> bool:
         """Whether it holds the output projection beside the embedding, which is the same."""
         return self.config.tie_embeddings and HEAD in self.tensors
+
+    @property
+    def has_only_head(self) -> bool:
+        """Whether it holds the embedding under the name of the output projection alone."""
+        return self._places.get(EMBEDDING, (None, EMBEDDING))[1] == HEAD
 
     @cached_property
     def bfloat16_params(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
@@ -103,6 +102,8 @@ class ReleasedCheckpoint:
 
     def problems(self) -> list[str]:
         """Every tensor that does not fit the architecture, in words, from the headers alone."""
+        if wrapped := _wrapper_problem(self.tensors):
+            return [wrapped]
         shapes = released_shapes(self.pieces)
         if self.has_tied_copy:
             shapes[HEAD] = shapes[EMBEDDING]
@@ -112,8 +113,7 @@ class ReleasedCheckpoint:
         """Raises ConversionError naming every tensor that does not fit the architecture."""
         if problems := self.problems():
             raise ConversionError(
-                f"{self.directory}: weights and {RELEASED_CONFIG} do not fit: "
-                + "; ".join(problems)
+                f"{self.directory}: weights and {HF_CONFIG} do not fit: " + "; ".join(problems)
             )
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -123,32 +123,47 @@ class ReleasedCheckpoint:
           ConversionError: it is of an embedding that is not equal to the output projection,
             though config.json says so.
         """
-        part = self._file_of[name].read(name, index)
+        part = self._read(name, index)
         if name == EMBEDDING and self.has_tied_copy:
-            copy = self._file_of[HEAD].read(HEAD, index)
+            copy = self._read(HEAD, index)
             if part.dtype != copy.dtype or not np.array_equal(bits(part), bits(copy)):
                 raise ConversionError(
                     f"{self.directory}: {HEAD} differs from {EMBEDDING}, which "
-                    f"{RELEASED_CONFIG} says it is: set tie_word_embeddings to false there to "
+                    f"{HF_CONFIG} says it is: set tie_word_embeddings to false there to "
                     f"keep both, or remove {HEAD} from the weights"
                 )
         return part
 
+    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        file, key = self._places[name]
+        return file.read(key, index)
 
-def companion_files(directory: Path) -> list[Path]:
-    """The files that a conversion copies, byte for byte."""
-    return [path for name in COMPANIONS for path in sorted(directory.glob(name)) if path.is_file()]
+
+# What PyTorch's wrappers put into the names of tensors.
+_WRAPPERS = {"module": "DataParallel or DistributedDataParallel", "_orig_mod": "torch.compile"}
+
+
+def _wrapper_problem(names: Iterable[str]) -> str:
+    """Which wrapper a model was saved in, in words; nothing if it was not."""
+    for wrapper, cause in _WRAPPERS.items():
+        for name in names:
+            if wrapper in name.split("."):
+                return (
+                    f"{name} and others have the part {wrapper!r} in their names, which {cause} "
+                    "puts there: save the model inside it, or remove the part from the names"
+                )
+    return ""
 
 
 def _open_all(directory: Path) -> list[Weights]:
     """The files that hold the weights, in transformers' order of preference."""
-    if (directory / WEIGHTS).is_file():
+    if (directory / WEIGHTS).exists():
         return [TensorFile(directory / WEIGHTS)]
-    if (directory / INDEX).is_file():
+    if (directory / INDEX).exists():
         return _open_shards(directory / INDEX, TensorFile)
-    if (directory / TORCH_WEIGHTS).is_file():
+    if (directory / TORCH_WEIGHTS).exists():
         return [TorchFile(directory / TORCH_WEIGHTS)]
-    if (directory / TORCH_INDEX).is_file():
+    if (directory / TORCH_INDEX).exists():
         return _open_shards(directory / TORCH_INDEX, TorchFile)
     raise HymbaError(
         f"{directory}: no weights are here: there is no {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or "
@@ -166,7 +181,7 @@ def _open_shards(index: Path, kind: type[TensorFile] | type[TorchFile]) -> list[
     for name in sorted(set(places.values())):
         if Path(name).name != name:
             problems.append(f"{name!r} is no file of this directory")
-        elif not (index.parent / name).is_file():
+        elif not (index.parent / name).exists():
             problems.append(f"{name} is missing")
         else:
             try:

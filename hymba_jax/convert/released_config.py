@@ -7,9 +7,8 @@ from typing import Any, cast
 from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.released_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
-from hymba_jax.layer_pattern import LayerSpec, Segment, format_pattern
-
-_MAX_LAYERS = 10_000  # beyond it is no model, but a mistake
+from hymba_jax.field_types import shown
+from hymba_jax.layer_pattern import MOST_LAYERS, LayerSpec, Segment, format_pattern
 
 
 def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
@@ -37,8 +36,8 @@ def eos_token_ids(released: Mapping[str, Any]) -> list[int]:
 def _value_problems(released: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with values of the right type."""
     depth, window = released["num_hidden_layers"], released["sliding_window"]
-    if not 0 < depth <= _MAX_LAYERS:
-        yield f"num_hidden_layers is {depth}, not 1 to {_MAX_LAYERS}"
+    if not 0 < depth <= MOST_LAYERS:
+        yield f"num_hidden_layers is {shown(depth)}, not 1 to {MOST_LAYERS}"
         return
     if window is not None and window < 1:
         yield f"sliding_window is {window}, not above 0 (null is none)"

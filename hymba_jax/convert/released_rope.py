@@ -38,23 +38,23 @@ def read_rope(hf: Mapping[str, Any]) -> tuple[Rope, list[str]]:
     """
     problems = []
     given: dict[str, dict[str, Any]] = {key: {} for key in _TYPES}
-    for key in _TYPES:
+    for key, places in given.items():
         if hf.get(key) is not None:
-            given[key][key] = hf[key]
+            places[key] = hf[key]
     for table in SPELLINGS:
         for name, value in (hf.get(table) or {}).items():
-            place, key = f"{table}.{name}", _KEYS.get(name)
-            if key is None:
+            place = f"{table}.{name}"
+            if name not in _KEYS:
                 if not (name == "partial_rotary_factor" and fits(value, float) and value == 1):
                     problems.append(f"{place} is {value!r}, which is not supported")
-            elif not fits(value, _TYPES[key]):
+            elif not fits(value, _TYPES[_KEYS[name]]):
                 problems.append(f"{place} is {value!r}, of a wrong type")
             else:
-                given[key][place] = value
+                given[_KEYS[name]][place] = value
     for places in given.values():
         if any(value != next(iter(places.values())) for value in places.values()):
-            values = ", ".join(f"{place} is {value!r}" for place, value in places.items())
-            problems.append(f"{values}: they contradict, keep the right one")
+            listed = ", ".join(f"{place} is {value!r}" for place, value in places.items())
+            problems.append(f"{listed}: they contradict, keep the right one")
 
     values = {key: next(iter(places.values()), None) for key, places in given.items()}
     kind, original = values["rope_type"], values["orig_max_position_embeddings"]

@@ -9,21 +9,21 @@ import numpy as np
 
 from hymba_jax.config import ComputeConfig, DType
 from hymba_jax.convert.arrays import contiguous
-from hymba_jax.convert.mapping import EMBEDDING, HEAD, Piece
+from hymba_jax.convert.mapping import EMBEDDING, HEAD, TIED_COPY, Piece
 from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.params_stream import Source, write_params
-from hymba_jax.convert.released_checkpoint import (
-    RELEASED_CONFIG,
-    ReleasedCheckpoint,
-    companion_files,
-)
+from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
 from hymba_jax.convert.released_config import with_dtype
 from hymba_jax.convert.report import Report
+from hymba_jax.hf_files import (
+    COPIES_FILE,
+    HF_CONFIG,
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    companion_files,
+)
 from hymba_jax.run_config import CONFIG_FILE, model_toml
 from hymba_jax.training.checkpoint import PARAMS
-
-COPIES_FILE = "released_copies.json"
-"""Released tensors that are not kept since they equal another: name to name."""
 
 
 def write_ours(
@@ -40,16 +40,18 @@ def write_ours(
     """
     params = {piece.path: _source(checkpoint, piece, dtype, report) for piece in checkpoint.pieces}
     write_params(directory / PARAMS, params)
-    for file in companion_files(checkpoint.directory):
+    for file in companion_files(checkpoint.directory, (*TOKENIZER_FILES, *OTHER_FILES)):
         shutil.copyfile(file, directory / file.name)
     if checkpoint.has_tied_copy:
-        (directory / COPIES_FILE).write_text(json.dumps({HEAD: EMBEDDING}) + "\n")
+        (directory / COPIES_FILE).write_text(json.dumps(TIED_COPY) + "\n")
         report.display.say(f"{HEAD} equals {EMBEDDING}, one of them is kept")
+    if checkpoint.has_only_head:
+        report.display.say(f"{HEAD} is read as {EMBEDDING}, which it is tied to")
     if dtype is None:
-        shutil.copyfile(checkpoint.directory / RELEASED_CONFIG, directory / RELEASED_CONFIG)
+        shutil.copyfile(checkpoint.directory / HF_CONFIG, directory / HF_CONFIG)
     else:
         settings = with_dtype(checkpoint.settings, dtype)
-        (directory / RELEASED_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        (directory / HF_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     toml = model_toml(checkpoint.config, _compute(checkpoint, params))
     (directory / CONFIG_FILE).write_text(toml, encoding="utf-8")
 

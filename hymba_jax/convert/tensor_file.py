@@ -10,24 +10,37 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # noqa: F401 (NumPy then knows bfloat16 by its name)
 import numpy as np
 
 from hymba_jax.convert.writing import write_bytes
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import open_regular
 
+# Bits of an element, of every dtype that the format has.
+_WIDTHS = {
+    4: ("F4",),
+    6: ("F6_E2M3", "F6_E3M2"),
+    8: ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"),
+    16: ("U16", "I16", "F16", "BF16"),
+    32: ("U32", "I32", "F32"),
+    64: ("U64", "I64", "F64", "C64"),
+}
+_BITS = {dtype: bits for bits, dtypes in _WIDTHS.items() for dtype in dtypes}
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
+_MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+_MAX_SIZE = 2**63 - 1  # of an axis
 
 
 class TensorInfo(NamedTuple):
     """What a header says of a tensor.
 
     Attributes:
-      dtype: its name, such as bfloat16.
+      dtype: its name, such as bfloat16; the format's own, such as I64, where no Hymba has it.
       shape: its sizes.
     """
 
@@ -46,18 +59,22 @@ class TensorFile:
       tensors: what the file holds, by name.
 
     Raises:
-      HymbaError: the file is truncated, or no such file.
+      HymbaError: it is no regular file, is truncated, or is not as the format requires: a JSON
+        object with a known dtype, a shape and a place for each tensor, whose places have neither
+        gaps nor overlaps.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        size = path.stat().st_size
-        entries, self._data_start = _read_header(path, size)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            entries = _read_header(path, file, size)
+            self._data_start = file.tell()
+        parsed = [(*_parse_entry(path, name, entry), name) for name, entry in entries.items()]
         self.tensors: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
         end = 0
-        for name, entry in sorted(entries.items(), key=lambda item: _begin(path, *item)):
-            info, start, stop = _parse_entry(path, name, entry)
+        for start, stop, info, name in sorted(parsed, key=lambda item: item[:2]):
             if start != end:
                 raise HymbaError(f"{path}: broken: {name} does not begin where the last one ends")
             end = stop
@@ -77,22 +94,32 @@ class TensorFile:
         return np.memmap(self.path, dtype, "r", start, shape)[index]
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The header's entries, and where the tensors begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-            raise HymbaError(
-                f"{path}: truncated, or no safetensors file: its header should have {length:,} "
-                f"bytes, the whole file has {size:,}: get it again"
-            )
-        text = file.read(length)
+def _read_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
+    """The header's entries; the file then stands where the tensors begin."""
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+        raise HymbaError(
+            f"{path}: truncated, or no safetensors file: its header should have {length:,} "
+            f"bytes, the whole file has {size:,}: get it again"
+        )
+    if length > _MAX_HEADER:
+        raise HymbaError(
+            f"{path}: broken: its header has {length:,} bytes, and the format allows "
+            f"{_MAX_HEADER:,}"
+        )
+    text = file.read(length)
     try:
+        if not text.startswith(b"{"):
+            raise ValueError("it does not begin with {")
         entries = json.loads(text, object_pairs_hook=_without_repeats)
-        entries.pop("__metadata__", None)
-        return entries, _LENGTH_BYTES + length
-    except (ValueError, AttributeError, TypeError) as error:
+    except RecursionError as error:
+        raise HymbaError(f"{path}: broken: its header is nested too deeply") from error
+    except ValueError as error:
         raise HymbaError(f"{path}: broken: its header is no JSON object ({error})") from error
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise HymbaError(f"{path}: broken: its __metadata__ is not an object of texts")
+    return entries
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,31 +129,32 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _begin(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor's bytes are, first those without any."""
-    try:
-        start, stop = entry["data_offsets"]
-        return int(start), int(stop)
-    except (TypeError, KeyError, ValueError) as error:
-        raise HymbaError(f"{path}: broken: its header says nothing of {name}'s place") from error
-
-
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    start, stop = _begin(path, name, entry)
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(dtype, str) or not _is_shape(shape):
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+    """Where a tensor's bytes begin and end, and what they are."""
+    entry = entry if isinstance(entry, dict) else {}
+    place, dtype, shape = entry.get("data_offsets"), entry.get("dtype"), entry.get("shape")
+    if not _are_sizes(place) or len(place) != 2:
+        raise HymbaError(f"{path}: broken: its header says nothing of {name}'s place")
+    if not isinstance(dtype, str) or not _are_sizes(shape):
         raise HymbaError(f"{path}: broken: its header gives {name} no dtype or no shape")
-    info = TensorInfo(_DTYPES.get(dtype, dtype), tuple(shape))
-    if dtype in _DTYPES and info.nbytes != stop - start:
+    if dtype not in _BITS:
         raise HymbaError(
-            f"{path}: broken: {name} of shape {info.shape} in {dtype} has {stop - start:,} bytes, "
-            f"not {info.nbytes:,}"
+            f"{path}: broken: {name} has dtype {dtype!r}, which the format does not have"
         )
-    return info, start, stop
+    start, stop = place
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise HymbaError(
+            f"{path}: broken: {name} of shape {(*shape,)} in {dtype} has {stop - start:,} bytes, "
+            f"not {bits / 8 if bits % 8 else bits // 8:,}"
+        )
+    return start, stop, TensorInfo(_DTYPES.get(dtype, dtype), tuple(shape))
 
 
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= _MAX_SIZE for value in values
+    )
 
 
 class TensorFileWriter:

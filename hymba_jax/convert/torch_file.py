@@ -7,6 +7,7 @@ import numpy as np
 
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import open_regular
 
 
 class TorchFile:
@@ -25,8 +26,10 @@ class TorchFile:
         except ImportError as error:
             raise HymbaError(
                 f"{path}: a pickle, which only torch can read safely, and torch is not installed: "
-                "install torch, or get the checkpoint's .safetensors"
+                "pip install torch, or get the checkpoint's .safetensors"
             ) from error
+        with open_regular(path):  # torch would wait for a FIFO's writer
+            pass
         try:
             # weights_only: a pickle can run any program, this mode only builds tensors.
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -35,7 +38,9 @@ class TorchFile:
         except Exception as error:  # torch has many types
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise HymbaError(f"{path}: torch cannot read it ({reason})") from error
-        if not isinstance(held, dict) or not all(torch.is_tensor(value) for value in held.values()):
+        if not isinstance(held, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in held.items()
+        ):
             raise HymbaError(f"{path}: holds more than tensors by name, so it is no checkpoint")
         self._bits = {2: torch.int16, 4: torch.int32}
         self._held: dict[str, Any] = held

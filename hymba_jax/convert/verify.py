@@ -1,5 +1,7 @@
 """Whether a model computes what it should: its logits beside others', from a file."""
 
+import math
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,9 +10,17 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import HymbaConfig
+from hymba_jax.convert.report import in_gb
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import open_regular
 from hymba_jax.model import Hymba
 from hymba_jax.types import Float, Int
+
+_MAX_BYTES = 8 * 10**9  # of an array; comparing logits takes several times as much memory
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class Expected(NamedTuple):
@@ -40,23 +50,58 @@ def read_expected(path: Path, config: HymbaConfig) -> Expected:
     Raises:
       HymbaError: the file has no such arrays, or they do not fit the model.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            expected = Expected(arrays["input_ids"], arrays["logits"])
-    except KeyError as error:
-        raise HymbaError(f"{path}: needs arrays input_ids and logits ({error.args[0]})") from error
-    except (ValueError, EOFError) as error:
-        raise HymbaError(f"{path}: not a .npz file ({error})") from error
+    with open_regular(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                expected = Expected(_read(archive, "input_ids"), _read(archive, "logits"))
+        except HymbaError as error:
+            raise HymbaError(f"{path}: {error}") from error
+        except Exception as error:  # zipfile, its decompressors and NumPy have many types
+            raise HymbaError(f"{path}: not a .npz file that can be read ({error})") from error
     ids, logits = expected
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
         raise HymbaError(f"{path}: input_ids are not whole numbers of shape (batch, length)")
+    if not np.issubdtype(logits.dtype, np.floating):
+        raise HymbaError(f"{path}: logits are {logits.dtype}, not floating-point numbers")
     if logits.shape != (*ids.shape, config.num_embeddings):
         raise HymbaError(
             f"{path}: logits have shape {logits.shape}, not {(*ids.shape, config.num_embeddings)}"
         )
     if ids.min() < 0 or ids.max() >= config.num_embeddings:
         raise HymbaError(f"{path}: input_ids are outside the vocabulary of {config.num_embeddings}")
+    if ids.shape[1] > config.max_positions:
+        raise HymbaError(
+            f"{path}: input_ids are {ids.shape[1]} tokens long, the model has "
+            f"{config.max_positions} positions"
+        )
     return expected
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of a .npz file, which is read only once its size is known to be reasonable.
+
+    Raises:
+      HymbaError: there is no such array, it is too large, or it is of Python objects.
+      Exception: it cannot be read.
+    """
+    member = f"{name}.npy"
+    if member not in archive.namelist():
+        raise HymbaError(f"needs arrays input_ids and logits ({name} is missing)")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise HymbaError(f"{name} is in version {version} of the .npy format")
+        shape, _, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise HymbaError(f"{name} is of Python objects, which are not read")
+    size = math.prod(shape) * dtype.itemsize
+    if size > _MAX_BYTES:
+        raise HymbaError(
+            f"{name} has shape {shape}, {in_gb(size)}: give fewer tokens, {in_gb(_MAX_BYTES)} is "
+            "the limit"
+        )
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def compare(model: Hymba, expected: Expected) -> Agreement:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hymba_jax.convert.writing import write_bytes
+from hymba_jax.files import parse_json, read_text
 
 _HEADER = ".zarray"
 
@@ -22,8 +23,10 @@ def map_array(directory: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray
       OSError, ValueError: it cannot be read, or is not all there.
     """
     header, file = directory / _HEADER, directory / _file_name(shape)
-    if not header.is_file() or json.loads(header.read_text()) != _header(np.dtype(dtype), shape):
+    if not header.is_file() or parse_json(read_text(header)) != _header(np.dtype(dtype), shape):
         return None
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing, or no regular file")
     array = np.memmap(file, dtype, "r", shape=shape)
     if file.stat().st_size != array.nbytes:
         raise ValueError(f"{file.name} is longer than its header says")

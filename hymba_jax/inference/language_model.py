@@ -14,6 +14,7 @@ from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Limits, bucket
+from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.sampling import SamplingConfig, make_sampler
 from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.model import Hymba
@@ -72,6 +73,7 @@ class LanguageModel:
       state_dtype: that the SSM's states are kept in; they are computed in float32.
       batch_size: texts that are continued at the same time.
       context: tokens of every text's cache; as many as each batch needs if absent.
+      defaults: end tokens besides the config's, and the sampling of calls that name none.
 
     Raises:
       HymbaError: such a model cannot be.
@@ -85,6 +87,7 @@ class LanguageModel:
         state_dtype: DType = "float32",
         batch_size: int = 8,
         context: int | None = None,
+        defaults: GenerationDefaults | None = None,
     ):
         if batch_size < 1:
             raise HymbaError(f"batch_size is {batch_size}, not at least 1")
@@ -92,6 +95,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.engine = Engine(model, state_dtype=state_dtype, context=context)
         self.batch_size = batch_size
+        self.defaults = defaults or GenerationDefaults()
 
     def generate(
         self,
@@ -102,7 +106,8 @@ class LanguageModel:
         """Continuations of every prompt: `num_samples` of the first, then of the second, ...
 
         Args:
-          config: how to draw; greedily if absent.
+          config: how to sample; if absent, and if `sampling` has no such field, as the model's
+            `defaults` say, which is greedily for most.
           sampling: fields in place of those of `config`: `temperature=0.7, stop=("\\n",)`.
 
         Raises:
@@ -128,6 +133,8 @@ class LanguageModel:
         """
         if not 1 <= every <= STEPS:
             raise HymbaError(f"every is {every}, not 1 to {STEPS}")
+        if config is None and self.defaults.applies(sampling):
+            sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
         return self._pieces(self.encode(prompts), config, every)
 
@@ -220,7 +227,9 @@ class LanguageModel:
             state, drawn = engine.decode(state, sampler, limits, every)
 
     def _limits(self, room: list[int], config: SamplingConfig) -> Limits:
-        stops = sorted({self.config.eos_token_id, *config.stop_tokens})
+        stops = sorted(
+            {self.config.eos_token_id, *self.defaults.eos_token_ids, *config.stop_tokens}
+        )
         stops += [NO_TOKEN] * (bucket(len(stops), 4) - len(stops))
         return Limits(
             jnp.array(room, jnp.int32), jnp.tile(jnp.array([stops], jnp.int32), (len(room), 1))

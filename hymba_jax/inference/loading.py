@@ -9,6 +9,8 @@ from flax import nnx
 
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
+from hymba_jax.files import resolve_path
+from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import read_model_directory
@@ -28,6 +30,9 @@ def load(
 ) -> LanguageModel:
     """The model of a training run, or of a directory that holds a model alone, on one device.
 
+    Of a model that comes from a HF checkpoint, generation_config.json says which tokens end a text
+    and how to sample unless told otherwise, see `LanguageModel.defaults`.
+
     Args:
       dtype: of parameters, activations and cache; what the model was trained to compute in, but
         float32 on CPUs, which are slow in all else.
@@ -42,6 +47,7 @@ def load(
     return LanguageModel(
         load_model(directory, dtype=dtype, step=step),
         Tokenizer.load(directory),
+        defaults=read_generation_defaults(resolve_path(directory)),
         state_dtype=state_dtype,
         batch_size=batch_size,
         context=context,

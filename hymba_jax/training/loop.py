@@ -12,6 +12,7 @@ from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_
 from hymba_jax.distributed import is_first
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
+from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import (
@@ -133,6 +134,8 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             loop = LoopState(0, batches.get_state(), corpus, validation)
         if is_first():
             write_run_directory(config, data.tokenizer)
+            if not resumed:
+                keep_hf_files(config.init_from, config.output)
         check_written(config)
 
         def validate(params: Params, limit: int | None) -> dict[str, float]:

@@ -22,6 +22,11 @@ COMPANIONS = {
     "generation_config.json": b'{"_from_model_config": true}',
     "modeling_hymba.py": b"# the released code\n",
 }
+# As in the released config.json.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hymba.HymbaConfig",
+    "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
+}
 
 
 def golden_weights(case: str = CASE) -> dict[str, np.ndarray]:

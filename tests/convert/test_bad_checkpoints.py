@@ -1,5 +1,6 @@
 """What cannot be converted: one clear line, and nothing is left behind."""
 
+import io
 import json
 import os
 import re
@@ -8,15 +9,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from convert.released import convert, golden_weights, read_released, write_released
+from convert.released import (
+    convert,
+    golden_config,
+    golden_weights,
+    read_released,
+    write_released,
+)
 from golden_cases import GOLDEN
 
 from hymba_jax import cli
 from hymba_jax.convert.mapping import EMBEDDING
+from hymba_jax.convert.released_config import config_from_released
+from hymba_jax.convert.tensor_file import TensorFile
+from hymba_jax.convert.verify import read_expected
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import load_model
 from hymba_jax.training.checkpoint import silence_orbax
@@ -107,8 +119,33 @@ def edit_weights(change):
     return damage
 
 
+def wrap(form):
+    def change(weights):
+        renamed = {form.format(name): array for name, array in weights.items()}
+        weights.clear()
+        weights.update(renamed)
+
+    return change
+
+
+def fifo(name):
+    def damage(directory):
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+
+    return damage
+
+
+def device(name):
+    def damage(directory):
+        (directory / name).unlink()
+        (directory / name).symlink_to("/dev/zero")
+
+    return damage
+
+
 def header(entries, data=b""):
-    text = json.dumps(entries).encode()
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -126,6 +163,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (overwrite(WHOLE, b"\xff" * 16), "its header should have 18,446,744,073,709,551,615 bytes"),
         (overwrite(WHOLE, (3).to_bytes(8, "little") + b"{}}"), "its header is no JSON object"),
         (overwrite(WHOLE, header([1])), "its header is no JSON object"),
+        (overwrite(WHOLE, header(b" {}")), "it does not begin with {"),  # the format's rule
         (
             overwrite(WHOLE, (60).to_bytes(8, "little") + b'{"a": {}, "a": {}}'.ljust(60)),
             "a name stands in it twice",
@@ -138,24 +176,92 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
             "b does not begin where the last one ends",
         ),
         (overwrite(WHOLE, header({"a": entry()}, b"123456789")), "broken: it has"),
+        (fifo(WHOLE), "is a FIFO, not a regular file"),
+        (device(WHOLE), "is a device, not a regular file"),
         (remove(WHOLE), "no weights are here"),
         (remove("config.json"), "no checkpoint is here"),
         (overwrite("config.json", b"{"), "config.json: broken JSON"),
         (overwrite("config.json", b"[]"), "config.json: not a JSON object"),
+        (overwrite("config.json", b"[" * 100_000), "config.json: broken JSON (nested too deeply)"),
+        (edit_weights(wrap("module.{}")), "which DataParallel or DistributedDataParallel puts"),
+        (edit_weights(wrap("_orig_mod.{}")), "which torch.compile puts there: save the model ins"),
         (edit_config(model_type="llama"), "model_type is 'llama', and only 'hymba' is supported"),
         (edit_config(num_hidden_layers="ten"), "num_hidden_layers is 'ten', not a whole number"),
         (edit_config(mamba_d_state=8), "mamba.A_log.0 has shape (96, 16), not (96, 8)"),
-        (edit_config(num_hidden_layers=9, kv_reuse_group=[[1, 2]]), "model.layers.9.mamba.D.0 is"),
+        (
+            edit_config(num_hidden_layers=9, kv_reuse_group=[[1, 2]], global_attn_idx=[0, 5]),
+            "model.layers.9.mamba.D.0 is",
+        ),
+        (edit_config(global_attn_idx=[0, 10]), "global_attn_idx names layers outside 0..9: [10]"),
     ],
 )
 def test_one_file(whole, tmp_path, damage, message):
     assert message in refusal(tmp_path, whole, damage)
 
 
+BYTES = b"12345678"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # A dtype in another case must not let the second tensor overlap the first.
+        (
+            header({"a": entry("float32"), "b": entry("float32", offsets=(4, 8))}, BYTES),
+            "a has dtype 'float32', which the format does not have",
+        ),
+        (header({"a": entry("f32")}, BYTES), "a has dtype 'f32', which the format does not have"),
+        (header({"a": entry("F99")}, BYTES), "a has dtype 'F99', which the format does not have"),
+        (
+            header({"a": entry(shape=[1], offsets=(4, 8))}, BYTES),
+            "a does not begin where the last one ends",
+        ),
+        (
+            header({"a": entry(), "b": entry(shape=[1], offsets=(4, 8))}, BYTES),
+            "b does not begin where the last one ends",
+        ),
+        (header({"a": entry(shape=[1], offsets=(4, 0))}, BYTES), "has -4 bytes, not 4"),
+        (header({"a": entry(shape=[2.0])}, BYTES), "a no dtype or no shape"),
+        (header({"a": entry(shape=[2**62, 4])}, BYTES), "has 8 bytes, not 73,786,976,294,838,206"),
+        (header({"a": entry(shape=[0, 2**64], offsets=(0, 0))}), "a no dtype or no shape"),
+        (header({"a": entry(offsets=(0, 8, 9))}, BYTES), "nothing of a's place"),
+        (header({"a": entry(offsets=(0.0, 8.0))}, BYTES), "nothing of a's place"),
+        (header({"a": entry(offsets=("0", "8"))}, BYTES), "nothing of a's place"),
+        (header({"a": entry("F4", shape=[1], offsets=(0, 1))}, b"1"), "has 1 bytes, not 0.5"),
+        (header({"__metadata__": {"format": 5}}), "__metadata__ is not an object of texts"),
+        (header({"__metadata__": [1]}), "__metadata__ is not an object of texts"),
+        (header(b'{"a":' * 100_000), "its header is nested too deeply"),
+        (header(b"{}".ljust(100_000_001)), "the format allows 100,000,000"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_headers_that_the_format_forbids(content, message, tmp_path):
+    """The safetensors library refuses all of them, too."""
+    (tmp_path / WHOLE).write_bytes(content)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(tmp_path / WHOLE, "np")
+    with pytest.raises(HymbaError) as caught:
+        TensorFile(tmp_path / WHOLE)
+    assert message in str(caught.value)
+
+
+def test_names_with_control_characters_do_not_reach_the_terminal(whole, tmp_path, capsys):
+    evil = "a\x1b]0;owned\x07\r\nb"
+    source = shutil.copytree(whole, tmp_path / "source")
+    edit_weights(lambda weights: weights.update({evil: np.zeros(3, np.float32)}))(source)
+    for command in (cli.convert, lambda args: cli.inspect(args[:1], "hymba inspect")):
+        with pytest.raises(SystemExit) as caught:
+            command([str(source), str(tmp_path / "target")])
+        text = caught.value.code + capsys.readouterr().out
+        assert r"a\x1b]0;owned\x07\r\nb is not part of this model" in caught.value.code
+        assert not {"\x1b", "\x07", "\r"} & {*text}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (remove(TWO), f"{TWO} is missing"),
+        (fifo(TWO), f"{TWO}: is a FIFO, not a regular file"),
         (truncate(TWO, 1000), "truncated"),
         (
             edit_index(lambda m: m.update({EMBEDDING: "gone.safetensors"})),
@@ -221,6 +327,8 @@ def widen(directory):
         (lose_an_array, "not parameters that can be read"),
         (truncate("params/embedding/0.0", 1000), "not parameters that can be read"),
         (truncate("params/embedding/0.0", 10**6), "0.0 is longer than its header says"),
+        (fifo("params/embedding/0.0"), "0.0 is missing, or no regular file"),
+        (overwrite("params/embedding/.zarray", b"[" * 100_000), "not parameters that can be read"),
         (remove("params/_METADATA"), "not parameters that can be read"),
         (widen, "mlp.up_proj.kernel has shape (48, 48), not (48, 50); "),
         (overwrite("config.toml", b"a = "), "not a TOML file"),
@@ -236,19 +344,57 @@ class TestTarget:
         with pytest.raises(HymbaError, match="exists already, choose another target or --overwr"):
             convert(whole, tmp_path / "target")
 
-    def test_a_checkpoint_is_overwritten_if_asked_for(self, whole, ours, tmp_path):
-        target = shutil.copytree(whole, tmp_path / "target")
-        convert(whole, target, overwrite=True)
-        assert load_model(target).embedding.shape == (89, 48)
-        assert not (target / WHOLE).exists()
+    def test_a_conversion_is_overwritten_if_asked_for(self, whole, ours, tmp_path):
+        back = convert(ours, tmp_path / "target")
+        convert(whole, back, overwrite=True)
+        assert load_model(back).embedding.shape == (89, 48)
+        assert not (back / WHOLE).exists()
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
-    def test_what_is_no_checkpoint_is_never_overwritten(self, whole, tmp_path):
-        (tmp_path / "letters").mkdir()
-        (tmp_path / "letters" / "dear.txt").write_text("dear")
-        with pytest.raises(HymbaError, match="is no model alone that could be overwritten"):
-            convert(whole, tmp_path / "letters", overwrite=True)
-        assert (tmp_path / "letters" / "dear.txt").exists()
+    @pytest.mark.parametrize(
+        "other", ["dear.txt", "checkpoints/60/params/x", "params/more", "notes.py", "link"]
+    )
+    def test_other_files_are_never_overwritten(self, other, whole, ours, tmp_path):
+        """A training run in the directory among them."""
+        target = shutil.copytree(ours, tmp_path / "target")
+        (target / other).parent.mkdir(parents=True, exist_ok=True)
+        if other == "link":
+            (target / other).symlink_to(tmp_path)
+        else:
+            (target / other).write_text("mine")
+        with pytest.raises(HymbaError, match=f"target: holds {other}, which no conversion wrote"):
+            convert(whole, target, overwrite=True)
+        assert (target / other).exists()
+
+    def test_a_hf_checkpoint_of_others_is_never_overwritten(self, whole, ours, tmp_path):
+        target = shutil.copytree(whole, tmp_path / "target")
+        with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, wh"):
+            convert(ours, target, overwrite=True)
+        assert (target / WHOLE).exists()
+
+    def test_what_appears_meanwhile_is_not_overwritten(self, whole, tmp_path, monkeypatch):
+        def appear(self, name, before, after):
+            (tmp_path / "target").mkdir(exist_ok=True)
+            (tmp_path / "target" / "mine").touch()
+
+        monkeypatch.setattr("hymba_jax.convert.report.Report.converted", appear)
+        with pytest.raises(HymbaError, match="target: exists already"):
+            convert(whole, tmp_path / "target")
+        assert [path.name for path in tmp_path.rglob("*")] == ["target", "mine"]
+
+    def test_a_link_to_the_target_stays_one(self, whole, ours, tmp_path):
+        shutil.copytree(ours, tmp_path / "real")
+        (tmp_path / "link").symlink_to("real")
+        convert(ours, tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / WHOLE).exists()
+
+    def test_directories_above_do_not_stay(self, ours, tmp_path):
+        damaged = shutil.copytree(ours, tmp_path / "damaged")
+        (damaged / "released_copies.json").write_text('{"a": "b"}')
+        with pytest.raises(HymbaError, match=r"released_copies\.json: broken"):
+            convert(damaged, tmp_path / "some" / "more" / "target")
+        assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
     @pytest.mark.parametrize("place", [".", "..", "../released"])
     def test_the_source_is_never_overwritten(self, whole, place):
@@ -258,11 +404,12 @@ class TestTarget:
 
     def test_a_failure_leaves_the_old_one(self, whole, ours, tmp_path, monkeypatch):
         target = shutil.copytree(ours, tmp_path / "target")
-        (target / "mark").touch()
+        config = target / "config.toml"
+        config.write_text(config.read_text() + "# mine\n")
         monkeypatch.setattr("hymba_jax.convert.released_to_ours.model_toml", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(whole, target, overwrite=True)
-        assert (target / "mark").exists()
+        assert config.read_text().endswith("# mine\n")
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
@@ -327,6 +474,8 @@ class TestNoSpace:
 
 
 class TestVerify:
+    CONFIG = config_from_released(golden_config())
+
     def expected(self, tmp_path, **changes):
         arrays = dict(np.load(GOLDEN / "tiny-shared" / "golden.npz"))
         arrays |= {name: change(arrays[name]) for name, change in changes.items()}
@@ -366,14 +515,64 @@ class TestVerify:
             convert(whole, tmp_path / "target", verify=verify)
         assert not (tmp_path / "target").exists()
 
-    def test_a_file_that_is_none(self, whole, tmp_path):
-        (tmp_path / "text.npz").write_text("text")
-        with pytest.raises(HymbaError, match=r"text\.npz: not a \.npz file"):
-            convert(whole, tmp_path / "target", verify=str(tmp_path / "text.npz"))
+    @pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+    def test_a_tolerance_that_is_none(self, tolerance, whole, tmp_path):
+        with pytest.raises(HymbaError, match="tolerance is"):
+            convert(whole, tmp_path / "target", tolerance=tolerance)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"text", "not a .npz file that can be read"),
+            (lambda whole: whole[: len(whole) // 2], "not a .npz file that can be read"),
+            (
+                lambda whole: whole[:600] + b"\xff" * 9 + whole[609:],
+                "not a .npz file that can be read",
+            ),
+            ({"logits": np.array([{1: 2}], object)}, "logits is of Python objects"),
+            ({"logits": np.zeros((1, 1, 89), np.complex64)}, "logits are complex64, not floating"),
+            ({"logits": np.zeros((1, 1, 89), np.int32)}, "logits are int32, not floating-point"),
+            ({"logits": np.zeros(3, [("a", "f4")])}, "not floating-point"),
+            ({"input_ids": np.array([["a"]])}, "input_ids are not whole numbers"),
+            ({"input_ids": np.ones((1, 129), np.int32)}, "are 129 tokens long, the model has 128"),
+        ],
+    )
+    def test_a_file_that_is_none(self, content, message, tmp_path):
+        path = tmp_path / "expected.npz"
+        arrays = {"input_ids": np.ones((1, 1), np.int32), "logits": np.zeros((1, 1, 89))}
+        if isinstance(content, dict):
+            arrays |= content
+            if content.get("input_ids", arrays["input_ids"]).shape == (1, 129):
+                arrays["logits"] = np.zeros((1, 129, 89), np.float32)
+        np.savez(path, **arrays)
+        if not isinstance(content, dict):
+            path.write_bytes(content if isinstance(content, bytes) else content(path.read_bytes()))
+        with pytest.raises(HymbaError) as caught:
+            read_expected(path, self.CONFIG)
+        assert message in str(caught.value)
+        assert str(path) in str(caught.value)
+
+    def test_a_header_that_asks_for_all_memory(self, tmp_path):
+        path, header = tmp_path / "expected.npz", io.BytesIO()
+        shape = (10**9, 10**9, 89)
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
+        np.savez(path, input_ids=np.ones((1, 1), np.int32))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("logits.npy", header.getvalue())
+        with pytest.raises(HymbaError, match=r"give fewer tokens, 8\.00 GB is the limit"):
+            read_expected(path, self.CONFIG)
+
+    def test_what_is_no_regular_file(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+            with pytest.raises(HymbaError, match="not a regular file"):
+                read_expected(path, self.CONFIG)
 
 
 def test_a_released_checkpoint_has_to_be_converted_to_be_loaded(whole):
-    with pytest.raises(HymbaError, match="convert the released checkpoint first, hymba convert"):
+    with pytest.raises(HymbaError, match="convert the HF checkpoint first, hymba convert"):
         load_model(whole)
 
 

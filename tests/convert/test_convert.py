@@ -10,7 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors
+import tokenizers
 from convert.released import (
+    AUTO_MAP,
     COMPANIONS,
     assert_same_bits,
     convert,
@@ -24,6 +26,7 @@ from flax import nnx
 from golden_cases import CASES, GOLDEN
 from inference.models import TINY, byte_tokenizer, make_model
 
+from hymba_jax import cli
 from hymba_jax.config import ComputeConfig
 from hymba_jax.convert.convert import parse_size
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
@@ -31,6 +34,8 @@ from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.data import Tokenizer
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.hf_files import keep_hf_files
+from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.loading import load_model
 from hymba_jax.inference.saving import save_model
 from hymba_jax.model import Hymba, arrange_layers
@@ -79,14 +84,14 @@ def test_golden_logits_in_both_directions(case, tmp_path, capsys):
 def test_everything_else_comes_back_byte_for_byte(released, ours, tmp_path):
     back = files(convert(ours, tmp_path / "back"))
     before = files(released)
-    assert back.keys() == before.keys()
+    assert back.keys() == before.keys() | {".hymba_convert.json"}
     for name in before.keys() - {"model.safetensors"}:
         assert back[name] == before[name]
 
 
 def test_the_directory_is_one_of_a_model_alone(ours):
     assert {path.name for path in ours.iterdir()} == {
-        *("config.toml", "params", "config.json"),
+        *("config.toml", "params", "config.json", ".hymba_convert.json"),
         *COMPANIONS,
     }
     config, compute = read_model(ours / "config.toml")
@@ -180,6 +185,14 @@ class TestTiedHead:
         assert f"{HEAD} equals {EMBEDDING}" in capsys.readouterr().out
         assert_same_bits(read_released(convert(ours, tmp_path / "back")), weights)
 
+    def test_it_may_be_all_that_was_kept(self, tmp_path, capsys):
+        weights = golden_weights()
+        weights[HEAD] = weights.pop(EMBEDDING)
+        released = write_released(tmp_path / "released", weights)
+        ours = convert(released, tmp_path / "ours")
+        assert f"{HEAD} is read as {EMBEDDING}" in capsys.readouterr().out
+        assert_same_bits(read_released(convert(ours, tmp_path / "back")), golden_weights())
+
     def test_a_different_one_is_refused_with_advice(self, tmp_path):
         weights = golden_weights()
         weights[HEAD] = weights[EMBEDDING].copy()
@@ -230,10 +243,11 @@ class TestShards:
     def test_sizes(self, text, size):
         assert parse_size(text) == size
 
-    @pytest.mark.parametrize("text", ["", "big", "0", "-1GB", "5TB"])
+    @pytest.mark.parametrize("text", ["", "big", "0", "-1GB", "5TB", "9" * 400, "9" * 5000 + "GB"])
     def test_what_is_no_size(self, text, ours, tmp_path):
-        with pytest.raises(HymbaError, match="not a size such as"):
+        with pytest.raises(HymbaError, match="not a size such as") as caught:
             convert(ours, tmp_path / "back", max_shard_size=text)
+        assert len(str(caught.value)) < 150
 
 
 OURS = dataclasses.replace(TINY, layers="G 2*Ww G")
@@ -247,7 +261,7 @@ def model():
 class TestModelsTrainedHere:
     """Ours to released and back; their layers are stacked."""
 
-    def test_a_model_alone(self, model, tmp_path):
+    def test_a_model_alone(self, model, tmp_path, capsys):
         save_model(tmp_path / "mine", model, byte_tokenizer())
         released = convert(tmp_path / "mine", tmp_path / "released")
         config = json.loads((released / "config.json").read_text())
@@ -259,7 +273,19 @@ class TestModelsTrainedHere:
         assert held.keys() == expected.keys()
         for path, array in expected.items():
             np.testing.assert_array_equal(held[path], array)
-        assert Tokenizer.load(again).model.to_str() == byte_tokenizer().model.to_str()
+        tokenizer = Tokenizer.load(again)
+        assert tokenizer.encode("a <s> b") == byte_tokenizer().encode("a <s> b")
+        assert (tokenizer.bos, tokenizer.eos) == ("<s>", "</s>")
+        # The whole prompt, with the token that begins it, as transformers 4.57.6 and 5.24.0 have
+        # it: AutoTokenizer.from_pretrained(released)("the cat").input_ids
+        exported = tokenizers.Tokenizer.from_file(str(released / "tokenizer.json"))
+        assert exported.encode("the cat").ids == [1, 86, 74, 71, 223, 69, 67, 86]
+        settings = json.loads((released / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert settings["pad_token"] == "<pad>"
+        assert "warning: transformers cannot load it: config.json has no auto_map" in (
+            capsys.readouterr().out
+        )
 
     def test_a_run_at_any_step(self, model, tmp_path):
         data = DataConfig(tokenizer="bytes", sequence_length=24)
@@ -278,6 +304,58 @@ class TestModelsTrainedHere:
         for unit, layer in enumerate((1, 3)):
             name = f"model.layers.{layer}.moe.experts.0.up_proj.weight"
             np.testing.assert_array_equal(older[name], kernel[unit].T)
+
+    def test_a_run_that_started_from_a_hf_checkpoint(self, tmp_path):
+        """Everything but weights and config comes back, though the run saves a tokenizer itself."""
+        started = write_released(tmp_path / "hf", auto_map=AUTO_MAP, eos_token_id=[2, 5])
+        Tokenizer(byte_tokenizer().model, "<s>", "</s>").save(started)
+        text = json.dumps(json.loads((started / "tokenizer.json").read_text()), indent=7)
+        (started / "tokenizer.json").write_text(text)
+        (started / "tokenizer_config.json").write_text(
+            '{"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}'
+        )
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            (started / name).write_text("{ }")
+        (started / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+        for name in ("configuration_hymba.py", "modeling_hymba.py"):
+            (started / name).write_text(f"# {name}\n")
+        ours = convert(started, tmp_path / "ours")
+
+        config, compute = read_model(ours / "config.toml")
+        run = RunConfig(
+            output=str(tmp_path / "run"),
+            init_from=str(ours),
+            model=config,
+            compute=compute,
+            data=DataConfig(tokenizer=str(ours), sequence_length=24),
+        )
+        for resumed in (False, True):  # the tokenizer is saved again
+            write_run_directory(run, Tokenizer.load(run.output if resumed else ours))
+            if not resumed:
+                keep_hf_files(run.init_from, run.output)
+        tree = nnx.to_pure_dict(nnx.state(load_model(ours)))
+        with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+            checkpoints.save(TrainState(tree, {"count": jnp.int32(1)}), LoopState(1, {}, ""))
+        assert read_generation_defaults(tmp_path / "run").eos_token_ids == (2, 5)
+
+        before, back = files(started), files(convert(tmp_path / "run", tmp_path / "back"))
+        del back[".hymba_convert.json"], back["model.safetensors"], before["model.safetensors"]
+        assert back == before
+        assert_same_bits(read_released(tmp_path / "back"), golden_weights())
+        cli.inspect([str(tmp_path / "back")], "hymba inspect")
+
+    def test_another_tokenizer_than_that_of_the_hf_checkpoint(self, ours, tmp_path, capsys):
+        run = shutil.copytree(ours, tmp_path / "run")
+        keep_hf_files(str(ours), str(run))
+        (run / "config.json").unlink()
+        byte_tokenizer().save(run)
+        byte_tokenizer().save(run / "hf_files")
+        (run / "hf_files" / "tokenizer_config.json").write_text('{"bos_token": "<pad>"}')
+        back = convert(run, tmp_path / "back")
+        assert "the tokenizer is another than that" in capsys.readouterr().out
+        assert json.loads((back / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
+        assert not (back / "special_tokens_map.json").exists()
+        assert (back / "generation_config.json").exists()
 
     def test_what_config_toml_changes_is_in_config_json(self, ours, tmp_path):
         edited = shutil.copytree(ours, tmp_path / "edited")

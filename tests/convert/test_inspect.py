@@ -1,10 +1,11 @@
 """What `hymba inspect` says of checkpoints of either kind."""
 
 import json
+import shutil
 
 import pytest
 import safetensors.numpy
-from convert.released import convert, golden_weights, write_released
+from convert.released import AUTO_MAP, convert, golden_config, golden_weights, write_released
 from golden_cases import GOLDEN
 
 from hymba_jax import cli
@@ -12,11 +13,17 @@ from hymba_jax.config import PRESETS
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import load_model
+from hymba_jax.run_config import read_model_directory
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    return write_released(tmp_path_factory.mktemp("inspected") / "released")
+    """With all that transformers needs, which is not read."""
+    directory = write_released(tmp_path_factory.mktemp("inspected") / "hf", auto_map=AUTO_MAP)
+    for name in ("configuration_hymba.py", "modeling_hymba.py", "tokenizer.json"):
+        (directory / name).write_text("")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return directory
 
 
 def inspect(path, capsys):
@@ -37,6 +44,36 @@ def test_both_kinds_hold_the_same(released, tmp_path, capsys, monkeypatch):
     assert f"float32 │ {len(golden_weights())} tensors" in theirs
     assert "│ form │ released" in theirs
     assert "│ form │ hymba_jax" in mine
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "modeling_hymba.py").unlink(), "modeling_hymba.py is missing"),
+        (lambda d: (d / "configuration_hymba.py").unlink(), "configuration_hymba.py is missing"),
+        (
+            lambda d: (d / "config.json").write_text(json.dumps(golden_config())),
+            "has no auto_map to the released code for AutoConfig",
+        ),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda d: (d / "tokenizer_config.json").write_text("{}"), "has no tokenizer_class"),
+    ],
+)
+def test_what_transformers_lacks_is_said(damage, message, released, tmp_path, capsys):
+    copy = shutil.copytree(released, tmp_path / "copy")
+    damage(copy)
+    with pytest.raises(SystemExit) as caught:
+        inspect(copy, capsys)
+    assert "transformers cannot load it: " in caught.value.code
+    assert message in caught.value.code
+    assert "yes" not in capsys.readouterr().out
+
+
+def test_a_path_is_no_markup(released, tmp_path, capsys):
+    copy = shutil.copytree(released, tmp_path / "[red]a\x1b[0mb")
+    out = inspect(copy, capsys)
+    assert "[red]a" in out.replace(" ", "")
+    assert "\x1b" not in out
 
 
 def test_parts_of_the_1_5b_are_all_of_it():
@@ -91,3 +128,17 @@ def test_a_flipped_bit_is_found_wherever_arrays_are_read(released, tmp_path, cap
             read()
         assert str(damaged.value).startswith(message)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_name_on_hugging_face_is_explained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.inspect(["nvidia/Hymba-1.5B-Base"], "hymba inspect")
+    assert (
+        "hf download nvidia/Hymba-1.5B-Base --local-dir Hymba-1.5B-Base, "
+        "then convert it with hymba convert Hymba-1.5B-Base TARGET"
+    ) in caught.value.code
+    with pytest.raises(HymbaError, match=r"no model is here, .* hf download nvidia/Hymba"):
+        read_model_directory("nvidia/Hymba-1.5B-Base")
+    with pytest.raises(HymbaError, match=r"no model is here, there is no config.toml$"):
+        read_model_directory(tmp_path / "gone")

@@ -91,7 +91,7 @@ def test_forms_of_global_layers_and_sharing(changes, pattern):
         ({"layer_type": ["h"] * 5}, "layer_type is of 5 layers, num_hidden_layers is 6"),
         ({"kv_reuse_group": [[1, 2]], "kv_reuse_every_i_layer": 2}, "contradict"),
         ({"conv_dim": {"0": 64}}, "conv_dim is 64 in a layer, and only 128 is supported"),
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, not 1 to 10000"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, not 1 to 4096"),
         ({"rope": False}, "rope is False, and only True is supported"),
         ({"pruned_heads": {"0": [1]}}, "pruned heads are not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is unknown: remove it"),

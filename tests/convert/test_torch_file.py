@@ -31,7 +31,7 @@ def released(tmp_path):
 def test_without_torch_it_is_refused(released, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (released / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(HymbaError, match="torch is not installed: install torch, or get the"):
+    with pytest.raises(HymbaError, match="torch is not installed: pip install torch, or get the"):
         convert(released, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 

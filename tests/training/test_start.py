@@ -139,7 +139,7 @@ class TestCommandLine:
         with pytest.raises(HymbaError, match="no model is here"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
         (tmp_path / "config.json").touch()
-        with pytest.raises(HymbaError, match="convert the released checkpoint first"):
+        with pytest.raises(HymbaError, match="convert the HF checkpoint first"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
 
 
@@ -148,6 +148,7 @@ def test_a_run_starts_from_them_and_goes_on_without(tmp_path, monkeypatch):
     held = make_model(config)
     directory = tmp_path / "model"
     save_model(directory, held, byte_tokenizer())
+    (directory / "config.json").write_text("{}")  # as if it came from a HF checkpoint
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i in range(8):
@@ -172,3 +173,4 @@ def test_a_run_starts_from_them_and_goes_on_without(tmp_path, monkeypatch):
     shutil.rmtree(directory)
     monkeypatch.setattr(loop, "compile_train_step", lambda *_: None)  # no step is left to do
     loop.train(run)
+    assert (tmp_path / "run" / "hf_files" / "config.json").read_text() == "{}"

@@ -1,0 +1,42 @@
+"""A native tokenizer as files that transformers reads."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from hymba_jax.config import HymbaConfig
+from hymba_jax.data import Tokenizer
+from hymba_jax.files import read_json
+
+
+def write_hf_tokenizer(tokenizer: Tokenizer, config: HymbaConfig, directory: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    `AutoTokenizer` then gives a prompt the ids that it has here, where the model is given the
+    begin-of-text token by id. Only names of special tokens in a prompt differ: they are ordinary
+    text here, and tokens there.
+    """
+    tokenizer.save(directory)
+    file, config_file = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    model = tokenizers.Tokenizer.from_file(str(file))
+    bos = tokenizer.bos
+    if model.encode("a").ids != [
+        tokenizer.bos_id,
+        *model.encode("a", add_special_tokens=False).ids,
+    ]:
+        model.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+        )
+        file.write_text(model.to_str(pretty=True), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,  # or it would change the text that is decoded
+        "model_max_length": config.max_positions,
+        **read_json(config_file),
+    }
+    pad = model.id_to_token(config.pad_token_id)
+    if pad in tokenizer.special_tokens:
+        settings["pad_token"] = pad
+    config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""The files of a HF (Hugging Face) checkpoint beside its weights, and where we keep them.
+
+A converted model has them in its own directory. A training run that started from one has them in a
+folder: its own tokenizer files are written by the run.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hymba_jax.files import read_json, resolve_path, written_beside
+
+HF_CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+COPIES_FILE = "released_copies.json"
+"""Tensors of a HF checkpoint that are not kept since they equal another: name to name."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+OTHER_FILES = (GENERATION_CONFIG, "*.py")  # the released code itself, which config.json names
+
+_KEPT = "hf_files"  # inside a run directory
+_CLASSES = ("AutoConfig", "AutoModelForCausalLM")
+
+
+def download_advice(directory: Path) -> str:
+    """What to do if this path that is not there is a name on Hugging Face; else nothing."""
+    name = str(directory)
+    if directory.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return ""
+    local = directory.name
+    return (
+        f": models are not downloaded here; get it from Hugging Face with hf download {name} "
+        f"--local-dir {local}, then convert it with hymba convert {local} TARGET"
+    )
+
+
+def hf_directory(directory: Path) -> Path:
+    """Where a model alone or a run keeps the HF files that it comes from, if it has any."""
+    kept = directory / _KEPT
+    return kept if kept.is_dir() else directory
+
+
+def companion_files(directory: Path, names: tuple[str, ...]) -> list[Path]:
+    """Those of these files that are there."""
+    return [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
+
+
+def keep_hf_files(init_from: str, output: str) -> None:
+    """Copies the HF files of the model that a new run starts from into the run directory.
+
+    Args:
+      init_from: the model's directory, or empty for a run that starts from none.
+      output: the run directory.
+    """
+    source, run = resolve_path(init_from), resolve_path(output)
+    shutil.rmtree(
+        run / _KEPT, ignore_errors=True
+    )  # of a run that ended before its first checkpoint
+    if not init_from or not (hf_directory(source) / HF_CONFIG).is_file():
+        return
+    names = (HF_CONFIG, COPIES_FILE, *TOKENIZER_FILES, *OTHER_FILES)
+    with written_beside(run / _KEPT) as beside:
+        for file in companion_files(hf_directory(source), names):
+            shutil.copyfile(file, beside / file.name)
+
+
+def missing_for_transformers(directory: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What transformers lacks to load a HF checkpoint's model and tokenizer, in words.
+
+    Args:
+      settings: its config.json.
+    """
+    missing = []
+    auto_map = settings.get("auto_map")
+    for name in _CLASSES:
+        reference = auto_map.get(name) if isinstance(auto_map, dict) else None
+        if not isinstance(reference, str):
+            missing.append(f"{HF_CONFIG} has no auto_map to the released code for {name}")
+        elif "--" not in reference:  # else it is code on Hugging Face
+            code = reference.partition(".")[0] + ".py"
+            if not (directory / code).is_file():
+                missing.append(f"{code} is missing, the released code that auto_map names")
+    if not companion_files(directory, ("tokenizer.json", "tokenizer.model")):
+        missing.append("tokenizer.json is missing")
+    config = directory / "tokenizer_config.json"
+    if not config.is_file() or "tokenizer_class" not in read_json(config):
+        missing.append(f"{config.name} has no tokenizer_class")
+    return missing
