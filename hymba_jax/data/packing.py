@@ -1,9 +1,9 @@
 """Documents to one flat stream of tokens, and the stream to windows for training.
 
-Each document becomes `<s> tokens </s>`; the documents follow one another in order. Window i covers
-the `sequence_length + 1` tokens from `i * sequence_length`: neighbours share one token, the last
-target of one and the first input of the next, so that every token but the stream's first is a
-target exactly once.
+Each document becomes `<s> tokens </s>`, without `<s>` where the tokenizer has none; the documents
+follow one another in order. Window i covers the `sequence_length + 1` tokens from
+`i * sequence_length`: neighbours share one token, the last target of one and the first input of
+the next, so that every token but the stream's first is a target exactly once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ def pack(
     pieces = []
     for texts in _slices(documents):
         for ids in tokenizer.encode_batch(texts):
-            pieces.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype))
+            pieces.append(np.array([*tokenizer.bos_ids, *ids, tokenizer.eos_id], dtype))
         done += sum(map(len, texts))
         if on_progress is not None:
             on_progress(done, total)

@@ -1,123 +1,216 @@
 """Text to token ids and back: bytes, a byte-level BPE trained here, or any `tokenizer.json`.
 
-All three are a `tokenizers.Tokenizer`, so they save, load and encode alike. Special tokens come
-from ids alone: text that looks like one ("<s>") is encoded as ordinary text.
+All three are a `tokenizers.Tokenizer`, so they save, load and encode alike. Control tokens come
+from ids and chat templates alone: text that looks like one ("<s>") is encoded as ordinary text.
 """
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
+from hymba_jax.config import HymbaConfig
 from hymba_jax.data.config import DataConfig
+from hymba_jax.data.control_tokens import ControlTokens, marked_special
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json, read_text, replace_text, resolve_path
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
-_BOS_NAMES = (BOS, "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
-_EOS_NAMES = (EOS, "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""The special tokens that a tokenizer_config.json names, and a chat template may use."""
 
-# GPT-4's split of text into words, with two changes for source code: a line break takes the
+_CUSTOMARY = {
+    "bos_token": (BOS, "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
+    "eos_token": (EOS, "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"),
+}
+
+# GPT-4's split of text into words, with three changes. For source code: a line break takes the
 # indentation after it along, and so does punctuation at the end of a line, so that "):\n        "
-# can be one token. Letters never share a word with what follows them: text cannot merge into the
-# name of a special token.
+# can be one token. And a word has 256 characters at most (the longest in the standard library has
+# 109), because a BPE's training takes time that grows with the square of a word's length. Letters
+# never share a word with what follows them: text cannot merge into the name of a special token.
 _WORD = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"[^\r\n\p{L}\p{N}]?\p{L}{1,256}"
     r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?"
-    r"|\s*[\r\n]+[ \t]*"
-    r"|\s+(?!\S)"
-    r"|\s+"
+    r"| ?[^\s\p{L}\p{N}]{1,256}(?:[\r\n]{1,256}[ \t]{0,256})?"
+    r"|\s{0,256}[\r\n]{1,256}[ \t]{0,256}"
+    r"|\s{1,256}(?!\S)"
+    r"|\s{1,256}"
 )
 
 
 class Tokenizer:
-    """A vocabulary with a begin-of-text and an end-of-text token.
+    """A vocabulary with an end-of-text and, in most cases, a begin-of-text token.
+
+    Args:
+      bos, eos: names of the tokens before and after each document.
+      chat_template: how a conversation is written for the model, in Jinja; several by name are
+        "default" and "tool_use", which is for conversations with tools.
+      named_tokens: further special tokens that a chat template may use: {"pad_token": "<pad>"}.
 
     Attributes:
       model: the underlying `tokenizers.Tokenizer`.
       vocab_size: the largest token id plus one.
       bos_id, eos_id: ids of the tokens before and after each document.
-      special_tokens: the id of each special token, by name.
-      chat_template: how a conversation is written for the model, in Jinja; None if it is not said.
+      bos_ids: what begins a document: the id of the token before it, or nothing.
+      special_tokens: the id of each special token, by name; their text is not shown.
+      control: the control tokens: the special ones, and all others that were added.
+      chat_templates: by name.
+
+    Raises:
+      HymbaError: the tokenizers library cannot work with the model.
     """
 
     def __init__(
-        self, model: tokenizers.Tokenizer, bos: str, eos: str, chat_template: str | None = None
+        self,
+        model: tokenizers.Tokenizer,
+        bos: str | None,
+        eos: str,
+        chat_template: str | Mapping[str, str] | None = None,
+        named_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        # A released file may ask for truncation or padding, or not mark its tokens as special.
-        model.no_truncation()
-        model.no_padding()
-        model.add_special_tokens([AddedToken(name, special=True) for name in (bos, eos)])
-        model.encode_special_tokens = True  # that is: as ordinary text
+        named = {**(named_tokens or {}), **({"bos_token": bos} if bos else {}), "eos_token": eos}
+        with _one_line("tokenizer"):
+            # A released file may ask for truncation or padding, or not mark its tokens as special.
+            model.no_truncation()
+            model.no_padding()
+            model.add_special_tokens([marked_special(model, name) for name in named.values()])
+            model.encode_special_tokens = False
+            self.control = ControlTokens(model)
         self.model = model
+        self.named_tokens = named
         self.bos, self.eos = bos, eos
         vocabulary = model.get_vocab()
-        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        self.bos_id = None if bos is None else vocabulary[bos]
+        self.eos_id = vocabulary[eos]
+        self.bos_ids = [] if self.bos_id is None else [self.bos_id]
         self.vocab_size = max(vocabulary.values()) + 1
         added = model.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: number for number, token in added if token.special}
-        self.chat_template = chat_template
+        if isinstance(chat_template, str):
+            chat_template = {"default": chat_template}
+        self.chat_templates = dict(chat_template or {})
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens. Raises HymbaError where it is no text."""
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise HymbaError(f"{text!a} is no text: it has bytes that are not UTF-8")
-        return self.model.encode(text, add_special_tokens=False).ids
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations without tools; None if there is none."""
+        return self.chat_templates.get("default")
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+          parse_special: whether the names of control tokens are these tokens, not ordinary text.
+
+        Raises:
+          HymbaError: it is no text, or the tokenizer cannot encode it.
+        """
+        _check_text(text)
+        model = self.model if parse_special else self.control.ordinary
+        with _one_line("tokenizer"):
+            return list(model.encode(text, add_special_tokens=False).ids)
+
+    def encode_traced(self, text: str, origins: bytes) -> list[int]:
+        """Token ids of `text` with the control tokens that a chat template wrote in it.
+
+        Args:
+          origins: who wrote each character, as `control_tokens.py` has it.
+
+        Raises:
+          HymbaError: it is no text, or the tokenizer cannot encode it.
+        """
+        _check_text(text)
+        with _one_line("tokenizer"):
+            return self.control.encode(text, origins)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens, on all processor cores."""
-        encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Token ids of each text, all of it ordinary text, on all processor cores.
+
+        Raises:
+          HymbaError: the tokenizer cannot encode them.
+        """
+        with _one_line("tokenizer"):
+            model = self.control.ordinary
+            encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens are left out."""
-        return self.model.decode(list(ids), skip_special_tokens=True)
+        """Text of `ids`; special tokens are left out.
+
+        Raises:
+          HymbaError: the tokenizer cannot decode them.
+        """
+        with _one_line("tokenizer"):
+            return str(self.model.decode(list(ids), skip_special_tokens=True))
+
+    def misfits(self, model: HymbaConfig) -> list[str]:
+        """Why the model cannot work with the tokenizer, each reason in words; none if it can."""
+        problems = []
+        if self.vocab_size > model.num_embeddings:
+            problems.append(
+                f"it has {self.vocab_size} tokens, model.vocab_size is {model.num_embeddings}"
+            )
+        for role, own in (("bos", self.bos_id), ("eos", self.eos_id)):
+            wanted = getattr(model, f"{role}_token_id")
+            if own is not None and own != wanted:
+                problems.append(f"its {role} token is {own}, model.{role}_token_id is {wanted}")
+        return problems
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, each of them whole or not at all."""
         directory = resolve_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"bos_token": self.bos, "eos_token": self.eos}
-        if self.chat_template is not None:
+        config: dict[str, object] = {"bos_token": None, **self.named_tokens}
+        if self.chat_templates.keys() == {"default"}:
             config["chat_template"] = self.chat_template
+        elif self.chat_templates:
+            config["chat_template"] = [
+                {"name": name, "template": template}
+                for name, template in self.chat_templates.items()
+            ]
         replace_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        replace_text(directory / "tokenizer.json", self.model.to_str(pretty=True))
+        with _one_line("tokenizer"):
+            content = self.model.to_str(pretty=True)
+        replace_text(directory / "tokenizer.json", content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Reads a tokenizer.json, or the one in a directory.
 
-        The special tokens are those that a tokenizer_config.json beside it names, else those with
-        a customary name. The chat template is in a chat_template.jinja beside it, else in the
-        tokenizer_config.json. Raises HymbaError where a file is missing or unusable.
+        The special tokens are those that a tokenizer_config.json or special_tokens_map.json beside
+        it names, else those with a customary name; a "bos_token" of null is none. The chat
+        template is in a chat_template.jinja beside it, else in the tokenizer_config.json.
+
+        Raises:
+          HymbaError: a file is missing or unusable.
+          OSError: it cannot be read.
         """
         path = resolve_path(path)
         if path.is_dir():
             path = path / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise HymbaError(f"{path}: no such tokenizer file: check the path")
-        try:
-            model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise HymbaError(
-                f"{path}: not a file of the tokenizers library ({_first_line(error)}): "
-                "give a tokenizer.json"
-            ) from error
+        content = read_text(path)
+        with _one_line(f"{path}: not a file of the tokenizers library", "give a tokenizer.json"):
+            model = tokenizers.Tokenizer.from_str(content)
         config_file = path.with_name("tokenizer_config.json")
-        config = _read_config(config_file)
-        bos = _special_name(path, model, config.get("bos_token"), "begin-of-text", _BOS_NAMES)
-        eos = _special_name(path, model, config.get("eos_token"), "end-of-text", _EOS_NAMES)
-        template_file = path.with_name("chat_template.jinja")
-        if template_file.is_file():
-            template: str | None = read_text(template_file)
-        else:
-            template = _named_template(config_file, config.get("chat_template"))
-        return cls(model, bos, eos, template)
+        config = read_json(config_file) if config_file.exists() else {}
+        _override_flags(model, config_file, config.get("added_tokens_decoder"))
+        roles = _named_tokens(path, config)
+        found = {role: _special_name(path, model, role, roles) for role in NAMED_TOKENS}
+        named = {role: name for role, name in found.items() if name is not None}
+        templates = _template_files(path.parent) or _named_templates(
+            config_file, config.get("chat_template")
+        )
+        try:
+            return cls(model, named.get("bos_token"), named["eos_token"], templates, named)
+        except HymbaError as error:
+            raise HymbaError(f"{path}: {error}") from error
 
 
 def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
@@ -159,21 +252,86 @@ def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:
     return Tokenizer(model, BOS, EOS)
 
 
-def _read_config(path: Path) -> dict[str, object]:
-    if not path.is_file():
+def _named_tokens(path: Path, config: Mapping[str, object]) -> dict[str, str | None]:
+    """Names of the special tokens that the files beside a tokenizer.json give, by role.
+
+    As in the transformers library: a special_tokens_map.json is of an older form, and counts more
+    where the tokenizer_config.json is of that form too.
+    """
+    map_file = path.with_name("special_tokens_map.json")
+    sources = [(path.with_name("tokenizer_config.json"), config)]
+    if map_file.exists():
+        sources.insert("added_tokens_decoder" not in config, (map_file, read_json(map_file)))
+    roles: dict[str, str | None] = {}
+    for file, values in sources:
+        for role in NAMED_TOKENS & values.keys():
+            value = values[role]
+            name = value.get("content") if isinstance(value, dict) else value
+            if not (isinstance(name, str) or value is None):
+                raise HymbaError(f"{file}: {role} is neither a name nor null: fix or remove it")
+            roles[role] = name
+    return roles
+
+
+def _special_name(
+    path: Path, model: tokenizers.Tokenizer, role: str, roles: Mapping[str, str | None]
+) -> str | None:
+    """Name of the special token for `role`: the one that is named, else a customary one."""
+    named = roles.get(role)
+    if named is not None:
+        names: tuple[str, ...] = (named,)
+    elif role == "bos_token" and role in roles:
+        names = ()
+    else:
+        names = _CUSTOMARY.get(role, ())
+    for name in names:
+        if model.token_to_id(name) is not None:
+            return name
+    if role == "eos_token" or (role == "bos_token" and named is not None):
+        raise HymbaError(
+            f"{path}: no {role} (looked for {', '.join(names)}): "
+            "name a token that it has in a tokenizer_config.json beside it"
+        )
+    return None
+
+
+def _override_flags(model: tokenizers.Tokenizer, path: Path, listed: object) -> None:
+    """Gives added tokens the flags that a tokenizer_config.json has, where it has any."""
+    if listed is None:
+        return
+    try:
+        if not isinstance(listed, dict):
+            raise TypeError("not an object")
+        tokens = [AddedToken(**flags) for flags in listed.values()]
+    except (TypeError, ValueError) as error:
+        raise HymbaError(f"{path}: added_tokens_decoder: {_first_line(error)}") from error
+    known = [token for token in tokens if model.token_to_id(token.content) is not None]
+    with _one_line(f"{path}: added_tokens_decoder"):
+        model.add_tokens(known)
+
+
+def _template_files(directory: Path) -> dict[str, str]:
+    """The chat templates that are files of their own, by name."""
+    files = {
+        file.stem: file
+        for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    }
+    if (default := directory / "chat_template.jinja").exists():
+        files["default"] = default
+    return {name: read_text(file) for name, file in files.items()}
+
+
+def _named_templates(path: Path, named: object) -> dict[str, str]:
+    """The config's chat templates by name; a single one is the default."""
+    if named is None:
         return {}
-    return read_json(path)
-
-
-def _named_template(path: Path, named: object) -> str | None:
-    """The config's chat template; of several, each with a name, the one named default."""
+    if isinstance(named, str):
+        return {"default": named}
     if isinstance(named, list) and all(_is_named_template(item) for item in named):
-        named = {item["name"]: item["template"] for item in named}.get("default")
-    if named is None or isinstance(named, str):
-        return named
+        return {item["name"]: item["template"] for item in named}
     raise HymbaError(
         f'{path}: chat_template is neither a text nor a list of {{"name", "template"}}: '
-        "mend or remove it"
+        "fix or remove it"
     )
 
 
@@ -183,21 +341,22 @@ def _is_named_template(item: object) -> bool:
     )
 
 
-def _special_name(
-    path: Path, model: tokenizers.Tokenizer, named: object, role: str, customary: tuple[str, ...]
-) -> str:
-    """Name of the special token for `role`: the one the config names, else a customary one."""
-    if isinstance(named, dict):
-        named = named.get("content")
-    names = (named,) if isinstance(named, str) else customary
-    for name in names:
-        if model.token_to_id(name) is not None:
-            return name
-    raise HymbaError(
-        f"{path}: no {role} token (looked for {', '.join(names)}): "
-        "name bos_token and eos_token in a tokenizer_config.json beside it"
-    )
+def _check_text(text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise HymbaError(f"{text!a} is no text: it has bytes that are not UTF-8")
 
 
-def _first_line(error: Exception) -> str:
+@contextmanager
+def _one_line(what: str, advice: str = "") -> Iterator[None]:
+    """Turns whatever the tokenizers library raises, panics of its Rust code too, into one line."""
+    try:
+        yield
+    except (HymbaError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # PanicException is no Exception
+        reason = f"{what} ({_first_line(error)})"
+        raise HymbaError(f"{reason}: {advice}" if advice else reason) from error
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

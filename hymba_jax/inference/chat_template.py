@@ -1,51 +1,68 @@
 """Conversations as the text, and the tokens, that a chat model continues.
 
-A template is a Jinja program that comes with a tokenizer. It writes special tokens by their names;
-in a message such a name is ordinary text. So that the two cannot be confused, `encode` replaces
-the names in the template, before it runs, by marks that nobody can guess; the messages it leaves
-alone. A name that a template puts together from parts ("<|" + role + "|>") therefore is ordinary
-text as well.
+A template is a Jinja program that comes with a tokenizer. It writes control tokens by their names,
+which it may put together from parts ("<|" + role + "|>"); in a message such a name is ordinary
+text. So that the two cannot be confused, it is known of each character whether the template wrote
+it (`traced_text.py`).
 """
 
-import json
-import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
+from hymba_jax.data.control_tokens import ROLE, USER
 from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.template_sandbox import MAX_CHARACTERS, Sandbox
+from hymba_jax.inference.traced_text import Traced, concat, origins, trace
 
-MAX_CHARACTERS = 10_000_000  # of a rendered conversation: more than any model reads
+MAX_TEMPLATE = 1_000_000  # characters
+MAX_REASON = 300  # characters of what a template says about its failure
+
+type Message = Mapping[str, Any]
+"""A "role" (system, user, assistant, tool) with its "content", and what else a template reads."""
 
 
-def encode(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The prompt for the next answer; it begins with the begin-of-text token, once.
+def encode(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> list[int]:
+    """The conversation's token ids: those of `apply_chat_template` in the transformers library.
+
+    Only the names of control tokens in messages, tools, documents and variables differ: there they
+    are ordinary text.
 
     Args:
-      messages: each with a "role" (system, user or assistant) and its "content".
+      tools: that the model may call, as JSON schemas.
+      documents: for it to look things up in.
+      add_generation_prompt: whether to end where an answer begins.
+      variables: whatever else the template knows.
 
     Raises:
       HymbaError: the tokenizer has no chat template, or its template fails.
     """
-    text, special = _render_marked(tokenizer, messages, add_generation_prompt=True)
-    # Texts and, between them, the numbers of special tokens.
-    parts = special.split(text)
-    ids = tokenizer.encode(parts[0]) if parts[0] else []
-    for number, part in zip(parts[1::2], parts[2::2], strict=True):
-        ids += [int(number), *(tokenizer.encode(part) if part else [])]
-    return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    text = _render(
+        tokenizer,
+        messages,
+        tools=tools,
+        documents=documents,
+        add_generation_prompt=add_generation_prompt,
+        **variables,
+    )
+    return tokenizer.encode_traced(text, origins(text))
 
 
 def answer_end(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Stop strings and stop tokens: what the template writes after an answer.
 
-    That is a special token (ChatML's "<|im_end|>"), or else the text up to the user's next message
+    That is a control token (ChatML's "<|im_end|>"), or else the text up to the user's next message
     (the released Hymba's "\\n<extra_id_1>User"); besides, the name of the end-of-text token, which
     models that were trained on it as text do write.
 
@@ -58,90 +75,75 @@ def answer_end(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
         {"role": "assistant", "content": answer},
         {"role": "user", "content": reply},
     ]
-    text, special = _render_marked(tokenizer, messages, add_generation_prompt=False)
+    text = _render(tokenizer, messages, add_generation_prompt=False)
     after = text.partition(answer)[2].partition(reply)[0]
-    written, *marked = special.split(after)
-    if marked and not written.strip():
-        return (tokenizer.eos,), (int(marked[0]),)
-    return tuple(filter(str.strip, (tokenizer.eos, written.rstrip()))), ()
+    found = tokenizer.control.find(after, origins(after))
+    if found and not after[: found[0].start].strip():
+        return (tokenizer.eos,), (found[0].token,)
+    written = after[: found[0].start] if found else after
+    return tuple(filter(str.strip, (tokenizer.eos, str.__str__(written.rstrip())))), ()
 
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     *,
-    bos: str,
-    eos: str,
+    named_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
-) -> str:
+    **variables: Any,
+) -> Traced:
     """The conversation as text, rendered as the transformers library does.
 
-    The template can reach nothing but its arguments, and its result is limited; the time and the
-    memory that it takes are not.
+    The template can reach nothing but its arguments, and its time and result are limited.
 
     Args:
-      bos, eos: the names of the begin-of-text and end-of-text tokens.
-      add_generation_prompt: whether to end where an answer begins.
+      named_tokens: names of special tokens, such as {"bos_token": "<s>"}.
+      tools, documents, add_generation_prompt, variables: as of `encode`.
 
     Raises:
       HymbaError: the template is broken, refuses the messages, or does what it must not.
     """
+    if len(template) > MAX_TEMPLATE:
+        raise HymbaError(f"the chat template has more than {MAX_TEMPLATE:,} characters")
+    arguments = {
+        **named_tokens,
+        "messages": [_traced_message(message) for message in messages],
+        "tools": trace(tools, USER),
+        "documents": trace(documents, USER),
+        "add_generation_prompt": add_generation_prompt,
+        **trace(variables, USER),
+    }
     pieces, characters = [], 0
     try:
-        for piece in _compile(template).generate(
-            messages=[dict(message) for message in messages],
-            bos_token=bos,
-            eos_token=eos,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-        ):
+        for piece in Sandbox().from_string(template).generate(arguments):
             pieces.append(piece)
             characters += len(piece)
             if characters > MAX_CHARACTERS:
                 raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
     except Exception as error:  # a template can raise whatever Python's operators raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error)[:MAX_REASON].split()) or type(error).__name__
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
         raise HymbaError(f"the chat template failed{where}: {reason}") from error
-    return "".join(pieces)
+    return concat(pieces)
 
 
-def _render_marked(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
-) -> tuple[str, re.Pattern[str]]:
-    """The conversation with marks for special tokens, and the pattern that finds their numbers."""
-    if tokenizer.chat_template is None:
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> Traced:
+    templates = tokenizer.chat_templates
+    name = "tool_use" if options.get("tools") is not None and "tool_use" in templates else "default"
+    if name not in templates:
         raise HymbaError("the tokenizer has no chat template: use `hymba generate`")
-    secret = secrets.token_hex(16)
-    marks = {name: f"[{secret}:{number}]" for name, number in tokenizer.special_tokens.items()}
-    longest_first = sorted(marks, key=len, reverse=True)
-    names = re.compile("|".join(map(re.escape, longest_first)))
-    text = render(
-        names.sub(lambda name: marks[name[0]], tokenizer.chat_template),
-        messages,
-        bos=marks[tokenizer.bos],
-        eos=marks[tokenizer.eos],
-        add_generation_prompt=add_generation_prompt,
-    )
-    return text, re.compile(rf"\[{secret}:(\d+)\]")
+    return render(templates[name], messages, named_tokens=tokenizer.named_tokens, **options)
 
 
-def _compile(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """JSON as it is, where Jinja's own filter escapes what HTML would misread."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _traced_message(message: Message) -> dict[str, Any]:
+    """The message for a template, which expects that what is not there is not null either."""
+    if not isinstance(message, Mapping):
+        raise HymbaError(f'a message is {message!r}, not a mapping with "role" and "content"')
+    return {
+        key: trace(value, ROLE if key == "role" else USER)
+        for key, value in message.items()
+        if value is not None
+    }

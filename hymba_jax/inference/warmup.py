@@ -72,7 +72,7 @@ def prompt_lengths(engine: Engine) -> Iterator[int]:
 
 def warm(model: LanguageModel, rows: int, length: int) -> None:
     """Continues `rows` prompts of `length` tokens by two, where there is room for that."""
-    prompts = [[model.tokenizer.bos_id] * length] * rows
+    prompts = [[model.tokenizer.eos_id] * length] * rows
     for piece in model.stream(prompts, max_new_tokens=2):
         del piece
 

@@ -9,15 +9,7 @@ from hymba_jax.run_config import RunConfig
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises HymbaError if the model cannot work with the tokenizer."""
-    model, problems = config.model, []
-    if tokenizer.vocab_size > model.num_embeddings:
-        problems.append(
-            f"it has {tokenizer.vocab_size} tokens, model.vocab_size is {model.num_embeddings}"
-        )
-    for name in ("bos", "eos"):
-        ours, theirs = getattr(model, f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
-        if ours != theirs:
-            problems.append(f"its {name} token is {theirs}, model.{name}_token_id is {ours}")
+    model, problems = config.model, tokenizer.misfits(config.model)
     length = len(_prompt(config, tokenizer)) + config.training.sample_tokens
     if length > model.max_positions:
         problems.append(
@@ -41,4 +33,4 @@ def sample(config: RunConfig, model: Hymba, tokenizer: Tokenizer) -> str:
 
 
 def _prompt(config: RunConfig, tokenizer: Tokenizer) -> list[int]:
-    return [tokenizer.bos_id, *tokenizer.encode(config.training.sample_prompt)]
+    return [*tokenizer.bos_ids, *tokenizer.encode(config.training.sample_prompt)]

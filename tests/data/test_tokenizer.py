@@ -174,9 +174,20 @@ def test_foreign_specials_by_config(tmp_path):
 
 
 def test_one_token_may_be_both_begin_and_end(tmp_path):
-    path = foreign(tmp_path, ["[UNK]", "a", "<|endoftext|>"], {"bos_token": None})
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(foreign(tmp_path, ["[UNK]", "a", "<|endoftext|>"]))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [(["[UNK]", "<s>", "</s>"], {"bos_token": None}), (["[UNK]", "x", "</s>"], None)],
+)
+def test_no_begin_of_text(tmp_path, words, config):
+    tokenizer = Tokenizer.load(foreign(tmp_path, words, config))
+    assert (tokenizer.bos, tokenizer.bos_id, tokenizer.bos_ids) == (None, None, [])
+    assert tokenizer.eos_id == 2
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").bos_id is None
 
 
 def test_foreign_tokens_not_marked_special_still_come_by_id_only(tmp_path):
@@ -232,9 +243,9 @@ def test_broken_chat_template(tmp_path, broken):
 @pytest.mark.parametrize(
     ("words", "config", "parts"),
     [
-        (["[UNK]", "</s>"], None, ["no begin-of-text token", "<s>, <bos>", "bos_token"]),
-        (["[UNK]", "<s>"], None, ["no end-of-text token", "</s>, <eos>"]),
-        (["[UNK]", "<s>"], {"bos_token": "[B]"}, ["no begin-of-text token (looked for [B])"]),
+        (["[UNK]", "<s>"], None, ["no eos_token (looked for </s>, <eos>"]),
+        (["[UNK]", "<s>"], {"eos_token": None}, ["no eos_token (looked for </s>, <eos>"]),
+        (["[UNK]", "<s>"], {"bos_token": "[B]"}, ["no bos_token (looked for [B])"]),
     ],
 )
 def test_missing_specials(tmp_path, words, config, parts):

@@ -1,0 +1,188 @@
+"""Control tokens: added tokens, which no text of a user may become.
+
+A tokenizer recognises its added tokens by name wherever they occur ("<s>", "<|im_start|>"). In a
+chat template that is wanted, in a prompt or a document it is not. Instead of cutting texts at
+tokens, which would tokenize the parts otherwise than the whole, the tokenizer gets a twin with the
+same ids in which the control tokens have secret names: whatever a user writes is ordinary text to
+the twin, and a control token is written by its secret name.
+"""
+
+import json
+import secrets
+import string
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, models
+
+from hymba_jax.errors import HymbaError
+
+# Who wrote a character: the chat template; the role of a message, which may be a part of a control
+# token's name ("<|" + role + "|>"); or a user.
+TEMPLATE, ROLE, USER = 0, 1, 2
+
+
+class Match(NamedTuple):
+    """A control token in a text: its id, and where its name is (without spaces that it takes)."""
+
+    token: int
+    start: int
+    end: int
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer.
+
+    All added tokens are, whether they are marked as special or not, except those of white space
+    alone: they are how the tokenizer writes indentation.
+
+    Attributes:
+      ids: by name.
+      ordinary: the twin of the tokenizer that encodes every text as ordinary text.
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer) -> None:
+        added = model.get_added_tokens_decoder()
+        self.ids = {
+            token.content: number
+            for number, token in added.items()
+            if token.special or not token.content.isspace()
+        }
+        self._names = {number: name for name, number in self.ids.items()}
+        self._secrets = {number: _secret() for number in self._names}
+        self.ordinary = _renamed(
+            model, {name: self._secrets[number] for name, number in self.ids.items()}
+        )
+        for number, secret in self._secrets.items():
+            if self.ordinary.token_to_id(secret) != number:
+                raise HymbaError(
+                    f"the id of added token {self._names[number]!r} is not that of its name"
+                )
+        # The library's own search for added tokens: what is between them is token 0.
+        self._matcher = tokenizers.Tokenizer(models.WordLevel({"": 0}, unk_token=""))
+        if model.normalizer is not None:
+            self._matcher.normalizer = model.normalizer
+        self._matcher.add_tokens([added[number] for number in sorted(added)])
+        self._matched = {
+            token: number
+            for name, number in self.ids.items()
+            if (token := self._matcher.token_to_id(name)) is not None
+        }
+        self._neutral_letter, self._neutral_mark = self._neutral_characters()
+
+    def encode(self, text: str, origins: bytes) -> list[int]:
+        """Token ids of a text whose control tokens count where the template wrote them.
+
+        Elsewhere a name is ordinary text, and all is tokenized as if it always had been.
+
+        Args:
+          origins: who wrote each character: TEMPLATE, ROLE or USER.
+        """
+        pieces, done = [], 0
+        for match in self.find(text, origins):
+            pieces += [text[done : match.start], self._secrets[match.token]]
+            done = match.end
+        rewritten = "".join(pieces) + text[done:]
+        return list(self.ordinary.encode(rewritten, add_special_tokens=False).ids)
+
+    def find(self, text: str, origins: bytes) -> list[Match]:
+        """The control tokens of which no character is a user's, nor all of them a role's."""
+        visible = text
+        while True:
+            matches = list(self._matches(visible))
+            forged = [match for match in matches if not _is_templates(origins, match)]
+            if not forged:
+                return matches
+            # Without them there may be others, that began inside of them.
+            before, visible = visible, self._hidden(visible, origins, forged)
+            if visible == before:
+                raise HymbaError("the tokenizer's normalizer does not let control tokens be hidden")
+
+    def _matches(self, text: str) -> Iterator[Match]:
+        encoding = self._matcher.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if (number := self._matched.get(token)) is None:
+                continue
+            name, found = self._names[number], text[start:end]
+            if name == name.strip():  # else a token's own spaces, and not those beside it
+                start += len(found) - len(found.lstrip())
+                end -= len(found) - len(found.rstrip())
+            yield Match(number, start, end)
+
+    def _hidden(self, text: str, origins: bytes, matches: list[Match]) -> str:
+        """The text with something else in place of what users wrote in these matches.
+
+        Letters stay letters and marks stay marks: a token may want either beside it.
+        """
+        characters = list(text)
+        for match in matches:
+            for i in range(match.start, match.end):
+                if origins[i] != TEMPLATE:
+                    word = characters[i].isalnum() or characters[i] == "_"
+                    characters[i] = self._neutral_letter if word else self._neutral_mark
+        return "".join(characters)
+
+    def _neutral_characters(self) -> tuple[str, str]:
+        """A letter and a mark that are in no control token's name."""
+        taken = set("".join(self.ids))
+        if (normalizer := self._matcher.normalizer) is not None:
+            taken |= set("".join(map(normalizer.normalize_str, self.ids)))
+        letters = (
+            chr(code)
+            for code in range(ord("\N{GREEK SMALL LETTER ALPHA}"), 0x3000)
+            if chr(code).isalpha()
+        )
+        marks = (chr(code) for code in range(ord("\N{LEFTWARDS ARROW}"), 0x3000))
+        return (
+            next(letter for letter in letters if letter not in taken),
+            next(mark for mark in marks if mark not in taken),
+        )
+
+
+def _is_templates(origins: bytes, match: Match) -> bool:
+    written = origins[match.start : match.end]
+    return USER not in written and TEMPLATE in written
+
+
+def _secret() -> str:
+    """A name that nobody can guess, in letters that no normalizer changes."""
+    return "".join(secrets.choice(string.ascii_lowercase) for _ in range(40))
+
+
+def _renamed(model: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
+    """The tokenizer with other names for some of its added tokens, and the same ids.
+
+    They are other names in the vocabulary as well, from which a model may take whole words.
+    """
+    content = json.loads(model.to_str())
+    content |= {"truncation": None, "padding": None, "post_processor": None}
+    for token in content["added_tokens"]:
+        if token["content"] in names:
+            # Its neighbours have been looked at where its own name was.
+            token |= {"content": names[token["content"]], "single_word": False}
+    kind = content["model"]
+    if isinstance(kind["vocab"], dict):
+        kind["vocab"] = {names.get(name, name): id for name, id in kind["vocab"].items()}
+    else:
+        kind["vocab"] = [[names.get(name, name), score] for name, score in kind["vocab"]]
+    if kind.get("unk_token") in names:
+        kind["unk_token"] = names[kind["unk_token"]]
+    if "merges" in kind:
+        prefix = len(kind.get("continuing_subword_prefix") or "")
+        kind["merges"] = [
+            [left, right]
+            for left, right in kind["merges"]
+            if names.keys().isdisjoint((left, right, left + right[prefix:]))
+        ]
+    return tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+
+
+def marked_special(model: tokenizers.Tokenizer, name: str) -> AddedToken:
+    """The token called `name`, marked as special and otherwise as the tokenizer has it."""
+    for token in model.get_added_tokens_decoder().values():
+        if token.content == name:
+            flags = ("single_word", "lstrip", "rstrip", "normalized")
+            kept = {flag: getattr(token, flag) for flag in flags}
+            return AddedToken(name, special=True, **kept)
+    return AddedToken(name, special=True)
