@@ -75,7 +75,7 @@ class Tokenizer:
         named_tokens: Mapping[str, str] | None = None,
     ) -> None:
         named = {**(named_tokens or {}), **({"bos_token": bos} if bos else {}), "eos_token": eos}
-        with _one_line("tokenizer"):
+        with _one_line("the tokenizer failed"):
             # A released file may ask for truncation or padding, or not mark its tokens as special.
             model.no_truncation()
             model.no_padding()
@@ -112,7 +112,7 @@ class Tokenizer:
         """
         _check_text(text)
         model = self.model if parse_special else self.control.ordinary
-        with _one_line("tokenizer"):
+        with _one_line("the tokenizer failed"):
             return list(model.encode(text, add_special_tokens=False).ids)
 
     def encode_traced(self, text: str, origins: bytes) -> list[int]:
@@ -125,7 +125,7 @@ class Tokenizer:
           HymbaError: it is no text, or the tokenizer cannot encode it.
         """
         _check_text(text)
-        with _one_line("tokenizer"):
+        with _one_line("the tokenizer failed"):
             return self.control.encode(text, origins)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -134,7 +134,7 @@ class Tokenizer:
         Raises:
           HymbaError: the tokenizer cannot encode them.
         """
-        with _one_line("tokenizer"):
+        with _one_line("the tokenizer failed"):
             model = self.control.ordinary
             encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
@@ -145,11 +145,16 @@ class Tokenizer:
         Raises:
           HymbaError: the tokenizer cannot decode them.
         """
-        with _one_line("tokenizer"):
+        with _one_line("the tokenizer failed"):
             return str(self.model.decode(list(ids), skip_special_tokens=True))
 
-    def misfits(self, model: HymbaConfig) -> list[str]:
-        """Why the model cannot work with the tokenizer, each reason in words; none if it can."""
+    def check_fits(self, model: HymbaConfig, name: str, *others: str) -> None:
+        """Raises HymbaError if the model cannot work with the tokenizer, or with the `others`.
+
+        Args:
+          name: of the tokenizer, for people.
+          others: further problems of the two, to be reported along.
+        """
         problems = []
         if self.vocab_size > model.num_embeddings:
             problems.append(
@@ -159,7 +164,8 @@ class Tokenizer:
             wanted = getattr(model, f"{role}_token_id")
             if own is not None and own != wanted:
                 problems.append(f"its {role} token is {own}, model.{role}_token_id is {wanted}")
-        return problems
+        if problems := [*problems, *others]:
+            raise HymbaError(f"tokenizer {name} does not fit: " + "; ".join(problems))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, each of them whole or not at all."""
@@ -174,7 +180,7 @@ class Tokenizer:
                 for name, template in self.chat_templates.items()
             ]
         replace_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        with _one_line("tokenizer"):
+        with _one_line("the tokenizer failed"):
             content = self.model.to_str(pretty=True)
         replace_text(directory / "tokenizer.json", content)
 
@@ -202,7 +208,8 @@ class Tokenizer:
         config = read_json(config_file) if config_file.exists() else {}
         _override_flags(model, config_file, config.get("added_tokens_decoder"))
         roles = _named_tokens(path, config)
-        found = {role: _special_name(path, model, role, roles) for role in NAMED_TOKENS}
+        with _one_line(f"{path}: its special tokens"):
+            found = {role: _special_name(path, model, role, roles) for role in NAMED_TOKENS}
         named = {role: name for role, name in found.items() if name is not None}
         templates = _template_files(path.parent) or _named_templates(
             config_file, config.get("chat_template")

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import inspect
 import sys
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,6 +19,20 @@ from hymba_jax.inference.sampling import SamplingConfig
 HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
 
 
+def _without(kind: type[Any], *names: str) -> Callable[..., Any]:
+    """Makes a `kind`, and tells the command line of all its fields but those."""
+
+    def make(**fields: Any) -> Any:
+        return kind(**fields)
+
+    fields = inspect.signature(kind).parameters.values()
+    kept = [field for field in fields if field.name not in names]
+    make.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+    make.__annotations__ = {field.name: field.annotation for field in kept}
+    make.__doc__ = kind.__doc__
+    return make
+
+
 @dataclass(frozen=True)
 class ChatConfig:
     """Talks with a model that was trained to.
@@ -25,18 +41,22 @@ class ChatConfig:
     at `stop` and `stop_tokens`.
 
     Attributes:
+      sampling: how answers are sampled; each with a seed of its own, one above that before it.
       system: what the model is told before the conversation.
-      sampling: how answers are drawn; each with a seed of its own, one above that before it.
 
     Raises:
       HymbaError: there would be several answers.
     """
 
-    choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
+    choice: Annotated[
+        ModelChoice,
+        tyro.conf.arg(name="", constructor=_without(ModelChoice, "batch_size")),
+    ]
+    sampling: Annotated[
+        SamplingConfig,
+        tyro.conf.arg(name="", constructor=_without(SamplingConfig, "num_samples")),
+    ]
     system: str = ""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
-        default_factory=SamplingConfig
-    )
 
     def __post_init__(self) -> None:
         if self.sampling.num_samples != 1:
@@ -126,7 +146,7 @@ class Chat:
         kept = self.history
         while True:
             messages = [*self._system, *kept, _message("user", message)]
-            prompt = chat_template.encode(self._model.tokenizer, messages)
+            prompt = self._model.encode_chat(messages)
             if not kept or len(prompt) + room <= context:
                 break
             kept = kept[2:]

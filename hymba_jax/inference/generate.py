@@ -30,6 +30,8 @@ class GenerateConfig:
       output: file to write to, whole or not at all; standard output if absent.
       format: "text" is each prompt with its continuation, "json" a line for each continuation with
         its tokens and their log-probabilities.
+      parse_special: names of control tokens in prompts, such as <s>, are these tokens; else they
+        are ordinary text.
     """
 
     choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
@@ -40,6 +42,7 @@ class GenerateConfig:
     file: str = ""
     output: str = ""
     format: Literal["text", "json"] = "text"
+    parse_special: bool = False
 
 
 def main(config: GenerateConfig) -> None:
@@ -55,11 +58,16 @@ def main(config: GenerateConfig) -> None:
     if not prompts and not config.file:
         prompts = [""]
     model = config.choice.load()
+    special = config.parse_special
     count = len(prompts) * config.sampling.num_samples
     if count == 1 and config.format == "text" and not output:
-        _write_as_it_comes(prompts[0], model.stream(prompts, config.sampling))
+        _write_as_it_comes(
+            prompts[0], model.stream(prompts, config.sampling, parse_special=special)
+        )
         return
-    pieces = _with_progress(model.stream(prompts, config.sampling, every=STEPS), count)
+    pieces = _with_progress(
+        model.stream(prompts, config.sampling, every=STEPS, parse_special=special), count
+    )
     text = "".join(_lines(prompts, collect(pieces), config.format))
     if output:
         replace_text(output, text)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference import chat_template
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Limits, bucket
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.sampling import SamplingConfig, make_sampler
@@ -108,7 +109,8 @@ class LanguageModel:
         Args:
           config: how to sample; if absent, and if `sampling` has no such field, as the model's
             `defaults` say, which is greedily for most.
-          sampling: fields in place of those of `config`: `temperature=0.7, stop=("\\n",)`.
+          sampling: fields in place of those of `config`: `temperature=0.7, stop=("\\n",)`; and
+            `parse_special`, as of `encode`.
 
         Raises:
           HymbaError: a prompt or a sampling value that cannot be.
@@ -121,12 +123,14 @@ class LanguageModel:
         config: SamplingConfig | None = None,
         *,
         every: int = 1,
+        parse_special: bool = False,
         **sampling: Any,
     ) -> Iterator[Piece]:
         """The same as `generate`, as it comes.
 
         Args:
           every: tokens of a continuation between its pieces, `STEPS` at most.
+          parse_special: as of `encode`.
 
         Raises:
           HymbaError: a prompt, a sampling value or an `every` that cannot be.
@@ -136,7 +140,7 @@ class LanguageModel:
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
-        return self._pieces(self.encode(prompts), config, every)
+        return self._pieces(self.encode(prompts, parse_special=parse_special), config, every)
 
     def log_probs(self, texts: str | Sequence[Prompt]) -> list[Float[np.ndarray, " tokens"]]:
         """The log-probability of each token of each text, given those before it.
@@ -150,11 +154,48 @@ class LanguageModel:
         batches = itertools.batched(tokens, self.batch_size)
         return [scores for batch in batches for scores in self.engine.score(batch)]
 
-    def encode(self, prompts: str | Sequence[Prompt], *, room: int = 1) -> list[list[int]]:
+    def encode_chat(
+        self,
+        messages: Sequence[chat_template.Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """The prompt for the next answer in a conversation, by the tokenizer's chat template.
+
+        Its arguments are those of `apply_chat_template` in the transformers library, and so are
+        its tokens, but for control tokens in messages, which are ordinary text.
+
+        Args:
+          messages: each with a "role" (system, user, assistant, tool) and its "content".
+          tools: that the model may call, as JSON schemas.
+          documents: for it to look things up in.
+          add_generation_prompt: whether to end where an answer begins.
+          variables: whatever else the template knows.
+
+        Raises:
+          HymbaError: the tokenizer has no chat template, or its template fails.
+        """
+        return chat_template.encode(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+
+    def encode(
+        self, prompts: str | Sequence[Prompt], *, room: int = 1, parse_special: bool = False
+    ) -> list[list[int]]:
         """The tokens of prompts; an empty one begins at the start of a text.
 
         Args:
           room: tokens that must still fit behind each.
+          parse_special: whether the names of control tokens in a text are these tokens, not
+            ordinary text.
 
         Raises:
           HymbaError: there are no prompts, or one is too long, or has a token that is none.
@@ -166,9 +207,13 @@ class LanguageModel:
         for i, prompt in enumerate(prompts):
             name = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
             if isinstance(prompt, str):
-                text = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+                text = self.tokenizer.encode(prompt, parse_special=parse_special)
+                if text[:1] != self.tokenizer.bos_ids:  # which a parsed one may begin with
+                    text = [*self.tokenizer.bos_ids, *text]
             else:
-                text = [int(token) for token in prompt] or [self.tokenizer.bos_id]
+                text = [int(token) for token in prompt] or self.tokenizer.bos_ids
+            if not text:
+                raise HymbaError(f"{name} is empty, and the tokenizer has no token to begin with")
             vocab_size, context = self.config.num_embeddings, self.engine.max_context
             if outside := [token for token in text if not 0 <= token < vocab_size]:
                 raise HymbaError(
@@ -227,9 +272,11 @@ class LanguageModel:
             state, drawn = engine.decode(state, sampler, limits, every)
 
     def _limits(self, room: list[int], config: SamplingConfig) -> Limits:
-        stops = sorted(
-            {self.config.eos_token_id, *self.defaults.eos_token_ids, *config.stop_tokens}
-        )
+        # A stop string that is a control token: no text stream ever sees it.
+        named = self.tokenizer.control.ids
+        strings = [named[string] for string in config.stop if string in named]
+        ends = (self.config.eos_token_id, *self.defaults.eos_token_ids)
+        stops = sorted({*ends, *config.stop_tokens, *strings})
         stops += [NO_TOKEN] * (bucket(len(stops), 4) - len(stops))
         return Limits(
             jnp.array(room, jnp.int32), jnp.tile(jnp.array([stops], jnp.int32), (len(room), 1))

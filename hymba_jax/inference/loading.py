@@ -44,9 +44,11 @@ def load(
     Raises:
       HymbaError: the directory holds no model, or a part of it cannot be read.
     """
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.check_fits(read_model_directory(directory)[0], str(directory))
     return LanguageModel(
         load_model(directory, dtype=dtype, step=step),
-        Tokenizer.load(directory),
+        tokenizer,
         defaults=read_generation_defaults(resolve_path(directory)),
         state_dtype=state_dtype,
         batch_size=batch_size,

@@ -1,7 +1,6 @@
 """Where training meets text: whether the tokenizer fits the model, and what the model writes."""
 
 from hymba_jax.data import Tokenizer
-from hymba_jax.errors import HymbaError
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import RunConfig
@@ -9,15 +8,14 @@ from hymba_jax.run_config import RunConfig
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises HymbaError if the model cannot work with the tokenizer."""
-    model, problems = config.model, tokenizer.misfits(config.model)
+    model, problems = config.model, []
     length = len(_prompt(config, tokenizer)) + config.training.sample_tokens
     if length > model.max_positions:
         problems.append(
             f"training.sample_prompt and sample_tokens make {length} tokens, "
             f"model.max_positions is {model.max_positions}"
         )
-    if problems:
-        raise HymbaError(f"tokenizer {config.data.tokenizer} does not fit: " + "; ".join(problems))
+    tokenizer.check_fits(model, config.data.tokenizer, *problems)
 
 
 def sample(config: RunConfig, model: Hymba, tokenizer: Tokenizer) -> str:

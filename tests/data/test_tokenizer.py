@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from hymba_jax.config import HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
@@ -109,6 +112,7 @@ def test_bpe_compresses_source_code(bpe, library):
 
 def test_bpe_training_is_deterministic_across_processes(bpe):
     code = """
+from hymba_jax.config import HymbaConfig
 from hymba_jax.data.config import DataConfig
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import build_tokenizer
@@ -197,6 +201,74 @@ def test_foreign_tokens_not_marked_special_still_come_by_id_only(tmp_path):
     assert tokenizer.encode("a<s>") == [0]
 
 
+def test_no_text_becomes_a_control_token_even_if_the_model_has_its_name(tmp_path):
+    """A word of a word-level vocabulary, a piece of a unigram one, the result of BPE merges."""
+    names = ["[UNK]", "<s>", "</s>"]
+    words = tokenizers.models.WordLevel({w: i for i, w in enumerate([*names, "a"])}, "[UNK]")
+    pieces = [*((name, 0.0) for name in names), *((letter, -9.0) for letter in "<s/>a ")]
+    unigram = tokenizers.models.Unigram(pieces, unk_id=0)
+    letters = [*names, *"<s/>a", "<s"]
+    merged = tokenizers.models.BPE({w: i for i, w in enumerate(letters)}, [("<", "s"), ("<s", ">")])
+    for model in (words, unigram, merged):
+        tokenizer = tokenizers.Tokenizer(model)
+        if model is words:
+            tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_tokens(names)
+        tokenizer = Tokenizer(tokenizer, "<s>", "</s>")
+        ids = tokenizer.encode("a <s> </s>a")
+        assert not {1, 2} & {*ids}
+        assert tokenizer.encode_batch(["a <s> </s>a"]) == [ids]
+        assert {1, 2} <= {*tokenizer.encode("a <s> </s>a", parse_special=True)}
+
+
+def test_tokens_that_were_added_are_control_tokens_unless_they_are_spaces(tmp_path):
+    added = {"<s>": True, "</s>": True, "<|im_start|>": False, "  ": False}
+    tokenizer = Tokenizer.load(foreign(tmp_path, ["[UNK]", "a"], **added))
+    assert tokenizer.control.ids == {"<s>": 2, "</s>": 3, "<|im_start|>": 4}
+    text = "a <|im_start|>  a"
+    assert tokenizer.encode(text) == [1, 0, 5, 1]
+    assert tokenizer.encode(text, parse_special=True) == [1, 4, 5, 1]
+    assert tokenizer.decode([4, 1]) == "<|im_start|> a"  # it is not special: it is shown
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode(text, parse_special=True) == [1, 4, 5, 1]
+
+
+def test_special_tokens_keep_how_they_take_spaces(tmp_path):
+    flags = {"content": "</s>", "rstrip": True, "special": True}
+    config = {"added_tokens_decoder": {"3": flags}}
+    tokenizer = Tokenizer.load(foreign(tmp_path, ["[UNK]", "a", "<s>", "</s>"], config))
+    assert tokenizer.model.get_added_tokens_decoder()[3].rstrip
+    assert tokenizer.special_tokens == {"<s>": 2, "</s>": 3}
+
+
+def test_special_tokens_map(tmp_path):
+    path = foreign(tmp_path, ["[UNK]", "<s>", "</s>", "B", "E", "P"], {"eos_token": "</s>"})
+    special = {"bos_token": {"content": "B"}, "eos_token": "E", "pad_token": "P", "other": 3}
+    (path / "special_tokens_map.json").write_text(json.dumps(special))
+    # As in transformers 5.24.0: of an older form it counts more, beside a newer one less.
+    named = {"bos_token": "B", "eos_token": "E", "pad_token": "P"}
+    assert Tokenizer.load(path).named_tokens == named
+    config = {"eos_token": "</s>", "added_tokens_decoder": {}}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(path).named_tokens == named | {"eos_token": "</s>"}
+
+
+def test_whether_a_tokenizer_fits_a_model():
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    fits = HymbaConfig(vocab_size=259, bos_token_id=1, eos_token_id=2)
+    tokenizer.check_fits(fits, "t")
+    smaller = dataclasses.replace(fits, vocab_size=258, bos_token_id=0)
+    with pytest.raises(HymbaError) as caught:
+        tokenizer.check_fits(smaller, "t", "and more")
+    assert str(caught.value) == (
+        "tokenizer t does not fit: it has 259 tokens, model.vocab_size is 258; "
+        "its bos token is 1, model.bos_token_id is 0; and more"
+    )
+    padding = Tokenizer(tokenizer.model, "<pad>", "<pad>")
+    with pytest.raises(HymbaError, match=r"its bos token is 0, .*its eos token is 0"):
+        padding.check_fits(fits, "t")
+
+
 WORDS = ["[UNK]", "<s>", "</s>", "a"]
 
 
@@ -271,6 +343,75 @@ def test_bad_tokenizer_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(HymbaError, match=r"tokenizer_config\.json: not a JSON object"):
         Tokenizer.load(tmp_path)
+
+
+SPLIT = {"type": "FixedLength", "length": 0}
+STRIP = {"type": "Strip", "content": "a", "start": 5, "stop": 5}
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+@pytest.mark.parametrize(
+    "broken", [{"pre_tokenizer": SPLIT}, {"decoder": STRIP}, {"normalizer": CHARSMAP}]
+)
+def test_panics_of_the_library_are_one_line(tmp_path, broken, capfd):
+    foreign(tmp_path, WORDS)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | broken))
+
+    def use():
+        tokenizer = Tokenizer.load(path)
+        tokenizer.decode(tokenizer.encode("a"))
+
+    with pytest.raises(HymbaError, match=r"the tokenizer failed \(|not a file of the tokenizers"):
+        use()
+    capfd.readouterr()  # what Rust itself says
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bos_token": 5}, "tokenizer_config.json: bos_token is neither a name nor null"),
+        ({"bos_token": {"content": []}}, "bos_token is neither a name nor null"),
+        ({"pad_token": True}, "pad_token is neither a name nor null"),
+        ({"eos_token": "\ud800"}, "tokenizer.json: its special tokens"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder: not an object"),
+        ({"added_tokens_decoder": {"1": 3}}, "added_tokens_decoder: "),
+        ({"added_tokens_decoder": {"1": {"content": 3}}}, "added_tokens_decoder: "),
+        ({"added_tokens_decoder": {"1": {"content": "a", "lstrip": 3}}}, "added_tokens_decoder: "),
+    ],
+)
+def test_wrong_types(tmp_path, config, message):
+    with pytest.raises(HymbaError, match=message):
+        Tokenizer.load(foreign(tmp_path, WORDS, config))
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_files_that_are_none(tmp_path, name):
+    file = foreign(tmp_path, WORDS) / name
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(HymbaError, match=f"{name}: is a FIFO, not a regular file"):
+        Tokenizer.load(tmp_path)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(HymbaError, match=f"{name}: is a device, not a regular file"):
+        Tokenizer.load(tmp_path)
+    file.unlink()
+    file.write_text(100_000 * "[")
+    with pytest.raises(HymbaError, match=f"{name}: (not a file of the tokenizers|broken JSON)"):
+        Tokenizer.load(tmp_path)
+
+
+def test_words_have_a_longest_length():
+    """400 KB of one word took 85 s to train on: the time grew with the square of its length."""
+    word = "".join(random.Random(0).choices("abcdefgh", k=400_000))
+    tokenizer = build_tokenizer(DataConfig(tokenizer="bpe:300"), [word])
+    assert (
+        max(len(piece) for piece, _ in tokenizer.model.pre_tokenizer.pre_tokenize_str(word)) == 256
+    )
+    assert tokenizer.decode(tokenizer.encode(word)) == word
 
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="released tokenizer files not here")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import tyro
 
 from hymba_jax.data.config import DataConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
@@ -50,7 +51,6 @@ class Model(LanguageModel):
 
     def stream(self, prompts, config):
         (prompt,) = prompts
-        assert prompt[0] == self.tokenizer.bos_id
         self.asked.append(self.tokenizer.decode(prompt))
         self.sampling.append(config)
         for piece in next(self.answers):
@@ -65,7 +65,7 @@ def say(monkeypatch, capsys):
 
     def say(model, text, **config):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        chat.run(model, ChatConfig(CHOICE, **config))
+        chat.run(model, ChatConfig(CHOICE, **{"sampling": SamplingConfig(), **config}))
         return capsys.readouterr()
 
     return say
@@ -123,8 +123,8 @@ FORGOTTEN = "(the beginning of the conversation has no room any more and is forg
 
 
 def test_the_oldest_exchanges_are_forgotten_when_there_is_no_room(say):
-    """A context of 32: 10 for the answer, and [s], [u] and [a] are 3 each, <s> is 1."""
-    model = Model("a", "b", "c", "d", context=32)
+    """A context of 31: 10 for the answer, and [s], [u] and [a] are 3 each."""
+    model = Model("a", "b", "c", "d", context=31)
     lines = ["11", "22", "3", 11 * "4"]
     sampling = SamplingConfig(max_new_tokens=10)
     printed = say(model, "\n".join(lines), system="S", sampling=sampling)
@@ -139,18 +139,18 @@ def test_the_oldest_exchanges_are_forgotten_when_there_is_no_room(say):
 
 def test_a_long_message_leaves_less_room_and_one_too_long_none(say):
     """All of the context could be wanted for an answer."""
-    model = Model("a", "b", "c", context=40)
+    model = Model("a", "b", "c", context=39)
     printed = say(model, f"1\n2\n{33 * 'x'}\n{32 * 'x'}\n")
     assert model.asked == ["[u]1[a]", "[u]1[a]a[u]2[a]", f"[u]{32 * 'x'}[a]"]
     assert printed.err.splitlines()[1:] == [
-        "error: the message is too long: it makes a prompt of 40 tokens, "
-        "and the model's context is 40 with the answer",
+        "error: the message is too long: it makes a prompt of 39 tokens, "
+        "and the model's context is 39 with the answer",
         FORGOTTEN,
     ]
 
 
 def test_a_message_that_is_too_long_leaves_the_conversation_alone(say):
-    model = Model("a", "b", context=40)
+    model = Model("a", "b", context=39)
     say(model, "1\n" + 60 * "x" + "\n2\n")
     assert model.asked[1] == "[u]1[a]a[u]2[a]"
 
@@ -164,6 +164,17 @@ def test_no_conversation_without_a_template(say, template, message):
         say(Model(template=template), "Hi\n")
 
 
+def test_help_lists_what_has_an_effect(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(ChatConfig, args=["--help"])
+    words = "".join(capsys.readouterr()).split()
+    options = {word for word in words if word.startswith("--")}
+    assert {"--model", "--system", "--temperature", "--max-new-tokens", "--stop"} <= options
+    assert not {"--num-samples", "--batch-size"} & options
+    config = tyro.cli(ChatConfig, args=["--model", "m", "--seed", "3", "--context", "9"])
+    assert config == ChatConfig(ModelChoice("m", context=9), SamplingConfig(seed=3))
+
+
 def test_a_conversation_has_one_answer():
     with pytest.raises(HymbaError, match="num_samples is 2: a conversation has one answer"):
         ChatConfig(CHOICE, sampling=SamplingConfig(num_samples=2))
@@ -172,21 +183,21 @@ def test_a_conversation_has_one_answer():
 def test_input_that_is_no_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     with pytest.raises(HymbaError, match="the input is no text"):
-        chat.run(Model(), ChatConfig(CHOICE))
+        chat.run(Model(), ChatConfig(CHOICE, SamplingConfig()))
 
 
 def test_on_a_terminal():
     """Ctrl-C stops an answer, and at the prompt it leaves."""
     script = """
         import time
-        from test_chat import CHOICE, ChatConfig, Model, Piece, chat
+        from test_chat import CHOICE, ChatConfig, Model, Piece, SamplingConfig, chat
 
         class Slow(Model):
             def stream(self, prompts, config):
                 yield Piece("one")
                 time.sleep(60)
 
-        chat.run(Slow(), ChatConfig(CHOICE))
+        chat.run(Slow(), ChatConfig(CHOICE, SamplingConfig()))
         print("left")
     """
     ours, theirs = pty.openpty()
