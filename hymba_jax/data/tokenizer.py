@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -259,7 +260,7 @@ def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:
     return Tokenizer(model, BOS, EOS)
 
 
-def _named_tokens(path: Path, config: Mapping[str, object]) -> dict[str, str | None]:
+def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str | None]:
     """Names of the special tokens that the files beside a tokenizer.json give, by role.
 
     As in the transformers library: a special_tokens_map.json is of an older form, and counts more

@@ -46,7 +46,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._end = time.thread_time() + SECONDS
         self._left = MAX_MADE
         self.code_generator_class = _Checked
-        self.concat = self._concat  # type: ignore[method-assign,assignment]
+        self.concat = self._concat  # type: ignore[method-assign]
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

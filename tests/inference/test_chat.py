@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -167,8 +168,8 @@ def test_no_conversation_without_a_template(say, template, message):
 def test_help_lists_what_has_an_effect(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(ChatConfig, args=["--help"])
-    words = "".join(capsys.readouterr()).split()
-    options = {word for word in words if word.startswith("--")}
+    printed = "".join(capsys.readouterr())
+    options = set(re.findall(r"--[a-z-]+", printed))
     assert {"--model", "--system", "--temperature", "--max-new-tokens", "--stop"} <= options
     assert not {"--num-samples", "--batch-size"} & options
     config = tyro.cli(ChatConfig, args=["--model", "m", "--seed", "3", "--context", "9"])

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_reference import (
+from inference.chat_reference import (
     DOCUMENTS,
     HELLO,
     HOSTILE,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from inference.models import byte_tokenizer, make_model
 
+from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel, SamplingConfig
 
@@ -104,6 +105,47 @@ def test_a_stop_token_ends_the_text_and_is_no_part_of_it(model, greedy, place):
     assert completion.log_probs == greedy.log_probs[: len(expected)]
     assert completion.text == TOKENIZER.decode(expected)
     assert completion.finish_reason == "stop"
+
+
+def test_a_stop_string_that_is_a_control_token_ends_the_text(hymba, model, greedy):
+    stop = greedy.tokens[9]
+    tokenizer = byte_tokenizer().model
+    name = tokenizer.id_to_token(stop)
+    tokenizer.add_special_tokens([name])  # so that no text shows it
+    stopping = LanguageModel(hymba, Tokenizer(tokenizer, "<s>", "</s>"))
+    prompts = [begin(PROMPTS[0])]
+    (completion,) = stopping.generate(prompts, max_new_tokens=30, stop=(name, "never"))
+    assert completion.tokens == greedy.tokens[: greedy.tokens.index(stop)]
+    assert completion.finish_reason == "stop"
+
+
+def test_control_tokens_in_prompts(model):
+    text = TOKENIZER.encode("a</s>")
+    assert model.encode("a</s>") == [[TOKENIZER.bos_id, *text]]
+    parsed = [TOKENIZER.bos_id, *text[:1], TOKENIZER.eos_id]
+    assert model.encode("a</s>", parse_special=True) == [parsed]
+    assert model.encode("<s>a</s>", parse_special=True) == [parsed]  # no second one before it
+    (expected,) = model.generate([parsed], max_new_tokens=5)
+    assert model.generate("<s>a</s>", max_new_tokens=5, parse_special=True) == [expected]
+
+
+def test_a_conversation_as_a_prompt(hymba):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{{ tools | tojson }}{{ documents[0].text }}{{ mood }}"
+    template += "{% if add_generation_prompt %}:{% endif %}"
+    model = LanguageModel(hymba, Tokenizer(byte_tokenizer().model, "<s>", "</s>", template))
+    options = {"tools": [{"name": "f"}], "documents": [{"text": "</s>"}], "mood": "good"}
+    ids = model.encode_chat([{"role": "user", "content": "a<s>"}], **options)
+    written = [TOKENIZER.encode(text) for text in ("a<s>", '[{"name": "f"}]</s>good:')]
+    assert ids == [TOKENIZER.bos_id, *written[0], TOKENIZER.eos_id, *written[1]]
+    assert model.encode_chat([], **options, add_generation_prompt=False)[-1] != ids[-1]
+
+
+def test_no_token_to_begin_with(hymba):
+    model = LanguageModel(hymba, Tokenizer(byte_tokenizer().model, None, "</s>"))
+    assert model.encode("ab") == [TOKENIZER.encode("ab")]
+    with pytest.raises(HymbaError, match="the prompt is empty, and the tokenizer has no token to"):
+        model.encode("")
 
 
 def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
