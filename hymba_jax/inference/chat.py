@@ -28,7 +28,7 @@ def _without(kind: type[Any], *names: str) -> Callable[..., Any]:
     kept = [field for field in fields if field.name not in names]
     make.__signature__ = inspect.Signature(kept)
     make.__annotations__ = {field.name: field.annotation for field in kept}
-    make.__doc__ = kind.__doc__
+    make.__name__, make.__doc__ = kind.__name__, kind.__doc__
     return make  # type: ignore[no-any-return]
 
 
