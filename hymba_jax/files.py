@@ -131,11 +131,11 @@ def replace_text(path: Path, text: str) -> None:
     A file keeps its permissions and a symbolic link stays one: what it points to is replaced. To
     a device or a FIFO, which cannot be replaced, the text is written.
     """
-    path = path.resolve()
     mode = path.stat().st_mode if path.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
         path.write_text(text, encoding="utf-8")
         return
+    path = path.resolve()  # not before: that of /dev/stdout may be a pipe's, which has no name
     beside = _beside(path)
     try:
         with beside.open("x", encoding="utf-8") as file:
