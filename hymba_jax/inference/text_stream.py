@@ -1,5 +1,6 @@
 """Tokens to text as they come."""
 
+import itertools
 from collections.abc import Sequence
 
 from hymba_jax.data.tokenizer import Tokenizer
@@ -18,43 +19,60 @@ class TextStream:
 
     Attributes:
       stopped: a stop string has been met; neither it nor what follows is given.
+      settled: how many of the tokens, from the first on, are sure to be part of the completion:
+        those whose text begins before a stop string, or before what may become one.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
     ) -> None:
         self.stopped = False
+        self.settled = 0
+        self._starts: list[int] = []  # where in the text each token that is not settled begins
+        self._given = self._certain = 0  # characters given, and given or held back
+        self._run: list[int] = []  # which tokens are the byte tokens that cannot be decoded yet
         self._tokenizer = tokenizer
         self._stop = stop
         self._held = ""  # text that may be the beginning of a stop string
         self._silent = frozenset(tokenizer.special_tokens.values())
         self._bytes = _byte_tokens(tokenizer)
-        # The last tokens, and how much of the text they decode to has been taken.
+        # The last tokens, the text that they decode to, and how much of it has been taken.
         self._window = self._tail([token for token in prompt if self._speaks(token)])
-        self._taken = len(tokenizer.decode(self._window))
+        self._text = tokenizer.decode(self._window)
+        self._taken = len(self._text)
 
     def push(self, token: int) -> str:
         """The text that is certain with one more token; often none."""
-        if self.stopped or not self._speaks(token):
+        if self.stopped:
+            return ""
+        self._starts.append(self._certain)
+        if not self._speaks(token):
             return ""
         self._window.append(token)
         if token in self._bytes:
+            self._run.append(len(self._starts) - 1)
             return ""
         text = self._tokenizer.decode(self._window)
+        self._starts[-1] += self._locate_run(self._window[:-1])
+        if not self._bytes and len(text) > len(self._text) and text.startswith(self._text):
+            # What stands for the beginning of a character stays: this token is behind it.
+            self._starts[-1] += len(self._text) - self._taken
         # Byte tokens aside, the beginning of a character decodes to one replacement at the end.
         certain = len(text) - (not self._bytes and text.endswith(REPLACEMENT))
         piece = text[self._taken : certain]
         left = len(text) - max(self._taken, certain)
         self._window = self._tail(self._window)
-        self._taken = len(self._tokenizer.decode(self._window)) - left
+        self._text = self._tokenizer.decode(self._window)
+        self._taken = len(self._text) - left
         return self._before_stop(piece)
 
     def finish(self) -> str:
         """What was held back, when there are no more tokens."""
         if self.stopped:
             return ""
+        self._locate_run(self._window)
         piece = self._tokenizer.decode(self._window)[self._taken :]
-        self._window, self._taken = [], 0
+        self._window, self._text, self._taken = [], "", 0
         return self._before_stop(piece, last=True)
 
     def _speaks(self, token: int) -> bool:
@@ -63,10 +81,27 @@ class TextStream:
 
     def _tail(self, tokens: list[int]) -> list[int]:
         """The last tokens, from before the run of byte tokens that they may end in."""
-        run = 0
-        while run < len(tokens) and tokens[-1 - run] in self._bytes:
-            run += 1
-        return tokens[-(CONTEXT + run) :]
+        return tokens[-(CONTEXT + len(self._bytes_at_end(tokens))) :]
+
+    def _bytes_at_end(self, tokens: list[int]) -> bytes:
+        """The bytes of the run of byte tokens that these end in."""
+        run = itertools.takewhile(lambda token: token in self._bytes, reversed(tokens))
+        return bytes(self._bytes[token] for token in run)[::-1]
+
+    def _locate_run(self, window: list[int]) -> int:
+        """Finds where each byte token of a run that has ended begins, and the run's characters."""
+        run = self._bytes_at_end(window)
+        try:
+            run.decode()
+        except UnicodeDecodeError:
+            lengths = [*range(len(run) + 1)]  # a replacement for each byte
+        else:
+            lengths = [len(run[:i].decode(errors="ignore")) for i in range(len(run) + 1)]
+        first = len(run) - len(self._run)  # those before it are the prompt's
+        for token, length in zip(self._run, lengths[first:], strict=False):
+            self._starts[token] += length - lengths[first]
+        self._run = []
+        return lengths[-1] - lengths[first]
 
     def _before_stop(self, piece: str, last: bool = False) -> str:
         """The held text with `piece`, as far as no stop string can be in it."""
@@ -81,11 +116,17 @@ class TextStream:
         self.stopped = found < len(text) and found <= certain
         certain = min(found, certain)
         self._held = "" if self.stopped else text[certain:]
+        self._given += certain
+        self._certain = self._given + len(self._held)
+        while self.settled < len(self._starts) and self._starts[self.settled] < self._given:
+            self.settled += 1
+        if last and not self.stopped:
+            self.settled = len(self._starts)
         return text[:certain]
 
 
-def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that are one byte each, of which only a whole run can be decoded; often none.
+def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
+    """Tokens that are one byte each, with it, of which only a whole run can be decoded; often none.
 
     A tokenizer that has them (SentencePiece's way) falls back on them for rare characters. A run
     of them is text if all of it is valid UTF-8, else every byte becomes a replacement.
@@ -94,5 +135,5 @@ def _byte_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     numbers = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     probe = numbers[ord("A")]
     if probe is None or model.decode([probe]) != "A":
-        return frozenset()
-    return frozenset(number for number in numbers if number is not None)
+        return {}
+    return {number: byte for byte, number in enumerate(numbers) if number is not None}

@@ -53,6 +53,24 @@ def byte_fallback():
     return Tokenizer(model, "<s>", "</s>")
 
 
+def byte_level():
+    return build_tokenizer(DataConfig(tokenizer="bytes"), [])
+
+
+def byte_token(tokenizer, byte):
+    """The token of a byte-level tokenizer that is this byte, by GPT-2's names of bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [number for number in range(256) if number not in printable]
+    name = chr(byte) if byte in printable else chr(256 + others.index(byte))
+    return tokenizer.model.token_to_id(name)
+
+
+def token_size(tokenizer, token):
+    """The bytes of a token of the tokenizer with byte fallback."""
+    name = tokenizer.model.id_to_token(token)
+    return 1 if len(name) > 1 else len(name.replace("▁", " ").encode())
+
+
 def words():
     """Letters without a decoder: spaces come between tokens."""
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *TEXT[:40]])}
@@ -145,6 +163,66 @@ def test_stop_strings_at_random(tokenizer):
         assert end.stopped == (cut is not None)
         met += end.stopped
     assert 200 < met < 1200
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte fallback"])
+def test_tokens_before_a_stop_string_at_random(kind):
+    """They are those of which the first byte is before it."""
+    tokenizer = byte_fallback() if kind == "byte fallback" else byte_level()
+    rng, met = random.Random(2), 0
+    for _ in range(1500):
+        letters = rng.choices("oed,é€😀", k=rng.randrange(1, 4))
+        tokens = tokenizer.encode("".join(rng.choices(letters, k=rng.randrange(1, 9))))
+        stop = "".join(rng.choices(letters, k=rng.randrange(1, 3)))
+        text = decoded(tokenizer, [], tokens)
+        _, end = stream(tokenizer, [], tokens, [stop])
+        sizes = [1] * len(tokens)
+        if kind == "byte fallback":
+            sizes = [token_size(tokenizer, token) for token in tokens]
+            sizes[0] = 0  # the space before the text is none of it
+        before = len(text.partition(stop)[0].encode())
+        assert end.settled == sum(sum(sizes[:i]) < before for i in range(len(tokens)))
+        met += end.stopped
+    assert 200 < met < 1300
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "settled"),
+    [
+        (b"abc", ["x"], [1, 2, 3, 3]),
+        (b"ab\n\nc", ["\n\n"], [1, 2, 2, 2, 2, 2]),
+        (b"a\nb", ["\n\n"], [1, 1, 3, 3]),
+        (b"aab", ["ab"], [0, 1, 1, 1]),
+        (b"ab", ["abc"], [0, 0, 2]),
+        (b"\xc3\xa9!", ["!"], [0, 2, 2, 2]),
+        (b"a\xc3\xa9", ["\xe9"], [1, 1, 1, 1]),
+        (b"\xe2\x82!", ["!"], [0, 0, 2, 2]),  # one replacement for both bytes
+        (b"\xe2\xc3!", ["\ufffd!"], [0, 0, 1, 1]),
+        (b"\xff!", ["\ufffd"], [0, 0, 0]),
+    ],
+)
+def test_tokens_that_no_stop_string_can_take_back(text, stop, settled):
+    tokenizer = byte_level()
+    completion, seen = TextStream(tokenizer, [], stop), []
+    for byte in text:
+        completion.push(byte_token(tokenizer, byte))
+        seen.append(completion.settled)
+    completion.finish()
+    assert [*seen, completion.settled] == settled
+
+
+def test_byte_tokens_before_a_stop_string():
+    """Each character's own bytes, though they come in one run; invalid ones are one each."""
+    tokenizer = byte_fallback()
+    _, *tokens = tokenizer.encode("😀中é")
+    assert len(tokens) == 8  # four, three and one, which has a token of its own
+    for stop, count in [("中", 4), ("中é", 4), ("é", 7), ("😀", 0), ("x", 8)]:
+        assert stream(tokenizer, [], tokens, [stop])[1].settled == count
+    broken = [*tokens[:3], tokens[-1]]
+    for stop, count in [("é", 3), ("\ufffdé", 2), ("\ufffd", 0)]:
+        assert stream(tokenizer, [], broken, [stop])[1].settled == count
+    # A run that began in the prompt.
+    assert stream(tokenizer, tokens[:4], tokens[4:], ["é"])[1].settled == 3
 
 
 @pytest.mark.parametrize(
