@@ -54,9 +54,10 @@ from hymba_jax.inference.engine import (
     Prefilled,
 )
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops
+from hymba_jax.sampling_config import SamplingConfig
 
 Shape = Literal["125m", "1.5b"]
 ROOM = 64  # tokens that decoding may add

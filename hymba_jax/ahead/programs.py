@@ -15,11 +15,12 @@ from hymba_jax.ahead.fit import Memory, inference_advice, training_advice
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Columns, DecodeState, Engine, Limits
-from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba
 from hymba_jax.model.cache import Cache
 from hymba_jax.model.flops import forward_flops, training_flops
 from hymba_jax.run_config import RunConfig
+from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.sharding import (
     batch_parts,
     batch_sharding,
@@ -183,7 +184,8 @@ class InferencePrograms:
         cache = self._shapes(start, self._prefix).cache
         state = self._shapes(partial(self._decode_state, batch), cache)
         steps = self._shapes(lambda: jnp.int32(0))
-        arguments = (self.params, self._prefix, state, sampler, limits, steps)
+        allowed = self._shapes(lambda: jnp.ones(self.vocab_size, bool))
+        arguments = (self.params, self._prefix, allowed, state, sampler, limits, steps)
         layers = state.cache.layers
         states = [layer.ssm for layer in layers]
         program = self._trace(self._programs.decode, *arguments)

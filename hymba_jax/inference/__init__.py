@@ -3,6 +3,7 @@
 | file                | subject                                                       |
 |---------------------|---------------------------------------------------------------|
 | `language_model.py` | text in, text out                                             |
+| `prompts.py`        | what may be a prompt, as tokens                               |
 | `engine.py`         | the compiled programs that read and continue texts            |
 | `sampling.py`       | which token comes next                                        |
 | `text_stream.py`    | tokens to text as they come; stop strings                     |
@@ -10,7 +11,7 @@
 | `saving.py`         | a model into one                                              |
 | `generate.py`       | `hymba generate`                                              |
 | `chat.py`           | `hymba chat`, with `chat_template.py`                         |
-| `memory.py`         | `hymba memory`: what a model and its cache weigh              |
+| `memory.py`         | `hymba memory`: memory of models, caches and training         |
 | `warmup.py`         | `hymba warmup`, and where compiled programs are kept          |
 
 What is remembered between tokens is the model's own: `hymba_jax/model/cache.py`.
@@ -18,6 +19,6 @@ What is remembered between tokens is the model's own: `hymba_jax/model/cache.py`
 
 from hymba_jax.inference.language_model import Completion, LanguageModel, Piece
 from hymba_jax.inference.loading import load
-from hymba_jax.inference.sampling import SamplingConfig
+from hymba_jax.sampling_config import SamplingConfig
 
 __all__ = ["Completion", "LanguageModel", "Piece", "SamplingConfig", "load"]

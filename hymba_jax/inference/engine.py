@@ -17,6 +17,8 @@ from flax import nnx
 
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import shown
+from hymba_jax.inference.memory import cache_bytes, check_fits, prefix_bytes, tree_bytes
 from hymba_jax.inference.sampling import Sampler, sample
 from hymba_jax.model import Hymba, arrange_layers, fuse_projections
 from hymba_jax.model.cache import Cache, Prefix, empty_cache, start_cache
@@ -28,6 +30,7 @@ LARGEST_PIECE = 1024
 SMALLEST_CONTEXT = 256
 STEPS = 16  # tokens that a row draws at most before they are looked at
 NO_TOKEN = -1
+NOT_FINITE = -2  # in place of a token, where the model's logits are NaN or infinite
 LOGIT_POSITIONS = 128  # positions whose logits are in memory at once
 
 
@@ -39,7 +42,10 @@ class Limits(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens by row and step with their log-probabilities; NO_TOKEN where a row has stopped."""
+    """Tokens by row and step with their log-probabilities.
+
+    NO_TOKEN where a row has stopped, NOT_FINITE where it stops because nothing can be sampled.
+    """
 
     tokens: Int[Array, "batch steps"]
     log_probs: Float[Array, "batch steps"]
@@ -88,6 +94,7 @@ class Engine:
       state_dtype: that the SSM's states are kept in between tokens.
       context: tokens of every text's cache; as many as each batch needs if absent.
       largest_piece: tokens of a text that are read at once, which bounds the memory of reading.
+      allowed: the tokens that may be sampled; all of them if absent.
 
     Attributes:
       max_context: tokens that a text may have.
@@ -103,19 +110,55 @@ class Engine:
         state_dtype: DType = "float32",
         context: int | None = None,
         largest_piece: int = LARGEST_PIECE,
+        allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
         graph, variables = nnx.split(fuse_projections(arrange_layers(model, scan_layers=False)))
         self.config = model.config
+        self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)
         self.largest_piece = largest_piece
+        self.allowed = jnp.asarray(
+            np.ones(self.config.num_embeddings, bool) if allowed is None else allowed
+        )
         self.max_context = _max_context(model.config, context)
         self._smallest_context = context or SMALLEST_CONTEXT
+        self._state_dtype = state_dtype
         self._programs = _programs(graph, model.config, model.compute, state_dtype)
 
     @functools.cached_property
     def prefix(self) -> Prefix:
         """What the meta tokens leave behind, computed once."""
         return self._programs.prefix(self.params)
+
+    @property
+    def num_params(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def place(self) -> str:
+        """The devices that hold the parameters, in words."""
+        devices = self._devices()
+        kind = min(devices, key=lambda device: device.id).device_kind
+        return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
+
+    def check_memory(self, rows: int, context: int) -> None:
+        """Refuses what the device cannot hold, before anything is allocated for it.
+
+        Args:
+          rows: sequences at the same time.
+          context: tokens that the longest may grow to.
+
+        Raises:
+          HymbaError: parameters and caches together are larger than its memory.
+        """
+        rows, context = bucket(rows), self._cache_length(context)
+        cache = cache_bytes(self.config, context, self.dtype, self._state_dtype).total
+        check_fits(
+            f"{rows} sequences of {context} tokens beside the model's parameters",
+            tree_bytes(self.params) + prefix_bytes(self.config, self.dtype).total + rows * cache,
+            self._devices(),
+            "reduce batch_size, context or max_new_tokens",
+        )
 
     def prefill(self, texts: Sequence[Sequence[int]], context: int) -> Prefilled:
         """Reads texts; the batch is filled up to a bucket with empty ones.
@@ -135,7 +178,10 @@ class Engine:
         return self._programs.repeat(read, order)
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " targets"]]:
-        """The log-probability of each token but the first, given those before it."""
+        """The log-probability of each token but the first, given those before it.
+
+        NaN where the model's logits are not all finite.
+        """
         state = self._start(len(texts), max(map(len, texts)))
         scores: list[list[np.ndarray]] = [[] for _ in texts]
         inputs = self._pieces([text[:-1] for text in texts])
@@ -158,16 +204,26 @@ class Engine:
         seen: Bool[Array, "batch vocab"],
     ) -> tuple[DecodeState, Drawn]:
         """Draws the first token of each row."""
-        return self._programs.first(self.params, read.cache, read.last, sampler, limits, seen)
+        return self._programs.first(
+            self.params, self.allowed, read.cache, read.last, sampler, limits, seen
+        )
 
     def decode(
         self, state: DecodeState, sampler: Sampler, limits: Limits, steps: int = STEPS
     ) -> tuple[DecodeState, Drawn]:
         """Draws up to `steps` more tokens for every row, fewer if all rows stop."""
-        return self._programs.decode(self.params, self.prefix, state, sampler, limits, steps)
+        return self._programs.decode(
+            self.params, self.prefix, self.allowed, state, sampler, limits, steps
+        )
+
+    def _devices(self) -> set[jax.Device]:
+        return jax.tree.leaves(self.params)[0].devices()
+
+    def _cache_length(self, context: int) -> int:
+        return min(bucket(context, self._smallest_context), self.max_context)
 
     def _start(self, rows: int, context: int) -> Prefilled:
-        context = min(bucket(context, self._smallest_context), self.max_context)
+        context = self._cache_length(context)
         return self._programs.start(self.prefix, batch=bucket(rows), context=context)
 
     def _pieces(self, texts: Sequence[Sequence[int]]) -> list[Columns]:
@@ -205,7 +261,9 @@ def _max_context(config: HymbaConfig, context: int | None) -> int:
             largest, reason = steady, "dynamic_ntk turns all keys again beyond that"
     wanted = largest if context is None else context
     if not 1 <= wanted <= largest:
-        raise HymbaError(f"a context of {wanted} tokens: the model's is 1 to {largest} ({reason})")
+        raise HymbaError(
+            f"a context of {shown(wanted)} tokens: the model's is 1 to {largest} ({reason})"
+        )
     return wanted
 
 
@@ -260,21 +318,30 @@ def _programs(
         x, state = extend(params, prefix, state, piece, is_start)
 
         def log_probs(part: slice) -> Array:
-            log_probs = jax.nn.log_softmax(model.logits(x[:, part]))
-            return jnp.take_along_axis(log_probs, targets[:, part, None], axis=-1)[:, :, 0]
+            logits = model.logits(x[:, part])
+            log_probs = jax.nn.log_softmax(logits)
+            log_probs = jnp.take_along_axis(log_probs, targets[:, part, None], axis=-1)[:, :, 0]
+            return jnp.where(jnp.isfinite(logits).all(-1), log_probs, jnp.nan)
 
         starts = range(0, x.shape[1], LOGIT_POSITIONS)
         parts = [log_probs(slice(start, start + LOGIT_POSITIONS)) for start in starts]
         return state, jnp.concatenate(parts, axis=1)
 
     def advance(
-        params: Params, state: DecodeState, last: Array, sampler: Sampler, limits: Limits
+        params: Params,
+        allowed: Bool[Array, "vocab"],
+        state: DecodeState,
+        last: Array,
+        sampler: Sampler,
+        limits: Limits,
     ) -> tuple[DecodeState, Drawn]:
-        """Draws a token for each row that has not stopped."""
+        """Samples a token for each row that has not stopped."""
         logits = nnx.merge(graph, params).logits(last[:, None])[:, 0]
-        token, log_probs = sample(logits, state.seen, state.cache.lengths, sampler)
-        ends = (token[:, None] == limits.stop_tokens).any(1)
-        drawn = Drawn(jnp.where(state.stopped | ends, NO_TOKEN, token), log_probs)
+        finite = jnp.isfinite(logits).all(1)
+        token, log_probs = sample(logits, state.seen, state.cache.lengths, sampler, allowed)
+        ends = (token[:, None] == limits.stop_tokens).any(1) | ~finite
+        result = jnp.where(finite, jnp.where(ends, NO_TOKEN, token), NOT_FINITE)
+        drawn = Drawn(jnp.where(state.stopped, NO_TOKEN, result), log_probs)
         num_drawn = state.num_drawn + ~state.stopped
         rows = jnp.arange(len(token))
         state = DecodeState(
@@ -288,6 +355,7 @@ def _programs(
 
     def first(
         params: Params,
+        allowed: Bool[Array, "vocab"],
         cache: Cache,
         last: Float[Array, "batch hidden"],
         sampler: Sampler,
@@ -296,12 +364,13 @@ def _programs(
     ) -> tuple[DecodeState, Drawn]:
         zeros = jnp.zeros(len(seen), jnp.int32)
         state = DecodeState(cache, zeros, zeros, limits.max_new_tokens < 1, seen)
-        state, drawn = advance(params, state, last, sampler, limits)
+        state, drawn = advance(params, allowed, state, last, sampler, limits)
         return state, Drawn(drawn.tokens[:, None], drawn.log_probs[:, None])
 
     def decode(
         params: Params,
         prefix: Prefix,
+        allowed: Bool[Array, "vocab"],
         state: DecodeState,
         sampler: Sampler,
         limits: Limits,
@@ -319,7 +388,8 @@ def _programs(
             step, state, drawn = loop
             counts = (~state.stopped).astype(jnp.int32)
             x, cache = model.extend(state.token[:, None], state.cache, prefix, counts)
-            state, new = advance(params, state._replace(cache=cache), x[:, 0], sampler, limits)
+            state = state._replace(cache=cache)
+            state, new = advance(params, allowed, state, x[:, 0], sampler, limits)
             drawn = Drawn(*(all.at[:, step].set(a) for all, a in zip(drawn, new, strict=True)))
             return step + 1, state, drawn
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,29 +14,31 @@ import numpy as np
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import shown
 from hymba_jax.inference import chat_template
-from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Limits, bucket
+from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE, STEPS, Engine, Limits, bucket
 from hymba_jax.inference.generation_config import GenerationDefaults
-from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
+from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.model import Hymba
-from hymba_jax.types import Float, Int
-
-type Prompt = str | Sequence[int]
-"""A text, which the begin-of-text token is put before, or tokens as they are."""
+from hymba_jax.sampling_config import SamplingConfig
+from hymba_jax.types import Bool, Float, Int
 
 type FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one continuation.
+    """What is new of one completion.
 
     Attributes:
       index: of the prompt.
-      sample: which of its continuations.
-      finish_reason: "stop" at the end of the text or at what was asked to stop it, "length" where
-        there is no room for more; None while there is more to come.
+      sample: which of its completions.
+      tokens, log_probs: as in `Completion`. Like text, tokens are held back while they may belong
+        to a stop string.
+      finish_reason: as in `Completion`; None while there is more to come.
+      context_full: as in `Completion`.
     """
 
     index: int
@@ -44,17 +47,25 @@ class Piece:
     tokens: list[int]
     log_probs: list[float]
     finish_reason: FinishReason | None
+    context_full: bool = False
 
 
 @dataclass
 class Completion:
-    """One continuation of one prompt.
+    """One completion of one prompt.
 
     Attributes:
       index: of the prompt.
-      sample: which of its continuations.
-      tokens: without the one that stopped it.
-      log_probs: of each token, in the model's own distribution, before temperature and filters.
+      sample: which of its completions.
+      text: up to a stop string.
+      tokens: without a stop token, and up to a stop string: a token whose text begins before it is
+        there, even if it ends inside; one whose text is wholly in it or behind it is not.
+      log_probs: natural, one for each of `tokens`, in the model's own distribution over its whole
+        vocabulary: before temperature, filters and the repetition penalty, and with the tokens
+        that the tokenizer lacks, which are never sampled.
+      finish_reason: "stop" at the end-of-sequence token, a stop token or a stop string; "length"
+        after `max_new_tokens`, or fewer where the model's context ends.
+      context_full: the context ended it, before `max_new_tokens`.
     """
 
     index: int
@@ -63,21 +74,23 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: FinishReason = "length"
+    context_full: bool = False
 
 
 class LanguageModel:
-    """A model that continues texts, many at a time.
+    """A model that continues prompts, many at a time.
 
-    A continuation depends on its prompt and its seed, never on the texts beside it.
+    A completion depends on its prompt and its seed, never on the prompts beside it. Tokens that
+    the tokenizer lacks are never sampled, though the model's vocabulary may have room for them.
 
     Args:
       state_dtype: that the SSM's states are kept in; they are computed in float32.
-      batch_size: texts that are continued at the same time.
-      context: tokens of every text's cache; as many as each batch needs if absent.
+      batch_size: sequences that are continued at the same time.
+      context: tokens of every sequence's cache; as many as each batch needs if absent.
       defaults: end tokens besides the config's, and the sampling of calls that name none.
 
     Raises:
-      HymbaError: such a model cannot be.
+      HymbaError: such a model cannot be, or does not fit into the device's memory.
     """
 
     def __init__(
@@ -90,36 +103,55 @@ class LanguageModel:
         context: int | None = None,
         defaults: GenerationDefaults | None = None,
     ):
+        batch_size = _whole("batch_size", batch_size)
         if batch_size < 1:
-            raise HymbaError(f"batch_size is {batch_size}, not at least 1")
+            raise HymbaError(f"batch_size is {shown(batch_size)}, not at least 1")
         self.config = model.config
         self.tokenizer = tokenizer
-        self.engine = Engine(model, state_dtype=state_dtype, context=context)
+        self._known = _known_tokens(tokenizer, model.config.num_embeddings)
+        self.engine = Engine(
+            model,
+            state_dtype=state_dtype,
+            context=None if context is None else _whole("context", context),
+            allowed=self._known,
+        )
         self.batch_size = batch_size
         self.defaults = defaults or GenerationDefaults()
+        if context is not None:
+            self.engine.check_memory(1, context)
+
+    def __repr__(self) -> str:
+        config, engine = self.config, self.engine
+        return (
+            f"LanguageModel({engine.num_params:,} parameters in {engine.dtype} on {engine.place}, "
+            f"{config.num_layers} layers, context {engine.max_context}, "
+            f"vocabulary {config.num_embeddings}, batch_size {self.batch_size})"
+        )
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompts,
         config: SamplingConfig | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Continuations of every prompt: `num_samples` of the first, then of the second, ...
+        """Completions of every prompt: `num_samples` of the first, then of the second, ...
 
         Args:
+          prompts: a text, or any iterable of texts and of sequences of tokens.
           config: how to sample; if absent, and if `sampling` has no such field, as the model's
             `defaults` say, which is greedily for most.
-          sampling: fields in place of those of `config`: `temperature=0.7, stop=("\\n",)`; and
+          sampling: fields in place of those of `config`: `temperature=0.7, stop="\\n"`; and
             `parse_special`, as of `encode`.
 
         Raises:
-          HymbaError: a prompt or a sampling value that cannot be.
+          HymbaError: a prompt or a sampling value that cannot be; too little memory for them; or
+            the model's logits are not finite.
         """
         return collect(self.stream(prompts, config, every=STEPS, **sampling))
 
     def stream(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompts,
         config: SamplingConfig | None = None,
         *,
         every: int = 1,
@@ -129,30 +161,47 @@ class LanguageModel:
         """The same as `generate`, as it comes.
 
         Args:
-          every: tokens of a continuation between its pieces, `STEPS` at most.
+          every: tokens that are sampled between pieces, `STEPS` at most.
           parse_special: as of `encode`.
 
         Raises:
-          HymbaError: a prompt, a sampling value or an `every` that cannot be.
+          HymbaError: as for `generate`, or an `every` that cannot be.
         """
+        every = _whole("every", every)
         if not 1 <= every <= STEPS:
             raise HymbaError(f"every is {every}, not 1 to {STEPS}")
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
-        return self._pieces(self.encode(prompts, parse_special=parse_special), config, every)
+        for token in config.stop_tokens:
+            if token >= self.config.num_embeddings or not self._known[token]:
+                raise HymbaError(f"stop token {token} is not in the tokenizer, so it never comes")
+        sequences = self.encode(prompts, parse_special=parse_special)
+        rows = min(len(sequences) * config.num_samples, self.batch_size)
+        longest = max(map(len, sequences))
+        self.engine.check_memory(
+            rows, longest + min(config.max_new_tokens, self.engine.max_context - longest)
+        )
+        return self._pieces(sequences, config, every)
 
-    def log_probs(self, texts: str | Sequence[Prompt]) -> list[Float[np.ndarray, " tokens"]]:
+    def log_probs(self, texts: Prompts) -> list[Float[np.ndarray, " tokens"]]:
         """The log-probability of each token of each text, given those before it.
 
-        The begin-of-text token has none, nor has the first token of a text given as tokens.
+        It is natural, and in the model's own distribution over its whole vocabulary. The
+        begin-of-text token has none, nor has the first token of a text given as tokens.
 
         Raises:
-          HymbaError: a text that cannot be.
+          HymbaError: a text that cannot be, too little memory, or logits that are not finite.
         """
-        tokens = self.encode(texts, room=0)
-        batches = itertools.batched(tokens, self.batch_size)
-        return [scores for batch in batches for scores in self.engine.score(batch)]
+        sequences = self.encode(texts, room=0)
+        self.engine.check_memory(min(len(sequences), self.batch_size), max(map(len, sequences)))
+        batches = itertools.batched(sequences, self.batch_size)
+        all_scores = [scores for batch in batches for scores in self.engine.score(batch)]
+        for i, scores in enumerate(all_scores):
+            if np.isnan(scores).any():
+                name = prompt_name(i, len(sequences))
+                raise _not_finite(name, int(np.isnan(scores).argmax()))
+        return all_scores
 
     def encode_chat(
         self,
@@ -188,7 +237,7 @@ class LanguageModel:
         )
 
     def encode(
-        self, prompts: str | Sequence[Prompt], *, room: int = 1, parse_special: bool = False
+        self, prompts: Prompts, *, room: int = 1, parse_special: bool = False
     ) -> list[list[int]]:
         """The tokens of prompts; an empty one begins at the start of a text.
 
@@ -198,34 +247,16 @@ class LanguageModel:
             ordinary text.
 
         Raises:
-          HymbaError: there are no prompts, or one is too long, or has a token that is none.
+          HymbaError: they are no prompts, or one is too long, or has a token that is none.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not prompts:
-            raise HymbaError("there are no prompts")
-        texts = []
-        for i, prompt in enumerate(prompts):
-            name = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
-            if isinstance(prompt, str):
-                text = self.tokenizer.encode(prompt, parse_special=parse_special)
-                if text[:1] != self.tokenizer.bos_ids:  # which a parsed one may begin with
-                    text = [*self.tokenizer.bos_ids, *text]
-            else:
-                text = [int(token) for token in prompt] or self.tokenizer.bos_ids
-            if not text:
-                raise HymbaError(f"{name} is empty, and the tokenizer has no token to begin with")
-            vocab_size, context = self.config.num_embeddings, self.engine.max_context
-            if outside := [token for token in text if not 0 <= token < vocab_size]:
-                raise HymbaError(
-                    f"{name}: token {outside[0]} is outside the vocabulary of {vocab_size}"
-                )
-            if len(text) + room > context:
-                raise HymbaError(
-                    f"{name}: {len(text)} tokens, and the model's context is {context} with what "
-                    "is to follow: shorten it"
-                )
-            texts.append(text)
-        return texts
+        return encode_prompts(
+            prompts,
+            self.tokenizer,
+            self.config.num_embeddings,
+            self.engine.max_context,
+            room,
+            parse_special=parse_special,
+        )
 
     def _pieces(
         self, texts: list[list[int]], config: SamplingConfig, every: int
@@ -244,7 +275,10 @@ class LanguageModel:
     ) -> Iterator[Piece]:
         """Reads a batch of prompts and continues them until each row has stopped."""
         engine, indices = self.engine, list(dict.fromkeys(i for i, _ in rows))
-        writers = [_Writer(self, *row, texts[row[0]], config) for row in rows]
+        writers = [
+            _Writer(self, i, sample, prompt_name(i, len(texts)), texts[i], config)
+            for i, sample in rows
+        ]
         context = max(
             len(texts[i]) + writer.room for (i, _), writer in zip(rows, writers, strict=True)
         )
@@ -284,10 +318,10 @@ class LanguageModel:
 
 
 class _Writer:
-    """Makes pieces of what is drawn for one row, until the row is over.
+    """Makes pieces of what is sampled for one row, until the row is over.
 
     Attributes:
-      room: tokens that may be drawn.
+      room: tokens that may be sampled.
     """
 
     def __init__(
@@ -295,14 +329,19 @@ class _Writer:
         model: LanguageModel,
         index: int,
         sample: int,
+        name: str,
         prompt: list[int],
         config: SamplingConfig,
     ):
-        self.room = min(config.max_new_tokens, model.engine.max_context - len(prompt))
+        context = model.engine.max_context - len(prompt)
+        self.room = min(config.max_new_tokens, context)
         self.over = False
+        self._shortened = context < config.max_new_tokens
         self._place = index, sample
+        self._name, self._length = name, len(prompt)
         self._stream = TextStream(model.tokenizer, prompt, config.stop)
-        self._count = 0
+        self._sampled: list[tuple[int, float]] = []  # tokens with their log-probabilities
+        self._given = 0  # how many of them
 
     def take(
         self,
@@ -310,21 +349,31 @@ class _Writer:
         log_probs: Float[np.ndarray, " steps"],
         stopped: np.bool,
     ) -> Piece:
-        """The piece of these tokens, up to the one that meets a stop string."""
-        new, text = [], ""
-        for token in itertools.takewhile(lambda token: token != NO_TOKEN, tokens.tolist()):
-            new.append(token)
-            text += self._stream.push(token)
-            if self._stream.stopped:
+        """What is certain with these tokens, up to a stop string."""
+        text = ""
+        for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True):
+            if token == NOT_FINITE and not self._stream.stopped:
+                raise _not_finite(self._name, self._length + len(self._sampled) - 1)
+            if token == NO_TOKEN or self._stream.stopped:
                 break
-        self._count += len(new)
+            self._sampled.append((token, log_prob))
+            text += self._stream.push(token)
         self.over = bool(stopped) or self._stream.stopped
         reason: FinishReason | None = None
         if self.over:
             text += self._stream.finish()
-            ended = self._stream.stopped or self._count < self.room
+            ended = self._stream.stopped or len(self._sampled) < self.room
             reason = "stop" if ended else "length"
-        return Piece(*self._place, text, new, log_probs[: len(new)].tolist(), reason)
+        new = self._sampled[self._given : self._stream.settled]
+        self._given += len(new)
+        return Piece(
+            *self._place,
+            text,
+            [token for token, _ in new],
+            [log_prob for _, log_prob in new],
+            reason,
+            context_full=reason == "length" and self._shortened,
+        )
 
 
 def collect(pieces: Iterable[Piece]) -> list[Completion]:
@@ -337,4 +386,25 @@ def collect(pieces: Iterable[Piece]) -> list[Completion]:
         completion.tokens += piece.tokens
         completion.log_probs += piece.log_probs
         completion.finish_reason = piece.finish_reason or completion.finish_reason
+        completion.context_full |= piece.context_full
     return [done[place] for place in sorted(done)]
+
+
+def _known_tokens(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
+    """Which rows of the model's vocabulary the tokenizer has a token for."""
+    numbers = np.array([*tokenizer.model.get_vocab().values()])
+    return np.isin(np.arange(vocab_size), numbers)
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise HymbaError(f"{name} is {shown(value)}, not a whole number") from error
+
+
+def _not_finite(name: str, position: int) -> HymbaError:
+    return HymbaError(
+        f"{name}: the model's logits at position {position} are not finite: its parameters may be "
+        "damaged, or their values too large for the dtype"
+    )

@@ -12,6 +12,7 @@ from hymba_jax.data import Tokenizer
 from hymba_jax.files import resolve_path
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.memory import check_fits, tree_bytes
 from hymba_jax.model import Hymba
 from hymba_jax.run_config import read_model_directory
 from hymba_jax.sharding import make_mesh
@@ -37,12 +38,13 @@ def load(
       dtype: of parameters, activations and cache; what the model was trained to compute in, but
         float32 on CPUs, which are slow in all else.
       state_dtype: that the SSM's states are kept in between tokens.
-      batch_size: texts that are continued at the same time.
-      context: tokens of every text's cache; as many as each batch needs if absent.
+      batch_size: sequences that are continued at the same time.
+      context: tokens of every sequence's cache; as many as each batch needs if absent.
       step: which checkpoint of a run; the newest if absent.
 
     Raises:
-      HymbaError: the directory holds no model, or a part of it cannot be read.
+      HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
+        into the device's memory.
     """
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(read_model_directory(directory)[0], str(directory))
@@ -64,7 +66,14 @@ def load_model(
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
     compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)
-    graph, template = describe_model(config, compute, make_mesh(jax.devices()[:1]))
+    devices = jax.devices()[:1]
+    graph, template = describe_model(config, compute, make_mesh(devices))
+    check_fits(
+        f"{directory}: its parameters in {dtype}",
+        tree_bytes(template),
+        devices,
+        "use a smaller dtype, or another device",
+    )
     return nnx.merge(graph, load_params(directory, template, step))
 
 
@@ -77,8 +86,8 @@ class ModelChoice:
       step: which checkpoint of a run; the newest if absent.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.
-      batch_size: texts that are continued at the same time.
-      context: tokens of every text's cache; as many as each batch of texts needs if absent.
+      batch_size: sequences that are continued at the same time.
+      context: tokens of every sequence's cache; as many as each batch needs if absent.
     """
 
     model: str

@@ -1,95 +1,18 @@
-"""What is drawn from a model's distribution over the next token, and when to stop drawing."""
+"""What is sampled from a model's distribution over the next token."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import describe, fits
 from hymba_jax.ops.platform import target_platform
+from hymba_jax.sampling_config import LARGEST, SamplingConfig
 from hymba_jax.types import Array, Bool, Float, Int, Key
 
-LARGEST = 2**31 - 1  # of int32
 ONE = 2**30  # a probability of 1, where probabilities are whole numbers: see `weigh`
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How text is continued.
-
-    Attributes:
-      max_new_tokens: where to stop, if the text does not end before.
-      temperature: 0 takes the likeliest token each time, 1 samples from the model's distribution.
-      top_k: sample from this many of the likeliest tokens; 0 is all.
-      top_p: sample from the fewest of the likeliest tokens that have this probability together
-        (arXiv 1904.09751); 1 is all.
-      min_p: sample from the tokens with at least this part of the likeliest one's probability
-        (arXiv 2407.01082); 0 is all.
-      repetition_penalty: makes tokens that are in the text already less likely
-        (arXiv 1909.05858); 1 does not.
-      num_samples: continuations of each prompt.
-      seed: the same seed gives the same text.
-      stop: texts that end a continuation.
-      stop_tokens: tokens that end it, besides the end-of-sequence token.
-
-    Raises:
-      HymbaError: naming every value that cannot be.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    num_samples: int = 1
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        problems = [*self._problems()]
-        if problems:
-            raise HymbaError("sampling: " + "; ".join(problems))
-
-    def _problems(self) -> Iterator[str]:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            possible, limit = LIMITS[field.name]
-            if items := get_args(kind):
-                right = type(value) is tuple and all(fits(item, items[0]) for item in value)
-                wanted = f"a tuple, each of it {describe(items[0])}"
-            else:
-                right, wanted = fits(value, kind), describe(kind)
-            if not right:
-                yield f"{field.name} is {value!r}, not {wanted}"
-            elif not possible(value):
-                yield f"{field.name} is {value!r}, not {limit}"
-
-
-def _divides(value: float) -> bool:
-    """Whether float32 can divide by it."""
-    return 1e-30 <= value <= 1e30
-
-
-LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: v >= 1, "at least 1"),
-    "temperature": (lambda v: v == 0 or _divides(v), "0 or between 1e-30 and 1e30"),
-    "top_k": (lambda v: 0 <= v <= LARGEST, f"between 0 and {LARGEST}"),
-    "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "min_p": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "repetition_penalty": (_divides, "between 1e-30 and 1e30"),
-    "num_samples": (lambda v: v >= 1, "at least 1"),
-    "seed": (lambda v: 0 <= v < 2**32, f"between 0 and {2**32 - 1}"),
-    "stop": (all, "free of empty texts"),
-    "stop_tokens": (lambda v: all(0 <= t <= LARGEST for t in v), f"between 0 and {LARGEST}"),
-}
 
 
 class Sampler(NamedTuple):
@@ -137,17 +60,21 @@ def sample(
     seen: Bool[Array, "batch vocab"],
     positions: Int[Array, " batch"],
     sampler: Sampler,
+    allowed: Bool[Array, " vocab"] | None = None,
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
     """The next token of each row, and its log-probability in the model's own distribution.
 
-    The repetition penalty comes first, then temperature, top-k, top-p and min-p, each among what
-    the one before has left; tokens as likely as the last one kept are kept too. A row's result
-    depends, to the bit, on its own logits, values, key and position only.
+    Tokens that are not allowed go first, then come the repetition penalty, temperature, top-k,
+    top-p and min-p, each among what the one before has left; tokens as likely as the last one kept
+    are kept too. A row's result depends, to the bit, on its own logits, values, key and position
+    only.
 
     Args:
       logits: in float32; -inf for what cannot come next.
       seen: the tokens that the repetition penalty is for.
       positions: where in its text each row's token will stand; other positions, other draws.
+      allowed: the tokens that may be sampled; all of them if absent. The log-probability is that
+        among all tokens.
     """
     needed = Needed(
         penalty=jnp.any(sampler.repetition_penalty != 1),
@@ -155,7 +82,7 @@ def sample(
         top_k=jnp.any(sampler.top_k > 0),
         top_p=jnp.any(sampler.top_p < 1),
     )
-    row = functools.partial(_sample_row, needed)
+    row = functools.partial(_sample_row, needed, allowed)
     rows = (logits, seen, positions, sampler)
     if target_platform() == "cpu":  # one after another: a row fits into a cache
         return jax.lax.map(lambda values: row(*values), rows)
@@ -164,16 +91,18 @@ def sample(
 
 def _sample_row(
     needed: Needed,
+    allowed: Bool[Array, " vocab"] | None,
     logits: Float[Array, " vocab"],
     seen: Bool[Array, " vocab"],
     position: Int[Array, ""],
     sampler: Sampler,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """`sample` for one row, whose values `sampler` holds."""
+    possible = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     penalised = jax.lax.cond(
         needed.penalty,
-        lambda: _penalise(logits, seen, sampler.repetition_penalty),
-        lambda: logits,
+        lambda: _penalise(possible, seen, sampler.repetition_penalty),
+        lambda: possible,
     )
     likeliest = _argmax(penalised)
 

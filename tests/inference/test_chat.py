@@ -178,7 +178,7 @@ def test_help_lists_what_has_an_effect(capsys):
 
 def test_a_conversation_has_one_answer():
     with pytest.raises(HymbaError, match="num_samples is 2: a conversation has one answer"):
-        ChatConfig(CHOICE, sampling=SamplingConfig(num_samples=2))
+        ChatConfig(CHOICE, sampling=SamplingConfig(num_samples=2, temperature=1.0))
 
 
 def test_input_that_is_no_text(monkeypatch):

@@ -24,9 +24,10 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, DecodeState, Engine, Limits, bucket
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba
 from hymba_jax.ops.selective_scan import api
+from hymba_jax.sampling_config import SamplingConfig
 
 # Of the logits' range: float32 rounds at 6e-8, and sums of some hundred terms through three layers
 # come to a hundred times that where they are added in another order.
@@ -150,7 +151,8 @@ def lower_decode(engine, batch, context):
     state = DecodeState(read.cache, zeros, zeros, zeros > 0, seen)
     sampler = make_sampler([SamplingConfig()] * batch, [0] * batch)
     limits = Limits(zeros, jnp.full((batch, 4), NO_TOKEN))
-    return programs.decode.lower(engine.params, prefix, state, sampler, limits, STEPS), state
+    arguments = (engine.params, prefix, engine.allowed, state, sampler, limits, STEPS)
+    return programs.decode.lower(*arguments), state
 
 
 def assert_same(ours, theirs):

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from flax import nnx
 from inference.models import byte_tokenizer, make_model
 
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel, SamplingConfig
+from hymba_jax.inference.prompts import encode_prompts
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = ["the old dog", "", "Who sat?", "a", "the red hat and the old dog"]
@@ -71,6 +74,14 @@ def test_the_likeliest_token_of_the_forward_pass_comes_next(hymba, greedy):
     assert (greedy.index, greedy.sample, greedy.finish_reason) == (0, 0, "length")
 
 
+def test_a_model_says_what_it_is(hymba, model):
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(hymba)))
+    assert repr(model) == (
+        f"LanguageModel({count:,} parameters in float32 on cpu, 3 layers, context 512, "
+        "vocabulary 259, batch_size 8)"
+    )
+
+
 def test_text_is_what_the_tokens_say(greedy):
     assert greedy.text == TOKENIZER.decode(greedy.tokens)
 
@@ -84,6 +95,126 @@ def test_a_prompt_is_a_text_or_several_or_tokens(model):
     tokens = [begin(text) for text in texts]
     assert model.generate(tokens, max_new_tokens=5) == several
     assert model.generate([tokens[0], texts[1], tuple(tokens[2])], max_new_tokens=5) == several
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda tokens: (row for row in tokens),
+        lambda tokens: [np.array(row, np.uint16) for row in tokens],
+        lambda tokens: np.array(tokens),
+        lambda tokens: [iter(tokens[0]), range(97, 100)],
+        lambda tokens: tuple(jnp.array(row) for row in tokens),
+        lambda tokens: [[np.int64(token) for token in tokens[0]], tuple(tokens[1])],
+    ],
+)
+def test_prompts_may_be_any_iterable(model, given):
+    tokens = [[1, 70, 80], [97, 98, 99]]
+    assert model.encode(given(tokens)) == tokens
+
+
+def test_texts_may_be_any_iterable(model):
+    texts = ["a", "the old"]
+    expected = [begin(text) for text in texts]
+    for given in (iter(texts), tuple(texts), np.array(texts), dict.fromkeys(texts).keys()):
+        assert model.encode(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (None, "prompts are None, not a text or a list of texts or of lists of tokens"),
+        (7, "prompts are 7, not a text"),
+        (b"abc", "prompts are bytes, which must be decoded first, not a text"),
+        ({"prompt": "a"}, "prompts are of type dict, not a text"),
+        (iter(()), "there are no prompts"),
+        ([1, 70], "prompt 1 is 1, neither a text nor a list of tokens (a prompt of tokens is a l"),
+        (np.array([1, 70]), "prompt 1 is 1, neither a text nor a list of tokens"),
+        (["a", None], "prompt 2 is None, neither a text nor a list of tokens"),
+        (["a", b"b"], "prompt 2 is bytes, which must be decoded first, neither a text"),
+        ([{"prompt": "a"}], "the prompt is of type dict, neither a text nor a list of tokens"),
+        ([[1, 2.0]], "the prompt: token 2 is 2.0, not a whole number"),
+        ([np.array([1.0])], "the prompt: token 1 is 1.0, not a whole number"),
+        ([jnp.array([1.5])], "the prompt: token 1 is 1.5, not a whole number"),
+        ([[1, True]], "the prompt: token 2 is True, not a whole number"),
+        ([[1, None]], "the prompt: token 2 is None, not a whole number"),
+        ([["a", "b"]], "the prompt: token 1 is of type str, not a whole number"),
+        ([[[1, 2]]], "the prompt: token 1 is of type list, not a whole number"),
+        ([np.array([[1, 2]])], "the prompt: token 1 is of type ndarray, not a whole number"),
+        (["a", np.array(5)], "prompt 2 is of type ndarray, neither a text nor a list of tokens"),
+    ],
+)
+def test_what_is_no_prompt(prompts, message):
+    assert refusal(encode_prompts, prompts, TOKENIZER, 259, 512, 1).startswith(message)
+
+
+def test_stop_may_be_one_string(model):
+    (free,) = model.generate("a", max_new_tokens=40)
+    asked = {"max_new_tokens": np.int32(40), "stop_tokens": np.array([5])}
+    (one,) = model.generate("a", stop=free.text[2:5], **asked)
+    assert [one] == model.generate("a", stop=[free.text[2:5]], **asked)
+    assert one.text == free.text[:2]
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A model with room for more tokens than the tokenizer has, and untied embeddings."""
+    return make_model(layers="W", vocab_size=320, tie_embeddings=False)
+
+
+def test_tokens_that_the_tokenizer_lacks_are_never_sampled(wide):
+    model = LanguageModel(wide, TOKENIZER)
+    new = 60
+    for sampling in ({}, {"temperature": 1.0}, {"temperature": 1e30, "repetition_penalty": 3.0}):
+        completions = model.generate(["a", "the"], max_new_tokens=new, **sampling)
+        assert all(0 <= token < 259 for c in completions for token in c.tokens)
+    # They would have been: of 320 rows, 61 are more.
+    (completion,) = model.generate("a", max_new_tokens=new)
+    text = begin("a") + completion.tokens
+    logits = np.asarray(jax.jit(lambda tokens: wide(tokens))(jnp.array([text[:-1]], jnp.int32))[0])
+    assert logits[1:].argmax(-1).max() >= 259
+    assert completion.tokens == logits[1:, :259].argmax(-1).tolist()
+    # Their share is in the log-probabilities, which are the model's own.
+    expected = forward_log_probs(wide, text)[1:]
+    np.testing.assert_allclose(completion.log_probs, expected, rtol=0, atol=TOLERANCE)
+    assert refusal(model.generate, "a", stop_tokens=(300,)).startswith("stop token 300 is not in")
+
+
+def test_holes_in_the_tokenizers_ids(wide):
+    vocabulary = {"<s>": 1, "</s>": 4, "a": 6, "b": 9}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "a"))
+    model = LanguageModel(wide, Tokenizer(words, "<s>", "</s>"))
+    np.testing.assert_array_equal(np.flatnonzero(model.engine.allowed), [1, 4, 6, 9])
+
+
+def damaged(model, name, place, value):
+    """A copy with one row or column of the embedding or the output overwritten."""
+    graph, state = nnx.split(model)
+    params = nnx.to_flat_state(state)
+    changed = [
+        (path, leaf.replace(leaf[...].at[place].set(value)) if name in path else leaf)
+        for path, leaf in params
+    ]
+    return LanguageModel(nnx.merge(graph, nnx.from_flat_state(changed)), TOKENIZER)
+
+
+def test_logits_that_are_not_finite(wide):
+    """At the token that makes them so, in the prompt or among those that were sampled."""
+    (free,) = LanguageModel(wide, TOKENIZER).generate("the", max_new_tokens=8)
+    prompt = begin("the")
+    token = next(t for t in free.tokens[1:] if t not in [*prompt, free.tokens[0]])
+    place = len(prompt) + free.tokens.index(token)
+    for value in (np.nan, np.inf):
+        model = damaged(wide, "embedding", token, value)
+        message = f"the model's logits at position {place} are not finite"
+        assert refusal(model.generate, "the").startswith(f"the prompt: {message}")
+        # Read at once, it spoils the positions before it too: attention gives them none of it,
+        # but zero times NaN is NaN.
+        message = "prompt 2: the model's logits at position 0 are not finite"
+        assert refusal(model.log_probs, ["the", [*prompt, token, 70]]).startswith(message)
+        # What ends before is not touched.
+        (before,) = model.generate("the", max_new_tokens=place - len(prompt) + 1)
+        assert before.tokens == free.tokens[: place - len(prompt) + 1]
 
 
 def test_no_tokens_are_the_beginning_of_a_text(model):
@@ -163,7 +294,9 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, every):
     assert (text + stop).isascii()  # so that each of its characters is a token
     pieces = [*model.stream("a", max_new_tokens=40, every=every, stop=("never", stop))]
     assert "".join(piece.text for piece in pieces) == text
-    assert [token for piece in pieces for token in piece.tokens] == free.tokens[:5]
+    assert [token for piece in pieces for token in piece.tokens] == free.tokens[:2]
+    log_probs = [value for piece in pieces for value in piece.log_probs]
+    np.testing.assert_allclose(log_probs, free.log_probs[:2], rtol=0, atol=TOLERANCE)
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
 
 
@@ -183,7 +316,13 @@ def test_the_context_ends_a_text(hymba, greedy):
     for room in (1, 2, 20):
         (completion,) = model.generate([text[: 32 - room]], max_new_tokens=30)
         assert completion.tokens == text[32 - room : 32]
-        assert completion.finish_reason == "length"
+        assert (completion.finish_reason, completion.context_full) == ("length", True)
+    stop = (text[31],)
+    for new, reason, full in [(2, "length", False), (3, "length", True), (30, "stop", False)]:
+        (completion,) = model.generate(
+            [text[:30]], max_new_tokens=new, stop_tokens=stop if new == 30 else ()
+        )
+        assert (completion.finish_reason, completion.context_full) == (reason, full)
 
 
 @pytest.mark.parametrize("every", [1, 3, 16])
@@ -199,7 +338,8 @@ def test_pieces_make_up_the_whole(model, greedy, every):
         assert log_probs == completion.log_probs
         assert [piece.finish_reason for piece in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1].finish_reason == completion.finish_reason
-        assert all(len(piece.tokens) <= every for piece in own)
+        sampled = len(completion.tokens) + (completion.finish_reason == "stop")
+        assert len(own) in (1 + -(-(sampled - 1) // every), -(-sampled // every))
 
 
 def test_the_first_piece_comes_before_the_rest_is_drawn(model, monkeypatch):
@@ -287,13 +427,15 @@ def test_impossible_prompts(model, prompts, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_new_tokens": 0}, "sampling: max_new_tokens is 0, not at least 1"),
+        ({"max_new_tokens": 0}, "sampling: max_new_tokens is 0, not between 1 and 2147483647"),
         ({"temperature": -1.0}, "sampling: temperature is -1.0, not 0 or between"),
-        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not free of empty texts"),
+        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not free of empty strings"),
         (
             {"top_p": 0.0, "num_samples": 0},
-            "sampling: top_p is 0.0, not in (0, 1]; num_samples is 0, not at least 1",
+            "sampling: top_p is 0.0, not in (0, 1]; num_samples is 0, not between 1 and 1048576",
         ),
+        ({"top_p": 0.9}, "sampling: top_p 0.9 has no effect at temperature 0"),
+        ({"stop_tokens": (5, 259)}, "stop token 259 is not in the tokenizer, so it never comes"),
     ],
 )
 def test_impossible_sampling_values(model, values, message):
@@ -315,6 +457,7 @@ def test_impossible_distances_between_pieces(model, every):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0, not at least 1"),
+        ({"context": 10**12}, f"a context of {10**12} tokens: the model's is 1 to 512"),
         ({"context": 0}, "a context of 0 tokens: the model's is 1 to 512"),
         ({"context": 513}, "a context of 513 tokens: the model's is 1 to 512 (max_positions)"),
     ],

@@ -1,16 +1,35 @@
 """What `hymba memory` says, against the paper and against what is allocated."""
 
+from pathlib import Path
+from unittest.mock import Mock
+
 import jax
 import pytest
 from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax import cli
-from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
+from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
+from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
-from hymba_jax.inference.memory import CacheBytes, cache_bytes, param_bytes, prefix_bytes
+from hymba_jax.inference import memory as memory_module
+from hymba_jax.inference.engine import Engine
+from hymba_jax.inference.memory import (
+    CacheBytes,
+    cache_bytes,
+    check_fits,
+    gb,
+    host_memory,
+    param_bytes,
+    prefix_bytes,
+    training_bytes,
+)
 from hymba_jax.model.cache import empty_cache
+from hymba_jax.sharding import make_mesh
+from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.state import init_state, make_template
 
-MB = 10**6
+MB, GB = 10**6, 10**9
 
 
 def ablation(layers, heads=1, num_meta_tokens=0):
@@ -103,40 +122,124 @@ def test_a_batch_is_so_many_texts():
 
 
 def memory(capsys, *arguments):
-    """The table that the command prints: the numbers of each row by its name."""
+    """The table that the command prints: the numbers of each row, in GB, by its name."""
     cli.main(["memory", *map(str, arguments)])
     printed = capsys.readouterr()
     assert printed.err == ""
-    cells = [line.strip("│┃ ").split("│") for line in printed.out.splitlines() if "│" in line]
-    return {name.strip(): [float(n.replace(",", "")) for n in numbers] for name, *numbers in cells}
+    cells = [line.strip()[1:-1].split("│") for line in printed.out.splitlines() if "│" in line]
+    return {
+        name.strip(): [float(n.replace(",", "")) if n.strip() else None for n in numbers]
+        for name, *numbers in cells
+    }
 
 
 def test_the_command_for_the_released_model(capsys):
     table = memory(capsys, "--preset", "hymba-1.5b", "--batch", 16)
-    one, many = table["cache"]
-    assert (one, many) == (pytest.approx(78.6, abs=0.05), pytest.approx(16 * one, abs=0.1))
-    assert one == pytest.approx(sum(numbers[0] for numbers in [*table.values()][:4]), abs=0.02)
-    assert table["SSM states, bfloat16"][0] == 3.28  # 32 * 16 * 3200 * 2
-    params = table["parameters, bfloat16"][0]
-    # 1.5 billion; the SSM's A_log, D and time-step bias stay float32.
-    assert params == pytest.approx(2 * 1522.8 + 2 * 32 * 3200 * (16 + 1 + 1) / MB, abs=0.1)
+    one, many, _ = table["cache"]
+    assert (one, many) == (0.0786, 1.26)
+    assert one == pytest.approx(sum(numbers[0] for numbers in [*table.values()][:4]), abs=1e-4)
+    assert table["SSM states, bfloat16"][0] == 0.00328  # 32 * 16 * 3200 * 2
+    # 1.5228 billion; the SSM's A_log, D and time-step bias stay float32.
+    params = 2 * 1.5228 + 2 * 32 * 3200 * (16 + 1 + 1) / GB
+    assert table["parameters, bfloat16"] == [pytest.approx(params, abs=0.005)] * 2 + [None]
     fixed = params + sum(
         numbers[0] for name, numbers in table.items() if name.startswith("meta tokens")
     )
+    # Training: 4 bytes each for a parameter, its gradient and Adam's two moments.
+    state = 4 * 1.5228
+    assert table["trained parameters, float32"] == [None, None, pytest.approx(state, abs=0.005)]
+    assert table["gradients, float32"][2] == pytest.approx(state, abs=0.005)
+    assert table["optimizer state, AdamW"][2] == pytest.approx(2 * state, abs=0.05)
     assert table["in all"] == [
-        pytest.approx(fixed + one, abs=0.03),
-        pytest.approx(fixed + many, abs=0.03),
+        pytest.approx(fixed + one, abs=0.005),
+        pytest.approx(fixed + many, abs=0.005),
+        pytest.approx(4 * state, abs=0.05),
     ]
 
 
 def test_the_command_for_a_config_file(capsys, tmp_path):
     path = tmp_path / "small.toml"
     path.write_text('[model]\npreset = "hymba-125m"\nmax_positions = 256\nlayers = "2*M"\n')
-    table = memory(capsys, "--config", path, "--dtype", "float32", "--state-dtype", "bfloat16")
-    assert table["keys and values, global layers, float32"] == [0, 0]
-    assert table["inputs of the convolutions, float32"] == [0.02, 0.02]  # 2 * 3 * 1024 * 4
-    assert table["SSM states, bfloat16"] == [0.07, 0.07]  # 2 * 16 * 1024 * 2
-    assert table["cache"] == [0.09, 0.09]
+    dtypes = ("--dtype", "float32", "--state-dtype", "bfloat16", "--param-dtype", "bfloat16")
+    table = memory(capsys, "--config", path, *dtypes)
+    assert table["global KV, float32"] == [0, 0, None]
+    assert table["conv inputs, float32"] == [2.46e-5, 2.46e-5, None]  # 2 * 3 * 1024 * 4
+    assert table["SSM states, bfloat16"] == [6.55e-5, 6.55e-5, None]  # 2 * 16 * 1024 * 2
+    assert table["cache"] == [9.01e-5, 9.01e-5, None]
+    params, gradients = (
+        table[f"{name}, bfloat16"][2] for name in ("trained parameters", "gradients")
+    )
+    assert params == gradients == pytest.approx(table["parameters, float32"][0] / 2, rel=0.02)
+
+
+def test_a_training_state_takes_what_is_counted():
+    counted = training_bytes(TINY, "float32")
+    compute, optimizer = ComputeConfig(), make_optimizer(TrainingConfig())
+    template = make_template(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
+    state = init_state(TINY, compute, optimizer, template, seed=0)
+    assert allocated(state.params) == counted.params == counted.gradients
+    assert allocated(state.optimizer) == counted.optimizer
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0"),
+        (24_576, "0.0000246"),
+        (78_600_000, "0.0786"),
+        (3_049_999_999, "3.05"),
+        (12_345_000_000, "12.3"),
+        (4_321_000_000_000, "4,321"),
+    ],
+)
+def test_gigabytes(size, text):
+    assert gb(size) == text
+
+
+def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
+    """On a CPU its host's, which is asked for what there is; before anything is allocated."""
+    model = LanguageModel(make_model(), byte_tokenizer(), batch_size=10**10)
+    monkeypatch.setattr(Engine, "prefill", None)
+    needed = allocated(model.engine.params) + prefix_bytes(TINY, "float32").total
+    needed += 4 * cache_bytes(TINY, 256, "float32", "float32").total
+    monkeypatch.setattr(memory_module, "host_memory", lambda: needed)
+    assert model.stream(["a", "b", "c"], max_new_tokens=200)
+    monkeypatch.setattr(memory_module, "host_memory", lambda: needed - 1)
+    for ask, options in ((model.generate, {"max_new_tokens": 200}), (model.log_probs, {})):
+        with pytest.raises(HymbaError) as error:
+            ask(["a", "b", "c"], **options)
+        assert str(error.value) == (
+            f"4 sequences of 256 tokens beside the model's parameters: {gb(needed)} GB, and cpu "
+            f"has {gb(needed - 1)} GB of memory: reduce batch_size, context or max_new_tokens"
+        )
+    message = "1048576 sequences of 512 tokens beside"
+    with pytest.raises(HymbaError, match=message):
+        model.generate("a", max_new_tokens=10**9, num_samples=2**20, temperature=1.0)
+    monkeypatch.setattr(memory_module, "host_memory", lambda: 10)
+    with pytest.raises(HymbaError, match="1 sequences of 512 tokens"):
+        LanguageModel(make_model(), byte_tokenizer(), context=512)
+
+
+def test_the_limit_that_a_device_names():
+    device = Mock(spec=jax.Device, platform="gpu", device_kind="a chip", process_index=0)
+    device.memory_stats.return_value = {"bytes_limit": 1000}
+    check_fits("this", 1000, [device], "")
+    check_fits("this", 2000, [device, device], "")
+    with pytest.raises(HymbaError, match=r"this: 0.00000100 GB, and a chip has .* shrink it"):
+        check_fits("this", 1001, [device], "shrink it")
+
+
+def test_the_memory_of_the_host(monkeypatch, tmp_path):
+    """All that Linux has, unless the container may use less."""
+    total = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal")
+    )
+    monkeypatch.setattr(memory_module, "CGROUP_LIMITS", (tmp_path / "limit", tmp_path / "gone"))
+    for text, expected in (("max", total), ("1000", 1000), (str(2 * total), total)):
+        (tmp_path / "limit").write_text(f"{text}\n")
+        assert host_memory() == expected
 
 
 @pytest.mark.parametrize(
@@ -146,8 +249,9 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
         (["--preset", "hymba-1.5b", "--config", "a.toml"], "name either a preset or a config"),
         (["--preset", "hymba-7b"], "preset is 'hymba-7b', not one of hymba-125m, hymba-350m, hymb"),
         (["--config", "gone.toml"], "gone.toml: no such file"),
-        (["--preset", "hymba-1.5b", "--context", "0"], "context 0 and batch 1: both are at least"),
-        (["--preset", "hymba-1.5b", "--batch", "-1"], "context 8192 and batch -1: both are at l"),
+        (["--preset", "hymba-1.5b", "--context", "0"], "context is 0, not between 1 and 21474836"),
+        (["--preset", "hymba-1.5b", "--batch", "-1"], "batch is -1, not between 1 and 2147483647"),
+        (["--preset", "hymba-1.5b", "--context", "9" * 30], f"context is {'9' * 30}, not between"),
     ],
 )
 def test_what_cannot_be_counted(arguments, message):

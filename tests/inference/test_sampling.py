@@ -1,9 +1,7 @@
 """What is drawn, against a float64 oracle that sorts, and what a draw depends on."""
 
 import dataclasses
-import importlib.util
 import itertools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,8 @@ import pytest
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import sampling
-from hymba_jax.inference.sampling import ONE, Needed, SamplingConfig, make_sampler, sample, weigh
+from hymba_jax.inference.sampling import ONE, Needed, make_sampler, sample, weigh
+from hymba_jax.sampling_config import SamplingConfig, unescape
 
 DRAWN = SamplingConfig(temperature=1.0)
 ALL_ON = SamplingConfig(
@@ -189,9 +188,27 @@ def test_log_probabilities_are_the_model_s_own():
 def test_greedy_is_the_first_of_the_likeliest():
     logits = random_logits("ties", 0)
     logits[[400, 77, 200]] = 50
-    for config in (SamplingConfig(), SamplingConfig(top_k=3, top_p=0.1, min_p=0.5)):
-        tokens, _ = draw(logits, config, 3)
-        np.testing.assert_array_equal(tokens, [77] * 3)
+    tokens, _ = draw(logits, SamplingConfig(), 3)
+    np.testing.assert_array_equal(tokens, [77] * 3)
+
+
+@pytest.mark.parametrize(
+    "config", [SamplingConfig(), DRAWN, ALL_ON, dataclasses.replace(DRAWN, temperature=1e30)]
+)
+def test_tokens_that_are_not_allowed_are_never_sampled(config):
+    """Though they are the likeliest; log-probabilities stay those among all tokens."""
+    logits = np.float32([9, 1, 8, 1, 9, 2])
+    allowed = np.array([0, 1, 0, 1, 0, 1], bool)
+    count = 200
+    rows = jnp.broadcast_to(logits, (count, 6))
+    sampler = jax.tree.map(lambda v: jnp.repeat(v, count), make_sampler([config], [0]))
+    seen = jnp.broadcast_to(np.array([1, 1, 0, 0, 0, 0], bool), (count, 6))
+    tokens, log_probs = jitted(rows, seen, jnp.arange(count), sampler, jnp.asarray(allowed))
+    assert set(np.asarray(tokens).tolist()) <= {1, 3, 5}
+    if config == SamplingConfig():
+        assert set(np.asarray(tokens).tolist()) == {5}
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+    np.testing.assert_allclose(log_probs, exact[np.asarray(tokens)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -247,21 +264,11 @@ def test_samples_inside_a_loop():
         seen = seen.at[jnp.arange(2), new].set(True)
 
 
-@pytest.fixture(scope="module")
-def unchecked():
-    """The module without jaxtyping's checks, which would find wrong types before it does."""
-    spec = importlib.util.spec_from_file_location("sampling_unchecked", sampling.__file__)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, not at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, not between 1 and 2147483647"),
+        ({"max_new_tokens": 10**12}, f"max_new_tokens is {10**12}, not between 1 and 2147483647"),
         ({"max_new_tokens": True}, "max_new_tokens is True, not a whole number"),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, not a whole number"),
         ({"temperature": -0.5}, "temperature is -0.5, not 0 or between 1e-30 and 1e30"),
@@ -280,26 +287,96 @@ def unchecked():
         ({"min_p": -0.1}, "min_p is -0.1, not in [0, 1)"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, not between 1e-30 and 1e30"),
         ({"repetition_penalty": np.inf}, "repetition_penalty is inf, not between 1e-30 and 1e30"),
-        ({"num_samples": 0}, "num_samples is 0, not at least 1"),
+        (
+            {"num_samples": 0},
+            "num_samples is 0, not between 1 and 1048576: all completions are kept in memory",
+        ),
+        (
+            {"num_samples": 10**10},
+            f"num_samples is {10**10}, not between 1 and 1048576: all completions are kept in "
+            "memory",
+        ),
         ({"seed": -1}, "seed is -1, not between 0 and 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296, not between 0 and 4294967295"),
         ({"seed": None}, "seed is None, not a whole number"),
-        ({"stop": "end"}, "stop is 'end', not a tuple, each of it a text"),
-        ({"stop": ("a", 1)}, "stop is ('a', 1), not a tuple, each of it a text"),
-        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty texts"),
-        ({"stop_tokens": [2]}, "stop_tokens is [2], not a tuple, each of it a whole number"),
+        ({"stop": b"end"}, "stop is b'end', not a list, each of it a text"),
+        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each of it a text"),
+        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty strings"),
+        ({"stop": ""}, "stop is ('',), not free of empty strings"),
+        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each of it a whole number"),
+        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each of it a whole number"),
+        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each of it a whole number"),
         ({"stop_tokens": (3, -2)}, "stop_tokens is (3, -2), not between 0 and 2147483647"),
     ],
 )
-def test_impossible_values(changes, message, unchecked):
+def test_impossible_values(changes, message):
     with pytest.raises(HymbaError) as error:
-        unchecked.SamplingConfig(**changes)
+        SamplingConfig(**changes)
     assert str(error.value) == f"sampling: {message}"
 
 
-def test_every_problem_is_named_in_one_line(unchecked):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_p": 0.9}, "top_p 0.9 has no effect at temperature 0, which always takes the likel"),
+        ({"top_k": 5}, "top_k 5 has no effect at temperature 0"),
+        ({"min_p": 0.1}, "min_p 0.1 has no effect at temperature 0"),
+        ({"num_samples": 2}, "num_samples 2 has no effect at temperature 0"),
+    ],
+)
+def test_values_without_effect_are_refused(changes, message):
     with pytest.raises(HymbaError) as error:
-        unchecked.SamplingConfig(temperature="\n", top_p=2.0, stop=("",), seed=-1)
+        SamplingConfig(**changes)
+    assert str(error.value).startswith(f"sampling: {message}")
+    assert vars(SamplingConfig(**changes, temperature=0.5)).items() >= changes.items()
+
+
+def test_several_values_without_effect_are_all_named():
+    with pytest.raises(HymbaError) as error:
+        SamplingConfig(top_k=5, top_p=0.5, min_p=0.5, num_samples=2, repetition_penalty=1.5)
+    assert str(error.value).count("no effect") == 4
+
+
+def test_values_are_kept_as_plain_ones():
+    asked = SamplingConfig(
+        max_new_tokens=np.int64(9),
+        temperature=np.float32(0.5),
+        top_k=np.uint8(3),
+        seed=np.int32(4),
+        stop="\\n",
+        stop_tokens=np.array([5, 6]),
+    )
+    plain = SamplingConfig(
+        max_new_tokens=9, temperature=0.5, top_k=3, seed=4, stop=("\\n",), stop_tokens=(5, 6)
+    )
+    assert repr(asked) == repr(plain)
+    assert SamplingConfig(stop=["a", "b"]) == SamplingConfig(stop=("a", "b"))
+    assert SamplingConfig(stop=np.array(["a"])) == SamplingConfig(stop="a")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        (r"\n\n", "\n\n"),
+        (r"\\n", r"\n"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"\x41\u4e2d\U0001f600", "A中😀"),
+        ("中 é", "中 é"),
+    ],
+)
+def test_escapes_of_the_command_line(text, stop):
+    assert unescape(text) == stop
+
+
+@pytest.mark.parametrize("text", [r"\d", "a\\", r"\x4", r"\U00110000"])
+def test_escapes_that_there_are_not(text):
+    with pytest.raises(HymbaError, match="is no escape; there are"):
+        unescape(text)
+
+
+def test_every_problem_is_named_in_one_line():
+    with pytest.raises(HymbaError) as error:
+        SamplingConfig(temperature="\n", top_p=2.0, stop=("",), seed=-1)
     assert str(error.value).count(";") == 3
     assert "\n" not in str(error.value)
 
