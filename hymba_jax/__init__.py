@@ -18,13 +18,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hymba_jax.inference import load
 
-__all__ = ["load"]
+    __version__: str
+
+__all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`hymba_jax.load`, imported when it is used: it takes JAX and Orbax with it."""
+    """`load`, imported when it is used, as it takes JAX and Orbax with it; and `__version__`."""
     if name == "load":
         from hymba_jax.inference import load
 
         return load
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hymba_jax")
     raise AttributeError(f"module 'hymba_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

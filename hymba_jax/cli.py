@@ -1,48 +1,61 @@
 """The `hymba` command."""
 
 import dataclasses
+import difflib
+import io
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import tyro
 
+import hymba_jax
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import prepare_host
 
-DESCRIPTION = """Hymba in JAX.
+HELP = """usage: hymba COMMAND [OPTIONS]
 
-train: trains a model.
+Hymba in JAX: https://arxiv.org/abs/2411.13676
 
-generate: continues prompts with a trained model.
+commands:
+  train      trains a model
+  generate   continues prompts with a trained model
+  chat       talks with a model that was trained to
+  warmup     compiles what generating will need
+  memory     shows the memory that a model and its cache need, and its training
+  compile    compiles a run ahead of time, no device needed, and shows what it will cost
+  convert    converts a Hugging Face checkpoint to a native model, and back
+  inspect    shows what a checkpoint of either kind holds
 
-chat: talks with a model that was trained to.
-
-warmup: compiles what generating will need.
-
-memory: says what a model and its cache weigh.
-
-compile: compiles a run for accelerators that need not be there, and says what it will cost.
-
-convert: turns released weights into a model of ours, and back.
-
-inspect: says what a checkpoint of either kind holds.
+options:
+  -h, --help   show this help message
+  --version    show the version
 
 `hymba COMMAND --help` lists the options of a command."""
+
+CLOSED_PIPE = 128 + 13  # what shells report of a program that SIGPIPE ended
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
-    name = tyro.cli(
-        Literal["train", "generate", "chat", "warmup", "memory", "compile", "convert", "inspect"],
-        args=args[:1],
-        prog="hymba",
-        description=DESCRIPTION,
+    commands: tuple[Callable[[Sequence[str], str], None], ...] = (
+        *(train, generate, chat, warmup, memory, compile, convert, inspect),
     )
-    commands = (train, generate, chat, warmup, memory, compile, convert, inspect)
-    {command.__name__: command for command in commands}[name](args[1:], f"hymba {name}")
+    by_name = {command.__name__: command for command in commands}
+    name = args[0] if args else "--help"
+    with _one_line_errors():
+        if name in ("-h", "--help"):
+            print(HELP)
+        elif name == "--version":
+            print(f"hymba {hymba_jax.__version__}")
+        elif name in by_name:
+            by_name[name](args[1:], f"hymba {name}")
+        else:
+            near = difflib.get_close_matches(name, by_name, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(by_name)}"
+            raise HymbaError(f"hymba has no command {name!r}, {hint}")
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -76,6 +89,7 @@ def generate(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference import generate
         from hymba_jax.inference.generation_config import with_defaults
 
+        args = _with_leading_dashes(args, "--prompt", "--stop")
         config = tyro.cli(generate.GenerateConfig, args=args, prog=prog)
         sampling = with_defaults(config.sampling, config.choice.model, args)
         generate.main(dataclasses.replace(config, sampling=sampling))
@@ -87,6 +101,7 @@ def chat(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference import chat
         from hymba_jax.inference.generation_config import with_defaults
 
+        args = _with_leading_dashes(args, "--system", "--stop")
         config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
         sampling = with_defaults(config.sampling, config.choice.model, args)
         chat.run(config.choice.load(), dataclasses.replace(config, sampling=sampling))
@@ -164,11 +179,63 @@ def _inference() -> Iterator[None]:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Prints what a person can mend as one line, and exits with status 1."""
+    """Prints what a person can fix as one line, and exits with status 1.
+
+    Where the reader of the output has gone (`| head`) it ends without a word, as if by SIGPIPE.
+    What the output's encoding lacks is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            _flush()  # while its errors can be caught
     except HymbaError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(CLOSED_PIPE)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {place}{error.strerror or error}")
+    except SystemExit as exit:
+        if isinstance(exit.__context__, BrokenPipeError):  # rich's way
+            sys.exit(CLOSED_PIPE)
+        raise
+
+
+def _flush() -> None:
+    """Writes out what standard output holds back."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        raise
+
+
+def _drop_output() -> None:
+    """Lets what standard output still holds go nowhere, so that Python's end does not complain."""
+    with suppress(io.UnsupportedOperation):  # not a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _with_leading_dashes(args: Sequence[str], *names: str) -> list[str]:
+    """The arguments with a value such as `-x` right after one of these options attached to it.
+
+    By itself it would be read as an option, of which there are none with one dash but -h.
+    """
+    attached: list[str] = []
+    for argument in args:
+        if (
+            attached
+            and attached[-1] in names
+            and argument.startswith("-")
+            and not argument.startswith("--")
+            and argument != "-h"
+        ):
+            attached[-1] += f"={argument}"
+        else:
+            attached.append(argument)
+    return attached

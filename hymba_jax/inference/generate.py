@@ -1,11 +1,13 @@
 """`hymba generate`: prompts continued, one as it comes or many at a time."""
 
 import json
+import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,7 +18,11 @@ from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
 from hymba_jax.inference.engine import STEPS
 from hymba_jax.inference.language_model import Completion, Piece, collect
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.inference.sampling import SamplingConfig
+from hymba_jax.inference.prompts import prompt_name
+from hymba_jax.sampling_config import SamplingConfig
+
+_LINE_BREAK = re.compile("\r\n|\r|\n")
+OUTPUT_FIELDS = frozenset(item.name for item in fields(Completion))
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,14 @@ class GenerateConfig:
     """Continues prompts with a trained model.
 
     Attributes:
-      prompt: texts to continue; without any, and without a file, a text is begun.
+      prompt: texts to continue; without any, and without a file, a text is begun. One that begins
+        with a dash comes right after the option, with two dashes as --prompt=--x.
       file: more prompts, one a line, or for *.jsonl the field "prompt" of each line; - is standard
         input.
       output: file to write to, whole or not at all; standard output if absent.
-      format: "text" is each prompt with its continuation, "json" a line for each continuation with
-        its tokens and their log-probabilities.
+      format: "text" is each prompt with its completion, each after a line "--- prompt 1, sample 1
+        ---" where there are several; "json" is a line for each completion with its tokens and
+        their log-probabilities, and the other fields of a prompt from a *.jsonl file.
       parse_special: names of control tokens in prompts, such as <s>, are these tokens; else they
         are ordinary text.
     """
@@ -45,8 +53,16 @@ class GenerateConfig:
     parse_special: bool = False
 
 
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt, and the other fields of the line that it comes from."""
+
+    text: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
 def main(config: GenerateConfig) -> None:
-    """Writes the continuations to the output.
+    """Writes the completions to the output, and to standard error which the context cut short.
 
     Raises:
       HymbaError: there is no such model or file, or the model cannot do what is asked.
@@ -54,52 +70,64 @@ def main(config: GenerateConfig) -> None:
     output = resolve_path(config.output) if config.output else None
     if output:
         _check_output(output)
-    prompts = [*config.prompt, *_file_prompts(config.file)]
-    if not prompts and not config.file:
-        prompts = [""]
+    records = [*map(PromptRecord, config.prompt), *_file_prompts(config.file, config.format)]
+    if not records and not config.file:
+        records = [PromptRecord("")]
+    prompts = [record.text for record in records]
     model = config.choice.load()
     special = config.parse_special
     count = len(prompts) * config.sampling.num_samples
     if count == 1 and config.format == "text" and not output:
-        _write_as_it_comes(
-            prompts[0], model.stream(prompts, config.sampling, parse_special=special)
-        )
-        return
-    pieces = _with_progress(
-        model.stream(prompts, config.sampling, every=STEPS, parse_special=special), count
-    )
-    text = "".join(_lines(prompts, collect(pieces), config.format))
-    if output:
-        replace_text(output, text)
+        pieces = model.stream(prompts, config.sampling, parse_special=special)
+        completions = collect(_written_as_they_come(prompts[0], pieces))
     else:
-        sys.stdout.write(text)
+        pieces = model.stream(prompts, config.sampling, every=STEPS, parse_special=special)
+        completions = collect(_with_progress(pieces, count))
+        text = "".join(_lines(records, completions, config.format))
+        if output:
+            replace_text(output, text)
+        else:
+            sys.stdout.write(text)
+    for line in _shortened(completions, config.sampling, model.engine.max_context, len(prompts)):
+        print(line, file=sys.stderr)
 
 
 def _check_output(path: Path) -> None:
     """Raises HymbaError if no file can be there, before any work is done for it."""
     if path.is_dir():
         raise HymbaError(f"{path}: is a directory, name a file")
-    if not path.parent.is_dir():
-        raise HymbaError(f"{path}: there is no directory {path.parent}")
+    directory = path.resolve().parent  # that of what a symbolic link points to
+    if path.exists() and not path.is_file():
+        if not os.access(path, os.W_OK):
+            raise HymbaError(f"{path}: cannot be written")
+    elif not directory.is_dir():
+        raise HymbaError(f"{path}: there is no directory {directory}")
+    elif not os.access(directory, os.W_OK):
+        raise HymbaError(f"{path}: no file can be written in {directory}")
 
 
-def _file_prompts(name: str) -> list[str]:
+def _file_prompts(name: str, form: Literal["text", "json"]) -> list[PromptRecord]:
     if not name:
         return []
     place = "standard input" if name == "-" else name
-    try:
-        text = sys.stdin.read() if name == "-" else read_text(resolve_path(name))
-    except UnicodeDecodeError as error:
-        raise HymbaError(f"{place}: no text: it has bytes that are not UTF-8") from error
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    text = _standard_input() if name == "-" else read_text(resolve_path(name))
+    lines = [(i, line) for i, line in enumerate(_LINE_BREAK.split(text), 1) if line.strip()]
     if not lines:
         raise HymbaError(f"{place}: there are no prompts in it")
     if not name.endswith(".jsonl"):
-        return [line for _, line in lines]
-    return [_json_prompt(f"{name}, line {i}", line) for i, line in lines]
+        return [PromptRecord(line) for _, line in lines]
+    return [_json_prompt(f"{name}, line {i}", line, form) for i, line in lines]
 
 
-def _json_prompt(place: str, line: str) -> str:
+def _standard_input() -> str:
+    """UTF-8 as in files, whatever the locale, without a byte order mark."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise HymbaError(f"standard input: not UTF-8 text (byte {error.start})") from error
+
+
+def _json_prompt(place: str, line: str, form: Literal["text", "json"]) -> PromptRecord:
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -107,18 +135,23 @@ def _json_prompt(place: str, line: str) -> str:
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise HymbaError(f"{place}: no field 'prompt' that is a text")
-    return prompt
+    if form == "json" and (clash := sorted(OUTPUT_FIELDS & record.keys())):
+        raise HymbaError(
+            f"{place}: the output has a field {clash[0]!r} of its own: rename the prompt's"
+        )
+    return PromptRecord(prompt, {name: v for name, v in record.items() if name != "prompt"})
 
 
-def _write_as_it_comes(prompt: str, pieces: Iterable[Piece]) -> None:
+def _written_as_they_come(prompt: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece.text, end="", flush=True)
+        yield piece
     print()
 
 
 def _with_progress(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
-    """The pieces, with a bar of the finished continuations on standard error."""
+    """The pieces, with a bar of the finished completions on standard error."""
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -136,11 +169,30 @@ def _with_progress(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
 
 
 def _lines(
-    prompts: list[str], completions: list[Completion], form: Literal["text", "json"]
+    records: Sequence[PromptRecord],
+    completions: Sequence[Completion],
+    form: Literal["text", "json"],
 ) -> Iterator[str]:
     for completion in completions:
-        prompt = prompts[completion.index]
+        record = records[completion.index]
         if form == "json":
-            yield json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False) + "\n"
+            line = {"prompt": record.text, **record.fields, **asdict(completion)}
+            text = json.dumps(line, ensure_ascii=False)
+            # Half of a UTF-16 pair, which JSON can hold as an escape only.
+            yield text.encode("utf-8", "backslashreplace").decode() + "\n"
         else:
-            yield f"{prompt}{completion.text}\n"
+            if len(completions) > 1:
+                yield f"--- prompt {completion.index + 1}, sample {completion.sample + 1} ---\n"
+            yield f"{record.text}{completion.text}\n"
+
+
+def _shortened(
+    completions: Sequence[Completion], sampling: SamplingConfig, context: int, count: int
+) -> Iterator[str]:
+    """What to say of each prompt of which a completion ended because the context did."""
+    tokens = {c.index: len(c.tokens) for c in completions if c.context_full}
+    for index, room in tokens.items():
+        yield (
+            f"note: {prompt_name(index, count)}: {room} new tokens, not "
+            f"{sampling.max_new_tokens}: there the model's context of {context} tokens ends"
+        )

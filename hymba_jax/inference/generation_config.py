@@ -17,7 +17,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import describe, fits
 from hymba_jax.files import read_json, resolve_path
 from hymba_jax.hf_files import GENERATION_CONFIG, HF_CONFIG, hf_directory
-from hymba_jax.inference.sampling import SamplingConfig
+from hymba_jax.sampling_config import SamplingConfig
 
 _TYPES: dict[str, Any] = {
     "do_sample": bool,

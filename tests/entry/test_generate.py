@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 
@@ -65,7 +66,11 @@ def refusal(generate):
 def continued(model, prompts, **sampling):
     """What the command should print."""
     completions = model.generate(prompts, **{"max_new_tokens": 9, **sampling})
-    return "".join(f"{prompts[c.index]}{c.text}\n" for c in completions)
+    texts = [f"{prompts[c.index]}{c.text}\n" for c in completions]
+    if len(texts) == 1:
+        return texts[0]
+    heads = [f"--- prompt {c.index + 1}, sample {c.sample + 1} ---\n" for c in completions]
+    return "".join(head + text for head, text in zip(heads, texts, strict=True))
 
 
 def test_one_prompt_in_a_process_of_its_own(directory, model, cache):
@@ -102,6 +107,7 @@ def test_many_prompts_are_printed_when_they_are_done(generate, model):
     [
         ("some.txt", "\n".join(PROMPTS)),
         ("odd.txt", "\r\n\r\n".join(PROMPTS) + "\r\n \r\n"),
+        ("mark.txt", "\ufeff" + "\n".join(PROMPTS)),
         (
             "some.jsonl",
             "\n\n".join(json.dumps({"id": 3, "prompt": prompt}) for prompt in PROMPTS) + "\n",
@@ -115,8 +121,47 @@ def test_prompts_from_a_file(generate, model, tmp_path, name, content):
 
 def test_prompts_from_standard_input_come_after_the_others(generate, model):
     lines = "\n".join(PROMPTS[1:]).encode()
-    printed = generate("--prompt", PROMPTS[0], "--file", "-", stdin=lines)
-    assert printed.out == continued(model, PROMPTS)
+    for mark in (b"", b"\xef\xbb\xbf"):
+        printed = generate("--prompt", PROMPTS[0], "--file", "-", stdin=mark + lines)
+        assert printed.out == continued(model, PROMPTS)
+
+
+def test_values_that_look_like_options(generate, model):
+    for prompt, arguments in [
+        ("-x", ["--prompt", "-x"]),
+        ("- a", ["--prompt", "- a"]),
+        ("-x", ["--prompt=-x"]),
+        ("--x", ["--prompt=--x"]),
+        ("---", ["--prompt", "---"]),
+    ]:
+        assert generate(*arguments).out == continued(model, [prompt])
+    printed = generate("--prompt", "-x", "a", "--stop", "-e", "--seed", "3")
+    assert printed.out == continued(model, ["-x", "a"], stop=("-e",))
+
+
+def test_escapes_in_stop_strings(generate, model):
+    (free,) = model.generate("a", max_new_tokens=9)
+    stop = free.text[2]
+    assert stop.isascii()
+    for written in (stop, f"\\x{ord(stop):02x}", f"\\u{ord(stop):04x}"):
+        written = "\\\\" if written == "\\" else written
+        printed = generate("--prompt", "a", "--stop", r"\n\n", written).out
+        assert printed == continued(model, ["a"], stop=("\n\n", stop))
+
+
+def test_what_the_context_cuts_short_is_said_once_for_each_prompt(generate, model):
+    asked = ("--context", 32, "--max-new-tokens", 20, "--temperature", 1, "--num-samples", 2)
+    printed = generate("--prompt", "a" * 26, "b" * 5, "c" * 28, *asked)
+    notes = printed.err.splitlines()
+    assert notes == [
+        f"note: prompt {i}: {room} new tokens, not 20: there the model's context of 32 tokens ends"
+        for i, room in ((1, 5), (3, 3))
+    ]
+    line = "note: the prompt: 4 new tokens, not 9: there the model's context of 32 tokens ends\n"
+    printed = generate("--prompt", "a" * 27, "--context", 32, "--format", "json")
+    assert printed.err == line
+    assert json.loads(printed.out)["context_full"] is True
+    assert generate("--prompt", "a" * 27, "--context", 32, "--max-new-tokens", 4).err == ""
 
 
 def test_sampling_flags(generate, model):
@@ -148,7 +193,28 @@ def test_json_lines(generate, model, tmp_path):
     completions = model.generate(PROMPTS, max_new_tokens=9, num_samples=2, temperature=1.0)
     assert lines == [{"prompt": PROMPTS[c.index], **vars(c)} for c in completions]
     keys = {"prompt", "index", "sample", "text", "tokens", "log_probs", "finish_reason"}
-    assert all(set(line) == keys for line in lines)
+    assert all(set(line) == keys | {"context_full"} for line in lines)
+
+
+def test_fields_of_json_prompts_are_passed_through(generate, tmp_path):
+    extra = {"id": "7\ud800", "meta": {"é": [1, None]}}
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a", **extra}) + "\n" + json.dumps({"prompt": "b"}))
+    asked = ("--prompt", "c", "--file", path, "--format", "json", "--max-new-tokens", 2)
+    generate(*asked, "--output", tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["c", "a", "b"]
+    assert {name: lines[1][name] for name in extra} == extra
+    assert not any(name in line for line in (lines[0], lines[2]) for name in extra)
+
+
+def test_a_field_of_a_json_prompt_that_the_output_has(generate, refusal, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "text": "b", "id": 1}\n')
+    assert refusal("--file", path, "--format", "json") == (
+        f"error: {path}, line 1: the output has a field 'text' of its own: rename the prompt's"
+    )
+    assert generate("--file", path).out.startswith("a")
 
 
 def test_one_prompt_to_a_file(generate, model, tmp_path):
@@ -157,6 +223,33 @@ def test_one_prompt_to_a_file(generate, model, tmp_path):
     assert printed == ("", "")
     assert (tmp_path / "out.txt").read_text() == continued(model, PROMPTS[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+
+
+def test_an_output_keeps_its_kind_and_mode(generate, model, tmp_path):
+    expected = continued(model, PROMPTS[:1])
+    asked = ("--prompt", PROMPTS[0], "--output")
+    target, link, mine = (tmp_path / name for name in ("target", "link", "target.partial"))
+    target.write_text("old")
+    target.chmod(0o600)
+    mine.write_text("mine")
+    link.symlink_to("target")
+    generate(*asked, link)
+    assert link.is_symlink()
+    assert target.read_text() == expected
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert mine.read_text() == "mine"
+    generate(*asked, "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    generate(*asked, tmp_path / "fifo")
+    assert os.read(reader, 1000).decode() == expected
+    os.close(reader)
+    (tmp_path / "broken").symlink_to("later")
+    generate(*asked, tmp_path / "broken")
+    assert (tmp_path / "later").read_text() == expected
+    names = ["broken", "fifo", "later", "link", "target", "target.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_progress_is_shown_on_standard_error_alone(generate, model, monkeypatch):
@@ -190,20 +283,32 @@ def test_an_output_is_written_whole_or_not_at_all(generate, monkeypatch, tmp_pat
 
 
 def test_interrupting_it(directory, tmp_path, cache):
-    """While it waits for prompts, which tells when the signal can be sent."""
-    os.mkfifo(tmp_path / "prompts")
-    output = ["--output", tmp_path / "out.txt"]
-    process = subprocess.Popen(
-        [HYMBA, "generate", "--model", directory, "--file", tmp_path / "prompts", *output],
+    """While it waits for prompts, and says so, which tells when the signal can be sent."""
+    program = """
+import sys, time
+from hymba_jax import cli
+from hymba_jax.inference import generate
+
+def wait():
+    print("waiting", flush=True)
+    time.sleep(120)
+
+generate._standard_input = wait
+cli.main(sys.argv[1:])
+"""
+    arguments = ["--model", directory, "--file", "-", "--output", tmp_path / "out.txt"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "generate", *map(str, arguments)],
         env=environment(cache),
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    with open(tmp_path / "prompts", "w"):  # goes on when the other side is opened
+    ) as process:
+        assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -212,7 +317,8 @@ def test_interrupting_it(directory, tmp_path, cache):
         ("gone.txt", None, "{path}: No such file or directory"),
         ("empty.txt", b"", "{path}: there are no prompts in it"),
         ("blank.txt", b"\n \n\t\n", "{path}: there are no prompts in it"),
-        ("binary.txt", b"one\n\xff\xfe\n", "{path}: no text: it has bytes that are not UTF-8"),
+        ("binary.txt", b"one\n\xff\xfe\n", "{path}: not UTF-8 text (byte 4)"),
+        ("deep.jsonl", b"[" * 100_000, "{path}, line 1: broken JSON (nested too deeply)"),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt"\n', "{path}, line 3: broken JSON (Expect"),
         ("other.jsonl", b'{"text": "a"}\n', "{path}, line 1: no field 'prompt' that is a text"),
         ("list.jsonl", b'["a"]\n', "{path}, line 1: no field 'prompt' that is a text"),
@@ -226,8 +332,17 @@ def test_unusable_files(refusal, tmp_path, name, content, message):
     assert refusal("--file", path).startswith(f"error: {message.format(path=path)}")
 
 
+def test_files_that_may_never_end(refusal, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in (("/dev/zero", "device"), (tmp_path / "fifo", "FIFO"), ("/", "directory")):
+        message = f"error: {path}: is a {kind}, not a regular file"
+        assert refusal("--file", path, "--output", tmp_path / "out.txt") == message
+    assert [path.name for path in tmp_path.iterdir()] == ["fifo"]
+
+
 def test_standard_input_that_is_no_text(refusal):
-    assert refusal("--file", "-", stdin=b"a\xff\n").startswith("error: standard input: no text")
+    message = "error: standard input: not UTF-8 text (byte 1)"
+    assert refusal("--file", "-", stdin=b"a\xff\n") == message
     assert refusal("--file", "-").startswith("error: standard input: there are no prompts in it")
 
 
@@ -241,6 +356,11 @@ def test_standard_input_that_is_no_text(refusal):
         (["--prompt", "\udcff"], "'\\udcff' is no text: it has bytes that are not UTF-8"),
         (["--temperature", "-1"], "sampling: temperature is -1.0, not 0 or between"),
         (["--num-samples", "0", "--top-p", "2"], "top_p is 2.0, not in (0, 1]; num_samples is 0"),
+        (["--top-p", "0.9"], "top_p 0.9 has no effect at temperature 0"),
+        (["--num-samples", str(10**10)], f"num_samples is {10**10}, not between 1 and 1048576"),
+        (["--max-new-tokens", str(10**12)], f"max_new_tokens is {10**12}, not between 1 and"),
+        (["--context", str(10**12)], f"a context of {10**12} tokens: the model's is 1 to 512"),
+        (["--stop", r"\d"], r"stop '\\d': \d is no escape; there are \n, \r, \t"),
         (["--batch-size", "0"], "batch_size is 0, not at least 1"),
         (["--context", "513"], "a context of 513 tokens: the model's is 1 to 512"),
         (["--output", "/no/such/place/out.txt"], "there is no directory /no/such/place"),
@@ -255,4 +375,5 @@ def test_impossible_values(refusal, arguments, message):
 def test_an_impossible_value_in_a_process_of_its_own(directory, cache):
     result = run([HYMBA, "generate", "--model", directory, "--max-new-tokens", "0"], cache)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "error: sampling: max_new_tokens is 0, not at least 1\n"
+    expected = "error: sampling: max_new_tokens is 0, not between 1 and 2147483647\n"
+    assert result.stderr == expected

@@ -24,7 +24,7 @@ from hymba_jax.inference import chat
 from hymba_jax.inference.chat import ChatConfig
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.inference.sampling import SamplingConfig
+from hymba_jax.sampling_config import SamplingConfig
 
 CHOICE = ModelChoice("runs/it")
 

@@ -12,7 +12,7 @@ from hymba_jax.inference.generation_config import (
     with_defaults,
 )
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.sampling import SamplingConfig
+from hymba_jax.sampling_config import SamplingConfig
 
 
 def write(directory, generation=None, config=None):
