@@ -21,13 +21,13 @@ def write_hf_tokenizer(tokenizer: Tokenizer, config: HymbaConfig, directory: Pat
     tokenizer.save(directory)
     file, config_file = directory / "tokenizer.json", directory / "tokenizer_config.json"
     model = tokenizers.Tokenizer.from_file(str(file))
-    bos = tokenizer.bos
-    if model.encode("a").ids != [
-        tokenizer.bos_id,
-        *model.encode("a", add_special_tokens=False).ids,
-    ]:
+    ids = [*tokenizer.bos_ids, *model.encode("a", add_special_tokens=False).ids]
+    if model.encode("a").ids != ids:
+        begin = "" if tokenizer.bos is None else f"{tokenizer.bos} "
         model.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+            single=f"{begin}$A",
+            pair=f"{begin}$A {begin}$B",
+            special_tokens=[(tokenizer.bos, token) for token in tokenizer.bos_ids],
         )
         file.write_text(model.to_str(pretty=True), encoding="utf-8")
     settings = {

@@ -25,10 +25,12 @@ from convert.released import (
 from flax import nnx
 from golden_cases import CASES, GOLDEN
 from inference.models import TINY, byte_tokenizer, make_model
+from tokenizers.processors import TemplateProcessing
 
 from hymba_jax import cli
 from hymba_jax.config import ComputeConfig
 from hymba_jax.convert.convert import parse_size
+from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
 from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.data import Tokenizer
@@ -343,6 +345,16 @@ class TestModelsTrainedHere:
         assert back == before
         assert_same_bits(read_released(tmp_path / "back"), golden_weights())
         cli.inspect([str(tmp_path / "back")], "hymba inspect")
+
+    def test_a_tokenizer_without_a_token_that_begins_texts(self, tmp_path):
+        tokenizer = Tokenizer(byte_tokenizer().model, None, "</s>")
+        # Ends every text, which no prompt for this model does.
+        tokenizer.model.post_processor = TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B", special_tokens=[("</s>", tokenizer.eos_id)]
+        )
+        write_hf_tokenizer(tokenizer, OURS, tmp_path)
+        exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert exported.encode("the cat").ids == [86, 74, 71, 223, 69, 67, 86]
 
     def test_another_tokenizer_than_that_of_the_hf_checkpoint(self, ours, tmp_path, capsys):
         run = shutil.copytree(ours, tmp_path / "run")
