@@ -16,6 +16,7 @@
 | `metrics.py`           | JSON lines and TensorBoard                                          |
 | `recorder.py`          | from the metrics of a step to lines                                 |
 | `display.py`           | what a run shows while it works                                     |
+| `interrupts.py`        | Ctrl-C and SIGTERM in one line                                      |
 | `utilisation.py`       | how much of what the devices can compute goes into the model        |
 | `profile.py`           | traces of a few steps                                               |
 | `text.py`              | whether the tokenizer fits, and a sample of text                    |

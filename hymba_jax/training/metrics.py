@@ -145,7 +145,9 @@ def _keep_until(path: Path, removed: Path, step: int) -> str:
             content: bytes = file.read()
     except FileNotFoundError:
         return ""
-    kept, moved, damaged = [], [], 0
+    kept: list[bytes] = []
+    moved: list[bytes] = []
+    damaged = 0
     for line in filter(bytes.strip, content.split(b"\n")):
         at = _step_of(line)
         damaged += at is None

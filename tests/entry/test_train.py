@@ -46,7 +46,7 @@ def test_the_output_is_complete(finished):
 def test_metrics_have_a_line_a_step_and_validation_where_asked(finished):
     lines = read_metrics(finished[0])
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    always = {"step", "loss", "grad_norm", "learning_rate"}
+    always = {"step", "loss", "grad_norm", "learning_rate", "tokens_seen", "epoch"}
     validated = always | {"validation_loss", "validation_bits_per_byte"}
     assert [set(line) for line in lines] == [always, always, validated, validated]
 
