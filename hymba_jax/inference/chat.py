@@ -29,7 +29,7 @@ def _without(kind: type[Any], *names: str) -> Callable[..., Any]:
     make.__signature__ = inspect.Signature(kept)
     make.__annotations__ = {field.name: field.annotation for field in kept}
     make.__name__, make.__doc__ = kind.__name__, kind.__doc__
-    return make  # type: ignore[no-any-return]
+    return make
 
 
 @dataclass(frozen=True)
