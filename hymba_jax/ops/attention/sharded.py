@@ -8,8 +8,8 @@ again.
 
 Keys are put together before they are met, not one shard at a time (a ring, arXiv 2310.01889): the
 same numbers are sent, and any implementation that knows `first_key` can compute with them, given
-one for each query where rows have several documents. What it
-costs is memory: 16 MB a sequence of 8192 tokens for each global layer of the 1.5B in bfloat16.
+one for each query where rows have several documents. What it costs is memory: 16 MB a sequence of
+8192 tokens for each global layer of the 1.5B in bfloat16.
 """
 
 from collections.abc import Callable

@@ -50,12 +50,13 @@ def causal_conv(
       the last valid position's document has, its `initial_inputs` included.
     """
     before = weight.shape[0] - 1
-    starts = None if segment_ids is None else document_starts(segment_ids)
-    if starts is not None and initial_inputs is None:
-        initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
+    documents = None
+    if segment_ids is not None:
+        if initial_inputs is None:
+            initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
+        documents = Documents(document_starts(segment_ids), initial_inputs)
     axis_name = length_axis(x.shape[1], at_least=before)
     if axis_name is None or lengths is not None:
-        documents = None if starts is None else Documents(starts, initial_inputs)
         return causal_conv_reference(x, weight, bias, initial_inputs, documents, lengths)
     y = by_device(
         partial(causal_conv_sharded, axis_name),
@@ -65,8 +66,9 @@ def causal_conv(
         weight=weight,
         bias=bias,
         initial_inputs=initial_inputs,
-        starts=starts,
+        starts=documents and documents.starts,
     )
     last = slice(x.shape[1] - before, None)
-    documents = None if starts is None else Documents(starts[:, last], initial_inputs)
+    if documents is not None:
+        documents = documents._replace(starts=documents.starts[:, last])
     return y, causal_conv_reference(x[:, last], weight, bias, None, documents)[1]

@@ -96,8 +96,6 @@ def selective_scan(
         )
     is_step = implementation is None and x.shape[1] == 1
     starts = None if segment_ids is None or is_step else document_starts(segment_ids)
-    if starts is not None and initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
     if lengths is not None:
         # A time step of softplus(-inf) = 0 leaves the state alone.
         counts = jnp.arange(x.shape[1])[None] < lengths[:, None]
@@ -128,6 +126,7 @@ def selective_scan(
 
 def _with_documents(
     scan: Callable[..., tuple[Array, Array]],
+    A: Float[Array, "state channels"],
     *,
     initial_state: Float[Array, "batch state channels"] | None,
     starts: Bool[Array, "batch length"] | None,
@@ -135,6 +134,8 @@ def _with_documents(
 ) -> tuple[Array, Array]:
     """The scan of whole rows, inside `by_device`."""
     if starts is None:
-        return scan(**inputs, initial_state=initial_state)
+        return scan(A=A, **inputs, initial_state=initial_state)
+    if initial_state is None:
+        initial_state = jnp.zeros((starts.shape[0], *A.shape), jnp.float32)
     documents = Documents(starts, initial_state)
-    return scan(**inputs, initial_state=initial_state, documents=documents)
+    return scan(A=A, **inputs, initial_state=initial_state, documents=documents)

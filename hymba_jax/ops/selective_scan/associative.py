@@ -48,6 +48,9 @@ def selective_scan_associative(
         v = jnp.pad(v, pad, constant_values=padding)
         return jnp.moveaxis(v.reshape(batch, chunks, steps, *v.shape[2:]), 1, 0)
 
+    starts = document_state = None
+    if documents is not None:
+        starts, document_state = split(documents.starts), documents.state.astype(jnp.float32)
     y, final_state = _scan(
         split(inputs),
         split(dt, -jnp.inf),  # softplus(-inf) = 0, so the padding leaves the state as it is
@@ -55,9 +58,8 @@ def selective_scan_associative(
         split(B),
         split(C),
         initial_state.astype(jnp.float32),
-        None
-        if documents is None
-        else Documents(split(documents.starts), documents.state.astype(jnp.float32)),
+        starts,
+        document_state,
     )
     y = jnp.moveaxis(y, 0, 1).reshape(batch, chunks * steps, channels)[:, :length]
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
@@ -71,40 +73,47 @@ def _scan(
     B: Float[Array, "chunks batch steps state"],
     C: Float[Array, "chunks batch steps state"],
     h: Float[Array, "batch state channels"],
-    documents: Documents | None,
+    starts: Bool[Array, "chunks batch steps"] | None,
+    document_state: Float[Array, "batch state channels"] | None,
 ) -> tuple[Float[Array, "chunks batch steps channels"], Float[Array, "batch state channels"]]:
-    """The recurrence alone: y and the last state. Starts of documents are in chunks, as x is."""
-    return _scan_fwd(x, dt, A, B, C, h, documents)[0]
+    """The recurrence alone: y and the last state."""
+    return _scan_fwd(x, dt, A, B, C, h, starts, document_state)[0]
 
 
 def _scan_fwd(
-    x: Array, dt: Array, A: Array, B: Array, C: Array, h: Array, documents: Documents | None
-) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    starts, state = (None, None) if documents is None else documents
-
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    h: Array,
+    starts: Array | None,
+    document_state: Array | None,
+) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
     def chunk(border: Array, at: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
         x, dt, B, C, starts = at
-        _, _, h = _states(x, dt, A, B, border, starts, state)
+        _, _, h = _states(x, dt, A, B, border, starts, document_state)
         return h[:, -1], ((h * C[..., None]).sum(2), border)
 
     final_state, (y, borders) = lax.scan(chunk, h, (x, dt, B, C, starts))
-    return (y, final_state), (x, dt, A, B, C, borders, documents)
+    return (y, final_state), (x, dt, A, B, C, borders, starts, document_state)
 
 
-def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    x, dt, A, B, C, borders, documents = residuals
-    starts, state = (None, None) if documents is None else documents
+def _scan_bwd(
+    residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    x, dt, A, B, C, borders, starts, document_state = residuals
     dy, dh = cotangents
 
     def chunk(
         carry: tuple[Any, ...], at: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
-        after, dstate, dA = carry
+        after, ddocument, dA = carry
         x, dt, B, C, border, dy, starts = at
-        delta, decay, h = _states(x, dt, A, B, border, starts, state)
+        delta, decay, h = _states(x, dt, A, B, border, starts, document_state)
         before = jnp.concatenate([border[:, None], h[:, :-1]], axis=1)
         if starts is not None:
-            before = jnp.where(_of_state(starts), state[:, None], before)
+            before = jnp.where(_of_state(starts), document_state[:, None], before)
         decayed = decay * before
 
         # The states' cotangents, the last first: dh_t = C_t dy_t + decay_{t+1} dh_{t+1}.
@@ -121,19 +130,18 @@ def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tu
         dC = (h * dy[:, :, None]).sum(3)
         after = decay[:, 0] * dh[:, 0]
         if starts is not None:
-            dstate = dstate + jnp.where(_of_state(starts), decay * dh, 0).sum(1)
+            ddocument = ddocument + jnp.where(_of_state(starts), decay * dh, 0).sum(1)
             after = jnp.where(starts[:, 0, None, None], 0, after)
-        return (after, dstate, dA), (du * delta, ddelta * jax.nn.sigmoid(dt), dB, dC)
+        return (after, ddocument, dA), (du * delta, ddelta * jax.nn.sigmoid(dt), dB, dC)
 
-    dstate = None if documents is None else jnp.zeros_like(dh)
-    (dh, dstate, dA), (dx, ddt, dB, dC) = lax.scan(
+    ddocument = None if starts is None else jnp.zeros_like(dh)
+    (dh, ddocument, dA), (dx, ddt, dB, dC) = lax.scan(
         chunk,
-        (dh, dstate, jnp.zeros_like(A)),
+        (dh, ddocument, jnp.zeros_like(A)),
         (x, dt, B, C, borders, dy, starts),
         reverse=True,
     )
-    ddocuments = None if documents is None else Documents(None, dstate)
-    return dx, ddt, dA, dB, dC, dh, ddocuments
+    return dx, ddt, dA, dB, dC, dh, None, ddocument
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -146,21 +154,17 @@ def _states(
     B: Array,
     border: Array,
     starts: Array | None,
-    state: Array | None,
+    document_state: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """delta, the decays and the states of one chunk, after the state `border`.
-
-    Args:
-      starts, state: where documents start in the chunk, and the state that they start from.
-    """
+    """delta, the decays and the states of one chunk, after the state `border`."""
     delta = jax.nn.softplus(dt)
     decay = jnp.exp(delta[:, :, None] * A[None, None])
     u = (delta * x)[:, :, None] * B[..., None]
-    if starts is None or state is None:
+    if starts is None or document_state is None:
         u = u.at[:, 0].add(decay[:, 0] * border)
     else:
-        before = jnp.where(_of_state(starts), state[:, None], 0)
-        before = before.at[:, 0].set(jnp.where(starts[:, 0, None, None], state, border))
+        before = jnp.where(_of_state(starts), document_state[:, None], 0)
+        before = before.at[:, 0].set(jnp.where(starts[:, 0, None, None], document_state, border))
         u = u + decay * before
     return delta, decay, _prefixes(decay, u, starts)
 

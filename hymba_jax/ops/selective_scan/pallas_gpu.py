@@ -228,7 +228,7 @@ class _Tile:
         return plgpu.load(ref.at[self.row, self.channels], layout=self.layouts.state)
 
 
-def _at_start(starts: Any, j: Any, k: int, of_document: Array | float, otherwise: Array) -> Array:
+def _at_start(starts: Any, j: Any, k: int, of_document: Any, otherwise: Array) -> Array:
     """The first of two where a document starts in step k of group j; the second if none do."""
     if starts is None:
         return otherwise

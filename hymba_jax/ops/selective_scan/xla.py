@@ -19,7 +19,7 @@ from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float
 
 # The gradient keeps the state before every so many positions.
 _CHUNK = 8
@@ -50,9 +50,11 @@ def selective_scan_xla(
     # One after the other on a CPU, whose cache holds the states of one.
     on_cpu = target_platform() == "cpu"
     over_rows = partial(lax.map, scan_row) if on_cpu else jax.vmap(scan_row)
+    starts = document_state = None
     if documents is not None:
-        documents = documents._replace(state=documents.state.astype(jnp.float32))
-    y, final_state = over_rows((inputs, dt, B, C, initial_state.astype(jnp.float32), documents))
+        starts, document_state = documents.starts, documents.state.astype(jnp.float32)
+    initial_state = initial_state.astype(jnp.float32)
+    y, final_state = over_rows((inputs, dt, B, C, initial_state, starts, document_state))
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
 
 
@@ -64,22 +66,28 @@ def _scan(
     B: Float[Array, "length state"],
     C: Float[Array, "length state"],
     h: Float[Array, "state channels"],
-    documents: Documents | None,
+    starts: Bool[Array, "length"] | None,
+    document_state: Float[Array, "state channels"] | None,
 ) -> tuple[Float[Array, "length channels"], Float[Array, "state channels"]]:
     """The recurrence alone, of one row: y and the last state."""
-    return _scan_fwd(A, x, dt, B, C, h, documents)[0]
+    return _scan_fwd(A, x, dt, B, C, h, starts, document_state)[0]
 
 
 def _scan_fwd(
-    A: Array, x: Array, dt: Array, B: Array, C: Array, h: Array, documents: Documents | None
-) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    starts = None if documents is None else documents.starts
-
+    A: Array,
+    x: Array,
+    dt: Array,
+    B: Array,
+    C: Array,
+    h: Array,
+    starts: Array | None,
+    document_state: Array | None,
+) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
     def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         h, y = carry
         x_t, dt_t, B_t, C_t, start = _at(t, (x, dt, B, C, starts))
         delta, u = _discretise(x_t, dt_t)
-        h = _decay(delta, A) * _before(h, start, documents) + u[None] * B_t[:, None]
+        h = _decay(delta, A) * _before(h, start, document_state) + u[None] * B_t[:, None]
         return h, _put(y, t, _over_states(h, C_t))
 
     def chunk(carry: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
@@ -87,13 +95,14 @@ def _scan_fwd(
         return lax.fori_loop(first, end, step, carry), carry[0]
 
     (h, y), borders = lax.scan(chunk, (h, jnp.zeros_like(x)), jnp.arange(0, len(x), _CHUNK))
-    return (y, h), (A, x, dt, B, C, documents, borders)
+    return (y, h), (A, x, dt, B, C, starts, document_state, borders)
 
 
-def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    A, x, dt, B, C, documents, borders = residuals
+def _scan_bwd(
+    residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    A, x, dt, B, C, starts, document_state, borders = residuals
     dy, dh = cotangents
-    starts = None if documents is None else documents.starts
 
     def chunk(carry: Any, at: tuple[Array, Array]) -> tuple[Any, None]:
         recomputed, gradients = carry
@@ -104,7 +113,7 @@ def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tu
             h, before, dC = carry
             x_t, dt_t, B_t, dy_t, start = _at(t, (x, dt, B, dy, starts))
             delta, u = _discretise(x_t, dt_t)
-            h = _before(h, start, documents)
+            h = _before(h, start, document_state)
             before = _put(before, t - first, h)
             h = _decay(delta, A) * h + u[None] * B_t[:, None]
             return h, before, _put(dC, t, dot(h, dy_t))
@@ -136,15 +145,14 @@ def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tu
     # `before` is carried, though no chunk reads another's, so as to be allocated once.
     before = jnp.zeros((_CHUNK, *dh.shape))
     dA, dx, ddt, dB, dC = (jnp.zeros_like(v) for v in (A, x, dt, B, C))
-    ddocument = None if documents is None else jnp.zeros_like(dh)
+    ddocument = None if starts is None else jnp.zeros_like(dh)
     ((_, dC), (dh, ddocument, dA, dx, ddt, dB)), _ = lax.scan(
         chunk,
         ((before, dC), (dh, ddocument, dA, dx, ddt, dB)),
         (jnp.arange(0, len(x), _CHUNK), borders),
         reverse=True,
     )
-    ddocuments = None if documents is None else Documents(None, ddocument)
-    return dA, dx, ddt, dB, dC, dh, ddocuments
+    return dA, dx, ddt, dB, dC, dh, None, ddocument
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -169,9 +177,9 @@ def _discretise(x: Array, dt: Array) -> tuple[Array, Array]:
     return lax.optimization_barrier((delta, delta * x))
 
 
-def _before(h: Array, start: Array | None, documents: Documents | None) -> Array:
+def _before(h: Array, start: Array | None, document_state: Array | None) -> Array:
     """The state before a position, given that after the position before."""
-    return h if documents is None else jnp.where(start, documents.state, h)
+    return h if start is None or document_state is None else jnp.where(start, document_state, h)
 
 
 def _decay(delta: Array, A: Array) -> Array:
