@@ -1,0 +1,379 @@
+"""The steps of `on_gpu.py` that ask whether results are right, at the sizes of the family.
+
+Kernels are compared with the ops' definitions (their `reference` implementations), whole models
+with what the released PyTorch code computed (tests/golden). No test's packages are needed.
+"""
+
+import json
+import lzma
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _gpu_step import Recorder
+from flax import nnx
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.convert.mapping import from_released, to_released
+from hymba_jax.convert.released_config import config_from_released
+from hymba_jax.convert.tensor_file import TensorFile
+from hymba_jax.inference.engine import NO_TOKEN, Engine, Limits
+from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.model import Hymba
+from hymba_jax.model.cache import empty_cache, start_cache
+from hymba_jax.ops.attention import attention
+from hymba_jax.ops.attention.api import fastest
+from hymba_jax.ops.platform import target_platform
+from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.ops.selective_scan.api import FASTEST
+from hymba_jax.training.loss import next_token_loss
+
+GOLDEN = Path(__file__).parents[1] / "tests/golden"
+MODELS = ("tiny-ntk", "tiny-wide", "tiny-shared", "tiny-default-rope", "tiny-nometa")
+QUICK = "tiny-default-rope"  # to compile
+
+# Of the largest entry: float32 rounds at 6e-8, and sums have thousands of terms. A result in
+# bfloat16 is rounded once more, by up to 2**-9 of itself.
+FLOAT32, BFLOAT16 = 1e-5, 2**-8
+# Of the largest entry: attention rounds weights, values and results to bfloat16.
+ATTENTION = {"float32": 1e-5, "bfloat16": 1e-2}
+# Those of tests/golden/README.md: absolute, and of each gradient's largest entry.
+VALUES, GRADIENTS = 5e-4, 3e-4
+
+
+class Sizes(NamedTuple):
+    """Of a scan."""
+
+    batch: int
+    length: int
+    channels: int
+    state: int = 16
+
+
+class Heads(NamedTuple):
+    """Of an attention."""
+
+    query: int
+    key: int
+    length: int
+    window: int | None
+    meta: int
+    head_dim: int = 64
+    value_dim: int = 128
+
+
+def machine(recorder: Recorder) -> None:
+    """What the other steps run on.
+
+    Raises:
+      SystemExit: no GPU is there, and this is no dry run.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" and not recorder.dry_run:
+        raise SystemExit(f"JAX found no GPU, only {device.device_kind}")
+    with recorder.case("device") as row:
+        row |= {
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "jax": jax.__version__,
+            "platform": jax.extend.backend.get_backend().platform_version,
+            "memory GB": (device.memory_stats() or {}).get("bytes_limit", 0) / 1e9,
+        }
+
+
+def conforming_scan(recorder: Recorder) -> None:
+    """The scan's kernel, forward and backward, against its definition in float64."""
+    some = Sizes(2, 70, 6, 4) if recorder.dry_run else Sizes(2, 1000, 1024)
+    marked = Sizes(3, 70, 6, 4) if recorder.dry_run else Sizes(3, 300, 3200)
+    cases = (("float32", some, False), ("bfloat16", some, False), ("float32", marked, True))
+    for wanted in ("forward", "backward"):
+        for dtype, sizes, has_marks in cases:
+            marks = ", resets and lengths" if has_marks else ""
+            with recorder.case(f"{wanted}, {dtype}, {_by(sizes)}{marks}") as row:
+                row["implementation"] = FASTEST.get(target_platform(), "xla")
+                inputs, cotangents = _scan_inputs(sizes, dtype)
+                given = _scan_marks(sizes) if has_marks else {}
+                ours = _run_scan(wanted, None, inputs, cotangents, given)
+                with jax.enable_x64(True):
+                    exact = jax.tree.map(
+                        lambda a: jnp.asarray(a, jnp.float64), (inputs, cotangents)
+                    )
+                    expected = _run_scan(wanted, "reference", *exact, given)
+                    expected = jax.tree.map(np.asarray, expected)
+                _compare(row, ours, expected, _scan_bound)
+
+
+def _scan_inputs(sizes: Sizes, dtype: str) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Every input, and cotangents of both results, that float32 or bfloat16 hold exactly."""
+    batch, length, channels, state = sizes
+    rng = np.random.default_rng(length)
+
+    def normal(*shape: int, dtype: str = "float32") -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
+
+    row = partial(normal, batch, length, dtype=dtype)
+    inputs = {
+        "x": row(channels),
+        "dt": row(channels) - 1,
+        "A": -jnp.exp(normal(state, channels)),
+        "B": row(state),
+        "C": row(state),
+        "D": normal(channels),
+        "z": row(channels),
+        "dt_bias": normal(channels),
+        "initial_state": normal(batch, state, channels),
+    }
+    return inputs, (row(channels), normal(batch, state, channels))
+
+
+def _scan_marks(sizes: Sizes) -> dict[str, Any]:
+    """Resets at the start, in the middle, twice running and at the end, and past a row's end."""
+    batch, length = sizes[:2]
+    resets = np.zeros((batch, length), bool)
+    resets[[0, -1]] |= np.isin(np.arange(length), [0, length // 2, length // 2 + 1, length - 1])
+    return {"resets": resets, "lengths": np.arange(1, batch + 1) * length // batch}
+
+
+def _run_scan(
+    wanted: str,
+    implementation: str | None,
+    inputs: dict[str, Any],
+    cotangents: tuple[Any, ...],
+    marks: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """Both results, or the gradient of every input, by name."""
+    scan = partial(selective_scan, **marks, implementation=implementation)
+
+    def forward(inputs: dict[str, Any]) -> dict[str, jax.Array]:
+        return dict(zip(("y", "state"), scan(**inputs), strict=True))
+
+    def backward(inputs: dict[str, Any]) -> dict[str, jax.Array]:
+        (gradients,) = jax.vjp(lambda inputs: scan(**inputs), inputs)[1](cotangents)
+        return gradients
+
+    return jax.jit(forward if wanted == "forward" else backward)(inputs)
+
+
+def _scan_bound(ours: jax.Array, expected: np.ndarray) -> np.ndarray:
+    relative = BFLOAT16 if ours.dtype == jnp.bfloat16 else 0
+    return FLOAT32 * np.abs(expected).max() + relative * np.abs(expected)
+
+
+def conforming_attention(recorder: Recorder) -> None:
+    """The platform's attention, forward and backward, against its definition in float32."""
+    wide = (5, 1) if recorder.dry_run else (25, 5)
+    narrow = (2, 1) if recorder.dry_run else (8, 4)
+    sizes = (40, 8, 4, 8, 16) if recorder.dry_run else (2176, 1024, 128)
+    one_window = (14, None, 4, 8, 16) if recorder.dry_run else (1000, None, 128)
+    cases = (
+        ("bfloat16", Heads(*narrow, *one_window)),
+        ("bfloat16", Heads(*narrow, *sizes)),
+        ("bfloat16", Heads(*wide, *sizes)),
+        ("float32", Heads(*narrow, *sizes)),
+    )
+    for wanted in ("forward", "backward"):
+        for dtype, heads in cases:
+            with recorder.case(f"{wanted}, {dtype}, {heads.query} heads, {_mask(heads)}") as row:
+                rng = np.random.default_rng(heads.length)
+                shapes = [
+                    *((heads.query, heads.head_dim), (heads.key, heads.head_dim)),
+                    *((heads.key, heads.value_dim), (heads.query, heads.value_dim)),
+                ]
+                *inputs, cotangent = (
+                    jnp.asarray(rng.normal(size=(2, heads.length, *s)).astype(np.float32), dtype)
+                    for s in shapes
+                )
+                row["implementation"] = fastest(inputs[0], inputs[1], None)
+                ours = _run_attention(wanted, None, heads, inputs, cotangent)
+                *inputs, cotangent = (v.astype(jnp.float32) for v in (*inputs, cotangent))
+                expected = _run_attention(wanted, "reference", heads, inputs, cotangent)
+                expected = jax.tree.map(np.asarray, expected)
+                _compare(row, ours, expected, lambda _, e, d=dtype: ATTENTION[d] * np.abs(e).max())
+
+
+def _mask(heads: Heads) -> str:
+    return f"{heads.length} positions, window {heads.window}, {heads.meta} meta tokens"
+
+
+def _run_attention(
+    wanted: str, implementation: str | None, heads: Heads, inputs: list[Any], cotangent: Any
+) -> dict[str, jax.Array]:
+    """The output, or the gradient of every input, by name."""
+    attend = partial(
+        attention,
+        window=heads.window,
+        num_meta_tokens=heads.meta,
+        implementation=implementation,
+    )
+
+    def backward(*inputs: Any) -> dict[str, jax.Array]:
+        gradients = jax.vjp(attend, *inputs)[1](cotangent)
+        return dict(zip(("query", "key", "value"), gradients, strict=True))
+
+    def forward(*inputs: Any) -> dict[str, jax.Array]:
+        return {"output": attend(*inputs)}
+
+    return jax.jit(forward if wanted == "forward" else backward)(*inputs)
+
+
+class Golden(NamedTuple):
+    """A small model of the released code, with what went in and what came out."""
+
+    config: HymbaConfig
+    weights: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+    def model(self, *, scan_layers: bool) -> tuple[nnx.GraphDef[Hymba], nnx.State]:
+        """Its structure, and the released weights as its parameters."""
+        compute = ComputeConfig(scan_layers=scan_layers)
+        graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(self.config, compute, nnx.Rngs(0))))
+        return graph, from_released(self.weights, params, self.config, scan_layers=scan_layers)
+
+
+def load_golden(name: str) -> Golden:
+    """The model of this name in tests/golden."""
+    folder = GOLDEN / name
+    return Golden(
+        config_from_released(json.loads((folder / "config.json").read_text())),
+        _read_tensors(folder / "model.safetensors"),
+        dict(np.load(folder / "golden.npz")),
+        json.loads((folder / "meta.json").read_text()),
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All of a safetensors file, which may be compressed."""
+    with tempfile.TemporaryDirectory() as directory:
+        if not path.exists():
+            packed = path.with_name(f"{path.name}.xz").read_bytes()
+            path = Path(directory, path.name)
+            path.write_bytes(lzma.decompress(packed))
+        file = TensorFile(path)
+        return {name: np.array(file.read(name)) for name in file.tensors}
+
+
+def golden(recorder: Recorder) -> None:
+    """Logits, loss and the gradient of every parameter against the released code."""
+    for name in (QUICK,) if recorder.dry_run else MODELS:
+        with recorder.case(f"{name}: logits and loss") as row:
+            one = load_golden(name)
+            graph, params = one.model(scan_layers=True)
+            tokens = jnp.asarray(one.arrays["input_ids"], jnp.int32)
+            loss, logits = jax.jit(partial(_loss_and_logits, graph))(params, tokens)
+            ours = {"logits": logits, "loss": loss}
+            expected = {"logits": one.arrays["logits"], "loss": np.asarray(one.meta["loss"])}
+            _compare(row, ours, expected, lambda _, e: np.asarray(VALUES))
+        with recorder.case(f"{name}: gradients") as row:
+            one = load_golden(name)
+            graph, params = one.model(scan_layers=True)
+            tokens = jnp.asarray(one.arrays["input_ids"], jnp.int32)
+            differentiate = jax.grad(partial(_loss_and_logits, graph), has_aux=True)
+            gradients, _ = jax.jit(differentiate)(params, tokens)
+            ours = to_released(gradients, one.config, scan_layers=True)
+            strides = one.meta["grad_stride"] or {}
+            ours = {n: a.reshape(-1)[:: strides.get(n, 1)] for n, a in ours.items()}
+            expected = _read_tensors(GOLDEN / name / "grads.safetensors")
+            expected = {n: a.reshape(-1) for n, a in expected.items()}
+            _compare(row, ours, expected, lambda _, e: GRADIENTS * np.abs(e).max())
+
+
+def _loss_and_logits(graph: Any, params: Any, tokens: Any) -> tuple[jax.Array, jax.Array]:
+    logits = nnx.merge(graph, params)(tokens)
+    loss = next_token_loss(logits[:, :-1], tokens[:, 1:])
+    return loss.nats / loss.tokens, logits
+
+
+def caches(recorder: Recorder) -> None:
+    """Sequences read in pieces, and continued, against the released code's full forward pass."""
+    name = QUICK if recorder.dry_run else MODELS[0]
+    with recorder.case(f"{name}: logits of pieces of 16 tokens and of single ones") as row:
+        one = load_golden(name)
+        logits = _logits_in_pieces(one, [16, 1, 1, 16, 1])
+        _compare(
+            row,
+            {"logits": logits},
+            {"logits": one.arrays["logits"][:, : logits.shape[1]]},
+            lambda _, e: np.asarray(VALUES),
+        )
+    with recorder.case(f"{name}-decode: greedy tokens") as row:
+        one = load_golden(name)
+        decoded = dict(np.load(GOLDEN / f"{name}-decode" / "golden.npz"))
+        expected = decoded["full_tokens"][0].tolist()
+        tokens = _greedy(one, decoded["prompt"][0].tolist(), len(expected))
+        row |= {"tokens": len(tokens), "right": sum(map(int.__eq__, tokens, expected))}
+        if tokens != expected:
+            raise AssertionError(f"{tokens}, not {expected}")
+
+
+def _logits_in_pieces(one: Golden, widths: list[int]) -> np.ndarray:
+    """Logits of the first tokens of every row, read so many at a time."""
+    graph, params = one.model(scan_layers=False)
+    tokens = one.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
+
+    @partial(jax.jit, static_argnames="is_start")
+    def extend(params: Any, piece: Any, cache: Any, prefix: Any, *, is_start: bool) -> Any:
+        model = nnx.merge(graph, params)
+        lengths = jnp.full(len(piece), piece.shape[1])
+        x, cache = model.extend(piece, cache, prefix, lengths, is_start=is_start)
+        return model.logits(x), cache
+
+    prefix = jax.jit(lambda params: nnx.merge(graph, params).prefix())(params)
+    cache = start_cache(
+        empty_cache(one.config, *tokens.shape, dtype="float32", state_dtype="float32"), prefix
+    )
+    logits = []
+    for i, width in enumerate(widths):
+        start = sum(widths[:i])
+        piece = tokens[:, start : start + width]
+        part, cache = extend(params, piece, cache, prefix, is_start=i == 0)
+        logits.append(np.asarray(part))
+    return np.concatenate(logits, axis=1)
+
+
+def _greedy(one: Golden, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens after a prompt, by the engine that generates text."""
+    engine = Engine(nnx.merge(*one.model(scan_layers=False)))
+    sampler = make_sampler([SamplingConfig()], [0])
+    limits = Limits(jnp.array([count], jnp.int32), jnp.full((1, 4), NO_TOKEN, jnp.int32))
+    seen = jnp.zeros((1, one.config.vocab_size), bool)
+    read = engine.prefill([prompt], len(prompt) + count)
+    state, drawn = engine.first(read, sampler, limits, seen)
+    tokens = [*np.asarray(drawn.tokens)[0]]
+    while len(tokens) < count:
+        state, drawn = engine.decode(state, sampler, limits)
+        tokens += [token for token in np.asarray(drawn.tokens)[0] if token != NO_TOKEN]
+    return [int(token) for token in tokens]
+
+
+def _compare(
+    row: dict[str, Any],
+    ours: Mapping[str, Any],
+    expected: Mapping[str, np.ndarray],
+    bound: Callable[[Any, np.ndarray], np.ndarray],
+) -> None:
+    """Adds to the row which array is the furthest off, as a part of its bound.
+
+    Raises:
+      AssertionError: that is above 1, or names differ.
+    """
+    if ours.keys() != expected.keys():
+        raise AssertionError(f"{sorted(ours)}, not {sorted(expected)}")
+    parts = {}
+    for name, exact in expected.items():
+        error = np.abs(np.asarray(ours[name], np.float64) - exact)
+        parts[name] = float(np.max(error / bound(ours[name], exact)))
+    # NaN first, as it is no number below another.
+    worst = max(parts, key=lambda name: np.inf if np.isnan(parts[name]) else parts[name])
+    row |= {"furthest off": worst, "of bound": parts[worst]}
+    if not parts[worst] <= 1:
+        raise AssertionError(f"{worst} is {parts[worst]:.3g} of its bound off")
+
+
+def _by(sizes: Sizes) -> str:
+    return " x ".join(map(str, sizes))
