@@ -150,7 +150,7 @@ def attention(recorder: Recorder) -> None:
             seen = pairs_seen(keys, keys, meta, window or keys, meta)
             pairs = 2 * batch * heads.num_heads * seen
             # Back: the scores once more, and two products for each one forward.
-            passes = {
+            passes: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
                 "forward": (function, inputs, pairs * (k + v)),
                 "forward and backward": (
                     attention_with_gradient(function),

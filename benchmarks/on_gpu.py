@@ -62,7 +62,7 @@ STEPS = (
     Step("machine", 90, "_gpu_checks:machine"),
     Step("conforming scan", 100, "_gpu_checks:conforming_scan"),
     Step("conforming attention", 80, "_gpu_checks:conforming_attention"),
-    Step("golden models", 90, "_gpu_checks:golden"),
+    Step("golden models", 90, "_gpu_checks:golden:tiny-ntk,tiny-wide"),
     Step("caches", 60, "_gpu_checks:caches"),
     Step("scan", 90, "_gpu_speed:scan"),
     Step("attention", 60, "_gpu_speed:attention"),
@@ -70,6 +70,7 @@ STEPS = (
     Step("train 1.5B", 200, "_gpu_speed:train:hymba_1_5b.toml"),
     Step("decode 1", 120, "_gpu_speed:decode:1"),
     Step("decode 128", 120, "_gpu_speed:decode:128"),
+    Step("more golden models", 90, "_gpu_checks:golden:tiny-shared,tiny-nometa,tiny-default-rope"),
 )
 
 type Result = dict[str, Any]
