@@ -55,7 +55,7 @@ TINY = HymbaConfig(
     vocab_size=64,
     hidden_size=32,
     mlp_size=48,
-    layers="G Ww",
+    layers="W",
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, window=16, rope_type="default"),
     ssm=SSMConfig(state_size=4),
     num_meta_tokens=4,
@@ -264,15 +264,18 @@ def decode(recorder: Recorder, sequences: str) -> None:
 def _decode_arguments(traced: TracedProgram, batch: int, context: int) -> Any:
     """Random parameters and caches, of which but `ROOM` tokens are filled, where they belong."""
     params, prefix, state, *_ = traced.arguments
-    zeros = jnp.zeros(batch, jnp.int32)
-    cache = Cache(_random(state.cache.layers), zeros + context - ROOM)
+
+    def full(value: int, *shape: int) -> jax.Array:  # new each time, as state is donated
+        return jnp.full((batch, *shape), value, jnp.int32)
+
+    cache = Cache(_random(state.cache.layers), full(context - ROOM))
     seen = jnp.zeros(state.seen.shape, bool)
     arguments = (
         _random(params),
         _random(prefix),
-        DecodeState(cache, zeros, zeros, zeros > 0, seen),
+        DecodeState(cache, full(0), full(0), full(0) > 0, seen),
         make_sampler([SamplingConfig()] * batch, range(batch)),
-        Limits(zeros + context, jnp.full((batch, 4), NO_TOKEN, jnp.int32)),
+        Limits(full(context), full(NO_TOKEN, 4)),
         jnp.int32(STEPS),
     )
     return jax.device_put(arguments, jax.tree.map(lambda a: a.sharding, traced.arguments))
