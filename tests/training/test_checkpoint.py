@@ -37,8 +37,11 @@ def make_state(step=0, width=64):
         },
     }
     moments = make_optimizer(TrainingConfig()).init(params)
-    moments = optax.tree.set(moments, count=jnp.int32(step))
-    return TrainState(params, jax.tree.map(jnp.copy, moments))  # no array stands there twice
+
+    def count(path, leaf):
+        return jnp.int32(step) if getattr(path[-1], "name", "") == "count" else leaf
+
+    return TrainState(params, jax.tree.map_with_path(count, moments))
 
 
 def template(state):
