@@ -46,8 +46,9 @@ def load(
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
         into the device's memory.
     """
+    config = read_model_directory(directory)[0]  # first: it says where there is no model at all
     tokenizer = Tokenizer.load(directory)
-    tokenizer.check_fits(read_model_directory(directory)[0], str(directory))
+    tokenizer.check_fits(config, str(directory))
     return LanguageModel(
         load_model(directory, dtype=dtype, step=step),
         tokenizer,
