@@ -104,11 +104,10 @@ def _write_tokenizer(checkpoint: OurCheckpoint, directory: Path, report: Report)
 
 def _is_same_tokenizer(*directories: Path) -> bool:
     one, other = (Tokenizer.load(directory) for directory in directories)
-    return (one.model.to_str(), one.bos, one.eos, one.chat_template) == (
+    return (one.model.to_str(), one.named_tokens, one.chat_templates) == (
         other.model.to_str(),
-        other.bos,
-        other.eos,
-        other.chat_template,
+        other.named_tokens,
+        other.chat_templates,
     )
 
 
