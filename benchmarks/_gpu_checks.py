@@ -331,7 +331,7 @@ def _greedy(one: Golden, prompt: list[int], count: int) -> list[int]:
     engine = Engine(nnx.merge(*one.model(scan_layers=False)))
     sampler = make_sampler([SamplingConfig()], [0])
     limits = Limits(jnp.array([count], jnp.int32), jnp.full((1, 4), NO_TOKEN, jnp.int32))
-    seen = jnp.zeros((1, one.config.vocab_size), bool)
+    seen = jnp.zeros((1, one.config.num_embeddings), bool)
     read = engine.prefill([prompt], len(prompt) + count)
     state, drawn = engine.first(read, sampler, limits, seen)
     tokens = [*np.asarray(drawn.tokens)[0]]

@@ -24,11 +24,11 @@ from selective_scan import associative
 from selective_scan import with_gradient as scan_with_gradient
 
 from hymba_jax.ahead.fit import compiled_memory
-from hymba_jax.ahead.programs import InferencePrograms, TracedProgram, bytes_on_each
+from hymba_jax.ahead.programs import InferencePrograms, bytes_on_each
 from hymba_jax.ahead.topology import CHIPS
 from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, DecodeState, Drawn, Limits
-from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.inference.sampling import Sampler, SamplingConfig, make_sampler
 from hymba_jax.model.cache import Cache
 from hymba_jax.model.flops import training_flops
 from hymba_jax.ops.attention import attention as attention_op
@@ -190,7 +190,7 @@ def train(recorder: Recorder, config: str) -> None:
         jax.block_until_ready(state)
     if recorder.failed:
         return
-    tokens = np.random.default_rng(0).integers(3, run.model.vocab_size, shape, np.int32)
+    tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
     batch = jax.device_put({"inputs": tokens, "targets": tokens}, place)
 
     def one_step() -> Any:
@@ -211,7 +211,8 @@ def train(recorder: Recorder, config: str) -> None:
 def _training_run(config: str, dry_run: bool) -> RunConfig:
     run = RunConfig.from_toml(CONFIGS / config)
     training = dataclasses.replace(run.training, batch_size=8, accumulate=1)
-    run = dataclasses.replace(run, parallel=ParallelConfig(), training=training)
+    model = dataclasses.replace(run.model, vocab_size=PRESETS["hymba-1.5b"].vocab_size)
+    run = dataclasses.replace(run, model=model, parallel=ParallelConfig(), training=training)
     if dry_run:
         data = dataclasses.replace(run.data, sequence_length=32)
         run = dataclasses.replace(run, model=TINY, data=data)
@@ -240,16 +241,14 @@ def decode(recorder: Recorder, sequences: str) -> None:
     if recorder.failed:
         return
     with recorder.case("fill parameters and caches"):
-        arguments = _decode_arguments(traced, batch, context)
+        arguments = [_decode_argument(shapes, batch, context) for shapes in traced.arguments]
         jax.block_until_ready(arguments)
     if recorder.failed:
         return
-    params, prefix, state, *others = arguments
-    del arguments
+    (at,) = (i for i, value in enumerate(arguments) if isinstance(value, DecodeState))
 
     def some_tokens() -> Drawn:
-        nonlocal state
-        state, drawn = compiled(params, prefix, state, *others)
+        arguments[at], drawn = compiled(*arguments)
         return drawn
 
     with recorder.case("decode") as row:
@@ -257,28 +256,30 @@ def decode(recorder: Recorder, sequences: str) -> None:
         moved = bytes_on_each(traced.read) + bytes_on_each(traced.written)
         row |= {"tokens_per_second": 1e3 * batch / row["ms"], "GB": moved / 1e9}
         row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
-        row |= {"peak GB": peak_bytes() / 1e9, "stopped": int(state.stopped.sum())}
+        row |= {"peak GB": peak_bytes() / 1e9, "stopped": int(arguments[at].stopped.sum())}
     recorder.profile(some_tokens, times=2)
 
 
-def _decode_arguments(traced: TracedProgram, batch: int, context: int) -> Any:
-    """Random parameters and caches, of which but `ROOM` tokens are filled, where they belong."""
-    params, prefix, state, *_ = traced.arguments
+def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
+    """Values for an argument of the loop: random parameters and caches, filled but for `ROOM`."""
 
-    def full(value: int, *shape: int) -> jax.Array:  # new each time, as state is donated
+    def full(value: int, *shape: int) -> jax.Array:  # new each time, as the state is donated
         return jnp.full((batch, *shape), value, jnp.int32)
 
-    cache = Cache(_random(state.cache.layers), full(context - ROOM))
-    seen = jnp.zeros(state.seen.shape, bool)
-    arguments = (
-        _random(params),
-        _random(prefix),
-        DecodeState(cache, full(0), full(0), full(0) > 0, seen),
-        make_sampler([SamplingConfig()] * batch, range(batch)),
-        Limits(full(context), full(NO_TOKEN, 4)),
-        jnp.int32(STEPS),
-    )
-    return jax.device_put(arguments, jax.tree.map(lambda a: a.sharding, traced.arguments))
+    match shapes:
+        case DecodeState():
+            cache = Cache(_random(shapes.cache.layers), full(context - ROOM))
+            seen = jnp.zeros(shapes.seen.shape, bool)
+            values: Any = DecodeState(cache, full(0), full(0), full(0) > 0, seen)
+        case Sampler():
+            values = make_sampler([SamplingConfig()] * batch, range(batch))
+        case Limits():
+            values = Limits(full(context), full(NO_TOKEN, 4))
+        case jax.ShapeDtypeStruct():  # the steps of a call
+            values = jnp.full(shapes.shape, STEPS, shapes.dtype)
+        case _:
+            values = _random(shapes)
+    return jax.device_put(values, jax.tree.map(lambda a: a.sharding, shapes))
 
 
 def _random(shapes: Any) -> Any:

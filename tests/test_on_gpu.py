@@ -138,6 +138,18 @@ def test_another_jax_is_refused_at_once(on_gpu, monkeypatch, tmp_path, installed
     assert not file.parent.exists()
 
 
+def test_only_the_steps_that_are_named(on_gpu, monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # it is this process's
+    monkeypatch.setattr(on_gpu, "run_steps", lambda steps, *_: taken.extend(steps) or [])
+    common = ["--json", str(tmp_path / "results.json"), "--cache", str(tmp_path / "cache")]
+    assert on_gpu.main([*common, "--only", "decode 128", "train 1.5B"]) == 0
+    assert [step.name for step in taken] == ["train 1.5B", "decode 128"]
+    assert all(step in on_gpu.STEPS for step in taken)  # with their own limits
+    with pytest.raises(SystemExit):
+        on_gpu.main([*common, "--only", "decode 7"])
+
+
 @pytest.mark.parametrize(("size", "told"), [(1000, "packed as"), (17 * 2**20, "too large to pack")])
 def test_the_cache_is_packed_if_it_is_small(on_gpu, tmp_path, size, told):
     cache, file = tmp_path / "cache", tmp_path / "cache.tar"
