@@ -93,7 +93,7 @@ def conforming_scan(recorder: Recorder) -> None:
     cases = (("float32", some, False), ("bfloat16", some, False), ("float32", marked, True))
     for wanted in ("forward", "backward"):
         for dtype, sizes, has_marks in cases[recorder.dry_run :]:
-            marks = ", resets and lengths" if has_marks else ""
+            marks = ", documents and lengths" if has_marks else ""
             with recorder.case(f"{wanted}, {dtype}, {_by(sizes)}{marks}") as row:
                 row["implementation"] = FASTEST.get(target_platform(), "xla")
                 inputs, cotangents = _scan_inputs(sizes, dtype)
@@ -133,11 +133,15 @@ def _scan_inputs(sizes: Sizes, dtype: str) -> tuple[dict[str, Any], tuple[Any, .
 
 
 def _scan_marks(sizes: Sizes) -> dict[str, Any]:
-    """Resets at the start, in the middle, twice running and at the end, and past a row's end."""
+    """Rows of several documents, two of them of one position, and rows that end early."""
     batch, length = sizes[:2]
-    resets = np.zeros((batch, length), bool)
-    resets[[0, -1]] |= np.isin(np.arange(length), [0, length // 2, length // 2 + 1, length - 1])
-    return {"resets": resets, "lengths": np.arange(1, batch + 1) * length // batch}
+    starts = np.isin(np.arange(length), [length // 2, length // 2 + 1, length - 1])
+    ids = np.zeros((batch, length), np.int32)
+    ids[[0, -1]] = starts.cumsum()
+    return {
+        "segment_ids": ids,
+        "lengths": np.arange(1, batch + 1, dtype=np.int32) * length // batch,
+    }
 
 
 def _run_scan(
