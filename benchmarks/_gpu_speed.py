@@ -37,7 +37,7 @@ from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
 from hymba_jax.parallel import ParallelConfig
-from hymba_jax.run_config import RunConfig
+from hymba_jax.run_config import RunConfig, with_vocabulary
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.state import init_state, make_template
@@ -209,7 +209,7 @@ def train(recorder: Recorder, config: str) -> None:
 
 
 def _training_run(config: str, dry_run: bool) -> RunConfig:
-    run = RunConfig.from_toml(CONFIGS / config)
+    run = with_vocabulary(RunConfig.from_toml(CONFIGS / config))
     training = dataclasses.replace(run.training, batch_size=8, accumulate=1)
     model = dataclasses.replace(run.model, vocab_size=PRESETS["hymba-1.5b"].vocab_size)
     run = dataclasses.replace(run, model=model, parallel=ParallelConfig(), training=training)
