@@ -101,7 +101,7 @@ class StoredParams:
         self._restoring = threading.Lock()
         with one_line(path, _UNREADABLE):
             metadata = self._checkpointer.metadata(self.path).item_metadata
-        tree, self._metadata = metadata.tree, metadata.custom_metadata
+            tree, self._metadata = metadata.tree, metadata.custom_metadata
         self._keys = {mapping.dotted(key): key for key in flatten_dict(tree)}
         self.tensors = {
             mapping.dotted(key): TensorInfo(str(leaf.dtype), tuple(leaf.shape))
