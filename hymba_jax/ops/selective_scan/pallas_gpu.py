@@ -371,7 +371,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
         document = tile.states(gmem["document_state"]) if "starts" in slots else None
         tile.fetch(chunks - 1, gmem, slots, full)
 
-        def chunk(step: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        def chunk(step: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             dh, ddocument, dA, dD, dbias = carry
             i = chunks - 1 - step
             slot = lax.rem(i, 2)
