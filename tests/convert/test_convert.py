@@ -337,7 +337,7 @@ class TestModelsTrainedHere:
                 keep_hf_files(run.init_from, run.output)
         tree = nnx.to_pure_dict(nnx.state(load_model(ours)))
         with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
-            checkpoints.save(TrainState(tree, {"count": jnp.int32(1)}), LoopState(1, {}, ""))
+            checkpoints.save(TrainState(tree, {"count": jnp.int32(1)}), LoopState(1, {}, "", ""))
         assert read_generation_defaults(tmp_path / "run").eos_token_ids == (2, 5)
 
         before, back = files(started), files(convert(tmp_path / "run", tmp_path / "back"))
