@@ -1,6 +1,5 @@
 """The `hymba` command."""
 
-import dataclasses
 import difflib
 import io
 import os
@@ -35,6 +34,7 @@ options:
 `hymba COMMAND --help` lists the options of a command."""
 
 CLOSED_PIPE = 128 + 13  # what shells report of a program that SIGPIPE ended
+INTERRUPTED = 128 + 2  # and SIGINT
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -89,10 +89,8 @@ def generate(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference import generate
         from hymba_jax.inference.generation_config import with_defaults
 
-        args = _with_leading_dashes(args, "--prompt", "--stop")
-        config = tyro.cli(generate.GenerateConfig, args=args, prog=prog)
-        sampling = with_defaults(config.sampling, config.choice.model, args)
-        generate.main(dataclasses.replace(config, sampling=sampling))
+        args = with_defaults(_with_leading_dashes(args, "--prompt", "--stop"))
+        generate.main(tyro.cli(generate.GenerateConfig, args=args, prog=prog))
 
 
 def chat(args: Sequence[str], prog: str) -> None:
@@ -101,10 +99,9 @@ def chat(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference import chat
         from hymba_jax.inference.generation_config import with_defaults
 
-        args = _with_leading_dashes(args, "--system", "--stop")
+        args = with_defaults(_with_leading_dashes(args, "--system", "--stop"))
         config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
-        sampling = with_defaults(config.sampling, config.choice.model, args)
-        chat.run(config.choice.load(), dataclasses.replace(config, sampling=sampling))
+        chat.run(config.choice.load(), config)
 
 
 def warmup(args: Sequence[str], prog: str) -> None:
@@ -157,14 +154,11 @@ def inspect(args: Sequence[str], prog: str) -> None:
 def _checkpoints() -> Iterator[None]:
     """What all commands that read checkpoints share."""
     with _one_line_errors():
-        try:
-            prepare_host()
-            from hymba_jax.training.checkpoint import silence_orbax
+        prepare_host()
+        from hymba_jax.training.checkpoint import silence_orbax
 
-            silence_orbax()
-            yield
-        except KeyboardInterrupt:
-            sys.exit(130)
+        silence_orbax()
+        yield
 
 
 @contextmanager
@@ -194,6 +188,8 @@ def _one_line_errors() -> Iterator[None]:
             _flush()  # while its errors can be caught
     except HymbaError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         _drop_output()
         sys.exit(CLOSED_PIPE)

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeAliasType, Union, get_args, get_origin
 
-import numpy as np
-
 INT64 = 2**63  # what TOML has room for, and NumPy
 
 
@@ -33,8 +31,8 @@ class Bounds(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """The value, a NumPy scalar as the Python number that it equals."""
-    return value.item() if isinstance(value, np.generic) else value
+    """The value, a scalar of NumPy or JAX as the Python number that it equals."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def fits(value: Any, kind: Any) -> bool:

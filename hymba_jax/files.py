@@ -165,10 +165,11 @@ def written_beside(directory: Path) -> Iterator[Path]:
         yield beside
         _sync(beside)
         if directory.exists():
+            beside.chmod(stat.S_IMODE(directory.stat().st_mode))
             directory.rename(before)
         try:
             beside.rename(directory)
-        except OSError:
+        except BaseException:  # an interrupt, too
             if before.exists():
                 before.rename(directory)
             raise

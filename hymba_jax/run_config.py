@@ -215,7 +215,7 @@ def run_defaults(args: Sequence[str]) -> RunConfig:
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--config")
-    peek.add_argument("--init-from")
+    peek.add_argument("--init-from", "--init_from")  # tyro takes both
     named = peek.parse_known_args(args)[0]
     base = _started_from(named.init_from) if named.init_from else RunConfig()
     return base if named.config is None else RunConfig.from_toml(named.config, base)

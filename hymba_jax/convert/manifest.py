@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
@@ -10,28 +11,30 @@ _MANIFEST = ".hymba_convert.json"
 
 
 def write_manifest(directory: Path) -> None:
-    """Names in a new directory all files that it holds."""
+    """Lists in a new directory all files that it holds, as they are now."""
     text = json.dumps({"files": _files(directory)}, indent=1) + "\n"
     (directory / _MANIFEST).write_text(text, encoding="utf-8")
 
 
 def not_written(directory: Path) -> list[str]:
-    """The files in a directory that no conversion wrote.
+    """The files in a directory that no conversion wrote, or that were written again since.
 
     Raises:
       HymbaError: what it wrote cannot be read.
     """
     manifest = directory / _MANIFEST
-    written = read_json(manifest).get("files") if manifest.exists() else []
-    if not isinstance(written, list):
+    written = read_json(manifest).get("files") if manifest.exists() else {}
+    if not isinstance(written, dict):
         raise HymbaError(f"{manifest}: broken, it has no list of files")
-    return [name for name in _files(directory) if name not in {_MANIFEST, *written}]
+    files = _files(directory).items()
+    return [name for name, state in files if name != _MANIFEST and written.get(name) != state]
 
 
-def _files(directory: Path) -> list[str]:
-    """All that is no directory, by its path from here."""
-    return sorted(
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    )
+def _files(directory: Path) -> dict[str, list[Any]]:
+    """Size, and time of the last change in ns, of all that is no directory, by path from here."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            status = path.lstat()
+            files[str(path.relative_to(directory))] = [status.st_size, status.st_mtime_ns]
+    return files

@@ -12,8 +12,8 @@ from hymba_jax.convert.our_checkpoint import OurCheckpoint
 from hymba_jax.convert.released_checkpoint import INDEX, WEIGHTS
 from hymba_jax.convert.released_config import (
     changed,
-    config_from_released,
     config_to_released,
+    read_architecture,
     with_dtype,
 )
 from hymba_jax.convert.report import Report
@@ -136,7 +136,8 @@ def _settings(
             sizes[info.dtype] += info.nbytes
         return with_dtype(config_to_released(checkpoint.config), sizes.most_common(1)[0][0])
     settings = read_json(kept)
-    before, after = config_from_released(settings).resolved(), checkpoint.config.resolved()
+    before = read_architecture(kept.parent, settings).resolved()
+    after = checkpoint.config.resolved()
     if before == after and dtype is None:
         return None
     settings = changed(settings, before, after)

@@ -22,7 +22,7 @@ from hymba_jax.convert.mapping import (
     released_shapes,
 )
 from hymba_jax.convert.mapping import Path as ParamPath
-from hymba_jax.convert.released_config import config_from_released
+from hymba_jax.convert.released_config import read_architecture
 from hymba_jax.convert.tensor_file import TensorFile, TensorInfo
 from hymba_jax.convert.torch_file import TorchFile
 from hymba_jax.errors import HymbaError
@@ -61,7 +61,7 @@ class ReleasedCheckpoint:
         self.directory = directory
         self.settings = read_json(directory / HF_CONFIG)
         try:
-            self.config: HymbaConfig = config_from_released(self.settings)
+            self.config: HymbaConfig = read_architecture(directory, self.settings)
         except HymbaError as error:
             raise HymbaError(f"{directory / HF_CONFIG}: {error}") from error
         self._files = _open_all(directory)

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.released_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
+from hymba_jax.data import Tokenizer
 from hymba_jax.field_types import shown
 from hymba_jax.layer_pattern import MOST_LAYERS, LayerSpec, Segment, format_pattern
 
@@ -25,6 +27,30 @@ def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
     if problems:
         raise ConfigError("config.json cannot be read: " + "; ".join(problems))
     return _architecture(released, rope)
+
+
+def read_architecture(directory: Path, released: Mapping[str, Any]) -> HymbaConfig:
+    """The architecture of a HF directory, whose tokenizer decides what config.json leaves open.
+
+    That is the begin-of-text token where it is null, and of several end tokens the one that ends
+    a text.
+
+    Args:
+      released: its config.json.
+
+    Raises:
+      HymbaError: as for `config_from_released`, or the tokenizer cannot be read.
+    """
+    config = config_from_released(released)
+    is_open = released.get("bos_token_id") is None or len(eos_token_ids(released)) > 1
+    if not is_open or not (directory / "tokenizer.json").is_file():
+        return config
+    tokenizer = Tokenizer.load(directory)
+    if released.get("bos_token_id") is None and tokenizer.bos_id is not None:
+        config = dataclasses.replace(config, bos_token_id=tokenizer.bos_id)
+    if tokenizer.eos_id in eos_token_ids(released):
+        config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
+    return config
 
 
 def eos_token_ids(released: Mapping[str, Any]) -> list[int]:

@@ -149,12 +149,11 @@ class Tokenizer:
         with _one_line("the tokenizer failed"):
             return str(self.model.decode(list(ids), skip_special_tokens=True))
 
-    def check_fits(self, model: HymbaConfig, name: str, *others: str) -> None:
-        """Raises HymbaError if the model cannot work with the tokenizer, or with the `others`.
+    def check_fits(self, model: HymbaConfig, name: str) -> None:
+        """Raises HymbaError if the model cannot work with the tokenizer.
 
         Args:
           name: of the tokenizer, for people.
-          others: further problems of the two, to be reported along.
         """
         problems = []
         if self.vocab_size > model.num_embeddings:
@@ -165,7 +164,7 @@ class Tokenizer:
             wanted = getattr(model, f"{role}_token_id")
             if own is not None and own != wanted:
                 problems.append(f"its {role} token is {own}, model.{role}_token_id is {wanted}")
-        if problems := [*problems, *others]:
+        if problems:
             raise HymbaError(f"tokenizer {name} does not fit: " + "; ".join(problems))
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -5,10 +5,10 @@ defaults of the model. Here they are used together or not at all: where any samp
 given, none of them is taken from the file.
 """
 
-import dataclasses
+import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import describe, fits
 from hymba_jax.files import read_json, resolve_path
 from hymba_jax.hf_files import GENERATION_CONFIG, HF_CONFIG, hf_directory
-from hymba_jax.sampling_config import SamplingConfig
 
 _TYPES: dict[str, Any] = {
     "do_sample": bool,
@@ -96,25 +95,29 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
     return GenerationDefaults(tuple(ids), sampling, tuple(unsupported))
 
 
-def with_defaults(sampling: SamplingConfig, model: str, args: Iterable[str]) -> SamplingConfig:
-    """A command's sampling with the model's own defaults, unless `args` has some; says so.
-
-    Args:
-      model: the directory.
-      args: of the command line.
+def with_defaults(args: Sequence[str]) -> list[str]:
+    """A command line with the sampling options of its `--model`, unless it has some; says so.
 
     Raises:
-      HymbaError: as for `read_generation_defaults`, or a value that cannot be.
+      HymbaError: as for `read_generation_defaults`.
     """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model")
+    model = peek.parse_known_args(args)[0].model
+    if not model:
+        return [*args]
     defaults = read_generation_defaults(resolve_path(model))
     if defaults.unsupported:
         _note(f"{GENERATION_CONFIG}: {', '.join(defaults.unsupported)} not supported, not used")
     options = (arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--"))
     if not defaults.applies(option.replace("-", "_") for option in options):
-        return sampling
+        return [*args]
     values = ", ".join(f"{key} {json.dumps(value)}" for key, value in defaults.sampling.items())
     _note(f"sampling as the model's {GENERATION_CONFIG} says: {values}")
-    return dataclasses.replace(sampling, **defaults.sampling)
+    return [
+        *args,
+        *(f"--{key.replace('_', '-')}={value}" for key, value in defaults.sampling.items()),
+    ]
 
 
 def _note(line: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import shown
+from hymba_jax.field_types import fits, shown
 from hymba_jax.inference import chat_template
 from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE, STEPS, Engine, Limits, bucket
 from hymba_jax.inference.generation_config import GenerationDefaults
@@ -176,6 +176,13 @@ class LanguageModel:
         for token in config.stop_tokens:
             if token >= self.config.num_embeddings or not self._known[token]:
                 raise HymbaError(f"stop token {token} is not in the tokenizer, so it never comes")
+        for string in config.stop:
+            parts = [name for name in self.tokenizer.special_tokens if name in string]
+            if parts and string not in self.tokenizer.special_tokens:
+                raise HymbaError(
+                    f"stop {string!r} has the special token {parts[0]} beside other text, which no "
+                    f"completion has: stop at {parts[0]} alone, or at the text"
+                )
         sequences = self.encode(prompts, parse_special=parse_special)
         rows = min(len(sequences) * config.num_samples, self.batch_size)
         longest = max(map(len, sequences))
@@ -397,10 +404,9 @@ def _known_tokens(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, " v
 
 
 def _whole(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise HymbaError(f"{name} is {shown(value)}, not a whole number") from error
+    if not fits(value, int):
+        raise HymbaError(f"{name} is {shown(value)}, not a whole number")
+    return operator.index(value)
 
 
 def _not_finite(name: str, position: int) -> HymbaError:

@@ -14,7 +14,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
-from hymba_jax.run_config import RunConfig
+from hymba_jax.run_config import RunConfig, read_model_directory
 from hymba_jax.sharding import (
     batch_sharding,
     describe_split,
@@ -41,7 +41,13 @@ from hymba_jax.training.run_directory import (
     write_run_directory,
 )
 from hymba_jax.training.run_lock import locked
-from hymba_jax.training.start import check_start, check_start_tokenizer, start_state
+from hymba_jax.training.start import (
+    check_start,
+    check_start_tokenizer,
+    describe_start,
+    start_state,
+    start_tokenizer,
+)
 from hymba_jax.training.state import Params, init_state, make_template
 from hymba_jax.training.step import check_batch, compile_train_step, make_eval_step
 from hymba_jax.training.text import check_tokenizer, sample
@@ -70,20 +76,28 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     training, length = config.training, config.data.sequence_length
     check_batch(training, mesh)
     resumed = is_resumed(config)
+    tokenizer = Tokenizer.load(config.output) if resumed else None
     if config.init_from and not resumed:
         check_start(config)
+        tokenizer = start_tokenizer(config)
+        if tokenizer is not None:
+            display.say(
+                f"keeping the tokenizer of {config.init_from}: {config.data.tokenizer} would train "
+                "another, whose ids have other meanings"
+            )
     display.begin("reading and tokenizing")
     data = prepare(
         config.data,
-        Tokenizer.load(config.output) if resumed else None,
+        tokenizer,
         lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
         config.output,
     )
     vocabulary = data.tokenizer.vocab_size
-    config = dataclasses.replace(config, model=config.model.with_vocabulary(vocabulary))
+    parameters = config.output if resumed else config.init_from
+    embeddings = read_model_directory(parameters)[0].num_embeddings if parameters else vocabulary
+    config = dataclasses.replace(config, model=config.model.with_vocabulary(embeddings))
     check_tokenizer(config, data.tokenizer)
     if config.init_from and not resumed:
-        check_start(config)  # again: now its vocabulary is known
         check_start_tokenizer(config, data.tokenizer)
     if vocabulary < config.model.num_embeddings:
         display.say(
@@ -110,7 +124,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     train_step = compile_train_step(template, optimizer, training, length, place)
     eval_step = jax.jit(make_eval_step(template.graph))
     if config.init_from and not resumed:
-        display.say(f"initialized from {config.init_from}, with its tokenizer")
+        display.say(describe_start(config))
         state = start_state(config, optimizer, template, mesh)
     elif not resumed:
         state = init_state(config.model, config.compute, optimizer, template, config.seed)
@@ -128,8 +142,18 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
                         f"{config.output}: had other {side} text than data.path holds now: bring "
                         "that text back, or choose another output"
                     )
+            if loop.step > training.steps:
+                raise HymbaError(
+                    f"{config.output}: is at step {loop.step}, training.steps is {training.steps}: "
+                    "set more steps, or choose another output"
+                )
             batches.set_state(loop.batches)
-            display.say(f"resuming after step {loop.step}")
+            done = loop.step == training.steps
+            display.say(
+                f"complete at step {loop.step}: more training.steps would continue it"
+                if done
+                else f"resuming after step {loop.step}"
+            )
         else:
             loop = LoopState(0, batches.get_state(), corpus, validation)
         if is_first():

@@ -36,12 +36,33 @@ def check_start(config: RunConfig) -> None:
         )
 
 
+def describe_start(config: RunConfig) -> str:
+    """What a run starts from, and what its model does otherwise with the same parameters."""
+    held = dict(leaves(read_model_directory(config.init_from)[0].resolved(), "model."))
+    changed = [
+        f"{name} is {held[name]!r} there, {value!r} here"
+        for name, value in leaves(config.model.resolved(), "model.")
+        if value != held[name]
+    ]
+    return f"initialized from {config.init_from}" + (f": {'; '.join(changed)}" if changed else "")
+
+
+def start_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The tokenizer in `config.init_from`, where `data.tokenizer` would train another; else None.
+
+    Another tokenizer's ids would have other meanings than the embeddings that the run starts from.
+    """
+    if config.data.bpe_size is None or not _has_tokenizer(config):
+        return None
+    return Tokenizer.load(config.init_from)
+
+
 def check_start_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises HymbaError if the tokenizer splits text otherwise than the one in `config.init_from`.
 
     It may have more tokens: embeddings are kept for those that were there.
     """
-    if not (resolve_path(config.init_from) / "tokenizer.json").is_file():
+    if not _has_tokenizer(config):
         return
     held = Tokenizer.load(config.init_from)
     added = held.model.get_vocab().items() - tokenizer.model.get_vocab().items()
@@ -51,6 +72,10 @@ def check_start_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"data.tokenizer {config.data.tokenizer} have other meanings: use --data.tokenizer "
             f"{config.init_from}, or train without init_from"
         )
+
+
+def _has_tokenizer(config: RunConfig) -> bool:
+    return (resolve_path(config.init_from) / "tokenizer.json").is_file()
 
 
 def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:

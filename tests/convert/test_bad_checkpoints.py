@@ -366,6 +366,20 @@ class TestTarget:
             convert(whole, target, overwrite=True)
         assert (target / other).exists()
 
+    def test_what_was_written_again_is_not_overwritten(self, whole, ours, tmp_path):
+        """By a fine-tuned model that was saved into it, say."""
+        target = shutil.copytree(ours, tmp_path / "target")
+        file = target / "config.toml"
+        file.write_text(file.read_text())
+        with pytest.raises(HymbaError, match=r"target: holds config\.toml, which"):
+            convert(whole, target, overwrite=True)
+
+    def test_permissions_stay(self, ours, tmp_path):
+        target = shutil.copytree(ours, tmp_path / "target")
+        target.chmod(0o700)
+        convert(ours, target, overwrite=True)
+        assert target.stat().st_mode & 0o777 == 0o700
+
     def test_a_hf_checkpoint_of_others_is_never_overwritten(self, whole, ours, tmp_path):
         target = shutil.copytree(whole, tmp_path / "target")
         with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, wh"):
@@ -404,12 +418,11 @@ class TestTarget:
 
     def test_a_failure_leaves_the_old_one(self, whole, ours, tmp_path, monkeypatch):
         target = shutil.copytree(ours, tmp_path / "target")
-        config = target / "config.toml"
-        config.write_text(config.read_text() + "# mine\n")
+        before = (target / "config.toml").stat()
         monkeypatch.setattr("hymba_jax.convert.released_to_ours.model_toml", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(whole, target, overwrite=True)
-        assert config.read_text().endswith("# mine\n")
+        assert (target / "config.toml").stat() == before
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from golden_cases import CASES, GOLDEN
+from tokenizers import models
 
 from hymba_jax.config import PRESETS, AttentionConfig, ConfigError, HymbaConfig
 from hymba_jax.convert.released_config import (
@@ -13,8 +15,10 @@ from hymba_jax.convert.released_config import (
     config_from_released,
     config_to_released,
     eos_token_ids,
+    read_architecture,
     with_dtype,
 )
+from hymba_jax.data import Tokenizer
 
 RELEASED = Path(__file__).parents[3] / "shared" / "released" / "config.json"
 SMALL = {
@@ -50,6 +54,22 @@ def test_what_we_write_means_what_was_read():
     differing = {key for key in written if key in released and written[key] != released[key]}
     assert differing == {"kq_head_dim"}  # -1 there: hidden_size / num_attention_heads
     assert written["kq_head_dim"] == released["hidden_size"] // released["num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bos", "eos"),
+    [
+        ({"bos_token_id": None, "eos_token_id": [5, 2]}, 3, 2),
+        ({"bos_token_id": 1, "eos_token_id": [5, 7]}, 1, 5),
+        ({"bos_token_id": 4, "eos_token_id": 9}, 4, 9),
+    ],
+)
+def test_the_tokenizer_decides_special_tokens_that_are_left_open(changes, bos, eos, tmp_path):
+    assert read_architecture(tmp_path, SMALL | changes).bos_token_id in (bos, 1)
+    model = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<s>": 3}, "a"))
+    Tokenizer(model, "<s>", "</s>").save(tmp_path)
+    config = read_architecture(tmp_path, SMALL | changes)
+    assert (config.bos_token_id, config.eos_token_id) == (bos, eos)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -259,10 +259,10 @@ def test_whether_a_tokenizer_fits_a_model():
     tokenizer.check_fits(fits, "t")
     smaller = dataclasses.replace(fits, vocab_size=258, bos_token_id=0)
     with pytest.raises(HymbaError) as caught:
-        tokenizer.check_fits(smaller, "t", "and more")
+        tokenizer.check_fits(smaller, "t")
     assert str(caught.value) == (
         "tokenizer t does not fit: it has 259 tokens, model.vocab_size is 258; "
-        "its bos token is 1, model.bos_token_id is 0; and more"
+        "its bos token is 1, model.bos_token_id is 0"
     )
     padding = Tokenizer(tokenizer.model, "<pad>", "<pad>")
     with pytest.raises(HymbaError, match=r"its bos token is 0, .*its eos token is 0"):

@@ -63,7 +63,7 @@ def test_sampling(generation, expected, tmp_path):
 def test_what_is_not_supported_is_said(tmp_path, capsys):
     write(tmp_path, {"num_beams": 4, "typical_p": 1.0, "suppress_tokens": [3], "min_length": 0})
     assert read_generation_defaults(tmp_path).unsupported == ("num_beams", "suppress_tokens")
-    assert with_defaults(SamplingConfig(), str(tmp_path), []) == SamplingConfig()
+    assert with_defaults(["--model", str(tmp_path)]) == ["--model", str(tmp_path)]
     assert "num_beams, suppress_tokens not supported, not used" in capsys.readouterr().err
 
 
@@ -88,17 +88,16 @@ def test_wrong_types(generation, message, tmp_path):
     [
         ([], True),
         (["--max-new-tokens", "3", "--prompt", "x"], True),
+        (["--num-samples", "2"], True),
         (["--temperature", "0"], False),
         (["--top_p=0.5"], False),
     ],
 )
 def test_a_command_uses_them_where_it_has_none_and_says_so(args, used, tmp_path, capsys):
     write(tmp_path, {"do_sample": True, "temperature": 0.6})
-    asked = SamplingConfig(max_new_tokens=3)
-    sampling = with_defaults(asked, str(tmp_path), args)
-    assert sampling == (
-        SamplingConfig(max_new_tokens=3, temperature=0.6, top_k=50) if used else asked
-    )
+    args = ["--model", str(tmp_path), *args]
+    added = ["--temperature=0.6", "--top-k=50"] if used else []
+    assert with_defaults(args) == [*args, *added]
     assert ("temperature 0.6, top_k 50" in capsys.readouterr().err) == used
 
 

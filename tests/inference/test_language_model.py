@@ -250,6 +250,11 @@ def test_a_stop_string_that_is_a_control_token_ends_the_text(hymba, model, greed
     assert completion.finish_reason == "stop"
 
 
+def test_a_stop_string_that_cannot_come_is_refused(model):
+    with pytest.raises(HymbaError, match="has the special token </s> beside other text"):
+        model.stream("a", stop="</s>\n")
+
+
 def test_control_tokens_in_prompts(model):
     text = TOKENIZER.encode("a</s>")
     assert model.encode("a</s>") == [[TOKENIZER.bos_id, *text]]

@@ -107,6 +107,14 @@ def test_a_resumed_run_has_the_lines_of_one_that_never_stopped(config, tmp_path,
     assert "moved lines to metrics.removed.jsonl: 3 after step 6, 1 damaged" in said
 
 
+def test_fewer_steps_than_were_done_are_refused(config):
+    train(config)
+    before = (Path(config.output) / "config.toml").read_text()
+    with pytest.raises(HymbaError, match=r"is at step 4, training\.steps is 3: set more steps"):
+        train(changed(config, steps=3))
+    assert (Path(config.output) / "config.toml").read_text() == before
+
+
 def test_other_text_is_refused_on_either_side(config, tmp_path):
     train(config)
     pages = {path.name: path.read_text() for path in (tmp_path / "corpus").glob("*.txt")}

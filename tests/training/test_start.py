@@ -21,7 +21,13 @@ from hymba_jax.training import loop
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.start import check_start, check_start_tokenizer, start_state
+from hymba_jax.training.start import (
+    check_start,
+    check_start_tokenizer,
+    describe_start,
+    start_state,
+    start_tokenizer,
+)
 from hymba_jax.training.state import make_template
 
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
@@ -49,7 +55,8 @@ def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
     assert jax.tree.map(lambda array: array.sharding, state) == template.shardings
     expected = nnx.to_pure_dict(nnx.state(arrange_layers(model, scan_layers=scan_layers)))
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
-    assert all(not np.any(moment) for moment in jax.tree.leaves(state.optimizer))
+    for path, moment in jax.tree.leaves_with_path(state.optimizer):
+        assert "learning_rate" in jax.tree_util.keystr(path) or not np.any(moment)
 
 
 def test_a_longer_context_may_be_trained(held):
@@ -59,6 +66,18 @@ def test_a_longer_context_may_be_trained(held):
         attention=dataclasses.replace(CONFIG.attention, window=32),
     )
     check_start(RunConfig(init_from=str(held[0]), model=wide))
+
+
+def test_what_else_differs_is_said(held):
+    directory = str(held[0])
+    attention = dataclasses.replace(CONFIG.attention, rope_theta=5e5)
+    other = dataclasses.replace(CONFIG, attention=attention, vocab_size="auto")
+    assert describe_start(RunConfig(init_from=directory, model=CONFIG)) == (
+        f"initialized from {directory}"
+    )
+    assert "model.attention.rope_theta is 10000.0 there, 500000.0 here" in describe_start(
+        RunConfig(init_from=directory, model=other)
+    )
 
 
 def test_another_architecture_is_one_line(held):
@@ -105,6 +124,15 @@ class TestTokenizer:
             run = self.run(directory, tokenizer)
             check_start_tokenizer(run, build_tokenizer(run.data, self.TEXTS))
 
+    def test_its_own_is_kept_where_another_would_be_trained(self, directory, tmp_path_factory):
+        kept = start_tokenizer(self.run(directory, "bpe:4096"))
+        assert (
+            kept.model.to_str()
+            == build_tokenizer(DataConfig(tokenizer=str(directory)), ()).model.to_str()
+        )
+        assert start_tokenizer(self.run(directory, "bytes")) is None
+        assert start_tokenizer(self.run(tmp_path_factory.mktemp("none"))) is None
+
     def test_more_tokens_at_the_end_are_none_of_other_meaning(self, directory):
         run = self.run(directory)
         larger = build_tokenizer(run.data, self.TEXTS)
@@ -122,6 +150,12 @@ class TestCommandLine:
         run, _ = parse_run(["--init-from", directory, "--model.max-positions", "1000"], "train.py")
         assert run.init_from == run.data.tokenizer == directory
         assert run.model == dataclasses.replace(CONFIG, max_positions=1000)
+
+    def test_an_underscore_is_as_good_as_a_dash(self, held):
+        runs = [
+            parse_run([name, str(held[0])], "train.py") for name in ("--init-from", "--init_from")
+        ]
+        assert runs[0] == runs[1]
 
     def test_a_file_goes_before_them(self, held, tmp_path):
         path = tmp_path / "run.toml"
