@@ -36,8 +36,8 @@ def on_one():
     return run
 
 
-# The rest shows nothing of its own but its snapshot.
-SLOW = ("2x2x2-sequence-data",)
+# Mixtures of axes that others show one by one; two minutes of processor time each.
+SLOW = ("2x2x2-sequence-data", "2x2x2-sequence")
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 
 

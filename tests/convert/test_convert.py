@@ -25,6 +25,7 @@ from convert.released import (
 from flax import nnx
 from golden_cases import CASES, GOLDEN
 from inference.models import TINY, byte_tokenizer, make_model
+from slow import slow_but
 from tokenizers.processors import TemplateProcessing
 
 from hymba_jax import cli
@@ -70,7 +71,7 @@ def params(model):
     return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, "tiny-ntk", "tiny-nometa"))
 def test_golden_logits_in_both_directions(case, tmp_path, capsys):
     released = write_released(tmp_path / "released", case=case)
     verify = str(GOLDEN / case / "golden.npz")
