@@ -77,7 +77,7 @@ def main(args: InspectConfig) -> None:
         missing = missing_for_transformers(checkpoint.directory, checkpoint.settings)
         problems += [f"transformers cannot load it: {what}" for what in missing]
     elif not problems:
-        problems = checkpoint.stored.damage()
+        problems = checkpoint.damage()
     table.add_row("complete", "no" if problems else "yes")
     Console().print(table)
     if problems:

@@ -9,7 +9,7 @@ from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.run_config import CONFIG_FILE, read_model
-from hymba_jax.training.checkpoint import params_path
+from hymba_jax.training.checkpoint import OPTIMIZER, params_path
 
 
 class OurCheckpoint:
@@ -48,6 +48,12 @@ class OurCheckpoint:
     def problems(self) -> list[str]:
         """Every array that does not fit the config, in words, without reading any."""
         return misfits(self.tensors, {dotted(path): shape for path, shape in self.shapes.items()})
+
+    def damage(self) -> list[str]:
+        """Reads all arrays, a run's optimizer state too; what differs from what was written."""
+        optimizer = self.stored.path.parent / OPTIMIZER
+        others = [StoredParams(optimizer)] if optimizer.is_dir() else []
+        return [problem for stored in (self.stored, *others) for problem in stored.damage()]
 
     def check(self) -> None:
         """Raises ConversionError naming every array that cannot be converted."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from hymba_jax.convert import mapping
 from hymba_jax.convert.tensor_file import TensorInfo
@@ -21,6 +21,7 @@ from hymba_jax.training.checksums import (
     Checksums,
     check_tree,
     checksums_metadata,
+    dotted,
     tree_checksums,
 )
 
@@ -85,7 +86,7 @@ class _SourceHandler(ocp.type_handlers.NumpyHandler):
 
 
 class StoredParams:
-    """Parameters that Orbax wrote, or `write_params`, to read from.
+    """Parameters that Orbax wrote, or `write_params`, to read from; or an optimizer's state.
 
     Attributes:
       path: the directory of its files.
@@ -102,10 +103,10 @@ class StoredParams:
         with one_line(path, _UNREADABLE):
             metadata = self._checkpointer.metadata(self.path).item_metadata
             tree, self._metadata = metadata.tree, metadata.custom_metadata
-        self._keys = {mapping.dotted(key): key for key in flatten_dict(tree)}
+        self._structure = jax.tree.structure(tree)
         self.tensors = {
-            mapping.dotted(key): TensorInfo(str(leaf.dtype), tuple(leaf.shape))
-            for key, leaf in flatten_dict(tree).items()
+            dotted(keys): TensorInfo(str(leaf.dtype), tuple(leaf.shape))
+            for keys, leaf in jax.tree.leaves_with_path(tree)
         }
 
     def batches(self) -> Iterator[list[str]]:
@@ -157,11 +158,13 @@ class StoredParams:
 
     def _restore(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         """By Orbax, which uses all processors itself."""
-        like = {self._keys[p]: jax.ShapeDtypeStruct(*reversed(self.tensors[p])) for p in paths}
-        restore = {key: ocp.RestoreArgs(restore_type=np.ndarray) for key in like}
-        args = ocp.args.PyTreeRestore(
-            item=unflatten_dict(like), restore_args=unflatten_dict(restore), partial_restore=True
-        )
+        like = [
+            jax.ShapeDtypeStruct(*reversed(info)) if path in paths else ocp.PLACEHOLDER
+            for path, info in self.tensors.items()
+        ]
+        restore = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(like)
+        item, restore_args = (jax.tree.unflatten(self._structure, v) for v in (like, restore))
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
         with self._restoring:
-            arrays = flatten_dict(self._checkpointer.restore(self.path, args=args))
-        return {path: arrays[self._keys[path]] for path in paths}
+            arrays = jax.tree.leaves(self._checkpointer.restore(self.path, args=args))
+        return {path: a for path, a in zip(self.tensors, arrays, strict=True) if path in paths}

@@ -3,17 +3,24 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import pytest
 import safetensors.numpy
 from convert.released import AUTO_MAP, convert, golden_config, golden_weights, write_released
+from flax import nnx
 from golden_cases import GOLDEN
+from inference.models import TINY, make_model
 
 from hymba_jax import cli
 from hymba_jax.config import PRESETS
 from hymba_jax.convert.inspect import count_by_part
+from hymba_jax.convert.our_checkpoint import OurCheckpoint
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import load_model
-from hymba_jax.run_config import read_model_directory
+from hymba_jax.run_config import model_toml, read_model_directory
+from hymba_jax.training.checkpoint import Checkpoints, LoopState
+from hymba_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +135,23 @@ def test_a_flipped_bit_is_found_wherever_arrays_are_read(released, tmp_path, cap
             read()
         assert str(damaged.value).startswith(message)
     assert not (tmp_path / "back").exists()
+
+
+def test_a_flipped_bit_of_an_optimizer_is_found(tmp_path):
+    model = make_model(TINY)
+    params = nnx.to_pure_dict(nnx.state(model))
+    (tmp_path / "config.toml").write_text(model_toml(model.config, model.compute))
+    moments = [(), {"count": jnp.int32(3), "mu": jax.random.normal(jax.random.key(0), (64, 300))}]
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(TrainState(params, moments), LoopState(3, {}, "", ""))
+    assert OurCheckpoint(tmp_path).damage() == []
+    files = [*(tmp_path / "checkpoints" / "3" / "optimizer").rglob("d/*")]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    (damage,) = OurCheckpoint(tmp_path).damage()
+    assert damage.startswith(f"{tmp_path}/checkpoints/3/optimizer: ")
 
 
 def test_a_name_on_hugging_face_is_explained(tmp_path, monkeypatch):
