@@ -134,7 +134,9 @@ class HymbaConfig:
       mlp_activation: "silu" gates (SwiGLU); "relu2" has no gate.
       tie_embeddings: the output projection is the embedding.
       norm_eps: added to the mean square in every RMSNorm.
-      bos_token_id, eos_token_id, pad_token_id: the tokenizer's special tokens.
+      bos_token_id: the tokenizer's begin-of-text token.
+      eos_token_id: its end-of-text token.
+      pad_token_id: its padding token, which nothing is computed from.
 
     Raises:
       ConfigError: naming every value that cannot be.

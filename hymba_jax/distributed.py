@@ -33,7 +33,7 @@ class DistributedConfig:
     Attributes:
       coordinator: HOST:PORT at which the processes meet: of process 0, a port free there.
       num_processes: of the run.
-      process_id: of this one, counted from 0.
+      process_id: number of this process, counted from 0.
       start_timeout: seconds to wait until all have started.
       heartbeat_timeout: seconds of silence after which a process is lost, and the others end.
 

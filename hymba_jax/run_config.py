@@ -49,10 +49,10 @@ class RunConfig:
 
     Attributes:
       output: the run directory: config, tokenizer, metrics and checkpoints.
-      seed: of the first parameters, the order of the data and the sample.
-      init_from: directory of a model or a run whose parameters, the newest there, the run starts
-        from; nothing: they are drawn. Named on the command line, its model and its tokenizer are
-        the defaults of the run's. A run that goes on ignores it.
+      seed: random seed of the initial parameters, the order of the data and the sample.
+      init_from: directory of a model or a run whose newest parameters initialize the run; they are
+        random if it is empty. Named on the command line, its model and its tokenizer are the
+        defaults of the run's. A run that resumes ignores it.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 
     Raises:
@@ -182,7 +182,7 @@ def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedCon
         config: str = "",
         distributed: DistributedConfig = DistributedConfig(),  # noqa: B008, it is frozen
     ) -> tuple[RunConfig, DistributedConfig]:
-        """Trains a model. The same command again goes on with a run that was stopped.
+        """Trains a model. The same command again resumes a run that was stopped.
 
         Args:
           config: TOML file; its values are the defaults of all other options.

@@ -45,7 +45,7 @@ class InspectConfig:
     transformers needs to load a HF checkpoint.
 
     Attributes:
-      path: its directory.
+      path: directory of the checkpoint.
       step: which checkpoint of a run; the newest if absent.
     """
 

@@ -34,7 +34,7 @@ class MemoryConfig:
     """Prints the memory that a model needs to generate and to be trained. Nothing is allocated.
 
     Attributes:
-      preset: one of the family.
+      preset: hymba-125m, hymba-350m or hymba-1.5b.
       config: TOML file of a run or a model, in place of a preset.
       context: tokens that a sequence may grow to.
       batch: sequences at a time.
@@ -231,7 +231,7 @@ def _by_use(config: HymbaConfig, layers: Any) -> CacheBytes:
 
 def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
     if bool(args.preset) == bool(args.config):
-        raise HymbaError("name either a preset or a config")
+        raise HymbaError(f"name either a preset or a config; presets are {', '.join(PRESETS)}")
     if args.config:
         return read_model(args.config)
     if args.preset not in PRESETS:

@@ -24,7 +24,7 @@ class WarmupConfig:
     Those commands need the same `context`, `dtype` and `state_dtype` to find them.
 
     Attributes:
-      texts: to be continued at a time, up to; every power of two is compiled.
+      texts: the most prompts at a time; every power of two up to it is compiled.
 
     Raises:
       HymbaError: no context is named, or no possible number of texts.

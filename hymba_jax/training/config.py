@@ -45,7 +45,7 @@ class TrainingConfig:
       min_learning_rate: of the last update.
       warmup_fraction: part of the steps in which the rate rises linearly.
       decay_fraction: part of the steps, at the end, in which it falls linearly.
-      weight_decay: of matrices, times the learning rate.
+      weight_decay: decay of matrices, multiplied by the learning rate.
       beta1: decay of the mean of the gradients.
       beta2: decay of the mean of their squares.
       clip_norm: the gradient is scaled down to this norm where it is longer.

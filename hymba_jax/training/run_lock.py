@@ -29,7 +29,7 @@ def locked(directory: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Makes a run directory and holds its lock; what it made and is left empty is removed again.
 
     Args:
-      warn: is told where the file system has no locks, which goes on without one.
+      warn: is told where the file system has no locks; the directory is then used without one.
 
     Raises:
       HymbaError: another run holds the lock.
