@@ -1,6 +1,7 @@
 """Each bad input: one clear line, an exit status that isn't 0, nothing written."""
 
 import json
+import signal
 
 import pytest
 from entry.command import run, train_py
@@ -117,13 +118,14 @@ def test_a_checkpoint_of_another_program(config, output):
 
 def test_stopping_by_hand_says_how_to_go_on(config, output, monkeypatch, capsys):
     def interrupt(_config):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("hymba_jax.training.loop.train", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.train(["--config", str(config)])
     assert caught.value.code == 130
-    assert f"the same command goes on with {output}" in capsys.readouterr().err
+    said = f"stopped by Ctrl-C: {output} has no checkpoint yet, the same command starts from scratch"
+    assert capsys.readouterr().err == f"\n{said}\n"
 
 
 def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
