@@ -124,8 +124,8 @@ def test_stopping_by_hand_says_how_to_go_on(config, output, monkeypatch, capsys)
     with pytest.raises(SystemExit) as caught:
         cli.train(["--config", str(config)])
     assert caught.value.code == 130
-    said = f"stopped by Ctrl-C: {output} has no checkpoint yet, the same command starts from scratch"
-    assert capsys.readouterr().err == f"\n{said}\n"
+    said = f"stopped by Ctrl-C: {output} has no checkpoint yet, "
+    assert capsys.readouterr().err == f"\n{said}the same command starts from scratch\n"
 
 
 def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
