@@ -28,6 +28,7 @@ def repr_of_type(value):
         (np.float32(3.5), float),
         (np.bool_(True), bool),
         (np.str_("a"), str),
+        (np.array(3), int),  # as JAX's scalars are
         (np.int64(3), int | Auto),
         ("auto", int | Auto),
         (None, int | None),
@@ -55,7 +56,7 @@ def test_values_that_fit(value, kind):
         (16**5000, str, "is a number of 20001 bits, not a text"),
         ([16**5000], int, "is [a number of 20001 bits], not a whole number"),
         (np.ones(2), Auto, 'is array([1., 1.]), not "auto"'),
-        (np.array(3), int, "is array(3), not a whole number"),
+        (np.array([3]), int, "is array([3]), not a whole number"),
         ("\udcff", str, "is '\\udcff', not Unicode"),
         ("x", int | None, "is 'x', not a whole number or nothing"),
     ],
