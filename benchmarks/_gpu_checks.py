@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _gpu_step import Recorder
+from attention import attend
 from flax import nnx
 from jax.extend.backend import get_backend
 
@@ -26,8 +27,6 @@ from hymba_jax.convert.tensor_file import TensorFile
 from hymba_jax.inference.engine import NO_TOKEN, Engine, Limits
 from hymba_jax.inference.sampling import SamplingConfig, make_sampler
 from hymba_jax.model import Hymba
-from hymba_jax.model.cache import empty_cache, start_cache
-from hymba_jax.ops.attention import attention
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
@@ -188,11 +187,13 @@ def conforming_attention(recorder: Recorder) -> None:
                     *((heads.query, heads.head_dim), (heads.key, heads.head_dim)),
                     *((heads.key, heads.value_dim), (heads.query, heads.value_dim)),
                 ]
+                of_rows = [(2, heads.length, *s) for s in shapes]
+                of_meta = [(heads.meta, *s) for s in shapes[1:3]]
                 *inputs, cotangent = (
-                    jnp.asarray(rng.normal(size=(2, heads.length, *s)).astype(np.float32), dtype)
-                    for s in shapes
+                    jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
+                    for shape in (*of_rows[:3], *of_meta, of_rows[3])
                 )
-                row["implementation"] = fastest(inputs[0], inputs[1], None)
+                row["implementation"] = fastest(inputs[0], inputs[1], None, 0)
                 ours = _run_attention(wanted, None, heads, inputs, cotangent)
                 *inputs, cotangent = (v.astype(jnp.float32) for v in (*inputs, cotangent))
                 expected = _run_attention(wanted, "reference", heads, inputs, cotangent)
@@ -208,19 +209,15 @@ def _run_attention(
     wanted: str, implementation: str | None, heads: Heads, inputs: list[Any], cotangent: Any
 ) -> dict[str, Any]:
     """The output, or the gradient of every input, by name."""
-    attend = partial(
-        attention,
-        window=heads.window,
-        num_meta_tokens=heads.meta,
-        implementation=implementation,
-    )
+    run = partial(attend, window=heads.window, implementation=implementation)
 
     def backward(*inputs: Any) -> dict[str, jax.Array]:
-        gradients = jax.vjp(attend, *inputs)[1](cotangent)
-        return dict(zip(("query", "key", "value"), gradients, strict=True))
+        gradients = jax.vjp(run, *inputs)[1](cotangent)
+        names = ("query", "key", "value", "meta_key", "meta_value")
+        return dict(zip(names, gradients, strict=True))
 
     def forward(*inputs: Any) -> dict[str, jax.Array]:
-        return {"output": attend(*inputs)}
+        return {"output": run(*inputs)}
 
     return jax.jit(forward if wanted == "forward" else backward)(*inputs)
 
@@ -312,20 +309,20 @@ def _logits_in_pieces(one: Golden, widths: list[int]) -> np.ndarray:
     tokens = one.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
 
     @partial(jax.jit, static_argnames="is_start")
-    def extend(params: Any, piece: Any, cache: Any, prefix: Any, *, is_start: bool) -> Any:
+    def extend(params: Any, piece: Any, cache: Any, meta: Any, *, is_start: bool) -> Any:
         model = nnx.merge(graph, params)
         lengths = jnp.full(len(piece), piece.shape[1])
-        x, cache = model.extend(piece, cache, prefix, lengths, is_start=is_start)
+        x, cache = model.extend(piece, cache, meta, lengths, is_start=is_start)
         return model.logits(x), cache
 
-    prefix = jax.jit(lambda params: nnx.merge(graph, params).prefix())(params)
+    meta = jax.jit(lambda params: nnx.merge(graph, params).meta_state())(params)
     rows, length = tokens.shape
-    cache = start_cache(empty_cache(one.config, rows, length, "float32", "float32"), prefix)
+    cache = nnx.merge(graph, params).init_state(rows, length).start(meta)
     logits = []
     for i, width in enumerate(widths):
         start = sum(widths[:i])
         piece = tokens[:, start : start + width]
-        part, cache = extend(params, piece, cache, prefix, is_start=i == 0)
+        part, cache = extend(params, piece, cache, meta, is_start=i == 0)
         logits.append(np.asarray(part))
     return np.concatenate(logits, axis=1)
 

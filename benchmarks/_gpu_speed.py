@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from _gpu_step import Recorder, Row
 from _report import median_ms, peak_bytes
-from attention import pairs_seen
+from attention import attend, pairs_seen
 from attention import with_gradient as attention_with_gradient
 from jax.sharding import Mesh
 from selective_scan import associative
@@ -29,9 +29,8 @@ from hymba_jax.ahead.topology import CHIPS
 from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, DecodeState, Drawn, Limits
 from hymba_jax.inference.sampling import Sampler, SamplingConfig, make_sampler
-from hymba_jax.model.cache import Cache
 from hymba_jax.model.flops import training_flops
-from hymba_jax.ops.attention import attention as attention_op
+from hymba_jax.model.state import ModelState
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
@@ -132,22 +131,22 @@ def attention(recorder: Recorder) -> None:
     """
     config = TINY if recorder.dry_run else PRESETS["hymba-1.5b"]
     batch, length = (2, 32) if recorder.dry_run else (8, 2048)
-    heads, meta, keys = config.attention, config.num_meta_tokens, config.num_meta_tokens + length
-    row_of = partial(_normal, batch, keys)
+    heads, meta = config.attention, config.num_meta_tokens
+    row_of = partial(_normal, batch, length)
     inputs = (
         row_of(heads.num_heads, config.head_dim),
         row_of(heads.num_kv_heads, config.head_dim),
         row_of(heads.num_kv_heads, config.value_dim),
+        _normal(meta, heads.num_kv_heads, config.head_dim),
+        _normal(meta, heads.num_kv_heads, config.value_dim),
     )
     doutput = row_of(heads.num_heads, config.value_dim)
-    chosen = fastest(inputs[0], inputs[1], None)
+    chosen = fastest(inputs[0], inputs[1], None, num_meta_tokens=0)
     k, v = config.head_dim, config.value_dim
     for name in dict.fromkeys((chosen, "blocks")):
         for window in (heads.window, None):
-            function = partial(
-                attention_op, window=window, num_meta_tokens=meta, implementation=name
-            )
-            seen = pairs_seen(keys, keys, meta, window or keys, meta)
+            function = partial(attend, window=window, implementation=name)
+            seen = pairs_seen(length, length, 0, window or length, meta)
             pairs = 2 * batch * heads.num_heads * seen
             # Back: the scores once more, and two products for each one forward.
             passes: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
@@ -163,7 +162,7 @@ def attention(recorder: Recorder) -> None:
                     compiled = _compile(row, call, *arguments)
                     row["ms"] = _milliseconds(partial(compiled, *arguments))
                     row["TFLOP/s"] = flops / row["ms"] / 1e9
-    window_layer = partial(attention_op, window=heads.window, num_meta_tokens=meta)
+    window_layer = partial(attend, window=heads.window)
     both = jax.jit(attention_with_gradient(window_layer))
     recorder.profile(partial(both, doutput, *inputs))
 
@@ -201,7 +200,7 @@ def train(recorder: Recorder, config: str) -> None:
     with recorder.case("step") as row:
         row["loss"] = float(one_step().loss)
         row["ms"] = median_ms(one_step, warmup=1, repeats=3 if recorder.dry_run else 8)
-        flops = shape[0] * training_flops(run.model, template.state.params, length)
+        flops = shape[0] * training_flops(run.model, length)
         workload = Workload(math.prod(shape), flops, 1, peak_flops([device.device_kind]))
         row |= workload.rates(row["ms"] / 1e3)
         row |= {"peak GB": peak_bytes() / 1e9, "last loss": float(one_step().loss)}
@@ -268,7 +267,7 @@ def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
 
     match shapes:
         case DecodeState():
-            cache = Cache(_random(shapes.cache.layers), full(context - ROOM))
+            cache = ModelState(_random(shapes.cache.layers), full(context - ROOM))
             seen = jnp.zeros(shapes.seen.shape, bool)
             values: Any = DecodeState(cache, full(0), full(0), full(0) > 0, seen)
         case Sampler():

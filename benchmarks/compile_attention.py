@@ -86,8 +86,12 @@ def rows(
     ):
         heads, kv_heads = HEADS[model]
         inputs = [
-            jax.ShapeDtypeStruct((batch, META_TOKENS + length, n, width), dtype)
-            for n, width in ((heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, VALUE_DIM))
+            jax.ShapeDtypeStruct((batch, positions, n, width), dtype)
+            for positions, n, width in (
+                (length, heads, HEAD_DIM),
+                (META_TOKENS + length, kv_heads, HEAD_DIM),
+                (META_TOKENS + length, kv_heads, VALUE_DIM),
+            )
         ]
         forward = partial(
             attention,
@@ -110,7 +114,7 @@ def rows(
                 "batch": batch,
                 "layer": layer,
                 "pass": name,
-                "scores MB": batch * heads * (META_TOKENS + length) ** 2 * 4 / 1e6,
+                "scores MB": batch * heads * length * (META_TOKENS + length) * 4 / 1e6,
             }
             yield row | compile_pass(function, inputs)
 

@@ -161,7 +161,7 @@ def measure_row(options: Options) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 250, context).tolist() for _ in range(batch)]
     shorter = [prompt[:-1] for prompt in prompts]
-    flops = batch * forward_flops(config, engine.params, context, predicted=1)
+    flops = batch * forward_flops(config, context, predicted=1)
     repeats = 1 if batch * context > LONG else options.repeats
 
     token_ms = decode_ms(engine, batch, context, repeats)

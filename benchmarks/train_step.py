@@ -164,7 +164,7 @@ def _rates(
     config: HymbaConfig, dtype: DType, params: Params, shape: tuple[int, int], milliseconds: float
 ) -> Row:
     rows, length = shape
-    flops_rate = 1e3 * rows * training_flops(config, params, length) / milliseconds
+    flops_rate = 1e3 * rows * training_flops(config, length) / milliseconds
     return {
         "tokens/s": 1e3 * rows * length / milliseconds,
         "GFLOP/s": flops_rate / 1e9,

@@ -8,7 +8,13 @@ from typing import Literal
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import Bounds, bound_problems, shown, type_problems
-from hymba_jax.layer_pattern import LayerSpec, Segment, format_pattern, hymba_pattern, parse_pattern
+from hymba_jax.layer_pattern import (
+    GroupSpec,
+    LayerSpec,
+    format_pattern,
+    hymba_pattern,
+    parse_pattern,
+)
 
 type Auto = Literal["auto"]
 RopeType = Literal["auto", "default", "ntk", "dynamic_ntk"]
@@ -165,14 +171,14 @@ class HymbaConfig:
         object.__setattr__(self, "layers", format_pattern(parse_pattern(self.layers)))
 
     @functools.cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        """The layers as runs of equal units."""
+    def groups(self) -> tuple[GroupSpec, ...]:
+        """The layers in groups, equal neighbours merged."""
         return parse_pattern(self.layers)
 
     @functools.cached_property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """The layers, one by one."""
-        return tuple(spec for segment in self.segments for spec in segment.unit * segment.repeats)
+        return tuple(spec for group in self.groups for spec in group.layers * group.repeats)
 
     @property
     def num_layers(self) -> int:
@@ -269,11 +275,11 @@ class HymbaConfig:
             if self.vocab_size != "auto" and token >= self.vocab_size:
                 yield f"{name} {token} is outside the vocabulary of {self.vocab_size}"
         try:
-            segments = parse_pattern(self.layers)
+            groups = parse_pattern(self.layers)
         except ValueError as error:
             yield f"layers {shown(self.layers)}: {error}"
         else:
-            yield from self._head_problems([spec for run in segments for spec in run.unit])
+            yield from self._head_problems([spec for group in groups for spec in group.layers])
 
     def _head_problems(self, specs: list[LayerSpec]) -> Iterator[str]:
         """What is wrong with the heads; nothing is if no layer has attention."""
@@ -322,7 +328,7 @@ class ComputeConfig:
       param_dtype: of the stored parameters; the SSM's A_log, D and time-step bias stay float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
         input of each block, "dots" the results of matrix products.
-      scan_layers: roll repeated units into a scan over stacked parameters.
+      scan_layers: roll repeated layer groups into a scan over stacked parameters.
     """
 
     dtype: DType = "float32"

@@ -4,8 +4,8 @@ A model's layers are written as a pattern, the way the paper draws them (Fig. 2)
 
     G 7*Ww G Www 6*Ww G
 
-Each letter is a layer. Each word is a unit: layers that stand together, the first of which needs
-nothing from outside. `7*` repeats a unit, and repeated units are compiled once.
+Each letter is a layer. Each word is a layer group: layers that stand together, the first of which
+needs nothing from outside. `7*` repeats a group, and repeated groups are compiled once.
 
 | letter | attention heads           | SSM heads |
 |--------|---------------------------|-----------|
@@ -27,9 +27,10 @@ from typing import Literal
 from hymba_jax.field_types import shown
 
 type Attention = Literal["global", "window"]
+type SSMKind = Literal["mamba"]
 
 MOST_LAYERS = 4096
-"""No model is nearly as deep, and a program has to be compiled for each unit."""
+"""No model is nearly as deep, and a program has to be compiled for each group."""
 
 
 @dataclass(frozen=True)
@@ -37,86 +38,86 @@ class LayerSpec:
     """One layer: which heads it has, and whether it reuses the keys and values before it."""
 
     attention: Attention | None
-    ssm: bool
+    ssm: SSMKind | None
     reuses_kv: bool = False
 
 
 @dataclass(frozen=True)
-class Segment:
-    """`repeats` equal units in a row, each a few layers that share nothing with the outside."""
+class GroupSpec:
+    """`repeats` equal groups in a row, each of layers that share nothing with the outside."""
 
-    unit: tuple[LayerSpec, ...]
+    layers: tuple[LayerSpec, ...]
     repeats: int
 
     @property
     def num_layers(self) -> int:
-        return len(self.unit) * self.repeats
+        return len(self.layers) * self.repeats
 
 
 _LETTERS = {
-    "G": LayerSpec("global", ssm=True),
-    "W": LayerSpec("window", ssm=True),
-    "A": LayerSpec("global", ssm=False),
-    "L": LayerSpec("window", ssm=False),
-    "M": LayerSpec(None, ssm=True),
-    "g": LayerSpec("global", ssm=True, reuses_kv=True),
-    "w": LayerSpec("window", ssm=True, reuses_kv=True),
-    "a": LayerSpec("global", ssm=False, reuses_kv=True),
-    "l": LayerSpec("window", ssm=False, reuses_kv=True),
+    "G": LayerSpec("global", ssm="mamba"),
+    "W": LayerSpec("window", ssm="mamba"),
+    "A": LayerSpec("global", ssm=None),
+    "L": LayerSpec("window", ssm=None),
+    "M": LayerSpec(None, ssm="mamba"),
+    "g": LayerSpec("global", ssm="mamba", reuses_kv=True),
+    "w": LayerSpec("window", ssm="mamba", reuses_kv=True),
+    "a": LayerSpec("global", ssm=None, reuses_kv=True),
+    "l": LayerSpec("window", ssm=None, reuses_kv=True),
 }
 _SPECS = {spec: letter for letter, spec in _LETTERS.items()}
 
 
-def parse_pattern(pattern: str) -> tuple[Segment, ...]:
-    """The segments of a pattern, equal neighbours merged.
+def parse_pattern(pattern: str) -> tuple[GroupSpec, ...]:
+    """The layer groups of a pattern, equal neighbours merged.
 
     Raises:
       ValueError: the pattern is empty, has an unknown letter or too many layers, or a layer reuses
-        keys and values that no layer before it in its unit produces in the same kind of attention.
+        keys and values that no layer before it in its group produces in the same kind of attention.
     """
-    segments: list[Segment] = []
+    groups: list[GroupSpec] = []
     num_layers = 0
     for word in pattern.split():
         match = re.fullmatch(r"(?:([1-9][0-9]*)\*)?([A-Za-z]+)", word)
         if match is None:
-            raise ValueError(f"{shown(word)} is not a unit such as Ww or 7*Ww")
+            raise ValueError(f"{shown(word)} is not a layer group such as Ww or 7*Ww")
         repeats = int((match[1] or "1")[:9])  # enough to be too many
         num_layers += repeats * len(match[2])
         if num_layers > MOST_LAYERS:
             raise ValueError(f"with {shown(word)} there are more than {MOST_LAYERS} layers")
-        unit = _parse_unit(match[2])
-        if segments and segments[-1].unit == unit:
-            repeats += segments.pop().repeats
-        segments.append(Segment(unit, repeats))
-    if not segments:
+        layers = _parse_group(match[2])
+        if groups and groups[-1].layers == layers:
+            repeats += groups.pop().repeats
+        groups.append(GroupSpec(layers, repeats))
+    if not groups:
         raise ValueError("there are no layers")
-    return tuple(segments)
+    return tuple(groups)
 
 
-def _parse_unit(letters: str) -> tuple[LayerSpec, ...]:
+def _parse_group(letters: str) -> tuple[LayerSpec, ...]:
     unknown = sorted(set(letters) - set(_LETTERS))
     if unknown:
         raise ValueError(f"unknown layer {', '.join(unknown)} in {letters!r}; {_known_letters()}")
-    unit = tuple(_LETTERS[letter] for letter in letters)
-    for before, layer, letter in zip((None, *unit), unit, letters, strict=False):
+    layers = tuple(_LETTERS[letter] for letter in letters)
+    for before, layer, letter in zip((None, *layers), layers, letters, strict=False):
         if layer.reuses_kv and (before is None or before.attention != layer.attention):
             raise ValueError(
                 f"{letter!r} in {letters!r} reuses keys and values, but no {layer.attention} "
                 "attention stands directly before it: a sharing group cannot cross another kind"
             )
-    return unit
+    return layers
 
 
 def _known_letters() -> str:
     return f"known are {' '.join(_LETTERS)}"
 
 
-def format_pattern(segments: Sequence[Segment]) -> str:
-    """The pattern of these segments; `parse_pattern` undoes it."""
+def format_pattern(groups: Sequence[GroupSpec]) -> str:
+    """The pattern of these layer groups; `parse_pattern` undoes it."""
     words = []
-    for segment in segments:
-        letters = "".join(_SPECS[layer] for layer in segment.unit)
-        words.append(f"{segment.repeats}*{letters}" if segment.repeats > 1 else letters)
+    for group in groups:
+        letters = "".join(_SPECS[layer] for layer in group.layers)
+        words.append(f"{group.repeats}*{letters}" if group.repeats > 1 else letters)
     return " ".join(words)
 
 

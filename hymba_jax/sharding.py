@@ -89,30 +89,23 @@ def axis_sizes(config: HymbaConfig) -> dict[str, int]:
     }
 
 
-def describe_split(config: HymbaConfig, mesh: AnyMesh, text_length: int) -> str:
-    """What a mesh splits and what it leaves whole, in words.
+def describe_sharding(config: HymbaConfig, mesh: AnyMesh, length: int) -> str:
+    """What is sharded over a mesh and what is replicated, in words.
 
     Args:
-      text_length: tokens of a sequence, without the meta tokens before it.
+      length: tokens of a sequence.
     """
-    split, whole = [f"batch in {batch_parts(mesh)}"], []
-    meta, length_parts = config.num_meta_tokens, _product(MESH_AXES["length"], mesh)
-    length = meta + text_length
+    sharded, whole = [f"batch over {batch_parts(mesh)}"], []
     for axis, size in {"length": length, **axis_sizes(config)}.items():
         parts = _product(MESH_AXES[axis], mesh)
         if not split_over(axis, size, mesh):
             count = f"{size} key/value heads" if axis == "heads" else f"{axis} {size}"
             whole.append(f"{count} by {parts}")
         elif parts > 1:
-            split.append(f"{axis} in {parts}")
-    if split_length(length, mesh):
-        if text_length % length_parts:
-            whole.append(f"logits of length {text_length} by {length_parts}")
-        if not split_length(length, mesh, at_least=meta):
-            whole.append(f"attention by {length_parts}, in parts that hold {meta} meta tokens")
+            sharded.append(f"{axis} over {parts}")
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    rest = f"; whole on each, as they cannot be divided: {', '.join(whole)}" if whole else ""
-    return f"{mesh.size} devices, {sizes}; parts: {', '.join(split)}{rest}"
+    rest = f"; replicated, as not divisible: {', '.join(whole)}" if whole else ""
+    return f"{mesh.size} devices, {sizes}; sharded: {', '.join(sharded)}{rest}"
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
@@ -193,10 +186,10 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return with_sharding_constraint(x, partition(axes, sizes, jax.sharding.get_abstract_mesh()))
 
 
-def in_use(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Array:
+def gather_param(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Array:
     """A parameter as layers compute with it: in their dtype, and whole along `hidden`."""
     value = param[...] if dtype is None else param[...].astype(dtype)
-    return _in_use(value, param.get_metadata("axes"))
+    return _gather_param(value, param.get_metadata("axes"))
 
 
 def gather(value: Array, axes: tuple[str, ...]) -> Array:
@@ -222,15 +215,15 @@ def _constrain_hidden(value: Array, axes: tuple[str, ...], *, is_split: bool) ->
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _in_use(value: Array, axes: tuple[str, ...]) -> Array:
+def _gather_param(value: Array, axes: tuple[str, ...]) -> Array:
     return gather(value, axes)
 
 
-def _in_use_forward(value: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
+def _gather_param_forward(value: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
     return gather(value, axes), None
 
 
-def _in_use_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
+def _gather_param_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
     # What is looked up in a table lies along the batch, and XLA would sum its gradients in shards
     # of `hidden`. On a mesh that has `tensor`, too, it considers replicating all activations for
     # that, with a warning of "involuntary full rematerialization". There the sum is whole, as for
@@ -240,7 +233,7 @@ def _in_use_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[A
     return (scatter(gradient, axes),)
 
 
-_in_use.defvjp(_in_use_forward, _in_use_backward)
+_gather_param.defvjp(_gather_param_forward, _gather_param_backward)
 
 
 def _product(names: Sequence[str], mesh: AnyMesh) -> int:

@@ -23,7 +23,7 @@ import optax
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import batch_sharding, describe_split, make_mesh
+from hymba_jax.sharding import batch_sharding, describe_sharding, make_mesh
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.state import TrainState, init_state, make_template
@@ -181,7 +181,7 @@ class ShardedStep:
 
     def describe(self) -> str:
         """What a snapshot holds."""
-        lines = [describe_split(self.config, self.mesh, self.length), "", "collectives:"]
+        lines = [describe_sharding(self.config, self.mesh, self.length), "", "collectives:"]
         for collective, count in sorted(Counter(self.collectives()).items()):
             lines.append(f"{count:4} {collective}")
         lines += ["", "parameters, stacked layers in front:"]
@@ -195,7 +195,7 @@ class ShardedStep:
         return "\n".join(lines) + "\n"
 
 
-_CONTAINERS = ("segments", "units", "blocks")
+_CONTAINERS = ("groups", "group", "blocks")
 
 
 def main() -> None:

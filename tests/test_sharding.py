@@ -15,8 +15,8 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import (
     constrain,
-    describe_split,
-    in_use,
+    describe_sharding,
+    gather_param,
     make_mesh,
     partition,
     state_shardings,
@@ -90,7 +90,7 @@ def test_each_device_draws_and_keeps_its_part(on_one):
     for array, whole in zip(*map(jax.tree.leaves, (drawn, expected)), strict=True):
         np.testing.assert_allclose(array, whole, rtol=1e-6)
     assert jax.tree.map(lambda array: array.sharding, drawn) == step.template.shardings
-    kernel = drawn.params["segments"][0]["units"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
+    kernel = drawn.params["groups"][0]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
     parts = {shard.data.shape for shard in kernel.addressable_shards}
     assert parts == {(STACKED, ODD.hidden_size // 2, ODD.mlp_size // 2)}
 
@@ -118,7 +118,7 @@ def test_no_activations_are_replicated_to_sum_the_gradients_of_a_table(vocab, ca
     table = NamedSharding(mesh, partition(("vocab", "hidden"), sizes, mesh))
 
     def loss(embedding, tokens):
-        x = in_use(nnx.Param(embedding, axes=("vocab", "hidden")))[tokens]
+        x = gather_param(nnx.Param(embedding, axes=("vocab", "hidden")))[tokens]
         return jnp.sum(constrain(x, "batch", None, None) ** 2)
 
     with jax.set_mesh(mesh):
@@ -187,12 +187,12 @@ def test_what_the_mesh_does_not_divide_is_whole():
 
 def test_the_split_in_words():
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=2, tensor=2))
-    assert describe_split(PRESETS["hymba-1.5b"], mesh, 2048) == (
+    assert describe_sharding(PRESETS["hymba-1.5b"], mesh, 2048) == (
         "8 devices, data 2 x fsdp 2 x sequence 1 x tensor 2; parts: batch in 4, hidden in 2, "
         "mlp in 2, channels in 2; whole on each, as they cannot be divided: vocab 32001 by 2, "
         "5 key/value heads by 2"
     )
-    assert describe_split(PRESETS["hymba-125m"], make_mesh(jax.devices()[:8]), 2048) == (
+    assert describe_sharding(PRESETS["hymba-125m"], make_mesh(jax.devices()[:8]), 2048) == (
         "8 devices, data 1 x fsdp 8 x sequence 1 x tensor 1; parts: batch in 8, hidden in 8"
     )
 
@@ -211,7 +211,7 @@ def test_the_split_in_words():
 )
 def test_the_split_of_a_length_in_words(text_length, expected):
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
-    described = describe_split(PRESETS["hymba-125m"], mesh, text_length)
+    described = describe_sharding(PRESETS["hymba-125m"], mesh, text_length)
     assert described.split("; parts: ")[1] == expected
 
 

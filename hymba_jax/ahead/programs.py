@@ -17,15 +17,15 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Columns, DecodeState, Engine, Limits
 from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba
-from hymba_jax.model.cache import Cache
-from hymba_jax.model.flops import forward_flops, training_flops
+from hymba_jax.model.flops import forward_flops, head_flops, training_flops
+from hymba_jax.model.state import ModelState
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.sharding import (
     batch_parts,
     batch_sharding,
     bytes_on_each,
-    describe_split,
+    describe_sharding,
     make_mesh,
     split_length,
     split_over,
@@ -71,27 +71,26 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
     place = batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct((training.batch_size, length), jnp.int32, sharding=place)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
-    kernels = forward_flops(run.model, {}, length, predicted=0) * passes * training.batch_size
+    kernels = head_flops(run.model, length) * passes * training.batch_size
     parts = batch_parts(mesh) * _kernel_parts(run.model, length, mesh)
     return AheadProgram(
         mesh,
         f"training, {training.batch_size} sequences of {length} tokens a step, "
         f"{training.micro_batch_size} at a time",
-        describe_split(run.model, mesh, length),
+        describe_sharding(run.model, mesh, length),
         template.num_params,
         bytes_on_each((template.state, batch, batch)),
-        training_flops(run.model, template.state.params, length) * training.batch_size,
+        training_flops(run.model, length) * training.batch_size,
         kernels / parts,
         partial(compile_train_step, template, optimizer, training, length, place),
         partial(training_advice, run, mesh),
     )
 
 
-def _kernel_parts(config: HymbaConfig, text_length: int, mesh: Mesh) -> int:
+def _kernel_parts(config: HymbaConfig, length: int, mesh: Mesh) -> int:
     """How many chips share the kernels' work on a sequence, where heads are not fewer."""
-    meta = config.num_meta_tokens
     names = list(split_over("heads", config.attention.num_kv_heads, mesh))
-    if length_axis := split_length(meta + text_length, mesh, at_least=meta):
+    if length_axis := split_length(length, mesh):
         names.append(length_axis)
     return math.prod(mesh.shape[name] for name in names)
 
@@ -117,12 +116,11 @@ def inference_program(
     flops = partial(forward_flops, run.model)
     if name == "prefill":
         step = f"reading {batch} texts of {context} tokens at once"
-        model = flops(params, context, predicted=0)
-        kernels = flops({}, context, predicted=0)
+        model, kernels = flops(context, predicted=0), head_flops(run.model, context)
     else:
         step = f"continuing {batch} texts of {context} tokens, a token of each a step"
-        before = flops(params, context - 1, predicted=0)
-        model, kernels = flops(params, context, predicted=1) - before, 0.0
+        before = flops(context - 1, predicted=0)
+        model, kernels = flops(context, predicted=1) - before, 0.0
     return AheadProgram(
         mesh,
         step,
@@ -172,38 +170,36 @@ class InferencePrograms:
 
         self.params = self._shapes(make_params)  # nothing is computed
         self._programs = engines[0]._programs
-        self._prefix = self._shapes(self._programs.prefix, self.params)
+        self._meta = self._shapes(self._programs.meta_state, self.params)
 
     def decode(self, batch: int, context: int) -> TracedProgram:
         """Continuing `batch` texts, each with a cache of `context` tokens."""
-        start = partial(self._programs.start, batch=batch, context=context)
+        start = partial(self._programs.start, self.params, batch=batch, context=context)
         limits = self._shapes(
             lambda: Limits(jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 4), jnp.int32))
         )
         sampler = self._shapes(lambda: make_sampler([SamplingConfig()] * batch, range(batch)))
-        cache = self._shapes(start, self._prefix).cache
+        cache = self._shapes(start, self._meta).cache
         state = self._shapes(partial(self._decode_state, batch), cache)
         steps = self._shapes(lambda: jnp.int32(0))
         allowed = self._shapes(lambda: jnp.ones(self.vocab_size, bool))
-        arguments = (self.params, self._prefix, allowed, state, sampler, limits, steps)
+        arguments = (self.params, self._meta, allowed, state, sampler, limits, steps)
         layers = state.cache.layers
         states = [layer.ssm for layer in layers]
         program = self._trace(self._programs.decode, *arguments)
-        return TracedProgram(
-            program, arguments, (self.params, self._prefix, layers), states, layers
-        )
+        return TracedProgram(program, arguments, (self.params, self._meta, layers), states, layers)
 
     def prefill(self, batch: int, length: int) -> TracedProgram:
         """Reading `batch` texts of `length` tokens from their start."""
-        start = partial(self._programs.start, batch=batch, context=length)
-        state = self._shapes(start, self._prefix)
+        start = partial(self._programs.start, self.params, batch=batch, context=length)
+        state = self._shapes(start, self._meta)
         piece = self._shapes(
             lambda: Columns(jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32))
         )
-        arguments = (self.params, self._prefix, state, piece)
+        arguments = (self.params, self._meta, state, piece)
         layers = state.cache.layers
         program = self._trace(self._programs.read, *arguments, is_start=True)
-        return TracedProgram(program, arguments, (self.params, self._prefix), layers, layers)
+        return TracedProgram(program, arguments, (self.params, self._meta), layers, layers)
 
     def _trace(self, program: Any, *arguments: Any, **options: Any) -> Any:
         with jax.set_mesh(self.mesh):
@@ -216,7 +212,7 @@ class InferencePrograms:
             jax.eval_shape(function, *arguments),
         )
 
-    def _decode_state(self, batch: int, cache: Cache) -> DecodeState:
+    def _decode_state(self, batch: int, cache: ModelState) -> DecodeState:
         zeros = jnp.zeros(batch, jnp.int32)
         seen = jnp.zeros((batch, self.vocab_size), bool)
         return DecodeState(cache, zeros, zeros, zeros == 1, seen)

@@ -304,7 +304,7 @@ def _placed_rules(
     places = layer_places(config, scan_layers=scan_layers)
     for i, (place, layer_rules) in enumerate(zip(places, layers, strict=True)):
         for rule in layer_rules:
-            sources = [((*place.block, *_path(name)), place.unit) for name in rule.ours]
+            sources = [((*place.block, *_path(name)), place.repeat) for name in rule.ours]
             yield f"model.layers.{i}.{rule.released}", rule.layout, sources
 
 
@@ -313,5 +313,5 @@ def _path(name: str) -> Path:
 
 
 def dotted(path: Path) -> str:
-    """A parameter's path in words, such as segments.0.blocks.1.mlp_norm.scale."""
+    """A parameter's path in words, such as groups.0.blocks.1.mlp_norm.scale."""
     return ".".join(map(str, path))

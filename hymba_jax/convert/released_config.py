@@ -10,7 +10,7 @@ from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.released_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
 from hymba_jax.data import Tokenizer
 from hymba_jax.field_types import shown
-from hymba_jax.layer_pattern import MOST_LAYERS, LayerSpec, Segment, format_pattern
+from hymba_jax.layer_pattern import MOST_LAYERS, GroupSpec, LayerSpec, format_pattern
 
 
 def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
@@ -217,19 +217,19 @@ def _or_default(value: int | None, default: int) -> int:
 def _pattern(released: Mapping[str, Any]) -> str:
     """The layers' pattern from global_attn_idx, sliding_window and the sharing groups.
 
-    A unit is a sharing group; a layer that shares with nobody is one by itself.
+    A layer group is a sharing group; a layer that shares with nobody is one by itself.
     """
     depth, window = released["num_hidden_layers"], released["sliding_window"]
     global_layers = range(depth) if window is None else released["global_attn_idx"] or ()
     reusing = _reusing_every(released, depth) | _reusing_in_groups(released)
-    units: list[list[LayerSpec]] = []
+    groups: list[list[LayerSpec]] = []
     for i in range(depth):
-        spec = LayerSpec("global" if i in global_layers else "window", ssm=True)
+        spec = LayerSpec("global" if i in global_layers else "window", ssm="mamba")
         if i in reusing:
-            units[-1].append(dataclasses.replace(spec, reuses_kv=True))
+            groups[-1].append(dataclasses.replace(spec, reuses_kv=True))
         else:
-            units.append([spec])
-    return format_pattern([Segment(tuple(unit), 1) for unit in units])
+            groups.append([spec])
+    return format_pattern([GroupSpec(tuple(group), 1) for group in groups])
 
 
 def _reusing_every(released: Mapping[str, Any], depth: int) -> set[int]:

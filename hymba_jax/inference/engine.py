@@ -1,6 +1,6 @@
 """The compiled side of inference: texts go in as tokens, and go on as tokens.
 
-    prefill   a batch of texts, in pieces, each text starting from what the meta tokens left
+    prefill   a batch of texts, in pieces, each starting from the state after the meta tokens
     decode    one loop on the device, a token for every row at a time, until all rows have stopped
 
 A program is compiled once for each shape; shapes are rounded up (`bucket`), so they are few.
@@ -18,10 +18,10 @@ from flax import nnx
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import shown
-from hymba_jax.inference.memory import cache_bytes, check_fits, prefix_bytes, tree_bytes
+from hymba_jax.inference.memory import cache_bytes, check_fits, meta_state_bytes, tree_bytes
 from hymba_jax.inference.sampling import Sampler, sample
 from hymba_jax.model import Hymba, arrange_layers, fuse_projections
-from hymba_jax.model.cache import Cache, Prefix, empty_cache, start_cache
+from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.training.state import Params
 from hymba_jax.types import Array, Bool, Float, Int
 
@@ -61,7 +61,7 @@ class DecodeState(NamedTuple):
       seen: the tokens in each text, for the repetition penalty.
     """
 
-    cache: Cache
+    cache: ModelState
     token: Int[Array, "batch"]
     num_drawn: Int[Array, "batch"]
     stopped: Bool[Array, "batch"]
@@ -75,7 +75,7 @@ class Prefilled(NamedTuple):
       last: the last layer's output at the last token of each row.
     """
 
-    cache: Cache
+    cache: ModelState
     last: Float[Array, "batch hidden"]
 
 
@@ -126,9 +126,9 @@ class Engine:
         self._programs = _programs(graph, model.config, model.compute, state_dtype)
 
     @functools.cached_property
-    def prefix(self) -> Prefix:
-        """What the meta tokens leave behind, computed once."""
-        return self._programs.prefix(self.params)
+    def meta_state(self) -> MetaState:
+        """The state after the meta tokens, computed once."""
+        return self._programs.meta_state(self.params)
 
     @property
     def num_params(self) -> int:
@@ -155,7 +155,9 @@ class Engine:
         cache = cache_bytes(self.config, context, self.dtype, self._state_dtype).total
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
-            tree_bytes(self.params) + prefix_bytes(self.config, self.dtype).total + rows * cache,
+            tree_bytes(self.params)
+            + meta_state_bytes(self.config, self.dtype).total
+            + rows * cache,
             self._devices(),
             "reduce batch_size, context or max_new_tokens",
         )
@@ -168,7 +170,7 @@ class Engine:
         """
         state = self._start(len(texts), context)
         for i, piece in enumerate(self._pieces(texts)):
-            state = self._programs.read(self.params, self.prefix, state, piece, is_start=i == 0)
+            state = self._programs.read(self.params, self.meta_state, state, piece, is_start=i == 0)
         return state
 
     def repeat(self, read: Prefilled, rows: Sequence[int]) -> Prefilled:
@@ -188,7 +190,7 @@ class Engine:
         targets = self._pieces([text[1:] for text in texts])
         for i, (piece, next_piece) in enumerate(zip(inputs, targets, strict=True)):
             state, log_probs = self._programs.score(
-                self.params, self.prefix, state, piece, next_piece.tokens, is_start=i == 0
+                self.params, self.meta_state, state, piece, next_piece.tokens, is_start=i == 0
             )
             for row, length, values in zip(
                 scores, piece.lengths, np.asarray(log_probs), strict=False
@@ -213,7 +215,7 @@ class Engine:
     ) -> tuple[DecodeState, Drawn]:
         """Draws up to `steps` more tokens for every row, fewer if all rows stop."""
         return self._programs.decode(
-            self.params, self.prefix, self.allowed, state, sampler, limits, steps
+            self.params, self.meta_state, self.allowed, state, sampler, limits, steps
         )
 
     def _devices(self) -> set[jax.Device]:
@@ -224,7 +226,9 @@ class Engine:
 
     def _start(self, rows: int, context: int) -> Prefilled:
         context = self._cache_length(context)
-        return self._programs.start(self.prefix, batch=bucket(rows), context=context)
+        return self._programs.start(
+            self.params, self.meta_state, batch=bucket(rows), context=context
+        )
 
     def _pieces(self, texts: Sequence[Sequence[int]]) -> list[Columns]:
         """The texts cut into columns of at most `largest_piece` tokens."""
@@ -268,7 +272,7 @@ def _max_context(config: HymbaConfig, context: int | None) -> int:
 
 
 class _Programs(NamedTuple):
-    prefix: Callable[..., Prefix]
+    meta_state: Callable[..., MetaState]
     start: Callable[..., Prefilled]
     read: Callable[..., Prefilled]
     repeat: Callable[..., Prefilled]
@@ -283,39 +287,37 @@ def _programs(
 ) -> _Programs:
     """The programs of a model, compiled as their shapes come; large arguments are reused."""
 
-    def prefix(params: Params) -> Prefix:
-        return nnx.merge(graph, params).prefix()
+    def meta_state(params: Params) -> MetaState:
+        return nnx.merge(graph, params).meta_state()
 
-    def start(prefix: Prefix, batch: int, context: int) -> Prefilled:
-        cache = empty_cache(config, batch, context, compute.dtype, state_dtype)
-        return Prefilled(
-            start_cache(cache, prefix), jnp.zeros((batch, config.hidden_size), compute.dtype)
-        )
+    def start(params: Params, meta: MetaState, batch: int, context: int) -> Prefilled:
+        cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).start(meta)
+        return Prefilled(cache, jnp.zeros((batch, config.hidden_size), compute.dtype))
 
     def extend(
-        params: Params, prefix: Prefix, state: Prefilled, piece: Columns, is_start: bool
+        params: Params, meta: MetaState, state: Prefilled, piece: Columns, is_start: bool
     ) -> tuple[Array, Prefilled]:
         model = nnx.merge(graph, params)
         tokens, lengths = (jnp.asarray(a) for a in piece)
-        x, cache = model.extend(tokens, state.cache, prefix, lengths, is_start=is_start)
+        x, cache = model.extend(tokens, state.cache, meta, lengths, is_start=is_start)
         newest = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return x, Prefilled(cache, jnp.where(lengths[:, None] > 0, newest, state.last))
 
     def read(
-        params: Params, prefix: Prefix, state: Prefilled, piece: Columns, is_start: bool
+        params: Params, meta: MetaState, state: Prefilled, piece: Columns, is_start: bool
     ) -> Prefilled:
-        return extend(params, prefix, state, piece, is_start)[1]
+        return extend(params, meta, state, piece, is_start)[1]
 
     def score(
         params: Params,
-        prefix: Prefix,
+        meta: MetaState,
         state: Prefilled,
         piece: Columns,
         targets: Int[Array, "batch length"],
         is_start: bool,
     ) -> tuple[Prefilled, Float[Array, "batch length"]]:
         model = nnx.merge(graph, params)
-        x, state = extend(params, prefix, state, piece, is_start)
+        x, state = extend(params, meta, state, piece, is_start)
 
         def log_probs(part: slice) -> Array:
             logits = model.logits(x[:, part])
@@ -356,7 +358,7 @@ def _programs(
     def first(
         params: Params,
         allowed: Bool[Array, "vocab"],
-        cache: Cache,
+        cache: ModelState,
         last: Float[Array, "batch hidden"],
         sampler: Sampler,
         limits: Limits,
@@ -369,7 +371,7 @@ def _programs(
 
     def decode(
         params: Params,
-        prefix: Prefix,
+        meta: MetaState,
         allowed: Bool[Array, "vocab"],
         state: DecodeState,
         sampler: Sampler,
@@ -387,7 +389,7 @@ def _programs(
         def body(loop: tuple[Array, DecodeState, Drawn]) -> tuple[Array, DecodeState, Drawn]:
             step, state, drawn = loop
             counts = (~state.stopped).astype(jnp.int32)
-            x, cache = model.extend(state.token[:, None], state.cache, prefix, counts)
+            x, cache = model.extend(state.token[:, None], state.cache, meta, counts)
             state = state._replace(cache=cache)
             state, new = advance(params, allowed, state, x[:, 0], sampler, limits)
             drawn = Drawn(*(all.at[:, step].set(a) for all, a in zip(drawn, new, strict=True)))
@@ -397,7 +399,7 @@ def _programs(
         return state, drawn
 
     return _Programs(
-        prefix=jax.jit(prefix),
+        meta_state=jax.jit(meta_state),
         start=jax.jit(start, static_argnames=("batch", "context")),
         read=jax.jit(read, static_argnames="is_start", donate_argnames="state"),
         repeat=jax.jit(lambda read, order: jax.tree.map(lambda a: a[order], read)),

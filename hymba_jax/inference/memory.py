@@ -19,7 +19,6 @@ from rich.table import Table
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
-from hymba_jax.model.cache import empty_cache, empty_prefix
 from hymba_jax.run_config import read_model
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
@@ -94,7 +93,7 @@ def main(args: MemoryConfig) -> None:
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
     cache = cache_bytes(config, args.context, args.dtype, state_dtype)
-    meta = prefix_bytes(config, args.dtype)
+    meta = meta_state_bytes(config, args.dtype)
     params = param_bytes(config, args.dtype)
     training = training_bytes(config, param_dtype)
     table = Table(
@@ -136,15 +135,18 @@ def main(args: MemoryConfig) -> None:
 
 @functools.lru_cache
 def cache_bytes(config: HymbaConfig, context: int, dtype: DType, state_dtype: DType) -> CacheBytes:
-    """What `empty_cache` allocates for one sequence."""
-    cache = jax.eval_shape(lambda: empty_cache(config, 1, context, dtype, state_dtype))
-    return _by_use(config, cache.layers)
+    """The state of one sequence."""
+    model = _abstract_model(config, dtype)
+    return _by_use(config, jax.eval_shape(lambda: model.init_state(1, context, state_dtype)).layers)
 
 
 @functools.lru_cache
-def prefix_bytes(config: HymbaConfig, dtype: DType) -> CacheBytes:
-    """The meta tokens' cache, held once for all sequences."""
-    return _by_use(config, jax.eval_shape(lambda: empty_prefix(config, dtype)))
+def meta_state_bytes(config: HymbaConfig, dtype: DType) -> CacheBytes:
+    """The state after the meta tokens, held once for all sequences."""
+    graph, params = nnx.split(_abstract_model(config, dtype))
+    return _by_use(
+        config, jax.eval_shape(lambda params: nnx.merge(graph, params).meta_state(), params)
+    )
 
 
 def param_bytes(config: HymbaConfig, dtype: DType) -> int:
@@ -211,9 +213,12 @@ def gb(size: int) -> str:
 
 def _params(config: HymbaConfig, dtype: DType) -> Any:
     """The parameters without their values."""
-    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
-    state = nnx.state(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
-    return nnx.to_pure_dict(state)
+    return nnx.to_pure_dict(nnx.state(_abstract_model(config, dtype)))
+
+
+def _abstract_model(config: HymbaConfig, dtype: DType) -> Hymba:
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
+    return nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
 
 
 def _by_use(config: HymbaConfig, layers: Any) -> CacheBytes:

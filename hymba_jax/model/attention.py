@@ -3,11 +3,14 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.cache import KeyValue, Past
+from hymba_jax.model.context import Context
+from hymba_jax.model.kv_cache import AttendedKV, KeyValue, KVCache
 from hymba_jax.model.layers import Linear, RMSNorm
 from hymba_jax.model.rope import Rope
 from hymba_jax.ops.attention import attention, attention_step
@@ -26,6 +29,7 @@ class Attention(nnx.Module):
     ):
         heads, kv_heads = config.attention.num_heads, config.attention.num_kv_heads
         self.window = config.attention.window if spec.attention == "window" else None
+        self.num_heads, self.num_kv_heads = heads, kv_heads
         self.num_meta_tokens = config.num_meta_tokens
         self.reuses_kv = spec.reuses_kv
         self.head_dim, self.value_dim = config.head_dim, config.value_dim
@@ -45,71 +49,96 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length hidden"],
-        rope: Rope,
-        kv: KeyValue | None,
-        past: Past | None = None,
-    ) -> tuple[Float[Array, "batch length attention_channels"], KeyValue]:
-        """The heads' outputs side by side, and the keys and values of these positions.
+        context: Context,
+        cache: KVCache | None = None,
+        meta: KVCache | None = None,
+        shared: AttendedKV | None = None,
+    ) -> tuple[Float[Array, "batch length attention_channels"], AttendedKV]:
+        """The heads' outputs side by side, and the keys and values that they saw.
 
         Args:
-          kv: of the layer before, for a layer that reuses them.
-          past: what stands before x; nothing if absent, so that x begins with the meta tokens.
+          cache: of the tokens before x; None where there are none.
+          meta: of the meta tokens; None where x is these.
+          shared: what the layer before saw, for a layer that reuses its keys and values.
         """
-        query, kv = self.query(x, rope), self.key_value(x, rope, kv)
-        return self.attend(query, kv, past).reshape(*x.shape[:2], -1), kv
+        query = self.query(x, context.rope)
+        if self.reuses_kv and shared is None:
+            raise ValueError("this layer reuses keys and values, and was given none")
+        if not self.reuses_kv or shared is None:
+            shared = AttendedKV(self.key_value(x, context.rope), cache, meta)
+        return self.attend(query, shared, context).reshape(*x.shape[:2], -1), shared
 
     def attend(
-        self,
-        query: Float[Array, "batch length heads head_dim"],
-        kv: KeyValue,
-        past: Past | None,
+        self, query: Float[Array, "batch length heads head_dim"], kv: AttendedKV, context: Context
     ) -> Float[Array, "batch length heads value_dim"]:
-        if past is not None and past.cache is not None and query.shape[1] == 1:
+        if kv.meta is None:
+            return attention(query, *kv.new, window=None)  # meta tokens never lose each other
+        if kv.cache is not None and context.start is not None and query.shape[1] == 1:
             output = attention_step(
                 query[:, 0],
-                kv.key[:, 0],
-                kv.value[:, 0],
-                past_key=past.cache.key,
-                past_value=past.cache.value,
-                past_length=past.length,
-                meta_key=past.meta.key[0],
-                meta_value=past.meta.value[0],
+                kv.new.key[:, 0],
+                kv.new.value[:, 0],
+                past_key=kv.cache.key,
+                past_value=kv.cache.value,
+                past_length=context.start,
+                meta_key=kv.meta.key[0],
+                meta_value=kv.meta.value[0],
             )
             return output[:, None]
-        everything = kv if past is None else past.followed_by(kv)
+        tokens, first_key = kv.tokens(context.start)
+        meta_key, meta_value = (a[0].swapaxes(0, 1) for a in kv.meta)
         return attention(
             query,
-            everything.key,
-            everything.value,
+            *tokens,
+            meta_key=meta_key,
+            meta_value=meta_value,
             window=self.window,
-            num_meta_tokens=self.num_meta_tokens,
-            first_key=None if past is None else past.first_key(),
+            first_key=first_key,
+            segment_ids=context.segment_ids,
         )
+
+    def init_state(self, batch: int, context: int, dtype: DTypeLike) -> KVCache | None:
+        """An empty cache for sequences of up to `context` tokens; None if the layer needs none."""
+        if self.reuses_kv:
+            return None
+        slots = context if self.window is None else min(self.window, context)
+        shape = (batch, self.num_kv_heads, slots)
+        return KVCache(
+            jnp.zeros((*shape, self.head_dim), dtype), jnp.zeros((*shape, self.value_dim), dtype)
+        )
+
+    def flops(self, length: int) -> float:
+        """Of a sequence's scores and weighted sums: each query with the keys that it sees."""
+        seen = np.arange(1, length + 1)
+        if self.window is not None:
+            seen = np.minimum(seen, self.window + 1)
+        pairs = float(seen.sum()) + self.num_meta_tokens * length
+        return 2 * self.num_heads * (self.head_dim + self.value_dim) * pairs
 
     def query(
         self, x: Float[Array, "batch length hidden"], rope: Rope
     ) -> Float[Array, "batch length heads head_dim"]:
         return rope.rotate(self.query_norm(_split_heads(self.query_proj(x), self.head_dim)))
 
-    def key_value(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
-    ) -> KeyValue:
-        if self.reuses_kv:
-            if kv is None:
-                raise ValueError("this layer reuses keys and values, and was given none")
-            return kv
+    def key_value(self, x: Float[Array, "batch length hidden"], rope: Rope) -> KeyValue:
         key = rope.rotate(self.key_norm(_split_heads(self.key_proj(x), self.head_dim)))
         return KeyValue(key, _split_heads(self.value_proj(x), self.value_dim))
 
     def weights(
-        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None
+        self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None = None
     ) -> Float[Array, "batch heads length length"]:
-        """The attention maps, for looking at; the forward pass never holds them."""
+        """The attention maps of whole sequences, for looking at; the forward pass never holds them.
+
+        Args:
+          x: begins with the meta tokens.
+          kv: of the layer before, for a layer that reuses them.
+        """
         positions = jnp.arange(x.shape[1])
         mask = attention_mask(
             positions[None], positions, window=self.window, num_meta_tokens=self.num_meta_tokens
         )
-        maps = attention_weights(self.query(x, rope), self.key_value(x, rope, kv).key, mask)
+        key = (kv or self.key_value(x, rope)).key
+        maps = attention_weights(self.query(x, rope), key, mask)
         return maps.reshape(maps.shape[0], -1, *maps.shape[3:])
 
 

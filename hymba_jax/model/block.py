@@ -1,16 +1,19 @@
-"""One layer, and the units of layers that are compiled once."""
+"""One layer, and the groups of layers that are compiled once."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.cache import KeyValue, LayerPast
+from hymba_jax.model.context import Context
+from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import rms_norm
-from hymba_jax.model.mixer import Context, LayerOutput, make_mixer
+from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
+from hymba_jax.model.state import LayerOutput, LayerState
 from hymba_jax.sharding import constrain
 from hymba_jax.types import Array, Float, Key
 
@@ -18,6 +21,17 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class WithMeta(NamedTuple):
+    """Something of the meta tokens, which are computed once, and of the sequences behind them.
+
+    Attributes:
+      meta: None in a model without meta tokens.
+    """
+
+    meta: Any
+    tokens: Any
 
 
 class Block(nnx.Module):
@@ -35,16 +49,38 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch length hidden"],
         context: Context,
-        kv: KeyValue | None,
-        past: LayerPast,
+        state: LayerState,
+        meta: KVCache | None,
+        shared: AttendedKV | None,
     ) -> LayerOutput:
-        mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, kv, past)
+        """The layer's output for positions that continue from a state.
+
+        Args:
+          meta: keys and values of the meta tokens; None where x is these.
+          shared: what the layer before saw, for a layer that reuses its keys and values.
+        """
+        mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, state, meta, shared)
         x = constrain(x + mixed, "batch", "length", None)
         x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return LayerOutput(x, kv, ssm)
 
+    def whole_sequences(
+        self,
+        x: WithMeta,
+        context: WithMeta,
+        shared: WithMeta,
+    ) -> WithMeta:
+        """The layer's output for sequences that start from the state after the meta tokens."""
+        if x.meta is None or context.meta is None:
+            meta, start = None, self.mixer.init_state(1, 0, x.tokens.dtype, "float32")
+        else:
+            meta = self(x.meta, context.meta, LayerState(), None, shared.meta)
+            start = LayerState(meta.kv and KVCache.of(meta.kv.new), meta.ssm)
+        behind = LayerState(ssm=start.ssm)
+        return WithMeta(meta, self(x.tokens, context.tokens, behind, start.kv, shared.tokens))
 
-class Unit(nnx.Module):
+
+class LayerGroup(nnx.Module):
     """Layers that stand together; keys and values pass between them and no further.
 
     Args:
@@ -64,30 +100,51 @@ class Unit(nnx.Module):
         self.remat = compute.remat
 
     def __call__(
-        self, x: Float[Array, "batch length hidden"], context: Context
-    ) -> list[Float[Array, "batch length hidden"]]:
-        """Each layer's output."""
-        return [output.x for output in self.after(x, context)]
-
-    def after(
         self,
         x: Float[Array, "batch length hidden"],
         context: Context,
-        pasts: Sequence[LayerPast] | None = None,
+        states: Sequence[LayerState],
+        metas: Sequence[KVCache | None],
     ) -> list[LayerOutput]:
-        """Each layer's output and memory, after what each remembers of the positions before x."""
-        kv, outputs = None, []
-        for block, past in zip(self.blocks, pasts or [LayerPast()] * len(self.blocks), strict=True):
-            outputs.append(_run_block(block, self.remat, x, context, kv, past))
-            x, kv, _ = outputs[-1]
+        """Each layer's output for positions that continue from a state."""
+        shared, outputs = None, []
+        for block, state, meta in zip(self.blocks, states, metas, strict=True):
+            outputs.append(block(x, context, state, meta, shared))
+            x, shared, _ = outputs[-1]
+        return outputs
+
+    def whole_sequences(self, x: WithMeta, context: WithMeta) -> list[WithMeta]:
+        """Each layer's output for sequences that start from the state after the meta tokens.
+
+        Both pass a layer one after the other, so that its parameters are gathered once.
+        """
+        shared: WithMeta = WithMeta(None, None)
+        outputs = []
+        for block in self.blocks:
+            graph, params = nnx.split(block)
+
+            def run(
+                params: nnx.State,
+                x: WithMeta,
+                shared: WithMeta,
+                graph: nnx.GraphDef[Block] = graph,
+            ) -> WithMeta:
+                return nnx.merge(graph, params).whole_sequences(x, context, shared)
+
+            if self.remat != "none":
+                run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat])
+            meta, tokens = run(params, x, shared)
+            x = WithMeta(meta and meta.x, tokens.x)
+            shared = WithMeta(meta and meta.kv, tokens.kv)
+            outputs.append(x)
         return outputs
 
 
-class Stack(nnx.Module):
-    """Equal units whose parameters are stacked in front, walked by one scan.
+class ScannedLayers(nnx.Module):
+    """Equal groups whose parameters are stacked in front, applied by one scan.
 
     Args:
-      keys: random keys, (units, layers of a unit).
+      keys: random keys, (groups, layers of a group).
     """
 
     def __init__(
@@ -95,34 +152,21 @@ class Stack(nnx.Module):
         config: HymbaConfig,
         specs: Sequence[LayerSpec],
         compute: ComputeConfig,
-        keys: Key[Array, "units layers"],
+        keys: Key[Array, "groups layers"],
     ):
-        make_units = nnx.vmap(lambda unit_keys: Unit(config, specs, compute, unit_keys))
-        self.units = make_units(keys)
+        make_groups = nnx.vmap(lambda group_keys: LayerGroup(config, specs, compute, group_keys))
+        self.group = make_groups(keys)
 
-    def __call__(
-        self, x: Float[Array, "batch length hidden"], context: Context, *, keep_all: bool = False
-    ) -> list[Float[Array, "batch length hidden"]]:
+    def whole_sequences(self, x: WithMeta, context: WithMeta, *, keep_all: bool) -> list[WithMeta]:
         """The last layer's output, after those of the others if they are to be kept."""
-        graph, params = nnx.split(self.units)
+        graph, params = nnx.split(self.group)
 
-        def run_unit(x: Array, unit_params: nnx.State) -> tuple[Array, list[Array]]:
-            outputs = nnx.merge(graph, unit_params)(x, context)
+        def run_group(x: WithMeta, group_params: nnx.State) -> tuple[WithMeta, list[WithMeta]]:
+            outputs = nnx.merge(graph, group_params).whole_sequences(x, context)
             return outputs[-1], outputs if keep_all else []
 
-        x, stacked = jax.lax.scan(run_unit, x, params)
-        return [output for unit in zip(*stacked, strict=True) for output in unit] or [x]
-
-
-def _run_block(
-    block: Block, remat: str, x: Array, context: Context, kv: KeyValue | None, past: LayerPast
-) -> LayerOutput:
-    """Runs a block, keeping for the backward pass what the policy says."""
-    if remat == "none":
-        return block(x, context, kv, past)
-    graph, params = nnx.split(block)
-
-    def run(params: nnx.State, x: Array, kv: KeyValue | None) -> LayerOutput:
-        return nnx.merge(graph, params)(x, context, kv, past)
-
-    return jax.checkpoint(run, policy=REMAT_POLICIES[remat])(params, x, kv)
+        x, stacked = jax.lax.scan(run_group, x, params)
+        if not keep_all:
+            return [x]
+        apart = (jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(stacked[0].tokens)))
+        return [layer for group in apart for layer in group]

@@ -1,8 +1,8 @@
-"""Products of one input with several kernels as one product, for inference.
+"""Matmuls of one input with several kernels as one matmul, for inference.
 
-A token alone moves little through each kernel, so that what a product costs besides counts: one
-large product reads its kernel up to a third faster than several small ones. In training kernels
-stay apart, as each is split over devices along axes of its own.
+With one token at a time the fixed cost of a matmul counts: one large matmul reads its kernel up to
+a third faster than several small ones. In training kernels stay apart, as each is sharded along
+axes of its own.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ class Part(nnx.Module):
 
 
 def fuse_projections(model: Hymba) -> Hymba:
-    """The same model, changed in place: a block's mixer begins with one product, and so its MLP.
+    """The same model, changed in place: each mixer begins with one matmul, and so does each MLP.
 
     Args:
       model: with `scan_layers=False`.
     """
-    for block in (block for unit in model.units() for block in unit.blocks):
+    for block in model.blocks():
         heads = [getattr(block.mixer, name, None) for name in ("attention", "ssm")]
         _fuse(heads, ("query_proj", "key_proj", "value_proj", "in_proj", "gate_proj"))
         _fuse([block.mlp], ("gate_proj", "up_proj"))

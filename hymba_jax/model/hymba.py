@@ -1,29 +1,33 @@
 """The whole model: meta tokens, layers, logits."""
 
 import dataclasses
+import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.layer_pattern import Segment
-from hymba_jax.model.block import Stack, Unit
-from hymba_jax.model.cache import Cache, Prefix, empty_prefix, layer_pasts
+from hymba_jax.layer_pattern import GroupSpec
+from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta
+from hymba_jax.model.context import Context
+from hymba_jax.model.kv_cache import KVCache
 from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
-from hymba_jax.model.mixer import Context
-from hymba_jax.model.rope import make_rope
+from hymba_jax.model.rope import has_fixed_rope, make_rope
+from hymba_jax.model.state import LayerState, MetaState, ModelState
+from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.matmul import matmul, matmul_transposed
-from hymba_jax.sharding import constrain, in_use
+from hymba_jax.sharding import constrain, gather_param
 from hymba_jax.types import Array, Float, Int
 
 
 class Hymba(nnx.Module):
     """A language model of hybrid-head layers behind learned meta tokens (paper, Fig. 2).
 
-    Each layer's parameters are drawn from its own key, so they are the same whether repeated
+    Each layer's parameters are sampled with its own key, so they are the same whether repeated
     layers are scanned or not.
     """
 
@@ -41,125 +45,191 @@ class Hymba(nnx.Module):
                 normal(rngs.params(), shape, compute.param_dtype), axes=("meta_tokens", "hidden")
             )
         layer_keys = jax.random.split(rngs.params(), config.num_layers)
-        self.segments: nnx.List[Stack | Unit] = nnx.List()
+        self.groups: nnx.List[ScannedLayers | LayerGroup] = nnx.List()
         start = 0
-        for segment in _held_segments(config, compute.scan_layers):
-            keys = layer_keys[start : start + segment.num_layers]
-            if segment.repeats > 1:
-                keys = keys.reshape(segment.repeats, len(segment.unit))
-                self.segments.append(Stack(config, segment.unit, compute, keys))
+        for group in _held_groups(config, compute.scan_layers):
+            keys = layer_keys[start : start + group.num_layers]
+            if group.repeats > 1:
+                keys = keys.reshape(group.repeats, len(group.layers))
+                self.groups.append(ScannedLayers(config, group.layers, compute, keys))
             else:
-                self.segments.append(Unit(config, segment.unit, compute, keys))
-            start += segment.num_layers
+                self.groups.append(LayerGroup(config, group.layers, compute, keys))
+            start += group.num_layers
         self.final_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         if not config.tie_embeddings:
             self.lm_head = Linear(
                 config.hidden_size, config.num_embeddings, ("hidden", "vocab"), compute, rngs
             )
 
-    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
-        """Logits in float32 for the token after each token."""
-        x = self._run(tokens, keep_all=False)[-1]
-        return self.logits(x[:, self.config.num_meta_tokens :])
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits in float32 for the token after each token.
+
+        Args:
+          segment_ids: the document of each token, if rows have several, one behind another. A
+            document starts where the id differs from the one before, from the meta tokens' state
+            as every row does: it is computed as if it were alone.
+
+        Raises:
+          ValueError: with segment_ids, the rotation depends on the length of each document.
+        """
+        return self.logits(self._whole_sequences(tokens, segment_ids, keep_all=False)[-1].tokens)
 
     def hidden_states(
         self, tokens: Int[Array, "batch length"]
     ) -> list[Float[Array, "batch positions hidden"]]:
-        """The first layer's input and each layer's output, before the final norm."""
-        return self._run(tokens, keep_all=True)
+        """The first layer's input and each layer's output, before the final norm.
 
-    def _run(
-        self, tokens: Int[Array, "batch length"], *, keep_all: bool
-    ) -> list[Float[Array, "batch positions hidden"]]:
-        x = self.embed_all(tokens)
-        context = Context(make_rope(self.config, jnp.arange(x.shape[1])[None], x.shape[1]))
+        The meta tokens' are in front of each row's.
+        """
+        states = self._whole_sequences(tokens, None, keep_all=True)
+        return [
+            x.tokens
+            if x.meta is None
+            else jnp.concatenate([jnp.repeat(x.meta, len(tokens), 0), x.tokens], axis=1)
+            for x in states
+        ]
+
+    def _whole_sequences(
+        self,
+        tokens: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None,
+        *,
+        keep_all: bool,
+    ) -> list[WithMeta]:
+        num_meta_tokens, length = self.config.num_meta_tokens, tokens.shape[1]
+        total = num_meta_tokens + length
+        positions = jnp.arange(length)[None]
+        if segment_ids is not None:
+            if not has_fixed_rope(self.config, total):
+                raise ValueError(
+                    f"segment_ids: with dynamic_ntk the rotation of {total} positions depends on "
+                    "the length of each document"
+                )
+            positions = positions - first_positions(document_starts(segment_ids))
+        rope = make_rope(self.config, num_meta_tokens + positions, total)
+        context = Context(rope, segment_ids=segment_ids)
+        if num_meta_tokens:
+            meta_context = Context(make_rope(self.config, _meta_positions(self.config), total))
+            contexts = WithMeta(meta_context, context)
+            x = WithMeta(self.embed_meta(), self.embed(tokens))
+        else:
+            contexts, x = WithMeta(None, context), WithMeta(None, self.embed(tokens))
         states = [x]
-        for segment in self.segments:
-            if isinstance(segment, Stack):
-                states += segment(states[-1], context, keep_all=keep_all)
+        for group in self.groups:
+            if isinstance(group, ScannedLayers):
+                states += group.whole_sequences(states[-1], contexts, keep_all=keep_all)
             else:
-                states += segment(states[-1], context)
+                states += group.whole_sequences(states[-1], contexts)
         return states
 
-    def prefix(self) -> Prefix:
-        """What the meta tokens leave behind, which every text begins with."""
+    def meta_state(self) -> MetaState:
+        """The state after the meta tokens, which every sequence starts from."""
         length = self.config.num_meta_tokens
-        empty = empty_prefix(self.config, self.compute.dtype)
         if not length:
-            return empty
-        positions, outputs = jnp.arange(length)[None], []
-        x = self.embed_meta(positions)
-        context = Context(make_rope(self.config, positions, length))
-        for unit in self.units():
-            outputs += unit.after(x, context)
+            return self.init_state(1, 0).layers
+        x, outputs = self.embed_meta(), []
+        context = Context(make_rope(self.config, _meta_positions(self.config), length))
+        for group in self._unrolled():
+            nothing = [LayerState()] * len(group.blocks), [None] * len(group.blocks)
+            outputs += group(x, context, *nothing)
             x = outputs[-1].x
-        start, counts = jnp.zeros(1, jnp.int32), jnp.full(1, length)
         return tuple(
-            layer.after(output.kv, output.ssm, start, counts)
-            for layer, output in zip(empty, outputs, strict=True)
+            LayerState(
+                None if output.kv is None or spec.reuses_kv else KVCache.of(output.kv.new),
+                output.ssm,
+            )
+            for spec, output in zip(self.config.layer_specs, outputs, strict=True)
         )
+
+    def init_state(
+        self, batch: int, context: int, state_dtype: DTypeLike = "float32"
+    ) -> ModelState:
+        """A state of zeros, for sequences of up to `context` tokens.
+
+        Args:
+          state_dtype: that the SSM's states are kept in; they are computed in float32.
+        """
+        layers = tuple(
+            block.mixer.init_state(batch, context, self.compute.dtype, state_dtype)
+            for block in self.blocks()
+        )
+        return ModelState(layers, jnp.zeros(batch, jnp.int32))
 
     def extend(
         self,
         tokens: Int[Array, "batch length"],
-        cache: Cache,
-        prefix: Prefix,
+        state: ModelState,
+        meta: MetaState,
         lengths: Int[Array, "batch"],
         *,
         is_start: bool = False,
-    ) -> tuple[Float[Array, "batch length hidden"], Cache]:
-        """The last layer's output for tokens that go on from a cache, and the cache after them.
+    ) -> tuple[Float[Array, "batch length hidden"], ModelState]:
+        """The last layer's output for tokens that continue from a state, and the state after them.
 
-        Equal to the full forward pass at those positions, however a text is cut into pieces.
+        Equal to the full forward pass at those positions, whatever chunks a sequence comes in.
 
         Args:
-          lengths: tokens of each row that count; those after them leave no trace.
-          is_start: no row has tokens in the cache yet, which saves looking for them.
+          lengths: valid tokens of each row; those after them leave no trace.
+          is_start: no row has tokens in its state yet, which saves looking for them.
         """
-        start = cache.lengths
-        positions = self.config.num_meta_tokens + start[:, None] + jnp.arange(tokens.shape[1])[None]
-        total = self.config.num_meta_tokens + (start + lengths).max()  # padding is no text
-        context = Context(make_rope(self.config, positions, total), lengths)
-        pasts = iter(layer_pasts(cache, prefix, is_start=is_start))
-        caches = iter(cache.layers)
+        start, num_meta_tokens = state.lengths, self.config.num_meta_tokens
+        positions = num_meta_tokens + start[:, None] + jnp.arange(tokens.shape[1])[None]
+        total = num_meta_tokens + (start + lengths).max()  # without padding
+        context = Context(make_rope(self.config, positions, total), start, lengths)
+        before = iter(zip(state.layers, meta, strict=True))
         x, layers = self.embed(tokens), []
-        for unit in self.units():
-            outputs = unit.after(x, context, [next(pasts) for _ in unit.blocks])
-            x, before = outputs[-1].x, [next(caches) for _ in outputs]
+        for group in self._unrolled():
+            states, metas = zip(*(next(before) for _ in group.blocks), strict=True)
+            seen = [layer._replace(kv=None) for layer in states] if is_start else states
+            outputs = group(x, context, seen, [layer.kv for layer in metas])
             # Written after the last reading, so that it happens in place.
-            x, kv_caches = jax.lax.optimization_barrier((x, [cache.kv for cache in before]))
+            x, kv = jax.lax.optimization_barrier((outputs[-1].x, [layer.kv for layer in states]))
             layers += [
-                cache._replace(kv=kv).after(output.kv, output.ssm, start, lengths)
-                for cache, kv, output in zip(before, kv_caches, outputs, strict=True)
+                layer._replace(kv=cache).update(output, start, lengths)
+                for layer, cache, output in zip(states, kv, outputs, strict=True)
             ]
-        return x, Cache(tuple(layers), start + lengths)
+        return x, ModelState(tuple(layers), start + lengths)
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """The tokens' embeddings, in the compute dtype."""
-        embedding = in_use(self.embedding)  # not rounded, so that its gradients add up unrounded
-        return embedding[tokens].astype(self.compute.dtype)
+        embedding = gather_param(self.embedding)  # not rounded: its gradients add up unrounded
+        return constrain(embedding[tokens].astype(self.compute.dtype), "batch", "length", None)
 
-    def embed_meta(
-        self, positions: Int[Array, "batch length"]
-    ) -> Float[Array, "batch length hidden"]:
-        """The meta tokens at these positions in the compute dtype, zeros at those after them."""
-        meta = in_use(self.meta_tokens, self.compute.dtype)
-        return meta.at[positions].get(mode="fill", fill_value=0)
+    def embed_meta(self) -> Float[Array, "1 meta_tokens hidden"]:
+        """The meta tokens, in the compute dtype."""
+        meta = gather_param(self.meta_tokens, self.compute.dtype)
+        return constrain(meta[None], None, "length", None)
 
-    def embed_all(
-        self, tokens: Int[Array, "batch length"]
-    ) -> Float[Array, "batch positions hidden"]:
-        """The meta tokens and the text behind them.
+    def flops(self, length: int, *, predicted: int) -> float:
+        """FLOPs of a sequence's forward pass, whatever an implementation does.
 
-        Every position is looked up in both tables. Two lookups one after the other would be split
-        over devices in other parts than the whole, and have to be sent between them.
+        Each token meets every kernel: 2 for a product and its sum. Heads count their own. Norms,
+        rotation and softmax are left out, and so is all that meta tokens compute: no sequence
+        needs it anew.
+
+        Args:
+          length: tokens of the sequence.
+          predicted: positions whose logits are computed.
         """
-        meta = self.config.num_meta_tokens
-        x = self.embed(jnp.pad(tokens, ((0, 0), (meta, 0))))
-        if meta:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-            x = jnp.where(positions[:, :, None] < meta, self.embed_meta(positions), x)
-        return constrain(x, "batch", "length", None)
+        kernels = sum(
+            math.prod(leaf.shape)
+            for path, leaf in nnx.to_flat_state(nnx.state(self, nnx.Param))
+            if path[-1] == "kernel" and "lm_head" not in path
+        )
+        vocabulary = self.config.num_embeddings * self.config.hidden_size * predicted
+        return 2.0 * (kernels * length + vocabulary) + self.head_flops(length)
+
+    def head_flops(self, length: int) -> float:
+        """Those of `flops` that are no matmuls with parameters: attention's and the SSM's own."""
+        return sum(
+            repeats * block.mixer.flops(length)
+            for group, repeats in self._repeated()
+            for block in group.blocks
+        )
 
     def logits(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
         """Norm and projection on the vocabulary, in float32."""
@@ -172,31 +242,44 @@ class Hymba(nnx.Module):
         logits = product(x, param[...].astype(x.dtype), jnp.float32, axes)
         return constrain(logits, "batch", "length", "vocab")
 
-    def units(self) -> list[Unit]:
-        """The layers in their units, where none are stacked."""
-        units = [segment for segment in self.segments if isinstance(segment, Unit)]
-        if len(units) != len(self.segments):
-            raise ValueError("a model that scans its layers keeps no cache: see scan_layers")
-        return units
+    def _repeated(self) -> list[tuple[LayerGroup, int]]:
+        """Each group, and how many equal ones it stands for."""
+        repeats = [group.repeats for group in _held_groups(self.config, self.compute.scan_layers)]
+        groups = (g.group if isinstance(g, ScannedLayers) else g for g in self.groups)
+        return list(zip(groups, repeats, strict=True))
+
+    def blocks(self) -> list[Block]:
+        """The layers, where none are stacked."""
+        return [block for group in self._unrolled() for block in group.blocks]
+
+    def _unrolled(self) -> list[LayerGroup]:
+        groups = [group for group in self.groups if isinstance(group, LayerGroup)]
+        if len(groups) != len(self.groups):
+            raise ValueError("a model that scans its layers keeps no state: see scan_layers")
+        return groups
+
+
+def _meta_positions(config: HymbaConfig) -> Int[Array, "1 meta_tokens"]:
+    return jnp.arange(config.num_meta_tokens)[None]
 
 
 class LayerPlace(NamedTuple):
-    """Where a layer's parameters stand: the path of its block, and its place if stacked."""
+    """Where a layer's parameters are: the path of its block, and which of its stack it is."""
 
     block: tuple[str | int, ...]
-    unit: int | None
+    repeat: int | None
 
 
 def layer_places(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPlace]:
     """The place of each layer among the parameters, first layer first."""
     places = []
-    for i, segment in enumerate(_held_segments(config, scan_layers)):
-        for unit in range(segment.repeats):
-            for j in range(len(segment.unit)):
-                if segment.repeats > 1:
-                    place = LayerPlace(("segments", i, "units", "blocks", j), unit)
+    for i, group in enumerate(_held_groups(config, scan_layers)):
+        for repeat in range(group.repeats):
+            for j in range(len(group.layers)):
+                if group.repeats > 1:
+                    place = LayerPlace(("groups", i, "group", "blocks", j), repeat)
                 else:
-                    place = LayerPlace(("segments", i, "blocks", j), None)
+                    place = LayerPlace(("groups", i, "blocks", j), None)
                 places.append(place)
     return places
 
@@ -204,8 +287,8 @@ def layer_places(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPlace]:
 def arrange_layers(model: Hymba, *, scan_layers: bool) -> Hymba:
     """The same model with repeated layers' parameters stacked, or each layer's in its own arrays.
 
-    A cache needs them apart: XLA would copy a layer out of the stack each time it is used. What
-    stands as it did before is shared, all else copied.
+    Decoding needs them apart: XLA would copy a layer out of the stack each time it is used. What
+    is arranged as it was before is shared, all else copied.
     """
     config = model.config
     compute = dataclasses.replace(model.compute, scan_layers=scan_layers)
@@ -228,16 +311,16 @@ def arrange_layers(model: Hymba, *, scan_layers: bool) -> Hymba:
 
     def take(place: LayerPlace, name: tuple[Any, ...]) -> Array:
         array = held[*place.block, *name][...]
-        return array if place.unit is None else array[place.unit]
+        return array if place.repeat is None else array[place.repeat]
 
     flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(arranged)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _held_segments(config: HymbaConfig, scan_layers: bool) -> tuple[Segment, ...]:
-    """The segments as the model holds them: repeated ones rolled, or each unit by itself."""
+def _held_groups(config: HymbaConfig, scan_layers: bool) -> tuple[GroupSpec, ...]:
+    """The groups as the model holds them: repeated ones stacked, or each by itself."""
     if scan_layers:
-        return config.segments
+        return config.groups
     return tuple(
-        Segment(segment.unit, 1) for segment in config.segments for _ in range(segment.repeats)
+        GroupSpec(group.layers, 1) for group in config.groups for _ in range(group.repeats)
     )

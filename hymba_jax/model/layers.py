@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig
 from hymba_jax.ops.matmul import matmul
-from hymba_jax.sharding import in_use
+from hymba_jax.sharding import gather_param
 from hymba_jax.types import Array, Float
 
 INIT_STD = 0.02
@@ -62,7 +62,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        scale = in_use(self.scale, x.dtype)
+        scale = gather_param(self.scale, x.dtype)
         return normed * jnp.broadcast_to(scale, x.shape)
 
 

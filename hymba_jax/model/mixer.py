@@ -1,37 +1,18 @@
 """The idea of the paper: attention heads and SSM heads in parallel on the same input (eq. 2)."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
 from hymba_jax.model.attention import Attention
-from hymba_jax.model.cache import KeyValue, LayerPast, SSMState
+from hymba_jax.model.context import Context
+from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import Linear, rms_norm
-from hymba_jax.model.rope import Rope
 from hymba_jax.model.ssm import SSM
-from hymba_jax.types import Array, Float, Int
-
-
-class Context(NamedTuple):
-    """What every layer knows of the positions it is given.
-
-    Attributes:
-      lengths: positions of each row that count, where padding stands behind them.
-    """
-
-    rope: Rope
-    lengths: Int[Array, "batch"] | None = None
-
-
-class LayerOutput(NamedTuple):
-    """A mixer's output, or its block's, and what the layer would remember of these positions."""
-
-    x: Float[Array, "batch length hidden"]
-    kv: KeyValue | None
-    ssm: SSMState | None
+from hymba_jax.model.state import LayerOutput, LayerState
+from hymba_jax.types import Array, Float
 
 
 class HybridMixer(nnx.Module):
@@ -56,13 +37,25 @@ class HybridMixer(nnx.Module):
         self,
         x: Float[Array, "batch length hidden"],
         context: Context,
-        kv: KeyValue | None,
-        past: LayerPast,
+        state: LayerState,
+        meta: KVCache | None,
+        shared: AttendedKV | None,
     ) -> LayerOutput:
-        attention, kv = self.attention(x, context.rope, kv, past.kv)
-        ssm, state = self.ssm(x, past.ssm, context.lengths)
+        attention, kv = self.attention(x, context, state.kv, meta, shared)
+        ssm, ssm_state = self.ssm(x, context, state.ssm)
         y = self.out_proj(self.fuse(self.attention_norm(attention), self.ssm_norm(ssm)))
-        return LayerOutput(y, kv, state)
+        return LayerOutput(y, kv, ssm_state)
+
+    def init_state(
+        self, batch: int, context: int, dtype: DTypeLike, state_dtype: DTypeLike
+    ) -> LayerState:
+        return LayerState(
+            self.attention.init_state(batch, context, dtype),
+            self.ssm.init_state(batch, dtype, state_dtype),
+        )
+
+    def flops(self, length: int) -> float:
+        return self.attention.flops(length) + self.ssm.flops(length)
 
 
 class AttentionMixer(nnx.Module):
@@ -78,11 +71,20 @@ class AttentionMixer(nnx.Module):
         self,
         x: Float[Array, "batch length hidden"],
         context: Context,
-        kv: KeyValue | None,
-        past: LayerPast,
+        state: LayerState,
+        meta: KVCache | None,
+        shared: AttendedKV | None,
     ) -> LayerOutput:
-        attention, kv = self.attention(x, context.rope, kv, past.kv)
+        attention, kv = self.attention(x, context, state.kv, meta, shared)
         return LayerOutput(self.out_proj(attention), kv, None)
+
+    def init_state(
+        self, batch: int, context: int, dtype: DTypeLike, state_dtype: DTypeLike
+    ) -> LayerState:
+        return LayerState(kv=self.attention.init_state(batch, context, dtype))
+
+    def flops(self, length: int) -> float:
+        return self.attention.flops(length)
 
 
 class SSMMixer(nnx.Module):
@@ -98,11 +100,20 @@ class SSMMixer(nnx.Module):
         self,
         x: Float[Array, "batch length hidden"],
         context: Context,
-        kv: KeyValue | None,
-        past: LayerPast,
+        state: LayerState,
+        meta: KVCache | None,
+        shared: AttendedKV | None,
     ) -> LayerOutput:
-        ssm, state = self.ssm(x, past.ssm, context.lengths)
-        return LayerOutput(self.out_proj(ssm), kv, state)
+        ssm, ssm_state = self.ssm(x, context, state.ssm)
+        return LayerOutput(self.out_proj(ssm), None, ssm_state)
+
+    def init_state(
+        self, batch: int, context: int, dtype: DTypeLike, state_dtype: DTypeLike
+    ) -> LayerState:
+        return LayerState(ssm=self.ssm.init_state(batch, dtype, state_dtype))
+
+    def flops(self, length: int) -> float:
+        return self.ssm.flops(length)
 
 
 def make_mixer(

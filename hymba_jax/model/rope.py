@@ -24,6 +24,11 @@ class Rope(NamedTuple):
         return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def has_fixed_rope(config: HymbaConfig, total: int) -> bool:
+    """Whether up to so many positions are rotated alike, however long their sequence is."""
+    return config.rope_type != "dynamic_ntk" or total <= config.attention.rope_original_positions
+
+
 def make_rope(
     config: HymbaConfig, positions: Int[Array, "batch_or_1 length"], total: int | Int[Array, ""]
 ) -> Rope:

@@ -1,18 +1,43 @@
 """The SSM heads of a layer: Mamba (arXiv 2312.00752) with inner norms (paper, section 2.1)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.model.cache import SSMState
+from hymba_jax.model.context import Context
 from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
-from hymba_jax.types import Array, Float, Int
+from hymba_jax.types import Array, Float
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps at the start of training: Mamba, section 3.6
+
+
+class SSMState(NamedTuple):
+    """The last inputs of the convolution, and the state of the recurrence."""
+
+    conv_inputs: Float[Array, "batch kernel-1 channels"]
+    ssm_state: Float[Array, "batch state channels"]
+
+    def of_rows(self, batch: int) -> "SSMState":
+        """A batch that starts from this state.
+
+        In float32 where it is the same for all rows, whose gradients are summed.
+        """
+        if len(self.ssm_state) == batch:
+            return self
+        rows = (jnp.broadcast_to(a.astype(jnp.float32), (batch, *a.shape[1:])) for a in self)
+        return SSMState(*rows)
+
+    def update(self, new: "SSMState") -> "SSMState":
+        """The new state in this one's dtypes, broadcast over its batch."""
+        return SSMState(
+            *(jnp.broadcast_to(b, a.shape).astype(a.dtype) for a, b in zip(self, new, strict=True))
+        )
 
 
 class SSM(nnx.Module):
@@ -56,22 +81,23 @@ class SSM(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length hidden"],
-        past: SSMState | None = None,
-        lengths: Int[Array, "batch"] | None = None,
+        context: Context,
+        state: SSMState | None = None,
     ) -> tuple[Float[Array, "batch length channels"], SSMState]:
-        """The heads' outputs, and the state after the last position.
+        """The heads' outputs, and the state after the last valid position.
 
         Args:
-          past: the state before the first position; nothing if absent.
-          lengths: positions of each row that count; those after them leave the state as it is.
+          state: the state before the first position of each document; zeros if absent.
         """
         u, gate = self.in_proj(x), self.gate_proj(x)
+        state = state and state.of_rows(len(x))
         u, conv_inputs = causal_conv(
             u,
             self.conv_kernel[...],
             self.conv_bias[...],
-            initial_inputs=past and past.conv_inputs,
-            lengths=lengths,
+            initial_inputs=state and state.conv_inputs,
+            segment_ids=context.segment_ids,
+            lengths=context.lengths,
         )
         u = jax.nn.silu(u)
         dt, B, C = jnp.split(self.x_proj(u), (self.sizes[0], sum(self.sizes[:2])), axis=-1)
@@ -84,10 +110,34 @@ class SSM(nnx.Module):
             self.D[...],
             z=gate,
             dt_bias=self.dt_bias[...],
-            initial_state=past and past.ssm_state,
-            lengths=lengths,
+            initial_state=state and state.ssm_state,
+            segment_ids=context.segment_ids,
+            lengths=context.lengths,
         )
         return y, SSMState(conv_inputs, ssm_state)
+
+    def init_state(self, batch: int, dtype: DTypeLike, state_dtype: DTypeLike) -> SSMState:
+        """A state of zeros.
+
+        Args:
+          dtype: of the convolution's inputs.
+          state_dtype: that the recurrence's state is kept in; it is computed in float32.
+        """
+        taps, channels = self.conv_kernel.shape[-2:]
+        return SSMState(
+            jnp.zeros((batch, taps - 1, channels), dtype),
+            jnp.zeros((batch, self.sizes[1], channels), state_dtype),
+        )
+
+    def flops(self, length: int) -> float:
+        """Of a sequence's convolution and scan.
+
+        Each tap takes 2 a channel, each position of the scan 9 a state and channel: delta A, its
+        exponential, times h; delta x, times B, their sum; times C, the sum over states; what D and
+        the gate add.
+        """
+        taps, channels = self.conv_kernel.shape[-2:]
+        return float(length * channels * (9 * self.sizes[1] + 2 * taps))
 
 
 def _uniform(bound: float) -> nnx.Initializer:

@@ -17,7 +17,7 @@ from hymba_jax.model.flops import training_flops
 from hymba_jax.run_config import RunConfig, read_model_directory
 from hymba_jax.sharding import (
     batch_sharding,
-    describe_split,
+    describe_sharding,
     make_mesh,
     own_rows,
     place_rows,
@@ -118,7 +118,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     if data.left_out:
         display.say(f"{config.data.path}: left out of the text: {data.left_out}")
     if mesh.size > 1:
-        display.say(describe_split(config.model, mesh, length))
+        display.say(describe_sharding(config.model, mesh, length))
     display.begin("compiling")
     place = batch_sharding(mesh)
     train_step = compile_train_step(template, optimizer, training, length, place)
@@ -177,7 +177,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         with MetricsWriter(output, loop.step) as writer, Tracer(trace, loop.step) as tracer:
             if writer.removed:
                 display.say(writer.removed)
-            workload = _workload(config, template.state.params, mesh)
+            workload = _workload(config, mesh)
             steps_per_epoch = (len(data.train) - 1) // length / batch_size
             recorder = Recorder(training, workload, steps_per_epoch, loop.step, writer, display)
             for step in range(loop.step + 1, training.steps + 1):
@@ -218,11 +218,11 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     display.say(f"done: {config.output}")
 
 
-def _workload(config: RunConfig, params: Params, mesh: Mesh) -> Workload:
+def _workload(config: RunConfig, mesh: Mesh) -> Workload:
     rows, length = config.training.batch_size, config.data.sequence_length
     return Workload(
         tokens=rows * length,
-        flops=rows * training_flops(config.model, params, length),
+        flops=rows * training_flops(config.model, length),
         devices=mesh.size,
         peak_flops=peak_flops([device.device_kind for device in mesh.devices.flat]),
     )

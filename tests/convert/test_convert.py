@@ -303,7 +303,7 @@ class TestModelsTrainedHere:
         newest = read_released(convert(tmp_path / "run", tmp_path / "newest"))
         older = read_released(convert(tmp_path / "run", tmp_path / "older", step=1))
         np.testing.assert_array_equal(newest[EMBEDDING], 2 * older[EMBEDDING])
-        kernel = model.segments[1].units.blocks[0].mlp.up_proj.kernel[...]
+        kernel = model.groups[1].group.blocks[0].mlp.up_proj.kernel[...]
         for unit, layer in enumerate((1, 3)):
             name = f"model.layers.{layer}.moe.experts.0.up_proj.weight"
             np.testing.assert_array_equal(older[name], kernel[unit].T)

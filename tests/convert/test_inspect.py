@@ -119,7 +119,7 @@ def test_a_directory_without_checkpoint(tmp_path, capsys):
 
 def test_a_flipped_bit_is_found_wherever_arrays_are_read(released, tmp_path, capsys):
     ours = convert(released, tmp_path / "ours")
-    name = "segments.1.blocks.0.mixer.ssm.D"
+    name = "groups.1.blocks.0.mixer.ssm.D"
     (file,) = (path for path in (ours / "params").glob("*.ssm.D/0*") if path.parent.name == name)
     content = bytearray(file.read_bytes())
     content[8] ^= 1  # the lowest bit of the third number

@@ -144,14 +144,14 @@ def continue_texts(*args, **options):
 def lower_decode(engine, batch, context):
     """The loop on the device before it is compiled, and the shapes of its state."""
     programs = engine._programs
-    prefix = programs.prefix.eval_shape(engine.params)
-    read = programs.start.eval_shape(prefix, batch=batch, context=context)
+    meta = programs.meta_state.eval_shape(engine.params)
+    read = programs.start.eval_shape(engine.params, meta, batch=batch, context=context)
     zeros = jnp.zeros(batch, jnp.int32)
     seen = jnp.zeros((batch, engine.config.vocab_size), bool)
     state = DecodeState(read.cache, zeros, zeros, zeros > 0, seen)
     sampler = make_sampler([SamplingConfig()] * batch, [0] * batch)
     limits = Limits(zeros, jnp.full((batch, 4), NO_TOKEN))
-    arguments = (engine.params, prefix, engine.allowed, state, sampler, limits, STEPS)
+    arguments = (engine.params, meta, engine.allowed, state, sampler, limits, STEPS)
     return programs.decode.lower(*arguments), state
 
 
@@ -367,9 +367,9 @@ class TestCompiling:
         which runs once whatever is continued."""
         embedded, embed_meta = [], Hymba.embed_meta
 
-        def recorded(self, positions):
-            embedded.append(positions.shape)
-            return embed_meta(self, positions)
+        def recorded(self):
+            embedded.append(1)
+            return embed_meta(self)
 
         monkeypatch.setattr(Hymba, "embed_meta", recorded)
         model, runs = LanguageModel(tiny(), byte_tokenizer()), []
@@ -377,12 +377,12 @@ class TestCompiling:
 
         def counted(params):
             runs.append(1)
-            return programs.prefix(params)
+            return programs.meta_state(params)
 
-        model.engine._programs = programs._replace(prefix=counted)
+        model.engine._programs = programs._replace(meta_state=counted)
         with compilations() as names:
             model.generate(["one", "three"], max_new_tokens=20)
-        large = ("jit(prefix)", "jit(read)", "jit(first)", "jit(decode)")
+        large = ("jit(meta_state)", "jit(read)", "jit(first)", "jit(decode)")
         assert [name for name in names if name in large] == list(large)
         with compilations() as names:
             model.generate(["four and five", ""], max_new_tokens=30, temperature=0.7, top_p=0.9)
@@ -453,14 +453,16 @@ class TestDecoding:
         engine = tiny_engine()
         read = engine.prefill([text_of(3)], 40)
         piece = engine._pieces([text_of(5)])[0]
-        further = engine._programs.read(engine.params, engine.prefix, read, piece, is_start=False)
+        further = engine._programs.read(
+            engine.params, engine.meta_state, read, piece, is_start=False
+        )
         assert all(a.is_deleted() for a in jax.tree.leaves(read))
         batch = continuing(engine, [text_of(3)], 30)
         state, _ = batch.begin()
         assert all(a.is_deleted() for a in jax.tree.leaves(batch.read.cache))
         batch.go_on(state)
         assert all(a.is_deleted() for a in jax.tree.leaves(state.cache))
-        kept = (engine.params, engine.prefix, further, batch.sampler, batch.limits)
+        kept = (engine.params, engine.meta_state, further, batch.sampler, batch.limits)
         assert not any(a.is_deleted() for a in jax.tree.leaves(kept))
 
 

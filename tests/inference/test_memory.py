@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 import jax
 import pytest
+from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax import cli
@@ -19,11 +20,11 @@ from hymba_jax.inference.memory import (
     check_fits,
     gb,
     host_memory,
+    meta_state_bytes,
     param_bytes,
-    prefix_bytes,
     training_bytes,
 )
-from hymba_jax.model.cache import empty_cache
+from hymba_jax.model import Hymba
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
@@ -101,7 +102,7 @@ def test_an_engine_allocates_what_is_counted(context, state_dtype):
     rows = 4  # of the batch that three texts are put in
     counted = cache_bytes(TINY, context, "float32", state_dtype)
     assert allocated(read.cache.layers) == rows * counted.total
-    assert allocated(model.engine.prefix) == prefix_bytes(TINY, "float32").total
+    assert allocated(model.engine.meta_state) == meta_state_bytes(TINY, "float32").total
     assert allocated(model.engine.params) == param_bytes(TINY, "float32")
 
 
@@ -115,10 +116,11 @@ def test_uses_are_told_apart():
     assert cache_bytes(TINY, 4, "float32", "float32") == expected
 
 
-def test_a_batch_is_so_many_texts():
+def test_a_batch_is_so_many_sequences():
     one = cache_bytes(TINY, 50, "bfloat16", "float32").total
-    cache = jax.eval_shape(lambda: empty_cache(TINY, 7, 50, "bfloat16", "float32"))
-    assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache.layers)) == 7 * one
+    compute = ComputeConfig(dtype="bfloat16", scan_layers=False)
+    state = nnx.eval_shape(lambda: Hymba(TINY, compute, nnx.Rngs(0)).init_state(7, 50))
+    assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.layers)) == 7 * one
 
 
 def memory(capsys, *arguments):

@@ -1,6 +1,7 @@
 """The whole model: every design of the roadmap, causality, dtypes, and layers rolled or not."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,11 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 def test_every_design_of_the_roadmap_computes(row):
     """Small, with its own pattern, heads, window and fusion: finite, and every part is trained."""
     wanted = ROADMAP[row]
-    unit = wanted["layers"].split("*")[1]
+    group = wanted["layers"].split("*")[1]
     heads = (
         {"heads": wanted["heads"], "kv_heads": wanted.get("kv_heads")} if "heads" in wanted else {}
     )
-    small = wanted | heads | {"layers": f"2*{unit}", "window": 5, "hidden": 64}
+    small = wanted | heads | {"layers": f"2*{group}", "window": 5, "hidden": 64}
     config = dataclasses.replace(roadmap_config(**small), vocab_size=50)
     model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
     graph, params = nnx.split(model)
@@ -73,9 +74,9 @@ def test_layers_start_the_same_rolled_or_not():
     for layer in range(CONFIG.num_layers):
         name = ("mixer", "ssm", "in_proj", "kernel")
         stack = states[True][(*rolled[layer].block, *name)]
-        unit = rolled[layer].unit
+        repeat = rolled[layer].repeat
         alone = states[False][(*unrolled[layer].block, *name)][...]
-        np.testing.assert_array_equal(stack[...] if unit is None else stack[unit], alone)
+        np.testing.assert_array_equal(stack[...] if repeat is None else stack[repeat], alone)
     kernels = [states[False][(*place.block, *name)][...] for place in unrolled]
     assert len({kernel.tobytes() for kernel in map(np.asarray, kernels)}) == CONFIG.num_layers
 
@@ -101,6 +102,78 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
     model.meta_tokens[...] = model.meta_tokens[...].at[0].add(1.0)
     assert np.abs(model(TOKENS) - before)[:, -1].max() > 1e-4
     assert np.array_equal(model(TOKENS.at[:, 0].set(4))[:, -1], model(TOKENS)[:, -1])
+
+
+class TestDocuments:
+    """Several in a row: longer than the window, shorter than the convolution, of one token."""
+
+    lengths = (9, 1, 2, 12)
+
+    @staticmethod
+    @functools.cache
+    def programs(layers="G 2*Ww M A"):
+        config = dataclasses.replace(CONFIG, layers=layers)
+        graph, params = nnx.split(Hymba(config, ComputeConfig(remat="block"), nnx.Rngs(0)))
+
+        def loss(params, tokens, segment_ids, weights):
+            logits = nnx.merge(graph, params)(tokens, segment_ids)
+            return jnp.sum(jax.nn.log_softmax(logits)[..., 7] * weights), logits
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True)), params
+
+    def row(self):
+        """Each document's tokens, and the row's ids: neighbours differ."""
+        rng = np.random.default_rng(5)
+        documents = [rng.integers(3, 50, length) for length in self.lengths]
+        ids = np.repeat([0, 1, 0, 1], self.lengths)
+        return documents, jnp.asarray(ids)[None]
+
+    def test_each_is_what_it_is_alone(self):
+        """Logits, and what it adds to the gradient of every parameter, meta tokens included."""
+        run, params = self.programs()
+        documents, ids = self.row()
+        tokens = jnp.asarray(np.concatenate(documents))[None]
+        (_, logits), _ = run(params, tokens, ids, jnp.ones(tokens.shape))
+        start = 0
+        for document in documents:
+            place = slice(start, start := start + len(document))
+            weights = jnp.zeros(tokens.shape).at[:, place].set(1.0)
+            _, gradients = run(params, tokens, ids, weights)
+            # The same program: behind the document stands one that does not count.
+            alone = jnp.pad(jnp.asarray(document)[None], ((0, 0), (0, 24 - len(document))))
+            own = jnp.asarray(np.arange(24) >= len(document)).astype(ids.dtype)[None]
+            (_, expected), of_alone = run(params, alone, own, 1.0 - own)
+            np.testing.assert_allclose(
+                logits[:, place], expected[:, : len(document)], rtol=0, atol=2e-5
+            )
+            for path, gradient in nnx.to_flat_state(of_alone):
+                ours = dict(nnx.to_flat_state(gradients))[path][...]
+                scale = np.abs(gradient[...]).max()
+                np.testing.assert_allclose(ours, gradient[...], rtol=0, atol=2e-5 * scale + 1e-7)
+
+    def test_none_changes_another_to_the_last_bit(self):
+        run, params = self.programs()
+        documents, ids = self.row()
+        tokens = jnp.asarray(np.concatenate(documents))[None]
+        weights = jnp.zeros(tokens.shape).at[:, 10:12].set(1.0)  # the third
+        changed = tokens.at[:, :10].add(1).at[:, 12:].set(4)
+        (_, logits), gradients = run(params, tokens, ids, weights)
+        (_, others), of_others = run(params, changed, ids, weights)
+        np.testing.assert_array_equal(logits[:, 10:12], others[:, 10:12])
+        assert np.abs(logits - others).max() > 1e-3
+        for (path, ours), (_, theirs) in zip(
+            nnx.to_flat_state(gradients), nnx.to_flat_state(of_others), strict=True
+        ):
+            np.testing.assert_array_equal(ours[...], theirs[...], err_msg=str(path))
+
+    def test_a_rotation_by_length_is_refused(self):
+        attention = dataclasses.replace(
+            CONFIG.attention, rope_type="dynamic_ntk", rope_original_positions=20
+        )
+        config = dataclasses.replace(CONFIG, attention=attention, layers="A")
+        model = nnx.eval_shape(lambda: Hymba(config, ComputeConfig(), nnx.Rngs(0)))
+        with pytest.raises(ValueError, match="depends on the length of each document"):
+            model(TOKENS, jnp.zeros_like(TOKENS))
 
 
 def test_parameters_name_every_axis():

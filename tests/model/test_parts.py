@@ -10,12 +10,13 @@ from flax import nnx
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.layer_pattern import LayerSpec
-from hymba_jax.model.cache import LayerPast
+from hymba_jax.model.context import Context
 from hymba_jax.model.layers import RMSNorm
-from hymba_jax.model.mixer import Context, make_mixer
+from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.model.rope import make_rope
 from hymba_jax.model.ssm import SSM
+from hymba_jax.model.state import LayerState
 
 CONFIG = HymbaConfig(
     vocab_size=50,
@@ -90,11 +91,11 @@ def test_query_and_key_norms(qk_norm):
     attention = dataclasses.replace(CONFIG.attention, qk_norm=qk_norm)
     config = dataclasses.replace(CONFIG, attention=attention)
     layer = make_mixer(
-        config, LayerSpec("global", ssm=True), ComputeConfig(), nnx.Rngs(0)
+        config, LayerSpec("global", ssm="mamba"), ComputeConfig(), nnx.Rngs(0)
     ).attention
     x = jnp.asarray(rng_array(2, 5, 32), jnp.float32)
     rope = make_rope(config, jnp.arange(5)[None], 5)
-    for heads in (layer.query(x, rope), layer.key_value(x, rope, None).key):
+    for heads in (layer.query(x, rope), layer.key_value(x, rope).key):
         rms = np.sqrt(np.mean(np.square(heads), axis=-1))
         assert np.allclose(rms, 1, atol=1e-3) == (qk_norm != "none")
     expected = {"none": None, "rms": (8,), "perhead-rms": (4, 8)}[qk_norm]
@@ -104,26 +105,28 @@ def test_query_and_key_norms(qk_norm):
 @pytest.mark.parametrize("fusion", ["mean", "concat"])
 def test_the_mixer_is_its_formula(fusion):
     config = dataclasses.replace(CONFIG, fusion=fusion)
-    mixer = make_mixer(config, LayerSpec("window", ssm=True), ComputeConfig(), nnx.Rngs(0))
+    mixer = make_mixer(config, LayerSpec("window", ssm="mamba"), ComputeConfig(), nnx.Rngs(0))
     x = jnp.asarray(rng_array(2, 9, 32), jnp.float32)
     rope = make_rope(config, jnp.arange(9)[None], 9)
-    heads = [np.asarray(v) for v in (mixer.attention(x, rope, None)[0], mixer.ssm(x)[0])]
+    context, meta = Context(rope), mixer.attention.init_state(1, 0, "float32")
+    attention, _ = mixer.attention(x, context, meta=meta)
+    heads = [np.asarray(attention), np.asarray(mixer.ssm(x, context)[0])]
     normed = [a / np.sqrt(np.mean(np.square(a), -1, keepdims=True) + 1e-6) for a in heads]
     fused = sum(normed) / 2 if fusion == "mean" else np.concatenate(normed, axis=-1)
-    output, kv, _ = mixer(x, Context(rope), None, LayerPast())
+    output, kv, _ = mixer(x, context, LayerState(), meta, None)
     expected = fused @ np.asarray(mixer.out_proj.kernel[...])
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-6)
-    assert kv.key.shape == (2, 9, 2, 8)
-    assert kv.value.shape == (2, 9, 2, 16)
+    assert kv.new.key.shape == (2, 9, 2, 8)
+    assert kv.new.value.shape == (2, 9, 2, 16)
 
 
 def test_a_layer_that_reuses_keys_and_values_has_none_of_its_own():
-    spec = LayerSpec("window", ssm=True, reuses_kv=True)
+    spec = LayerSpec("window", ssm="mamba", reuses_kv=True)
     mixer = make_mixer(CONFIG, spec, ComputeConfig(), nnx.Rngs(0))
     assert not hasattr(mixer.attention, "key_proj")
     x = jnp.asarray(rng_array(1, 4, 32), jnp.float32)
     with pytest.raises(ValueError, match="reuses keys and values, and was given none"):
-        mixer(x, Context(make_rope(CONFIG, jnp.arange(4)[None], 4)), None, LayerPast())
+        mixer(x, Context(make_rope(CONFIG, jnp.arange(4)[None], 4)), LayerState(), None, None)
 
 
 class TestInitialisation:

@@ -19,24 +19,26 @@ small_blocks = partial(blocks, block=5)
 FUNCTIONS = {"blocks": small_blocks, "reference": reference}
 
 
-def inputs(queries, keys=None, *, batch=BATCH, seed=0):
-    """Queries, keys, values and a cotangent."""
+def inputs(queries, keys=None, *, meta=3, batch=BATCH, seed=0):
+    """Queries, keys, values, keys and values of meta tokens, and a cotangent."""
     keys = keys or queries
     rng = np.random.default_rng(seed)
     shapes = [
-        (queries, HEADS, HEAD_DIM),
-        (keys, KV_HEADS, HEAD_DIM),
-        (keys, KV_HEADS, VALUE_DIM),
-        (queries, HEADS, VALUE_DIM),
+        (batch, queries, HEADS, HEAD_DIM),
+        (batch, keys, KV_HEADS, HEAD_DIM),
+        (batch, keys, KV_HEADS, VALUE_DIM),
+        (meta, KV_HEADS, HEAD_DIM),
+        (meta, KV_HEADS, VALUE_DIM),
+        (batch, queries, HEADS, VALUE_DIM),
     ]
-    return [rng.normal(size=(batch, *shape)) for shape in shapes]
+    return [rng.normal(size=shape) for shape in shapes]
 
 
 def cast(arrays, dtype=jnp.float32):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
-def by_hand(query, key, value, window, num_meta_tokens, first_key=None, segment_ids=None):
+def by_hand(query, key, value, meta_key, meta_value, window, first_key=None, segment_ids=None):
     """One query, one head at a time, from the mask's words."""
     batch, queries, heads = query.shape[:3]
     firsts = [0] * batch if first_key is None else first_key
@@ -47,21 +49,35 @@ def by_hand(query, key, value, window, num_meta_tokens, first_key=None, segment_
         seen = [
             k
             for k in range(at + 1)
-            if k < num_meta_tokens
-            or (
-                (window is None or at - k <= window)
-                and k >= firsts[b]
-                and (ids[max(0, k - start) : q + 1] == ids[q]).all()
-            )
+            if (window is None or at - k <= window)
+            and k >= firsts[b]
+            and (ids[max(0, k - start) : q + 1] == ids[q]).all()
         ]
-        scores = key[b, seen, group] @ query[b, q, h] / np.sqrt(query.shape[-1])
+        keys = np.concatenate([meta_key[:, group], key[b, seen, group]])
+        values = np.concatenate([meta_value[:, group], value[b, seen, group]])
+        scores = keys @ query[b, q, h] / np.sqrt(query.shape[-1])
         weights = np.exp(scores - scores.max())
-        output[b, q, h] = weights @ value[b, seen, group] / weights.sum()
+        output[b, q, h] = weights @ values / weights.sum()
     return output
 
 
-def with_gradients(function, query, key, value, doutput, **kwargs):
-    """The output, and the gradients of query, key and value along its cotangent."""
+def attend(query, key, value, meta_key, meta_value, *, function=None, **kwargs):
+    """`attention`, by this implementation."""
+    known = patch.object(api, "KNOW_DOCUMENTS", (*api.KNOW_DOCUMENTS, "chosen"))
+    with patch.dict(api.IMPLEMENTATIONS, chosen=function), known:
+        return attention(
+            query,
+            key,
+            value,
+            meta_key=meta_key,
+            meta_value=meta_value,
+            implementation=function and "chosen",
+            **kwargs,
+        )
+
+
+def with_gradients(function, *arrays, **kwargs):
+    """The output, and the gradients of all arrays but the last along that cotangent."""
 
     @jax.jit
     def both(arrays, doutput, places):
@@ -70,7 +86,8 @@ def with_gradients(function, query, key, value, doutput, **kwargs):
 
     sizes = {k: v for k, v in kwargs.items() if not isinstance(v, jax.Array)}
     places = {k: v for k, v in kwargs.items() if isinstance(v, jax.Array)}
-    return both((query, key, value), doutput, places)
+    *arrays, doutput = arrays
+    return both(tuple(arrays), doutput, places)
 
 
 def assert_close(ours, expected):
@@ -86,19 +103,6 @@ def documents(length, starts, batch=BATCH):
     return segment_ids.cumsum(1) % 2
 
 
-def of_documents(function):
-    """`attention`, which puts documents in the terms of the implementations, with one of them."""
-
-    def attend(*arrays, **kwargs):
-        with (
-            patch.dict(api.IMPLEMENTATIONS, chosen=function),
-            patch.object(api, "KNOW_DOCUMENTS", ("chosen",)),
-        ):
-            return attention(*arrays, implementation="chosen", **kwargs)
-
-    return attend
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(
     ("length", "window", "meta", "starts"),
@@ -110,23 +114,22 @@ def of_documents(function):
         (23, 3, 8, []),
         (9, 30, 2, []),
         (3, 2, 9, []),
-        (23, None, 3, [3, 7, 8, 15]),
+        (23, None, 3, [4, 7, 8, 15]),
         (23, 4, 0, [7, 8, 22]),
     ],
 )
 def test_values_and_gradients(name, length, window, meta, starts):
     """The gradients along a random direction, against central differences in float64."""
-    *arrays, cotangent = inputs(length)
-    *directions, _ = inputs(length, seed=1)
+    *arrays, cotangent = inputs(length, meta=meta)
+    *directions, _ = inputs(length, meta=meta, seed=1)
     segment_ids = documents(length, starts) if starts else None
     output, *gradients = with_gradients(
-        of_documents(FUNCTIONS[name]),
+        partial(attend, function=FUNCTIONS[name]),
         *cast([*arrays, cotangent]),
         window=window,
-        num_meta_tokens=meta,
         segment_ids=segment_ids if segment_ids is None else jnp.asarray(segment_ids),
     )
-    expected = by_hand(*arrays, window, meta, segment_ids=segment_ids)
+    expected = by_hand(*arrays, window, segment_ids=segment_ids)
     np.testing.assert_allclose(output, expected, rtol=0, atol=2e-6)
     step = 1e-5
     for i, direction in enumerate(directions):
@@ -135,7 +138,7 @@ def test_values_and_gradients(name, length, window, meta, starts):
             for sign in (1, -1)
         ]
         plus, minus = (
-            np.sum(by_hand(*a, window, meta, segment_ids=segment_ids) * cotangent) for a in shifted
+            np.sum(by_hand(*a, window, segment_ids=segment_ids) * cotangent) for a in shifted
         )
         expected = (plus - minus) / (2 * step)
         ours = np.sum(np.asarray(gradients[i], np.float64) * direction)
@@ -144,25 +147,27 @@ def test_values_and_gradients(name, length, window, meta, starts):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize(("length", "window", "meta"), [(23, None, 3), (23, 4, 3)])
-def test_bfloat16(name, length, window, meta):
+@pytest.mark.parametrize("window", [None, 4])
+def test_bfloat16(name, window):
     """Weights and values are rounded to 8 bits, their products summed in more: 2 * 2**-8."""
-    arrays = cast(inputs(length), jnp.bfloat16)
-    ours, *gradients = with_gradients(FUNCTIONS[name], *arrays, window=window, num_meta_tokens=meta)
+    arrays = cast(inputs(23), jnp.bfloat16)
+    function = partial(attend, function=FUNCTIONS[name])
+    ours, *gradients = with_gradients(function, *arrays, window=window)
     assert {a.dtype for a in (ours, *gradients)} == {jnp.dtype("bfloat16")}
-    query, key, value, _ = exact = [np.asarray(a, np.float64) for a in arrays]
-    bound = 2 * 2**-8 * np.abs(value).max()
-    expected = by_hand(query, key, value, window, meta)
+    *exact, _ = all_exact = [np.asarray(a, np.float64) for a in arrays]
+    bound = 2 * 2**-8 * max(np.abs(exact[2]).max(), np.abs(exact[4]).max())
+    expected = by_hand(*exact, window)
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=bound)
     # The gradients sum such terms over queries or keys, in bfloat16 as well.
-    kwargs = {"window": window, "num_meta_tokens": meta}
-    _, *expected = with_gradients(reference, *cast(exact), **kwargs)
+    _, *expected = with_gradients(
+        partial(attend, function=reference), *cast(all_exact), window=window
+    )
     for a, b in zip(gradients, expected, strict=True):
         atol = 4 * 2**-8 * max(1, np.abs(b).max())
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
 
 
-# Rows begin with the meta tokens, or later; the rest of a document, two of one position that have
+# Rows begin with the first key, or later; the rest of a document, two of one position that have
 # the same id, and two more.
 IDS = np.array([0, 0, 0, 1, 0, 2, 2, 2, 2, 2, 3, 3, 3])
 PLACES = {
@@ -178,23 +183,26 @@ PLACES = {
 @pytest.mark.parametrize(("window", "meta"), [(None, 3), (7, 4)])
 def test_fewer_queries_than_keys(name, place, window, meta):
     kwargs = {k: jnp.asarray(v) for k, v in PLACES[place].items()}
-    kwargs |= {"window": window, "num_meta_tokens": meta}
-    *exact, _ = arrays = inputs(13, 37)
-    ours = with_gradients(of_documents(FUNCTIONS[name]), *cast(arrays), **kwargs)
-    expected = by_hand(*exact, window, meta, **PLACES[place])
+    kwargs |= {"window": window}
+    *exact, _ = arrays = inputs(13, 37, meta=meta)
+    function = partial(attend, function=FUNCTIONS[name])
+    ours = with_gradients(function, *cast(arrays), **kwargs)
+    expected = by_hand(*exact, window, **PLACES[place])
     np.testing.assert_allclose(ours[0], expected, rtol=0, atol=2e-6)
-    assert_close(ours, with_gradients(of_documents(reference), *cast(arrays), **kwargs))
+    defined = partial(attend, function=reference)
+    assert_close(ours, with_gradients(defined, *cast(arrays), **kwargs))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("window", [None, 4])
 def test_documents_do_not_see_each_other(name, window):
     """Outputs and gradients of each are the same to the last bit, whatever the others hold."""
-    length, meta, starts = 23, 3, [3, 7, 8, 15]
+    length, starts = 23, [4, 5, 15]
     *arrays, cotangent = inputs(length, batch=1)
-    kwargs = {"window": window, "num_meta_tokens": meta}
+    kwargs = {"window": window}
     kwargs["segment_ids"] = jnp.asarray(documents(length, starts, batch=1))
-    assert_documents_apart(of_documents(FUNCTIONS[name]), arrays, cotangent, starts, **kwargs)
+    function = partial(attend, function=FUNCTIONS[name])
+    assert_documents_apart(function, arrays, cotangent, [0, *starts], **kwargs)
 
 
 def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
@@ -206,8 +214,9 @@ def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
     length = cotangent.shape[1]
     for first, end in zip(starts, [*starts[1:], length], strict=True):
         other = np.ones(length, bool)
-        other[first:end] = other[: starts[0]] = False  # what comes before are meta tokens
-        changed = [np.where(other[None, :, None, None], -2 * a, a) for a in arrays]
+        other[first:end] = False
+        changed = [np.where(other[None, :, None, None], -2 * a, a) for a in arrays[:3]]
+        changed += arrays[3:]
         of_own = cotangent.copy()
         of_own[:, :first] = of_own[:, end:] = 0
         of_own = jnp.asarray(of_own, jnp.float32)
@@ -216,26 +225,28 @@ def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
         np.testing.assert_array_equal(still[:, first:end], output[:, first:end])
         for after, before in zip(gradients_still, gradients, strict=True):
             np.testing.assert_array_equal(after, before)
-            assert not before[:, other].any()
+        assert not any(before[:, other].any() for before in gradients[:3])
 
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_blocks_of_the_default_size(window):
     """Several of them, and several windows."""
-    arrays = cast(inputs(600, batch=1))
-    kwargs = {"window": window, "num_meta_tokens": 10}
-    ours = with_gradients(blocks, *arrays, **kwargs)
-    assert_close(ours, with_gradients(reference, *arrays, **kwargs))
+    arrays = cast(inputs(600, meta=10, batch=1))
+    ours, expected = (
+        with_gradients(partial(attend, function=function), *arrays, window=window)
+        for function in (blocks, reference)
+    )
+    assert_close(ours, expected)
 
 
 def test_blocks_in_a_scan_of_checkpoints():
     """As a stack of layers runs them."""
     *arrays, cotangent = cast(inputs(23))
 
-    def layers(function, query, key, value):
+    def layers(function, query, *others):
         @jax.checkpoint
         def layer(x, _):
-            output = function(x, key, value, window=4, num_meta_tokens=3)
+            output = attend(x, *others, function=function, window=4)
             return x + output[..., :HEAD_DIM], output
 
         return jax.lax.scan(layer, query, None, length=3)[1][-1]
@@ -249,17 +260,19 @@ def test_blocks_in_a_scan_of_checkpoints():
 
 def test_a_query_that_sees_nothing_gives_nothing():
     """Such are the positions before a text that is padded on the left."""
-    arrays = cast(inputs(12))
-    kwargs = {"window": None, "num_meta_tokens": 0, "first_key": jnp.array([7, 7])}
-    output, *gradients = with_gradients(small_blocks, *arrays, **kwargs)
+    arrays = cast(inputs(12, meta=0))
+    kwargs = {"window": None, "first_key": jnp.array([7, 7])}
+    function = partial(attend, function=small_blocks)
+    output, *gradients = with_gradients(function, *arrays, **kwargs)
     assert not output[:, :7].any()
-    assert all(jnp.isfinite(g).all() and not g[:, :7].any() for g in gradients)
+    assert all(jnp.isfinite(g).all() and not g[:, :7].any() for g in gradients[:3])
 
 
 def test_blocks_need_memory_linear_in_the_length():
     def megabytes(length, window):
-        arrays = cast(inputs(length, batch=1))
-        both = jax.jit(partial(with_gradients, blocks, window=window, num_meta_tokens=8))
+        arrays = cast(inputs(length, meta=8, batch=1))
+        function = partial(attend, function=blocks)
+        both = jax.jit(partial(with_gradients, function, window=window))
         return both.lower(*arrays).compile().memory_analysis().temp_size_in_bytes / 1e6
 
     for window in (None, 100):
@@ -278,10 +291,10 @@ def scores_computed(length, window, meta, **kwargs):
             sizes.append(output.shape[-2] * output.shape[-1])
         return output
 
-    arrays = cast(inputs(length, kwargs.pop("keys", length), batch=1))
-    small = partial(blocks, window=window, num_meta_tokens=meta, block=16, **kwargs)
+    arrays = cast(inputs(length, kwargs.pop("keys", length), meta=meta, batch=1))
+    function = partial(attend, function=partial(blocks, block=16), window=window, **kwargs)
     with patch("hymba_jax.ops.attention.blocks._einsum", counting), jax.disable_jit():
-        with_gradients(small, *arrays)
+        with_gradients(function, *arrays)
     return sum(sizes) / 2
 
 
@@ -301,21 +314,23 @@ def test_blocks_compute_what_rows_use():
 
 def test_blocks_compute_what_documents_use():
     """Of two blocks of queries each, besides the meta tokens."""
-    first_key = jnp.repeat(jnp.array([[0, 32]]), 32, axis=1)
-    assert scores_computed(64, None, 4, first_key=first_key) == 64 * 4 + 16 * 2 * (16 + 32)
+    segment_ids = jnp.repeat(jnp.array([[0, 1]]), 32, axis=1)
+    assert scores_computed(64, None, 4, segment_ids=segment_ids) == 64 * 4 + 16 * 2 * (16 + 32)
 
 
 def test_blocks_split_over_devices_by_rows():
     """Every device computes its rows alone: no array of them is gathered."""
     devices = jax.devices()
     rows = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
-    arrays = cast(inputs(11, 23, batch=len(devices)))
+    arrays = cast(inputs(11, 23, meta=0, batch=len(devices)))
+    query, key, value, *_, doutput = arrays
     first_key = jnp.arange(len(devices)) % 3 + 3
 
     def both(arrays, first_key):
         kwargs = {"window": 6, "num_meta_tokens": 2, "first_key": first_key}
         return with_gradients(small_blocks, *arrays, **kwargs)
 
+    arrays = query, key, value, doutput
     split = jax.device_put((arrays, first_key), rows)
     compiled = jax.jit(both).lower(*split).compile()
     ours = compiled(*split)
@@ -329,28 +344,28 @@ def test_blocks_split_over_devices_by_rows():
 def test_a_step_sees_meta_tokens_filled_slots_and_itself(meta, dtype):
     """In slots of any order, whatever the empty ones hold; one row has none filled."""
     slots, filled = 9, [0, 4, 9]
-    query, key, value, _ = (np.asarray(a) for a in inputs(1, meta + slots + 1, batch=3))
-    key[1:, :meta], value[1:, :meta] = key[:1, :meta], value[:1, :meta]
+    query, key, value, meta_key, meta_value, _ = inputs(1, slots + 1, meta=meta, batch=3)
     order = np.random.default_rng(3).permutation(slots)
     expected = []
     for b, count in enumerate(filled):
-        seen = [*range(meta), *(meta + order[:count]), meta + slots]
+        seen = [*order[:count], slots]
         row = query[[b]], key[[b]][:, seen], value[[b]][:, seen]
-        expected.append(by_hand(*row, None, 0)[0, 0])
-    past = (a[:, meta + order].swapaxes(1, 2) for a in (key, value))
+        expected.append(by_hand(*row, meta_key, meta_value, None)[0, 0])
+    past = (a[:, order].swapaxes(1, 2) for a in (key, value))
     past_key, past_value = cast(past, dtype)
-    meta_key, meta_value = cast((a[0, :meta].swapaxes(0, 1) for a in (key, value)), dtype)
+    by_head = cast((a.swapaxes(0, 1) for a in (meta_key, meta_value)), dtype)
     ours = jax.jit(attention_step)(
         *cast((query[:, 0], key[:, -1], value[:, -1]), dtype),
         past_key=past_key,
         past_value=past_value,
         past_length=jnp.asarray(filled),
-        meta_key=meta_key,
-        meta_value=meta_value,
+        meta_key=by_head[0],
+        meta_value=by_head[1],
     )
     assert ours.dtype == dtype
     # Rounding of inputs, weights and values to 8 bits, or of float32.
-    atol = 2e-6 if dtype == "float32" else 4 * 2**-8 * np.abs(value).max()
+    largest = max(np.abs(value).max(), np.abs(meta_value).max(initial=0))
+    atol = 2e-6 if dtype == "float32" else 4 * 2**-8 * largest
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=atol)
 
 
@@ -365,21 +380,25 @@ def test_the_mask_counts_absolute_positions():
 
 @pytest.mark.parametrize("implementation", [None, *FUNCTIONS])
 def test_one_call_chooses(implementation):
-    *arrays, _ = inputs(7, 9)
+    query, key, value, meta_key, meta_value, _ = inputs(7, 9)
     first_key = [3, 1]
     ours = attention(
-        *cast(arrays),
+        *cast([query, key, value]),
+        **dict(zip(("meta_key", "meta_value"), cast([meta_key, meta_value]), strict=True)),
         window=3,
-        num_meta_tokens=1,
         implementation=implementation,
         first_key=jnp.asarray(first_key),
     )
-    np.testing.assert_allclose(ours, by_hand(*arrays, 3, 1, first_key), rtol=0, atol=2e-6)
+    expected = by_hand(query, key, value, meta_key, meta_value, 3, first_key)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    without = attention(*cast([query, key, value]), window=3, implementation=implementation)
+    expected = by_hand(query, key, value, meta_key[:0], meta_value[:0], 3)
+    np.testing.assert_allclose(without, expected, rtol=0, atol=2e-6)
 
 
 def test_an_unknown_implementation_is_refused():
-    *arrays, _ = cast(inputs(3))
+    arrays = cast(inputs(3)[:3])
     with pytest.raises(
         ValueError, match="no attention 'fastest'; there are blocks, cudnn, reference, splash"
     ):
-        attention(*arrays, window=None, num_meta_tokens=0, implementation="fastest")
+        attention(*arrays, window=None, implementation="fastest")

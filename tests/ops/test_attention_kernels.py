@@ -46,7 +46,7 @@ def stand_ins():
 
 
 def inputs(queries, keys, dtype="float32"):
-    """Queries, keys, values and a cotangent, in two rows."""
+    """Queries, keys and values with those of the meta tokens first, and a cotangent; two rows."""
     rng = np.random.default_rng(queries)
     shapes = [
         (queries, HEADS, HEAD_DIM),
@@ -89,12 +89,13 @@ def assert_same(implementation, arrays, **kwargs):
 def test_whole_sequences(implementation, window, meta, dtype):
     """Windows of less than a block and of more, one of which loses a single key; a length that
     neither blocks nor windows divide."""
-    assert_same(implementation, inputs(303, 303, dtype), window=window, num_meta_tokens=meta)
+    arrays = inputs(303, 303 + meta, dtype)
+    assert_same(implementation, arrays, window=window, num_meta_tokens=meta)
 
 
 @IMPLEMENTATIONS
 def test_a_sequence_that_fits_into_the_window(implementation):
-    assert_same(implementation, inputs(3, 3), window=4, num_meta_tokens=2)
+    assert_same(implementation, inputs(3, 5), window=4, num_meta_tokens=2)
 
 
 @pytest.mark.parametrize("window", [None, 37])
@@ -104,18 +105,18 @@ def test_splash_with_queries_at_the_end_and_keys_that_do_not_count(window):
     assert_same(splash, inputs(150, 303), **kwargs)
 
 
-@pytest.mark.parametrize(("queries", "first_key"), [(3, None), (9, [0, 4])])
+@pytest.mark.parametrize(("queries", "first_key"), [(3, None), (7, [0, 4])])
 def test_cudnn_refuses_parts_of_sequences(queries, first_key):
     *arrays, _ = inputs(queries, 9)
     first_key = None if first_key is None else jnp.asarray(first_key)
-    with pytest.raises(ValueError, match="as many queries as keys, and all of both"):
+    with pytest.raises(ValueError, match="needs a query for each key, all of them valid"):
         cudnn(*arrays, window=None, num_meta_tokens=2, first_key=first_key)
 
 
 @pytest.mark.parametrize("implementation", ["splash", "cudnn"])
 def test_kernels_refuse_documents(implementation):
     *arrays, _ = inputs(9, 9)
-    kwargs = {"window": 4, "num_meta_tokens": 2, "segment_ids": jnp.zeros((2, 9), int)}
+    kwargs = {"window": 4, "segment_ids": jnp.zeros((2, 9), int)}
     message = (
         f"attention '{implementation}' has no mask for segment_ids; choose blocks or reference"
     )
@@ -150,7 +151,8 @@ def test_the_platform_chooses_what_can_do_it(
     monkeypatch.setattr(api, "IMPLEMENTATIONS", stand_ins)
     *arrays, _ = inputs(queries, 9, dtype)
     first_key = None if first_key is None else jnp.asarray(first_key)
-    kwargs = {"window": 4, "num_meta_tokens": 2, "first_key": first_key}
+    meta = {"meta_key": arrays[1][0, :2], "meta_value": arrays[2][0, :2]}
+    kwargs = {"window": 4, "first_key": first_key, **meta}
     api.attention(*arrays, **kwargs)
     api.attention(*arrays, **kwargs, segment_ids=jnp.zeros((2, queries), int))
     assert called == [chosen, "blocks"]

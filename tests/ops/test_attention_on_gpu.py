@@ -28,7 +28,11 @@ def test_values_and_gradients(heads, kv_heads, length, window, meta):
     """Lengths that fit into the window and that do not, which windows divide and do not."""
     rng = np.random.default_rng(length)
     shapes = [(heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, VALUE_DIM), (heads, VALUE_DIM)]
-    arrays = [jnp.asarray(rng.normal(size=(2, length, *s)), jnp.bfloat16) for s in shapes]
+    lengths = [length, meta + length, meta + length, length]
+    arrays = [
+        jnp.asarray(rng.normal(size=(2, n, *s)), jnp.bfloat16)
+        for n, s in zip(lengths, shapes, strict=True)
+    ]
 
     @partial(jax.jit, static_argnums=0)
     def run(attention, *arrays):

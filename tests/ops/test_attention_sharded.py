@@ -1,4 +1,4 @@
-"""Attention with its length split over devices, against all of it on one."""
+"""Attention with its length sharded over devices, against all of it on one."""
 
 import re
 from collections import Counter
@@ -16,28 +16,28 @@ from test_attention import (
     VALUE_DIM,
     assert_close,
     assert_documents_apart,
+    attend,
     by_hand,
     cast,
     inputs,
-    of_documents,
     with_gradients,
 )
 
-from hymba_jax.ops.attention import attention
 from hymba_jax.ops.attention.reference import reference
+from hymba_jax.ops.attention.splash import splash
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import make_mesh
 
-# 8 parts of 5 positions, 2 of 20, and 4 of 10 on devices that have whole groups of heads.
+# 8 shards of 5 positions, 2 of 20, and 4 of 10 on devices that have whole groups of heads.
 LENGTH = 40
 MESHES = {
     "8": ParallelConfig(fsdp=1, sequence=8),
     "2": ParallelConfig(fsdp=4, sequence=2),
     "4 x tensor 2": ParallelConfig(fsdp=1, sequence=4, tensor=2),
 }
-# Windows of less than a part, of whole parts, of some, of all; every part has room for the meta
-# tokens, or no more than that.
-MASKS = [(None, 3), (None, 0), (3, 3), (5, 0), (10, 5), (13, 3), (39, 2), (100, 5)]
+# Windows of less than a shard, of whole shards, of some, of all; more meta tokens than a shard.
+MASKS = [(None, 3), (None, 0), (3, 3), (5, 0), (10, 5), (13, 3), (39, 2), (100, 7)]
+defined = partial(attend, function=reference)
 CASES = [("8", *mask) for mask in MASKS]
 CASES += [(name, window, 3) for name in ("2", "4 x tensor 2") for window in (None, 13)]
 
@@ -54,21 +54,20 @@ def mesh_of(name):
 
 @pytest.mark.parametrize(("mesh", "window", "meta"), CASES)
 def test_values_and_gradients(mesh, window, meta):
-    arrays = inputs(LENGTH, batch=4)
-    kwargs = {"window": window, "num_meta_tokens": meta}
-    _, *expected = with_gradients(reference, *cast(arrays), **kwargs)
+    arrays = inputs(LENGTH, meta=meta, batch=4)
+    _, *expected = with_gradients(defined, *cast(arrays), window=window)
     with jax.set_mesh(mesh_of(mesh)):
-        ours = with_gradients(attention, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:3], window, meta), *expected])
+        ours = with_gradients(attend, *cast(arrays), window=window)
+    assert_close(ours, [by_hand(*arrays[:5], window), *expected])
 
 
 def test_rows_that_begin_later():
-    arrays, kwargs = inputs(LENGTH, batch=4), {"window": 13, "num_meta_tokens": 3}
+    arrays, kwargs = inputs(LENGTH, batch=4), {"window": 13}
     kwargs["first_key"] = jnp.array([0, 4, 11, 38])
-    _, *expected = with_gradients(reference, *cast(arrays), **kwargs)
+    _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh_of("8")):
-        ours = with_gradients(attention, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:3], 13, 3, kwargs["first_key"]), *expected])
+        ours = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:5], 13, kwargs["first_key"]), *expected])
 
 
 @pytest.mark.parametrize(("mesh", "window"), [("8", None), ("8", 13), ("4 x tensor 2", 13)])
@@ -78,31 +77,31 @@ def test_documents(mesh, window):
     for row, of_row in enumerate([[3, 10, 11, 24], [9, 20], [35, 38, 39], []]):
         starts[row, of_row] = 1
     segment_ids, first_key = starts.cumsum(1), [0, 4, 11, 38]
-    kwargs = {"window": window, "num_meta_tokens": 3, "first_key": jnp.array(first_key)}
+    kwargs = {"window": window, "first_key": jnp.array(first_key)}
     kwargs["segment_ids"] = jnp.asarray(segment_ids)
-    _, *expected = with_gradients(of_documents(reference), *cast(arrays), **kwargs)
+    _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh_of(mesh)):
-        ours = with_gradients(attention, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:3], window, 3, first_key, segment_ids), *expected])
+        ours = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:5], window, first_key, segment_ids), *expected])
 
 
 def test_documents_do_not_see_each_other():
     *arrays, cotangent = inputs(LENGTH)
-    starts, segment_ids = [3, 10, 14, 15, 31], np.zeros((2, LENGTH), int)
+    starts, segment_ids = [0, 3, 10, 14, 15, 31], np.zeros((2, LENGTH), int)
     segment_ids[:, starts] = 1
-    kwargs = {"window": 13, "num_meta_tokens": 3, "segment_ids": jnp.asarray(segment_ids.cumsum(1))}
+    kwargs = {"window": 13, "segment_ids": jnp.asarray(segment_ids.cumsum(1))}
     with jax.set_mesh(mesh_of("8")):
-        assert_documents_apart(attention, arrays, cotangent, starts, **kwargs)
+        assert_documents_apart(attend, arrays, cotangent, starts, **kwargs)
 
 
 @pytest.mark.parametrize("window", [None, 13])
 def test_bfloat16(window):
-    """Weights, values and gradients are rounded to 8 bits, and what several parts add to the
+    """Weights, values and gradients are rounded to 8 bits, and what several shards add to the
     gradient of a key once more each: some times 2**-8."""
-    arrays, kwargs = cast(inputs(LENGTH), jnp.bfloat16), {"window": window, "num_meta_tokens": 3}
+    arrays = cast(inputs(LENGTH), jnp.bfloat16)
     with jax.set_mesh(mesh_of("8")):
-        ours = with_gradients(attention, *arrays, **kwargs)
-    expected = with_gradients(reference, *(a.astype(jnp.float32) for a in arrays), **kwargs)
+        ours = with_gradients(attend, *arrays, window=window)
+    expected = with_gradients(defined, *(a.astype(jnp.float32) for a in arrays), window=window)
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         atol = 6 * 2**-8 * max(1, np.abs(b).max())
@@ -111,12 +110,13 @@ def test_bfloat16(window):
 
 @pytest.mark.parametrize(("window", "positions"), [(None, 35), (13, 13), (3, 3)])
 def test_no_more_keys_are_sent_than_are_seen(window, positions):
-    """To each device, 5 at a time; and the meta tokens."""
+    """To each device, 5 at a time; it has the meta tokens."""
     mesh = mesh_of("8")
-    split = jax.NamedSharding(mesh, jax.P(None, "sequence"))
-    attend = partial(attention, window=window, num_meta_tokens=2)
-    jitted = jax.jit(attend, in_shardings=split, out_shardings=split)
-    arrays = cast(inputs(LENGTH)[:3])
+    sharded, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in [(None, "sequence"), ()])
+    shardings = (*[sharded] * 3, *[whole] * 2)
+    function = partial(attend, window=window)
+    jitted = jax.jit(function, in_shardings=shardings, out_shardings=sharded)
+    arrays = cast(inputs(LENGTH)[:5])
     with jax.set_mesh(mesh):
         text = jitted.lower(*arrays).compile().as_text()
     sent = Counter()
@@ -124,33 +124,27 @@ def test_no_more_keys_are_sent_than_are_seen(window, positions):
     for types, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
         for length, width in re.findall(r"\[\d+,(\d+),\d+,(\d+)\]", types):
             sent[kind, int(width)] += int(length)
-    assert sent == {
-        (kind, width): length
-        for kind, length in [("collective-permute", positions), ("all-reduce", 2)]
-        for width in (HEAD_DIM, VALUE_DIM)
-    }
+    assert sent == {("collective-permute", width): positions for width in (HEAD_DIM, VALUE_DIM)}
 
 
-@pytest.mark.parametrize(("length", "meta"), [(LENGTH + 1, 3), (LENGTH, 6)])
-def test_what_cannot_be_split_is_whole(length, meta):
-    """A length that the mesh does not divide, and parts that hold fewer than the meta tokens."""
-    arrays, kwargs = cast(inputs(length)), {"window": 7, "num_meta_tokens": meta}
-    expected = with_gradients(attention, *arrays, **kwargs)
+def test_a_length_that_the_mesh_does_not_divide_is_replicated():
+    arrays = cast(inputs(LENGTH + 1))
+    expected = with_gradients(attend, *arrays, window=7)
     with jax.set_mesh(mesh_of("8")):
-        ours = with_gradients(attention, *arrays, **kwargs)
-        text = jax.jit(partial(attention, **kwargs)).lower(*arrays[:3]).compile().as_text()
+        ours = with_gradients(attend, *arrays, window=7)
+        text = jax.jit(partial(attend, window=7)).lower(*arrays[:5]).compile().as_text()
     assert "collective-permute" not in text
     assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("window", [None, 150])
 def test_splash(window):
-    """In Pallas's interpret mode, with blocks of which a part has some."""
+    """In Pallas's interpret mode, with blocks of which a shard has some."""
     rng = np.random.default_rng(0)
-    shapes = [(512, 4, 8), (512, 2, 8), (512, 2, 16), (512, 4, 16)]
-    arrays = [jnp.asarray(rng.normal(size=(1, *shape)), jnp.float32) for shape in shapes]
-    kwargs = {"window": window, "num_meta_tokens": 5}
-    expected = with_gradients(reference, *arrays, **kwargs)
+    rows = [(1, 512, 4, 8), (1, 512, 2, 8), (1, 512, 2, 16)]
+    shapes = [*rows, (5, 2, 8), (5, 2, 16), (1, 512, 4, 16)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    expected = with_gradients(defined, *arrays, window=window)
     module = "hymba_jax.ops.attention.splash"
     interpreted = partial(make_splash_mha_single_device, interpret=True)
     with (
@@ -159,5 +153,5 @@ def test_splash(window):
         patch(f"{module}.make_splash_mha_single_device", interpreted),
         jax.default_matmul_precision("highest"),
     ):
-        ours = with_gradients(partial(attention, implementation="splash"), *arrays, **kwargs)
+        ours = with_gradients(partial(attend, function=splash), *arrays, window=window)
     assert_close(ours, expected)

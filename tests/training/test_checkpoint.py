@@ -31,7 +31,7 @@ def make_state(step=0, width=64):
     keys = jax.random.split(jax.random.key(step), 3)
     params = {
         "embedding": jax.random.normal(keys[0], (50, width)),
-        "segments": {
+        "groups": {
             0: {"kernel": jax.random.normal(keys[1], (width, width), jnp.bfloat16)},
             1: {"scale": jax.random.normal(keys[2], (2, width))},
         },
@@ -227,16 +227,16 @@ def rewrite_params(run, change):
 
 
 def flip_a_bit(params):
-    bits = np.array(params["segments"][0]["kernel"]).view(np.uint16)
+    bits = np.array(params["groups"][0]["kernel"]).view(np.uint16)
     bits[3, 5] ^= 1
-    return params | {"segments": params["segments"] | {0: {"kernel": bits.view(jnp.bfloat16)}}}
+    return params | {"groups": params["groups"] | {0: {"kernel": bits.view(jnp.bfloat16)}}}
 
 
 def test_a_flipped_bit_is_found_by_name(run):
     rewrite_params(run, lambda params: params)
     assert_equal(load_params(run, template(make_state()).params), make_state(2).params)
     rewrite_params(run, flip_a_bit)
-    where = r"checkpoints/2/params: damaged.*\(checksums of segments\.0\.kernel\)"
+    where = r"checkpoints/2/params: damaged.*\(checksums of groups\.0\.kernel\)"
     with pytest.raises(HymbaError, match=where):
         load_params(run, template(make_state()).params)
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError, match=where):

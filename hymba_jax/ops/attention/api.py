@@ -11,9 +11,9 @@ from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.reference import FirstKey, reference
 from hymba_jax.ops.attention.sharded import attention_sharded
 from hymba_jax.ops.attention.splash import splash
-from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.platform import target_platform
+from hymba_jax.ops.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
@@ -31,26 +31,26 @@ def attention(
     key: Float[Array, "batch keys kv_heads head_dim"],
     value: Float[Array, "batch keys kv_heads value_dim"],
     *,
+    meta_key: Float[Array, "meta_tokens kv_heads head_dim"] | None = None,
+    meta_value: Float[Array, "meta_tokens kv_heads value_dim"] | None = None,
     window: int | None,
-    num_meta_tokens: int,
     first_key: Int[Array, "batch"] | None = None,
     segment_ids: Int[Array, "batch queries"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """Causal attention, global or in a sliding window that never loses the meta tokens.
+    """Causal attention, global or in a sliding window, with meta tokens that every query sees.
 
     Where there are fewer queries than keys, the last query meets the last key. Where there are as
-    many, the mesh in context may shard their length, in shards that hold the meta tokens.
+    many, the mesh in context may shard their length.
 
     Args:
       query, key: rotated already; heads are grouped over kv_heads in order.
+      meta_key, meta_value: of the meta tokens, the same for all rows; none if absent.
       window: positions before itself that a query sees, besides the meta tokens; None sees all.
-      num_meta_tokens: the first keys, which every later query sees.
-      first_key: the first key of each row that counts, besides the meta tokens; those between do
-        not, whatever numbers they hold.
+      first_key: the first valid key of each row; those before it are not seen, whatever they hold.
       segment_ids: the document of each query, if a row has several, one behind another. Besides
-        the meta tokens, whose ids do not matter, a query sees its own document's keys. A document
-        starts where the id differs from the one before; the first one with the keys before it.
+        the meta tokens a query sees its own document's keys. A document starts where the id
+        differs from the one before; the first one with the keys before it.
       implementation: a name in IMPLEMENTATIONS; the fastest for the platform that can do this if
         absent, which is `blocks` on CPUs, and everywhere with `segment_ids`.
 
@@ -58,10 +58,8 @@ def attention(
       ValueError: there is no implementation of that name, or it cannot do this or run here.
     """
     starts = None if segment_ids is None else document_starts(segment_ids)
-    attend: Callable[..., Array] = partial(_attend, implementation)
-    axis_name = None
-    if query.shape[1] == key.shape[1]:
-        axis_name = length_axis(key.shape[1], at_least=num_meta_tokens)
+    attend: Callable[..., Array] = partial(_behind_meta_tokens, partial(_attend, implementation))
+    axis_name = length_axis(key.shape[1]) if query.shape[1] == key.shape[1] else None
     if axis_name is not None:
         attend = partial(attention_sharded, attend, axis_name)
     heads: Axes = ("batch", "length" if axis_name else None, "heads", None)
@@ -69,16 +67,21 @@ def attention(
         "query": heads,
         "key": heads,
         "value": heads,
+        "meta_key": (None, "heads", None),
+        "meta_value": (None, "heads", None),
         "first_key": ("batch",),
         "starts": heads[:2],
     }
-    return by_device(
-        partial(_with_documents, attend, axis_name, window=window, num_meta_tokens=num_meta_tokens),
+    return shard_map(
+        partial(_with_documents, attend, axis_name, window=window),
         axes,
         heads,
         query=query,
         key=key,
         value=value,
+        # All rows and devices add to these gradients: in float32.
+        meta_key=None if meta_key is None else meta_key.astype(jnp.float32),
+        meta_value=None if meta_value is None else meta_value.astype(jnp.float32),
         first_key=first_key,
         starts=starts,
     )
@@ -95,7 +98,7 @@ def _with_documents(
     starts: Bool[Array, "batch queries"] | None,
     **kwargs: Any,
 ) -> Array:
-    """Attention in which no query sees a key before its own document, inside `by_device`."""
+    """Attention in which no query sees a key before its own document, inside `shard_map`."""
     if starts is None:
         return attend(query, key, value, first_key=first_key, **kwargs)
     first = first_positions(starts, axis_name)
@@ -103,6 +106,33 @@ def _with_documents(
     if first_key is not None:
         first = jnp.maximum(first, first_key[:, None])
     return attend(query, key, value, first_key=first, **kwargs)
+
+
+def _behind_meta_tokens(
+    attend: Callable[..., Array],
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    meta_key: Array | None,
+    meta_value: Array | None,
+    first_key: FirstKey | None,
+    **kwargs: Any,
+) -> Array:
+    """An implementation's attention, in whose keys and values those of the meta tokens are first.
+
+    One copy of both, which the implementations that lay them out in blocks make anyway.
+    """
+    if meta_key is None or meta_value is None:
+        return attend(query, key, value, num_meta_tokens=0, first_key=first_key, **kwargs)
+    num_meta_tokens = len(meta_key)
+    key, value = (
+        jnp.concatenate([jnp.broadcast_to(meta, (len(x), *meta.shape)).astype(x.dtype), x], axis=1)
+        for meta, x in ((meta_key, key), (meta_value, value))
+    )
+    if first_key is not None:
+        first_key = first_key + num_meta_tokens
+    return attend(query, key, value, num_meta_tokens=num_meta_tokens, first_key=first_key, **kwargs)
 
 
 def _is_by_query(first_key: FirstKey | None) -> bool:
@@ -115,22 +145,31 @@ def _attend(
     key: Array,
     value: Array,
     *,
-    first_key: FirstKey | None = None,
-    **kwargs: Any,
+    num_meta_tokens: int,
+    first_key: FirstKey | None,
+    window: int | None,
 ) -> Array:
-    name = implementation or fastest(query, key, first_key)
+    name = implementation or fastest(query, key, first_key, num_meta_tokens)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if _is_by_query(first_key) and name not in KNOW_DOCUMENTS:
         choices = " or ".join(KNOW_DOCUMENTS)
         raise ValueError(f"attention {name!r} has no mask for segment_ids; choose {choices}")
-    return IMPLEMENTATIONS[name](query, key, value, first_key=first_key, **kwargs)
+    return IMPLEMENTATIONS[name](
+        query,
+        key,
+        value,
+        window=window,
+        num_meta_tokens=num_meta_tokens,
+        first_key=first_key,
+    )
 
 
 def fastest(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
     first_key: FirstKey | None,
+    num_meta_tokens: int,
 ) -> str:
     """The implementation for the platform that is traced for."""
     platform = target_platform()
@@ -138,7 +177,7 @@ def fastest(
         return "blocks"  # the fastest of KNOW_DOCUMENTS
     if platform == "tpu":
         return "splash"
-    whole = query.shape[1] == key.shape[1] and first_key is None
+    whole = query.shape[1] + num_meta_tokens == key.shape[1] and first_key is None
     if platform.endswith("gpu") and whole and query.dtype != jnp.float32:
         return "cudnn"
     return "blocks"

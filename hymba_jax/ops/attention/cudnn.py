@@ -1,9 +1,10 @@
 """Attention on NVIDIA GPUs, by cuDNN's fused kernels, which keep no weights.
 
 cuDNN knows causal attention, and masks that it reads from memory. The first is all that a global
-layer needs, and what the first queries of a window layer do: they have not lost a key yet. After
-those, blocks of as many queries as the window is long see the meta tokens, the block before and
-their own, through one mask, the same for every block: time and memory are linear in the length.
+layer needs, with queries of zeros in front for the meta tokens, and what the first queries of a
+window layer do: they have not lost a key yet. After those, blocks of as many queries as the window
+is long see the meta tokens, the block before and their own, through one mask, the same for every
+block: time and memory are linear in the length.
 """
 
 from functools import partial
@@ -31,15 +32,16 @@ def cudnn(
     XLA can split it over devices by batch.
 
     Raises:
-      ValueError: there are fewer queries than keys, or `first_key` is given: cuDNN's causal mask
-        has both begin together.
+      ValueError: the queries are not those of all keys but the meta tokens', or `first_key` is
+        given: cuDNN's causal mask has both begin together.
       NotImplementedError: the numbers are float32, or a gradient is wanted of a window that is odd
         or has an odd number of meta tokens before it.
       RuntimeError: JAX was installed without cuDNN.
     """
     length = key.shape[1]
-    if query.shape[1] != length or first_key is not None:
-        raise ValueError("cuDNN's attention wants as many queries as keys, and all of both")
+    if query.shape[1] + num_meta_tokens != length or first_key is not None:
+        raise ValueError("cuDNN's attention needs a query for each key, all of them valid")
+    query = jnp.pad(query, ((0, 0), (num_meta_tokens, 0), (0, 0), (0, 0)))
     # JAX has cuDNN take only values as wide as keys. Zeros add nothing to a score.
     scale, width = query.shape[-1] ** -0.5, value.shape[-1]
     query, key = (_pad(v, 3, width - v.shape[-1]) for v in (query, key))
@@ -59,7 +61,7 @@ def cudnn(
         _, values = _windows(value, window, num_meta_tokens)
         output = attend(own, keys, values, mask=mask[None])
         outputs.append(output.reshape(outputs[0].shape[0], -1, *output.shape[2:]))
-    return jnp.concatenate(outputs, axis=1)[:, :length]
+    return jnp.concatenate(outputs, axis=1)[:, num_meta_tokens:length]
 
 
 def _windows(

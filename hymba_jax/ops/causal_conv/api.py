@@ -4,10 +4,10 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
 from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
 from hymba_jax.ops.documents import Documents, document_starts
+from hymba_jax.ops.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Float, Int
 
 _SEQUENCE: Axes = ("batch", "length", "channels")
@@ -58,7 +58,7 @@ def causal_conv(
     axis_name = length_axis(x.shape[1], at_least=before)
     if axis_name is None or lengths is not None:
         return causal_conv_reference(x, weight, bias, initial_inputs, documents, lengths)
-    y = by_device(
+    y = shard_map(
         partial(causal_conv_sharded, axis_name),
         AXES,
         _SEQUENCE,

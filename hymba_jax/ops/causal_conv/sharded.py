@@ -16,7 +16,7 @@ def causal_conv_sharded(
     initial_inputs: Float[Array, "batch kernel-1 channels"] | None,
     starts: Bool[Array, "batch length"] | None,
 ) -> Float[Array, "batch length channels"]:
-    """y of this device's shard, inside `by_device`; the device before sends its last inputs.
+    """y of this device's shard, inside `shard_map`; the device before sends its last inputs.
 
     Args:
       axis_name: the mesh axis that the length is sharded over, in shards of `kernel - 1` positions

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from hymba_jax.ops.by_device import Axes, by_device, length_axis
 from hymba_jax.ops.documents import Documents, document_starts
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.associative import selective_scan_associative
@@ -15,6 +14,7 @@ from hymba_jax.ops.selective_scan.reference import selective_scan_reference
 from hymba_jax.ops.selective_scan.sharded import selective_scan_sharded
 from hymba_jax.ops.selective_scan.step import selective_scan_single
 from hymba_jax.ops.selective_scan.xla import selective_scan_xla
+from hymba_jax.ops.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = {
@@ -105,7 +105,7 @@ def selective_scan(
         starts = None if starts is None else starts & counts
     scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
     axis_name = length_axis(x.shape[1])
-    return by_device(
+    return shard_map(
         partial(selective_scan_sharded, scan, axis_name)
         if axis_name
         else partial(_with_documents, scan),
@@ -132,7 +132,7 @@ def _with_documents(
     starts: Bool[Array, "batch length"] | None,
     **inputs: Array | None,
 ) -> tuple[Array, Array]:
-    """The scan of whole rows, inside `by_device`."""
+    """The scan of whole rows, inside `shard_map`."""
     if starts is None:
         return scan(A=A, **inputs, initial_state=initial_state)
     if initial_state is None:

@@ -29,7 +29,7 @@ def selective_scan_sharded(
     initial_state: Float[Array, "batch state channels"] | None,
     starts: Bool[Array, "batch length"] | None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
-    """`selective_scan` of this device's shard, inside `by_device`.
+    """`selective_scan` of this device's shard, inside `shard_map`.
 
     Args:
       scan: an implementation of the scan.

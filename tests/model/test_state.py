@@ -1,6 +1,6 @@
-"""Texts that are read in pieces against the full forward pass over all of them.
+"""Sequences in chunks against the full forward pass over all of them.
 
-Every text is several windows long, so that each ring of keys and values wraps more than once.
+Every sequence is several windows long, so that each ring of keys and values wraps more than once.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from slow import slow_but
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
-from hymba_jax.model.cache import empty_cache, empty_prefix, start_cache
 from hymba_jax.model.hymba import arrange_layers
 
 ROWS, LENGTH = 3, 48
@@ -68,6 +67,13 @@ CONFIGS = {
 }
 
 
+def init_state(config, batch, context, dtype, state_dtype):
+    """A state of zeros, of a model that computes in `dtype`."""
+    compute = ComputeConfig(dtype=dtype, scan_layers=False)
+    model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
+    return model.init_state(batch, context, state_dtype)
+
+
 def lively_weights(config, **compute):
     """A model far from where training starts, so that every part of every layer matters."""
     model = Hymba(config, ComputeConfig(**compute), nnx.Rngs(0))
@@ -92,19 +98,18 @@ class Reader:
         self.tokens = rng.integers(0, self.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
 
         @functools.partial(jit, static_argnames="is_start")
-        def extend(params, piece, cache, prefix, lengths, is_start):
+        def extend(params, piece, state, meta, lengths, is_start):
             model = nnx.merge(graph, params)
-            x, cache = model.extend(piece, cache, prefix, lengths, is_start=is_start)
-            return model.logits(x), cache
+            x, state = model.extend(piece, state, meta, lengths, is_start=is_start)
+            return model.logits(x), state
 
         self.extend = extend
         full = jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
         self.full = np.asarray(full(self.params, self.tokens))
-        self.prefix = jit(lambda params: nnx.merge(graph, params).prefix())(self.params)
+        self.meta = jit(lambda params: nnx.merge(graph, params).meta_state())(self.params)
 
     def start(self, dtype="float32", state_dtype="float32"):
-        cache = empty_cache(self.config, ROWS, LENGTH, dtype, state_dtype)
-        return start_cache(cache, self.prefix)
+        return init_state(self.config, ROWS, LENGTH, dtype, state_dtype).start(self.meta)
 
     def read(self, cutting, cache=None, padding=0):
         """Logits of the whole text and the cache after it, cut into pieces of at most these
@@ -121,7 +126,7 @@ class Reader:
             for row, start, length in zip(range(ROWS), at, lengths, strict=True):
                 piece[row, :length] = self.tokens[row, start : start + length]
             new, cache = self.extend(
-                self.params, piece, cache, self.prefix, lengths, is_start=is_start and width > 1
+                self.params, piece, cache, self.meta, lengths, is_start=is_start and width > 1
             )
             is_start = False
             for row, start, length in zip(range(ROWS), at, lengths, strict=True):
@@ -174,7 +179,7 @@ def test_a_row_without_tokens_stays_as_it_is():
             one.params,
             np.ones((ROWS, width), np.int32),
             before,
-            one.prefix,
+            one.meta,
             np.array([0, 1, 0], np.int32),
             is_start=False,
         )
@@ -190,7 +195,7 @@ def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
     one = reader("more meta tokens than the window")
     before = one.start(dtype, state_dtype)
     piece, lengths = np.ones((ROWS, width), np.int32), np.ones(ROWS, np.int32)
-    _, cache = one.extend.eval_shape(one.params, piece, before, one.prefix, lengths, is_start=False)
+    _, cache = one.extend.eval_shape(one.params, piece, before, one.meta, lengths, is_start=False)
     assert jax.tree.structure(cache) == jax.tree.structure(before)
     for layer in cache.layers:
         assert layer.ssm.ssm_state.dtype == state_dtype
@@ -208,14 +213,14 @@ def test_two_bytes_a_value_stay_close():
     assert 0 < error <= 2**-7 * np.std(one.full)
 
 
-def cache_shapes(config, batch, context, dtype="bfloat16"):
-    return jax.eval_shape(lambda: empty_cache(config, batch, context, dtype, dtype))
+def state_shapes(config, batch, context, dtype="bfloat16"):
+    return jax.eval_shape(lambda: init_state(config, batch, context, dtype, dtype))
 
 
 @pytest.mark.parametrize(("context", "ring"), [(4, 4), (5, 5), (48, 5)])
 def test_no_more_room_than_a_layer_can_use(context, ring):
     config = changed(layers="Gg Ww M A Ll", ssm={"conv_kernel": 3})
-    layers = cache_shapes(config, 2, context).layers
+    layers = state_shapes(config, 2, context).layers
     slots = [layer.kv and (layer.kv.key.shape[2], layer.kv.value.shape[2]) for layer in layers]
     everything, window = (context, context), (ring, ring)
     assert slots == [everything, None, window, None, None, everything, window, None]
@@ -228,7 +233,7 @@ def test_no_more_room_than_a_layer_can_use(context, ring):
 
 def test_the_released_size_is_that_of_the_paper():
     """78.6 MB at 8192 tokens, in two bytes a value (SSM state and inputs are 3.9 of them)."""
-    cache = cache_shapes(PRESETS["hymba-1.5b"], 1, 8192)
+    cache = state_shapes(PRESETS["hymba-1.5b"], 1, 8192)
     attention = (3 * 8192 + 14 * 1024) * 5 * (64 + 128)
     ssm = 32 * 3200 * (16 + 3)
     assert 2 * (attention + ssm) == 78_602_240
@@ -238,7 +243,7 @@ def test_the_released_size_is_that_of_the_paper():
 
 def test_meta_tokens_are_kept_once_for_any_batch():
     one = reader("tiny-shared")
-    for layer, spec in zip(one.prefix, one.config.layer_specs, strict=True):
+    for layer, spec in zip(one.meta, one.config.layer_specs, strict=True):
         assert (layer.kv is None) == spec.reuses_kv
         assert layer.ssm.ssm_state.shape[0] == 1
         if layer.kv is not None:
@@ -249,11 +254,11 @@ def test_unrolled_layers_are_the_stacked_ones():
     config = changed(layers="G 2*Ww")
     stacked = nnx.merge(*lively_weights(config))
     unrolled = arrange_layers(stacked, scan_layers=False)
-    assert len(stacked.segments) == 2
-    assert len(unrolled.segments) == 3
+    assert len(stacked.groups) == 2
+    assert len(unrolled.groups) == 3
     np.testing.assert_array_equal(
-        unrolled.segments[2].blocks[1].mlp.down_proj.kernel[...],
-        stacked.segments[1].units.blocks[1].mlp.down_proj.kernel[1],
+        unrolled.groups[2].blocks[1].mlp.down_proj.kernel[...],
+        stacked.groups[1].group.blocks[1].mlp.down_proj.kernel[1],
     )
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, 20)))
     ours, theirs = (
@@ -264,12 +269,9 @@ def test_unrolled_layers_are_the_stacked_ones():
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUND / 10 * np.ptp(theirs))
 
 
-def test_stacked_layers_keep_no_cache():
+def test_stacked_layers_keep_no_state():
     config = changed(layers="2*W")
     model = Hymba(config, ComputeConfig(scan_layers=True), nnx.Rngs(0))
-    tokens, lengths = jnp.ones((1, 4), jnp.int32), jnp.full(1, 4)
-    cache = empty_cache(config, 1, 8, "float32", "float32")
-    prefix = empty_prefix(config, "float32")
-    for use in (model.prefix, lambda: model.extend(tokens, cache, prefix, lengths)):
-        with pytest.raises(ValueError, match="a model that scans its layers keeps no cache"):
+    for use in (model.meta_state, lambda: model.init_state(1, 8)):
+        with pytest.raises(ValueError, match="a model that scans its layers keeps no state"):
             use()

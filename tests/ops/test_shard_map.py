@@ -21,8 +21,8 @@ from test_selective_scan import (
 
 from hymba_jax.ops.attention import attention
 from hymba_jax.ops.attention.reference import reference
-from hymba_jax.ops.by_device import by_device
 from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.ops.shard_map import shard_map
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import make_mesh
 
@@ -80,7 +80,7 @@ def test_only_parts_are_summed(mesh, width, collectives):
     axes = {"x": ("batch", "channels"), "factor": ("batch", None)}
 
     def gradients(x, factor, dy):
-        scale = partial(by_device, lambda x, factor: x * factor, axes, axes["x"])
+        scale = partial(shard_map, lambda x, factor: x * factor, axes, axes["x"])
         return jax.vjp(lambda x, factor: scale(x=x, factor=factor), x, factor)[1](dy)
 
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from hymba_jax.types import Array
 type Axes = tuple[str | None, ...]
 
 
-def by_device(
+def shard_map(
     function: Callable[..., Any],
     axes: Mapping[str, Axes],
     out_axes: Any,

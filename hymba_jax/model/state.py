@@ -1,0 +1,67 @@
+"""What layers keep between tokens, which each kind of head defines in its own file.
+
+| layer                    | keys and values                 | SSM                         |
+|--------------------------|---------------------------------|-----------------------------|
+| global                   | every position of the context   | kernel - 1 inputs, a state  |
+| sliding window           | the last `window` positions     | the same                    |
+| reuses its neighbour's   | none                            | the same                    |
+
+A sequence starts from the state after the meta tokens, which is computed once for a set of
+parameters.
+"""
+
+from typing import NamedTuple
+
+from hymba_jax.model.kv_cache import AttendedKV, KVCache
+from hymba_jax.model.ssm import SSMState
+from hymba_jax.types import Array, Float, Int
+
+
+class LayerOutput(NamedTuple):
+    """A mixer's output, or its block's, and what its layer's next state is made of."""
+
+    x: Float[Array, "batch length hidden"]
+    kv: AttendedKV | None
+    ssm: SSMState | None
+
+
+class LayerState(NamedTuple):
+    """A layer's state; None where it has no such heads, or sees its neighbour's.
+
+    Attributes:
+      kv: keys and values of the tokens so far; of the meta tokens, in their own state.
+      ssm: after the last of them.
+    """
+
+    kv: KVCache | None = None
+    ssm: SSMState | None = None
+
+    def update(
+        self, output: LayerOutput, start: Int[Array, "batch"], lengths: Int[Array, "batch"]
+    ) -> "LayerState":
+        """The state after the first `lengths` positions of an output, which follow `start`."""
+        kv, ssm = self.kv, self.ssm
+        if kv is not None and output.kv is not None:
+            kv = kv.update(output.kv.new, start, lengths)
+        if ssm is not None and output.ssm is not None:
+            ssm = ssm.update(output.ssm)
+        return LayerState(kv, ssm)
+
+
+type MetaState = tuple[LayerState, ...]
+"""Of each layer, the state after the meta tokens, as a batch of one."""
+
+
+class ModelState(NamedTuple):
+    """Of each layer, the state of a batch of sequences, and the sequences' lengths in tokens."""
+
+    layers: tuple[LayerState, ...]
+    lengths: Int[Array, "batch"]
+
+    def start(self, meta: MetaState) -> "ModelState":
+        """As it is before the first token of each sequence."""
+        layers = (
+            layer._replace(ssm=layer.ssm and start.ssm and layer.ssm.update(start.ssm))
+            for layer, start in zip(self.layers, meta, strict=True)
+        )
+        return ModelState(tuple(layers), self.lengths * 0)
