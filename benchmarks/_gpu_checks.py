@@ -24,13 +24,13 @@ from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.convert.mapping import from_released, to_released
 from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.convert.tensor_file import TensorFile
-from hymba_jax.inference.engine import NO_TOKEN, Engine, Limits
-from hymba_jax.inference.sampling import SamplingConfig, make_sampler
+from hymba_jax.inference.engine import NO_TOKEN, Engine, Request
 from hymba_jax.model import Hymba
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
+from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.training.loss import next_token_loss
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
@@ -330,15 +330,12 @@ def _logits_in_pieces(one: Golden, widths: list[int]) -> np.ndarray:
 def _greedy(one: Golden, prompt: list[int], count: int) -> list[int]:
     """The likeliest tokens after a prompt, by the engine that generates text."""
     engine = Engine(nnx.merge(*one.model(scan_layers=False)))
-    sampler = make_sampler([SamplingConfig()], [0])
-    limits = Limits(jnp.array([count], jnp.int32), jnp.full((1, 4), NO_TOKEN, jnp.int32))
-    seen = jnp.zeros((1, one.config.num_embeddings), bool)
-    read = engine.prefill([prompt], len(prompt) + count)
-    state, drawn = engine.first(read, sampler, limits, seen)
-    tokens = [*np.asarray(drawn.tokens)[0]]
+    prefilled = engine.prefill([prompt], len(prompt) + count)
+    state, sampled = engine.insert(prefilled, [Request(prompt, SamplingConfig(), 0, count)])
+    tokens = [*np.asarray(sampled.tokens)[0]]
     while len(tokens) < count:
-        state, drawn = engine.decode(state, sampler, limits)
-        tokens += [token for token in np.asarray(drawn.tokens)[0] if token != NO_TOKEN]
+        state, sampled = engine.decode(state)
+        tokens += [token for token in np.asarray(sampled.tokens)[0] if token != NO_TOKEN]
     return [int(token) for token in tokens]
 
 

@@ -27,8 +27,15 @@ from hymba_jax.ahead.fit import compiled_memory
 from hymba_jax.ahead.programs import InferencePrograms, bytes_on_each
 from hymba_jax.ahead.topology import CHIPS
 from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
-from hymba_jax.inference.engine import NO_TOKEN, STEPS, DecodeState, Drawn, Limits
-from hymba_jax.inference.sampling import Sampler, SamplingConfig, make_sampler
+from hymba_jax.inference.engine import (
+    NO_TOKEN,
+    SMALLEST_STOP,
+    STEPS,
+    DecodeState,
+    SampledTokens,
+    StopCriteria,
+)
+from hymba_jax.inference.sampling import SamplingConfig, make_sampler
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.state import ModelState
 from hymba_jax.ops.attention.api import fastest
@@ -246,9 +253,9 @@ def decode(recorder: Recorder, sequences: str) -> None:
         return
     (at,) = (i for i, value in enumerate(arguments) if isinstance(value, DecodeState))
 
-    def some_tokens() -> Drawn:
-        arguments[at], drawn = compiled(*arguments)
-        return drawn
+    def some_tokens() -> SampledTokens:
+        arguments[at], sampled = compiled(*arguments)
+        return sampled
 
     with recorder.case("decode") as row:
         row["ms"] = median_ms(some_tokens, warmup=1, repeats=3 if recorder.dry_run else 8) / STEPS
@@ -268,12 +275,15 @@ def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
     match shapes:
         case DecodeState():
             cache = ModelState(_random(shapes.cache.layers), full(context - ROOM))
-            seen = jnp.zeros(shapes.seen.shape, bool)
-            values: Any = DecodeState(cache, full(0), full(0), full(0) > 0, seen)
-        case Sampler():
-            values = make_sampler([SamplingConfig()] * batch, range(batch))
-        case Limits():
-            values = Limits(full(context), full(NO_TOKEN, 4))
+            values: Any = DecodeState(
+                cache=cache,
+                token=full(0),
+                num_sampled=full(0),
+                stopped=full(0) > 0,
+                seen=jnp.zeros(shapes.seen.shape, bool),
+                sampler=make_sampler([SamplingConfig()] * batch, range(batch)),
+                stop=StopCriteria(full(context), full(NO_TOKEN, SMALLEST_STOP)),
+            )
         case jax.ShapeDtypeStruct():  # the steps of a call
             values = jnp.full(shapes.shape, STEPS, shapes.dtype)
         case _:

@@ -46,15 +46,12 @@ from hymba_jax.data.config import DataConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.host import prepare_host
 from hymba_jax.inference.engine import (
-    NO_TOKEN,
     STEPS,
-    Drawn,
     Engine,
-    Limits,
-    Prefilled,
+    Request,
+    SampledTokens,
 )
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops
 from hymba_jax.sampling_config import SamplingConfig
@@ -168,7 +165,7 @@ def measure_row(options: Options) -> None:
     read_ms = first_ms = math.nan
     if batch * context * config.hidden_size <= options.longest:
         # Two pieces compile all that longer prompts need, with the same cache.
-        warm = [prompt[: 2 * engine.largest_piece] for prompt in prompts]
+        warm = [prompt[: 2 * engine.largest_chunk] for prompt in prompts]
         jax.block_until_ready(engine.prefill(warm, context))
         read_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
         first_ms = median_ms(
@@ -217,26 +214,24 @@ def random_model(config: HymbaConfig, dtype: DType) -> Hymba:
 
 
 def decode_ms(engine: Engine, batch: int, context: int, repeats: int) -> float:
-    """Milliseconds of a step that draws a token for each text, whose caches are almost full."""
-    read = engine._start(batch, context)
+    """Milliseconds of a step that samples a token for each sequence, with an almost full cache."""
+    empty = engine.init_prefill(batch, context)
     lengths = jnp.full(batch, context - ROOM, jnp.int32)
-    read = Prefilled(read.cache._replace(lengths=lengths), read.last)
-    limits = Limits(jnp.full(batch, context, jnp.int32), jnp.full((batch, 4), NO_TOKEN, jnp.int32))
-    sampler = make_sampler([SamplingConfig()] * batch, range(batch))
-    seen = jnp.zeros((batch, engine.config.num_embeddings), bool)
-    state, _ = engine.first(read, sampler, limits, seen)
+    prefilled = empty._replace(cache=empty.cache._replace(lengths=lengths))
+    requests = [Request((), SamplingConfig(), i, context) for i in range(batch)]
+    state, _ = engine.insert(prefilled, requests)
 
-    def step() -> Drawn:
+    def step() -> SampledTokens:
         nonlocal state
-        state, drawn = engine.decode(state, sampler, limits)
-        return drawn
+        state, sampled = engine.decode(state)
+        return sampled
 
     return median_ms(step, warmup=1, repeats=repeats) / STEPS
 
 
 def decode_bytes(engine: Engine, batch: int, context: int) -> int:
-    """Bytes that drawing a token for each text must read, and of the states write."""
-    cache = jax.eval_shape(lambda: engine._start(batch, context)).cache
+    """Bytes that sampling a token for each sequence must read, and of the states write."""
+    cache = jax.eval_shape(lambda: engine.init_prefill(batch, context)).cache
     filled = context - ROOM
     total, kv = _bytes(engine.params), 0
     for layer in cache.layers:

@@ -14,13 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hymba_jax.ahead.fit import Memory, inference_advice, training_advice
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.engine import Columns, DecodeState, Engine, Limits
-from hymba_jax.inference.sampling import make_sampler
+from hymba_jax.inference.engine import Engine, PaddedChunk
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops, head_flops, training_flops
-from hymba_jax.model.state import ModelState
 from hymba_jax.run_config import RunConfig
-from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.sharding import (
     batch_parts,
     batch_sharding,
@@ -169,37 +166,39 @@ class InferencePrograms:
             return engines[0].params
 
         self.params = self._shapes(make_params)  # nothing is computed
-        self._programs = engines[0]._programs
+        self._programs = engines[0].programs
         self._meta = self._shapes(self._programs.meta_state, self.params)
 
     def decode(self, batch: int, context: int) -> TracedProgram:
-        """Continuing `batch` texts, each with a cache of `context` tokens."""
-        start = partial(self._programs.start, self.params, batch=batch, context=context)
-        limits = self._shapes(
-            lambda: Limits(jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 4), jnp.int32))
-        )
-        sampler = self._shapes(lambda: make_sampler([SamplingConfig()] * batch, range(batch)))
-        cache = self._shapes(start, self._meta).cache
-        state = self._shapes(partial(self._decode_state, batch), cache)
+        """Decoding `batch` sequences, each with a cache of `context` tokens."""
+        init_state = partial(self._programs.init_state, batch=batch, context=context)
+        state = self._shapes(init_state, self.params, self._meta)
         steps = self._shapes(lambda: jnp.int32(0))
         allowed = self._shapes(lambda: jnp.ones(self.vocab_size, bool))
-        arguments = (self.params, self._meta, allowed, state, sampler, limits, steps)
+        arguments = (self.params, self._meta, allowed, state, steps)
         layers = state.cache.layers
-        states = [layer.ssm for layer in layers]
         program = self._trace(self._programs.decode, *arguments)
-        return TracedProgram(program, arguments, (self.params, self._meta, layers), states, layers)
+        return TracedProgram(
+            program,
+            arguments,
+            read=(self.params, self._meta, layers),
+            written=[layer.ssm for layer in layers],
+            cache=layers,
+        )
 
     def prefill(self, batch: int, length: int) -> TracedProgram:
-        """Reading `batch` texts of `length` tokens from their start."""
-        start = partial(self._programs.start, self.params, batch=batch, context=length)
-        state = self._shapes(start, self._meta)
-        piece = self._shapes(
-            lambda: Columns(jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32))
+        """Prefilling `batch` prompts of `length` tokens."""
+        init_prefill = partial(self._programs.init_prefill, batch=batch, context=length)
+        state = self._shapes(init_prefill, self.params, self._meta)
+        chunk = self._shapes(
+            lambda: PaddedChunk(jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32))
         )
-        arguments = (self.params, self._meta, state, piece)
+        arguments = (self.params, self._meta, state, chunk)
         layers = state.cache.layers
-        program = self._trace(self._programs.read, *arguments, is_start=True)
-        return TracedProgram(program, arguments, (self.params, self._meta), layers, layers)
+        program = self._trace(self._programs.prefill, *arguments, is_start=True)
+        return TracedProgram(
+            program, arguments, read=(self.params, self._meta), written=layers, cache=layers
+        )
 
     def _trace(self, program: Any, *arguments: Any, **options: Any) -> Any:
         with jax.set_mesh(self.mesh):
@@ -211,8 +210,3 @@ class InferencePrograms:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
             jax.eval_shape(function, *arguments),
         )
-
-    def _decode_state(self, batch: int, cache: ModelState) -> DecodeState:
-        zeros = jnp.zeros(batch, jnp.int32)
-        seen = jnp.zeros((batch, self.vocab_size), bool)
-        return DecodeState(cache, zeros, zeros, zeros == 1, seen)

@@ -1,6 +1,7 @@
-"""The compiled side of inference: texts go in as tokens, and go on as tokens.
+"""The compiled side of inference: prompts go in as tokens, and continue as tokens.
 
-    prefill   a batch of texts, in pieces, each starting from the state after the meta tokens
+    prefill   a batch of prompts, in chunks, each starting from the state after the meta tokens
+    insert    requests for what was prefilled: a new batch, or rows of one that is running
     decode    one loop on the device, a token for every row at a time, until all rows have stopped
 
 A program is compiled once for each shape; shapes are rounded up (`bucket`), so they are few.
@@ -19,57 +20,80 @@ from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import shown
 from hymba_jax.inference.memory import cache_bytes, check_fits, meta_state_bytes, tree_bytes
-from hymba_jax.inference.sampling import Sampler, sample
+from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
 from hymba_jax.model import Hymba, arrange_layers, fuse_projections
 from hymba_jax.model.state import MetaState, ModelState
+from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.training.state import Params
 from hymba_jax.types import Array, Bool, Float, Int
 
-SMALLEST_PIECE = 32
-LARGEST_PIECE = 1024
+SMALLEST_CHUNK = 32
+LARGEST_CHUNK = 1024
 SMALLEST_CONTEXT = 256
-STEPS = 16  # tokens that a row draws at most before they are looked at
+SMALLEST_STOP = 4  # stop tokens that there is room for, at least
+STEPS = 16  # tokens that a row samples at most before they are looked at
 NO_TOKEN = -1
 NOT_FINITE = -2  # in place of a token, where the model's logits are NaN or infinite
 LOGIT_POSITIONS = 128  # positions whose logits are in memory at once
 
 
-class Limits(NamedTuple):
+class Request(NamedTuple):
+    """One sequence to sample.
+
+    Attributes:
+      prompt: its tokens, for the repetition penalty.
+      sampling: how tokens are sampled; what it says of stopping and of their number is not read.
+      sample: which of a prompt's samples it is.
+      max_new_tokens: after which it stops.
+      stop_tokens: before which it stops.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingConfig
+    sample: int
+    max_new_tokens: int
+    stop_tokens: Sequence[int] = ()
+
+
+class StopCriteria(NamedTuple):
     """When rows stop: after so many tokens, or at one of these (NO_TOKEN fills up)."""
 
     max_new_tokens: Int[Array, "batch"]
     stop_tokens: Int[Array, "batch stop_tokens"]
 
 
-class Drawn(NamedTuple):
-    """Tokens by row and step with their log-probabilities.
+class SampledTokens(NamedTuple):
+    """Tokens by row and step with their log-probabilities, and which rows have stopped since.
 
     NO_TOKEN where a row has stopped, NOT_FINITE where it stops because nothing can be sampled.
     """
 
     tokens: Int[Array, "batch steps"]
     log_probs: Float[Array, "batch steps"]
+    stopped: Bool[Array, "batch"]
 
 
 class DecodeState(NamedTuple):
-    """A batch of texts that are being continued.
+    """A running batch.
 
     Attributes:
       token: the newest of each row, which is not in the cache yet.
-      num_drawn: tokens drawn so far.
+      num_sampled: tokens sampled so far.
       stopped: the row has come to its end; its part of the cache no longer changes.
-      seen: the tokens in each text, for the repetition penalty.
+      seen: the tokens in each sequence, for the repetition penalty.
     """
 
     cache: ModelState
     token: Int[Array, "batch"]
-    num_drawn: Int[Array, "batch"]
+    num_sampled: Int[Array, "batch"]
     stopped: Bool[Array, "batch"]
     seen: Bool[Array, "batch vocab"]
+    sampler: Sampler
+    stop: StopCriteria
 
 
 class Prefilled(NamedTuple):
-    """A batch of texts that have been read.
+    """A batch of prompts that have been prefilled.
 
     Attributes:
       last: the last layer's output at the last token of each row.
@@ -79,25 +103,26 @@ class Prefilled(NamedTuple):
     last: Float[Array, "batch hidden"]
 
 
-class Columns(NamedTuple):
-    """A piece of each text of a batch; rows are padded behind their end."""
+class PaddedChunk(NamedTuple):
+    """A chunk of each prompt of a batch; rows are padded behind their end."""
 
     tokens: Int[np.ndarray | Array, "batch length"]
     lengths: Int[np.ndarray | Array, "batch"]
 
 
 class Engine:
-    """A model's parameters on the device, and the programs that read and continue texts.
+    """A model's parameters on the device, and the programs that prefill and decode with them.
 
     Args:
       model: its kernels are copied into the form that is read fastest a token at a time.
       state_dtype: that the SSM's states are kept in between tokens.
-      context: tokens of every text's cache; as many as each batch needs if absent.
-      largest_piece: tokens of a text that are read at once, which bounds the memory of reading.
+      context: tokens of every sequence's cache; as many as each batch needs if absent.
+      largest_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of it.
       allowed: the tokens that may be sampled; all of them if absent.
 
     Attributes:
-      max_context: tokens that a text may have.
+      max_context: tokens that a sequence may have.
+      programs: what is compiled, for whoever compiles or counts it.
 
     Raises:
       HymbaError: the context is none that the model has.
@@ -109,26 +134,26 @@ class Engine:
         *,
         state_dtype: DType = "float32",
         context: int | None = None,
-        largest_piece: int = LARGEST_PIECE,
+        largest_chunk: int = LARGEST_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
         graph, variables = nnx.split(fuse_projections(arrange_layers(model, scan_layers=False)))
         self.config = model.config
         self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)
-        self.largest_piece = largest_piece
+        self.largest_chunk = largest_chunk
         self.allowed = jnp.asarray(
             np.ones(self.config.num_embeddings, bool) if allowed is None else allowed
         )
         self.max_context = _max_context(model.config, context)
         self._smallest_context = context or SMALLEST_CONTEXT
         self._state_dtype = state_dtype
-        self._programs = _programs(graph, model.config, model.compute, state_dtype)
+        self.programs = _programs(graph, model.config, model.compute, state_dtype)
 
     @functools.cached_property
     def meta_state(self) -> MetaState:
         """The state after the meta tokens, computed once."""
-        return self._programs.meta_state(self.params)
+        return self.programs.meta_state(self.params)
 
     @property
     def num_params(self) -> int:
@@ -162,89 +187,137 @@ class Engine:
             "reduce batch_size, context or max_new_tokens",
         )
 
-    def prefill(self, texts: Sequence[Sequence[int]], context: int) -> Prefilled:
-        """Reads texts; the batch is filled up to a bucket with empty ones.
+    def init_state(self, rows: int, context: int) -> DecodeState:
+        """A running batch of rows that have all stopped, to insert requests into.
 
         Args:
-          context: tokens that the longest text may grow to.
+          context: tokens that the longest sequence may grow to.
         """
-        state = self._start(len(texts), context)
-        for i, piece in enumerate(self._pieces(texts)):
-            state = self._programs.read(self.params, self.meta_state, state, piece, is_start=i == 0)
+        sizes = {"batch": bucket(rows), "context": self._cache_length(context)}
+        return self.programs.init_state(self.params, self.meta_state, **sizes)
+
+    def init_prefill(self, rows: int, context: int) -> Prefilled:
+        """A batch of empty prompts, filled up to a bucket."""
+        sizes = {"batch": bucket(rows), "context": self._cache_length(context)}
+        return self.programs.init_prefill(self.params, self.meta_state, **sizes)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], context: int) -> Prefilled:
+        """Prefills prompts; the batch is filled up to a bucket with empty ones.
+
+        Args:
+          context: tokens that the longest sequence may grow to.
+        """
+        state = self.init_prefill(len(prompts), context)
+        for i, chunk in enumerate(self.chunks(prompts)):
+            state = self.programs.prefill(
+                self.params, self.meta_state, state, chunk, is_start=i == 0
+            )
         return state
 
-    def repeat(self, read: Prefilled, rows: Sequence[int]) -> Prefilled:
-        """These rows of what has been read, in this order, filled up to a bucket."""
+    def repeat(self, prefilled: Prefilled, rows: Sequence[int]) -> Prefilled:
+        """These rows of what was prefilled, in this order, filled up to a bucket."""
         order = np.zeros(bucket(len(rows)), np.int32)
         order[: len(rows)] = rows
-        return self._programs.repeat(read, order)
+        return self.programs.repeat(prefilled, order)
+
+    def insert(
+        self,
+        prefilled: Prefilled,
+        requests: Sequence[Request],
+        state: DecodeState | None = None,
+        rows: Sequence[int] = (),
+    ) -> tuple[DecodeState, SampledTokens]:
+        """Samples the first token of each request: a new batch, or rows that join a running one.
+
+        Args:
+          prefilled: row i of it is for request i; further rows are padding. It is used up.
+          state: the running batch, whose cache has the same context. It is used up.
+          rows: of the running batch, one for each request; what they held is replaced.
+
+        Returns:
+          The running batch, and the first token of each row of `prefilled`.
+        """
+        batch = len(prefilled.last)
+        padding = batch - len(requests)
+        nothing = Request((), SamplingConfig(), 0, 0)
+        padded = [*requests, *[nothing] * padding]
+        sampler = make_sampler(
+            [request.sampling for request in padded], [request.sample for request in padded]
+        )
+        num_stops = max(len(request.stop_tokens) for request in padded)
+        num_stops = bucket(num_stops, SMALLEST_STOP)
+        if state is not None:
+            num_stops = max(num_stops, state.stop.stop_tokens.shape[1])
+        stops = np.full((batch, num_stops), NO_TOKEN, np.int32)
+        seen = np.zeros((batch, self.config.num_embeddings), bool)
+        for i, request in enumerate(padded):
+            stops[i, : len(request.stop_tokens)] = request.stop_tokens
+            seen[i, list(request.prompt)] = True
+        counts = np.array([request.max_new_tokens for request in padded], np.int32)
+        stop = StopCriteria(jnp.asarray(counts), jnp.asarray(stops))
+        new, sampled = self.programs.first(
+            self.params, self.allowed, *prefilled, sampler, stop, jnp.asarray(seen)
+        )
+        if state is None:
+            return new, sampled
+        wider = num_stops - state.stop.stop_tokens.shape[1]
+        if wider:
+            known = jnp.pad(state.stop.stop_tokens, ((0, 0), (0, wider)), constant_values=NO_TOKEN)
+            state = state._replace(stop=state.stop._replace(stop_tokens=known))
+        places = np.full(batch, len(state.token), np.int32)  # padding has none
+        places[: len(requests)] = rows
+        return self.programs.join(state, new, places), sampled
+
+    def decode(self, state: DecodeState, steps: int = STEPS) -> tuple[DecodeState, SampledTokens]:
+        """Samples up to `steps` more tokens for every row, fewer if all rows stop."""
+        return self.programs.decode(self.params, self.meta_state, self.allowed, state, steps)
+
+    def stop(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
+        """The batch with these rows stopped, which then take no part in decoding."""
+        stopped = np.array(state.stopped)
+        stopped[list(rows)] = True
+        return state._replace(stopped=jnp.asarray(stopped))
 
     def score(self, texts: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " targets"]]:
         """The log-probability of each token but the first, given those before it.
 
         NaN where the model's logits are not all finite.
         """
-        state = self._start(len(texts), max(map(len, texts)))
+        state = self.init_prefill(len(texts), max(map(len, texts)))
         scores: list[list[np.ndarray]] = [[] for _ in texts]
-        inputs = self._pieces([text[:-1] for text in texts])
-        targets = self._pieces([text[1:] for text in texts])
-        for i, (piece, next_piece) in enumerate(zip(inputs, targets, strict=True)):
-            state, log_probs = self._programs.score(
-                self.params, self.meta_state, state, piece, next_piece.tokens, is_start=i == 0
+        inputs = self.chunks([text[:-1] for text in texts])
+        targets = self.chunks([text[1:] for text in texts])
+        for i, (chunk, next_chunk) in enumerate(zip(inputs, targets, strict=True)):
+            state, log_probs = self.programs.score(
+                self.params, self.meta_state, state, chunk, next_chunk.tokens, is_start=i == 0
             )
             for row, length, values in zip(
-                scores, piece.lengths, np.asarray(log_probs), strict=False
+                scores, chunk.lengths, np.asarray(log_probs), strict=False
             ):
                 row.append(values[:length])
         return [np.concatenate(row) for row in scores]
 
-    def first(
-        self,
-        read: Prefilled,
-        sampler: Sampler,
-        limits: Limits,
-        seen: Bool[Array, "batch vocab"],
-    ) -> tuple[DecodeState, Drawn]:
-        """Draws the first token of each row."""
-        return self._programs.first(
-            self.params, self.allowed, read.cache, read.last, sampler, limits, seen
-        )
-
-    def decode(
-        self, state: DecodeState, sampler: Sampler, limits: Limits, steps: int = STEPS
-    ) -> tuple[DecodeState, Drawn]:
-        """Draws up to `steps` more tokens for every row, fewer if all rows stop."""
-        return self._programs.decode(
-            self.params, self.meta_state, self.allowed, state, sampler, limits, steps
-        )
+    def chunks(self, prompts: Sequence[Sequence[int]]) -> list[PaddedChunk]:
+        """The prompts in chunks of at most `largest_chunk` tokens."""
+        lengths = np.zeros(bucket(len(prompts)), np.int32)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+        chunks: list[PaddedChunk] = []
+        start, longest = 0, int(lengths.max())
+        while start < longest or not chunks:
+            width = min(bucket(longest - start, SMALLEST_CHUNK), self.largest_chunk)
+            tokens = np.zeros((len(lengths), width), np.int32)
+            for row, prompt in zip(tokens, prompts, strict=False):
+                part = prompt[start : start + width]
+                row[: len(part)] = part
+            chunks.append(PaddedChunk(tokens, np.clip(lengths - start, 0, width)))
+            start += width
+        return chunks
 
     def _devices(self) -> set[jax.Device]:
         return jax.tree.leaves(self.params)[0].devices()
 
     def _cache_length(self, context: int) -> int:
         return min(bucket(context, self._smallest_context), self.max_context)
-
-    def _start(self, rows: int, context: int) -> Prefilled:
-        context = self._cache_length(context)
-        return self._programs.start(
-            self.params, self.meta_state, batch=bucket(rows), context=context
-        )
-
-    def _pieces(self, texts: Sequence[Sequence[int]]) -> list[Columns]:
-        """The texts cut into columns of at most `largest_piece` tokens."""
-        lengths = np.zeros(bucket(len(texts)), np.int32)
-        lengths[: len(texts)] = [len(text) for text in texts]
-        pieces: list[Columns] = []
-        start, longest = 0, int(lengths.max())
-        while start < longest or not pieces:
-            width = min(bucket(longest - start, SMALLEST_PIECE), self.largest_piece)
-            tokens = np.zeros((len(lengths), width), np.int32)
-            for row, text in zip(tokens, texts, strict=False):
-                part = text[start : start + width]
-                row[: len(part)] = part
-            pieces.append(Columns(tokens, np.clip(lengths - start, 0, width)))
-            start += width
-        return pieces
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -253,9 +326,9 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 
 def _max_context(config: HymbaConfig, context: int | None) -> int:
-    """Tokens that a text may have.
+    """Tokens that a sequence may have.
 
-    A base that follows the length of the text turns every key again when it grows, so that no
+    A base that follows the length of the sequence rotates every key anew when it grows, so that no
     cache can equal the full forward pass from there on.
     """
     largest, reason = config.max_positions, "max_positions"
@@ -271,53 +344,57 @@ def _max_context(config: HymbaConfig, context: int | None) -> int:
     return wanted
 
 
-class _Programs(NamedTuple):
+class Programs(NamedTuple):
+    """What an engine compiles, as jitted functions of arrays."""
+
     meta_state: Callable[..., MetaState]
-    start: Callable[..., Prefilled]
-    read: Callable[..., Prefilled]
+    init_prefill: Callable[..., Prefilled]
+    prefill: Callable[..., Prefilled]
     repeat: Callable[..., Prefilled]
     score: Callable[..., tuple[Prefilled, Array]]
-    first: Callable[..., tuple[DecodeState, Drawn]]
-    decode: Callable[..., tuple[DecodeState, Drawn]]
+    init_state: Callable[..., DecodeState]
+    first: Callable[..., tuple[DecodeState, SampledTokens]]
+    join: Callable[..., DecodeState]
+    decode: Callable[..., tuple[DecodeState, SampledTokens]]
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(
     graph: nnx.GraphDef[Hymba], config: HymbaConfig, compute: ComputeConfig, state_dtype: DType
-) -> _Programs:
+) -> Programs:
     """The programs of a model, compiled as their shapes come; large arguments are reused."""
 
     def meta_state(params: Params) -> MetaState:
         return nnx.merge(graph, params).meta_state()
 
-    def start(params: Params, meta: MetaState, batch: int, context: int) -> Prefilled:
+    def init_prefill(params: Params, meta: MetaState, batch: int, context: int) -> Prefilled:
         cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).start(meta)
         return Prefilled(cache, jnp.zeros((batch, config.hidden_size), compute.dtype))
 
     def extend(
-        params: Params, meta: MetaState, state: Prefilled, piece: Columns, is_start: bool
+        params: Params, meta: MetaState, state: Prefilled, chunk: PaddedChunk, is_start: bool
     ) -> tuple[Array, Prefilled]:
         model = nnx.merge(graph, params)
-        tokens, lengths = (jnp.asarray(a) for a in piece)
+        tokens, lengths = (jnp.asarray(a) for a in chunk)
         x, cache = model.extend(tokens, state.cache, meta, lengths, is_start=is_start)
         newest = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return x, Prefilled(cache, jnp.where(lengths[:, None] > 0, newest, state.last))
 
-    def read(
-        params: Params, meta: MetaState, state: Prefilled, piece: Columns, is_start: bool
+    def prefill(
+        params: Params, meta: MetaState, state: Prefilled, chunk: PaddedChunk, is_start: bool
     ) -> Prefilled:
-        return extend(params, meta, state, piece, is_start)[1]
+        return extend(params, meta, state, chunk, is_start)[1]
 
     def score(
         params: Params,
         meta: MetaState,
         state: Prefilled,
-        piece: Columns,
+        chunk: PaddedChunk,
         targets: Int[Array, "batch length"],
         is_start: bool,
     ) -> tuple[Prefilled, Float[Array, "batch length"]]:
         model = nnx.merge(graph, params)
-        x, state = extend(params, meta, state, piece, is_start)
+        x, state = extend(params, meta, state, chunk, is_start)
 
         def log_probs(part: slice) -> Array:
             logits = model.logits(x[:, part])
@@ -329,31 +406,44 @@ def _programs(
         parts = [log_probs(slice(start, start + LOGIT_POSITIONS)) for start in starts]
         return state, jnp.concatenate(parts, axis=1)
 
+    def init_state(params: Params, meta: MetaState, batch: int, context: int) -> DecodeState:
+        zeros = jnp.zeros(batch, jnp.int32)
+        key = jax.random.key(0, impl=PRNG)
+        return DecodeState(
+            cache=init_prefill(params, meta, batch, context).cache,
+            token=zeros,
+            num_sampled=zeros,
+            stopped=zeros == 0,
+            seen=jnp.zeros((batch, config.num_embeddings), bool),
+            sampler=Sampler(
+                temperature=jnp.zeros(batch),
+                top_k=zeros,
+                top_p=jnp.ones(batch),
+                min_p=jnp.zeros(batch),
+                repetition_penalty=jnp.ones(batch),
+                key=jnp.broadcast_to(key, batch),
+            ),
+            stop=StopCriteria(zeros, jnp.full((batch, SMALLEST_STOP), NO_TOKEN)),
+        )
+
     def advance(
-        params: Params,
-        allowed: Bool[Array, "vocab"],
-        state: DecodeState,
-        last: Array,
-        sampler: Sampler,
-        limits: Limits,
-    ) -> tuple[DecodeState, Drawn]:
+        params: Params, allowed: Bool[Array, "vocab"], state: DecodeState, last: Array
+    ) -> tuple[DecodeState, Array, Array]:
         """Samples a token for each row that has not stopped."""
         logits = nnx.merge(graph, params).logits(last[:, None])[:, 0]
         finite = jnp.isfinite(logits).all(1)
-        token, log_probs = sample(logits, state.seen, state.cache.lengths, sampler, allowed)
-        ends = (token[:, None] == limits.stop_tokens).any(1) | ~finite
+        token, log_probs = sample(logits, state.seen, state.cache.lengths, state.sampler, allowed)
+        ends = (token[:, None] == state.stop.stop_tokens).any(1) | ~finite
         result = jnp.where(finite, jnp.where(ends, NO_TOKEN, token), NOT_FINITE)
-        drawn = Drawn(jnp.where(state.stopped, NO_TOKEN, result), log_probs)
-        num_drawn = state.num_drawn + ~state.stopped
-        rows = jnp.arange(len(token))
-        state = DecodeState(
-            cache=state.cache,
+        result = jnp.where(state.stopped, NO_TOKEN, result)
+        num_sampled = state.num_sampled + ~state.stopped
+        state = state._replace(
             token=token,
-            num_drawn=num_drawn,
-            stopped=state.stopped | ends | (num_drawn >= limits.max_new_tokens),
-            seen=state.seen.at[rows, token].set(True),
+            num_sampled=num_sampled,
+            stopped=state.stopped | ends | (num_sampled >= state.stop.max_new_tokens),
+            seen=state.seen.at[jnp.arange(len(token)), token].set(True),
         )
-        return state, drawn
+        return state, result, log_probs
 
     def first(
         params: Params,
@@ -361,49 +451,53 @@ def _programs(
         cache: ModelState,
         last: Float[Array, "batch hidden"],
         sampler: Sampler,
-        limits: Limits,
+        stop: StopCriteria,
         seen: Bool[Array, "batch vocab"],
-    ) -> tuple[DecodeState, Drawn]:
+    ) -> tuple[DecodeState, SampledTokens]:
         zeros = jnp.zeros(len(seen), jnp.int32)
-        state = DecodeState(cache, zeros, zeros, limits.max_new_tokens < 1, seen)
-        state, drawn = advance(params, allowed, state, last, sampler, limits)
-        return state, Drawn(drawn.tokens[:, None], drawn.log_probs[:, None])
+        state = DecodeState(cache, zeros, zeros, stop.max_new_tokens < 1, seen, sampler, stop)
+        state, tokens, log_probs = advance(params, allowed, state, last)
+        return state, SampledTokens(tokens[:, None], log_probs[:, None], state.stopped)
+
+    def join(state: DecodeState, new: DecodeState, rows: Int[Array, "batch"]) -> DecodeState:
+        return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), state, new)
 
     def decode(
         params: Params,
         meta: MetaState,
         allowed: Bool[Array, "vocab"],
         state: DecodeState,
-        sampler: Sampler,
-        limits: Limits,
         steps: Int[Array, ""],
-    ) -> tuple[DecodeState, Drawn]:
+    ) -> tuple[DecodeState, SampledTokens]:
         model = nnx.merge(graph, params)
         shape = (len(state.token), STEPS)
-        nothing = Drawn(jnp.full(shape, NO_TOKEN), jnp.zeros(shape))
 
-        def goes_on(loop: tuple[Array, DecodeState, Drawn]) -> Array:
-            step, state, _ = loop
+        def is_running(loop: tuple[Array, DecodeState, Array, Array]) -> Array:
+            step, state, *_ = loop
             return (step < steps) & ~state.stopped.all()
 
-        def body(loop: tuple[Array, DecodeState, Drawn]) -> tuple[Array, DecodeState, Drawn]:
-            step, state, drawn = loop
+        def body(
+            loop: tuple[Array, DecodeState, Array, Array],
+        ) -> tuple[Array, DecodeState, Array, Array]:
+            step, state, tokens, log_probs = loop
             counts = (~state.stopped).astype(jnp.int32)
             x, cache = model.extend(state.token[:, None], state.cache, meta, counts)
-            state = state._replace(cache=cache)
-            state, new = advance(params, allowed, state, x[:, 0], sampler, limits)
-            drawn = Drawn(*(all.at[:, step].set(a) for all, a in zip(drawn, new, strict=True)))
-            return step + 1, state, drawn
+            state, token, log_prob = advance(params, allowed, state._replace(cache=cache), x[:, 0])
+            tokens, log_probs = tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
+            return step + 1, state, tokens, log_probs
 
-        _, state, drawn = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, nothing))
-        return state, drawn
+        start = jnp.int32(0), state, jnp.full(shape, NO_TOKEN), jnp.zeros(shape)
+        _, state, tokens, log_probs = jax.lax.while_loop(is_running, body, start)
+        return state, SampledTokens(tokens, log_probs, state.stopped)
 
-    return _Programs(
+    return Programs(
         meta_state=jax.jit(meta_state),
-        start=jax.jit(start, static_argnames=("batch", "context")),
-        read=jax.jit(read, static_argnames="is_start", donate_argnames="state"),
-        repeat=jax.jit(lambda read, order: jax.tree.map(lambda a: a[order], read)),
+        init_prefill=jax.jit(init_prefill, static_argnames=("batch", "context")),
+        prefill=jax.jit(prefill, static_argnames="is_start", donate_argnames="state"),
+        repeat=jax.jit(lambda prefilled, rows: jax.tree.map(lambda a: a[rows], prefilled)),
         score=jax.jit(score, static_argnames="is_start", donate_argnames="state"),
+        init_state=jax.jit(init_state, static_argnames=("batch", "context")),
         first=jax.jit(first, donate_argnames="cache"),
+        join=jax.jit(join, donate_argnames="state"),
         decode=jax.jit(decode, donate_argnames="state"),
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hymba_jax.config import DType
@@ -16,10 +15,9 @@ from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import fits, shown
 from hymba_jax.inference import chat_template
-from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE, STEPS, Engine, Limits, bucket
+from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE, STEPS, Engine, Request
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
-from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.model import Hymba
 from hymba_jax.sampling_config import SamplingConfig
@@ -289,39 +287,31 @@ class LanguageModel:
         context = max(
             len(texts[i]) + writer.room for (i, _), writer in zip(rows, writers, strict=True)
         )
-        read = engine.prefill([texts[i] for i in indices], context)
+        prefilled = engine.prefill([texts[i] for i in indices], context)
         if len(indices) < len(rows):
-            read = engine.repeat(read, [indices.index(i) for i, _ in rows])
-        size = len(read.last)
-        padding = [0] * (size - len(rows))
-        sampler = make_sampler([config] * size, [sample for _, sample in rows] + padding)
-        limits = self._limits([writer.room for writer in writers] + padding, config)
-        seen = np.zeros((size, self.config.num_embeddings), bool)
-        for (i, _), row in zip(rows, seen, strict=False):
-            row[texts[i]] = True
-
-        state, drawn = engine.first(read, sampler, limits, jnp.asarray(seen))
+            prefilled = engine.repeat(prefilled, [indices.index(i) for i, _ in rows])
+        stop_tokens = self._stop_tokens(config)
+        requests = [
+            Request(texts[i], config, sample, writer.room, stop_tokens)
+            for (i, sample), writer in zip(rows, writers, strict=True)
+        ]
+        state, sampled = engine.insert(prefilled, requests)
         while True:
-            tokens, log_probs, stopped = jax.device_get((*drawn, state.stopped))
-            for writer, *news in zip(writers, tokens, log_probs, stopped, strict=False):
+            for writer, *news in zip(writers, *jax.device_get(sampled), strict=False):
                 if not writer.over:
                     yield writer.take(*news)
-            over = [writer.over for writer in writers]
-            if all(over):
+            over = [i for i, writer in enumerate(writers) if writer.over]
+            if len(over) == len(writers):
                 return
-            state = state._replace(stopped=jnp.array(over + [True] * len(padding)))
-            state, drawn = engine.decode(state, sampler, limits, every)
+            state = engine.stop(state, over)
+            state, sampled = engine.decode(state, every)
 
-    def _limits(self, room: list[int], config: SamplingConfig) -> Limits:
+    def _stop_tokens(self, config: SamplingConfig) -> list[int]:
         # A stop string that is a control token: no text stream ever sees it.
         named = self.tokenizer.control.ids
         strings = [named[string] for string in config.stop if string in named]
         ends = (self.config.eos_token_id, *self.defaults.eos_token_ids)
-        stops = sorted({*ends, *config.stop_tokens, *strings})
-        stops += [NO_TOKEN] * (bucket(len(stops), 4) - len(stops))
-        return Limits(
-            jnp.array(room, jnp.int32), jnp.tile(jnp.array([stops], jnp.int32), (len(room), 1))
-        )
+        return sorted({*ends, *config.stop_tokens, *strings})
 
 
 class _Writer:

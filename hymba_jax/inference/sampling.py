@@ -12,6 +12,8 @@ from hymba_jax.ops.platform import target_platform
 from hymba_jax.sampling_config import LARGEST, SamplingConfig
 from hymba_jax.types import Array, Bool, Float, Int, Key
 
+# Of JAX's generators, the one whose samples do not depend on the rows beside them.
+PRNG = "threefry2x32"
 ONE = 2**30  # a probability of 1, where probabilities are whole numbers: see `weigh`
 
 
@@ -33,8 +35,7 @@ def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> S
         return jnp.asarray(np.array([getattr(config, name) for config in configs], dtype))
 
     def key(config: SamplingConfig, number: int) -> Key[Array, ""]:
-        # Of JAX's generators, the one whose draws do not depend on the rows beside them.
-        return jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), number)
+        return jax.random.fold_in(jax.random.key(config.seed, impl=PRNG), number)
 
     return Sampler(
         temperature=values("temperature", np.float32),

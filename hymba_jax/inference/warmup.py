@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.engine import SMALLEST_PIECE, Engine, bucket
+from hymba_jax.inference.engine import SMALLEST_CHUNK, Engine, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 
@@ -62,9 +62,9 @@ def main(config: WarmupConfig) -> None:
 
 def prompt_lengths(engine: Engine) -> Iterator[int]:
     """Lengths of prompts that between them need every program for reading."""
-    longest, piece = engine.max_context - 1, engine.largest_piece  # leaves room for a token
-    widths = [1 << i for i in range(SMALLEST_PIECE.bit_length() - 1, piece.bit_length())]
-    for start in (0, piece):
+    longest, chunk = engine.max_context - 1, engine.largest_chunk  # leaves room for a token
+    widths = [1 << i for i in range(SMALLEST_CHUNK.bit_length() - 1, chunk.bit_length())]
+    for start in (0, chunk):
         for before in (0, *widths[:-1]):  # the next width is for more than that
             if start + before < longest:
                 yield start + before + 1

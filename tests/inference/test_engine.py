@@ -22,9 +22,8 @@ from models import TINY, byte_tokenizer, compilations, make_model
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
-from hymba_jax.inference.engine import NO_TOKEN, STEPS, DecodeState, Engine, Limits, bucket
+from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Request, bucket
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba
 from hymba_jax.ops.selective_scan import api
 from hymba_jax.sampling_config import SamplingConfig
@@ -41,8 +40,8 @@ def tiny():
 
 
 @functools.cache
-def tiny_engine(largest_piece=16):
-    return Engine(tiny(), largest_piece=largest_piece)
+def tiny_engine(largest_chunk=16):
+    return Engine(tiny(), largest_chunk=largest_chunk)
 
 
 @functools.cache
@@ -82,77 +81,55 @@ def log_probs_by_full_forward(model, texts):
     ]
 
 
-@dataclasses.dataclass
-class Continuing:
-    """A batch of texts that are being continued, with what the engine is asked for each time."""
-
-    engine: Engine
-    texts: list
-    new: list  # tokens for each text
-    configs: list
-    samples: list
-    stop_token: int = NO_TOKEN
-
-    def begin(self):
-        context = max(len(text) + new for text, new in zip(self.texts, self.new, strict=True))
-        self.read = read = self.engine.prefill(self.texts, context)
-        padding = len(read.last) - len(self.texts)
-        self.sampler = make_sampler(
-            [*self.configs, *[SamplingConfig()] * padding], [*self.samples, *[0] * padding]
-        )
-        self.limits = Limits(
-            jnp.array([*self.new, *[0] * padding], jnp.int32),
-            jnp.full((len(read.last), 4), self.stop_token),
-        )
-        seen = np.zeros((len(read.last), self.engine.config.vocab_size), bool)
-        for row, text in zip(seen, self.texts, strict=False):
-            row[text] = True
-        return self.engine.first(read, self.sampler, self.limits, jnp.asarray(seen))
-
-    def go_on(self, state, steps=STEPS):
-        return self.engine.decode(state, self.sampler, self.limits, steps)
+def requests_for(prompts, new, config=None, samples=None, stop_tokens=()):
+    """The same number of new tokens and the same config for each prompt, unless they are listed."""
+    rows = len(prompts)
+    new = new if isinstance(new, list) else [new] * rows
+    configs = config if isinstance(config, list) else [config or SamplingConfig()] * rows
+    return [
+        Request(*row, stop_tokens)
+        for row in zip(prompts, configs, samples or [0] * rows, new, strict=True)
+    ]
 
 
-def continuing(engine, texts, new, config=None, samples=None, stop_token=NO_TOKEN):
-    """The same number of tokens for each text, unless they are listed."""
-    rows = len(texts)
-    return Continuing(
-        engine,
-        texts,
-        new if isinstance(new, list) else [new] * rows,
-        config if isinstance(config, list) else [config or SamplingConfig()] * rows,
-        samples or [0] * rows,
-        stop_token,
+def longest(requests):
+    return max(len(request.prompt) + request.max_new_tokens for request in requests)
+
+
+def begin(engine, requests):
+    """The running batch of these requests alone, and their first tokens."""
+    prefilled = engine.prefill([request.prompt for request in requests], longest(requests))
+    return engine.insert(prefilled, requests)
+
+
+def run(engine, state, sampled, rows):
+    """Decodes until all rows have stopped: the new tokens of the first so many, and their
+    log-probabilities."""
+    parts = [jax.device_get(sampled)]
+    while not parts[-1].stopped.all():
+        state, sampled = engine.decode(state)
+        parts.append(jax.device_get(sampled))
+    tokens, log_probs = (
+        np.concatenate([part[i] for part in parts], axis=1)[:rows] for i in range(2)
     )
-
-
-def continue_texts(*args, **options):
-    """The new tokens of each text and their log-probabilities."""
-    batch = continuing(*args, **options)
-    state, drawn = batch.begin()
-    parts = [jax.device_get(drawn)]
-    while not state.stopped.all():
-        state, drawn = batch.go_on(state)
-        parts.append(jax.device_get(drawn))
-    tokens, log_probs = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     return [
         (row[row != NO_TOKEN].tolist(), values[row != NO_TOKEN])
-        for row, values in zip(tokens[: len(batch.texts)], log_probs, strict=False)
+        for row, values in zip(tokens, log_probs, strict=True)
     ]
+
+
+def generate(engine, prompts, *args, **options):
+    """The new tokens of each prompt and their log-probabilities."""
+    requests = requests_for(prompts, *args, **options)
+    return run(engine, *begin(engine, requests), len(requests))
 
 
 def lower_decode(engine, batch, context):
     """The loop on the device before it is compiled, and the shapes of its state."""
-    programs = engine._programs
+    programs = engine.programs
     meta = programs.meta_state.eval_shape(engine.params)
-    read = programs.start.eval_shape(engine.params, meta, batch=batch, context=context)
-    zeros = jnp.zeros(batch, jnp.int32)
-    seen = jnp.zeros((batch, engine.config.vocab_size), bool)
-    state = DecodeState(read.cache, zeros, zeros, zeros > 0, seen)
-    sampler = make_sampler([SamplingConfig()] * batch, [0] * batch)
-    limits = Limits(zeros, jnp.full((batch, 4), NO_TOKEN))
-    arguments = (engine.params, meta, engine.allowed, state, sampler, limits, STEPS)
-    return programs.decode.lower(*arguments), state
+    state = programs.init_state.eval_shape(engine.params, meta, batch=batch, context=context)
+    return programs.decode.lower(engine.params, meta, engine.allowed, state, STEPS), state
 
 
 def assert_same(ours, theirs):
@@ -217,7 +194,7 @@ class TestReleasedCode:
         texts = [prompt + expected[:i] for i in range(len(expected))]
         new = [len(expected) - i for i in range(len(expected))]
         engine = Engine(model)
-        for i, (tokens, log_probs) in enumerate(continue_texts(engine, texts, new)):
+        for i, (tokens, log_probs) in enumerate(generate(engine, texts, new)):
             assert tokens == expected[i:]
             of_drawn = full[np.arange(i, len(expected)), tokens]
             np.testing.assert_allclose(log_probs, of_drawn, rtol=0, atol=1e-4)
@@ -235,7 +212,7 @@ class TestRowsOfABatch:
     @staticmethod
     @functools.cache
     def alone(length, config=None, sample=0):
-        return continue_texts(tiny_engine(), [text_of(length)], 12, config, [sample])[0]
+        return generate(tiny_engine(), [text_of(length)], 12, config, [sample])[0]
 
     # The begin-of-text token alone, less than the kernel of the convolution, more than the window,
     # more than a piece.
@@ -250,7 +227,7 @@ class TestRowsOfABatch:
     @example([40, 1, 2, 17])
     @example([9, 9, 9])
     def test_each_is_what_it_is_alone(self, lengths):
-        together = continue_texts(tiny_engine(), [text_of(length) for length in lengths], 12)
+        together = generate(tiny_engine(), [text_of(length) for length in lengths], 12)
         assert_same(together, [self.alone(length) for length in lengths])
 
     def test_draws_depend_on_seed_and_sample_alone(self):
@@ -263,7 +240,7 @@ class TestRowsOfABatch:
         ]
         lengths, samples = [9, 1, 20, 9, 33], [0, 3, 1, 2, 1]
         texts = [text_of(length) for length in lengths]
-        together = continue_texts(tiny_engine(), texts, 12, configs, samples)
+        together = generate(tiny_engine(), texts, 12, configs, samples)
         assert_same(together, list(map(self.alone, lengths, configs, samples)))
         # Sample number and seed do matter.
         first = self.alone(9, configs[0], 0)[0]
@@ -272,7 +249,7 @@ class TestRowsOfABatch:
 
     def test_rows_have_their_own_limits(self):
         new = [12, 1, 5]
-        rows = continue_texts(tiny_engine(), [text_of(n) for n in (3, 20, 9)], new)
+        rows = generate(tiny_engine(), [text_of(n) for n in (3, 20, 9)], new)
         expected = [self.alone(n) for n in (3, 20, 9)]
         expected = [(t[:n], p[:n]) for (t, p), n in zip(expected, new, strict=True)]
         assert_same(rows, expected)
@@ -290,7 +267,7 @@ class TestRowsOfABatch:
 class TestReading:
     def test_pieces_equal_the_whole(self):
         texts = [text_of(length) for length in (1, 17, 40, 64)]
-        engines = tiny_engine(), tiny_engine(largest_piece=1024)
+        engines = tiny_engine(), tiny_engine(largest_chunk=1024)
         pieces, whole = (engine.prefill(texts, 80) for engine in engines)
         np.testing.assert_array_equal(pieces.cache.lengths, whole.cache.lengths)
         scale = np.ptp(whole.last)
@@ -298,13 +275,13 @@ class TestReading:
         of_pieces, of_whole = (tiny().logits(read.last[:, None]) for read in (pieces, whole))
         scale = np.ptp(of_whole)
         np.testing.assert_allclose(of_pieces, of_whole, rtol=0, atol=ROUNDING * scale)
-        assert_same(*(continue_texts(engine, texts, 12) for engine in engines))
+        assert_same(*(generate(engine, texts, 12) for engine in engines))
 
     def test_score_equals_the_full_forward(self, new_programs, monkeypatch):
         """Texts of several pieces, whose logits are in memory a few positions at a time."""
         monkeypatch.setattr(engine_module, "LOGIT_POSITIONS", 6)
         texts = [text_of(length) for length in (2, 17, 1, 50, 33)]
-        scores = Engine(tiny(), largest_piece=16).score(texts)
+        scores = Engine(tiny(), largest_chunk=16).score(texts)
         assert list(map(len, scores)) == [1, 16, 0, 49, 32]
         for ours, theirs in zip(scores, log_probs_by_full_forward(tiny(), texts), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING * RANGE)
@@ -312,7 +289,7 @@ class TestReading:
     def test_greedy_equals_the_full_forward(self):
         """At every token, across six windows."""
         prompt = text_of(17)
-        ((tokens, log_probs),) = continue_texts(tiny_engine(), [prompt], 40)
+        ((tokens, log_probs),) = generate(tiny_engine(), [prompt], 40)
         logits = logits_by_full_forward(tiny())([prompt + tokens])[0][len(prompt) - 1 :]
         assert tokens == logits.argmax(-1)[: len(tokens)].tolist()
         expected = log_softmax(logits)[np.arange(len(tokens)), tokens]
@@ -321,7 +298,7 @@ class TestReading:
     @staticmethod
     @functools.cache
     def one_layer():
-        return Engine(make_model(layers="W"), largest_piece=16)
+        return Engine(make_model(layers="W"), largest_chunk=16)
 
     @pytest.mark.parametrize("name", sorted(api.IMPLEMENTATIONS))
     def test_on_every_scan(self, new_programs, monkeypatch, name):
@@ -337,7 +314,7 @@ class TestReading:
         monkeypatch.setitem(api.FASTEST, jax.default_backend(), name)
         monkeypatch.setitem(api.IMPLEMENTATIONS, name, recorded)
         with INTERPRETER.get(name, nullcontext)():
-            engine = Engine(make_model(layers="W"), largest_piece=16)
+            engine = Engine(make_model(layers="W"), largest_chunk=16)
             read = jax.block_until_ready(engine.prefill(texts, 40))
         assert called == [name] * 3  # for the meta tokens, first pieces, further pieces
         for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):
@@ -346,16 +323,16 @@ class TestReading:
 
 class TestCompiling:
     def test_one_program_for_each_bucket(self, new_programs):
-        engine = Engine(tiny(), largest_piece=64)
+        engine = Engine(tiny(), largest_chunk=64)
         compiled = []
         for lengths in [(1, 7, 32, 20), (33, 64, 40)]:
             for length in lengths:
                 with compilations() as names:
                     engine.prefill([text_of(length)], context=length + 20)
-                compiled.append(names.count("jit(read)"))
+                compiled.append(names.count("jit(prefill)"))
         assert compiled == [1, 0, 0, 0, 1, 0, 0]
-        assert engine._programs.read._cache_size() == 2
-        assert engine._programs.start._cache_size() == 1
+        assert engine.programs.prefill._cache_size() == 2
+        assert engine.programs.init_prefill._cache_size() == 1
 
     def test_buckets(self):
         assert [bucket(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [1, 1, 2, 4, 8, 8, 16]
@@ -373,16 +350,16 @@ class TestCompiling:
 
         monkeypatch.setattr(Hymba, "embed_meta", recorded)
         model, runs = LanguageModel(tiny(), byte_tokenizer()), []
-        programs = model.engine._programs
+        programs = model.engine.programs
 
         def counted(params):
             runs.append(1)
             return programs.meta_state(params)
 
-        model.engine._programs = programs._replace(meta_state=counted)
+        model.engine.programs = programs._replace(meta_state=counted)
         with compilations() as names:
             model.generate(["one", "three"], max_new_tokens=20)
-        large = ("jit(meta_state)", "jit(read)", "jit(first)", "jit(decode)")
+        large = ("jit(meta_state)", "jit(prefill)", "jit(first)", "jit(decode)")
         assert [name for name in names if name in large] == list(large)
         with compilations() as names:
             model.generate(["four and five", ""], max_new_tokens=30, temperature=0.7, top_p=0.9)
@@ -421,49 +398,95 @@ class TestOptimised:
 class TestDecoding:
     def test_stops_when_all_rows_have_stopped(self):
         """Steps that were not taken leave zeros."""
-        batch = continuing(tiny_engine(), [text_of(9), text_of(3), text_of(20)], [4, 2, 7])
-        state, drawn = batch.begin()
-        assert (drawn.tokens[:3] >= 0).all()
-        state, drawn = batch.go_on(state)
+        requests = requests_for([text_of(9), text_of(3), text_of(20)], [4, 2, 7])
+        state, sampled = begin(tiny_engine(), requests)
+        assert (sampled.tokens[:3] >= 0).all()
+        state, sampled = tiny_engine().decode(state)
+        assert sampled.stopped.all()
+        np.testing.assert_array_equal(state.num_sampled, [4, 2, 7, 0])
+        np.testing.assert_array_equal((sampled.tokens >= 0).sum(1), [3, 1, 6, 0])
+        assert (sampled.log_probs[2, :6] != 0).all()
+        assert not sampled.log_probs[:, 6:].any()
+
+    def test_requests_join_a_running_batch(self):
+        """Each has the tokens that it has alone, whatever its row held and the others do."""
+        engine = tiny_engine()
+        config = SamplingConfig(temperature=1.0, seed=1, repetition_penalty=1.5)
+        lengths, new = [5, 20, 9, 33], [9, 3, 12, 4]
+        alone = [TestRowsOfABatch.alone(n, config) for n in lengths]
+        free = alone[2][0]
+        stop_tokens = (*range(300, 306), free[7])  # more than the batch has room for
+        requests = requests_for([text_of(n) for n in lengths], new, config)
+        requests[2] = requests[2]._replace(stop_tokens=stop_tokens)
+        new[2] = free.index(free[7])
+        context, rows, tokens = longest(requests), [3, 1, 0, 1], [[] for _ in lengths]
+
+        def insert(state, *which):
+            chosen = [requests[i] for i in which]
+            prefilled = engine.prefill([request.prompt for request in chosen], context)
+            state, sampled = engine.insert(prefilled, chosen, state, [rows[i] for i in which])
+            for i, row in zip(which, np.asarray(sampled.tokens), strict=False):
+                tokens[i] += row.tolist()
+            return state
+
+        def decode(state, steps, *which):
+            state, sampled = engine.decode(state, steps)
+            for i in which:
+                row = np.asarray(sampled.tokens)[rows[i]]
+                tokens[i] += row[row != NO_TOKEN].tolist()
+            return state
+
+        state = insert(engine.init_state(4, context), 0, 1)
+        state = decode(state, 2, 0, 1)
+        assert state.stopped.tolist() == [True, True, True, False]
+        state = insert(state, 2)
+        state = decode(state, 1, 0, 2)
+        state = insert(state, 3)
+        state = decode(state, 16, 0, 2, 3)
         assert state.stopped.all()
-        np.testing.assert_array_equal(state.num_drawn, [4, 2, 7, 0])
-        np.testing.assert_array_equal((drawn.tokens >= 0).sum(1), [3, 1, 6, 0])
-        assert (drawn.log_probs[2, :6] != 0).all()
-        assert not drawn.log_probs[:, 6:].any()
+        assert tokens == [own[:n] for (own, _), n in zip(alone, new, strict=True)]
+
+    def test_a_row_is_stopped(self):
+        state, _ = begin(tiny_engine(), requests_for([text_of(9), text_of(3)], 12))
+        state = tiny_engine().stop(state, [0])
+        _, sampled = tiny_engine().decode(state)
+        assert (np.asarray(sampled.tokens)[0] == NO_TOKEN).all()
+        expected, _ = TestRowsOfABatch.alone(3)
+        assert np.asarray(sampled.tokens)[1, :11].tolist() == expected[1:]
 
     def test_stops_before_a_stop_token(self):
         free, values = TestRowsOfABatch.alone(9)
         stop = free[5]
         end = free.index(stop)
-        rows = continue_texts(tiny_engine(), [text_of(9)], 12, stop_token=stop)
+        rows = generate(tiny_engine(), [text_of(9)], 12, stop_tokens=(stop,))
         assert_same(rows, [(free[:end], values[:end])])
 
     def test_a_stopped_row_stays_as_it_is(self):
-        batch = continuing(tiny_engine(), [text_of(9), text_of(3), text_of(20)], [3, 40, 40])
-        state, _ = batch.begin()
-        state, _ = batch.go_on(state)
+        requests = requests_for([text_of(9), text_of(3), text_of(20)], [3, 40, 40])
+        state, _ = begin(tiny_engine(), requests)
+        state, _ = tiny_engine().decode(state)
         before = jax.device_get(state.cache)
         assert state.stopped[0]
-        state, _ = batch.go_on(state)
+        state, _ = tiny_engine().decode(state)
         for then, now in zip(jax.tree.leaves(before), jax.tree.leaves(state.cache), strict=True):
             np.testing.assert_array_equal(then[0], now[0])
             assert (then[1] != now[1]).any()
 
     def test_large_arguments_are_reused(self):
         engine = tiny_engine()
-        read = engine.prefill([text_of(3)], 40)
-        piece = engine._pieces([text_of(5)])[0]
-        further = engine._programs.read(
-            engine.params, engine.meta_state, read, piece, is_start=False
-        )
+        (request,) = requests_for([text_of(3)], 30)
+        read = engine.prefill([request.prompt], 40)
+        kept = engine.params, engine.meta_state
+        further = engine.programs.prefill(*kept, read, engine.chunks([text_of(5)])[0], False)
         assert all(a.is_deleted() for a in jax.tree.leaves(read))
-        batch = continuing(engine, [text_of(3)], 30)
-        state, _ = batch.begin()
-        assert all(a.is_deleted() for a in jax.tree.leaves(batch.read.cache))
-        batch.go_on(state)
-        assert all(a.is_deleted() for a in jax.tree.leaves(state.cache))
-        kept = (engine.params, engine.meta_state, further, batch.sampler, batch.limits)
-        assert not any(a.is_deleted() for a in jax.tree.leaves(kept))
+        state, _ = engine.insert(further, [request])
+        assert all(a.is_deleted() for a in jax.tree.leaves(further.cache))
+        running = engine.init_state(1, 40)
+        joined, _ = engine.insert(engine.prefill([request.prompt], 40), [request], running, [0])
+        assert all(a.is_deleted() for a in jax.tree.leaves(running))
+        engine.decode(joined)
+        assert all(a.is_deleted() for a in jax.tree.leaves(joined))
+        assert not any(a.is_deleted() for a in jax.tree.leaves((kept, state)))
 
 
 class TestContext:
@@ -501,7 +524,7 @@ class TestContext:
         engine = Engine(self.dynamic())
         assert engine.max_context == 61
         prompt = text_of(40)
-        ((tokens, log_probs),) = continue_texts(engine, [prompt], 21)
+        ((tokens, log_probs),) = generate(engine, [prompt], 21)
         assert len(tokens) == 21
         full = jax.jit(self.dynamic().__call__)(jnp.asarray([prompt + tokens]))[0]
         expected = log_softmax(np.asarray(full))[np.arange(39, 60), tokens]
