@@ -39,10 +39,10 @@ from hymba_jax.ops.selective_scan.api import FASTEST
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.run_config import RunConfig, with_vocabulary
 from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
+from hymba_jax.training.state import abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step
-from hymba_jax.training.utilisation import Workload, peak_flops
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Bytes a second to and from HBM, from the data sheets, by JAX's name of the device.
@@ -173,20 +173,20 @@ def train(recorder: Recorder, config: str) -> None:
     run = _training_run(config, recorder.dry_run)
     device, training, length = jax.devices()[0], run.training, run.data.sequence_length
     mesh, optimizer = make_mesh([device], run.parallel), make_optimizer(run.training)
-    template = make_template(run.model, run.compute, optimizer, mesh)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     place = batch_sharding(mesh)
     shape = (training.batch_size, length)
     with recorder.case("compile") as row:
-        row |= {"parameters": template.num_params, "batch": f"{shape[0]} x {shape[1]}"}
+        row |= {"parameters": abstract.num_params, "batch": f"{shape[0]} x {shape[1]}"}
         row |= {"dtype": run.compute.dtype, "remat": run.compute.remat}
         start = time.perf_counter()
-        step = compile_train_step(template, optimizer, training, length, place)
+        step = compile_train_step(abstract, optimizer, training, length, place)
         row["compile s"] = time.perf_counter() - start
         _check_memory(row, step)
     if recorder.failed:
         return
     with recorder.case("draw parameters"):
-        state = init_state(run.model, run.compute, optimizer, template, run.seed)
+        state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
         jax.block_until_ready(state)
     if recorder.failed:
         return
@@ -201,7 +201,7 @@ def train(recorder: Recorder, config: str) -> None:
     with recorder.case("step") as row:
         row["loss"] = float(one_step().loss)
         row["ms"] = median_ms(one_step, warmup=1, repeats=3 if recorder.dry_run else 8)
-        flops = shape[0] * training_flops(run.model, template.state.params, length)
+        flops = shape[0] * training_flops(run.model, abstract.state.params, length)
         workload = Workload(math.prod(shape), flops, 1, peak_flops([device.device_kind]))
         row |= workload.rates(row["ms"] / 1e3)
         row |= {"peak GB": peak_bytes() / 1e9, "last loss": float(one_step().loss)}
@@ -210,7 +210,7 @@ def train(recorder: Recorder, config: str) -> None:
 
 def _training_run(config: str, dry_run: bool) -> RunConfig:
     run = with_vocabulary(RunConfig.from_toml(CONFIGS / config))
-    training = dataclasses.replace(run.training, batch_size=8, accumulate=1)
+    training = dataclasses.replace(run.training, batch_size=8, gradient_accumulation_steps=1)
     model = dataclasses.replace(run.model, vocab_size=PRESETS["hymba-1.5b"].vocab_size)
     run = dataclasses.replace(run, model=model, parallel=ParallelConfig(), training=training)
     if dry_run:

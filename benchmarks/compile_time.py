@@ -21,7 +21,7 @@ from hymba_jax.layer_pattern import hymba_pattern
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import make_template
+from hymba_jax.training.state import abstract_train_state
 from hymba_jax.training.step import make_train_step
 
 
@@ -68,10 +68,10 @@ def compile_step(config: HymbaConfig, args: Args, *, scan_layers: bool) -> Row:
     shape = jax.ShapeDtypeStruct((args.batch_size, args.sequence_length), jnp.int32)
     start = time.perf_counter()
     optimizer = make_optimizer(TrainingConfig())
-    template = make_template(config, compute, optimizer, make_mesh())
-    step = make_train_step(template.graph, optimizer, micro_batch_size=args.batch_size)
+    abstract = abstract_train_state(config, compute, optimizer, make_mesh())
+    step = make_train_step(abstract.graph, optimizer, micro_batch_size=args.batch_size)
     traced = jax.jit(step, donate_argnums=0).trace(
-        template.state, {"inputs": shape, "targets": shape}
+        abstract.state, {"inputs": shape, "targets": shape}
     )
     seconds = [time.perf_counter() - start]
     lowered = traced.lower()

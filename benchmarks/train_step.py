@@ -35,7 +35,7 @@ from hymba_jax.ops.matmul import matmul
 from hymba_jax.run_config import RunConfig, with_vocabulary
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import Params, init_state, make_template
+from hymba_jax.training.state import Params, abstract_train_state, init_state
 from hymba_jax.training.step import Batch, compile_train_step, make_eval_step
 
 
@@ -97,11 +97,11 @@ def run_row(args: Args) -> Row:
     run = with_vocabulary(RunConfig.from_toml(args.config))
     training, length = run.training, run.data.sequence_length
     mesh, optimizer = make_mesh(), make_optimizer(run.training)
-    template = make_template(run.model, run.compute, optimizer, mesh)
-    state = init_state(run.model, run.compute, optimizer, template, run.seed)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
+    state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
     place = batch_sharding(mesh)
     start = time.perf_counter()
-    step = compile_train_step(template, optimizer, training, length, place)
+    step = compile_train_step(abstract, optimizer, training, length, place)
     compile_seconds = time.perf_counter() - start
     shape = (training.batch_size, length)
     tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
@@ -115,13 +115,13 @@ def run_row(args: Args) -> Row:
     milliseconds = median_ms(one_step, repeats=args.steps)
     return {
         "config": args.config.stem,
-        "parameters": template.num_params,
+        "parameters": abstract.num_params,
         "batch": f"{shape[0]} x {length}",
         "dtype": run.compute.dtype,
         "host prepared": str(args.prepare),
         "compile s": compile_seconds,
         "step ms": milliseconds,
-        **_rates(run.model, run.compute.dtype, template.state.params, shape, milliseconds),
+        **_rates(run.model, run.compute.dtype, abstract.state.params, shape, milliseconds),
     }
 
 

@@ -26,7 +26,7 @@ from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import batch_sharding, describe_split, make_mesh
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import TrainState, init_state, make_template
+from hymba_jax.training.state import TrainState, abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -133,12 +133,12 @@ class ShardedStep:
         self.training = TrainingConfig(
             steps=5,
             batch_size=8,
-            accumulate=2 if is_mixed else 1,
+            gradient_accumulation_steps=2 if is_mixed else 1,
             warmup_fraction=0.0,
             decay_fraction=0.0,
         )
         self.optimizer = make_optimizer(self.training)
-        self.template = make_template(config, self.compute, self.optimizer, self.mesh)
+        self.template = abstract_train_state(config, self.compute, self.optimizer, self.mesh)
         self.place = batch_sharding(self.mesh)
 
     @cached_property

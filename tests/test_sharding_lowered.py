@@ -10,7 +10,7 @@ from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.sharding import batch_sharding
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import make_template
+from hymba_jax.training.state import abstract_train_state
 from hymba_jax.training.step import make_train_step
 
 BATCH, LENGTH, META_TOKENS, HIDDEN, HEAD_DIM = 8, 240, 16, 256, 64
@@ -35,7 +35,7 @@ def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     optimizer, compute = make_optimizer(TrainingConfig()), ComputeConfig(dtype=dtype)
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
     with use_abstract_mesh(mesh):
-        template = make_template(MODEL, compute, optimizer, mesh)
+        template = abstract_train_state(MODEL, compute, optimizer, mesh)
         step = jax.jit(make_train_step(template.graph, optimizer, micro_batch_size=BATCH))
         traced = step.trace(template.state, {"inputs": rows, "targets": rows})
         name = {"gpu": "cuda"}.get(platform, platform)

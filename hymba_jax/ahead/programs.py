@@ -31,7 +31,7 @@ from hymba_jax.sharding import (
     split_over,
 )
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import describe_model, make_template
+from hymba_jax.training.state import abstract_model, abstract_train_state
 from hymba_jax.training.step import check_batch, compile_train_step
 
 
@@ -67,7 +67,7 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
     mesh = make_mesh(devices, run.parallel)
     check_batch(training, mesh)
     optimizer = make_optimizer(training)
-    template = make_template(run.model, run.compute, optimizer, mesh)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     place = batch_sharding(mesh)
     batch = jax.ShapeDtypeStruct((training.batch_size, length), jnp.int32, sharding=place)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
@@ -78,11 +78,11 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
         f"training, {training.batch_size} sequences of {length} tokens a step, "
         f"{training.micro_batch_size} at a time",
         describe_split(run.model, mesh, length),
-        template.num_params,
-        bytes_on_each((template.state, batch, batch)),
-        training_flops(run.model, template.state.params, length) * training.batch_size,
+        abstract.num_params,
+        bytes_on_each((abstract.state, batch, batch)),
+        training_flops(run.model, abstract.state.params, length) * training.batch_size,
         kernels / parts,
-        partial(compile_train_step, template, optimizer, training, length, place),
+        partial(compile_train_step, abstract, optimizer, training, length, place),
         partial(training_advice, run, mesh),
     )
 
@@ -113,7 +113,7 @@ def inference_program(
     mesh = Mesh(np.array(devices[:1]), ("chip",))
     programs = InferencePrograms(run.model, mesh, run.compute.dtype, "float32", context)
     traced = (programs.prefill if name == "prefill" else programs.decode)(batch, context)
-    _, params = describe_model(run.model, run.compute, make_mesh(devices[:1]))
+    _, params = abstract_model(run.model, run.compute, make_mesh(devices[:1]))
     flops = partial(forward_flops, run.model)
     if name == "prefill":
         step = f"reading {batch} texts of {context} tokens at once"

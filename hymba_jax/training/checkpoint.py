@@ -87,8 +87,8 @@ class Checkpoints:
                 ),
             )
 
-    def restore(self, template: TrainState) -> tuple[TrainState, LoopState]:
-        """The newest checkpoint, placed as `template` says.
+    def restore(self, abstract: TrainState) -> tuple[TrainState, LoopState]:
+        """The newest checkpoint, placed as `abstract` says.
 
         Raises:
           HymbaError: it cannot be read, is damaged, or holds another model.
@@ -99,7 +99,7 @@ class Checkpoints:
             path / LOOP / "metadata", self._restore(step, LOOP, ocp.args.JsonRestore())
         )
         trees = {}
-        for part, like in ((PARAMS, template.params), (OPTIMIZER, template.optimizer)):
+        for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
             metadata = _read_metadata(path / part, _UNREADABLE)
             trees[part] = self._restore(step, part, ocp.args.StandardRestore(like))
             check_tree(path / part, trees[part], metadata.custom_metadata)
@@ -157,13 +157,13 @@ class Checkpoints:
 
 
 def load_params(
-    directory: str | os.PathLike[str], template: Params, step: int | None = None
+    directory: str | os.PathLike[str], abstract: Params, step: int | None = None
 ) -> Params:
     """The parameters of a run's checkpoint, without the optimizer's state, or of a model alone.
 
     Args:
       directory: of a run, or one that `save_params` wrote to.
-      template: shape, dtype and sharding of every parameter, as in `TrainState.params`.
+      abstract: shape, dtype and sharding of every parameter, as in `TrainState.params`.
       step: which checkpoint of a run; the newest if absent.
 
     Raises:
@@ -179,11 +179,11 @@ def load_params(
         return like.update(dtype=getattr(stored.get(dotted(keys)), "dtype", like.dtype))
 
     with one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path, jax.tree.map_with_path(as_stored, template))
+        params = checkpointer.restore(path, jax.tree.map_with_path(as_stored, abstract))
     check_tree(path, params, metadata.custom_metadata)
     arrays, tree = jax.tree.flatten(params)
     del params
-    for i, like in enumerate(jax.tree.leaves(template)):
+    for i, like in enumerate(jax.tree.leaves(abstract)):
         arrays[i] = arrays[i].astype(like.dtype)  # one after the other, to hold few of them twice
     return jax.tree.unflatten(tree, arrays)
 

@@ -26,7 +26,15 @@ from hymba_jax.sharding import (
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.display import Display
+from hymba_jax.training.init_from import (
+    check_start,
+    check_start_tokenizer,
+    describe_start,
+    start_state,
+    start_tokenizer,
+)
 from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
@@ -41,17 +49,9 @@ from hymba_jax.training.run_directory import (
     write_run_directory,
 )
 from hymba_jax.training.run_lock import locked
-from hymba_jax.training.start import (
-    check_start,
-    check_start_tokenizer,
-    describe_start,
-    start_state,
-    start_tokenizer,
-)
-from hymba_jax.training.state import Params, init_state, make_template
+from hymba_jax.training.sample import check_tokenizer, sample
+from hymba_jax.training.state import Params, abstract_train_state, init_state
 from hymba_jax.training.step import check_batch, compile_train_step, make_eval_step
-from hymba_jax.training.text import check_tokenizer, sample
-from hymba_jax.training.utilisation import Workload, peak_flops
 
 SAMPLE_FILE = "sample.txt"  # inside the run directory
 
@@ -112,27 +112,27 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
     validation = f"{fingerprint(data.validation)} of {data.validation_bytes} bytes"
 
     optimizer = make_optimizer(training)
-    template = make_template(config.model, config.compute, optimizer, mesh)
-    check_memory(template, mesh)
-    display.say(_headline(config, template.num_params, data))
+    abstract = abstract_train_state(config.model, config.compute, optimizer, mesh)
+    check_memory(abstract, mesh)
+    display.say(_headline(config, abstract.num_params, data))
     if data.left_out:
         display.say(f"{config.data.path}: left out of the text: {data.left_out}")
     if mesh.size > 1:
         display.say(describe_split(config.model, mesh, length))
     display.begin("compiling")
     place = batch_sharding(mesh)
-    train_step = compile_train_step(template, optimizer, training, length, place)
-    eval_step = jax.jit(make_eval_step(template.graph))
+    train_step = compile_train_step(abstract, optimizer, training, length, place)
+    eval_step = jax.jit(make_eval_step(abstract.graph))
     if config.init_from and not resumed:
         display.say(describe_start(config))
-        state = start_state(config, optimizer, template, mesh)
+        state = start_state(config, optimizer, abstract, mesh)
     elif not resumed:
-        state = init_state(config.model, config.compute, optimizer, template, config.seed)
+        state = init_state(config.model, config.compute, optimizer, abstract, config.seed)
 
     # Whatever is refused was refused before this, which makes the run directory.
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
         if resumed:
-            state, loop = checkpoints.restore(template.state)
+            state, loop = checkpoints.restore(abstract.state)
             for side, before, now in (
                 ("training", loop.corpus, corpus),
                 ("validation", loop.validation, validation),
@@ -177,7 +177,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         with MetricsWriter(output, loop.step) as writer, Tracer(trace, loop.step) as tracer:
             if writer.removed:
                 display.say(writer.removed)
-            workload = _workload(config, template.state.params, mesh)
+            workload = _workload(config, abstract.state.params, mesh)
             steps_per_epoch = (len(data.train) - 1) // length / batch_size
             recorder = Recorder(training, workload, steps_per_epoch, loop.step, writer, display)
             for step in range(loop.step + 1, training.steps + 1):
@@ -212,7 +212,7 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
             with jax.set_mesh(alone):
                 own = jax.tree.map(lambda array: array.addressable_data(0), whole)
                 params = jax.device_put(own, replicated(alone))
-                text = sample(config, nnx.merge(template.graph, params), data.tokenizer)
+                text = sample(config, nnx.merge(abstract.graph, params), data.tokenizer)
             replace_text(Path(config.output) / SAMPLE_FILE, text)
             display.say(text)
     display.say(f"done: {config.output}")

@@ -12,12 +12,12 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.display import Display, duration
 from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.mfu import Workload
 from hymba_jax.training.step import StepMetrics
-from hymba_jax.training.utilisation import Workload
 
-type Loss = Literal["input", "checkpoint"]
-LOSSES: tuple[Loss, ...] = ("input", "checkpoint")
-"""What devices may have to wait for."""
+type Stall = Literal["input", "checkpoint"]
+STALLS: tuple[Stall, ...] = ("input", "checkpoint")
+"""What devices may wait for."""
 
 
 class Recorder:
@@ -53,7 +53,7 @@ class Recorder:
         """After this step, and at this time, the steps of the next line begin."""
         self._logged, self._logged_at = step, now
         self._nats, self._tokens, self._grad_norms = 0.0, 0, 0.0
-        self._lost = dict.fromkeys(LOSSES, 0.0)
+        self._stalls = dict.fromkeys(STALLS, 0.0)
 
     def submit(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of the step just begun; reads those of the step before."""
@@ -105,7 +105,7 @@ class Recorder:
             values["tokens_seen"] = step * self._workload.tokens
             values["epoch"] = round(step / self._steps_per_epoch, 4)
             values |= rates
-            values |= {f"{what}_seconds": round(lost, 4) for what, lost in self._lost.items()}
+            values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
             self._writer.write(step, {**values, **(validation or {})})
             self._begin_line(step, now)
 
@@ -118,7 +118,7 @@ class Recorder:
         self._logged_at += time.monotonic() - began
 
     @contextmanager
-    def waiting_for(self, what: Loss) -> Iterator[None]:
+    def waiting_for(self, what: Stall) -> Iterator[None]:
         """Time spent inside is lost if the devices have nothing left to do at its end.
 
         The next line of metrics has it, as `input_seconds` or `checkpoint_seconds`. That is the
@@ -127,7 +127,7 @@ class Recorder:
         began = time.monotonic()
         yield
         if self._is_idle():
-            self._lost[what] += time.monotonic() - began
+            self._stalls[what] += time.monotonic() - began
 
     def _is_idle(self) -> bool:
         """Whether the devices have done all steps submitted."""

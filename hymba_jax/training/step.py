@@ -15,7 +15,7 @@ from hymba_jax.sharding import AnyMesh, batch_parts
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.loss import LossSum, next_token_loss
 from hymba_jax.training.optimizer import applied_learning_rate
-from hymba_jax.training.state import Params, Template, TrainState
+from hymba_jax.training.state import AbstractTrainState, Params, TrainState
 from hymba_jax.types import Array, Float, Int
 
 type Batch = dict[str, Int[Array, "batch length"]]
@@ -91,23 +91,23 @@ def check_batch(config: TrainingConfig, mesh: AnyMesh) -> None:
     """
     if config.micro_batch_size % batch_parts(mesh):
         raise HymbaError(
-            f"training.batch_size / training.accumulate is {config.micro_batch_size} sequences, "
-            f"which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} devices cannot share "
-            "equally"
+            "training.batch_size / training.gradient_accumulation_steps is "
+            f"{config.micro_batch_size} sequences, which data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} devices cannot share equally"
         )
 
 
 def compile_train_step(
-    template: Template,
+    abstract: AbstractTrainState,
     optimizer: optax.GradientTransformation,
     config: TrainingConfig,
     sequence_length: int,
     batch_sharding: NamedSharding,
 ) -> jax.stages.Compiled:
     """The training step, compiled now; it reuses the memory of the state it is given."""
-    step = make_train_step(template.graph, optimizer, micro_batch_size=config.micro_batch_size)
+    step = make_train_step(abstract.graph, optimizer, micro_batch_size=config.micro_batch_size)
     rows = jax.ShapeDtypeStruct(
         (config.batch_size, sequence_length), jnp.int32, sharding=batch_sharding
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(template.shardings, None))
-    return jitted.lower(template.state, {"inputs": rows, "targets": rows}).compile()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(abstract.shardings, None))
+    return jitted.lower(abstract.state, {"inputs": rows, "targets": rows}).compile()

@@ -35,7 +35,9 @@ def starts(batch):
 
 
 def test_prepare_packs_both_sides_in_order(corpus):
-    config = DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=16, held_out_one_in=5)
+    config = DataConfig(
+        path=str(corpus), tokenizer="bytes", sequence_length=16, validation_fraction=0.2
+    )
     seen = []
     data = prepare(config, on_progress=lambda done, total: seen.append((done, total)))
 
@@ -53,7 +55,9 @@ def test_prepare_packs_both_sides_in_order(corpus):
 
 
 def test_bits_per_byte_of_a_uniform_guess(corpus):
-    config = DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=16, held_out_one_in=5)
+    config = DataConfig(
+        path=str(corpus), tokenizer="bytes", sequence_length=16, validation_fraction=0.2
+    )
     data = prepare(config)
     bits = data.validation_targets * np.log2(259)
     assert data.bits_per_byte(np.log(259)) == pytest.approx(bits / data.validation_bytes, rel=1e-12)
@@ -63,7 +67,7 @@ def test_bpe_sees_training_documents_only(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text("common words " * 20)
     config = DataConfig(
-        path=str(tmp_path), tokenizer="bpe:500", sequence_length=16, held_out_one_in=4
+        path=str(tmp_path), tokenizer="bpe:500", sequence_length=16, validation_fraction=0.25
     )
     for document in load_documents(config).validation:
         (tmp_path / document.name).write_text("zzzzzzzz " * 50)

@@ -44,8 +44,8 @@ def arithmetic(monkeypatch):
 
         return eval_step
 
-    def init_state(_config, _compute, _optimizer, template, _seed):
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template.state)
+    def init_state(_config, _compute, _optimizer, abstract, _seed):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.state)
 
     monkeypatch.setattr(loop, "compile_train_step", compile_train_step)
     monkeypatch.setattr(loop, "make_eval_step", make_eval_step)
@@ -76,11 +76,11 @@ def train(config, output=None):
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
-def test_validation_is_the_same_at_every_accumulate(config, tmp_path):
+def test_validation_does_not_depend_on_gradient_accumulation(config, tmp_path):
     """One of 8 sequences after step 3, and one of the whole text after step 4."""
     lines = [
-        train(changed(config, accumulate=accumulate), tmp_path / str(accumulate))
-        for accumulate in (1, 2, 4, 8)
+        train(changed(config, gradient_accumulation_steps=steps), tmp_path / str(steps))
+        for steps in (1, 2, 4, 8)
     ]
     assert "validation_loss" in lines[0][2]
     assert lines[0][2]["validation_loss"] != lines[0][3]["validation_loss"]

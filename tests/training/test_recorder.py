@@ -8,9 +8,9 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.display import Display, duration
 from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.mfu import Workload
 from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.step import StepMetrics
-from hymba_jax.training.utilisation import Workload
 
 WORKLOAD = Workload(tokens=1000, flops=6e9, devices=4, peak_flops=4e12)
 CONFIG = TrainingConfig(steps=6, log_every=2, warmup_fraction=0.5, decay_fraction=0.0)

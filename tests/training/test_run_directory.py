@@ -50,7 +50,7 @@ def test_a_directory_without_checkpoint_is_a_fresh_run(config, tmp_path):
     "change",
     [
         {},
-        {"training": TrainingConfig(steps=5000, learning_rate=1e-4, accumulate=2)},
+        {"training": TrainingConfig(steps=5000, learning_rate=1e-4, gradient_accumulation_steps=2)},
         {"compute": ComputeConfig(dtype="bfloat16", remat="block")},
         {"data": dataclasses.replace(DATA, path="/another/place/of/the/same/text")},
         {"model": dataclasses.replace(MODEL, vocab_size="auto")},

@@ -14,7 +14,7 @@ from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
+from hymba_jax.training.state import abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 LENGTH = 8
@@ -23,19 +23,21 @@ LENGTH = 8
 class Setup:
     """A compiled training step on some of the devices."""
 
-    def __init__(self, num_devices: int, accumulate: int):
-        config = TrainingConfig(batch_size=8, accumulate=accumulate, warmup_fraction=0.0)
+    def __init__(self, num_devices: int, accumulation: int):
+        config = TrainingConfig(
+            batch_size=8, gradient_accumulation_steps=accumulation, warmup_fraction=0.0
+        )
         mesh = make_mesh(jax.devices()[:num_devices])
         optimizer = make_optimizer(config)
         self.place = batch_sharding(mesh)
-        self.template = make_template(MODEL, COMPUTE, optimizer, mesh)
-        self.step = compile_train_step(self.template, optimizer, config, LENGTH, self.place)
+        self.abstract = abstract_train_state(MODEL, COMPUTE, optimizer, mesh)
+        self.step = compile_train_step(self.abstract, optimizer, config, LENGTH, self.place)
         self.optimizer = optimizer
 
     def run(self, state, batch, steps=2):
         """State and metrics after some steps; the second one's loss tests the first's update."""
         state = jax.tree.map(jnp.copy, state)  # the step takes the memory of the one it is given
-        state = jax.device_put(state, self.template.shardings)
+        state = jax.device_put(state, self.abstract.shardings)
         for _ in range(steps):
             state, metrics = self.step(state, jax.device_put(batch, self.place))
         return state, metrics
@@ -43,12 +45,12 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def one_device():
-    return Setup(num_devices=1, accumulate=1)
+    return Setup(num_devices=1, accumulation=1)
 
 
 @pytest.fixture(scope="module")
 def state(one_device):
-    return init_state(MODEL, COMPUTE, one_device.optimizer, one_device.template, seed=3)
+    return init_state(MODEL, COMPUTE, one_device.optimizer, one_device.abstract, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def assert_same(ours, expected):
 
 
 def test_metrics_are_of_the_model_before_the_update(one_device, state, batch):
-    logits = nnx.merge(one_device.template.graph, state.params)(jnp.asarray(batch["inputs"]))
+    logits = nnx.merge(one_device.abstract.graph, state.params)(jnp.asarray(batch["inputs"]))
     logits = np.asarray(logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     counts = batch["targets"] != IGNORED_TARGET
@@ -89,24 +91,24 @@ def test_training_learns_a_batch_by_heart(one_device, state, batch):
 
 
 def test_accumulating_equals_one_big_batch(one_device, state, batch):
-    pieces = Setup(num_devices=1, accumulate=4)
+    pieces = Setup(num_devices=1, accumulation=4)
     assert_same(pieces.run(state, batch), one_device.run(state, batch))
 
 
 def test_many_devices_equal_one(one_device, state, batch):
-    ours = Setup(num_devices=4, accumulate=2).run(state, batch)
+    ours = Setup(num_devices=4, accumulation=2).run(state, batch)
     assert ours[0].params["embedding"].sharding.num_devices == 4
     assert not ours[0].params["embedding"].sharding.is_fully_replicated
     assert_same(ours, one_device.run(state, batch))
 
 
-def test_state_is_drawn_as_the_template_says(one_device, state):
-    template = one_device.template
-    assert jax.tree.map(describe, template.state) == jax.tree.map(describe, state)
+def test_a_new_state_is_as_the_abstract_one_says(one_device, state):
+    abstract = one_device.abstract
+    assert jax.tree.map(describe, abstract.state) == jax.tree.map(describe, state)
     expected = nnx.to_pure_dict(nnx.state(Hymba(MODEL, COMPUTE, nnx.Rngs(3))))
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-6)  # compiled or not
     jax.tree.map(assert_close, state.params, expected)
-    assert template.num_params == sum(leaf.size for leaf in jax.tree.leaves(expected))
+    assert abstract.num_params == sum(leaf.size for leaf in jax.tree.leaves(expected))
 
 
 def describe(array):
@@ -115,7 +117,7 @@ def describe(array):
 
 def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
-    state = make_template(MODEL, COMPUTE, make_optimizer(TrainingConfig()), mesh).state
+    state = abstract_train_state(MODEL, COMPUTE, make_optimizer(TrainingConfig()), mesh).state
     expected = jax.tree.leaves(jax.tree.map(describe, state.params), is_leaf=is_description)
     moments = [describe(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert moments == 2 * expected
@@ -132,10 +134,10 @@ def muon(learning_rate=3e-3):
 
 def test_masked_states_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
-    template = make_template(MODEL, COMPUTE, muon(), mesh)
-    params = dict(jax.tree.leaves_with_path(template.state.params))
+    abstract = abstract_train_state(MODEL, COMPUTE, muon(), mesh)
+    params = dict(jax.tree.leaves_with_path(abstract.state.params))
     adam = muon_mu = 0
-    for path, leaf in jax.tree.leaves_with_path(template.state.optimizer):
+    for path, leaf in jax.tree.leaves_with_path(abstract.state.optimizer):
         (owner,) = [param for end, param in params.items() if path[-len(end) :] == end] or [None]
         if owner is None:
             assert leaf.sharding.is_fully_replicated
@@ -147,24 +149,24 @@ def test_masked_states_lie_where_their_parameters_lie():
 
 
 def test_masked_states_are_saved_and_restored(tmp_path):
-    template = make_template(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:4]))
-    state = init_state(MODEL, COMPUTE, muon(), template, seed=0)
+    abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:4]))
+    state = init_state(MODEL, COMPUTE, muon(), abstract, seed=0)
     state = jax.tree.map(lambda leaf: leaf + 1, state)  # its counts as after the step saved
     kept = jax.device_get(state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state, LoopState(1, {}, "", ""))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        restored, _ = checkpoints.restore(template.state)
-    assert jax.tree.structure(restored) == jax.tree.structure(template.state)
-    assert jax.tree.map(describe, restored) == jax.tree.map(describe, template.state)
+        restored, _ = checkpoints.restore(abstract.state)
+    assert jax.tree.structure(restored) == jax.tree.structure(abstract.state)
+    assert jax.tree.map(describe, restored) == jax.tree.map(describe, abstract.state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), kept)
 
 
-def test_a_step_of_another_optimizer_keeps_the_state_of_its_template(batch):
-    template = make_template(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
-    step = make_train_step(template.graph, muon(), micro_batch_size=8)
-    state, metrics = jax.eval_shape(step, template.state, batch)
-    assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, template.state)
+def test_a_step_of_another_optimizer_keeps_the_shapes_of_its_state(batch):
+    abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
+    step = make_train_step(abstract.graph, muon(), micro_batch_size=8)
+    state, metrics = jax.eval_shape(step, abstract.state, batch)
+    assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, abstract.state)
     assert metrics.learning_rate.shape == ()
 
 

@@ -17,7 +17,7 @@ from hymba_jax.files import resolve_path
 from hymba_jax.model import Hymba, arrange_layers
 from hymba_jax.run_config import RunConfig, read_model_directory
 from hymba_jax.training.checkpoint import load_params
-from hymba_jax.training.state import Params, Template, TrainState, describe_model
+from hymba_jax.training.state import AbstractTrainState, Params, TrainState, abstract_model
 
 
 def check_start(config: RunConfig) -> None:
@@ -85,7 +85,10 @@ def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def start_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, template: Template, mesh: Mesh
+    config: RunConfig,
+    optimizer: optax.GradientTransformation,
+    abstract: AbstractTrainState,
+    mesh: Mesh,
 ) -> TrainState:
     """The state before the first step, with the parameters in `config.init_from`.
 
@@ -94,13 +97,13 @@ def start_state(
     """
     scan_layers = read_model_directory(config.init_from)[1].scan_layers
     compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
-    graph, held = describe_model(config.model, compute, mesh)
+    graph, held = abstract_model(config.model, compute, mesh)
     params = load_params(config.init_from, held)
     if scan_layers != config.compute.scan_layers:
         model = arrange_layers(nnx.merge(graph, params), scan_layers=config.compute.scan_layers)
         params = nnx.to_pure_dict(nnx.state(model))
-    params = jax.device_put(params, template.shardings.params)
-    moments = jax.jit(optimizer.init, out_shardings=template.shardings.optimizer)(params)
+    params = jax.device_put(params, abstract.shardings.params)
+    moments = jax.jit(optimizer.init, out_shardings=abstract.shardings.optimizer)(params)
     return TrainState(params, moments)
 
 

@@ -20,15 +20,15 @@ from hymba_jax.sharding import make_mesh
 from hymba_jax.training import loop
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.start import (
+from hymba_jax.training.init_from import (
     check_start,
     check_start_tokenizer,
     describe_start,
     start_state,
     start_tokenizer,
 )
-from hymba_jax.training.state import make_template
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.state import abstract_train_state
 
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
 
@@ -49,10 +49,10 @@ def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
     run = RunConfig(init_from=str(directory), model=CONFIG, compute=compute)
     mesh = make_mesh(jax.devices()[:8])
     optimizer = make_optimizer(run.training)
-    template = make_template(CONFIG, compute, optimizer, mesh)
+    abstract = abstract_train_state(CONFIG, compute, optimizer, mesh)
     with jax.set_mesh(mesh):
-        state = start_state(run, optimizer, template, mesh)
-    assert jax.tree.map(lambda array: array.sharding, state) == template.shardings
+        state = start_state(run, optimizer, abstract, mesh)
+    assert jax.tree.map(lambda array: array.sharding, state) == abstract.shardings
     expected = nnx.to_pure_dict(nnx.state(arrange_layers(model, scan_layers=scan_layers)))
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
     for path, moment in jax.tree.leaves_with_path(state.optimizer):
@@ -200,8 +200,8 @@ def test_a_run_starts_from_them_and_goes_on_without(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda parallel: mesh)
     monkeypatch.setattr(loop, "init_state", None)  # nothing is drawn
     loop.train(run)
-    template = make_template(config, ComputeConfig(), make_optimizer(run.training), mesh)
-    params = load_params(run.output, template.state.params)
+    abstract = abstract_train_state(config, ComputeConfig(), make_optimizer(run.training), mesh)
+    params = load_params(run.output, abstract.state.params)
     expected = nnx.to_pure_dict(nnx.state(held))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)
     shutil.rmtree(directory)
