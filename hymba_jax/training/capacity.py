@@ -14,7 +14,7 @@ from hymba_jax.training.state import AbstractTrainState
 def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
     """Refuses a state that is larger than all the memory that its devices have.
 
-    Nothing else is refused: what gradients and activations take besides is the compiler's to say
+    Nothing else is refused: what gradients and activations take besides, the compiler says
     (`hymba compile`).
 
     Raises:
@@ -28,9 +28,9 @@ def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
     change = "choose a smaller model, or compute.param_dtype bfloat16"
     share = ""
     if device.platform == "cpu":
-        share = f", its part of {host_memory() / 1e9:,.1f} GB of host memory"
+        share = f", its share of {host_memory() / 1e9:,.1f} GB of host memory"
     else:
-        change += ", or share it among more devices by parallel.fsdp"
+        change += ", or shard it over more devices by parallel.fsdp"
     raise HymbaError(
         f"{abstract.num_params:,} parameters and their optimizer state take {needed / 1e9:,.1f} GB "
         f"on each device, and a {device.device_kind} has {available / 1e9:,.1f} GB{share}: {change}"

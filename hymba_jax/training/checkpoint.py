@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -28,6 +27,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json, resolve_path
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.training.checksums import check_tree, checksums_metadata, dotted, tree_checksums
+from hymba_jax.training.closing import Closing
 from hymba_jax.training.state import Params, TrainState
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a model alone
@@ -59,17 +59,17 @@ class LoopState(NamedTuple):
     Attributes:
       step: updates done.
       batches: state of the iterator of training batches.
-      corpus: fingerprint of the training tokens.
-      validation: fingerprint of the validation tokens.
+      train_digest: of the training tokens.
+      validation_digest: of the validation tokens.
     """
 
     step: int
     batches: dict[str, Any]
-    corpus: str
-    validation: str
+    train_digest: str
+    validation_digest: str
 
 
-class Checkpoints:
+class Checkpoints(Closing):
     """The checkpoints of a run, as a context: leaving it waits until the last one is written.
 
     Args:
@@ -139,21 +139,9 @@ class Checkpoints:
             with one_line(self.directory, _UNWRITABLE):
                 self._manager.wait_until_finished()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            with one_line(self.directory, _UNWRITABLE):
-                self._manager.close()
-        except HymbaError:
-            if error is None:  # else the first error is the one to tell
-                raise
+    def close(self) -> None:
+        with one_line(self.directory, _UNWRITABLE):
+            self._manager.close()
 
 
 def load_params(

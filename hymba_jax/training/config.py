@@ -17,8 +17,8 @@ TRAINING_BOUNDS = {
     "gradient_accumulation_steps": _ROWS,
     "learning_rate": _RATE,
     "min_learning_rate": _RATE._replace(at_least=0),
-    "warmup_fraction": Bounds(0, 1, "it is a part of the steps"),
-    "decay_fraction": Bounds(0, 1, "it is a part of the steps"),
+    "warmup_fraction": Bounds(0, 1, "it is a fraction of the steps"),
+    "decay_fraction": Bounds(0, 1, "it is a fraction of the steps"),
     "weight_decay": _RATE._replace(at_least=0),
     "beta1": _DECAY,
     "beta2": _DECAY,
@@ -44,8 +44,8 @@ class TrainingConfig:
         save memory.
       learning_rate: of the constant stage.
       min_learning_rate: of the last update.
-      warmup_fraction: part of the steps in which the rate rises linearly.
-      decay_fraction: part of the steps, at the end, in which it falls linearly.
+      warmup_fraction: fraction of the steps in which the rate rises linearly.
+      decay_fraction: fraction of the steps, at the end, in which it falls linearly.
       weight_decay: decay of matrices, multiplied by the learning rate.
       beta1: decay of the mean of the gradients.
       beta2: decay of the mean of their squares.

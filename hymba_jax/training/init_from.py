@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,101 +12,118 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.data import Tokenizer
+from hymba_jax.data import DataConfig, Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import leaves
 from hymba_jax.files import resolve_path
 from hymba_jax.model import Hymba, arrange_layers
-from hymba_jax.run_config import RunConfig, read_model_directory
+from hymba_jax.run_config import read_model_directory
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.state import AbstractTrainState, Params, TrainState, abstract_model
 
 
-def check_start(config: RunConfig) -> None:
-    """Raises HymbaError if `config.init_from` holds no model, or one with other parameters."""
-    held = read_model_directory(config.init_from)[0].resolved()
-    wanted = config.model.with_vocabulary(held.num_embeddings).resolved()
-    if held != wanted and _shapes(held) != _shapes(wanted):
-        before = dict(leaves(held, "model."))
-        changed = [
-            f"{name} is {before[name]!r} there, {value!r} here"
-            for name, value in leaves(wanted, "model.")
-            if value != before[name]
-        ]
-        raise HymbaError(
-            f"{config.init_from}: its parameters do not fit this model ({'; '.join(changed)})"
-        )
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that a run starts from, without its parameters.
 
-
-def describe_start(config: RunConfig) -> str:
-    """What a run starts from, and what its model does otherwise with the same parameters."""
-    held = dict(leaves(read_model_directory(config.init_from)[0].resolved(), "model."))
-    changed = [
-        f"{name} is {held[name]!r} there, {value!r} here"
-        for name, value in leaves(config.model.resolved(), "model.")
-        if value != held[name]
-    ]
-    return f"initialized from {config.init_from}" + (f": {'; '.join(changed)}" if changed else "")
-
-
-def start_tokenizer(config: RunConfig) -> Tokenizer | None:
-    """The tokenizer in `config.init_from`, where `data.tokenizer` would train another; else None.
-
-    Another tokenizer's ids would have other meanings than the embeddings that the run starts from.
+    Attributes:
+      directory: of a run, or of a model alone.
+      config: its architecture, nothing of which is "auto".
+      scan_layers: whether its parameters are stored as those of scanned layers.
+      tokenizer: its own, if it has one.
     """
-    if config.data.bpe_size is None or not _has_tokenizer(config):
-        return None
-    return Tokenizer.load(config.init_from)
+
+    directory: str
+    config: HymbaConfig
+    scan_layers: bool
+    tokenizer: Tokenizer | None
+
+    def check_model(self, config: HymbaConfig) -> None:
+        """Raises HymbaError if a model of this architecture has other parameters."""
+        wanted = config.with_vocabulary(self.config.num_embeddings).resolved()
+        if self.config != wanted and _shapes(self.config) != _shapes(wanted):
+            raise HymbaError(
+                f"{self.directory}: its parameters do not fit this model "
+                f"({'; '.join(self._differences(wanted))})"
+            )
+
+    def tokenizer_for(self, data: DataConfig) -> Tokenizer | None:
+        """Its own tokenizer, where data.tokenizer would train another; else None.
+
+        Another tokenizer's ids would have other meanings than the embeddings.
+        """
+        return None if data.bpe_size is None else self.tokenizer
+
+    def check_tokenizer(self, tokenizer: Tokenizer, name: str) -> None:
+        """Raises HymbaError if a tokenizer gives ordinary text other ids than the model's own.
+
+        It may have more tokens: embeddings are kept for those that were there.
+
+        Args:
+          name: of the tokenizer, as data.tokenizer has it.
+        """
+        if self.tokenizer is None:
+            return
+        own, vocabulary = self.tokenizer, tokenizer.model.get_vocab()
+        added = own.model.get_vocab().items() - vocabulary.items()
+        if added or _splitting(own) != _splitting(tokenizer):
+            raise HymbaError(
+                f"{self.directory}: its model knows the ids of its own tokenizer, those of "
+                f"data.tokenizer {name} have other meanings: use --data.tokenizer "
+                f"{self.directory}, or train without init_from"
+            )
+
+    def describe(self, config: HymbaConfig) -> str:
+        """That a run starts from it, and how the run's model differs."""
+        differences = "; ".join(self._differences(config.resolved()))
+        return f"initialized from {self.directory}" + (differences and f": {differences}")
+
+    def load_state(
+        self,
+        config: HymbaConfig,
+        compute: ComputeConfig,
+        optimizer: optax.GradientTransformation,
+        abstract: AbstractTrainState,
+        mesh: Mesh,
+    ) -> TrainState:
+        """The state before the first step, with its parameters and a new optimizer.
+
+        Raises:
+          HymbaError: they cannot be read.
+        """
+        stored = dataclasses.replace(compute, scan_layers=self.scan_layers)
+        graph, like = abstract_model(config, stored, mesh)
+        params = load_params(self.directory, like)
+        if self.scan_layers != compute.scan_layers:
+            model = arrange_layers(nnx.merge(graph, params), scan_layers=compute.scan_layers)
+            params = nnx.to_pure_dict(nnx.state(model))
+        params = jax.device_put(params, abstract.shardings.params)
+        moments = jax.jit(optimizer.init, out_shardings=abstract.shardings.optimizer)(params)
+        return TrainState(params, moments)
+
+    def _differences(self, config: HymbaConfig) -> Iterator[str]:
+        own = dict(leaves(self.config, "model."))
+        for name, value in leaves(config, "model."):
+            if value != own[name]:
+                yield f"{name} is {own[name]!r} there, {value!r} here"
 
 
-def check_start_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raises HymbaError if the tokenizer splits text otherwise than the one in `config.init_from`.
+def read_initial_model(directory: str) -> InitialModel:
+    """What `init_from` names.
 
-    It may have more tokens: embeddings are kept for those that were there.
+    Raises:
+      HymbaError: there is no model, or its config or tokenizer cannot be read.
     """
-    if not _has_tokenizer(config):
-        return
-    held = Tokenizer.load(config.init_from)
-    added = held.model.get_vocab().items() - tokenizer.model.get_vocab().items()
-    if added or _splitting(held) != _splitting(tokenizer):
-        raise HymbaError(
-            f"{config.init_from}: its model knows the ids of its own tokenizer, those of "
-            f"data.tokenizer {config.data.tokenizer} have other meanings: use --data.tokenizer "
-            f"{config.init_from}, or train without init_from"
-        )
-
-
-def _has_tokenizer(config: RunConfig) -> bool:
-    return (resolve_path(config.init_from) / "tokenizer.json").is_file()
+    config, compute = read_model_directory(directory)
+    has_tokenizer = (resolve_path(directory) / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(directory) if has_tokenizer else None
+    return InitialModel(directory, config.resolved(), compute.scan_layers, tokenizer)
 
 
 def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
     """What of a tokenizer decides the ids of ordinary text."""
     parts = json.loads(tokenizer.model.to_str())
     return {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
-
-
-def start_state(
-    config: RunConfig,
-    optimizer: optax.GradientTransformation,
-    abstract: AbstractTrainState,
-    mesh: Mesh,
-) -> TrainState:
-    """The state before the first step, with the parameters in `config.init_from`.
-
-    Raises:
-      HymbaError: they cannot be read.
-    """
-    scan_layers = read_model_directory(config.init_from)[1].scan_layers
-    compute = dataclasses.replace(config.compute, scan_layers=scan_layers)
-    graph, held = abstract_model(config.model, compute, mesh)
-    params = load_params(config.init_from, held)
-    if scan_layers != config.compute.scan_layers:
-        model = arrange_layers(nnx.merge(graph, params), scan_layers=config.compute.scan_layers)
-        params = nnx.to_pure_dict(nnx.state(model))
-    params = jax.device_put(params, abstract.shardings.params)
-    moments = jax.jit(optimizer.init, out_shardings=abstract.shardings.optimizer)(params)
-    return TrainState(params, moments)
 
 
 def _shapes(config: HymbaConfig) -> Params:

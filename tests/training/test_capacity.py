@@ -41,7 +41,7 @@ def test_what_is_larger_than_the_host_is_refused(monkeypatch):
         check_memory(abstract(HUGE, mesh), mesh)
     message = str(caught.value)
     assert re.search(r"optimizer state take 3,[23]\d\d\.\d GB on each device", message)
-    assert "a cpu has 2.0 GB, its part of 16.0 GB of host memory" in message
+    assert "a cpu has 2.0 GB, its share of 16.0 GB of host memory" in message
     assert "param_dtype bfloat16" in message
 
 

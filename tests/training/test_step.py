@@ -8,13 +8,15 @@ import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
-from hymba_jax.data import IGNORED_TARGET
+from hymba_jax.data import IGNORED_TARGET, Batch
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.model import Hymba
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.loss import Average, make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state, init_state
+from hymba_jax.training.state import TrainState, abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 LENGTH = 8
@@ -31,7 +33,13 @@ class Setup:
         optimizer = make_optimizer(config)
         self.place = batch_sharding(mesh)
         self.abstract = abstract_train_state(MODEL, COMPUTE, optimizer, mesh)
-        self.step = compile_train_step(self.abstract, optimizer, config, LENGTH, self.place)
+        step = make_train_step(
+            make_loss_fn(next_token_loss, self.abstract.graph),
+            optimizer,
+            micro_batch_size=config.micro_batch_size,
+        )
+        batch = abstract_batch(config.batch_size, LENGTH, self.place)
+        self.step = compile_train_step(step, self.abstract.state, batch)
         self.optimizer = optimizer
 
     def run(self, state, batch, steps=2):
@@ -57,14 +65,14 @@ def state(one_device):
 def batch():
     tokens = np.random.default_rng(1).integers(0, 61, (8, LENGTH + 1)).astype(np.int32)
     targets = tokens[:, 1:].copy()
-    targets[:3, 2:] = IGNORED_TARGET  # so that pieces of the batch count unequally
-    return {"inputs": tokens[:, :-1], "targets": targets}
+    targets[:3, 2:] = IGNORED_TARGET  # so that micro-batches count unequally
+    return Batch(inputs=tokens[:, :-1], targets=targets)
 
 
 def assert_same(ours, expected):
     """Equal but for the order of float32 sums; Adam's first steps turn rounding into sign."""
-    np.testing.assert_allclose(ours[1].loss, expected[1].loss, rtol=1e-5)
-    np.testing.assert_allclose(ours[1].grad_norm, expected[1].grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(ours[1]["loss"].mean, expected[1]["loss"].mean, rtol=1e-5)
+    np.testing.assert_allclose(ours[1]["grad_norm"].mean, expected[1]["grad_norm"].mean, rtol=1e-4)
     moments, expected_moments = (
         [leaf for leaf in jax.tree.leaves(result[0].optimizer) if leaf.ndim]
         for result in (ours, expected)
@@ -74,25 +82,52 @@ def assert_same(ours, expected):
 
 
 def test_metrics_are_of_the_model_before_the_update(one_device, state, batch):
-    logits = nnx.merge(one_device.abstract.graph, state.params)(jnp.asarray(batch["inputs"]))
+    logits = nnx.merge(one_device.abstract.graph, state.params)(jnp.asarray(batch.inputs))
     logits = np.asarray(logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    counts = batch["targets"] != IGNORED_TARGET
-    picked = np.take_along_axis(log_probs, np.where(counts, batch["targets"], 0)[..., None], -1)
+    counts = batch.targets != IGNORED_TARGET
+    picked = np.take_along_axis(log_probs, np.where(counts, batch.targets, 0)[..., None], -1)
     _, metrics = one_device.run(state, batch, steps=1)
-    np.testing.assert_allclose(metrics.loss, -picked[..., 0][counts].mean(), rtol=1e-5)
-    assert int(metrics.tokens) == counts.sum()
+    np.testing.assert_allclose(metrics["loss"].mean, -picked[..., 0][counts].mean(), rtol=1e-5)
+    assert int(metrics["loss"].weight) == counts.sum()
 
 
 def test_training_learns_a_batch_by_heart(one_device, state, batch):
     _, first = one_device.run(state, batch, steps=1)
     _, last = one_device.run(state, batch, steps=200)
-    assert float(last.loss) < 0.2 * float(first.loss)
+    assert last["loss"].mean < 0.2 * first["loss"].mean
 
 
-def test_accumulating_equals_one_big_batch(one_device, state, batch):
-    pieces = Setup(num_devices=1, accumulation=4)
-    assert_same(pieces.run(state, batch), one_device.run(state, batch))
+def test_gradient_accumulation_equals_one_big_batch(one_device, state, batch):
+    micro_batches = Setup(num_devices=1, accumulation=4)
+    assert_same(micro_batches.run(state, batch), one_device.run(state, batch))
+
+
+def test_any_objective_is_a_mean_over_what_it_counts():
+    """Least squares over the inputs that are not 0, of micro-batches of unequal counts, by SGD."""
+
+    def loss_fn(params, batch):
+        counts = batch.inputs != 0
+        error = jnp.where(counts, params["weight"] * batch.inputs - batch.targets, 0.0)
+        return {
+            "loss": Average((error**2).sum(), counts.sum()),
+            "size": Average(batch.targets.sum(), batch.targets.size),
+        }
+
+    inputs = np.array([[1, 2, 3], [0, 0, 4], [0, 0, 0], [5, 0, 6]], np.int32)
+    batch = Batch(inputs=inputs, targets=np.arange(12, dtype=np.int32).reshape(4, 3))
+    x, y = inputs[inputs != 0].astype(float), batch.targets[inputs != 0].astype(float)
+    gradient = (2 * (0.5 * x - y) * x).mean()
+    optimizer = optax.sgd(0.01)
+    params = {"weight": jnp.float32(0.5)}
+    for micro_batch_size in (1, 2, 4):
+        step = make_train_step(loss_fn, optimizer, micro_batch_size=micro_batch_size)
+        state, metrics = step(TrainState(params, optimizer.init(params)), batch)
+        np.testing.assert_allclose(state.params["weight"], 0.5 - 0.01 * gradient, rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"].mean, ((0.5 * x - y) ** 2).mean(), rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"].mean, abs(gradient), rtol=1e-6)
+        assert metrics["size"].mean == 5.5
+        assert "learning_rate" not in metrics
 
 
 def test_many_devices_equal_one(one_device, state, batch):
@@ -164,10 +199,11 @@ def test_masked_states_are_saved_and_restored(tmp_path):
 
 def test_a_step_of_another_optimizer_keeps_the_shapes_of_its_state(batch):
     abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
-    step = make_train_step(abstract.graph, muon(), micro_batch_size=8)
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    step = make_train_step(loss_fn, muon(), micro_batch_size=8)
     state, metrics = jax.eval_shape(step, abstract.state, batch)
     assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, abstract.state)
-    assert metrics.learning_rate.shape == ()
+    assert metrics["learning_rate"].shape == ()
 
 
 def describe_array(array):
@@ -177,4 +213,4 @@ def describe_array(array):
 def test_the_learning_rate_of_the_metrics_is_the_one_applied(one_device, state, batch):
     """TrainingConfig's defaults without a warm-up: constant until the last fifth."""
     _, metrics = one_device.run(state, batch, steps=2)
-    np.testing.assert_allclose(metrics.learning_rate, 3e-3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["learning_rate"], 3e-3, rtol=1e-6)
