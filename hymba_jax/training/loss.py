@@ -53,12 +53,12 @@ def next_token_loss(model: Hymba, batch: Batch) -> Averages:
 def cross_entropy(
     logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]
 ) -> Average:
-    """In nats a token, in float32; positions whose target is IGNORED_TARGET do not count."""
-    counts = targets != IGNORED_TARGET
+    """In nats a token, in float32; over the positions whose target is not IGNORED_TARGET."""
+    valid = targets != IGNORED_TARGET
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counts, targets, 0)
+        logits.astype(jnp.float32), jnp.where(valid, targets, 0)
     )
-    return Average(jnp.where(counts, nats, 0.0).sum(), counts.sum())
+    return Average(jnp.where(valid, nats, 0.0).sum(), valid.sum())
 
 
 def make_loss_fn(objective: Objective, graph: nnx.GraphDef[Hymba]) -> LossFn:

@@ -87,8 +87,8 @@ class Recorder:
         _check_finite(step, metrics)
         averages = {name: value for name, value in metrics.items() if isinstance(value, Average)}
         self._averages = add_averages([self._averages, averages])
-        values = {name: value for name, value in metrics.items() if name not in averages}
-        values |= means(self._averages)
+        values = means(self._averages)
+        values |= {name: value for name, value in metrics.items() if name not in averages}
         seconds = (now - self._logged_at) / (step - self._logged)
         rates = self._workload.rates(seconds)
         line = self._line(step, values["loss"], validation, seconds, rates)
@@ -112,7 +112,7 @@ class Recorder:
 
     @contextmanager
     def waiting_for(self, what: Stall) -> Iterator[None]:
-        """Time spent inside is lost if the devices have nothing left to do at its end.
+        """Time spent inside is a stall if the devices have nothing left to do at its end.
 
         The next line of metrics has it, as `input_seconds` or `checkpoint_seconds`. That is the
         most that it can be: the devices may have been busy at first.

@@ -76,7 +76,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_a_state_comes_back_bit_for_bit_though_training_goes_on(tmp_path):
+def test_a_state_comes_back_bit_for_bit_though_training_continues(tmp_path):
     state = make_state(7)
     kept = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
