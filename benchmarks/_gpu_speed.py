@@ -27,6 +27,7 @@ from hymba_jax.ahead.fit import compiled_memory
 from hymba_jax.ahead.programs import InferencePrograms, bytes_on_each
 from hymba_jax.ahead.topology import CHIPS
 from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
+from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.inference.engine import (
     NO_TOKEN,
     SMALLEST_STOP,
@@ -45,10 +46,11 @@ from hymba_jax.ops.selective_scan.api import FASTEST
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.run_config import RunConfig, with_vocabulary
 from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
-from hymba_jax.training.step import compile_train_step
-from hymba_jax.training.utilisation import Workload, peak_flops
+from hymba_jax.training.state import abstract_train_state, init_state
+from hymba_jax.training.step import compile_train_step, make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Bytes a second to and from HBM, from the data sheets, by JAX's name of the device.
@@ -179,25 +181,27 @@ def train(recorder: Recorder, config: str) -> None:
     run = _training_run(config, recorder.dry_run)
     device, training, length = jax.devices()[0], run.training, run.data.sequence_length
     mesh, optimizer = make_mesh([device], run.parallel), make_optimizer(run.training)
-    template = make_template(run.model, run.compute, optimizer, mesh)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     place = batch_sharding(mesh)
     shape = (training.batch_size, length)
     with recorder.case("compile") as row:
-        row |= {"parameters": template.num_params, "batch": f"{shape[0]} x {shape[1]}"}
+        row |= {"parameters": abstract.num_params, "batch": f"{shape[0]} x {shape[1]}"}
         row |= {"dtype": run.compute.dtype, "remat": run.compute.remat}
+        loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+        train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
         start = time.perf_counter()
-        step = compile_train_step(template, optimizer, training, length, place)
+        step = compile_train_step(train_step, abstract.state, abstract_batch(*shape, place))
         row["compile s"] = time.perf_counter() - start
         _check_memory(row, step)
     if recorder.failed:
         return
     with recorder.case("draw parameters"):
-        state = init_state(run.model, run.compute, optimizer, template, run.seed)
+        state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
         jax.block_until_ready(state)
     if recorder.failed:
         return
     tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
-    batch = jax.device_put({"inputs": tokens, "targets": tokens}, place)
+    batch = jax.device_put(Batch(inputs=tokens, targets=tokens), place)
 
     def one_step() -> Any:
         nonlocal state
@@ -205,18 +209,18 @@ def train(recorder: Recorder, config: str) -> None:
         return metrics
 
     with recorder.case("step") as row:
-        row["loss"] = float(one_step().loss)
+        row["loss"] = float(one_step()["loss"].mean)
         row["ms"] = median_ms(one_step, warmup=1, repeats=3 if recorder.dry_run else 8)
         flops = shape[0] * training_flops(run.model, length)
         workload = Workload(math.prod(shape), flops, 1, peak_flops([device.device_kind]))
         row |= workload.rates(row["ms"] / 1e3)
-        row |= {"peak GB": peak_bytes() / 1e9, "last loss": float(one_step().loss)}
+        row |= {"peak GB": peak_bytes() / 1e9, "last loss": float(one_step()["loss"].mean)}
     recorder.profile(one_step, times=2)
 
 
 def _training_run(config: str, dry_run: bool) -> RunConfig:
     run = with_vocabulary(RunConfig.from_toml(CONFIGS / config))
-    training = dataclasses.replace(run.training, batch_size=8, accumulate=1)
+    training = dataclasses.replace(run.training, batch_size=8, gradient_accumulation_steps=1)
     model = dataclasses.replace(run.model, vocab_size=PRESETS["hymba-1.5b"].vocab_size)
     run = dataclasses.replace(run, model=model, parallel=ParallelConfig(), training=training)
     if dry_run:

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import tyro
 from _report import Row, report
 
 from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig, Remat
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.layer_pattern import hymba_pattern
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import make_template
+from hymba_jax.training.state import abstract_train_state
 from hymba_jax.training.step import make_train_step
 
 
@@ -65,14 +66,13 @@ def compile_step(config: HymbaConfig, args: Args, *, scan_layers: bool) -> Row:
     """Seconds of each stage, and the size of the program."""
     jax.clear_caches()
     compute = ComputeConfig(dtype="bfloat16", remat=args.remat, scan_layers=scan_layers)
-    shape = jax.ShapeDtypeStruct((args.batch_size, args.sequence_length), jnp.int32)
     start = time.perf_counter()
     optimizer = make_optimizer(TrainingConfig())
-    template = make_template(config, compute, optimizer, make_mesh())
-    step = make_train_step(template.graph, optimizer, micro_batch_size=args.batch_size)
-    traced = jax.jit(step, donate_argnums=0).trace(
-        template.state, {"inputs": shape, "targets": shape}
-    )
+    abstract = abstract_train_state(config, compute, optimizer, make_mesh())
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    step = make_train_step(loss_fn, optimizer, micro_batch_size=args.batch_size)
+    batch = abstract_batch(args.batch_size, args.sequence_length)
+    traced = jax.jit(step, donate_argnums=0).trace(abstract.state, batch)
     seconds = [time.perf_counter() - start]
     lowered = traced.lower()
     seconds.append(time.perf_counter() - start)

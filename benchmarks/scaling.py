@@ -63,7 +63,9 @@ def count(args: Args) -> Iterator[Row]:
         for scaling, batch in {"strong": max(args.chips), "weak": chips}.items():
             if scaling == "weak" and chips == max(args.chips):
                 continue  # both are the same there
-            training = replace(base.training, batch_size=batch, accumulate=batch // chips)
+            training = replace(
+                base.training, batch_size=batch, gradient_accumulation_steps=batch // chips
+            )
             program = training_program(replace(base, training=training, parallel=parallel), devices)
             _, measured = compile_and_measure(program)
             if measured is None:

@@ -28,15 +28,17 @@ from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms
 from flax import nnx
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
+from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import training_flops
 from hymba_jax.ops.matmul import matmul
 from hymba_jax.run_config import RunConfig, with_vocabulary
 from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import Params, init_state, make_template
-from hymba_jax.training.step import Batch, compile_train_step, make_eval_step
+from hymba_jax.training.state import Params, abstract_train_state, init_state
+from hymba_jax.training.step import compile_train_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,18 @@ def run_row(args: Args) -> Row:
     run = with_vocabulary(RunConfig.from_toml(args.config))
     training, length = run.training, run.data.sequence_length
     mesh, optimizer = make_mesh(), make_optimizer(run.training)
-    template = make_template(run.model, run.compute, optimizer, mesh)
-    state = init_state(run.model, run.compute, optimizer, template, run.seed)
-    place = batch_sharding(mesh)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
+    state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
+    place, loss_fn = batch_sharding(mesh), make_loss_fn(next_token_loss, abstract.graph)
+    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
     start = time.perf_counter()
-    step = compile_train_step(template, optimizer, training, length, place)
+    step = compile_train_step(
+        train_step, abstract.state, abstract_batch(training.batch_size, length, place)
+    )
     compile_seconds = time.perf_counter() - start
     shape = (training.batch_size, length)
     tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
-    batch = jax.device_put({"inputs": tokens, "targets": tokens}, place)
+    batch = jax.device_put(Batch(inputs=tokens, targets=tokens), place)
 
     def one_step() -> object:
         nonlocal state
@@ -115,13 +120,13 @@ def run_row(args: Args) -> Row:
     milliseconds = median_ms(one_step, repeats=args.steps)
     return {
         "config": args.config.stem,
-        "parameters": template.num_params,
+        "parameters": abstract.num_params,
         "batch": f"{shape[0]} x {length}",
         "dtype": run.compute.dtype,
         "host prepared": str(args.prepare),
         "compile s": compile_seconds,
         "step ms": milliseconds,
-        **_rates(run.model, run.compute.dtype, template.state.params, shape, milliseconds),
+        **_rates(run.model, run.compute.dtype, abstract.state.params, shape, milliseconds),
     }
 
 
@@ -134,11 +139,11 @@ def shape_row(args: Args, config: HymbaConfig) -> Row:
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     shape = (args.batch[0], args.length[0])
     tokens = np.random.default_rng(0).integers(3, config.num_embeddings, shape, np.int32)
-    batch = {"inputs": jnp.asarray(tokens), "targets": jnp.asarray(tokens)}
-    eval_step = make_eval_step(graph)
+    batch = Batch(inputs=jnp.asarray(tokens), targets=jnp.asarray(tokens))
+    loss_fn = make_loss_fn(next_token_loss, graph)
 
     def summed_loss(params: Params, batch: Batch) -> jax.Array:
-        return eval_step(params, batch).nats
+        return loss_fn(params, batch)["loss"].total
 
     start = time.perf_counter()
     compiled = jax.jit(jax.value_and_grad(summed_loss)).lower(params, batch).compile()

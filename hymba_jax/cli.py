@@ -65,8 +65,8 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
 
         config, processes = parse_run(sys.argv[1:] if args is None else args, prog)
         prepare_host()
+        from hymba_jax import train as run
         from hymba_jax.distributed import started
-        from hymba_jax.training import loop
         from hymba_jax.training.checkpoint import silence_orbax
         from hymba_jax.training.interrupts import one_line_interrupts
 
@@ -77,7 +77,7 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
             one_line_interrupts(config.output),
         ):
             try:
-                loop.train(config)
+                run.train(config)
             except OSError as error:
                 error.filename = error.filename or config.output
                 raise

@@ -58,7 +58,7 @@ def explain(words: str, output: str, where: str, seconds: int) -> str:
             f"an id of its own and each run a port of its own, then {again}"
         )
     steps = checkpoint_steps(output)
-    rest = f"to go on from step {steps[-1]}" if steps else "to begin anew"
+    rest = f"to resume from step {steps[-1]}" if steps else "to start from scratch"
     silent = re.search(r"stopped sending heartbeats\):\s*([\d, \n]*\d)", words)
     if silent:
         who = "process " + ", ".join(re.findall(r"\d+", silent[1]))

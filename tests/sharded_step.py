@@ -22,12 +22,14 @@ import numpy as np
 import optax
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import batch_sharding, describe_sharding, make_mesh
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import TrainState, init_state, make_template
-from hymba_jax.training.step import compile_train_step
+from hymba_jax.training.state import TrainState, abstract_train_state, init_state
+from hymba_jax.training.step import compile_train_step, make_train_step
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 STACKED = 7  # units of layers, a number that no other axis has
@@ -133,20 +135,24 @@ class ShardedStep:
         self.training = TrainingConfig(
             steps=5,
             batch_size=8,
-            accumulate=2 if is_mixed else 1,
+            gradient_accumulation_steps=2 if is_mixed else 1,
             warmup_fraction=0.0,
             decay_fraction=0.0,
         )
         self.optimizer = make_optimizer(self.training)
-        self.template = make_template(config, self.compute, self.optimizer, self.mesh)
+        self.template = abstract_train_state(config, self.compute, self.optimizer, self.mesh)
         self.place = batch_sharding(self.mesh)
 
     @cached_property
     def compiled(self) -> jax.stages.Compiled:
         with jax.set_mesh(self.mesh), compiling_fast():
-            return compile_train_step(
-                self.template, self.optimizer, self.training, self.length, self.place
+            step = make_train_step(
+                make_loss_fn(next_token_loss, self.template.graph),
+                self.optimizer,
+                micro_batch_size=self.training.micro_batch_size,
             )
+            batch = abstract_batch(self.training.batch_size, self.length, self.place)
+            return compile_train_step(step, self.template.state, batch)
 
     def draw(self) -> TrainState:
         """The state before the first step."""
@@ -159,9 +165,9 @@ class ShardedStep:
         rng, losses, means = np.random.default_rng(0), [], None
         for _ in range(self.training.steps):
             tokens = rng.integers(3, self.config.vocab_size, (8, self.length + 1), np.int32)
-            batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+            batch = Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:])
             state, metrics = self.compiled(state, jax.device_put(batch, self.place))
-            losses.append(float(metrics.loss))
+            losses.append(float(metrics["loss"].mean))
             if means is None:
                 means = jax.device_get(optax.tree.get(state.optimizer, "mu"))
         return losses, means, state.params

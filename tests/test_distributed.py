@@ -125,11 +125,13 @@ def test_what_jax_says_is_one_line(tmp_path, words, line):
     assert "\n" not in said
 
 
-def test_the_step_to_go_on_from_is_the_newest(tmp_path):
-    assert explain(FIRST, str(tmp_path), "", 9).endswith("with the same command to begin anew")
+def test_it_resumes_from_the_newest_step(tmp_path):
+    assert explain(FIRST, str(tmp_path), "", 9).endswith(
+        "with the same command to start from scratch"
+    )
     for name in ("8", "10", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert explain(FIRST, str(tmp_path), "", 9).endswith("to go on from step 10")
+    assert explain(FIRST, str(tmp_path), "", 9).endswith("to resume from step 10")
 
 
 def test_the_watcher_runs_nothing_of_the_working_directory(tmp_path):

@@ -15,7 +15,7 @@ from golden_cases import CASES, load
 from slow import slow_but
 
 from hymba_jax.convert.mapping import to_released
-from hymba_jax.training.loss import next_token_loss
+from hymba_jax.training.loss import cross_entropy
 
 VALUE_BOUND = 5e-4
 GRADIENT_BOUND = 3e-4  # of the gradient's own maximum
@@ -25,8 +25,8 @@ load = functools.cache(load)
 
 def loss_and_logits(graph, params, tokens):
     logits = nnx.merge(graph, params)(tokens)
-    loss = next_token_loss(logits[:, :-1], tokens[:, 1:])
-    return loss.nats / loss.tokens, logits
+    loss = cross_entropy(logits[:, :-1], tokens[:, 1:])
+    return loss.mean, logits
 
 
 def run(case, **compute):

@@ -3,14 +3,15 @@
 import re
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.sharding import batch_sharding
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import make_template
+from hymba_jax.training.state import abstract_train_state
 from hymba_jax.training.step import make_train_step
 
 BATCH, LENGTH, META_TOKENS, HIDDEN, HEAD_DIM = 8, 240, 16, 256, 64
@@ -33,11 +34,12 @@ def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     sizes = [2 if axis in axes else 1 for axis in AXES]
     mesh = AbstractMesh(tuple(sizes), AXES, (AxisType.Auto,) * 4, abstract_device=device)
     optimizer, compute = make_optimizer(TrainingConfig()), ComputeConfig(dtype=dtype)
-    rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
+    batch = abstract_batch(BATCH, LENGTH, batch_sharding(mesh))
     with use_abstract_mesh(mesh):
-        template = make_template(MODEL, compute, optimizer, mesh)
-        step = jax.jit(make_train_step(template.graph, optimizer, micro_batch_size=BATCH))
-        traced = step.trace(template.state, {"inputs": rows, "targets": rows})
+        template = abstract_train_state(MODEL, compute, optimizer, mesh)
+        loss_fn = make_loss_fn(next_token_loss, template.graph)
+        step = jax.jit(make_train_step(loss_fn, optimizer, micro_batch_size=BATCH))
+        traced = step.trace(template.state, batch)
         name = {"gpu": "cuda"}.get(platform, platform)
         return traced.lower(lowering_platforms=(name,)).as_text()
 

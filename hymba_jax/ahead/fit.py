@@ -60,8 +60,9 @@ def training_advice(
     rows = run.training.micro_batch_size // batch_parts(mesh)
     if rows > 1:
         fewer = max(d for d in range(1, rows) if rows % d == 0 and d <= max(1, rows / too_many))
+        steps = run.training.gradient_accumulation_steps * rows // fewer
         yield (
-            f"training.accumulate {run.training.accumulate * rows // fewer}: a chip then has "
+            f"training.gradient_accumulation_steps {steps}: a chip then has "
             f"{_sequences(fewer)} at a time, not {rows}, and of {_gb(memory.temporaries)} of "
             f"temporaries {_gb(memory.temporaries * fewer / rows)} or somewhat more"
         )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hymba_jax.ahead.fit import Memory, inference_advice, training_advice
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Engine, PaddedChunk
 from hymba_jax.model import Hymba
@@ -27,9 +28,10 @@ from hymba_jax.sharding import (
     split_length,
     split_over,
 )
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import describe_model, make_template
-from hymba_jax.training.step import check_batch, compile_train_step
+from hymba_jax.training.state import abstract_model, abstract_train_state
+from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
 
 
 class AheadProgram(NamedTuple):
@@ -62,11 +64,12 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
     """
     training, length = run.training, run.data.sequence_length
     mesh = make_mesh(devices, run.parallel)
-    check_batch(training, mesh)
+    check_batch(training.micro_batch_size, mesh)
     optimizer = make_optimizer(training)
-    template = make_template(run.model, run.compute, optimizer, mesh)
-    place = batch_sharding(mesh)
-    batch = jax.ShapeDtypeStruct((training.batch_size, length), jnp.int32, sharding=place)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
+    batch = abstract_batch(training.batch_size, length, batch_sharding(mesh))
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     parts = batch_parts(mesh) * _kernel_parts(run.model, length, mesh)
@@ -75,11 +78,11 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
         f"training, {training.batch_size} sequences of {length} tokens a step, "
         f"{training.micro_batch_size} at a time",
         describe_sharding(run.model, mesh, length),
-        template.num_params,
-        bytes_on_each((template.state, batch, batch)),
+        abstract.num_params,
+        bytes_on_each((abstract.state, batch)),
         training_flops(run.model, length) * training.batch_size,
         kernels / parts,
-        partial(compile_train_step, template, optimizer, training, length, place),
+        partial(compile_train_step, train_step, abstract.state, batch),
         partial(training_advice, run, mesh),
     )
 
@@ -109,7 +112,7 @@ def inference_program(
     mesh = Mesh(np.array(devices[:1]), ("chip",))
     programs = InferencePrograms(run.model, mesh, run.compute.dtype, "float32", context)
     traced = (programs.prefill if name == "prefill" else programs.decode)(batch, context)
-    _, params = describe_model(run.model, run.compute, make_mesh(devices[:1]))
+    _, params = abstract_model(run.model, run.compute, make_mesh(devices[:1]))
     flops = partial(forward_flops, run.model)
     if name == "prefill":
         step = f"reading {batch} texts of {context} tokens at once"

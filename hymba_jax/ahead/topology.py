@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.field_types import shown
-from hymba_jax.training.utilisation import PEAK_FLOPS
+from hymba_jax.training.mfu import PEAK_FLOPS
 
 
 class Chip(NamedTuple):

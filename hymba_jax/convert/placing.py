@@ -14,7 +14,7 @@ from hymba_jax.convert.mapping import Index, Piece, pieces
 from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
 from hymba_jax.files import resolve_path
 from hymba_jax.model import Hymba
-from hymba_jax.training.state import describe_model
+from hymba_jax.training.state import abstract_model
 
 
 def load_released(directory: str | os.PathLike[str], compute: ComputeConfig, mesh: Mesh) -> Hymba:
@@ -29,7 +29,7 @@ def load_released(directory: str | os.PathLike[str], compute: ComputeConfig, mes
       HymbaError: the checkpoint cannot be read, or its weights do not fit its config.json.
     """
     checkpoint = ReleasedCheckpoint(resolve_path(directory))
-    graph, template = describe_model(checkpoint.config, compute, mesh)
+    graph, template = abstract_model(checkpoint.config, compute, mesh)
     params = flatten_dict(template)
     checkpoint.check()
     units = defaultdict(list)

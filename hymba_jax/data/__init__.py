@@ -6,16 +6,18 @@
 | `sources.py`   | documents from text files, JSON lines or the standard library's sources  |
 | `tokenizer.py` | bytes, a BPE trained here, or any `tokenizer.json`                       |
 | `packing.py`   | documents to one stream of tokens, the stream to windows                 |
+| `batch.py`     | rows of tokens, as training steps take them                              |
 | `pipeline.py`  | training and validation batches through Grain                            |
 """
 
+from hymba_jax.data.batch import IGNORED_TARGET, Batch
 from hymba_jax.data.config import DataConfig
-from hymba_jax.data.packing import IGNORED_TARGET
 from hymba_jax.data.pipeline import Data, prepare, train_iterator, validation_batches
 from hymba_jax.data.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORED_TARGET",
+    "Batch",
     "Data",
     "DataConfig",
     "Tokenizer",

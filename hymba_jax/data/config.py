@@ -14,8 +14,11 @@ LARGEST_VOCABULARY = 2**20
 
 DATA_BOUNDS = {
     "sequence_length": Bounds(1, 2**23, "no model has so many positions"),
-    "held_out_one_in": Bounds(
-        2, 128, "hardly anything would be held out", "nothing would be left to train on"
+    "validation_fraction": Bounds(
+        1 / 256,
+        255 / 256,
+        "nothing would be left to train on",
+        "documents are chosen in 256ths",
     ),
 }
 
@@ -41,8 +44,9 @@ class DataConfig:
     sequence_length: int = 512
     """Tokens the model sees per sequence."""
 
-    held_out_one_in: int = 20
-    """About one document in this many, chosen by a hash of its name, is held out for validation."""
+    validation_fraction: float = 0.05
+    """About this share of the documents, chosen by a hash of their names, is held out for
+    validation; `data.sources.is_held_out` has the rule."""
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from hymba_jax.data.batch import Batch, make_row
 from hymba_jax.data.sources import Document
 from hymba_jax.data.tokenizer import Tokenizer
-from hymba_jax.types import Int, UInt
-
-IGNORED_TARGET = -100
-"""Target of a position that no loss counts."""
+from hymba_jax.types import UInt
 
 # Characters tokenized at once: enough for all cores, few enough to show progress and save memory.
 _SLICE = 1 << 21
@@ -27,21 +25,21 @@ type Progress = Callable[[int, int], None]
 def pack(
     documents: Sequence[Document], tokenizer: Tokenizer, on_progress: Progress | None = None
 ) -> list[UInt[np.ndarray, " _"]]:
-    """Each document as `<s> tokens </s>`: pieces that, put end to end, are the stream.
+    """Each document as `<s> tokens </s>`; put end to end, they are the stream.
 
     uint16 where the vocabulary fits and uint32 else.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     total = sum(len(document.text) for document in documents)
     done = 0
-    pieces = []
+    tokenized = []
     for texts in _slices(documents):
         for ids in tokenizer.encode_batch(texts):
-            pieces.append(np.array([*tokenizer.bos_ids, *ids, tokenizer.eos_id], dtype))
+            tokenized.append(np.array([*tokenizer.bos_ids, *ids, tokenizer.eos_id], dtype))
         done += sum(map(len, texts))
         if on_progress is not None:
             on_progress(done, total)
-    return pieces
+    return tokenized
 
 
 def _slices(documents: Sequence[Document]) -> Iterator[list[str]]:
@@ -60,8 +58,7 @@ def _slices(documents: Sequence[Document]) -> Iterator[list[str]]:
 class Windows:
     """The whole windows of a stream, a data source for Grain; tokens after the last are left out.
 
-    Record i is a dictionary of `inputs` and `targets`, (sequence_length,) int32 each, the targets
-    one token ahead of the inputs.
+    Record i is the row of a batch that window i makes.
     """
 
     def __init__(self, tokens: UInt[np.ndarray, " stream"], sequence_length: int) -> None:
@@ -71,7 +68,13 @@ class Windows:
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // self._sequence_length
 
-    def __getitem__(self, index: int) -> dict[str, Int[np.ndarray, " length"]]:
-        start = index * self._sequence_length
-        window = self._tokens[start : start + self._sequence_length + 1].astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:]}
+    def __getitem__(self, index: int) -> Batch:
+        return make_row(window(self._tokens, index, self._sequence_length), self._sequence_length)
+
+
+def window(
+    tokens: UInt[np.ndarray, " stream"], index: int, sequence_length: int
+) -> UInt[np.ndarray, " window"]:
+    """The tokens of a window; fewer at the end of the stream, none beyond it."""
+    start = index * sequence_length
+    return tokens[start : start + sequence_length + 1]

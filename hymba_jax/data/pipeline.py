@@ -5,28 +5,30 @@ and reads the rows of a batch that its devices compute; so a run resumes exactly
 of processes.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import grain
 import numpy as np
 
+from hymba_jax.data.batch import Batch, make_row, stack_rows
 from hymba_jax.data.config import DataConfig
-from hymba_jax.data.packing import IGNORED_TARGET, Progress, Windows, pack
+from hymba_jax.data.packing import Progress, Windows, pack, window
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.types import Int, UInt
-
-type Batch = dict[str, Int[np.ndarray, "rows length"]]
-"""`inputs` and `targets`, int32, the targets one token ahead."""
+from hymba_jax.types import UInt
 
 
 @dataclass(frozen=True)
 class Data:
     """A tokenized corpus.
+
+    Its digests tell it from another: they are short, and of everything that decides a loss.
 
     Attributes:
       tokenizer: what made the tokens.
@@ -40,6 +42,21 @@ class Data:
     validation: UInt[np.ndarray, " validation_stream"]
     validation_bytes: int
     left_out: str = ""
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        tokenizer = self.tokenizer
+        parts = (tokenizer.model.to_str(), tokenizer.bos, tokenizer.eos, tokenizer.chat_template)
+        return _digest(json.dumps(parts).encode())
+
+    @cached_property
+    def train_digest(self) -> str:
+        return _digest(self.train.data)
+
+    @cached_property
+    def validation_digest(self) -> str:
+        """Of the tokens, and the bytes that bits per byte divide by."""
+        return f"{_digest(self.validation.data)} of {self.validation_bytes} bytes"
 
     @property
     def validation_targets(self) -> int:
@@ -67,11 +84,11 @@ def prepare(
     corpus = load_documents(config, output)
     if tokenizer is None:
         tokenizer = build_tokenizer(config, (document.text for document in corpus.train))
-    pieces = pack([*corpus.train, *corpus.validation], tokenizer, on_progress)
+    tokenized = pack([*corpus.train, *corpus.validation], tokenizer, on_progress)
     data = Data(
         tokenizer=tokenizer,
-        train=np.concatenate(pieces[: len(corpus.train)]),
-        validation=np.concatenate(pieces[len(corpus.train) :]),
+        train=np.concatenate(tokenized[: len(corpus.train)]),
+        validation=np.concatenate(tokenized[len(corpus.train) :]),
         validation_bytes=sum(len(document.text.encode()) for document in corpus.validation),
         left_out=corpus.left_out,
     )
@@ -84,11 +101,15 @@ def prepare(
     return data
 
 
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 class _Batches:
     """Some rows of each batch of `batch_size` consecutive windows, a data source for Grain."""
 
     def __init__(
-        self, windows: grain.MapDataset[dict[str, Any]], batch_size: int, rows: Sequence[int]
+        self, windows: grain.MapDataset[Batch], batch_size: int, rows: Sequence[int]
     ) -> None:
         self._windows, self._batch_size, self._rows = windows, batch_size, rows
 
@@ -96,8 +117,8 @@ class _Batches:
         return len(self._windows) // self._batch_size
 
     def __getitem__(self, index: int) -> Batch:
-        windows = [self._windows[index * self._batch_size + row] for row in self._rows]
-        return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+        first = index * self._batch_size
+        return stack_rows([self._windows[first + row] for row in self._rows])
 
 
 def train_iterator(
@@ -142,14 +163,8 @@ def validation_batches(
     if limit is not None and limit < count:
         chosen = np.arange(limit) * count // limit
     for start in range(0, len(chosen), batch_size):
-        indices = chosen[start : start + batch_size]
-        inputs = np.zeros((len(rows), sequence_length), np.int32)
-        targets = np.full((len(rows), sequence_length), IGNORED_TARGET, np.int32)
-        for i, row in enumerate(rows):
-            if row >= len(indices):
-                continue
-            index = indices[row]
-            window = tokens[index * sequence_length : (index + 1) * sequence_length + 1]
-            inputs[i, : len(window) - 1] = window[:-1]
-            targets[i, : len(window) - 1] = window[1:]
-        yield {"inputs": inputs, "targets": targets}
+        windows = [
+            window(tokens, i, sequence_length) for i in chosen[start : start + batch_size].tolist()
+        ]
+        windows += [tokens[:0]] * (batch_size - len(windows))  # padding
+        yield stack_rows([make_row(windows[row], sequence_length) for row in rows])

@@ -12,6 +12,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from hymba_jax.data.config import DataConfig
@@ -75,9 +76,9 @@ def load_documents(config: DataConfig, output: str | None = None) -> Corpus:
     if not documents:
         raise HymbaError(f"{path}: no text found: give a directory of text files or a .jsonl file")
 
-    held_out = [is_held_out(name, config.held_out_one_in) for name in split_names]
+    held_out = [is_held_out(name, config.validation_fraction) for name in split_names]
     if all(held_out) or not any(held_out):
-        raise HymbaError(_empty_side(path, split_names, config.held_out_one_in))
+        raise HymbaError(_empty_side(path, split_names, config.validation_fraction))
     pairs = list(zip(documents, held_out, strict=True))
     return Corpus(
         train=[document for document, held in pairs if not held],
@@ -86,18 +87,25 @@ def load_documents(config: DataConfig, output: str | None = None) -> Corpus:
     )
 
 
-def is_held_out(name: str, one_in: int) -> bool:
-    """Whether the document called `name` belongs to validation: about one in `one_in` does."""
-    return hashlib.sha1(name.encode(errors="surrogateescape")).digest()[0] % one_in == 0
+def is_held_out(name: str, fraction: float) -> bool:
+    """Whether the document called `name` belongs to validation: about this fraction of them does.
+
+    With b the first byte of the SHA-1 of the name, it does if an integer lies in
+    (fraction (b - 1), fraction b]. For a fraction of 1/n these are the multiples of n.
+    """
+    byte = hashlib.sha1(name.encode(errors="surrogateescape")).digest()[0]
+    exact = Fraction(str(fraction))  # of the decimal that was written: rounding decides nothing
+    return byte * exact % 1 < exact
 
 
-def _empty_side(path: Path, names: list[str], one_in: int) -> str:
-    side = "training" if all(is_held_out(name, one_in) for name in names) else "validation"
-    message = f"{path}: held_out_one_in {one_in} leaves no {side} document of {len(names)}: "
-    for other in sorted(range(2, 129), key=lambda other: abs(other - one_in)):
+def _empty_side(path: Path, names: list[str], fraction: float) -> str:
+    side = "training" if all(is_held_out(name, fraction) for name in names) else "validation"
+    message = f"{path}: validation_fraction {fraction} leaves no {side} document of {len(names)}: "
+    hundredths = [number / 100 for number in range(1, 100)]
+    for other in sorted(hundredths, key=lambda other: abs(other - fraction)):
         count = sum(is_held_out(name, other) for name in names)
         if 0 < count < len(names):
-            return message + f"set held_out_one_in to {other} (it holds out {count})"
+            return message + f"set validation_fraction to {other} (it holds out {count})"
     return message + "add documents, or split the text into more of them"
 
 

@@ -17,7 +17,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.run_config import read_model_directory
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import load_params
-from hymba_jax.training.state import describe_model
+from hymba_jax.training.state import abstract_model
 
 
 def load(
@@ -68,7 +68,7 @@ def load_model(
         dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
     compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)
     devices = jax.devices()[:1]
-    graph, template = describe_model(config, compute, make_mesh(devices))
+    graph, template = abstract_model(config, compute, make_mesh(devices))
     check_fits(
         f"{directory}: its parameters in {dtype}",
         tree_bytes(template),

@@ -4,20 +4,24 @@
 | ---------------------- | ------------------------------------------------------------------- |
 | `config.py`            | how long, how fast and how often                                    |
 | `loop.py`              | the run, from top to bottom                                         |
-| `loss.py`              | next-token cross entropy                                            |
+| `loss.py`              | objectives: next-token cross entropy; averages that add up exactly  |
 | `optimizer.py`         | AdamW on a warmup-stable-decay schedule                             |
-| `step.py`              | one update, and one evaluation, as pure functions                   |
-| `state.py`             | parameters and optimizer state: drawn, described, placed on devices |
+| `step.py`              | one update of any objective, as a pure function                     |
+| `state.py`             | parameters and optimizer state: abstract, initialized, placed       |
 | `capacity.py`          | whether the training state can fit the devices' memory              |
-| `start.py`             | parameters of another run or model to start from                    |
-| `run_directory.py`     | what a run leaves behind, and whether it can be gone on with        |
+| `init_from.py`         | parameters of another run or model to start from                    |
+| `run_directory.py`     | what a run writes, and whether a config resumes it                  |
+| `run_lock.py`          | one run at a time in a directory                                    |
 | `checkpoint.py`        | saving and restoring through Orbax                                  |
 | `checkpoint_folder.py` | which checkpoints a run has                                         |
+| `checksums.py`         | checksums of arrays, whatever their sharding                        |
+| `validation.py`        | the objective on held-out text                                      |
+| `sample.py`            | text from the trained model                                         |
 | `metrics.py`           | JSON lines and TensorBoard                                          |
 | `recorder.py`          | from the metrics of a step to lines                                 |
 | `display.py`           | what a run shows while it works                                     |
 | `interrupts.py`        | Ctrl-C and SIGTERM in one line                                      |
-| `utilisation.py`       | how much of what the devices can compute goes into the model        |
+| `mfu.py`               | model FLOPs utilization, and throughput                             |
 | `profile.py`           | traces of a few steps                                               |
-| `text.py`              | whether the tokenizer fits, and a sample of text                    |
+| `closing.py`           | contexts whose end can fail                                         |
 """

@@ -8,19 +8,19 @@ from jax.sharding import Mesh
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
 from hymba_jax.sharding import bytes_on_each
-from hymba_jax.training.state import Template
+from hymba_jax.training.state import AbstractTrainState
 
 
-def check_memory(template: Template, mesh: Mesh) -> None:
+def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
     """Refuses a state that is larger than all the memory that its devices have.
 
-    Nothing else is refused: what gradients and activations take besides is the compiler's to say
+    Nothing else is refused: what gradients and activations take besides, the compiler says
     (`hymba compile`).
 
     Raises:
       HymbaError: naming both sizes and what to change.
     """
-    needed = bytes_on_each(template.state)
+    needed = bytes_on_each(abstract.state)
     available = device_memory(mesh.local_devices)
     if available is None or needed <= available:
         return
@@ -28,11 +28,11 @@ def check_memory(template: Template, mesh: Mesh) -> None:
     change = "choose a smaller model, or compute.param_dtype bfloat16"
     share = ""
     if device.platform == "cpu":
-        share = f", its part of {host_memory() / 1e9:,.1f} GB of host memory"
+        share = f", its share of {host_memory() / 1e9:,.1f} GB of host memory"
     else:
-        change += ", or share it among more devices by parallel.fsdp"
+        change += ", or shard it over more devices by parallel.fsdp"
     raise HymbaError(
-        f"{template.num_params:,} parameters and their optimizer state take {needed / 1e9:,.1f} GB "
+        f"{abstract.num_params:,} parameters and their optimizer state take {needed / 1e9:,.1f} GB "
         f"on each device, and a {device.device_kind} has {available / 1e9:,.1f} GB{share}: {change}"
     )
 

@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -28,6 +27,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json, resolve_path
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
 from hymba_jax.training.checksums import check_tree, checksums_metadata, dotted, tree_checksums
+from hymba_jax.training.closing import Closing
 from hymba_jax.training.state import Params, TrainState
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a model alone
@@ -59,17 +59,17 @@ class LoopState(NamedTuple):
     Attributes:
       step: updates done.
       batches: state of the iterator of training batches.
-      corpus: fingerprint of the training tokens.
-      validation: fingerprint of the validation tokens.
+      train_digest: of the training tokens.
+      validation_digest: of the validation tokens.
     """
 
     step: int
     batches: dict[str, Any]
-    corpus: str
-    validation: str
+    train_digest: str
+    validation_digest: str
 
 
-class Checkpoints:
+class Checkpoints(Closing):
     """The checkpoints of a run, as a context: leaving it waits until the last one is written.
 
     Args:
@@ -87,8 +87,8 @@ class Checkpoints:
                 ),
             )
 
-    def restore(self, template: TrainState) -> tuple[TrainState, LoopState]:
-        """The newest checkpoint, placed as `template` says.
+    def restore(self, abstract: TrainState) -> tuple[TrainState, LoopState]:
+        """The newest checkpoint, placed as `abstract` says.
 
         Raises:
           HymbaError: it cannot be read, is damaged, or holds another model.
@@ -99,7 +99,7 @@ class Checkpoints:
             path / LOOP / "metadata", self._restore(step, LOOP, ocp.args.JsonRestore())
         )
         trees = {}
-        for part, like in ((PARAMS, template.params), (OPTIMIZER, template.optimizer)):
+        for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
             metadata = _read_metadata(path / part, _UNREADABLE)
             trees[part] = self._restore(step, part, ocp.args.StandardRestore(like))
             check_tree(path / part, trees[part], metadata.custom_metadata)
@@ -139,31 +139,19 @@ class Checkpoints:
             with one_line(self.directory, _UNWRITABLE):
                 self._manager.wait_until_finished()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            with one_line(self.directory, _UNWRITABLE):
-                self._manager.close()
-        except HymbaError:
-            if error is None:  # else the first error is the one to tell
-                raise
+    def close(self) -> None:
+        with one_line(self.directory, _UNWRITABLE):
+            self._manager.close()
 
 
 def load_params(
-    directory: str | os.PathLike[str], template: Params, step: int | None = None
+    directory: str | os.PathLike[str], abstract: Params, step: int | None = None
 ) -> Params:
     """The parameters of a run's checkpoint, without the optimizer's state, or of a model alone.
 
     Args:
       directory: of a run, or one that `save_params` wrote to.
-      template: shape, dtype and sharding of every parameter, as in `TrainState.params`.
+      abstract: shape, dtype and sharding of every parameter, as in `TrainState.params`.
       step: which checkpoint of a run; the newest if absent.
 
     Raises:
@@ -179,11 +167,11 @@ def load_params(
         return like.update(dtype=getattr(stored.get(dotted(keys)), "dtype", like.dtype))
 
     with one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path, jax.tree.map_with_path(as_stored, template))
+        params = checkpointer.restore(path, jax.tree.map_with_path(as_stored, abstract))
     check_tree(path, params, metadata.custom_metadata)
     arrays, tree = jax.tree.flatten(params)
     del params
-    for i, like in enumerate(jax.tree.leaves(template)):
+    for i, like in enumerate(jax.tree.leaves(abstract)):
         arrays[i] = arrays[i].astype(like.dtype)  # one after the other, to hold few of them twice
     return jax.tree.unflatten(tree, arrays)
 

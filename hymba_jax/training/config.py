@@ -14,11 +14,11 @@ _DECAY = Bounds(0, 1 - 2**-24, "float32 makes 1 of it")
 TRAINING_BOUNDS = {
     "steps": _COUNT,
     "batch_size": _ROWS,
-    "accumulate": _ROWS,
+    "gradient_accumulation_steps": _ROWS,
     "learning_rate": _RATE,
     "min_learning_rate": _RATE._replace(at_least=0),
-    "warmup_fraction": Bounds(0, 1, "it is a part of the steps"),
-    "decay_fraction": Bounds(0, 1, "it is a part of the steps"),
+    "warmup_fraction": Bounds(0, 1, "it is a fraction of the steps"),
+    "decay_fraction": Bounds(0, 1, "it is a fraction of the steps"),
     "weight_decay": _RATE._replace(at_least=0),
     "beta1": _DECAY,
     "beta2": _DECAY,
@@ -40,11 +40,12 @@ class TrainingConfig:
     Attributes:
       steps: updates of the whole run.
       batch_size: sequences an update sees.
-      accumulate: pieces that a batch is computed in, one after another, to save memory.
+      gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
+        save memory.
       learning_rate: of the constant stage.
       min_learning_rate: of the last update.
-      warmup_fraction: part of the steps in which the rate rises linearly.
-      decay_fraction: part of the steps, at the end, in which it falls linearly.
+      warmup_fraction: fraction of the steps in which the rate rises linearly.
+      decay_fraction: fraction of the steps, at the end, in which it falls linearly.
       weight_decay: decay of matrices, multiplied by the learning rate.
       beta1: decay of the mean of the gradients.
       beta2: decay of the mean of their squares.
@@ -65,7 +66,7 @@ class TrainingConfig:
 
     steps: int = 1000
     batch_size: int = 8
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-3
     min_learning_rate: float = 1e-5
     warmup_fraction: float = 0.02
@@ -102,13 +103,17 @@ class TrainingConfig:
             yield (
                 f"warmup_fraction {warmup} and decay_fraction {decay} are not parts of a whole run"
             )
-        if self.accumulate > 0 and self.batch_size % self.accumulate:
-            yield f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+        accumulation = self.gradient_accumulation_steps
+        if accumulation > 0 and self.batch_size % accumulation:
+            yield (
+                f"batch_size {self.batch_size} is not a multiple of "
+                f"gradient_accumulation_steps {accumulation}"
+            )
 
     @property
     def micro_batch_size(self) -> int:
         """Sequences computed at once."""
-        return self.batch_size // self.accumulate
+        return self.batch_size // self.gradient_accumulation_steps
 
     @property
     def warmup_steps(self) -> int:

@@ -1,32 +1,33 @@
 """A training run, from top to bottom."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
-from hymba_jax.data import Data, Tokenizer, prepare, train_iterator, validation_batches
+from hymba_jax.config import HymbaConfig
+from hymba_jax.data import Batch, Data, Tokenizer, prepare, train_iterator
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.distributed import is_first
 from hymba_jax.errors import HymbaError
+from hymba_jax.field_types import leaves
 from hymba_jax.files import replace_text
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
-from hymba_jax.run_config import RunConfig, read_model_directory
-from hymba_jax.sharding import (
-    batch_sharding,
-    describe_sharding,
-    make_mesh,
-    own_rows,
-    place_rows,
-    replicated,
-)
+from hymba_jax.run_config import RunConfig
+from hymba_jax.sharding import batch_sharding, describe_sharding, make_mesh, own_rows, place_rows
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
+from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.display import Display
+from hymba_jax.training.init_from import InitialModel, read_initial_model
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
@@ -35,56 +36,178 @@ from hymba_jax.training.run_directory import (
     check_data,
     check_output,
     check_processes,
+    check_resumes,
     check_written,
-    fingerprint,
-    is_resumed,
+    read_run,
     write_run_directory,
 )
 from hymba_jax.training.run_lock import locked
-from hymba_jax.training.start import (
-    check_start,
-    check_start_tokenizer,
-    describe_start,
-    start_state,
-    start_tokenizer,
-)
-from hymba_jax.training.state import Params, init_state, make_template
-from hymba_jax.training.step import check_batch, compile_train_step, make_eval_step
-from hymba_jax.training.text import check_tokenizer, sample
-from hymba_jax.training.utilisation import Workload, peak_flops
-
-SAMPLE_FILE = "sample.txt"  # inside the run directory
+from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
+from hymba_jax.training.state import TrainState, abstract_train_state, init_state
+from hymba_jax.training.step import Metrics, check_batch, compile_train_step, make_train_step
+from hymba_jax.training.validation import Validate, make_validate
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, generate: Generate) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
+
+    Args:
+      generate: the sample, from the trained model.
 
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
     """
-    check_output(config)
-    check_processes(config)
+    check_output(config.output, config.init_from)
+    check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
+    check_batch(config.training.micro_batch_size, mesh)
     # A process that is lost takes the others with it, and there they could not restore a terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_first())
     lock = locked(Path(config.output), display.say) if is_first() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
-        _train(config, mesh, display)
+        _train(config, generate, mesh, display)
 
 
-def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
+def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) -> None:
+    previous, initial = _find_start(config)
+    data = _read_data(config, previous, initial, display)
+    before = previous.model if previous else initial.config if initial else None
+    config = _with_vocabulary(config, before, data.tokenizer, display)
     training, length = config.training, config.data.sequence_length
-    check_batch(training, mesh)
-    resumed = is_resumed(config)
-    tokenizer = Tokenizer.load(config.output) if resumed else None
-    if config.init_from and not resumed:
-        check_start(config)
-        tokenizer = start_tokenizer(config)
-        if tokenizer is not None:
-            display.say(
-                f"keeping the tokenizer of {config.init_from}: {config.data.tokenizer} would train "
-                "another, whose ids have other meanings"
+    optimizer = make_optimizer(training)
+    abstract = abstract_train_state(config.model, config.compute, optimizer, mesh)
+    check_memory(abstract, mesh)
+    _announce(config, abstract.num_params, data, mesh, display)
+
+    display.begin("compiling")
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    train_step = compile_train_step(
+        make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size),
+        abstract.state,
+        abstract_batch(training.batch_size, length, batch_sharding(mesh)),
+    )
+    rows = own_rows(mesh, training.batch_size)
+    batches = train_iterator(data.train, length, training.batch_size, config.seed, rows)
+    limit = training.validation_batches * training.batch_size
+    validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
+    if initial is not None:
+        display.say(initial.describe(config.model))
+        state = initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
+    elif previous is None:
+        state = init_state(config.model, config.compute, optimizer, abstract, config.seed)
+
+    def loop_state(step: int) -> LoopState:
+        return LoopState(step, batches.get_state(), data.train_digest, data.validation_digest)
+
+    # Whatever is refused was refused before this, which makes the run directory.
+    with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
+        start = 0
+        if previous is not None:
+            state, saved = checkpoints.restore(abstract.state)
+            _check_same_run(saved, data, training.steps, config.output)
+            batches.set_state(saved.batches)
+            start = saved.step
+            complete = f"complete at step {start}: more training.steps would continue it"
+            resuming = f"resuming after step {start}"
+            display.say(complete if start == training.steps else resuming)
+        _write_directory(config, data.tokenizer, is_new=previous is None)
+        output = Path(config.output) if is_first() else None
+        trace = output / PROFILE if output and config.profile else None
+        with MetricsWriter(output, start) as writer, Tracer(trace, start) as tracer:
+            if writer.removed:
+                display.say(writer.removed)
+            flops = training_flops(config.model, length)
+            workload = _workload(training.batch_size, length, flops, mesh)
+            epoch = (len(data.train) - 1) // length / training.batch_size
+            recorder = Recorder(training, workload, epoch, start, writer, display)
+            placed = map(partial(place_rows, mesh=mesh, batch_size=training.batch_size), batches)
+            state = _run_steps(
+                state,
+                range(start + 1, training.steps + 1),
+                training,
+                train_step=train_step,
+                batches=placed,
+                validate=validate,
+                checkpoints=checkpoints,
+                loop_state=loop_state,
+                recorder=recorder,
+                tracer=tracer,
+                display=display,
             )
+
+    if training.sample_tokens:
+        display.begin("writing a sample")
+        text = sample(generate, abstract.graph, state.params, data.tokenizer, mesh)
+        if text is not None:
+            replace_text(Path(config.output) / SAMPLE_FILE, text)
+            display.say(text)
+    display.say(f"done: {config.output}")
+
+
+def _run_steps(
+    state: TrainState,
+    steps: range,
+    training: TrainingConfig,
+    *,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Batch],
+    validate: Validate,
+    checkpoints: Checkpoints,
+    loop_state: Callable[[int], LoopState],
+    recorder: Recorder,
+    tracer: Tracer,
+    display: Display,
+) -> TrainState:
+    """The state after these steps, of which some are validated and saved: the last is both."""
+    for step in steps:
+        with recorder.waiting_for("input"):
+            batch = next(batches)
+        recorder.collect()
+        with tracer.step(step):
+            state, metrics = train_step(state, batch)
+        recorder.submit(step, metrics)
+        checkpoints.check()
+        last = step == training.steps
+        if last or step % training.validate_every == 0:
+            if last:
+                display.begin("validating on all held-out text")
+            with recorder.paused():
+                validation = validate(state.params, last)
+            recorder.flush(validation)
+        if last or step % training.checkpoint_every == 0:
+            # A run that diverged stops here, before it is saved. The line of metrics ends here,
+            # too: the next one is whole in a run that resumes from this checkpoint.
+            recorder.flush(log=True)
+            with recorder.waiting_for("checkpoint"):
+                checkpoints.save(state, loop_state(step))
+    return state
+
+
+def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | None]:
+    """The run that this one resumes, or the model that it starts from, if there is either."""
+    previous = read_run(config.output)
+    if previous is not None:
+        check_resumes(previous, config)
+        return previous, None
+    if not config.init_from:
+        return None, None
+    initial = read_initial_model(config.init_from)
+    initial.check_model(config.model)
+    return None, initial
+
+
+def _read_data(
+    config: RunConfig, previous: RunConfig | None, initial: InitialModel | None, display: Display
+) -> Data:
+    """The corpus, by the tokenizer that the run has already or, for a new one, the config's."""
+    tokenizer = None
+    if previous is not None:
+        tokenizer = Tokenizer.load(config.output)
+    elif initial is not None and (tokenizer := initial.tokenizer_for(config.data)) is not None:
+        display.say(
+            f"keeping the tokenizer of {initial.directory}: {config.data.tokenizer} would train "
+            "another, whose ids have other meanings"
+        )
     display.begin("reading and tokenizing")
     data = prepare(
         config.data,
@@ -92,148 +215,79 @@ def _train(config: RunConfig, mesh: Mesh, display: Display) -> None:
         lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
         config.output,
     )
-    vocabulary = data.tokenizer.vocab_size
-    parameters = config.output if resumed else config.init_from
-    embeddings = read_model_directory(parameters)[0].num_embeddings if parameters else vocabulary
-    config = dataclasses.replace(config, model=config.model.with_vocabulary(embeddings))
-    check_tokenizer(config, data.tokenizer)
-    if config.init_from and not resumed:
-        check_start_tokenizer(config, data.tokenizer)
-    if vocabulary < config.model.num_embeddings:
-        display.say(
-            f"{config.model.num_embeddings - vocabulary:,} of {config.model.num_embeddings:,} rows "
-            f"of the embedding are padding: the tokenizer has {vocabulary:,} tokens"
-        )
+    if initial is not None:
+        initial.check_tokenizer(data.tokenizer, config.data.tokenizer)
     check_data(data)
-    batch_size, micro_batch_size = training.batch_size, training.micro_batch_size
-    rows = own_rows(mesh, batch_size)
-    batches = train_iterator(data.train, length, batch_size, config.seed, rows)
-    corpus = fingerprint(data.train)
-    validation = f"{fingerprint(data.validation)} of {data.validation_bytes} bytes"
+    return data
 
-    optimizer = make_optimizer(training)
-    template = make_template(config.model, config.compute, optimizer, mesh)
-    check_memory(template, mesh)
-    display.say(_headline(config, template.num_params, data))
+
+def _with_vocabulary(
+    config: RunConfig, before: HymbaConfig | None, tokenizer: Tokenizer, display: Display
+) -> RunConfig:
+    """The run with a number for its vocab_size: as many embeddings as before, or as tokens.
+
+    Raises:
+      HymbaError: the model cannot work with the tokenizer, or not write the sample.
+    """
+    embeddings = before.num_embeddings if before else tokenizer.vocab_size
+    model, training = config.model.with_vocabulary(embeddings), config.training
+    tokenizer.check_fits(model, config.data.tokenizer)
+    check_sample(training.sample_prompt, training.sample_tokens, tokenizer, model.max_positions)
+    if tokenizer.vocab_size < model.num_embeddings:
+        display.say(
+            f"{model.num_embeddings - tokenizer.vocab_size:,} of {model.num_embeddings:,} rows of "
+            f"the embedding are padding: the tokenizer has {tokenizer.vocab_size:,} tokens"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:
+    """Says what is trained, on what."""
+    devices, length = jax.devices(), config.data.sequence_length
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    display.say(
+        f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
+        f"{len(devices)} x {devices[0].device_kind}{processes}; {config.training.steps:,} steps of "
+        f"{config.training.batch_size * length:,} tokens, {len(data.train):,} tokens of text"
+    )
     if data.left_out:
         display.say(f"{config.data.path}: left out of the text: {data.left_out}")
     if mesh.size > 1:
         display.say(describe_sharding(config.model, mesh, length))
-    display.begin("compiling")
-    place = batch_sharding(mesh)
-    train_step = compile_train_step(template, optimizer, training, length, place)
-    eval_step = jax.jit(make_eval_step(template.graph))
-    if config.init_from and not resumed:
-        display.say(describe_start(config))
-        state = start_state(config, optimizer, template, mesh)
-    elif not resumed:
-        state = init_state(config.model, config.compute, optimizer, template, config.seed)
 
-    # Whatever is refused was refused before this, which makes the run directory.
-    with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
-        if resumed:
-            state, loop = checkpoints.restore(template.state)
-            for side, before, now in (
-                ("training", loop.corpus, corpus),
-                ("validation", loop.validation, validation),
-            ):
-                if before != now:
-                    raise HymbaError(
-                        f"{config.output}: had other {side} text than data.path holds now: bring "
-                        "that text back, or choose another output"
-                    )
-            if loop.step > training.steps:
-                raise HymbaError(
-                    f"{config.output}: is at step {loop.step}, training.steps is {training.steps}: "
-                    "set more steps, or choose another output"
-                )
-            batches.set_state(loop.batches)
-            done = loop.step == training.steps
-            display.say(
-                f"complete at step {loop.step}: more training.steps would continue it"
-                if done
-                else f"resuming after step {loop.step}"
+
+def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> None:
+    """Raises HymbaError if a checkpoint is of other text, or of a later step than the last."""
+    for side, digest, now in (
+        ("training", saved.train_digest, data.train_digest),
+        ("validation", saved.validation_digest, data.validation_digest),
+    ):
+        if digest != now:
+            raise HymbaError(
+                f"{output}: had other {side} text than data.path holds now: bring that text back, "
+                "or choose another output"
             )
-        else:
-            loop = LoopState(0, batches.get_state(), corpus, validation)
-        if is_first():
-            write_run_directory(config, data.tokenizer)
-            if not resumed:
-                keep_hf_files(config.init_from, config.output)
-        check_written(config)
-
-        def validate(params: Params, limit: int | None) -> dict[str, float]:
-            rows = own_rows(mesh, micro_batch_size)
-            batches = validation_batches(data.validation, length, micro_batch_size, limit, rows)
-            losses = [
-                eval_step(params, place_rows(batch, mesh, micro_batch_size)) for batch in batches
-            ]
-            nats = sum(float(loss.nats) for loss in losses)
-            nats /= sum(int(loss.tokens) for loss in losses)
-            return {"validation_loss": nats, "validation_bits_per_byte": data.bits_per_byte(nats)}
-
-        output = Path(config.output) if is_first() else None
-        trace = output / PROFILE if output and config.profile else None
-        with MetricsWriter(output, loop.step) as writer, Tracer(trace, loop.step) as tracer:
-            if writer.removed:
-                display.say(writer.removed)
-            workload = _workload(config, mesh)
-            steps_per_epoch = (len(data.train) - 1) // length / batch_size
-            recorder = Recorder(training, workload, steps_per_epoch, loop.step, writer, display)
-            for step in range(loop.step + 1, training.steps + 1):
-                with recorder.waiting_for("input"):
-                    batch = place_rows(next(batches), mesh, batch_size)
-                recorder.collect()
-                with tracer.step(step):
-                    state, metrics = train_step(state, batch)
-                recorder.submit(step, metrics)
-                checkpoints.check()
-                last = step == training.steps
-                if last or step % training.validate_every == 0:
-                    if last:
-                        display.begin("validating on all held-out text")
-                    with recorder.paused():
-                        limit = None if last else training.validation_batches * batch_size
-                        validated = validate(state.params, limit)
-                    recorder.flush(validated)
-                if last or step % training.checkpoint_every == 0:
-                    # A run that diverged stops here, before it is saved. The line of metrics ends
-                    # here, too: the next one is whole in a run that resumes from this checkpoint.
-                    recorder.flush(log=True)
-                    with recorder.waiting_for("checkpoint"):
-                        loop = LoopState(step, batches.get_state(), corpus, validation)
-                        checkpoints.save(state, loop)
-
-    if training.sample_tokens:
-        display.begin("writing a sample")
-        whole = jax.device_put(state.params, replicated(mesh))  # by all processes together
-        if is_first():
-            alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
-            with jax.set_mesh(alone):
-                own = jax.tree.map(lambda array: array.addressable_data(0), whole)
-                params = jax.device_put(own, replicated(alone))
-                text = sample(config, nnx.merge(template.graph, params), data.tokenizer)
-            replace_text(Path(config.output) / SAMPLE_FILE, text)
-            display.say(text)
-    display.say(f"done: {config.output}")
+    if saved.step > steps:
+        raise HymbaError(
+            f"{output}: is at step {saved.step}, training.steps is {steps}: set more steps, or "
+            "choose another output"
+        )
 
 
-def _workload(config: RunConfig, mesh: Mesh) -> Workload:
-    rows, length = config.training.batch_size, config.data.sequence_length
+def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:
+    """Makes the run directory, by the first process for all."""
+    if is_first():
+        write_run_directory(config, tokenizer)
+        if is_new:
+            keep_hf_files(config.init_from, config.output)
+    check_written(config.output)
+
+
+def _workload(rows: int, length: int, flops: float, mesh: Mesh) -> Workload:
+    """Of a step of so many sequences, each of which needs so many FLOPs."""
     return Workload(
         tokens=rows * length,
-        flops=rows * training_flops(config.model, length),
+        flops=rows * flops,
         devices=mesh.size,
         peak_flops=peak_flops([device.device_kind for device in mesh.devices.flat]),
-    )
-
-
-def _headline(config: RunConfig, num_params: int, data: Data) -> str:
-    training, devices = config.training, jax.devices()
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return (
-        f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
-        f"{len(devices)} x {devices[0].device_kind}{processes}; {training.steps:,} steps of "
-        f"{training.batch_size * config.data.sequence_length:,} tokens, "
-        f"{len(data.train):,} tokens of text"
     )

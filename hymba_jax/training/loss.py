@@ -1,32 +1,81 @@
-"""Next-token cross entropy."""
+"""Objectives: what training minimizes, and validation reports.
 
-from typing import NamedTuple
+An objective maps a model and a batch to named averages, of which `loss` is minimized and the others
+are metrics. Its averages are sums and weights, so that micro-batches and batches can be added up
+exactly however their targets are spread.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
-from hymba_jax.data.packing import IGNORED_TARGET
+from hymba_jax.data import IGNORED_TARGET, Batch
+from hymba_jax.model import Hymba
+from hymba_jax.training.state import Params
 from hymba_jax.types import Array, Float, Int
 
+type Scalar = Any
+"""A number, or an array of one: of JAX in a step, of Python after it."""
 
-class LossSum(NamedTuple):
-    """Cross entropy of several tokens; sums of batches are sums of these.
+
+class Average(NamedTuple):
+    """A mean that is not divided yet.
 
     Attributes:
-      nats: summed over the tokens that count.
-      tokens: how many they are.
+      total: the sum.
+      weight: over how much it is one, such as the number of tokens.
     """
 
-    nats: Float[Array, ""]
-    tokens: Int[Array, ""]
+    total: Scalar
+    weight: Scalar
+
+    @property
+    def mean(self) -> Scalar:
+        return self.total / self.weight
 
 
-def next_token_loss(
+type Averages = dict[str, Average]
+"""By name; `loss` is among them."""
+
+type Objective = Callable[[Hymba, Batch], Averages]
+
+type LossFn = Callable[[Params, Batch], Averages]
+
+
+def next_token_loss(model: Hymba, batch: Batch) -> Averages:
+    """The objective of pretraining: cross entropy, in nats a token."""
+    return {"loss": cross_entropy(model(batch.inputs), batch.targets)}
+
+
+def cross_entropy(
     logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]
-) -> LossSum:
-    """Cross entropy in float32; positions whose target is IGNORED_TARGET do not count."""
-    counts = targets != IGNORED_TARGET
+) -> Average:
+    """In nats a token, in float32; over the positions whose target is not IGNORED_TARGET."""
+    valid = targets != IGNORED_TARGET
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(counts, targets, 0)
+        logits.astype(jnp.float32), jnp.where(valid, targets, 0)
     )
-    return LossSum(jnp.where(counts, nats, 0.0).sum(), counts.sum())
+    return Average(jnp.where(valid, nats, 0.0).sum(), valid.sum())
+
+
+def make_loss_fn(objective: Objective, graph: nnx.GraphDef[Hymba]) -> LossFn:
+    """The objective as a function of the parameters of a model."""
+    return lambda params, batch: objective(nnx.merge(graph, params), batch)
+
+
+def add_averages(several: Iterable[Averages]) -> Averages:
+    """The averages of several batches as those of one, in double precision."""
+    sums: Averages = {}
+    for averages in several:
+        for name, (total, weight) in averages.items():
+            before = sums.get(name, Average(0.0, 0.0))
+            sums[name] = Average(before.total + float(total), before.weight + float(weight))
+    return sums
+
+
+def means(averages: Averages) -> dict[str, float]:
+    """The averages, divided; without those over nothing."""
+    return {name: float(value.mean) for name, value in averages.items() if value.weight}

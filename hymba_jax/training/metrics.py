@@ -1,29 +1,28 @@
 """What a run writes down: one JSON line a logged step, and the same to TensorBoard."""
 
-import contextlib
 import json
 import os
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular, parse_json, replace_text
+from hymba_jax.training.closing import Closing
 
 JSON_LINES = "metrics.jsonl"
 REMOVED = "metrics.removed.jsonl"
 TENSORBOARD = "tensorboard"
 
 
-class MetricsWriter:
+class MetricsWriter(Closing):
     """Appends to `metrics.jsonl` and `tensorboard/` of a run directory, as a context.
 
     Whatever was written there after `step`, by a run that stopped, and lines that are damaged are
@@ -43,57 +42,67 @@ class MetricsWriter:
 
     def __init__(self, run_directory: Path | None, step: int):
         self.removed = ""
-        self._files: list[_AppendedFile] = []
+        self._files = ExitStack()
+        self._writes = run_directory is not None
         if run_directory is None:
             return
-        lines, board = run_directory / JSON_LINES, run_directory / TENSORBOARD
+        lines = run_directory / JSON_LINES
         with _named(lines):
             self.removed = _keep_until(lines, run_directory / REMOVED, step)
-        with _named(board):
-            board.mkdir(exist_ok=True)
-        with contextlib.ExitStack() as opened:
-            self._lines = opened.enter_context(_AppendedFile(lines))
-            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-            events = _AppendedFile(board / f"{name}.{secrets.token_hex(4)}")
-            self._events = opened.enter_context(events)
-            self._events.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
-            # TensorBoard hides what earlier files have from this step on.
-            start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-            self._events.write(_record(start))
-            opened.pop_all()
-        self._files = [self._lines, self._events]
+        with ExitStack() as opened:
+            self._lines = opened.enter_context(_Lines(lines))
+            self._board = opened.enter_context(_TensorBoard(run_directory / TENSORBOARD, step))
+            self._files = opened.pop_all()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records these values of a step; a float reads back from the JSON as the same float."""
-        if not self._files:
-            return
-        self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
-        now = time.time()
-        events = [
-            Event(wall_time=now, step=step, summary=scalar(name, value))
-            for name, value in values.items()
-        ]
-        self._events.write(b"".join(map(_record, events)))
+        if self._writes:
+            self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
+            self._board.write(step, values)
 
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._files:
-            file.close()
+    def close(self) -> None:
+        self._files.close()
 
 
-class _AppendedFile:
-    """A file whose every write is in the operating system's hands when it returns.
+class _TensorBoard(Closing):
+    """A new file of events, without the thread of TensorBoard's usual writers.
 
-    Without a buffer, and without the thread of TensorBoard's own writers, which dies on a full
-    disk and leaves the program waiting for it.
+    That thread dies on a full disk and leaves the program waiting for it.
     """
+
+    def __init__(self, directory: Path, step: int):
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._path = directory / f"{name}.{secrets.token_hex(4)}"
+        with _named(self._path):
+            directory.mkdir(exist_ok=True)
+            self._records = RecordWriter(str(self._path))
+        with ExitStack() as opened:
+            opened.push(self)
+            self._write(
+                Event(wall_time=time.time(), file_version="brain.Event:2"),
+                # What earlier files have from this step on is hidden.
+                Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
+            )
+            opened.pop_all()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        now = time.time()
+        summaries = (scalar(name, value) for name, value in values.items())
+        self._write(*(Event(wall_time=now, step=step, summary=one) for one in summaries))
+
+    def _write(self, *events: Event) -> None:
+        with _named(self._path):
+            for event in events:
+                self._records.write(event.SerializeToString())
+            self._records.flush()
+
+    def close(self) -> None:
+        with _named(self._path):
+            self._records.close()
+
+
+class _Lines(Closing):
+    """A file that is appended to; every write is in the operating system's hands at its return."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -108,14 +117,8 @@ class _AppendedFile:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "_AppendedFile":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@contextlib.contextmanager
+@contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Turns an error of the operating system into one line about `path`."""
     try:
@@ -125,14 +128,6 @@ def _named(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror}): see that the disk has room and can be "
             "written to, then run the same command again"
         ) from error
-
-
-def _record(event: Event) -> bytes:
-    """An event as TensorBoard's files have it: length, its checksum, bytes, their checksum."""
-    content = event.SerializeToString()
-    length = struct.pack("<Q", len(content))
-    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-    return length + checksums[0] + content + checksums[1]
 
 
 def _keep_until(path: Path, removed: Path, step: int) -> str:

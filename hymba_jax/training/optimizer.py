@@ -10,7 +10,7 @@ import optax
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.types import Array, Float
 
-# What a matrix product multiplies by: the kernels of linear maps, and the embedding, which is the
+# The weights of matmuls: the kernels of linear maps, and the embedding, which is the
 # output projection too. Not matrices, whatever their shape: norms, biases, A_log and D, the meta
 # tokens (a bias of the first positions) and the convolution's taps (a short vector a channel).
 MATRICES = {"kernel", "embedding"}

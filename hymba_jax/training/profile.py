@@ -3,17 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import jax
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.training.closing import Closing
 
 FOLDER = "profile"  # inside the run directory
 _FIRST, _COUNT = 3, 5  # the first steps of a session differ from the others
 
 
-class Tracer:
+class Tracer(Closing):
     """Traces some steps of this session, as a context; leaving it ends a trace under way.
 
     Args:
@@ -37,31 +37,17 @@ class Tracer:
                 jax.profiler.start_trace(self._directory)
             self._is_tracing = True
         if step == self._steps.stop:  # those before it have been waited for, but for the last
-            self._stop()
+            self.close()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Ends a trace under way."""
         if self._is_tracing:
             assert self._directory is not None
             self._is_tracing = False
             with _one_line(self._directory):
                 jax.profiler.stop_trace()
-
-    def __enter__(self) -> "Tracer":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._stop()
-        except HymbaError:
-            if error is None:  # else the first error is the one to tell
-                raise
 
 
 @contextmanager

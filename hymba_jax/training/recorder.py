@@ -11,13 +11,14 @@ import jax
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.display import Display, duration
+from hymba_jax.training.loss import Average, Averages, add_averages, means
 from hymba_jax.training.metrics import MetricsWriter
-from hymba_jax.training.step import StepMetrics
-from hymba_jax.training.utilisation import Workload
+from hymba_jax.training.mfu import Workload
+from hymba_jax.training.step import Metrics
 
-type Loss = Literal["input", "checkpoint"]
-LOSSES: tuple[Loss, ...] = ("input", "checkpoint")
-"""What devices may have to wait for."""
+type Stall = Literal["input", "checkpoint"]
+STALLS: tuple[Stall, ...] = ("input", "checkpoint")
+"""What devices may wait for."""
 
 
 class Recorder:
@@ -25,9 +26,10 @@ class Recorder:
 
     So the device never waits for Python. `flush` reads the last ones at once.
 
-    A line of metrics is about all steps since the line before: `loss` is their mean over tokens,
-    `grad_norm` their mean over steps, and the speed that of their computation. `learning_rate` is
-    that of the last of them; `tokens_seen` and `epoch` count from the start of the run.
+    A line of metrics is about all steps since the line before: of a metric that is an average it
+    has the average over all of them, such as the `loss` over tokens and the `grad_norm` over steps,
+    of another, such as the `learning_rate`, the last value; and the speed of their computation.
+    `tokens_seen` and `epoch` count from the start of the run.
 
     Args:
       workload: of a step, for the speed.
@@ -46,16 +48,16 @@ class Recorder:
     ):
         self._config, self._writer, self._display = config, writer, display
         self._workload, self._steps_per_epoch = workload, steps_per_epoch
-        self._pending: tuple[int, StepMetrics] | None = None
+        self._pending: tuple[int, Metrics] | None = None
         self._begin_line(start, time.monotonic())
 
     def _begin_line(self, step: int, now: float) -> None:
         """After this step, and at this time, the steps of the next line begin."""
         self._logged, self._logged_at = step, now
-        self._nats, self._tokens, self._grad_norms = 0.0, 0, 0.0
-        self._lost = dict.fromkeys(LOSSES, 0.0)
+        self._averages: Averages = {}
+        self._stalls = dict.fromkeys(STALLS, 0.0)
 
-    def submit(self, step: int, metrics: StepMetrics) -> None:
+    def submit(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of the step just begun; reads those of the step before."""
         self.flush()
         self._pending = step, metrics
@@ -79,25 +81,16 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        loss, tokens = float(metrics.loss), int(metrics.tokens)
-        grad_norm, now = float(metrics.grad_norm), time.monotonic()
-        rate = None if metrics.learning_rate is None else float(metrics.learning_rate)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            at = "" if rate is None else f", at learning rate {rate:.2g}"
-            raise HymbaError(
-                f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}{at}: look at "
-                "the metrics of the steps before; a lower training.learning_rate, a longer warm-up "
-                "or a lower training.clip_norm may help"
-            )
-        self._nats, self._tokens = self._nats + loss * tokens, self._tokens + tokens
-        self._grad_norms += grad_norm
-        count = step - self._logged
-        seconds = (now - self._logged_at) / count
+        (step, submitted), self._pending = self._pending, None
+        metrics = jax.tree.map(float, submitted)  # waits for the step
+        now = time.monotonic()
+        _check_finite(step, metrics)
+        averages = {name: value for name, value in metrics.items() if isinstance(value, Average)}
+        self._averages = add_averages([self._averages, averages])
+        values = means(self._averages)
+        values |= {name: value for name, value in metrics.items() if name not in averages}
+        seconds = (now - self._logged_at) / (step - self._logged)
         rates = self._workload.rates(seconds)
-        values = {"loss": self._nats / self._tokens, "grad_norm": self._grad_norms / count}
-        if rate is not None:
-            values["learning_rate"] = rate
         line = self._line(step, values["loss"], validation, seconds, rates)
         self._display.update(line)
         if step % self._config.log_every == 0 or validation or log:
@@ -105,7 +98,7 @@ class Recorder:
             values["tokens_seen"] = step * self._workload.tokens
             values["epoch"] = round(step / self._steps_per_epoch, 4)
             values |= rates
-            values |= {f"{what}_seconds": round(lost, 4) for what, lost in self._lost.items()}
+            values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
             self._writer.write(step, {**values, **(validation or {})})
             self._begin_line(step, now)
 
@@ -118,8 +111,8 @@ class Recorder:
         self._logged_at += time.monotonic() - began
 
     @contextmanager
-    def waiting_for(self, what: Loss) -> Iterator[None]:
-        """Time spent inside is lost if the devices have nothing left to do at its end.
+    def waiting_for(self, what: Stall) -> Iterator[None]:
+        """Time spent inside is a stall if the devices have nothing left to do at its end.
 
         The next line of metrics has it, as `input_seconds` or `checkpoint_seconds`. That is the
         most that it can be: the devices may have been busy at first.
@@ -127,12 +120,14 @@ class Recorder:
         began = time.monotonic()
         yield
         if self._is_idle():
-            self._lost[what] += time.monotonic() - began
+            self._stalls[what] += time.monotonic() - began
 
     def _is_idle(self) -> bool:
         """Whether the devices have done all steps submitted."""
-        loss: Any = None if self._pending is None else self._pending[1].loss
-        return loss is None or bool(loss.is_ready())
+        if self._pending is None:
+            return True
+        loss: Any = self._pending[1]["loss"]
+        return bool(loss.total.is_ready())
 
     def _line(
         self,
@@ -152,4 +147,18 @@ class Recorder:
             f"step {step:{len(str(steps))}}/{steps}  loss {loss:.4f}  "
             f"{bits}{rates['tokens_per_second']:,.0f} tokens/s  {used}"
             f"{duration((steps - step) * seconds)} left"
+        )
+
+
+def _check_finite(step: int, metrics: dict[str, Any]) -> None:
+    """Raises HymbaError if the loss of a step or its gradient is not finite."""
+    averages = means({name: metrics[name] for name in ("loss", "grad_norm")})
+    loss, grad_norm = averages.get("loss", math.nan), averages["grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        rate = metrics.get("learning_rate")
+        at = "" if rate is None else f", at learning rate {rate:.2g}"
+        raise HymbaError(
+            f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}{at}: look at "
+            "the metrics of the steps before; a lower training.learning_rate, a longer warm-up "
+            "or a lower training.clip_norm may help"
         )

@@ -1,16 +1,13 @@
 """The run directory: complete in itself, with config, tokenizer, metrics and checkpoints."""
 
 import dataclasses
-import hashlib
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hymba_jax.data import Data, Tokenizer
 from hymba_jax.distributed import require_agreement, wait_for_all
@@ -20,7 +17,6 @@ from hymba_jax.files import replace_text, resolve_path
 from hymba_jax.run_config import CONFIG_FILE, RunConfig
 from hymba_jax.training.checkpoint import PARAMS
 from hymba_jax.training.checkpoint_folder import FOLDER, checkpoint_steps
-from hymba_jax.types import UInt
 
 _PACKAGES = ("hymba_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Files of HF checkpoints, and those of a run that never come without its config.
@@ -31,45 +27,50 @@ _FOREIGN = (
 _SEEN_WITHIN = 10  # seconds: file systems of a network may remember what was not there
 
 
-def check_output(config: RunConfig) -> None:
+def check_output(output: str, init_from: str) -> None:
     """Raises HymbaError if what a run writes would be mixed with what is in the directory."""
-    output, start = resolve_path(config.output), config.init_from
-    if start:
-        there, here = resolve_path(start).resolve(), output.resolve()
+    directory = resolve_path(output)
+    if init_from:
+        there, here = resolve_path(init_from).resolve(), directory.resolve()
         if here == there or here in there.parents or there in here.parents:
             raise HymbaError(
-                f"{output}: is, holds or lies in the directory of init_from, {start}, whose model "
-                "it would be mixed with: choose another output"
+                f"{directory}: is, holds or lies in the directory of init_from, {init_from}, whose "
+                "model it would be mixed with: choose another output"
             )
-    if (output / PARAMS).exists():
+    if (directory / PARAMS).exists():
         raise HymbaError(
-            f"{output}: holds a model alone ({PARAMS}), which would be used in place of the run's "
-            "checkpoints: choose another output, or start from it with --init-from"
+            f"{directory}: holds a model alone ({PARAMS}), which would be used in place of the "
+            "run's checkpoints: choose another output, or start from it with --init-from"
         )
-    if not (output / CONFIG_FILE).is_file():
-        found = sorted({path.name for pattern in _FOREIGN for path in output.glob(pattern)})
+    if not (directory / CONFIG_FILE).is_file():
+        found = sorted({path.name for pattern in _FOREIGN for path in directory.glob(pattern)})
         if found:
             raise HymbaError(
-                f"{output}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it is no run of "
+                f"{directory}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it is no run of "
                 "this program and would be mixed with one: choose another output"
             )
 
 
-def is_resumed(config: RunConfig) -> bool:
-    """Whether the run directory holds a checkpoint to go on from.
+def read_run(output: str) -> RunConfig | None:
+    """The config of the run that has a checkpoint in the directory; None if there is none.
 
     Raises:
-      HymbaError: it does, but of a run that this config does not continue.
+      HymbaError: its config cannot be read.
     """
-    directory = Path(config.output)
+    directory = resolve_path(output)
     if not checkpoint_steps(directory):
-        return False
+        return None
     if not (directory / CONFIG_FILE).is_file():
         raise HymbaError(
             f"{directory}: has {FOLDER} but no {CONFIG_FILE}, so it is no run of this program: "
             "choose another output"
         )
-    before = dict(_lasting(RunConfig.from_toml(directory / CONFIG_FILE)))
+    return RunConfig.from_toml(directory / CONFIG_FILE)
+
+
+def check_resumes(previous: RunConfig, config: RunConfig) -> None:
+    """Raises HymbaError if a config changes what a run that it resumes cannot change."""
+    before = dict(_lasting(previous))
     changed = [
         f"{name} was {before[name]!r}, is {value!r}"
         for name, value in _lasting(config)
@@ -77,10 +78,9 @@ def is_resumed(config: RunConfig) -> bool:
     ]
     if changed:
         raise HymbaError(
-            f"{directory}: holds another run, which this config does not continue "
+            f"{config.output}: holds another run, which this config does not continue "
             f"({'; '.join(changed)}): choose another output, or undo the change"
         )
-    return True
 
 
 def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -91,14 +91,17 @@ def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
     tokenizer.save(directory)
 
 
-def check_processes(config: RunConfig) -> None:
+def check_processes(settings: Mapping[str, Any], output: str) -> None:
     """Raises HymbaError unless all processes have one config, packages, and see one run directory.
 
     Where output and data are may have another name in each process: what is there is compared.
+
+    Args:
+      settings: values of the config by their dotted names.
     """
     named = ("output", "data.path", "data.tokenizer")
-    settings = {name: value for name, value in leaves(config, "") if name not in named}
-    steps = checkpoint_steps(config.output)
+    settings = {name: value for name, value in settings.items() if name not in named}
+    steps = checkpoint_steps(output)
     settings["the newest checkpoint in output"] = steps[-1] if steps else None
     settings |= {f"package {name}": version(name) for name in _PACKAGES}
     require_agreement(settings)
@@ -106,43 +109,32 @@ def check_processes(config: RunConfig) -> None:
 
 def check_data(data: Data) -> None:
     """Raises HymbaError unless all processes have the same tokenizer and tokens."""
-    tokenizer = data.tokenizer
-    parts = (tokenizer.model.to_str(), tokenizer.bos, tokenizer.eos, tokenizer.chat_template)
     require_agreement(
         {
-            "the digest of data.tokenizer": _digest(json.dumps(parts).encode()),
-            "the digest of data.path's training tokens": fingerprint(data.train),
-            "the digest of its validation tokens": fingerprint(data.validation),
+            "the digest of data.tokenizer": data.tokenizer_digest,
+            "the digest of data.path's training tokens": data.train_digest,
+            "the digest of its validation tokens": data.validation_digest,
         }
     )
 
 
-def check_written(config: RunConfig) -> None:
+def check_written(output: str) -> None:
     """Raises HymbaError unless all processes see what the first of them wrote."""
     wait_for_all("the run directory")
     deadline = time.monotonic() + _SEEN_WITHIN
-    while not (Path(config.output) / CONFIG_FILE).is_file():
+    while not (Path(output) / CONFIG_FILE).is_file():
         if time.monotonic() > deadline:
             raise HymbaError(
-                f"{config.output}: process {jax.process_index()} does not see what process 0 wrote "
+                f"{output}: process {jax.process_index()} does not see what process 0 wrote "
                 "there: choose an output on a file system that all share"
             )
         time.sleep(0.1)
 
 
-def fingerprint(tokens: UInt[np.ndarray, " stream"]) -> str:
-    """Tells one stream of training tokens from another."""
-    return _digest(np.ascontiguousarray(tokens).data)
-
-
-def _digest(content: bytes | memoryview) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 def _lasting(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """What a resumed run cannot change: the arrays and their layout, and the order of the data.
 
-    The place of the corpus may change: its tokens are compared, by their fingerprint.
+    The place of the corpus may change: its tokens are compared, by their digest.
     """
     yield "seed", config.seed
     yield "training.batch_size", config.training.batch_size

@@ -1,4 +1,4 @@
-"""What training changes, as plain trees: how it is drawn, described, and placed on devices."""
+"""What training changes, as plain trees: abstract, initialized, and placed on devices."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-class Template(NamedTuple):
+class AbstractTrainState(NamedTuple):
     """A training state without its values.
 
     Attributes:
@@ -42,20 +42,20 @@ class Template(NamedTuple):
         return sum(array.size for array in jax.tree.leaves(self.state.params))
 
 
-def make_template(
+def abstract_train_state(
     config: HymbaConfig,
     compute: ComputeConfig,
     optimizer: optax.GradientTransformation,
     mesh: AnyMesh,
-) -> Template:
-    """Describes the training state of this architecture on this mesh; computes nothing."""
-    graph, params = describe_model(config, compute, mesh)
+) -> AbstractTrainState:
+    """The training state of this architecture on this mesh; computes nothing."""
+    graph, params = abstract_model(config, compute, mesh)
     moments = jax.eval_shape(optimizer.init, params)
     shardings = _moment_shardings(moments, params, replicated(mesh))
-    return Template(graph, TrainState(params, jax.tree.map(_placed, moments, shardings)))
+    return AbstractTrainState(graph, TrainState(params, jax.tree.map(_placed, moments, shardings)))
 
 
-def describe_model(
+def abstract_model(
     config: HymbaConfig, compute: ComputeConfig, mesh: AnyMesh
 ) -> tuple[nnx.GraphDef[Hymba], Params]:
     """The model without its parameters, and their shapes, dtypes and shardings."""
@@ -92,13 +92,13 @@ def init_state(
     config: HymbaConfig,
     compute: ComputeConfig,
     optimizer: optax.GradientTransformation,
-    template: Template,
+    abstract: AbstractTrainState,
     seed: int,
 ) -> TrainState:
-    """Draws the state of an untrained model, each part on the devices that hold it."""
+    """Initializes the state of an untrained model, each shard on the device that holds it."""
 
-    def draw(key: jax.Array) -> TrainState:
+    def init(key: jax.Array) -> TrainState:
         params = nnx.to_pure_dict(nnx.state(Hymba(config, compute, nnx.Rngs(key))))
         return TrainState(params, optimizer.init(params))
 
-    return jax.jit(draw, out_shardings=template.shardings)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=abstract.shardings)(jax.random.key(seed))

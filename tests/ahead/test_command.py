@@ -35,7 +35,7 @@ sequence_length = 112
 
 [training]
 batch_size = 8
-accumulate = 2
+gradient_accumulation_steps = 2
 sample_tokens = 8
 """
 
@@ -127,7 +127,10 @@ def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
         (["--topology", "v5e"], "not a chip and a shape"),
         (["--topology", "v5e:2x2", "--batch", 2], "batch and context are of prefill and decode"),
         (["--topology", "v5e:2x2", "--parallel.tensor", 3], "is not the number of devices, 4"),
-        (["--topology", "v5e:2x2", "--training.accumulate", 4], "devices cannot share equally"),
+        (
+            ["--topology", "v5e:2x2", "--training.gradient-accumulation-steps", 4],
+            "devices cannot share equally",
+        ),
         (
             ["--topology", "v5e:2x2", "--program", "decode", "--context", 600],
             "a context of 600 tokens: the model's is 1 to 512",

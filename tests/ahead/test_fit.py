@@ -19,12 +19,12 @@ GB = 10**9
 
 
 def advice(
-    arguments, temporaries, *, remat="block", batch=64, accumulate=2, data=1, sequence=1, parts=8
+    arguments, temporaries, *, remat="block", batch=64, accumulation=2, data=1, sequence=1, parts=8
 ):
     """On chips of 16 GB, batches in so many parts; in GB, without the reasons."""
     run = RunConfig(
         compute=ComputeConfig(remat=remat),
-        training=TrainingConfig(batch_size=batch, accumulate=accumulate),
+        training=TrainingConfig(batch_size=batch, gradient_accumulation_steps=accumulation),
     )
     mesh = AbstractMesh((data, parts // data, sequence), ("data", "fsdp", "sequence"))
     memory = Memory(arguments * GB, temporaries * GB, (arguments + temporaries) * GB)
@@ -33,22 +33,25 @@ def advice(
 
 def test_fewer_sequences_at_a_time():
     """4 sequences a chip take 20 GB, and 10 are left: 2 do."""
-    assert advice(6, 20) == ["training.accumulate 4"]
+    assert advice(6, 20) == ["training.gradient_accumulation_steps 4"]
 
 
 def test_a_third_of_the_memory_is_a_quarter_of_the_sequences():
     """No 4 / 3 of a sequence can be had."""
-    assert advice(6, 30) == ["training.accumulate 8"]
+    assert advice(6, 30) == ["training.gradient_accumulation_steps 8"]
 
 
 def test_recomputing_comes_first():
-    assert advice(6, 20, remat="none") == ["compute.remat block", "training.accumulate 4"]
+    assert advice(6, 20, remat="none") == [
+        "compute.remat block",
+        "training.gradient_accumulation_steps 4",
+    ]
 
 
 def test_one_sequence_that_is_too_large_is_shared():
-    assert advice(6, 20, batch=8, accumulate=1) == ["parallel.sequence 2"]
-    assert advice(6, 25, batch=8, accumulate=1, sequence=2) == ["parallel.sequence 8"]
-    assert advice(6, 80) == ["training.accumulate 8", "parallel.sequence 2"]
+    assert advice(6, 20, batch=8, accumulation=1) == ["parallel.sequence 2"]
+    assert advice(6, 25, batch=8, accumulation=1, sequence=2) == ["parallel.sequence 8"]
+    assert advice(6, 80) == ["training.gradient_accumulation_steps 8", "parallel.sequence 2"]
 
 
 def test_state_that_is_too_large_is_split():

@@ -6,14 +6,14 @@ from hymba_jax.errors import HymbaError
 
 def test_every_problem_is_named_at_once():
     with pytest.raises(HymbaError) as caught:
-        DataConfig(text_field="", tokenizer="bpe:12", sequence_length=0, held_out_one_in=1)
+        DataConfig(text_field="", tokenizer="bpe:12", sequence_length=0, validation_fraction=0.0)
     message = str(caught.value)
     for part in (
         "text_field",
         "'bpe:12'",
         "from 259",
         "sequence_length is 0",
-        "one_in is 1, below 2",
+        "fraction is 0.0, below 0.0039",
     ):
         assert part in message
     assert "\n" not in message

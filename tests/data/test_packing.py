@@ -8,16 +8,16 @@ from hymba_jax.data.tokenizer import build_tokenizer
 BYTES = build_tokenizer(DataConfig(tokenizer="bytes"), [])
 
 
-def test_pieces_are_documents_between_special_tokens():
+def test_documents_are_between_special_tokens():
     texts = ["one", "δύο", "x" * 3_000_000, "", "four"]  # the third is larger than a slice
     documents = [Document(str(number), text) for number, text in enumerate(texts)]
     seen = []
-    pieces = pack(documents, BYTES, lambda done, total: seen.append((done, total)))
-    for text, piece in zip(texts, pieces, strict=True):
-        assert piece.dtype == np.uint16
-        assert piece[0] == 1
-        assert piece[-1] == 2
-        assert BYTES.decode(piece[1:-1].tolist()) == text
+    tokenized = pack(documents, BYTES, lambda done, total: seen.append((done, total)))
+    for text, tokens in zip(texts, tokenized, strict=True):
+        assert tokens.dtype == np.uint16
+        assert tokens[0] == 1
+        assert tokens[-1] == 2
+        assert BYTES.decode(tokens[1:-1].tolist()) == text
     assert seen == [(3_000_006, 3_000_010), (3_000_010, 3_000_010)]
 
 
@@ -32,9 +32,9 @@ def test_windows_predict_each_token_once():
     windows = Windows(tokens, 10)
     assert len(windows) == 4
     records = [windows[index] for index in range(4)]
-    assert np.concatenate([record["inputs"] for record in records]).tolist() == [*range(100, 140)]
-    assert np.concatenate([record["targets"] for record in records]).tolist() == [*range(101, 141)]
-    assert records[0]["inputs"].dtype == np.int32
+    assert np.concatenate([record.inputs for record in records]).tolist() == [*range(100, 140)]
+    assert np.concatenate([record.targets for record in records]).tolist() == [*range(101, 141)]
+    assert records[0].inputs.dtype == np.int32
 
 
 def test_a_window_needs_one_token_more_than_its_length():

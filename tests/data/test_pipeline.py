@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 from itertools import islice
@@ -29,13 +30,15 @@ def corpus(tmp_path):
 
 def starts(batch):
     """Windows of TOKENS in a batch, by index."""
-    index, rest = np.divmod(batch["inputs"][:, 0] - 1000, 8)
+    index, rest = np.divmod(batch.inputs[:, 0] - 1000, 8)
     assert not rest.any()
     return index.tolist()
 
 
 def test_prepare_packs_both_sides_in_order(corpus):
-    config = DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=16, held_out_one_in=5)
+    config = DataConfig(
+        path=str(corpus), tokenizer="bytes", sequence_length=16, validation_fraction=0.2
+    )
     seen = []
     data = prepare(config, on_progress=lambda done, total: seen.append((done, total)))
 
@@ -53,7 +56,9 @@ def test_prepare_packs_both_sides_in_order(corpus):
 
 
 def test_bits_per_byte_of_a_uniform_guess(corpus):
-    config = DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=16, held_out_one_in=5)
+    config = DataConfig(
+        path=str(corpus), tokenizer="bytes", sequence_length=16, validation_fraction=0.2
+    )
     data = prepare(config)
     bits = data.validation_targets * np.log2(259)
     assert data.bits_per_byte(np.log(259)) == pytest.approx(bits / data.validation_bytes, rel=1e-12)
@@ -63,7 +68,7 @@ def test_bpe_sees_training_documents_only(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text("common words " * 20)
     config = DataConfig(
-        path=str(tmp_path), tokenizer="bpe:500", sequence_length=16, held_out_one_in=4
+        path=str(tmp_path), tokenizer="bpe:500", sequence_length=16, validation_fraction=0.25
     )
     for document in load_documents(config).validation:
         (tmp_path / document.name).write_text("zzzzzzzz " * 50)
@@ -83,6 +88,25 @@ def test_given_tokenizer_is_used(corpus, tmp_path):
     assert again.train.tolist() == first.train.tolist()
 
 
+def test_digests_tell_corpora_apart(corpus):
+    data = prepare(DataConfig(str(corpus), tokenizer="bytes", sequence_length=16))
+    assert digests(dataclasses.replace(data)) == digests(data)
+    other = data.train.copy()
+    other[500] += 1
+    for stream in (other, data.train[:-1]):
+        changed = digests(dataclasses.replace(data, train=stream, validation=stream))
+        assert changed[0] == digests(data)[0]
+        assert changed[1] != digests(data)[1]
+        assert changed[2] != digests(data)[2]
+    assert digests(dataclasses.replace(data, validation_bytes=7))[2] != digests(data)[2]
+    config = DataConfig(str(corpus), tokenizer="bpe:300", sequence_length=16)
+    assert prepare(config).tokenizer_digest != data.tokenizer_digest
+
+
+def digests(data):
+    return data.tokenizer_digest, data.train_digest, data.validation_digest
+
+
 def test_too_little_text(corpus):
     with pytest.raises(HymbaError) as caught:
         prepare(DataConfig(path=str(corpus), tokenizer="bytes", sequence_length=100_000))
@@ -92,12 +116,12 @@ def test_too_little_text(corpus):
 
 def test_batches_are_windows_of_the_stream():
     for batch in islice(train_iterator(TOKENS, 8, 5, seed=0), 20):
-        assert batch["inputs"].shape == batch["targets"].shape == (5, 8)
-        assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
+        assert batch.inputs.shape == batch.targets.shape == (5, 8)
+        assert batch.inputs.dtype == batch.targets.dtype == np.int32
         for row, index in enumerate(starts(batch)):
             window = TOKENS[index * 8 : index * 8 + 9]
-            np.testing.assert_array_equal(batch["inputs"][row], window[:-1])
-            np.testing.assert_array_equal(batch["targets"][row], window[1:])
+            np.testing.assert_array_equal(batch.inputs[row], window[:-1])
+            np.testing.assert_array_equal(batch.targets[row], window[1:])
 
 
 def test_every_window_comes_once_an_epoch_in_a_new_order():
@@ -130,9 +154,10 @@ def test_resume_is_exact(step):
     resumed = train_iterator(TOKENS, 8, 5, seed=4)
     next(resumed)  # restored into an iterator that was in use
     resumed.set_state(json.loads(state))
-    for batch, wanted in zip(resumed, expected, strict=False):
-        np.testing.assert_array_equal(batch["inputs"], wanted["inputs"])
-        np.testing.assert_array_equal(batch["targets"], wanted["targets"])
+    for wanted in expected:
+        batch = next(resumed)
+        np.testing.assert_array_equal(batch.inputs, wanted.inputs)
+        np.testing.assert_array_equal(batch.targets, wanted.targets)
     assert len(state) < 100
 
 
@@ -158,9 +183,9 @@ def test_no_threads_are_left():
 def test_validation_covers_every_target_once(batch_size):
     batches = list(validation_batches(TOKENS, 8, batch_size))
     assert len(batches) == -(-38 // batch_size)
-    assert all(batch["targets"].shape == (batch_size, 8) for batch in batches)
-    inputs = np.concatenate([batch["inputs"].ravel() for batch in batches])
-    targets = np.concatenate([batch["targets"].ravel() for batch in batches])
+    assert all(batch.targets.shape == (batch_size, 8) for batch in batches)
+    inputs = np.concatenate([batch.inputs.ravel() for batch in batches])
+    targets = np.concatenate([batch.targets.ravel() for batch in batches])
     counted = targets != IGNORED_TARGET
     assert targets[counted].tolist() == TOKENS[1:].tolist()
     assert inputs[counted].tolist() == TOKENS[:-1].tolist()
@@ -170,16 +195,16 @@ def test_validation_covers_every_target_once(batch_size):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 20])
 def test_validation_limit_spreads_evenly_whatever_the_batch_size(batch_size):
     batches = list(validation_batches(TOKENS, 8, batch_size, limit=8))
-    targets = np.concatenate([batch["targets"] for batch in batches])
+    targets = np.concatenate([batch.targets for batch in batches])
     targets = targets[(targets != IGNORED_TARGET).any(axis=1)]
     assert ((targets[:, 0] - 1001) // 8).tolist() == [0, 4, 9, 14, 19, 23, 28, 33]
     again = validation_batches(TOKENS, 8, batch_size, limit=8)
     for batch, same in zip(batches, again, strict=True):
-        np.testing.assert_array_equal(batch["targets"], same["targets"])
+        np.testing.assert_array_equal(batch.targets, same.targets)
 
 
 def test_validation_limit_beyond_the_stream_changes_nothing():
     for batch, same in zip(
         validation_batches(TOKENS, 8, 4), validation_batches(TOKENS, 8, 4, limit=40), strict=True
     ):
-        np.testing.assert_array_equal(batch["targets"], same["targets"])
+        np.testing.assert_array_equal(batch.targets, same.targets)

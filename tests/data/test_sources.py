@@ -43,7 +43,7 @@ def test_directory_of_text_files(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "index").write_bytes(b"\0\xff")
 
-    documents = all_documents(DataConfig(path=str(tmp_path), held_out_one_in=4))
+    documents = all_documents(DataConfig(path=str(tmp_path), validation_fraction=0.25))
 
     assert documents == [
         *(Document(f"{number:03}.txt", f"text {number}\n") for number in range(40)),
@@ -53,7 +53,7 @@ def test_directory_of_text_files(tmp_path):
 
 def test_split_is_by_hash_of_the_name_and_stable(tmp_path):
     write_texts(tmp_path)
-    config = DataConfig(path=str(tmp_path), held_out_one_in=4)
+    config = DataConfig(path=str(tmp_path), validation_fraction=0.25)
     before = load_documents(config)
     expected = [
         name
@@ -69,13 +69,22 @@ def test_split_is_by_hash_of_the_name_and_stable(tmp_path):
     assert set(before.train) <= set(after.train)
 
 
+@pytest.mark.parametrize("fraction", [0.004, 0.05, 0.1, 0.3, 0.5, 0.7, 0.99])
+def test_about_the_fraction_is_held_out(fraction):
+    names = [f"document {number}" for number in range(10_000)]
+    share = sum(is_held_out(name, fraction) for name in names) / len(names)
+    assert abs(share - fraction) < 1 / 256 + 0.01  # a step of the hash, and twice its deviation
+
+
 def test_json_lines(tmp_path):
     path = tmp_path / "corpus.jsonl"
     texts = ["plain", 'quo"te\n\ttab', "é \U0001f600 \u2028 line separator", "x" * 5000]
     lines = [json.dumps({"id": 1, "body": text}).encode() for text in texts]
     write_lines(path, lines[0], b"", lines[1], b'{"body": ""}', *lines[2:])
     for given in (path, tmp_path):
-        documents = all_documents(DataConfig(path=str(given), text_field="body", held_out_one_in=3))
+        documents = all_documents(
+            DataConfig(str(given), text_field="body", validation_fraction=0.4)
+        )
         assert documents == [
             Document(f"corpus.jsonl:{line}", text)
             for line, text in zip((1, 3, 5, 6), texts, strict=True)
@@ -143,20 +152,20 @@ def test_unreadable_file_is_named(tmp_path, monkeypatch):
 
 
 def test_empty_side_names_a_split_that_works(tmp_path):
-    kept = [name for name in map(str, range(1000)) if not is_held_out(name, 20)][:6]
+    kept = [name for name in map(str, range(1000)) if not is_held_out(name, 0.05)][:6]
     for name in kept:
         (tmp_path / name).write_text(name)
     message = error_of(DataConfig(path=str(tmp_path)))
-    assert "held_out_one_in 20 leaves no validation document of 6" in message
-    advised = int(message.split("set held_out_one_in to ")[1].split()[0])
-    assert load_documents(DataConfig(path=str(tmp_path), held_out_one_in=advised)).validation
+    assert "validation_fraction 0.05 leaves no validation document of 6" in message
+    advised = float(message.split("set validation_fraction to ")[1].split()[0])
+    assert load_documents(DataConfig(path=str(tmp_path), validation_fraction=advised)).validation
 
     for name in kept[1:]:
         (tmp_path / name).unlink()
     assert "add documents" in error_of(DataConfig(path=str(tmp_path)))
 
     (tmp_path / kept[0]).unlink()
-    held = next(name for name in map(str, range(1000)) if is_held_out(name, 20))
+    held = next(name for name in map(str, range(1000)) if is_held_out(name, 0.05))
     (tmp_path / held).write_text(held)
     assert "leaves no training document of 1" in error_of(DataConfig(path=str(tmp_path)))
 
@@ -179,7 +188,7 @@ def test_standard_library_split():
 
 def test_what_is_no_document_is_left_out_and_counted(tmp_path):
     write_texts(tmp_path)
-    before = all_documents(DataConfig(path=str(tmp_path), held_out_one_in=4))
+    before = all_documents(DataConfig(path=str(tmp_path), validation_fraction=0.25))
     os.mkfifo(tmp_path / "fifo.jsonl")  # opening it would wait for a writer
     os.mkfifo(tmp_path / "fifo.txt")
     (tmp_path / "zero").symlink_to("/dev/zero")
@@ -190,7 +199,7 @@ def test_what_is_no_document_is_left_out_and_counted(tmp_path):
     (tmp_path / "empty").touch()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "socket"))  # of at most 108 characters
-        config = DataConfig(path=str(tmp_path), held_out_one_in=4)
+        config = DataConfig(path=str(tmp_path), validation_fraction=0.25)
         assert all_documents(config) == before
         assert load_documents(config).left_out == (
             "FIFOs: 2, broken links: 2, devices: 1, files without text: 1, hidden entries: 1, "
@@ -201,7 +210,7 @@ def test_what_is_no_document_is_left_out_and_counted(tmp_path):
 def test_a_link_to_a_file_is_that_file(tmp_path):
     write_texts(tmp_path)
     (tmp_path / "link.txt").symlink_to("000.txt")
-    documents = all_documents(DataConfig(path=str(tmp_path), held_out_one_in=4))
+    documents = all_documents(DataConfig(path=str(tmp_path), validation_fraction=0.25))
     assert Document("link.txt", "text 0\n") in documents
 
 
@@ -237,7 +246,7 @@ def make_run(directory):
 def test_run_directories_are_no_text(tmp_path):
     write_texts(tmp_path)
     (tmp_path / "config.toml").write_text("of no run")
-    config = DataConfig(path=str(tmp_path), held_out_one_in=4)
+    config = DataConfig(path=str(tmp_path), validation_fraction=0.25)
     first = load_documents(config, str(tmp_path / "runs" / "mine"))
     assert first.left_out == ""
     make_run(tmp_path / "runs" / "mine")

@@ -29,7 +29,7 @@ window = 8
 path = "{corpus}"
 tokenizer = "bytes"
 sequence_length = 24
-held_out_one_in = 4
+validation_fraction = 0.25
 
 [training]
 steps = 4

@@ -117,7 +117,7 @@ def test_a_checkpoint_of_another_program(config, output):
 
 
 def test_stopping_by_hand_says_how_to_go_on(config, output, monkeypatch, capsys):
-    def interrupt(_config):
+    def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("hymba_jax.training.loop.train", interrupt)

@@ -116,7 +116,7 @@ def assert_lost(ended, victim, output):
             assert one.status not in (0, -signal.SIGKILL)
             (line,) = one.stderr.splitlines()
             assert line.startswith(f"error: {output}: lost process {victim}, which stopped, was ")
-            assert line.endswith("with the same command to go on from step 20")
+            assert line.endswith("with the same command to resume from step 20")
 
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(config, whole, cache, tmp_path):
@@ -161,7 +161,7 @@ def test_an_error_in_one_process_ends_the_other(config, cache, tmp_path):
     assert ended[1].stderr.startswith(f"error: {tmp_path}/gone: no such file")
     assert ended[0].status != 0
     assert "lost process 1" in ended[0].stderr
-    assert ended[0].stderr.endswith("to begin anew\n")
+    assert ended[0].stderr.endswith("to start from scratch\n")
 
 
 @pytest.mark.slow

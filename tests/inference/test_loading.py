@@ -23,7 +23,7 @@ from hymba_jax.run_config import RunConfig, model_toml, read_model
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.checkpoint import Checkpoints, LoopState, silence_orbax
 from hymba_jax.training.run_directory import write_run_directory
-from hymba_jax.training.state import TrainState, describe_model
+from hymba_jax.training.state import TrainState, abstract_model
 
 silence_orbax()
 # Pytest makes errors of the warning that this ignores.
@@ -42,7 +42,7 @@ def write_run(directory, compute, drawn):
     data = DataConfig(tokenizer="bytes", sequence_length=24)
     run = RunConfig(output=str(directory), model=CONFIG, compute=compute, data=data)
     write_run_directory(run, byte_tokenizer())
-    _, template = describe_model(CONFIG, compute, make_mesh(jax.devices()[:1]))
+    _, template = abstract_model(CONFIG, compute, make_mesh(jax.devices()[:1]))
     with Checkpoints(directory, keep=2) as checkpoints:
         for step in (1, 2):
             params = jax.tree.map(

@@ -28,7 +28,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
+from hymba_jax.training.state import abstract_train_state, init_state
 
 MB, GB = 10**6, 10**9
 
@@ -177,7 +177,7 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
 def test_a_training_state_takes_what_is_counted():
     counted = training_bytes(TINY, "float32")
     compute, optimizer = ComputeConfig(), make_optimizer(TrainingConfig())
-    template = make_template(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
+    template = abstract_train_state(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
     state = init_state(TINY, compute, optimizer, template, seed=0)
     assert allocated(state.params) == counted.params == counted.gradients
     assert allocated(state.optimizer) == counted.optimizer

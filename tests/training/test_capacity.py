@@ -17,7 +17,7 @@ from hymba_jax.sharding import make_mesh
 from hymba_jax.training.capacity import check_memory, device_memory
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import make_template
+from hymba_jax.training.state import abstract_train_state
 
 # 2^24 rows of 2^14 channels: 2^38 parameters, of 4 bytes and as much again for two moments each;
 # 3,298 GB, and a little more for the layers.
@@ -25,23 +25,23 @@ HUGE = dataclasses.replace(MODEL, vocab_size=2**24, hidden_size=2**14)
 BYTES = 2**38 * 12
 
 
-def template(config, mesh):
-    return make_template(config, ComputeConfig(), make_optimizer(TrainingConfig()), mesh)
+def abstract(config, mesh):
+    return abstract_train_state(config, ComputeConfig(), make_optimizer(TrainingConfig()), mesh)
 
 
 def test_a_model_that_fits_is_not_refused():
     mesh = make_mesh(jax.devices()[:8])
-    check_memory(template(MODEL, mesh), mesh)
+    check_memory(abstract(MODEL, mesh), mesh)
 
 
 def test_what_is_larger_than_the_host_is_refused(monkeypatch):
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=8, fsdp=1))
     monkeypatch.setattr("hymba_jax.training.capacity.host_memory", lambda: 16 * 10**9)
     with pytest.raises(HymbaError) as caught:
-        check_memory(template(HUGE, mesh), mesh)
+        check_memory(abstract(HUGE, mesh), mesh)
     message = str(caught.value)
     assert re.search(r"optimizer state take 3,[23]\d\d\.\d GB on each device", message)
-    assert "a cpu has 2.0 GB, its part of 16.0 GB of host memory" in message
+    assert "a cpu has 2.0 GB, its share of 16.0 GB of host memory" in message
     assert "param_dtype bfloat16" in message
 
 
@@ -49,9 +49,9 @@ def test_only_the_shard_of_a_device_counts(monkeypatch):
     """Parameters and moments are 8 times as large as what each of 8 devices holds of them."""
     one, eight = (make_mesh(jax.devices()[:n]) for n in (1, 8))
     monkeypatch.setattr("hymba_jax.training.capacity.device_memory", lambda _: BYTES // 4)
-    check_memory(template(HUGE, eight), eight)
+    check_memory(abstract(HUGE, eight), eight)
     with pytest.raises(HymbaError, match=r"3,[23]\d\d\.\d GB on each device"):
-        check_memory(template(HUGE, one), one)
+        check_memory(abstract(HUGE, one), one)
 
 
 @pytest.mark.parametrize(

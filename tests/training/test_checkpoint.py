@@ -44,7 +44,7 @@ def make_state(step=0, width=64):
     return TrainState(params, jax.tree.map_with_path(count, moments))
 
 
-def template(state):
+def abstract(state):
     return jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state
     )
@@ -76,7 +76,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_a_state_comes_back_bit_for_bit_though_training_goes_on(tmp_path):
+def test_a_state_comes_back_bit_for_bit_though_training_continues(tmp_path):
     state = make_state(7)
     kept = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -84,7 +84,7 @@ def test_a_state_comes_back_bit_for_bit_though_training_goes_on(tmp_path):
         for _ in range(50):
             state = overwrite(state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        restored, restored_loop = checkpoints.restore(template(make_state()))
+        restored, restored_loop = checkpoints.restore(abstract(make_state()))
     assert_equal(restored, kept)
     assert restored_loop == loop(7)
 
@@ -94,18 +94,18 @@ def test_the_newest_is_restored_and_the_last_few_are_kept(run):
         checkpoints.save(make_state(3), loop(3))
     assert checkpoint_steps(run) == [2, 3]
     with Checkpoints(run, keep=2) as checkpoints:
-        restored, restored_loop = checkpoints.restore(template(make_state()))
+        restored, restored_loop = checkpoints.restore(abstract(make_state()))
     assert restored_loop.step == 3
     assert_equal(restored, make_state(3))
 
 
 def test_parameters_are_read_without_the_optimizer(run):
-    wanted = template(make_state()).params
+    wanted = abstract(make_state()).params
     assert_equal(load_params(run, wanted), make_state(2).params)
     assert_equal(load_params(run, wanted, step=1), make_state(1).params)
 
 
-def test_parameters_go_where_the_template_says(run):
+def test_parameters_are_placed_as_asked(run):
     mesh = jax.make_mesh((8,), ("data",), devices=jax.devices())
     place = jax.NamedSharding(mesh, jax.P(None, "data"))
     wanted = jax.tree.map(
@@ -121,7 +121,7 @@ def test_parameters_go_where_the_template_says(run):
 def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(tmp_path, run, step):
     directory = tmp_path / "empty" if step is None else run
     with pytest.raises(HymbaError, match="no checkpoint"):
-        load_params(directory, template(make_state()).params, step)
+        load_params(directory, abstract(make_state()).params, step)
 
 
 def test_what_a_killed_save_left_is_ignored_and_removed(run):
@@ -130,7 +130,7 @@ def test_what_a_killed_save_left_is_ignored_and_removed(run):
     (left / "params").mkdir()
     assert checkpoint_steps(run) == [1, 2]
     with Checkpoints(run, keep=2) as checkpoints:
-        assert checkpoints.restore(template(make_state()))[1].step == 2
+        assert checkpoints.restore(abstract(make_state()))[1].step == 2
     assert not left.exists()
 
 
@@ -138,7 +138,7 @@ def test_what_a_killed_removal_left_does_no_harm(run):
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "loop/metadata"):
         (run / "checkpoints" / "1" / name).unlink(missing_ok=True)
     with Checkpoints(run, keep=2) as checkpoints:
-        assert checkpoints.restore(template(make_state()))[1].step == 2
+        assert checkpoints.restore(abstract(make_state()))[1].step == 2
         checkpoints.save(make_state(3), loop(3))
     assert checkpoint_steps(run) == [2, 3]
 
@@ -170,7 +170,7 @@ def damage_foreign(step):
 def test_damage_is_one_clear_line(run, damage, caplog):
     damage(run / "checkpoints" / "2")
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(template(make_state()))
+        checkpoints.restore(abstract(make_state()))
     message = str(caught.value)
     assert message.startswith(f"{run}/checkpoints/2")
     assert "\n" not in message
@@ -179,7 +179,7 @@ def test_damage_is_one_clear_line(run, damage, caplog):
 
 
 def test_another_shape_is_refused_and_neither_cut_nor_padded(run):
-    other = template(make_state(width=32))
+    other = abstract(make_state(width=32))
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError, match="shape"):
         checkpoints.restore(other)
     with pytest.raises(HymbaError, match="shape"):
@@ -211,7 +211,7 @@ def test_a_place_that_is_no_directory_is_one_line(tmp_path):
 
 def test_optimizer_states_keep_their_types(run):
     with Checkpoints(run, keep=2) as checkpoints:
-        restored, _ = checkpoints.restore(template(make_state()))
+        restored, _ = checkpoints.restore(abstract(make_state()))
     assert isinstance(optax.tree.get(restored.optimizer, "mu"), dict)
     assert int(optax.tree.get_all_with_path(restored.optimizer, "count")[0][1]) == 2
 
@@ -234,17 +234,17 @@ def flip_a_bit(params):
 
 def test_a_flipped_bit_is_found_by_name(run):
     rewrite_params(run, lambda params: params)
-    assert_equal(load_params(run, template(make_state()).params), make_state(2).params)
+    assert_equal(load_params(run, abstract(make_state()).params), make_state(2).params)
     rewrite_params(run, flip_a_bit)
     where = r"checkpoints/2/params: damaged.*\(checksums of groups\.0\.kernel\)"
     with pytest.raises(HymbaError, match=where):
-        load_params(run, template(make_state()).params)
+        load_params(run, abstract(make_state()).params)
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError, match=where):
-        checkpoints.restore(template(make_state()))
+        checkpoints.restore(abstract(make_state()))
 
 
 def test_damage_is_found_when_parameters_are_cast(run):
-    wanted = jax.tree.map(lambda like: like.update(dtype=jnp.bfloat16), template(make_state()))
+    wanted = jax.tree.map(lambda like: like.update(dtype=jnp.bfloat16), abstract(make_state()))
     expected = jax.tree.map(lambda array: array.astype(jnp.bfloat16), make_state(2).params)
     assert_equal(load_params(run, wanted.params), expected)
     rewrite_params(run, flip_a_bit)
@@ -256,7 +256,7 @@ def test_a_checkpoint_without_checksums_is_refused(run):
     file = run / "checkpoints" / "2" / "params" / "_METADATA"
     file.write_text(file.read_text().replace('"checksums"', '"other"'))
     with pytest.raises(HymbaError, match="2/params: has no checksums"):
-        load_params(run, template(make_state()).params)
+        load_params(run, abstract(make_state()).params)
 
 
 @pytest.mark.parametrize(
@@ -267,14 +267,14 @@ def test_an_edited_loop_state_is_refused(run, old, new):
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(template(make_state()))
+        checkpoints.restore(abstract(make_state()))
     assert str(caught.value).startswith(f"{file}: damaged, its checksum is of other values")
 
 
 def test_a_checkpoint_under_another_step_is_refused(run):
     (run / "checkpoints" / "2").rename(run / "checkpoints" / "60")
     with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(template(make_state()))
+        checkpoints.restore(abstract(make_state()))
     assert "60: damaged, its parts are of different steps (loop/metadata of 2, optimizer of 2)" in (
         str(caught.value)
     )
@@ -284,7 +284,7 @@ def test_an_optimizer_of_another_step_is_refused(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(5), loop(6))
     with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(template(make_state()))
+        checkpoints.restore(abstract(make_state()))
     assert "(loop/metadata of 6, optimizer of 5)" in str(caught.value)
 
 
@@ -294,4 +294,4 @@ def test_only_directories_named_as_steps_are_checkpoints(run):
     (run / "checkpoints" / "5").write_text("")
     assert checkpoint_steps(run) == [1, 2]
     with Checkpoints(run, keep=2) as checkpoints:
-        assert checkpoints.restore(template(make_state()))[1].step == 2
+        assert checkpoints.restore(abstract(make_state()))[1].step == 2

@@ -15,8 +15,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.run_config import RunConfig
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training import loop
-from hymba_jax.training.loss import LossSum
-from hymba_jax.training.step import StepMetrics
+from hymba_jax.training.loss import Average
 
 
 def is_counter(leaf):
@@ -30,25 +29,24 @@ def arithmetic(monkeypatch):
 
     def compile_train_step(*_):
         def step(state, batch):
-            loss = jnp.float32(batch["inputs"].mean())
-            rate = jnp.float32(1e-3)
+            loss = Average(jnp.float32(batch.inputs.sum()), jnp.int32(batch.inputs.size))
             state = jax.tree.map(lambda leaf: leaf + 1 if is_counter(leaf) else leaf, state)
-            return state, StepMetrics(loss, jnp.int32(batch["inputs"].size), 2 * loss, rate)
+            return state, {"loss": loss, "grad_norm": Average(2 * loss.mean, 1)}
 
         return step
 
-    def make_eval_step(_):
-        def eval_step(_, batch):
-            counts = batch["targets"] != IGNORED_TARGET
-            return LossSum(jnp.where(counts, batch["targets"], 0).sum(), counts.sum())
+    def make_loss_fn(*_):
+        def loss_fn(_, batch):
+            counts = batch.targets != IGNORED_TARGET
+            return {"loss": Average(jnp.where(counts, batch.targets, 0).sum(), counts.sum())}
 
-        return eval_step
+        return loss_fn
 
-    def init_state(_config, _compute, _optimizer, template, _seed):
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), template.state)
+    def init_state(_config, _compute, _optimizer, abstract, _seed):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.state)
 
     monkeypatch.setattr(loop, "compile_train_step", compile_train_step)
-    monkeypatch.setattr(loop, "make_eval_step", make_eval_step)
+    monkeypatch.setattr(loop, "make_loss_fn", make_loss_fn)
     monkeypatch.setattr(loop, "init_state", init_state)
     monkeypatch.setattr(loop, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
 
@@ -70,17 +68,17 @@ def train(config, output=None):
     """The lines of metrics of a run, without its times."""
     if output is not None:
         config = dataclasses.replace(config, output=str(output))
-    loop.train(config)
+    loop.train(config, lambda model, tokenizer: f"text of {model.config.vocab_size} tokens")
     with open(f"{config.output}/metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
-def test_validation_is_the_same_at_every_accumulate(config, tmp_path):
+def test_validation_does_not_depend_on_gradient_accumulation(config, tmp_path):
     """One of 8 sequences after step 3, and one of the whole text after step 4."""
     lines = [
-        train(changed(config, accumulate=accumulate), tmp_path / str(accumulate))
-        for accumulate in (1, 2, 4, 8)
+        train(changed(config, gradient_accumulation_steps=steps), tmp_path / str(steps))
+        for steps in (1, 2, 4, 8)
     ]
     assert "validation_loss" in lines[0][2]
     assert lines[0][2]["validation_loss"] != lines[0][3]["validation_loss"]
@@ -130,21 +128,22 @@ def test_other_text_is_refused_on_either_side(config, tmp_path):
     train(config)
 
 
-@pytest.mark.parametrize("change", ["tokenizer", "data", "batch", "short"])
-def test_a_refused_run_leaves_no_directory(config, tmp_path, change):
-    wrong = {
-        "tokenizer": lambda: dataclasses.replace(
-            config, model=dataclasses.replace(config.model, vocab_size=100)
-        ),
-        "data": lambda: dataclasses.replace(
-            config, data=dataclasses.replace(config.data, path=str(tmp_path / "nowhere"))
-        ),
-        "batch": lambda: dataclasses.replace(config, init_from=str(tmp_path)),
-        "short": lambda: changed(config, sample_tokens=100),
-    }[change]
-    output = tmp_path / "runs" / "refused"
-    with pytest.raises(HymbaError):
-        train(wrong(), output)
+REFUSED = {
+    "it has 259 tokens, model.vocab_size is 100": lambda config: dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=100)
+    ),
+    "nowhere: no such file": lambda config: dataclasses.replace(
+        config, data=dataclasses.replace(config.data, path="nowhere")
+    ),
+    "nothing: no model is here": lambda config: dataclasses.replace(config, init_from="nothing"),
+    "sample_tokens make 104 tokens": lambda config: changed(config, sample_tokens=100),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refused_run_leaves_no_directory(config, tmp_path, message):
+    with pytest.raises(HymbaError, match=message):
+        train(REFUSED[message](config), tmp_path / "runs" / "refused")
     assert not (tmp_path / "runs").exists()
 
 
@@ -156,3 +155,8 @@ def test_a_run_from_scratch_keeps_old_metrics(config):
     shutil.rmtree(path / "checkpoints")
     assert train(config) == before
     assert (path / "metrics.removed.jsonl").read_text() == old
+
+
+def test_the_sample_is_what_the_model_generates(config):
+    train(changed(config, sample_tokens=8))
+    assert (Path(config.output) / "sample.txt").read_text() == "text of 259 tokens"

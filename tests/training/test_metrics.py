@@ -142,3 +142,4 @@ def test_lines_are_readable_at_once(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
         writer.write(1, {"loss": 2.0})
         assert lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+        assert scalars(tmp_path) == [("loss", 1, 2.0)]

@@ -1,5 +1,5 @@
 import json
-import time
+import math
 
 import jax.numpy as jnp
 import pytest
@@ -7,10 +7,10 @@ import pytest
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.display import Display, duration
+from hymba_jax.training.loss import Average
 from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.mfu import Workload
 from hymba_jax.training.recorder import Recorder
-from hymba_jax.training.step import StepMetrics
-from hymba_jax.training.utilisation import Workload
 
 WORKLOAD = Workload(tokens=1000, flops=6e9, devices=4, peak_flops=4e12)
 CONFIG = TrainingConfig(steps=6, log_every=2, warmup_fraction=0.5, decay_fraction=0.0)
@@ -23,9 +23,11 @@ def recorder(tmp_path):
 
 
 def metrics(loss, grad_norm=1.0, tokens=1000, learning_rate=2e-3):
-    return StepMetrics(
-        jnp.float32(loss), jnp.int32(tokens), jnp.float32(grad_norm), jnp.float32(learning_rate)
-    )
+    return {
+        "loss": Average(jnp.float32(loss) * tokens, jnp.int32(tokens)),
+        "grad_norm": Average(jnp.float32(grad_norm), 1),
+        "learning_rate": jnp.float32(learning_rate),
+    }
 
 
 def lines(directory):
@@ -43,6 +45,23 @@ class Clock:
 
     def monotonic(self):
         return self.now
+
+
+class Unfinished:
+    """A sum that a device computes until a time, in place of an array; reading it waits."""
+
+    def __init__(self, clock, done):
+        self.clock, self.done = clock, done
+
+    def is_ready(self):
+        return self.clock.now >= self.done
+
+    def block_until_ready(self):
+        self.clock.now = max(self.clock.now, self.done)
+
+    def __float__(self):
+        self.block_until_ready()
+        return 2000.0
 
 
 @pytest.fixture
@@ -63,8 +82,6 @@ def test_a_step_is_read_when_the_next_is_under_way(recorder, tmp_path, capsys):
 
 def test_validation_joins_the_line_of_its_step(recorder, tmp_path, capsys):
     recorder.submit(1, metrics(2.5))
-    with recorder.paused():
-        pass
     recorder.flush({"validation_loss": 2.0, "validation_bits_per_byte": 1.25})
     (values,) = lines(tmp_path)
     speed = values.pop("tokens_per_second")
@@ -92,22 +109,27 @@ def test_validation_joins_the_line_of_its_step(recorder, tmp_path, capsys):
 
 def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
     for step, loss, norm, tokens in ((1, 3.0, 1.0, 100), (2, 2.0, 3.0, 300), (3, 5.0, 7.0, 10)):
-        recorder.submit(step, metrics(loss, norm, tokens, learning_rate=step))
+        reward = Average(jnp.float32(step), jnp.int32(4 // step))  # 1, 2, 3 over 4, 2, 1
+        values = metrics(loss, norm, tokens, learning_rate=step)
+        recorder.submit(step, values | {"reward": reward})
     recorder.flush(log=True)
     first, second = lines(tmp_path)
+    assert (first["reward"], second["reward"]) == (0.5, 3.0)
     assert (first["step"], first["loss"], first["grad_norm"]) == (2, 2.25, 2.0)
     assert (second["step"], second["loss"], second["grad_norm"]) == (3, 5.0, 7.0)
     assert (first["learning_rate"], second["learning_rate"]) == (2.0, 3.0)
 
 
 def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
-    recorder.submit(2, metrics(2.0)._replace(learning_rate=None))
+    values = metrics(2.0)
+    del values["learning_rate"]
+    recorder.submit(2, values)
     recorder.flush()
     assert "learning_rate" not in lines(tmp_path)[0]
 
 
 def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
-    """Each step takes 2 s, and is done before Python goes on; 1000 tokens."""
+    """Each step takes 2 s, and is done before Python continues; 1000 tokens."""
     with MetricsWriter(tmp_path, 0) as writer:
         recorder = Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
         for step in range(1, 7):
@@ -125,28 +147,14 @@ def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
 
 def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, tmp_path):
     """Each step takes 2 s, and reading its loss waits for it."""
-
-    class Unfinished:
-        def __init__(self, done):
-            self.done = done
-
-        def is_ready(self):
-            return clock.now >= self.done
-
-        def block_until_ready(self):
-            clock.now = max(clock.now, self.done)
-
-        def __float__(self):
-            self.block_until_ready()
-            return 2.0
-
     with MetricsWriter(tmp_path, 0) as writer:
         recorder = Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
         free = clock.now
         for step in range(1, 7):
             recorder.collect()
             free = max(free, clock.now) + 2
-            recorder.submit(step, metrics(2.0)._replace(loss=Unfinished(free)))
+            loss = Average(Unfinished(clock, free), 1000)
+            recorder.submit(step, metrics(2.0) | {"loss": loss})
             if step in (3, 4, 6):
                 with recorder.paused():
                     clock.now += 500
@@ -156,28 +164,37 @@ def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, t
     ]
 
 
-def test_time_is_lost_where_the_devices_have_nothing_to_do(recorder, tmp_path):
+def test_devices_stall_where_they_have_nothing_to_do(clock, recorder, tmp_path):
     with recorder.waiting_for("checkpoint"):  # before the first step
-        time.sleep(0.02)
-    recorder.submit(2, metrics(2.0))
-    unfinished = type("Unfinished", (), {"is_ready": lambda self: False})()
-    recorder._pending = 2, metrics(2.0)._replace(loss=unfinished)
+        clock.now += 3
+    busy = Unfinished(clock, done=clock.now + 2)
+    recorder.submit(2, metrics(2.0) | {"loss": Average(busy, 1000)})
     with recorder.waiting_for("input"):
-        time.sleep(0.02)
-    recorder._pending = 2, metrics(2.0)
+        clock.now += 1
+    with recorder.waiting_for("input"):
+        clock.now += 4
     recorder.flush()
     (values,) = lines(tmp_path)
-    assert values["checkpoint_seconds"] >= 0.02
-    assert values["input_seconds"] == 0
+    assert values["checkpoint_seconds"] == 3
+    assert values["input_seconds"] == 4  # the most that it can be: the devices were busy for 1
 
 
-@pytest.mark.parametrize(("loss", "grad_norm"), [("nan", 1.0), ("inf", 1.0), (2.0, "nan")])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"loss": math.nan}, "the loss is nan and its gradient's norm 1.0"),
+        ({"loss": math.inf}, "the loss is inf and its gradient's norm 1.0"),
+        ({"loss": 2.0, "grad_norm": math.nan}, "the loss is 2.0 and its gradient's norm nan"),
+        ({"loss": 0.0, "tokens": 0}, "the loss is nan and its gradient's norm 1.0"),
+    ],
+)
 def test_a_run_that_diverged_stops_with_the_step_and_what_to_look_at(
-    recorder, tmp_path, loss, grad_norm
+    recorder, tmp_path, values, said
 ):
-    recorder.submit(2, metrics(float(loss), float(grad_norm)))
-    with pytest.raises(HymbaError, match=r"step 2: .*nan|inf.*learning rate 0.002: look at"):
+    recorder.submit(2, metrics(**values))
+    with pytest.raises(HymbaError) as caught:
         recorder.flush()
+    assert str(caught.value).startswith(f"step 2: {said}, at learning rate 0.002: look at")
     assert steps(tmp_path) == []
 
 

@@ -8,13 +8,15 @@ import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
-from hymba_jax.data import IGNORED_TARGET
+from hymba_jax.data import IGNORED_TARGET, Batch
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.model import Hymba
 from hymba_jax.sharding import batch_sharding, make_mesh
 from hymba_jax.training.checkpoint import Checkpoints, LoopState
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.loss import Average, make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import init_state, make_template
+from hymba_jax.training.state import TrainState, abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 LENGTH = 8
@@ -23,19 +25,27 @@ LENGTH = 8
 class Setup:
     """A compiled training step on some of the devices."""
 
-    def __init__(self, num_devices: int, accumulate: int):
-        config = TrainingConfig(batch_size=8, accumulate=accumulate, warmup_fraction=0.0)
+    def __init__(self, num_devices: int, accumulation: int):
+        config = TrainingConfig(
+            batch_size=8, gradient_accumulation_steps=accumulation, warmup_fraction=0.0
+        )
         mesh = make_mesh(jax.devices()[:num_devices])
         optimizer = make_optimizer(config)
         self.place = batch_sharding(mesh)
-        self.template = make_template(MODEL, COMPUTE, optimizer, mesh)
-        self.step = compile_train_step(self.template, optimizer, config, LENGTH, self.place)
+        self.abstract = abstract_train_state(MODEL, COMPUTE, optimizer, mesh)
+        step = make_train_step(
+            make_loss_fn(next_token_loss, self.abstract.graph),
+            optimizer,
+            micro_batch_size=config.micro_batch_size,
+        )
+        batch = abstract_batch(config.batch_size, LENGTH, self.place)
+        self.step = compile_train_step(step, self.abstract.state, batch)
         self.optimizer = optimizer
 
     def run(self, state, batch, steps=2):
         """State and metrics after some steps; the second one's loss tests the first's update."""
         state = jax.tree.map(jnp.copy, state)  # the step takes the memory of the one it is given
-        state = jax.device_put(state, self.template.shardings)
+        state = jax.device_put(state, self.abstract.shardings)
         for _ in range(steps):
             state, metrics = self.step(state, jax.device_put(batch, self.place))
         return state, metrics
@@ -43,26 +53,26 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def one_device():
-    return Setup(num_devices=1, accumulate=1)
+    return Setup(num_devices=1, accumulation=1)
 
 
 @pytest.fixture(scope="module")
 def state(one_device):
-    return init_state(MODEL, COMPUTE, one_device.optimizer, one_device.template, seed=3)
+    return init_state(MODEL, COMPUTE, one_device.optimizer, one_device.abstract, seed=3)
 
 
 @pytest.fixture(scope="module")
 def batch():
     tokens = np.random.default_rng(1).integers(0, 61, (8, LENGTH + 1)).astype(np.int32)
     targets = tokens[:, 1:].copy()
-    targets[:3, 2:] = IGNORED_TARGET  # so that pieces of the batch count unequally
-    return {"inputs": tokens[:, :-1], "targets": targets}
+    targets[:3, 2:] = IGNORED_TARGET  # so that micro-batches count unequally
+    return Batch(inputs=tokens[:, :-1], targets=targets)
 
 
 def assert_same(ours, expected):
     """Equal but for the order of float32 sums; Adam's first steps turn rounding into sign."""
-    np.testing.assert_allclose(ours[1].loss, expected[1].loss, rtol=1e-5)
-    np.testing.assert_allclose(ours[1].grad_norm, expected[1].grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(ours[1]["loss"].mean, expected[1]["loss"].mean, rtol=1e-5)
+    np.testing.assert_allclose(ours[1]["grad_norm"].mean, expected[1]["grad_norm"].mean, rtol=1e-4)
     moments, expected_moments = (
         [leaf for leaf in jax.tree.leaves(result[0].optimizer) if leaf.ndim]
         for result in (ours, expected)
@@ -72,41 +82,68 @@ def assert_same(ours, expected):
 
 
 def test_metrics_are_of_the_model_before_the_update(one_device, state, batch):
-    logits = nnx.merge(one_device.template.graph, state.params)(jnp.asarray(batch["inputs"]))
+    logits = nnx.merge(one_device.abstract.graph, state.params)(jnp.asarray(batch.inputs))
     logits = np.asarray(logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    counts = batch["targets"] != IGNORED_TARGET
-    picked = np.take_along_axis(log_probs, np.where(counts, batch["targets"], 0)[..., None], -1)
+    counts = batch.targets != IGNORED_TARGET
+    picked = np.take_along_axis(log_probs, np.where(counts, batch.targets, 0)[..., None], -1)
     _, metrics = one_device.run(state, batch, steps=1)
-    np.testing.assert_allclose(metrics.loss, -picked[..., 0][counts].mean(), rtol=1e-5)
-    assert int(metrics.tokens) == counts.sum()
+    np.testing.assert_allclose(metrics["loss"].mean, -picked[..., 0][counts].mean(), rtol=1e-5)
+    assert int(metrics["loss"].weight) == counts.sum()
 
 
 def test_training_learns_a_batch_by_heart(one_device, state, batch):
     _, first = one_device.run(state, batch, steps=1)
     _, last = one_device.run(state, batch, steps=200)
-    assert float(last.loss) < 0.2 * float(first.loss)
+    assert last["loss"].mean < 0.2 * first["loss"].mean
 
 
-def test_accumulating_equals_one_big_batch(one_device, state, batch):
-    pieces = Setup(num_devices=1, accumulate=4)
-    assert_same(pieces.run(state, batch), one_device.run(state, batch))
+def test_gradient_accumulation_equals_one_big_batch(one_device, state, batch):
+    micro_batches = Setup(num_devices=1, accumulation=4)
+    assert_same(micro_batches.run(state, batch), one_device.run(state, batch))
+
+
+def test_any_objective_is_a_mean_over_what_it_counts():
+    """Least squares over the inputs that are not 0, of micro-batches of unequal counts, by SGD."""
+
+    def loss_fn(params, batch):
+        counts = batch.inputs != 0
+        error = jnp.where(counts, params["weight"] * batch.inputs - batch.targets, 0.0)
+        return {
+            "loss": Average((error**2).sum(), counts.sum()),
+            "size": Average(batch.targets.sum(), batch.targets.size),
+        }
+
+    inputs = np.array([[1, 2, 3], [0, 0, 4], [0, 0, 0], [5, 0, 6]], np.int32)
+    batch = Batch(inputs=inputs, targets=np.arange(12, dtype=np.int32).reshape(4, 3))
+    x, y = inputs[inputs != 0].astype(float), batch.targets[inputs != 0].astype(float)
+    gradient = (2 * (0.5 * x - y) * x).mean()
+    optimizer = optax.sgd(0.01)
+    params = {"weight": jnp.float32(0.5)}
+    for micro_batch_size in (1, 2, 4):
+        step = make_train_step(loss_fn, optimizer, micro_batch_size=micro_batch_size)
+        state, metrics = step(TrainState(params, optimizer.init(params)), batch)
+        np.testing.assert_allclose(state.params["weight"], 0.5 - 0.01 * gradient, rtol=1e-6)
+        np.testing.assert_allclose(metrics["loss"].mean, ((0.5 * x - y) ** 2).mean(), rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"].mean, abs(gradient), rtol=1e-6)
+        assert metrics["size"].mean == 5.5
+        assert "learning_rate" not in metrics
 
 
 def test_many_devices_equal_one(one_device, state, batch):
-    ours = Setup(num_devices=4, accumulate=2).run(state, batch)
+    ours = Setup(num_devices=4, accumulation=2).run(state, batch)
     assert ours[0].params["embedding"].sharding.num_devices == 4
     assert not ours[0].params["embedding"].sharding.is_fully_replicated
     assert_same(ours, one_device.run(state, batch))
 
 
-def test_state_is_drawn_as_the_template_says(one_device, state):
-    template = one_device.template
-    assert jax.tree.map(describe, template.state) == jax.tree.map(describe, state)
+def test_a_new_state_is_as_the_abstract_one_says(one_device, state):
+    abstract = one_device.abstract
+    assert jax.tree.map(describe, abstract.state) == jax.tree.map(describe, state)
     expected = nnx.to_pure_dict(nnx.state(Hymba(MODEL, COMPUTE, nnx.Rngs(3))))
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-6)  # compiled or not
     jax.tree.map(assert_close, state.params, expected)
-    assert template.num_params == sum(leaf.size for leaf in jax.tree.leaves(expected))
+    assert abstract.num_params == sum(leaf.size for leaf in jax.tree.leaves(expected))
 
 
 def describe(array):
@@ -115,7 +152,7 @@ def describe(array):
 
 def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
-    state = make_template(MODEL, COMPUTE, make_optimizer(TrainingConfig()), mesh).state
+    state = abstract_train_state(MODEL, COMPUTE, make_optimizer(TrainingConfig()), mesh).state
     expected = jax.tree.leaves(jax.tree.map(describe, state.params), is_leaf=is_description)
     moments = [describe(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert moments == 2 * expected
@@ -132,10 +169,10 @@ def muon(learning_rate=3e-3):
 
 def test_masked_states_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
-    template = make_template(MODEL, COMPUTE, muon(), mesh)
-    params = dict(jax.tree.leaves_with_path(template.state.params))
+    abstract = abstract_train_state(MODEL, COMPUTE, muon(), mesh)
+    params = dict(jax.tree.leaves_with_path(abstract.state.params))
     adam = muon_mu = 0
-    for path, leaf in jax.tree.leaves_with_path(template.state.optimizer):
+    for path, leaf in jax.tree.leaves_with_path(abstract.state.optimizer):
         (owner,) = [param for end, param in params.items() if path[-len(end) :] == end] or [None]
         if owner is None:
             assert leaf.sharding.is_fully_replicated
@@ -147,25 +184,26 @@ def test_masked_states_lie_where_their_parameters_lie():
 
 
 def test_masked_states_are_saved_and_restored(tmp_path):
-    template = make_template(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:4]))
-    state = init_state(MODEL, COMPUTE, muon(), template, seed=0)
+    abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:4]))
+    state = init_state(MODEL, COMPUTE, muon(), abstract, seed=0)
     state = jax.tree.map(lambda leaf: leaf + 1, state)  # its counts as after the step saved
     kept = jax.device_get(state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(state, LoopState(1, {}, "", ""))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        restored, _ = checkpoints.restore(template.state)
-    assert jax.tree.structure(restored) == jax.tree.structure(template.state)
-    assert jax.tree.map(describe, restored) == jax.tree.map(describe, template.state)
+        restored, _ = checkpoints.restore(abstract.state)
+    assert jax.tree.structure(restored) == jax.tree.structure(abstract.state)
+    assert jax.tree.map(describe, restored) == jax.tree.map(describe, abstract.state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), kept)
 
 
-def test_a_step_of_another_optimizer_keeps_the_state_of_its_template(batch):
-    template = make_template(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
-    step = make_train_step(template.graph, muon(), micro_batch_size=8)
-    state, metrics = jax.eval_shape(step, template.state, batch)
-    assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, template.state)
-    assert metrics.learning_rate.shape == ()
+def test_a_step_of_another_optimizer_keeps_the_shapes_of_its_state(batch):
+    abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    step = make_train_step(loss_fn, muon(), micro_batch_size=8)
+    state, metrics = jax.eval_shape(step, abstract.state, batch)
+    assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, abstract.state)
+    assert metrics["learning_rate"].shape == ()
 
 
 def describe_array(array):
@@ -175,4 +213,4 @@ def describe_array(array):
 def test_the_learning_rate_of_the_metrics_is_the_one_applied(one_device, state, batch):
     """TrainingConfig's defaults without a warm-up: constant until the last fifth."""
     _, metrics = one_device.run(state, batch, steps=2)
-    np.testing.assert_allclose(metrics.learning_rate, 3e-3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["learning_rate"], 3e-3, rtol=1e-6)

@@ -9,7 +9,7 @@ from flax import nnx
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops, training_flops
-from hymba_jax.training.utilisation import Workload, peak_flops
+from hymba_jax.training.mfu import Workload, peak_flops
 
 CONFIG = HymbaConfig(
     vocab_size=11,

@@ -1,9 +1,9 @@
-"""How much of what the devices can compute goes into the model (PaLM, arXiv 2204.02311, app. B)."""
+"""MFU, model FLOPs utilization: the share of peak throughput (PaLM, arXiv 2204.02311, app. B)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Dense bfloat16 operations a second, from the vendors' data sheets, by JAX's name of the device.
+# Dense bfloat16 FLOPs per second, from the vendors' data sheets, by JAX's name of the device.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
@@ -21,9 +21,9 @@ class Workload(NamedTuple):
 
     Attributes:
       tokens: that it predicts.
-      flops: that the model needs for them, `training_flops`.
-      devices: that share it.
-      peak_flops: a second, of all devices together; None where nobody has looked it up.
+      flops: FLOPs that the model needs for them, `training_flops`.
+      devices: that it is sharded over.
+      peak_flops: FLOPs per second of all devices together; None where it is not in `PEAK_FLOPS`.
     """
 
     tokens: int
@@ -34,8 +34,8 @@ class Workload(NamedTuple):
     def rates(self, seconds: float) -> dict[str, float]:
         """What a metric line says of steps that take this long.
 
-        `mfu`, the model flops utilisation, is flops / (seconds x peak_flops). What is computed
-        twice to save memory, and padding, do not count: they take time and are no progress.
+        `mfu` is flops / (seconds x peak_flops). What is recomputed to save memory, and padding, do
+        not count: they take time and are no progress.
         """
         tokens = self.tokens / seconds
         rates = {
@@ -48,7 +48,7 @@ class Workload(NamedTuple):
 
 
 def peak_flops(device_kinds: Iterable[str]) -> float | None:
-    """Operations a second of such devices together; None where one is not in the table."""
+    """FLOPs per second of such devices together; None where one is not in the table."""
     rates = [PEAK_FLOPS.get(kind) for kind in device_kinds]
     known = [rate for rate in rates if rate is not None]
     return sum(known) if len(known) == len(rates) else None

@@ -15,20 +15,14 @@ from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.saving import save_model
 from hymba_jax.model import arrange_layers
-from hymba_jax.run_config import RunConfig, parse_run
+from hymba_jax.run_config import RunConfig, model_toml, parse_run
 from hymba_jax.sharding import make_mesh
 from hymba_jax.training import loop
 from hymba_jax.training.checkpoint import load_params
 from hymba_jax.training.config import TrainingConfig
+from hymba_jax.training.init_from import read_initial_model
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.start import (
-    check_start,
-    check_start_tokenizer,
-    describe_start,
-    start_state,
-    start_tokenizer,
-)
-from hymba_jax.training.state import make_template
+from hymba_jax.training.state import abstract_train_state
 
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
 
@@ -46,13 +40,13 @@ def held(request, tmp_path_factory):
 def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
     directory, model = held
     compute = ComputeConfig(scan_layers=scan_layers)
-    run = RunConfig(init_from=str(directory), model=CONFIG, compute=compute)
     mesh = make_mesh(jax.devices()[:8])
-    optimizer = make_optimizer(run.training)
-    template = make_template(CONFIG, compute, optimizer, mesh)
+    optimizer = make_optimizer(TrainingConfig())
+    abstract = abstract_train_state(CONFIG, compute, optimizer, mesh)
     with jax.set_mesh(mesh):
-        state = start_state(run, optimizer, template, mesh)
-    assert jax.tree.map(lambda array: array.sharding, state) == template.shardings
+        initial = read_initial_model(str(directory))
+        state = initial.load_state(CONFIG, compute, optimizer, abstract, mesh)
+    assert jax.tree.map(lambda array: array.sharding, state) == abstract.shardings
     expected = nnx.to_pure_dict(nnx.state(arrange_layers(model, scan_layers=scan_layers)))
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
     for path, moment in jax.tree.leaves_with_path(state.optimizer):
@@ -65,25 +59,22 @@ def test_a_longer_context_may_be_trained(held):
         max_positions=1024,
         attention=dataclasses.replace(CONFIG.attention, window=32),
     )
-    check_start(RunConfig(init_from=str(held[0]), model=wide))
+    read_initial_model(str(held[0])).check_model(wide)
 
 
 def test_what_else_differs_is_said(held):
     directory = str(held[0])
     attention = dataclasses.replace(CONFIG.attention, rope_theta=5e5)
     other = dataclasses.replace(CONFIG, attention=attention, vocab_size="auto")
-    assert describe_start(RunConfig(init_from=directory, model=CONFIG)) == (
-        f"initialized from {directory}"
-    )
-    assert "model.attention.rope_theta is 10000.0 there, 500000.0 here" in describe_start(
-        RunConfig(init_from=directory, model=other)
-    )
+    initial = read_initial_model(directory)
+    assert initial.describe(CONFIG) == f"initialized from {directory}"
+    assert "model.attention.rope_theta is 10000.0 there, 500000.0 here" in initial.describe(other)
 
 
 def test_another_architecture_is_one_line(held):
     other = dataclasses.replace(CONFIG, mlp_size=48, num_meta_tokens=0)
     with pytest.raises(HymbaError) as caught:
-        check_start(RunConfig(init_from=str(held[0]), model=other))
+        read_initial_model(str(held[0])).check_model(other)
     assert str(caught.value) == (
         f"{held[0]}: its parameters do not fit this model (model.mlp_size is 24 there, 48 here; "
         "model.num_meta_tokens is 3 there, 0 here)"
@@ -98,50 +89,50 @@ class TestTokenizer:
     @pytest.fixture
     def directory(self, tmp_path):
         build_tokenizer(DataConfig(tokenizer="bpe:270"), self.TEXTS).save(tmp_path)
+        (tmp_path / "config.toml").write_text(model_toml(CONFIG, ComputeConfig()))
         return tmp_path
 
-    def run(self, directory, tokenizer="bpe:270"):
-        return RunConfig(init_from=str(directory), data=DataConfig(tokenizer=tokenizer))
+    @pytest.fixture
+    def initial(self, directory):
+        return read_initial_model(str(directory))
 
-    def test_one_trained_on_other_text_is_refused(self, directory):
+    def test_one_trained_on_other_text_is_refused(self, initial, directory):
         other = build_tokenizer(DataConfig(tokenizer="bpe:270"), ["zebras graze, zebras gaze"])
         with pytest.raises(HymbaError) as caught:
-            check_start_tokenizer(self.run(directory), other)
+            initial.check_tokenizer(other, "bpe:270")
         assert str(caught.value) == (
             f"{directory}: its model knows the ids of its own tokenizer, those of data.tokenizer "
             f"bpe:270 have other meanings: use --data.tokenizer {directory}, or train without "
             "init_from"
         )
 
-    def test_bytes_in_place_of_merges_are_refused(self, directory):
-        run = self.run(directory, "bytes")
-        tokenizer = build_tokenizer(run.data, ())
+    def test_bytes_in_place_of_merges_are_refused(self, initial):
+        tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), ())
         with pytest.raises(HymbaError, match=r"data\.tokenizer bytes have other meanings"):
-            check_start_tokenizer(run, tokenizer)
+            initial.check_tokenizer(tokenizer, "bytes")
 
-    def test_its_own_in_any_form_is_used(self, directory):
-        for tokenizer in ("bpe:270", str(directory), str(directory / "tokenizer.json")):
-            run = self.run(directory, tokenizer)
-            check_start_tokenizer(run, build_tokenizer(run.data, self.TEXTS))
+    def test_its_own_in_any_form_is_used(self, initial, directory):
+        for name in ("bpe:270", str(directory), str(directory / "tokenizer.json")):
+            initial.check_tokenizer(build_tokenizer(DataConfig(tokenizer=name), self.TEXTS), name)
 
-    def test_its_own_is_kept_where_another_would_be_trained(self, directory, tmp_path_factory):
-        kept = start_tokenizer(self.run(directory, "bpe:4096"))
-        assert (
-            kept.model.to_str()
-            == build_tokenizer(DataConfig(tokenizer=str(directory)), ()).model.to_str()
-        )
-        assert start_tokenizer(self.run(directory, "bytes")) is None
-        assert start_tokenizer(self.run(tmp_path_factory.mktemp("none"))) is None
+    def test_its_own_is_kept_where_another_would_be_trained(self, initial, directory):
+        kept = initial.tokenizer_for(DataConfig(tokenizer="bpe:4096"))
+        own = build_tokenizer(DataConfig(tokenizer=str(directory)), ())
+        assert kept.model.to_str() == own.model.to_str()
+        assert initial.tokenizer_for(DataConfig(tokenizer="bytes")) is None
 
-    def test_more_tokens_at_the_end_are_none_of_other_meaning(self, directory):
-        run = self.run(directory)
-        larger = build_tokenizer(run.data, self.TEXTS)
+    def test_more_tokens_at_the_end_are_none_of_other_meaning(self, initial):
+        larger = build_tokenizer(DataConfig(tokenizer="bpe:270"), self.TEXTS)
         larger.model.add_special_tokens(["<|user|>"])
-        check_start_tokenizer(run, larger)
+        initial.check_tokenizer(larger, "bpe:270")
 
-    def test_a_model_without_tokenizer_has_none_to_compare_with(self, tmp_path):
-        run = self.run(tmp_path, "bytes")
-        check_start_tokenizer(run, build_tokenizer(run.data, ()))
+    def test_a_model_without_tokenizer_has_none_to_compare_with(self, directory):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (directory / file).unlink()
+        initial = read_initial_model(str(directory))
+        data = DataConfig(tokenizer="bytes")
+        initial.check_tokenizer(build_tokenizer(data, ()), data.tokenizer)
+        assert initial.tokenizer_for(DataConfig(tokenizer="bpe:4096")) is None
 
 
 class TestCommandLine:
@@ -177,7 +168,7 @@ class TestCommandLine:
             parse_run(["--init-from", str(tmp_path)], "train.py")
 
 
-def test_a_run_starts_from_them_and_goes_on_without(tmp_path, monkeypatch):
+def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, layers="G")
     held = make_model(config)
     directory = tmp_path / "model"
@@ -198,13 +189,13 @@ def test_a_run_starts_from_them_and_goes_on_without(tmp_path, monkeypatch):
     )
     mesh = make_mesh(jax.devices()[:1])
     monkeypatch.setattr(loop, "make_mesh", lambda parallel: mesh)
-    monkeypatch.setattr(loop, "init_state", None)  # nothing is drawn
-    loop.train(run)
-    template = make_template(config, ComputeConfig(), make_optimizer(run.training), mesh)
-    params = load_params(run.output, template.state.params)
+    monkeypatch.setattr(loop, "init_state", None)  # nothing is initialized
+    loop.train(run, generate=lambda *_: "")
+    abstract = abstract_train_state(config, ComputeConfig(), make_optimizer(run.training), mesh)
+    params = load_params(run.output, abstract.state.params)
     expected = nnx.to_pure_dict(nnx.state(held))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)
     shutil.rmtree(directory)
-    monkeypatch.setattr(loop, "compile_train_step", lambda *_: None)  # no step is left to do
-    loop.train(run)
+    monkeypatch.setattr(loop, "compile_train_step", lambda *_: pytest.fail)  # no step is left
+    loop.train(run, generate=lambda *_: "")
     assert (tmp_path / "run" / "hf_files" / "config.json").read_text() == "{}"

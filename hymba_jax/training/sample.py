@@ -1,0 +1,46 @@
+"""A sample of text from the trained model, at the end of a run."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from hymba_jax.data import Tokenizer
+from hymba_jax.distributed import is_first
+from hymba_jax.errors import HymbaError
+from hymba_jax.model import Hymba
+from hymba_jax.sharding import make_mesh, replicated
+from hymba_jax.training.state import Params
+
+SAMPLE_FILE = "sample.txt"  # inside the run directory
+
+type Generate = Callable[[Hymba, Tokenizer], str]
+"""Text from a model on one device."""
+
+
+def check_sample(prompt: str, num_tokens: int, tokenizer: Tokenizer, max_positions: int) -> None:
+    """Raises HymbaError if a model has not as many positions as a sample takes."""
+    length = len(tokenizer.bos_ids) + len(tokenizer.encode(prompt)) + num_tokens
+    if length > max_positions:
+        raise HymbaError(
+            f"training.sample_prompt and sample_tokens make {length} tokens, model.max_positions "
+            f"is {max_positions}: set fewer training.sample_tokens, 0 for no sample"
+        )
+
+
+def sample(
+    generate: Generate,
+    graph: nnx.GraphDef[Hymba],
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+) -> str | None:
+    """What the model generates in the first process; None in the others, which take part, too."""
+    everywhere = jax.device_put(params, replicated(mesh))  # by all processes together
+    if not is_first():
+        return None
+    alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
+    with jax.set_mesh(alone):
+        own = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
+        return generate(nnx.merge(graph, jax.device_put(own, replicated(alone))), tokenizer)

@@ -1,0 +1,39 @@
+"""Validation: the objective on held-out text, the same at every batch size and device count."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from hymba_jax.data import Data, validation_batches
+from hymba_jax.sharding import own_rows, place_rows
+from hymba_jax.training.loss import LossFn, add_averages, means
+from hymba_jax.training.state import Params
+
+type Validate = Callable[[Params, bool], dict[str, float]]
+"""The metrics of parameters by name, from all held-out text or, if that is false, a part of it."""
+
+
+def make_validate(
+    loss_fn: LossFn, data: Data, mesh: Mesh, sequence_length: int, batch_size: int, limit: int
+) -> Validate:
+    """The function (params, whole) -> metrics.
+
+    Args:
+      batch_size: sequences at once.
+      limit: sequences of a part of the text.
+    """
+    eval_step = jax.jit(loss_fn)
+    rows = own_rows(mesh, batch_size)
+
+    def validate(params: Params, whole: bool) -> dict[str, float]:
+        batches = validation_batches(
+            data.validation, sequence_length, batch_size, None if whole else limit, rows
+        )
+        # All are under way before the first is waited for.
+        averages = [eval_step(params, place_rows(batch, mesh, batch_size)) for batch in batches]
+        values = means(add_averages(averages))
+        metrics = {f"validation_{name}": value for name, value in values.items()}
+        return metrics | {"validation_bits_per_byte": data.bits_per_byte(values["loss"])}
+
+    return validate
