@@ -17,13 +17,9 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def count_not_finite(array: np.ndarray) -> int:
-    """NaN and infinities, whose exponent has every bit set; np.isfinite is slow in bfloat16."""
-    numbers = bits(array)
-    infinities = bits(np.array([np.inf, -np.inf], array.dtype))
-    signed = infinities.dtype.str.replace("u", "i")
-    # Beyond infinity, as whole numbers, are only NaNs; the sign is the highest bit.
-    positive = numbers.view(signed).max(initial=0) >= infinities[0]
-    negative = numbers.max(initial=0) >= infinities[1]
-    if not (positive or negative):
+    """How many numbers are NaN or infinite."""
+    # Without the sign, the bits of both are those of infinity or above. np.isfinite alone takes
+    # 4 times as long in bfloat16.
+    if (bits(array) << 1).max(initial=0) < bits(np.array(np.inf, array.dtype)) << 1:
         return 0
     return int(np.count_nonzero(~np.isfinite(array)))

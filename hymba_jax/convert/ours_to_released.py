@@ -3,13 +3,17 @@
 import json
 import shutil
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from hymba_jax.convert.arrays import contiguous
 from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
 from hymba_jax.convert.mapping import TIED_COPY, dotted, released_shapes
 from hymba_jax.convert.our_checkpoint import OurCheckpoint
-from hymba_jax.convert.released_checkpoint import INDEX, WEIGHTS
+from hymba_jax.convert.params_stream import THREADS
+from hymba_jax.convert.released_checkpoint import INDEX
 from hymba_jax.convert.released_config import (
     changed,
     config_to_released,
@@ -17,8 +21,7 @@ from hymba_jax.convert.released_config import (
     with_dtype,
 )
 from hymba_jax.convert.report import Report
-from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo, split_into_shards
-from hymba_jax.convert.writing import in_threads
+from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
@@ -51,11 +54,22 @@ def write_released(
     """
     copies = _copies(checkpoint)
     tensors = _tensors(checkpoint, copies, dtype)
-    shards = name_shards(tensors, max_shard_bytes)
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda info: info.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     settings = _settings(checkpoint, tensors, dtype)
-    _write_weights(checkpoint, directory, copies, shards, report)
-    if len(shards) > 1:
-        (directory / INDEX).write_text(_index(shards))
+    files = {
+        name: TensorFileWriter(directory / name, {key: tensors[key] for key in keys})
+        for name, keys in shards.filename_to_tensors.items()
+    }
+    places = shards.tensor_to_filename
+    _write_weights(checkpoint, copies, {key: files[name] for key, name in places.items()}, report)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(places.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for file in companion_files(hf_directory(checkpoint.directory), OTHER_FILES):
         shutil.copyfile(file, directory / file.name)
     _write_tokenizer(checkpoint, directory, report)
@@ -66,17 +80,6 @@ def write_released(
     missing = missing_for_transformers(directory, read_json(directory / HF_CONFIG))
     if missing:
         report.display.say(f"warning: transformers cannot load it: {'; '.join(missing)}")
-
-
-def name_shards(tensors: dict[str, TensorInfo], max_bytes: int) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each file, named as transformers names them."""
-    shards = [*split_into_shards(tensors, max_bytes)]
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    stem, suffix = WEIGHTS.split(".")
-    return {
-        f"{stem}-{i:05}-of-{len(shards):05}.{suffix}": shard for i, shard in enumerate(shards, 1)
-    }
 
 
 def _copies(checkpoint: OurCheckpoint) -> dict[str, str]:
@@ -146,19 +149,19 @@ def _settings(
 
 def _write_weights(
     checkpoint: OurCheckpoint,
-    directory: Path,
     copies: dict[str, str],
-    shards: dict[str, dict[str, TensorInfo]],
+    files: dict[str, TensorFileWriter],
     report: Report,
 ) -> None:
-    """Fills all files piece by piece, in the order in which the parameters are stored."""
+    """Fills all files piece by piece, in the order in which the parameters are stored.
+
+    Args:
+      files: that of each tensor, by the tensor's name.
+    """
     by_path, names = defaultdict(list), defaultdict(list)
     for piece in checkpoint.pieces:
         by_path[dotted(piece.path)].append(piece)
         names[piece.name] = [piece.name, *(c for c, name in copies.items() if name == piece.name)]
-    files: dict[str, TensorFileWriter] = {}
-    for file, tensors in shards.items():
-        files |= dict.fromkeys(tensors, TensorFileWriter(directory / file, tensors))
 
     def convert(paths: list[str]) -> None:
         for path, array in checkpoint.stored.read(paths):
@@ -170,12 +173,5 @@ def _write_weights(
                 for name in names[piece.name]:
                     files[name].write(name, piece.start, rows)
 
-    in_threads(convert, checkpoint.stored.batches())
-
-
-def _index(shards: dict[str, dict[str, TensorInfo]]) -> str:
-    """Which tensor is in which file, as transformers writes it."""
-    size = sum(info.nbytes for tensors in shards.values() for info in tensors.values())
-    places = {name: file for file, tensors in shards.items() for name in tensors}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    return json.dumps(index, indent=2) + "\n"
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(convert, checkpoint.stored.batches()))

@@ -1,7 +1,9 @@
 """Parameters in Orbax's form, written and read a few arrays at a time."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,8 @@ from flax.traverse_util import unflatten_dict
 
 from hymba_jax.convert import mapping
 from hymba_jax.convert.tensor_file import TensorInfo
-from hymba_jax.convert.writing import in_threads
-from hymba_jax.convert.zarr_file import map_array, write_array
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import open_regular
 from hymba_jax.training.checkpoint import one_line
 from hymba_jax.training.checksums import (
     Checksums,
@@ -25,6 +26,7 @@ from hymba_jax.training.checksums import (
     tree_checksums,
 )
 
+THREADS = 8  # each holds an array or two, and most wait for the disk
 _BATCH = 128 * 10**6  # bytes; with much less, Orbax spends its time beginning to read
 _UNREADABLE = "not parameters that can be read"
 
@@ -50,7 +52,7 @@ def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
             (Source, _SourceHandler(checksums))
         ),
         use_compression=False,
-        use_ocdbt=False,  # a file an array, as _SourceHandler writes
+        use_ocdbt=False,  # a file for each array, so that threads write at the same time
     )
     # Orbax writes the metadata when all arrays are written, and their checksums known.
     args = ocp.args.PyTreeSave(
@@ -68,7 +70,7 @@ class _SourceHandler(ocp.type_handlers.NumpyHandler):
     """
 
     def __init__(self, checksums: Checksums):
-        super().__init__()
+        super().__init__(deepcopy_host_arrays=False)
         self._checksums = checksums
 
     async def serialize(
@@ -76,13 +78,19 @@ class _SourceHandler(ocp.type_handlers.NumpyHandler):
     ) -> Sequence[Any]:
         for info in infos:
             await info.await_path_creation()
-        in_threads(self._write, values, infos)
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(self._write, values, infos, args or []))
         return []
 
-    def _write(self, source: Source, info: Any) -> None:
+    def _write(self, source: Source, info: Any, args: Any) -> None:
         array = source.make()
-        write_array(Path(info.parent_dir, info.name), array)
+        asyncio.run(self._store(array, info, args))
         self._checksums |= tree_checksums({info.name: array})
+
+    async def _store(self, array: np.ndarray, info: Any, args: Any) -> None:
+        """Waits until the array is on the disk."""
+        for writing in await super().serialize([array], [info], [args]):
+            writing.result()
 
 
 class StoredParams:
@@ -101,6 +109,10 @@ class StoredParams:
         self._checkpointer = ocp.PyTreeCheckpointer()
         self._restoring = threading.Lock()
         with one_line(path, _UNREADABLE):
+            for file in self.path.rglob("*"):
+                if not file.is_dir():
+                    with open_regular(file):  # TensorStore would wait for a FIFO's writer
+                        pass
             metadata = self._checkpointer.metadata(self.path).item_metadata
             tree, self._metadata = metadata.tree, metadata.custom_metadata
         self._structure = jax.tree.structure(tree)
@@ -150,13 +162,6 @@ class StoredParams:
         return problems
 
     def _read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        with one_line(self.path, _UNREADABLE):
-            mapped = {path: map_array(self.path / path, *self.tensors[path]) for path in paths}
-            arrays = {path: array for path, array in mapped.items() if array is not None}
-            others = [path for path in paths if path not in arrays]
-            return arrays | (self._restore(others) if others else {})
-
-    def _restore(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         """By Orbax, which uses all processors itself."""
         like = [
             jax.ShapeDtypeStruct(*reversed(info)) if path in paths else ocp.PLACEHOLDER
@@ -165,6 +170,6 @@ class StoredParams:
         restore = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(like)
         item, restore_args = (jax.tree.unflatten(self._structure, v) for v in (like, restore))
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-        with self._restoring:
+        with one_line(self.path, _UNREADABLE), self._restoring:
             arrays = jax.tree.leaves(self._checkpointer.restore(self.path, args=args))
         return {path: a for path, a in zip(self.tensors, arrays, strict=True) if path in paths}
