@@ -1,4 +1,4 @@
-"""Arrays in memory: laid anew, and looked at bit by bit."""
+"""NumPy arrays: memory layout and bits."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as whole numbers, in which NaN equals itself."""
+    """A view as unsigned integers, in which NaN equals itself."""
     return array.view(np.dtype(f"u{array.itemsize}"))
 
 

@@ -26,30 +26,34 @@ from hymba_jax.training.checksums import (
     tree_checksums,
 )
 
-THREADS = 8  # each holds an array or two, and most wait for the disk
-_BATCH = 128 * 10**6  # bytes; with much less, Orbax spends its time beginning to read
+THREADS = 8  # each has an array or two in memory, and most wait for the disk
+_BATCH = 128 * 10**6  # bytes; each call of Orbax takes some time by itself
 _UNREADABLE = "not parameters that can be read"
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """An array that is made when its turn to be written comes."""
+class LazyArray:
+    """An array that is computed when it is written.
+
+    Attributes:
+      make: computes it; called from any thread.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     make: Callable[[], np.ndarray]
 
 
-def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
-    """Writes parameters that Orbax restores as a tree, making a few at a time.
+def write_params(path: Path, sources: Mapping[mapping.Path, LazyArray]) -> None:
+    """Writes parameters as an Orbax checkpoint of a tree, with few of them in memory at a time.
 
     Raises:
-      HymbaError: they cannot be made or written.
+      HymbaError: they cannot be computed or written.
     """
     checksums: Checksums = {}
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (Source, _SourceHandler(checksums))
+            (LazyArray, _LazyArrayHandler(checksums))
         ),
         use_compression=False,
         use_ocdbt=False,  # a file for each array, so that threads write at the same time
@@ -62,11 +66,11 @@ def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
         checkpointer.save(path.absolute(), args=args)
 
 
-class _SourceHandler(ocp.type_handlers.NumpyHandler):
-    """Makes and writes arrays in several threads.
+class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Computes arrays and writes them in several threads.
 
     Args:
-      checksums: gets the checksum of every array.
+      checksums: the checksum of every array is added to it.
     """
 
     def __init__(self, checksums: Checksums):
@@ -79,10 +83,10 @@ class _SourceHandler(ocp.type_handlers.NumpyHandler):
         for info in infos:
             await info.await_path_creation()
         with ThreadPoolExecutor(THREADS) as threads:
-            list(threads.map(self._write, values, infos, args or []))
+            list(threads.map(self._write, values, infos, args or [ocp.SaveArgs()] * len(values)))
         return []
 
-    def _write(self, source: Source, info: Any, args: Any) -> None:
+    def _write(self, source: LazyArray, info: Any, args: Any) -> None:
         array = source.make()
         asyncio.run(self._store(array, info, args))
         self._checksums |= tree_checksums({info.name: array})

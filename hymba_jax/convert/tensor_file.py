@@ -42,7 +42,7 @@ class TensorFile:
       tensors: what the file holds, by name.
 
     Raises:
-      HymbaError: it is no regular file, or no whole safetensors file.
+      HymbaError: it is no regular file, or no complete safetensors file.
     """
 
     def __init__(self, path: Path):

@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from convert.released import (
+from convert.hf import (
     convert,
     golden_config,
     golden_weights,
-    read_released,
-    write_released,
+    read_hf,
+    write_hf,
 )
 from golden_cases import GOLDEN
 
 from hymba_jax import cli
+from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.mapping import EMBEDDING
-from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.convert.tensor_file import TensorFile
 from hymba_jax.convert.verify import read_expected
 from hymba_jax.errors import HymbaError
@@ -45,13 +45,13 @@ TWO = "model-00002-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return write_released(tmp_path_factory.mktemp("whole") / "released")
+    return write_hf(tmp_path_factory.mktemp("whole") / "hf")
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """The same in two files."""
-    directory = write_released(tmp_path_factory.mktemp("sharded") / "released")
+    directory = write_hf(tmp_path_factory.mktemp("sharded") / "hf")
     (directory / WHOLE).unlink()
     weights = sorted(golden_weights().items())
     half = len(weights) // 2
@@ -64,8 +64,8 @@ def sharded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(whole, tmp_path_factory):
-    return convert(whole, tmp_path_factory.mktemp("ours") / "ours")
+def native(whole, tmp_path_factory):
+    return convert(whole, tmp_path_factory.mktemp("native") / "native")
 
 
 def refusal(tmp_path, original, damage):
@@ -267,10 +267,10 @@ def test_many_files(sharded, tmp_path, damage, message):
 
 
 def test_many_files_are_read(sharded, whole, tmp_path):
-    ours = convert(sharded, tmp_path / "ours")
-    back = read_released(convert(ours, tmp_path / "back"))
+    native = convert(sharded, tmp_path / "native")
+    back = read_hf(convert(native, tmp_path / "back"))
     assert {name: a.tobytes() for name, a in back.items()} == {
-        name: a.tobytes() for name, a in read_released(whole).items()
+        name: a.tobytes() for name, a in read_hf(whole).items()
     }
 
 
@@ -314,18 +314,18 @@ def widen(directory):
         (overwrite("config.toml", b"a = "), "not a TOML file"),
     ],
 )
-def test_ours(ours, tmp_path, damage, message):
-    assert message in refusal(tmp_path, ours, damage)
+def test_native(native, tmp_path, damage, message):
+    assert message in refusal(tmp_path, native, damage)
 
 
 class TestTarget:
-    def test_an_existing_one_is_refused(self, whole, ours, tmp_path):
+    def test_an_existing_one_is_refused(self, whole, native, tmp_path):
         (tmp_path / "target").mkdir()
         with pytest.raises(HymbaError, match="exists already, choose another target or --overwr"):
             convert(whole, tmp_path / "target")
 
-    def test_a_conversion_is_overwritten_if_asked_for(self, whole, ours, tmp_path):
-        back = convert(ours, tmp_path / "target")
+    def test_a_conversion_is_overwritten_if_asked_for(self, whole, native, tmp_path):
+        back = convert(native, tmp_path / "target")
         convert(whole, back, overwrite=True)
         assert load_model(back).embedding.shape == (89, 48)
         assert not (back / WHOLE).exists()
@@ -334,9 +334,9 @@ class TestTarget:
     @pytest.mark.parametrize(
         "other", ["dear.txt", "checkpoints/60/params/x", "params/more", "notes.py", "link"]
     )
-    def test_other_files_are_never_overwritten(self, other, whole, ours, tmp_path):
+    def test_other_files_are_never_overwritten(self, other, whole, native, tmp_path):
         """A training run in the directory among them."""
-        target = shutil.copytree(ours, tmp_path / "target")
+        target = shutil.copytree(native, tmp_path / "target")
         (target / other).parent.mkdir(parents=True, exist_ok=True)
         if other == "link":
             (target / other).symlink_to(tmp_path)
@@ -346,24 +346,24 @@ class TestTarget:
             convert(whole, target, overwrite=True)
         assert (target / other).exists()
 
-    def test_what_was_written_again_is_not_overwritten(self, whole, ours, tmp_path):
+    def test_what_was_written_again_is_not_overwritten(self, whole, native, tmp_path):
         """By a fine-tuned model that was saved into it, say."""
-        target = shutil.copytree(ours, tmp_path / "target")
+        target = shutil.copytree(native, tmp_path / "target")
         file = target / "config.toml"
         file.write_text(file.read_text())
         with pytest.raises(HymbaError, match=r"target: holds config\.toml, which"):
             convert(whole, target, overwrite=True)
 
-    def test_permissions_stay(self, ours, tmp_path):
-        target = shutil.copytree(ours, tmp_path / "target")
+    def test_permissions_stay(self, native, tmp_path):
+        target = shutil.copytree(native, tmp_path / "target")
         target.chmod(0o700)
-        convert(ours, target, overwrite=True)
+        convert(native, target, overwrite=True)
         assert target.stat().st_mode & 0o777 == 0o700
 
-    def test_a_hf_checkpoint_of_others_is_never_overwritten(self, whole, ours, tmp_path):
+    def test_an_hf_checkpoint_of_others_is_never_overwritten(self, whole, native, tmp_path):
         target = shutil.copytree(whole, tmp_path / "target")
         with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, wh"):
-            convert(ours, target, overwrite=True)
+            convert(native, target, overwrite=True)
         assert (target / WHOLE).exists()
 
     def test_what_appears_meanwhile_is_not_overwritten(self, whole, tmp_path, monkeypatch):
@@ -376,30 +376,30 @@ class TestTarget:
             convert(whole, tmp_path / "target")
         assert [path.name for path in tmp_path.rglob("*")] == ["target", "mine"]
 
-    def test_a_link_to_the_target_stays_one(self, whole, ours, tmp_path):
-        shutil.copytree(ours, tmp_path / "real")
+    def test_a_link_to_the_target_stays_one(self, whole, native, tmp_path):
+        shutil.copytree(native, tmp_path / "real")
         (tmp_path / "link").symlink_to("real")
-        convert(ours, tmp_path / "link", overwrite=True)
+        convert(native, tmp_path / "link", overwrite=True)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "real" / WHOLE).exists()
 
-    def test_directories_above_do_not_stay(self, ours, tmp_path):
-        damaged = shutil.copytree(ours, tmp_path / "damaged")
-        (damaged / "released_copies.json").write_text('{"a": "b"}')
-        with pytest.raises(HymbaError, match=r"released_copies\.json: broken"):
+    def test_directories_above_do_not_stay(self, native, tmp_path):
+        damaged = shutil.copytree(native, tmp_path / "damaged")
+        (damaged / "hf_copies.json").write_text('{"a": "b"}')
+        with pytest.raises(HymbaError, match=r"hf_copies\.json: broken"):
             convert(damaged, tmp_path / "some" / "more" / "target")
         assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
-    @pytest.mark.parametrize("place", [".", "..", "../released"])
+    @pytest.mark.parametrize("place", [".", "..", "../hf"])
     def test_the_source_is_never_overwritten(self, whole, place):
         with pytest.raises(HymbaError, match="is or holds the source"):
             convert(whole, whole / place, overwrite=True)
         assert (whole / WHOLE).exists()
 
-    def test_a_failure_leaves_the_old_one(self, whole, ours, tmp_path, monkeypatch):
-        target = shutil.copytree(ours, tmp_path / "target")
+    def test_a_failure_leaves_the_old_one(self, whole, native, tmp_path, monkeypatch):
+        target = shutil.copytree(native, tmp_path / "target")
         before = (target / "config.toml").stat()
-        monkeypatch.setattr("hymba_jax.convert.released_to_ours.model_toml", interrupt)
+        monkeypatch.setattr("hymba_jax.convert.hf_to_native.model_toml", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(whole, target, overwrite=True)
         assert (target / "config.toml").stat() == before
@@ -411,10 +411,10 @@ def interrupt(*_args, **_options):
 
 
 @pytest.mark.parametrize("place", ["report.Report.converted", "convert.Report.finish"])
-def test_interrupted_by_hand(place, whole, ours, tmp_path, monkeypatch):
+def test_interrupted_by_hand(place, whole, native, tmp_path, monkeypatch):
     """While tensors are written; and at the end, when everything is."""
     monkeypatch.setattr(f"hymba_jax.convert.{place}", interrupt)
-    for source in (whole, ours):
+    for source in (whole, native):
         with pytest.raises(SystemExit) as caught:
             cli.convert([str(source), str(tmp_path / "target")])
         assert caught.value.code == 130
@@ -450,9 +450,9 @@ class TestNoSpace:
             convert(whole, tmp_path / "some" / "target")
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("direction", ["released to ours", "ours to released"])
-    def test_it_is_one_line_while_writing(self, direction, whole, ours, tmp_path):
-        source = whole if direction == "released to ours" else ours
+    @pytest.mark.parametrize("direction", ["HF to native", "native to HF"])
+    def test_it_is_one_line_while_writing(self, direction, whole, native, tmp_path):
+        source = whole if direction == "HF to native" else native
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
@@ -467,7 +467,7 @@ class TestNoSpace:
 
 
 class TestVerify:
-    CONFIG = config_from_released(golden_config())
+    CONFIG = config_from_hf(golden_config())
 
     def expected(self, tmp_path, **changes):
         arrays = dict(np.load(GOLDEN / "tiny-shared" / "golden.npz"))
@@ -564,11 +564,11 @@ class TestVerify:
                 read_expected(path, self.CONFIG)
 
 
-def test_a_released_checkpoint_has_to_be_converted_to_be_loaded(whole):
+def test_an_hf_checkpoint_has_to_be_converted_to_be_loaded(whole):
     with pytest.raises(HymbaError, match="convert the HF checkpoint first, hymba convert"):
         load_model(whole)
 
 
-def test_a_released_checkpoint_has_no_steps(whole, tmp_path):
+def test_an_hf_checkpoint_has_no_steps(whole, tmp_path):
     with pytest.raises(HymbaError, match="has no steps"):
         convert(whole, tmp_path / "target", step=3)
