@@ -163,15 +163,15 @@ def _write_weights(
         by_path[dotted(part.path)].append(part)
         names[part.name] = [part.name, *(c for c, name in copies.items() if name == part.name)]
 
-    def convert(paths: list[str]) -> None:
-        for path, array in checkpoint.stored.read(paths):
-            for part in by_path[path]:
-                stored = part.to_hf(array)
-                dtype = files[part.name].tensors[part.name].dtype
-                rows = contiguous(stored).astype(dtype, copy=False)
-                report.converted(part.name, stored, rows)
-                for name in names[part.name]:
-                    files[name].write(name, part.start, rows)
+    def convert(path: str) -> None:
+        array = checkpoint.stored.read(path)
+        for part in by_path[path]:
+            stored = part.to_hf(array)
+            dtype = files[part.name].tensors[part.name].dtype
+            rows = contiguous(stored).astype(dtype, copy=False)
+            report.converted(part.name, stored, rows)
+            for name in names[part.name]:
+                files[name].write(name, part.start, rows)
 
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(convert, checkpoint.stored.batches()))
+        list(threads.map(convert, checkpoint.tensors))

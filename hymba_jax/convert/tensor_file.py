@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from hymba_jax.files import open_regular
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _ALIGNMENT = 8  # bytes
+# Bytes after which a file is opened anew: the library maps the whole file into memory, where what
+# was read of it stays. Opening takes a millisecond.
+_MAX_MAPPED = 64 * 10**6
 
 
 class TensorInfo(NamedTuple):
@@ -49,8 +53,8 @@ class TensorFile:
         self.path = path
         with open_regular(path):  # the library would wait for a FIFO's writer
             pass
-        with self._open() as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        self._file, self._mapped, self._lock = self._open(), 0, threading.Lock()
+        slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
         self.tensors = {
             name: TensorInfo(
                 _DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape())
@@ -60,9 +64,13 @@ class TensorFile:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of a tensor."""
-        # While a file is open the library maps all of it, and what was read of it stays in memory.
-        with self._open() as file:
-            part: np.ndarray = file.get_slice(name)[index]
+        with self._lock:
+            file = self._file
+        part: np.ndarray = file.get_slice(name)[index]
+        with self._lock:
+            self._mapped += part.nbytes
+            if self._mapped > _MAX_MAPPED:
+                self._file, self._mapped = self._open(), 0
         return part
 
     def _open(self) -> Any:
@@ -117,7 +125,15 @@ class TensorFileWriter:
             file.write(rows.reshape(-1).view(np.uint8))
             file.flush()
             os.fsync(file.fileno())
-            # A file of several GB would fill the memory with its pages, which takes longer than
-            # the disk where a virtual machine's host has to provide it first.
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), offset, rows.nbytes, os.POSIX_FADV_DONTNEED)
+        drop_cached(self.path, offset, rows.nbytes)
+
+
+def drop_cached(path: Path, start: int = 0, size: int = 0) -> None:
+    """Has the kernel keep no copy of what the disk has of a file, or of `size` bytes of it.
+
+    Several GB of copies would fill the memory, which takes longer than the disk where a virtual
+    machine's host has to provide it first.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
