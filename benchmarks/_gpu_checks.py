@@ -6,7 +6,7 @@ with what the released PyTorch code computed (tests/golden). No test's packages 
 
 import json
 import lzma
-import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from _gpu_step import Recorder
 from attention import attend
 from flax import nnx
 from jax.extend.backend import get_backend
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.convert.mapping import from_released, to_released
-from hymba_jax.convert.released_config import config_from_released
-from hymba_jax.convert.tensor_file import TensorFile
+from hymba_jax.convert.hf_config import config_from_hf
+from hymba_jax.convert.load_sharded import read_params
+from hymba_jax.convert.mapping import hf_slices
 from hymba_jax.inference.engine import NO_TOKEN, Engine, Request
 from hymba_jax.model import Hymba
 from hymba_jax.ops.attention.api import fastest
@@ -31,7 +32,9 @@ from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
 from hymba_jax.sampling_config import SamplingConfig
+from hymba_jax.sharding import make_mesh
 from hymba_jax.training.loss import cross_entropy
+from hymba_jax.training.state import abstract_model
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
 QUICK = "tiny-default-rope"  # the golden model that compiles in the least time
@@ -231,17 +234,23 @@ class Golden(NamedTuple):
     meta: dict[str, Any]
 
     def model(self, *, scan_layers: bool) -> tuple[nnx.GraphDef[Hymba], nnx.State]:
-        """Its structure, and the released weights as its parameters."""
+        """Its structure, and the HF weights as its parameters."""
         compute = ComputeConfig(scan_layers=scan_layers)
-        graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(self.config, compute, nnx.Rngs(0))))
-        return graph, from_released(self.weights, params, self.config, scan_layers=scan_layers)
+        graph, abstract = abstract_model(self.config, compute, make_mesh(jax.devices()[:1]))
+        params = read_params(
+            lambda name, index: self.weights[name][index],
+            abstract,
+            self.config,
+            scan_layers=scan_layers,
+        )
+        return nnx.split(nnx.merge(graph, params))
 
 
 def load_golden(name: str) -> Golden:
     """The model of this name in tests/golden."""
     folder = GOLDEN / name
     return Golden(
-        config_from_released(json.loads((folder / "config.json").read_text())),
+        config_from_hf(json.loads((folder / "config.json").read_text())),
         _read_tensors(folder / "model.safetensors"),
         dict(np.load(folder / "golden.npz")),
         json.loads((folder / "meta.json").read_text()),
@@ -250,13 +259,9 @@ def load_golden(name: str) -> Golden:
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     """All of a safetensors file, which may be compressed."""
-    with tempfile.TemporaryDirectory() as directory:
-        if not path.exists():
-            packed = path.with_name(f"{path.name}.xz").read_bytes()
-            path = Path(directory, path.name)
-            path.write_bytes(lzma.decompress(packed))
-        file = TensorFile(path)
-        return {name: np.array(file.read(name)) for name in file.tensors}
+    if path.exists():
+        return safetensors.numpy.load_file(path)
+    return safetensors.numpy.load(lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes()))
 
 
 def golden(recorder: Recorder, names: str) -> None:
@@ -268,7 +273,7 @@ def golden(recorder: Recorder, names: str) -> None:
             tokens = jnp.asarray(one.arrays["input_ids"], jnp.int32)
             step = jax.value_and_grad(partial(_loss_and_logits, graph), has_aux=True)
             (loss, logits), gradients = jax.jit(step)(params, tokens)
-            ours = to_released(gradients, one.config, scan_layers=True)
+            ours = _to_hf(gradients, one.config)
             strides = one.meta["grad_stride"] or {}
             ours = {n: a.reshape(-1)[:: strides.get(n, 1)] for n, a in ours.items()}
             expected = _read_tensors(GOLDEN / name / "grads.safetensors")
@@ -277,6 +282,15 @@ def golden(recorder: Recorder, names: str) -> None:
             ours |= {"logits": logits, "loss": loss}
             expected |= {"logits": one.arrays["logits"], "loss": np.asarray(one.meta["loss"])}
             _compare(row, ours, expected, bounds)
+
+
+def _to_hf(params: nnx.State, config: HymbaConfig) -> dict[str, jax.Array]:
+    """Parameters of scanned layers, or their gradients, as the tensors of an HF checkpoint."""
+    flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(params)}
+    rows = defaultdict(list)
+    for part in hf_slices({path: a.shape for path, a in flat.items()}, config, scan_layers=True):
+        rows[part.name].append(part.to_hf(flat[part.path]))
+    return {name: jnp.concatenate(arrays) for name, arrays in rows.items()}
 
 
 def _loss_and_logits(graph: Any, params: Any, tokens: Any) -> tuple[jax.Array, jax.Array]:

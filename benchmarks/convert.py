@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py --folder /some/disk
 
-Writes a released checkpoint of random bfloat16 weights (3 GB), converts it and converts the result
+Writes an HF checkpoint of random bfloat16 weights (3 GB), converts it and converts the result
 back, each in a process of its own, and copies its file. A virtual machine's memory that was free
 for seconds may have gone back to its host, and takes ten times as long to write to; so that all
 find it alike, twice as much as they write is touched just before each. Memory is the process's peak
@@ -29,9 +29,9 @@ from _report import Row, measured_apart, report, write_json
 from hymba_jax import cli
 from hymba_jax.config import PRESETS
 from hymba_jax.convert import convert as _  # noqa: F401 (a conversion does not wait for its import)
-from hymba_jax.convert.mapping import param_shapes, pieces, released_shapes
-from hymba_jax.convert.released_checkpoint import WEIGHTS
-from hymba_jax.convert.released_config import config_to_released
+from hymba_jax.convert.hf_checkpoint import WEIGHTS
+from hymba_jax.convert.hf_config import config_to_hf
+from hymba_jax.convert.mapping import hf_shapes, hf_slices, param_shapes
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
 from hymba_jax.hf_files import HF_CONFIG
 
@@ -65,13 +65,13 @@ def run(args: Args) -> None:
         write_json([convert(args.source, args.target)], args.json)
         return
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
-        released, ours = Path(folder, "released"), Path(folder, "ours")
-        size = write_checkpoint(released, args.preset)
-        convert_apart(released, ours)
+        hf, native = Path(folder, "hf"), Path(folder, "native")
+        size = write_checkpoint(hf, args.preset)
+        convert_apart(hf, native)
         calls: dict[str, Callable[[Path], Row]] = {
-            "copying the file": partial(copy, released),
-            "released to ours": partial(convert_apart, released),
-            "ours to released": partial(convert_apart, ours),
+            "copying the file": partial(copy, hf),
+            "HF to native": partial(convert_apart, hf),
+            "native to HF": partial(convert_apart, native),
         }
         rows: dict[str, list[Row]] = {name: [] for name in calls}
         target = Path(folder, "target")
@@ -138,10 +138,10 @@ def copy(source: Path, target: Path) -> Row:
 
 
 def write_checkpoint(directory: Path, preset: str) -> int:
-    """A released checkpoint of random weights; how many bytes they are."""
+    """Writes an HF checkpoint of random weights. Returns their bytes."""
     config = PRESETS[preset]
-    shapes = released_shapes(
-        pieces(param_shapes(config, scan_layers=False), config, scan_layers=False)
+    shapes = hf_shapes(
+        hf_slices(param_shapes(config, scan_layers=False), config, scan_layers=False)
     )
     tensors = {name: TensorInfo("bfloat16", shape) for name, shape in shapes.items()}
     directory.mkdir()
@@ -149,7 +149,7 @@ def write_checkpoint(directory: Path, preset: str) -> int:
     rng = np.random.default_rng(0)
     for name, info in tensors.items():
         writer.write(name, 0, (0.02 * rng.normal(size=info.shape)).astype(info.dtype))
-    (directory / HF_CONFIG).write_text(json.dumps(config_to_released(config)))
+    (directory / HF_CONFIG).write_text(json.dumps(config_to_hf(config)))
     return sum(info.nbytes for info in tensors.values())
 
 

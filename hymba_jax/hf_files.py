@@ -1,4 +1,4 @@
-"""The files of a HF (Hugging Face) checkpoint beside its weights, and where we keep them.
+"""The files of an HF (Hugging Face) checkpoint beside its weights, and where we keep them.
 
 A converted model has them in its own directory. A training run that started from one has them in a
 folder: its own tokenizer files are written by the run.
@@ -14,8 +14,8 @@ from hymba_jax.files import read_json, resolve_path, written_beside
 
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-COPIES_FILE = "released_copies.json"
-"""Tensors of a HF checkpoint that are not kept since they equal another: name to name."""
+COPIES_FILE = "hf_copies.json"
+"""Tensors of an HF checkpoint that are not kept since they equal another: name to name."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-OTHER_FILES = (GENERATION_CONFIG, "*.py")  # the released code itself, which config.json names
+OTHER_FILES = (GENERATION_CONFIG, "*.py")  # the HF implementation itself, which config.json names
 
 _KEPT = "hf_files"  # inside a run directory
 _CLASSES = ("AutoConfig", "AutoModelForCausalLM")
@@ -73,7 +73,7 @@ def keep_hf_files(init_from: str, output: str) -> None:
 
 
 def missing_for_transformers(directory: Path, settings: Mapping[str, Any]) -> list[str]:
-    """What transformers lacks to load a HF checkpoint's model and tokenizer, in words.
+    """What transformers lacks to load an HF checkpoint's model and tokenizer, in words.
 
     Args:
       settings: its config.json.
@@ -83,11 +83,11 @@ def missing_for_transformers(directory: Path, settings: Mapping[str, Any]) -> li
     for name in _CLASSES:
         reference = auto_map.get(name) if isinstance(auto_map, dict) else None
         if not isinstance(reference, str):
-            missing.append(f"{HF_CONFIG} has no auto_map to the released code for {name}")
+            missing.append(f"{HF_CONFIG} has no auto_map to the HF implementation for {name}")
         elif "--" not in reference:  # else it is code on Hugging Face
             code = reference.partition(".")[0] + ".py"
             if not (directory / code).is_file():
-                missing.append(f"{code} is missing, the released code that auto_map names")
+                missing.append(f"{code} is missing, the HF implementation that auto_map names")
     if not companion_files(directory, ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json is missing")
     config = directory / "tokenizer_config.json"

@@ -1,7 +1,8 @@
-"""The outputs of the released PyTorch code in tests/golden, and our model with the same weights."""
+"""The outputs of the HF implementation in tests/golden, and our model with the same weights."""
 
 import json
 import lzma
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import safetensors.numpy
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.convert.mapping import from_released
-from hymba_jax.convert.released_config import config_from_released
-from hymba_jax.model import Hymba
+from hymba_jax.convert.hf_config import config_from_hf
+from hymba_jax.convert.load_sharded import read_params
+from hymba_jax.convert.mapping import hf_slices
+from hymba_jax.sharding import make_mesh
+from hymba_jax.training.state import abstract_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("tiny-ntk", "tiny-default-rope", "tiny-shared", "tiny-nometa", "tiny-wide")
@@ -35,12 +38,26 @@ class Golden:
         return jnp.asarray(self.arrays["input_ids"], jnp.int32)
 
     def model(self, **compute: object) -> tuple[nnx.GraphDef, nnx.State]:
-        """Our model's structure, and the released weights as its parameters."""
+        """The model's structure, and the HF weights as its parameters."""
         chosen = ComputeConfig(**compute)
-        abstract = nnx.eval_shape(lambda: Hymba(self.config, chosen, nnx.Rngs(0)))
-        graph, params = nnx.split(abstract)
-        scan_layers = chosen.scan_layers
-        return graph, from_released(self.weights, params, self.config, scan_layers=scan_layers)
+        graph, abstract = abstract_model(self.config, chosen, make_mesh(jax.devices()[:1]))
+        params = read_params(
+            lambda name, index: self.weights[name][index],
+            abstract,
+            self.config,
+            scan_layers=chosen.scan_layers,
+        )
+        return nnx.split(nnx.merge(graph, params))
+
+
+def to_hf(params: nnx.State, config: HymbaConfig, *, scan_layers: bool) -> dict[str, jax.Array]:
+    """Parameters, or their gradients, as the tensors of an HF checkpoint."""
+    flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(params)}
+    shapes = {path: array.shape for path, array in flat.items()}
+    rows = defaultdict(list)
+    for part in hf_slices(shapes, config, scan_layers=scan_layers):
+        rows[part.name].append(part.to_hf(flat[part.path]))
+    return {name: jnp.concatenate(arrays) for name, arrays in rows.items()}
 
 
 def load(case: str) -> Golden:
@@ -51,7 +68,7 @@ def load(case: str) -> Golden:
     else:
         weights = safetensors.numpy.load_file(folder / "model.safetensors")
     return Golden(
-        config=config_from_released(json.loads((folder / "config.json").read_text())),
+        config=config_from_hf(json.loads((folder / "config.json").read_text())),
         weights=weights,
         arrays=dict(np.load(folder / "golden.npz")),
         gradients=safetensors.numpy.load_file(folder / "grads.safetensors"),

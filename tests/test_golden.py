@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_cases import CASES, load
+from golden_cases import CASES, load, to_hf
 from slow import slow_but
 
-from hymba_jax.convert.mapping import to_released
 from hymba_jax.training.loss import cross_entropy
 
 VALUE_BOUND = 5e-4
@@ -30,13 +29,13 @@ def loss_and_logits(graph, params, tokens):
 
 
 def run(case, **compute):
-    """Loss, logits and gradients under released names."""
+    """Loss, logits and gradients under HF names."""
     golden = load(case)
     graph, params = golden.model(**compute)
     step = jax.jit(jax.value_and_grad(functools.partial(loss_and_logits, graph), has_aux=True))
     (loss, logits), gradients = step(params, golden.tokens)
     scan_layers = compute.get("scan_layers", True)
-    return loss, logits, to_released(gradients, golden.config, scan_layers=scan_layers)
+    return loss, logits, to_hf(gradients, golden.config, scan_layers=scan_layers)
 
 
 reference_run = functools.cache(run)

@@ -6,7 +6,7 @@ from hymba_jax.layer_pattern import LayerSpec, format_pattern, hymba_pattern, pa
 
 
 def specs(pattern):
-    return [spec for run in parse_pattern(pattern) for spec in run.unit * run.repeats]
+    return [spec for group in parse_pattern(pattern) for spec in group.layers * group.repeats]
 
 
 def test_every_letter():

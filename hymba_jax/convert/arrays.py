@@ -1,4 +1,4 @@
-"""Arrays in memory: laid anew, and looked at bit by bit."""
+"""NumPy arrays: memory layout and bits."""
 
 import jax
 import numpy as np
@@ -12,18 +12,14 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The same memory as whole numbers, in which NaN equals itself."""
+    """A view as unsigned integers, in which NaN equals itself."""
     return array.view(np.dtype(f"u{array.itemsize}"))
 
 
 def count_not_finite(array: np.ndarray) -> int:
-    """NaN and infinities, whose exponent has every bit set; np.isfinite is slow in bfloat16."""
-    numbers = bits(array)
-    infinities = bits(np.array([np.inf, -np.inf], array.dtype))
-    signed = infinities.dtype.str.replace("u", "i")
-    # Beyond infinity, as whole numbers, are only NaNs; the sign is the highest bit.
-    positive = numbers.view(signed).max(initial=0) >= infinities[0]
-    negative = numbers.max(initial=0) >= infinities[1]
-    if not (positive or negative):
+    """How many numbers are NaN or infinite."""
+    # Without the sign, the bits of both are those of infinity or above. np.isfinite alone takes
+    # 4 times as long in bfloat16.
+    if (bits(array) << 1).max(initial=0) < bits(np.array(np.inf, array.dtype)) << 1:
         return 0
     return int(np.count_nonzero(~np.isfinite(array)))

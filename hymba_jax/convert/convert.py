@@ -1,4 +1,4 @@
-"""`hymba convert`: released checkpoints into directories of ours, and the other way round."""
+"""`hymba convert`: HF checkpoints to native ones, and the other way round."""
 
 import math
 import re
@@ -11,14 +11,14 @@ import jax
 import tyro
 
 from hymba_jax.config import ComputeConfig
-from hymba_jax.convert.manifest import not_written, write_manifest
-from hymba_jax.convert.our_checkpoint import OurCheckpoint
-from hymba_jax.convert.ours_to_released import write_released
-from hymba_jax.convert.placing import load_released
-from hymba_jax.convert.released_checkpoint import (
-    ReleasedCheckpoint,
+from hymba_jax.convert.hf_checkpoint import (
+    HFCheckpoint,
 )
-from hymba_jax.convert.released_to_ours import write_ours
+from hymba_jax.convert.hf_to_native import write_native
+from hymba_jax.convert.load_sharded import load_hf
+from hymba_jax.convert.manifest import not_written, write_manifest
+from hymba_jax.convert.native_checkpoint import NativeCheckpoint
+from hymba_jax.convert.native_to_hf import write_hf
 from hymba_jax.convert.report import Report, in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.verify import Expected, compare, read_expected
@@ -37,18 +37,18 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Converts a released checkpoint into a directory of ours, or one of ours into released form.
+    """Converts an HF checkpoint to a native one, or a native one to an HF one.
 
     The direction follows from what SOURCE is. Every tensor keeps its bits.
 
     Attributes:
-      source: directory of a released checkpoint (config.json, .safetensors or pytorch_model.bin,
+      source: directory of an HF checkpoint (config.json, .safetensors or pytorch_model.bin,
         tokenizer), of a training run, or of a model alone.
       target: directory to write.
       dtype: of every tensor, in place of its own.
-      max_shard_size: of a file of released weights, such as 500MB or 2GiB.
+      max_shard_size: of one safetensors file, such as 500MB or 2GiB.
       step: which checkpoint of a run; the newest if absent.
-      verify: .npz file with input_ids and logits that the written model is held against.
+      verify: .npz file with input_ids and the logits to compare those of the written model with.
       tolerance: the largest difference of a logit that passes.
       overwrite: replaces what an earlier conversion wrote to TARGET, and never anything else.
     """
@@ -64,11 +64,11 @@ class ConvertConfig:
 
 
 def main(args: ConvertConfig) -> None:
-    """Converts, and says what became of it.
+    """Converts, and prints a report.
 
     Raises:
-      HymbaError: the source is no whole checkpoint, the target cannot be written, or what was
-        written does not compute what it should.
+      HymbaError: the source is no complete checkpoint, the target cannot be written, or the logits
+        of what was written differ from the expected ones.
     """
     source, target = resolve_path(args.source), resolve_path(args.target)
     max_shard_bytes = parse_size(args.max_shard_size)
@@ -84,10 +84,10 @@ def main(args: ConvertConfig) -> None:
         report = Report(display, size)
         display.begin(f"converting {in_gb(size)}")
         with written_beside(target) as beside:
-            if isinstance(checkpoint, OurCheckpoint):
-                write_released(checkpoint, beside, args.dtype, max_shard_bytes, report)
+            if isinstance(checkpoint, NativeCheckpoint):
+                write_hf(checkpoint, beside, args.dtype, max_shard_bytes, report)
             else:
-                write_ours(checkpoint, beside, args.dtype, report)
+                write_native(checkpoint, beside, args.dtype, report)
             write_manifest(beside)
             _check_target(source, target, args.overwrite)  # once more: much time has passed
             display.begin("waiting for the disk")
@@ -98,25 +98,25 @@ def main(args: ConvertConfig) -> None:
             _verify(target, expected, args, display)
 
 
-def open_checkpoint(directory: Path, step: int | None = None) -> OurCheckpoint | ReleasedCheckpoint:
+def open_checkpoint(directory: Path, step: int | None = None) -> NativeCheckpoint | HFCheckpoint:
     """The checkpoint of either kind that a directory holds.
 
     Args:
-      step: which checkpoint of a run of ours; the newest if absent.
+      step: which checkpoint of a training run; the newest if absent.
 
     Raises:
-      HymbaError: it holds none, or one that is not whole.
+      HymbaError: it holds none, or an incomplete one.
     """
     if (directory / CONFIG_FILE).is_file():
-        return OurCheckpoint(directory, step)
+        return NativeCheckpoint(directory, step)
     if not (directory / HF_CONFIG).is_file():
         raise HymbaError(
-            f"{directory}: no checkpoint is here: there is no {CONFIG_FILE}, which a model or run "
-            f"of ours has, and no {HF_CONFIG}, which a HF one has{download_advice(directory)}"
+            f"{directory}: no checkpoint is here: there is neither {CONFIG_FILE}, of a native one, "
+            f"nor {HF_CONFIG}, of an HF one{download_advice(directory)}"
         )
     if step is not None:
-        raise HymbaError(f"{directory}: a released checkpoint has no steps")
-    return ReleasedCheckpoint(directory)
+        raise HymbaError(f"{directory}: an HF checkpoint has no steps")
+    return HFCheckpoint(directory)
 
 
 def parse_size(text: str) -> int:
@@ -181,4 +181,4 @@ def _load_written(target: Path) -> Hymba:
     """The model of a checkpoint of either kind, in float32."""
     if (target / CONFIG_FILE).is_file():
         return load_model(target, dtype="float32")
-    return load_released(target, ComputeConfig(), make_mesh(jax.devices()[:1]))
+    return load_hf(target, ComputeConfig(), make_mesh(jax.devices()[:1]))

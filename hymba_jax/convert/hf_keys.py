@@ -1,7 +1,7 @@
-"""The keys of a HF config.json: each is read, has one supported value, is harmless, or is refused.
+"""The keys of an HF config.json: each is read, has one supported value, is harmless, or is refused.
 
-A key may be absent where the released code's own config class has a default and all released models
-and their family have that value, too. What else changes the model is required.
+A key may be absent where the HF implementation's config class has a default and all published
+Hymba models have that value, too. What else changes the model is required.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from hymba_jax.field_types import describe, fits, shown
 
-# What the released code can vary and this architecture does not, with the one value it has here.
+# Options of the HF implementation of which this architecture has only one value.
 FIXED: dict[str, Any] = {
     "model_type": "hymba",
     "hidden_act": "silu",
@@ -28,8 +28,8 @@ FIXED: dict[str, Any] = {
 }
 
 # So are `global_attn_idx` unless `sliding_window` is null, one of the two ways to say which layers
-# share keys and values, and the type of RoPE, see `released_rope.py`. `rope` is required because it
-# is off in the released code unless a file says otherwise.
+# share keys and values, and the type of RoPE, see `hf_rope.py`. `rope` is required because it
+# is off in the HF implementation unless a file says otherwise.
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -83,8 +83,8 @@ _READ: dict[str, Any] = {
     "pruned_heads": dict[str, Any] | None,
 }
 
-# How the released code computes, what it returns and how it is trained.
-_OF_THE_RELEASED_CODE = {
+# How the HF implementation computes, what it returns and how it is trained.
+_OF_THE_HF_IMPLEMENTATION = {
     "attn_implementation",
     "attn_implementation_new",
     "calc_logits_for_entire_prompt",
@@ -158,7 +158,7 @@ _OF_GENERATION = {
     "top_p",
     "typical_p",
 }
-_HARMLESS = _OF_THE_RELEASED_CODE | _OF_EVERY_MODEL | _OF_GENERATION
+_HARMLESS = _OF_THE_HF_IMPLEMENTATION | _OF_EVERY_MODEL | _OF_GENERATION
 
 
 def key_problems(hf: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`hymba inspect`: what a checkpoint of either kind holds."""
+"""`hymba inspect`: the contents of an HF or native checkpoint."""
 
 import math
 from collections import Counter
@@ -13,10 +13,10 @@ from rich.text import Text
 
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
+from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.mapping import DTYPES, param_shapes
 from hymba_jax.convert.mapping import Path as ParamPath
-from hymba_jax.convert.our_checkpoint import OurCheckpoint
-from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
+from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.convert.report import in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.errors import HymbaError, printable
@@ -38,11 +38,11 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Prints what a checkpoint holds: a HF one, a model alone or a training run.
+    """Prints what a checkpoint holds: an HF one, a model alone or a training run.
 
     Of HF checkpoints only headers are read; the arrays of native ones are compared with their
     checksums. The exit status is 1 where something is missing, damaged or does not fit, also what
-    transformers needs to load a HF checkpoint.
+    transformers needs to load an HF checkpoint.
 
     Attributes:
       path: directory of the checkpoint.
@@ -62,7 +62,7 @@ def main(args: InspectConfig) -> None:
     checkpoint = open_checkpoint(resolve_path(args.path), args.step)
     config = checkpoint.config
     table = Table(title=Text(printable(args.path)), show_header=False)
-    table.add_row("form", "hymba_jax" if isinstance(checkpoint, OurCheckpoint) else "released")
+    table.add_row("form", "native" if isinstance(checkpoint, NativeCheckpoint) else "HF")
     for name, value in _architecture(config):
         table.add_row(name, value)
     table.add_section()
@@ -73,7 +73,7 @@ def main(args: InspectConfig) -> None:
     for dtype, (tensors, size) in _by_dtype(checkpoint.tensors).items():
         table.add_row(Text(printable(dtype)), f"{tensors:,} tensors, {in_gb(size)}")
     problems = checkpoint.problems()
-    if isinstance(checkpoint, ReleasedCheckpoint):
+    if isinstance(checkpoint, HFCheckpoint):
         missing = missing_for_transformers(checkpoint.directory, checkpoint.settings)
         problems += [f"transformers cannot load it: {what}" for what in missing]
     elif not problems:
@@ -81,7 +81,7 @@ def main(args: InspectConfig) -> None:
     table.add_row("complete", "no" if problems else "yes")
     Console().print(table)
     if problems:
-        raise HymbaError(f"{args.path}: not a whole checkpoint: " + "; ".join(problems))
+        raise HymbaError(f"{args.path}: not a complete checkpoint: " + "; ".join(problems))
 
 
 def count_by_part(config: HymbaConfig) -> Counter[str]:

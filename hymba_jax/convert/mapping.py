@@ -1,21 +1,20 @@
-"""The one table between our parameters and the names of the released checkpoint.
+"""The one table between native parameters and the tensors of an HF checkpoint.
 
-A released tensor is made of one or more of our arrays: each brought to the released layout, then
-laid one after the other along the first axis. Ours are kept apart where the released code splits
-a product's result (`in_proj`), so that each part can be sharded by itself.
+An HF tensor consists of one or more native arrays, each in the HF layout, concatenated along the
+first axis. Native arrays are separate where the HF implementation splits the result of a matmul
+(`in_proj`), so that each can be sharded by itself.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.convert.released_config import require_released_form
+from hymba_jax.convert.hf_config import require_hf_form
 from hymba_jax.errors import HymbaError
 from hymba_jax.layer_pattern import LayerSpec
 from hymba_jax.model.hymba import Hymba, layer_places
@@ -37,31 +36,31 @@ class ConversionError(HymbaError):
 
 
 class Layout(NamedTuple):
-    """How an array of ours lies in the released checkpoint.
+    """How the axes of a native array are arranged in the HF checkpoint.
 
     Attributes:
-      axes: for each axis there the one of ours, or None for an axis of size 1.
+      axes: for each HF axis the native one, or None for an axis of size 1.
     """
 
     axes: tuple[int | None, ...]
 
-    def to_released[A: (np.ndarray, Array)](self, array: A) -> A:
-        """An array of ours as it lies there; a NumPy array's memory is shared."""
+    def to_hf[A: (np.ndarray, Array)](self, array: A) -> A:
+        """A native array in the HF layout; of a NumPy array a view."""
         order = [axis for axis in self.axes if axis is not None]
         return array.transpose(order)[tuple(None if a is None else slice(None) for a in self.axes)]
 
-    def to_ours[A: (np.ndarray, Array)](self, array: A) -> A:
-        """The way back."""
+    def to_native[A: (np.ndarray, Array)](self, array: A) -> A:
+        """The inverse of `to_hf`."""
         order = np.argsort([axis for axis in self.axes if axis is not None]).tolist()
         return array[tuple(0 if a is None else slice(None) for a in self.axes)].transpose(order)
 
-    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """The released shape of an array of this shape."""
-        return tuple(1 if axis is None else ours[axis] for axis in self.axes)
+    def hf_shape(self, native: tuple[int, ...]) -> tuple[int, ...]:
+        """The HF shape of an array of this native shape."""
+        return tuple(1 if axis is None else native[axis] for axis in self.axes)
 
-    def released_index(self, ours: Index) -> Index:
-        """Where a part of our array is in the released one."""
-        return tuple(slice(None) if axis is None else ours[axis] for axis in self.axes)
+    def hf_index(self, native: Index) -> Index:
+        """The index into the HF array for this one into the native array."""
+        return tuple(slice(None) if axis is None else native[axis] for axis in self.axes)
 
 
 VECTOR = Layout((0,))
@@ -71,10 +70,10 @@ CONV = Layout((1, None, 0))  # (channels, 1, kernel) there
 
 
 class Rule(NamedTuple):
-    """A released tensor and the arrays of ours that it is made of, in order."""
+    """An HF tensor and the native arrays that it is the concatenation of."""
 
-    released: str
-    ours: tuple[str, ...]
+    hf: str
+    native: tuple[str, ...]
     layout: Layout
 
 
@@ -110,14 +109,14 @@ _GATE_RULE = Rule("moe.experts.0.gate_proj.weight", ("mlp.gate_proj.kernel",), T
 
 
 def rules(config: HymbaConfig) -> tuple[tuple[Rule, ...], tuple[tuple[Rule, ...], ...]]:
-    """The rules for what stands outside the layers, and for each layer.
+    """The rules for what is outside the layers, and for each layer.
 
     Raises:
-      HymbaError: the released code, or its checkpoint, has no such architecture.
+      HymbaError: the HF implementation has no such architecture.
     """
-    require_released_form(config)
+    require_hf_form(config)
     if config.attention.qk_norm != "none":
-        raise ConversionError("no released checkpoint has query and key norms")
+        raise ConversionError("no HF checkpoint has query and key norms")
     meta = (_META_RULE,) if config.num_meta_tokens else ()
     head = () if config.tie_embeddings else (_HEAD_RULE,)
     gate = (_GATE_RULE,) if config.mlp_activation == "silu" else ()
@@ -128,24 +127,24 @@ def rules(config: HymbaConfig) -> tuple[tuple[Rule, ...], tuple[tuple[Rule, ...]
 def _in_proj(spec: LayerSpec) -> Rule:
     """query, key, value, SSM input, gate; without key and value where they are reused."""
     kv = () if spec.reuses_kv else _ATTENTION_KV
-    ours = ("mixer.attention.query_proj.kernel", *kv, *_SSM_IN)
-    return Rule("mamba.in_proj.weight", ours, TRANSPOSED)
+    native = ("mixer.attention.query_proj.kernel", *kv, *_SSM_IN)
+    return Rule("mamba.in_proj.weight", native, TRANSPOSED)
 
 
-class Piece(NamedTuple):
-    """An array of ours, or one of its stack, and the rows of a released tensor that it is.
+class HFSlice(NamedTuple):
+    """The rows of an HF tensor that are one native array, or one layer of a stacked array.
 
     Attributes:
-      path: the parameter.
-      unit: which of its stack; None where it is no stack.
-      shape: of the array of ours, that of one of the stack.
-      name: of the released tensor.
-      start, stop: its rows along the tensor's first axis.
-      layout: how it lies there.
+      path: the native parameter.
+      stack_index: which layer of the stacked array; None where it is not stacked.
+      shape: of the native array, of one layer where it is stacked.
+      name: of the HF tensor.
+      start, stop: the rows, along the HF tensor's first axis.
+      layout: of the rows.
     """
 
     path: Path
-    unit: int | None
+    stack_index: int | None
     shape: tuple[int, ...]
     name: str
     start: int
@@ -153,14 +152,18 @@ class Piece(NamedTuple):
     layout: Layout
 
     @property
-    def released_shape(self) -> tuple[int, ...]:
-        """Shape of the piece as it lies in the released tensor."""
-        return self.layout.shape(self.shape)
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of the rows."""
+        return self.layout.hf_shape(self.shape)
+
+    def to_hf[A: (np.ndarray, Array)](self, array: A) -> A:
+        """The rows, of the whole native array; of a NumPy array a view."""
+        return self.layout.to_hf(array if self.stack_index is None else array[self.stack_index])
 
 
 @runtime_checkable
 class Tensor(Protocol):
-    """What the table has to know of a tensor."""
+    """Shape and dtype of a tensor, whatever holds it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -184,16 +187,16 @@ def param_shapes(config: HymbaConfig, *, scan_layers: bool) -> dict[Path, tuple[
     return {path: like.shape for path, like in params.items()}
 
 
-def pieces(
+def hf_slices(
     shapes: Mapping[Path, tuple[int, ...]], config: HymbaConfig, *, scan_layers: bool
-) -> list[Piece]:
-    """Every parameter, cut into the pieces that released tensors are made of.
+) -> list[HFSlice]:
+    """Every parameter as the rows of HF tensors, in the tensors' order.
 
     Args:
       shapes: of all the model's parameters, by path.
 
     Raises:
-      HymbaError: the released code has no such architecture.
+      HymbaError: the HF implementation has no such architecture.
       ConversionError: naming parameters that no rule takes, or more than one; and names that two
         rules give.
     """
@@ -203,32 +206,32 @@ def pieces(
     names = Counter(name for name, _, _ in placed)
     problems += [f"{count} rules give {name}" for name, count in names.items() if count > 1]
     for name, layout, places in placed:
-        for path, unit in places:
+        for path, index in places:
             if path not in shapes:
                 problems.append(f"{name} has no parameter {dotted(path)} to go to")
                 continue
-            shape = shapes[path] if unit is None else shapes[path][1:]
-            start, rows[name] = rows[name], rows[name] + layout.shape(shape)[0]
-            found.append(Piece(path, unit, shape, name, start, rows[name], layout))
-    takers = Counter((piece.path, piece.unit) for piece in found)
+            shape = shapes[path] if index is None else shapes[path][1:]
+            start, rows[name] = rows[name], rows[name] + layout.hf_shape(shape)[0]
+            found.append(HFSlice(path, index, shape, name, start, rows[name], layout))
+    takers = Counter((part.path, part.stack_index) for part in found)
     problems += [
         f"{count} rules take {dotted(path)}" for (path, _), count in takers.items() if count > 1
     ]
-    taken = {piece.path for piece in found}
+    taken = {part.path for part in found}
     problems += [f"no rule takes {dotted(path)}" for path in shapes if path not in taken]
     if problems:
         raise ConversionError("the table does not fit the model: " + "; ".join(problems))
     return found
 
 
-def released_shapes(found: list[Piece]) -> dict[str, tuple[int, ...]]:
-    """The shape of each released tensor."""
-    rows = {piece.name: piece.stop for piece in found}  # the last piece of each ends it
-    return {piece.name: (rows[piece.name], *piece.released_shape[1:]) for piece in found}
+def hf_shapes(parts: list[HFSlice]) -> dict[str, tuple[int, ...]]:
+    """The shape of each HF tensor, by name."""
+    rows = {part.name: part.stop for part in parts}  # the last slice of each ends it
+    return {part.name: (rows[part.name], *part.hf_shape[1:]) for part in parts}
 
 
-def misfits(held: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Every tensor that is missing, left over, of another shape or a dtype that no Hymba has."""
+def mismatches(held: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every tensor that is missing, unexpected, of another shape or an unsupported dtype."""
     problems = [f"{name} is missing" for name in shapes if name not in held]
     problems += [f"{name} is not part of this model" for name in held if name not in shapes]
     problems += [
@@ -244,68 +247,18 @@ def misfits(held: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -
     return problems
 
 
-def to_released(params: nnx.State, config: HymbaConfig, *, scan_layers: bool) -> dict[str, Array]:
-    """Our parameters (or their gradients) under released names, in released layouts."""
-    flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(params)}
-    parts = defaultdict(list)
-    shapes = {path: array.shape for path, array in flat.items()}
-    for piece in pieces(shapes, config, scan_layers=scan_layers):
-        array = flat[piece.path] if piece.unit is None else flat[piece.path][piece.unit]
-        parts[piece.name].append(piece.layout.to_released(array))
-    return {name: jnp.concatenate(arrays) for name, arrays in parts.items()}
-
-
-def from_released(
-    tensors: Mapping[str, Array | np.ndarray],
-    params: nnx.State,
-    config: HymbaConfig,
-    *,
-    scan_layers: bool,
-) -> nnx.State:
-    """Our parameters, from released tensors that are in memory.
-
-    Args:
-      params: the parameters' shapes and dtypes, abstract or not.
-
-    Raises:
-      ConversionError: naming each tensor that is missing, left over or of another shape.
-    """
-    flat = dict(nnx.to_flat_state(params))
-    shapes = {path: leaf.shape for path, leaf in flat.items()}
-    found = pieces(shapes, config, scan_layers=scan_layers)
-    if problems := misfits(tensors, released_shapes(found)):
-        raise ConversionError("the weights do not fit: " + "; ".join(problems))
-    arrays: dict[Path, dict[int | None, Array]] = defaultdict(dict)
-    for piece in found:
-        rows = jnp.asarray(tensors[piece.name])[piece.start : piece.stop]
-        arrays[piece.path][piece.unit] = piece.layout.to_ours(rows)
-    return nnx.from_flat_state(
-        [
-            (path, leaf.replace(_stacked(arrays[path]).astype(leaf.dtype)))
-            for path, leaf in flat.items()
-        ]
-    )
-
-
-def _stacked(units: dict[int | None, Array]) -> Array:
-    """One array, of the units of a stack if there are any."""
-    if None in units:
-        return units[None]
-    return jnp.stack([*units.values()])
-
-
 def _placed_rules(
     config: HymbaConfig, scan_layers: bool
 ) -> Iterator[tuple[str, Layout, list[tuple[Path, int | None]]]]:
-    """Each released name, its layout, and the places of our arrays."""
+    """Each HF name, its layout, and the native arrays, with their index where they are stacked."""
     outside, layers = rules(config)
     for rule in outside:
-        yield rule.released, rule.layout, [(_path(name), None) for name in rule.ours]
+        yield rule.hf, rule.layout, [(_path(name), None) for name in rule.native]
     places = layer_places(config, scan_layers=scan_layers)
     for i, (place, layer_rules) in enumerate(zip(places, layers, strict=True)):
         for rule in layer_rules:
-            sources = [((*place.block, *_path(name)), place.repeat) for name in rule.ours]
-            yield f"model.layers.{i}.{rule.released}", rule.layout, sources
+            sources = [((*place.block, *_path(name)), place.repeat) for name in rule.native]
+            yield f"model.layers.{i}.{rule.hf}", rule.layout, sources
 
 
 def _path(name: str) -> Path:
@@ -313,5 +266,5 @@ def _path(name: str) -> Path:
 
 
 def dotted(path: Path) -> str:
-    """A parameter's path in words, such as groups.0.blocks.1.mlp_norm.scale."""
+    """A parameter's path as text, such as groups.0.blocks.1.mlp_norm.scale."""
     return ".".join(map(str, path))

@@ -1,7 +1,7 @@
 """Parameters in Orbax's form, written and read a few arrays at a time."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax.traverse_util import unflatten_dict
 
 from hymba_jax.convert import mapping
-from hymba_jax.convert.tensor_file import TensorInfo
-from hymba_jax.convert.writing import in_threads
-from hymba_jax.convert.zarr_file import map_array, write_array
+from hymba_jax.convert.tensor_file import TensorInfo, drop_cached
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import open_regular
 from hymba_jax.training.checkpoint import one_line
 from hymba_jax.training.checksums import (
     Checksums,
@@ -25,32 +25,36 @@ from hymba_jax.training.checksums import (
     tree_checksums,
 )
 
-_BATCH = 128 * 10**6  # bytes; with much less, Orbax spends its time beginning to read
+THREADS = 8  # each has an array or two in memory, and most wait for the disk
 _UNREADABLE = "not parameters that can be read"
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """An array that is made when its turn to be written comes."""
+class LazyArray:
+    """An array that is computed when it is written.
+
+    Attributes:
+      make: computes it; called from any thread.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     make: Callable[[], np.ndarray]
 
 
-def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
-    """Writes parameters that Orbax restores as a tree, making a few at a time.
+def write_params(path: Path, sources: Mapping[mapping.Path, LazyArray]) -> None:
+    """Writes parameters as an Orbax checkpoint of a tree, with few of them in memory at a time.
 
     Raises:
-      HymbaError: they cannot be made or written.
+      HymbaError: they cannot be computed or written.
     """
     checksums: Checksums = {}
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (Source, _SourceHandler(checksums))
+            (LazyArray, _LazyArrayHandler(checksums))
         ),
         use_compression=False,
-        use_ocdbt=False,  # a file an array, as _SourceHandler writes
+        use_ocdbt=False,  # a file for each array, so that threads write at the same time
     )
     # Orbax writes the metadata when all arrays are written, and their checksums known.
     args = ocp.args.PyTreeSave(
@@ -60,11 +64,11 @@ def write_params(path: Path, sources: Mapping[mapping.Path, Source]) -> None:
         checkpointer.save(path.absolute(), args=args)
 
 
-class _SourceHandler(ocp.type_handlers.NumpyHandler):
-    """Makes and writes arrays in several threads.
+class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Computes arrays and writes them in several threads.
 
     Args:
-      checksums: gets the checksum of every array.
+      checksums: the checksum of every array is added to it.
     """
 
     def __init__(self, checksums: Checksums):
@@ -76,12 +80,20 @@ class _SourceHandler(ocp.type_handlers.NumpyHandler):
     ) -> Sequence[Any]:
         for info in infos:
             await info.await_path_creation()
-        in_threads(self._write, values, infos)
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(self._write, values, infos))
         return []
 
-    def _write(self, source: Source, info: Any) -> None:
+    def _write(self, source: LazyArray, info: Any) -> None:
         array = source.make()
-        write_array(Path(info.parent_dir, info.name), array)
+        directory = Path(info.parent_dir, info.name)
+        dtype = source.dtype if source.dtype == "bfloat16" else np.dtype(source.dtype).str
+        metadata = {"shape": source.shape, "chunks": source.shape, "dtype": dtype}
+        spec = _spec(directory) | {"metadata": metadata | {"compressor": None}}
+        store = tensorstore.open(spec, create=True).result()
+        store.write(array, can_reference_source_data_indefinitely=True).result()
+        for file in directory.iterdir():
+            drop_cached(file)
         self._checksums |= tree_checksums({info.name: array})
 
 
@@ -98,73 +110,46 @@ class StoredParams:
 
     def __init__(self, path: Path):
         self.path = path.absolute()
-        self._checkpointer = ocp.PyTreeCheckpointer()
-        self._restoring = threading.Lock()
         with one_line(path, _UNREADABLE):
-            metadata = self._checkpointer.metadata(self.path).item_metadata
-            tree, self._metadata = metadata.tree, metadata.custom_metadata
-        self._structure = jax.tree.structure(tree)
+            for file in self.path.rglob("*"):
+                if not file.is_dir():
+                    with open_regular(file):  # TensorStore would wait for a FIFO's writer
+                        pass
+            metadata = ocp.PyTreeCheckpointer().metadata(self.path).item_metadata
+            self._metadata = metadata.custom_metadata
         self.tensors = {
             dotted(keys): TensorInfo(str(leaf.dtype), tuple(leaf.shape))
-            for keys, leaf in jax.tree.leaves_with_path(tree)
+            for keys, leaf in jax.tree.leaves_with_path(metadata.tree)
         }
+        self._is_ocdbt = (self.path / "manifest.ocdbt").is_file()
 
-    def batches(self) -> Iterator[list[str]]:
-        """The paths of all arrays, as many together as are best read at once."""
-        batch: list[str] = []
-        size = 0
-        for path, info in self.tensors.items():
-            if batch and size + info.nbytes > _BATCH:
-                yield batch
-                batch, size = [], 0
-            batch.append(path)
-            size += info.nbytes
-        yield batch
-
-    def read(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Arrays with their dotted paths; from any thread.
+    def read(self, name: str) -> np.ndarray:
+        """The array of this dotted path; from any thread.
 
         Raises:
-          HymbaError: they cannot be read, or are not as they were written.
+          HymbaError: it cannot be read, or is not as it was written.
         """
-        arrays = self._read(paths)
-        for path in paths:
-            array = arrays.pop(path)
-            check_tree(self.path, {path: array}, self._metadata)
-            yield path, array
+        spec = _spec(self.path, name) if self._is_ocdbt else _spec(self.path / name)
+        with one_line(self.path, _UNREADABLE):
+            array: np.ndarray = tensorstore.open(spec, open=True).result().read().result()
+        check_tree(self.path, {name: array}, self._metadata)
+        return array
 
     def damage(self) -> list[str]:
         """Reads all arrays; what cannot be read or is not as it was written, in words."""
         problems = []
-        for paths in self.batches():
+        for name in self.tensors:
             try:
-                arrays = self._read(paths)
+                self.read(name)
             except HymbaError as error:
                 problems.append(str(error))
-                continue
-            for path, array in arrays.items():
-                try:
-                    check_tree(self.path, {path: array}, self._metadata)
-                except HymbaError as error:
-                    problems.append(str(error))
         return problems
 
-    def _read(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        with one_line(self.path, _UNREADABLE):
-            mapped = {path: map_array(self.path / path, *self.tensors[path]) for path in paths}
-            arrays = {path: array for path, array in mapped.items() if array is not None}
-            others = [path for path in paths if path not in arrays]
-            return arrays | (self._restore(others) if others else {})
 
-    def _restore(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        """By Orbax, which uses all processors itself."""
-        like = [
-            jax.ShapeDtypeStruct(*reversed(info)) if path in paths else ocp.PLACEHOLDER
-            for path, info in self.tensors.items()
-        ]
-        restore = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(like)
-        item, restore_args = (jax.tree.unflatten(self._structure, v) for v in (like, restore))
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-        with self._restoring:
-            arrays = jax.tree.leaves(self._checkpointer.restore(self.path, args=args))
-        return {path: a for path, a in zip(self.tensors, arrays, strict=True) if path in paths}
+def _spec(directory: Path, name: str | None = None) -> dict[str, Any]:
+    """TensorStore's description of an array in a directory, or in the OCDBT database there."""
+    store: dict[str, Any] = {"driver": "file", "path": f"{directory}/"}
+    if name is not None:
+        store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+    # Else chunks that are not there would be zeros.
+    return {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}

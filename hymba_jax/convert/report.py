@@ -32,7 +32,7 @@ class Report:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def converted(self, name: str, before: np.ndarray, after: np.ndarray) -> None:
-        """Takes note of a piece of the released tensor `name`; from any thread."""
+        """Counts an array of the HF tensor `name` that was converted; from any thread."""
         not_finite = count_not_finite(after)
         with self._lock:
             self.dtypes[str(before.dtype), str(after.dtype)] += after.size

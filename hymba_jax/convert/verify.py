@@ -1,4 +1,4 @@
-"""Whether a model computes what it should: its logits beside others', from a file."""
+"""Whether a model computes what it should: its logits compared with expected ones from a file."""
 
 import math
 import zipfile
@@ -35,8 +35,8 @@ class Agreement(NamedTuple):
 
     Attributes:
       max_difference: the largest, of all logits.
-      kl_divergence: of the distributions, from the expected one to ours, in nats, mean over tokens.
-      top_1: part of the tokens after which the likeliest token is the same.
+      kl_divergence: KL(expected || model) in nats, mean over tokens.
+      top_1: fraction of positions at which the likeliest token is the same.
     """
 
     max_difference: float
@@ -109,13 +109,13 @@ def compare(model: Hymba, expected: Expected) -> Agreement:
     graph, params = nnx.split(model)
     with jax.default_matmul_precision("highest"):
         run = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids))
-        ours = np.asarray(run(params, expected.input_ids.astype(np.int32)), np.float64)
-    theirs = expected.logits.astype(np.float64)
-    log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+        logits = np.asarray(run(params, expected.input_ids.astype(np.int32)), np.float64)
+    expected_logits = expected.logits.astype(np.float64)
+    log_p, log_q = _log_softmax(expected_logits), _log_softmax(logits)
     return Agreement(
-        max_difference=float(np.abs(ours - theirs).max()),
+        max_difference=float(np.abs(logits - expected_logits).max()),
         kl_divergence=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-        top_1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        top_1=float((logits.argmax(-1) == expected_logits.argmax(-1)).mean()),
     )
 
 

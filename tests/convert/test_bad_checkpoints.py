@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from convert.released import (
+from convert.hf import (
     convert,
     golden_config,
     golden_weights,
-    read_released,
-    write_released,
+    read_hf,
+    write_hf,
 )
 from golden_cases import GOLDEN
 
 from hymba_jax import cli
+from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.mapping import EMBEDDING
-from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.convert.tensor_file import TensorFile
 from hymba_jax.convert.verify import read_expected
 from hymba_jax.errors import HymbaError
@@ -45,13 +45,13 @@ TWO = "model-00002-of-00002.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return write_released(tmp_path_factory.mktemp("whole") / "released")
+    return write_hf(tmp_path_factory.mktemp("whole") / "hf")
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """The same in two files."""
-    directory = write_released(tmp_path_factory.mktemp("sharded") / "released")
+    directory = write_hf(tmp_path_factory.mktemp("sharded") / "hf")
     (directory / WHOLE).unlink()
     weights = sorted(golden_weights().items())
     half = len(weights) // 2
@@ -64,8 +64,8 @@ def sharded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(whole, tmp_path_factory):
-    return convert(whole, tmp_path_factory.mktemp("ours") / "ours")
+def native(whole, tmp_path_factory):
+    return convert(whole, tmp_path_factory.mktemp("native") / "native")
 
 
 def refusal(tmp_path, original, damage):
@@ -144,6 +144,9 @@ def device(name):
     return damage
 
 
+BYTES = b"12345678"
+
+
 def header(entries, data=b""):
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
     return len(text).to_bytes(8, "little") + text + data
@@ -156,26 +159,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate(WHOLE, 1_000_000), "truncated: it has 1,000,000 bytes, its header speaks of"),
-        (truncate(WHOLE, 100), "truncated, or no safetensors file: its header should have"),
-        (truncate(WHOLE, 5), "truncated, or no safetensors file"),
-        (overwrite(WHOLE, b""), "truncated, or no safetensors file"),
-        (overwrite(WHOLE, b"\xff" * 16), "its header should have 18,446,744,073,709,551,615 bytes"),
-        (overwrite(WHOLE, (3).to_bytes(8, "little") + b"{}}"), "its header is no JSON object"),
-        (overwrite(WHOLE, header([1])), "its header is no JSON object"),
-        (overwrite(WHOLE, header(b" {}")), "it does not begin with {"),  # the format's rule
-        (
-            overwrite(WHOLE, (60).to_bytes(8, "little") + b'{"a": {}, "a": {}}'.ljust(60)),
-            "a name stands in it twice",
-        ),
-        (overwrite(WHOLE, header({"a": 3})), "its header says nothing of a's place"),
-        (overwrite(WHOLE, header({"a": entry(shape=[-1])}, b"12345678")), "no dtype or no shape"),
-        (overwrite(WHOLE, header({"a": entry(shape=[3])}, b"12345678")), "has 8 bytes, not 12"),
-        (
-            overwrite(WHOLE, header({"a": entry(), "b": entry()}, b"12345678")),
-            "b does not begin where the last one ends",
-        ),
-        (overwrite(WHOLE, header({"a": entry()}, b"123456789")), "broken: it has"),
+        (truncate(WHOLE, 1_000_000), "truncated, damaged or no safetensors file"),
+        (truncate(WHOLE, 100), "truncated, damaged or no safetensors file"),
+        (overwrite(WHOLE, b""), "truncated, damaged or no safetensors file"),
         (fifo(WHOLE), "is a FIFO, not a regular file"),
         (device(WHOLE), "is a device, not a regular file"),
         (remove(WHOLE), "no weights are here"),
@@ -199,50 +185,44 @@ def test_one_file(whole, tmp_path, damage, message):
     assert message in refusal(tmp_path, whole, damage)
 
 
-BYTES = b"12345678"
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
+        b"12345",
+        b"\xff" * 16,
+        (3).to_bytes(8, "little") + b"{}}",
+        header([1]),
+        header(b'{"a": {}, "a": {}}'),
+        header({"a": 3}),
+        header({"a": entry(shape=[-1])}, BYTES),
+        header({"a": entry(shape=[3])}, BYTES),
+        header({"a": entry()}, b"123456789"),
         # A dtype in another case must not let the second tensor overlap the first.
-        (
-            header({"a": entry("float32"), "b": entry("float32", offsets=(4, 8))}, BYTES),
-            "a has dtype 'float32', which the format does not have",
-        ),
-        (header({"a": entry("f32")}, BYTES), "a has dtype 'f32', which the format does not have"),
-        (header({"a": entry("F99")}, BYTES), "a has dtype 'F99', which the format does not have"),
-        (
-            header({"a": entry(shape=[1], offsets=(4, 8))}, BYTES),
-            "a does not begin where the last one ends",
-        ),
-        (
-            header({"a": entry(), "b": entry(shape=[1], offsets=(4, 8))}, BYTES),
-            "b does not begin where the last one ends",
-        ),
-        (header({"a": entry(shape=[1], offsets=(4, 0))}, BYTES), "has -4 bytes, not 4"),
-        (header({"a": entry(shape=[2.0])}, BYTES), "a no dtype or no shape"),
-        (header({"a": entry(shape=[2**62, 4])}, BYTES), "has 8 bytes, not 73,786,976,294,838,206"),
-        (header({"a": entry(shape=[0, 2**64], offsets=(0, 0))}), "a no dtype or no shape"),
-        (header({"a": entry(offsets=(0, 8, 9))}, BYTES), "nothing of a's place"),
-        (header({"a": entry(offsets=(0.0, 8.0))}, BYTES), "nothing of a's place"),
-        (header({"a": entry(offsets=("0", "8"))}, BYTES), "nothing of a's place"),
-        (header({"a": entry("F4", shape=[1], offsets=(0, 1))}, b"1"), "has 1 bytes, not 0.5"),
-        (header({"__metadata__": {"format": 5}}), "__metadata__ is not an object of texts"),
-        (header({"__metadata__": [1]}), "__metadata__ is not an object of texts"),
-        (header(b'{"a":' * 100_000), "its header is nested too deeply"),
-        (header(b"{}".ljust(100_000_001)), "the format allows 100,000,000"),
+        header({"a": entry("float32"), "b": entry("float32", offsets=(4, 8))}, BYTES),
+        header({"a": entry("f32")}, BYTES),
+        header({"a": entry("F99")}, BYTES),
+        header({"a": entry(), "b": entry()}, BYTES),
+        header({"a": entry(shape=[1], offsets=(4, 8))}, BYTES),
+        header({"a": entry(), "b": entry(shape=[1], offsets=(4, 8))}, BYTES),
+        header({"a": entry(shape=[1], offsets=(4, 0))}, BYTES),
+        header({"a": entry(shape=[2.0])}, BYTES),
+        header({"a": entry(shape=[2**62, 4])}, BYTES),
+        header({"a": entry(shape=[0, 2**64], offsets=(0, 0))}),
+        header({"a": entry(offsets=(0, 8, 9))}, BYTES),
+        header({"a": entry(offsets=(0.0, 8.0))}, BYTES),
+        header({"a": entry(offsets=("0", "8"))}, BYTES),
+        header({"a": entry("F4", shape=[1], offsets=(0, 1))}, b"1"),
+        header({"__metadata__": {"format": 5}}),
+        header({"__metadata__": [1]}),
+        header(b'{"a":' * 100_000),
+        header(b"{}".ljust(100_000_001)),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=range(27),
 )
-def test_headers_that_the_format_forbids(content, message, tmp_path):
-    """The safetensors library refuses all of them, too."""
+def test_headers_that_the_format_forbids(content, tmp_path):
     (tmp_path / WHOLE).write_bytes(content)
-    with pytest.raises(safetensors.SafetensorError):
-        safetensors.safe_open(tmp_path / WHOLE, "np")
-    with pytest.raises(HymbaError) as caught:
+    with pytest.raises(HymbaError, match=r"truncated, damaged or no safetensors file \(.*\)"):
         TensorFile(tmp_path / WHOLE)
-    assert message in str(caught.value)
 
 
 def test_names_with_control_characters_do_not_reach_the_terminal(whole, tmp_path, capsys):
@@ -287,10 +267,10 @@ def test_many_files(sharded, tmp_path, damage, message):
 
 
 def test_many_files_are_read(sharded, whole, tmp_path):
-    ours = convert(sharded, tmp_path / "ours")
-    back = read_released(convert(ours, tmp_path / "back"))
+    native = convert(sharded, tmp_path / "native")
+    back = read_hf(convert(native, tmp_path / "back"))
     assert {name: a.tobytes() for name, a in back.items()} == {
-        name: a.tobytes() for name, a in read_released(whole).items()
+        name: a.tobytes() for name, a in read_hf(whole).items()
     }
 
 
@@ -326,26 +306,26 @@ def widen(directory):
         (lambda directory: shutil.rmtree(directory / "params"), "no checkpoint; there is none"),
         (lose_an_array, "not parameters that can be read"),
         (truncate("params/embedding/0.0", 1000), "not parameters that can be read"),
-        (truncate("params/embedding/0.0", 10**6), "0.0 is longer than its header says"),
-        (fifo("params/embedding/0.0"), "0.0 is missing, or no regular file"),
+        (truncate("params/embedding/0.0", 10**6), "params/embedding/0.0)"),
+        (fifo("params/embedding/0.0"), "0.0: is a FIFO, not a regular file"),
         (overwrite("params/embedding/.zarray", b"[" * 100_000), "not parameters that can be read"),
         (remove("params/_METADATA"), "not parameters that can be read"),
         (widen, "mlp.up_proj.kernel has shape (48, 48), not (48, 50); "),
         (overwrite("config.toml", b"a = "), "not a TOML file"),
     ],
 )
-def test_ours(ours, tmp_path, damage, message):
-    assert message in refusal(tmp_path, ours, damage)
+def test_native(native, tmp_path, damage, message):
+    assert message in refusal(tmp_path, native, damage)
 
 
 class TestTarget:
-    def test_an_existing_one_is_refused(self, whole, ours, tmp_path):
+    def test_an_existing_one_is_refused(self, whole, native, tmp_path):
         (tmp_path / "target").mkdir()
         with pytest.raises(HymbaError, match="exists already, choose another target or --overwr"):
             convert(whole, tmp_path / "target")
 
-    def test_a_conversion_is_overwritten_if_asked_for(self, whole, ours, tmp_path):
-        back = convert(ours, tmp_path / "target")
+    def test_a_conversion_is_overwritten_if_asked_for(self, whole, native, tmp_path):
+        back = convert(native, tmp_path / "target")
         convert(whole, back, overwrite=True)
         assert load_model(back).embedding.shape == (89, 48)
         assert not (back / WHOLE).exists()
@@ -354,9 +334,9 @@ class TestTarget:
     @pytest.mark.parametrize(
         "other", ["dear.txt", "checkpoints/60/params/x", "params/more", "notes.py", "link"]
     )
-    def test_other_files_are_never_overwritten(self, other, whole, ours, tmp_path):
+    def test_other_files_are_never_overwritten(self, other, whole, native, tmp_path):
         """A training run in the directory among them."""
-        target = shutil.copytree(ours, tmp_path / "target")
+        target = shutil.copytree(native, tmp_path / "target")
         (target / other).parent.mkdir(parents=True, exist_ok=True)
         if other == "link":
             (target / other).symlink_to(tmp_path)
@@ -366,24 +346,24 @@ class TestTarget:
             convert(whole, target, overwrite=True)
         assert (target / other).exists()
 
-    def test_what_was_written_again_is_not_overwritten(self, whole, ours, tmp_path):
+    def test_what_was_written_again_is_not_overwritten(self, whole, native, tmp_path):
         """By a fine-tuned model that was saved into it, say."""
-        target = shutil.copytree(ours, tmp_path / "target")
+        target = shutil.copytree(native, tmp_path / "target")
         file = target / "config.toml"
         file.write_text(file.read_text())
         with pytest.raises(HymbaError, match=r"target: holds config\.toml, which"):
             convert(whole, target, overwrite=True)
 
-    def test_permissions_stay(self, ours, tmp_path):
-        target = shutil.copytree(ours, tmp_path / "target")
+    def test_permissions_stay(self, native, tmp_path):
+        target = shutil.copytree(native, tmp_path / "target")
         target.chmod(0o700)
-        convert(ours, target, overwrite=True)
+        convert(native, target, overwrite=True)
         assert target.stat().st_mode & 0o777 == 0o700
 
-    def test_a_hf_checkpoint_of_others_is_never_overwritten(self, whole, ours, tmp_path):
+    def test_an_hf_checkpoint_of_others_is_never_overwritten(self, whole, native, tmp_path):
         target = shutil.copytree(whole, tmp_path / "target")
         with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, wh"):
-            convert(ours, target, overwrite=True)
+            convert(native, target, overwrite=True)
         assert (target / WHOLE).exists()
 
     def test_what_appears_meanwhile_is_not_overwritten(self, whole, tmp_path, monkeypatch):
@@ -396,30 +376,30 @@ class TestTarget:
             convert(whole, tmp_path / "target")
         assert [path.name for path in tmp_path.rglob("*")] == ["target", "mine"]
 
-    def test_a_link_to_the_target_stays_one(self, whole, ours, tmp_path):
-        shutil.copytree(ours, tmp_path / "real")
+    def test_a_link_to_the_target_stays_one(self, whole, native, tmp_path):
+        shutil.copytree(native, tmp_path / "real")
         (tmp_path / "link").symlink_to("real")
-        convert(ours, tmp_path / "link", overwrite=True)
+        convert(native, tmp_path / "link", overwrite=True)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "real" / WHOLE).exists()
 
-    def test_directories_above_do_not_stay(self, ours, tmp_path):
-        damaged = shutil.copytree(ours, tmp_path / "damaged")
-        (damaged / "released_copies.json").write_text('{"a": "b"}')
-        with pytest.raises(HymbaError, match=r"released_copies\.json: broken"):
+    def test_directories_above_do_not_stay(self, native, tmp_path):
+        damaged = shutil.copytree(native, tmp_path / "damaged")
+        (damaged / "hf_copies.json").write_text('{"a": "b"}')
+        with pytest.raises(HymbaError, match=r"hf_copies\.json: broken"):
             convert(damaged, tmp_path / "some" / "more" / "target")
         assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
-    @pytest.mark.parametrize("place", [".", "..", "../released"])
+    @pytest.mark.parametrize("place", [".", "..", "../hf"])
     def test_the_source_is_never_overwritten(self, whole, place):
         with pytest.raises(HymbaError, match="is or holds the source"):
             convert(whole, whole / place, overwrite=True)
         assert (whole / WHOLE).exists()
 
-    def test_a_failure_leaves_the_old_one(self, whole, ours, tmp_path, monkeypatch):
-        target = shutil.copytree(ours, tmp_path / "target")
+    def test_a_failure_leaves_the_old_one(self, whole, native, tmp_path, monkeypatch):
+        target = shutil.copytree(native, tmp_path / "target")
         before = (target / "config.toml").stat()
-        monkeypatch.setattr("hymba_jax.convert.released_to_ours.model_toml", interrupt)
+        monkeypatch.setattr("hymba_jax.convert.hf_to_native.model_toml", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(whole, target, overwrite=True)
         assert (target / "config.toml").stat() == before
@@ -431,10 +411,10 @@ def interrupt(*_args, **_options):
 
 
 @pytest.mark.parametrize("place", ["report.Report.converted", "convert.Report.finish"])
-def test_interrupted_by_hand(place, whole, ours, tmp_path, monkeypatch):
+def test_interrupted_by_hand(place, whole, native, tmp_path, monkeypatch):
     """While tensors are written; and at the end, when everything is."""
     monkeypatch.setattr(f"hymba_jax.convert.{place}", interrupt)
-    for source in (whole, ours):
+    for source in (whole, native):
         with pytest.raises(SystemExit) as caught:
             cli.convert([str(source), str(tmp_path / "target")])
         assert caught.value.code == 130
@@ -470,9 +450,9 @@ class TestNoSpace:
             convert(whole, tmp_path / "some" / "target")
         assert not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("direction", ["released to ours", "ours to released"])
-    def test_it_is_one_line_while_writing(self, direction, whole, ours, tmp_path):
-        source = whole if direction == "released to ours" else ours
+    @pytest.mark.parametrize("direction", ["HF to native", "native to HF"])
+    def test_it_is_one_line_while_writing(self, direction, whole, native, tmp_path):
+        source = whole if direction == "HF to native" else native
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
@@ -487,7 +467,7 @@ class TestNoSpace:
 
 
 class TestVerify:
-    CONFIG = config_from_released(golden_config())
+    CONFIG = config_from_hf(golden_config())
 
     def expected(self, tmp_path, **changes):
         arrays = dict(np.load(GOLDEN / "tiny-shared" / "golden.npz"))
@@ -584,11 +564,11 @@ class TestVerify:
                 read_expected(path, self.CONFIG)
 
 
-def test_a_released_checkpoint_has_to_be_converted_to_be_loaded(whole):
+def test_an_hf_checkpoint_has_to_be_converted_to_be_loaded(whole):
     with pytest.raises(HymbaError, match="convert the HF checkpoint first, hymba convert"):
         load_model(whole)
 
 
-def test_a_released_checkpoint_has_no_steps(whole, tmp_path):
+def test_an_hf_checkpoint_has_no_steps(whole, tmp_path):
     with pytest.raises(HymbaError, match="has no steps"):
         convert(whole, tmp_path / "target", step=3)

@@ -1,4 +1,4 @@
-"""Released weights in, ours back out: nothing lost, in values, bits, config and other files."""
+"""HF checkpoints to native ones and back: every bit, the config and all other files are kept."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors
 import tokenizers
-from convert.released import (
+from convert.hf import (
     AUTO_MAP,
     COMPANIONS,
     assert_same_bits,
@@ -19,8 +19,8 @@ from convert.released import (
     golden_config,
     golden_weights,
     random_bits,
-    read_released,
-    write_released,
+    read_hf,
+    write_hf,
 )
 from flax import nnx
 from golden_cases import CASES, GOLDEN
@@ -31,9 +31,9 @@ from tokenizers.processors import TemplateProcessing
 from hymba_jax import cli
 from hymba_jax.config import ComputeConfig
 from hymba_jax.convert.convert import parse_size
+from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
-from hymba_jax.convert.released_config import config_from_released
 from hymba_jax.data import Tokenizer
 from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
@@ -51,16 +51,16 @@ silence_orbax()
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    directory = write_released(tmp_path_factory.mktemp("golden") / "released")
+def hf(tmp_path_factory):
+    directory = write_hf(tmp_path_factory.mktemp("golden") / "hf")
     for name, content in COMPANIONS.items():
         (directory / name).write_bytes(content)
     return directory
 
 
 @pytest.fixture(scope="module")
-def ours(released, tmp_path_factory):
-    return convert(released, tmp_path_factory.mktemp("converted") / "ours")
+def native(hf, tmp_path_factory):
+    return convert(hf, tmp_path_factory.mktemp("converted") / "native")
 
 
 def files(directory):
@@ -73,35 +73,35 @@ def params(model):
 
 @pytest.mark.parametrize("case", slow_but(CASES, "tiny-ntk", "tiny-nometa"))
 def test_golden_logits_in_both_directions(case, tmp_path, capsys):
-    released = write_released(tmp_path / "released", case=case)
+    hf = write_hf(tmp_path / "hf", case=case)
     verify = str(GOLDEN / case / "golden.npz")
-    ours = convert(released, tmp_path / "ours", verify=verify)
-    back = convert(ours, tmp_path / "back", verify=verify)
+    native = convert(hf, tmp_path / "native", verify=verify)
+    back = convert(native, tmp_path / "back", verify=verify)
     reports = [line for line in capsys.readouterr().out.splitlines() if "logits: max" in line]
     assert len(reports) == 2
     assert all("top-1 agreement 100.00%" in line for line in reports)
-    assert_same_bits(read_released(back), golden_weights(case))
-    assert (back / "config.json").read_bytes() == (released / "config.json").read_bytes()
+    assert_same_bits(read_hf(back), golden_weights(case))
+    assert (back / "config.json").read_bytes() == (hf / "config.json").read_bytes()
 
 
-def test_everything_else_comes_back_byte_for_byte(released, ours, tmp_path):
-    back = files(convert(ours, tmp_path / "back"))
-    before = files(released)
+def test_everything_else_comes_back_byte_for_byte(hf, native, tmp_path):
+    back = files(convert(native, tmp_path / "back"))
+    before = files(hf)
     assert back.keys() == before.keys() | {".hymba_convert.json"}
     for name in before.keys() - {"model.safetensors"}:
         assert back[name] == before[name]
 
 
-def test_the_directory_is_one_of_a_model_alone(ours):
-    assert {path.name for path in ours.iterdir()} == {
+def test_the_directory_is_one_of_a_model_alone(native):
+    assert {path.name for path in native.iterdir()} == {
         *("config.toml", "params", "config.json", ".hymba_convert.json"),
         *COMPANIONS,
     }
-    config, compute = read_model(ours / "config.toml")
-    assert config == config_from_released(golden_config())
+    config, compute = read_model(native / "config.toml")
+    assert config == config_from_hf(golden_config())
     assert compute == ComputeConfig(scan_layers=False)
     expected = golden_weights()
-    model = load_model(ours)
+    model = load_model(native)
     np.testing.assert_array_equal(model.embedding[...], expected[EMBEDDING])
 
 
@@ -117,17 +117,17 @@ def test_the_directory_is_one_of_a_model_alone(ours):
 )
 def test_any_bits_survive_in_any_dtype(dtypes, tmp_path, capsys):
     weights = random_bits(golden_weights(), dtypes)
-    released = write_released(tmp_path / "released", weights)
-    ours = convert(released, tmp_path / "ours")
+    hf = write_hf(tmp_path / "hf", weights)
+    native = convert(hf, tmp_path / "native")
     assert f"warning: {EMBEDDING} has" in capsys.readouterr().out
-    back = convert(ours, tmp_path / "back")
+    back = convert(native, tmp_path / "back")
     assert f"warning: {EMBEDDING} has" in capsys.readouterr().out
-    assert_same_bits(read_released(back), weights)
+    assert_same_bits(read_hf(back), weights)
 
 
-def test_orbax_restores_what_was_written_by_itself(ours):
+def test_orbax_restores_what_was_written_by_itself(native):
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore((ours / "params").absolute())
+        tree = checkpointer.restore((native / "params").absolute())
     np.testing.assert_array_equal(tree["embedding"], golden_weights()[EMBEDDING])
 
 
@@ -142,10 +142,10 @@ def test_orbax_restores_what_was_written_by_itself(ours):
 )
 def test_the_model_computes_in_a_dtype_that_loses_nothing(dtypes, expected, tmp_path):
     weights = random_bits(golden_weights(), dtypes)
-    ours = convert(write_released(tmp_path / "released", weights), tmp_path / "ours")
-    compute = read_model(ours / "config.toml")[1]
+    native = convert(write_hf(tmp_path / "hf", weights), tmp_path / "native")
+    compute = read_model(native / "config.toml")[1]
     assert (compute.dtype, compute.param_dtype) == (expected, expected)
-    loaded = load_model(ours, dtype=expected).embedding[...]
+    loaded = load_model(native, dtype=expected).embedding[...]
     assert loaded.dtype == expected
     np.testing.assert_array_equal(
         loaded.astype("float32"),
@@ -156,26 +156,24 @@ def test_the_model_computes_in_a_dtype_that_loses_nothing(dtypes, expected, tmp_
 def test_numbers_that_are_not_finite_are_counted(tmp_path, capsys):
     weights = golden_weights()
     weights["model.layers.2.mamba.D.0"][:3] = np.nan, np.inf, -np.inf
-    convert(write_released(tmp_path / "released", weights), tmp_path / "ours")
+    convert(write_hf(tmp_path / "hf", weights), tmp_path / "native")
     out = capsys.readouterr().out
     assert "warning: model.layers.2.mamba.D.0 has 3 numbers that are NaN or infinite" in out
     assert out.count("warning") == 1
 
 
-def test_a_dtype_changes_when_asked_for_and_is_reported(released, tmp_path, capsys):
-    ours = convert(released, tmp_path / "ours", dtype="bfloat16")
+def test_a_dtype_changes_when_asked_for_and_is_reported(hf, tmp_path, capsys):
+    native = convert(hf, tmp_path / "native", dtype="bfloat16")
     assert "numbers in from float32 to bfloat16, as asked for" in capsys.readouterr().out
     expected = {name: a.astype("bfloat16") for name, a in golden_weights().items()}
-    back = convert(ours, tmp_path / "back")
-    assert_same_bits(read_released(back), expected)
+    back = convert(native, tmp_path / "back")
+    assert_same_bits(read_hf(back), expected)
     assert json.loads((back / "config.json").read_text()) == {
         **golden_config(),
         "torch_dtype": "bfloat16",
     }
-    wide = convert(ours, tmp_path / "wide", dtype="float32")
-    assert_same_bits(
-        read_released(wide), {name: a.astype("float32") for name, a in expected.items()}
-    )
+    wide = convert(native, tmp_path / "wide", dtype="float32")
+    assert_same_bits(read_hf(wide), {name: a.astype("float32") for name, a in expected.items()})
     assert json.loads((wide / "config.json").read_text())["torch_dtype"] == "float32"
 
 
@@ -184,44 +182,44 @@ class TestTiedHead:
         weights = golden_weights()
         weights[HEAD] = weights[EMBEDDING].copy()
         weights[EMBEDDING][0, 0] = weights[HEAD][0, 0] = np.nan
-        ours = convert(write_released(tmp_path / "released", weights), tmp_path / "ours")
+        native = convert(write_hf(tmp_path / "hf", weights), tmp_path / "native")
         assert f"{HEAD} equals {EMBEDDING}" in capsys.readouterr().out
-        assert_same_bits(read_released(convert(ours, tmp_path / "back")), weights)
+        assert_same_bits(read_hf(convert(native, tmp_path / "back")), weights)
 
     def test_it_may_be_all_that_was_kept(self, tmp_path, capsys):
         weights = golden_weights()
         weights[HEAD] = weights.pop(EMBEDDING)
-        released = write_released(tmp_path / "released", weights)
-        ours = convert(released, tmp_path / "ours")
+        hf = write_hf(tmp_path / "hf", weights)
+        native = convert(hf, tmp_path / "native")
         assert f"{HEAD} is read as {EMBEDDING}" in capsys.readouterr().out
-        assert_same_bits(read_released(convert(ours, tmp_path / "back")), golden_weights())
+        assert_same_bits(read_hf(convert(native, tmp_path / "back")), golden_weights())
 
     def test_a_different_one_is_refused_with_advice(self, tmp_path):
         weights = golden_weights()
         weights[HEAD] = weights[EMBEDDING].copy()
         weights[HEAD][-1, -1] += 1
-        released = write_released(tmp_path / "released", weights)
+        hf = write_hf(tmp_path / "hf", weights)
         with pytest.raises(HymbaError, match=r"differs from .*set tie_word_embeddings to false"):
-            convert(released, tmp_path / "ours")
-        assert [path.name for path in tmp_path.iterdir()] == ["released"]
+            convert(hf, tmp_path / "native")
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
     def test_untied_it_is_a_tensor_of_its_own(self, tmp_path):
         weights = golden_weights()
         weights[HEAD] = 2 * weights[EMBEDDING]
-        released = write_released(tmp_path / "released", weights, tie_word_embeddings=False)
-        ours = convert(released, tmp_path / "ours")
-        np.testing.assert_array_equal(load_model(ours).lm_head.kernel[...], weights[HEAD].T)
-        assert_same_bits(read_released(convert(ours, tmp_path / "back")), weights)
+        hf = write_hf(tmp_path / "hf", weights, tie_word_embeddings=False)
+        native = convert(hf, tmp_path / "native")
+        np.testing.assert_array_equal(load_model(native).lm_head.kernel[...], weights[HEAD].T)
+        assert_same_bits(read_hf(convert(native, tmp_path / "back")), weights)
 
     def test_untied_and_absent_it_is_missing(self, tmp_path):
-        released = write_released(tmp_path / "released", tie_word_embeddings=False)
+        hf = write_hf(tmp_path / "hf", tie_word_embeddings=False)
         with pytest.raises(HymbaError, match=f"{HEAD} is missing"):
-            convert(released, tmp_path / "ours")
+            convert(hf, tmp_path / "native")
 
 
 class TestShards:
-    def test_files_are_small_named_and_indexed_as_transformers_does(self, ours, tmp_path):
-        back = convert(ours, tmp_path / "back", max_shard_size="100KB")
+    def test_files_are_small_named_and_indexed_as_transformers_does(self, native, tmp_path):
+        back = convert(native, tmp_path / "back", max_shard_size="100KB")
         index = json.loads((back / "model.safetensors.index.json").read_text())
         names = sorted(path.name for path in back.glob("*.safetensors"))
         count = len(names)
@@ -236,9 +234,9 @@ class TestShards:
             size = sum(array.nbytes for array in held.values())
             assert size <= 100_000 or len(held) == 1
             assert {key for key, file in index["weight_map"].items() if file == name} == {*held}
-        assert_same_bits(read_released(back), weights)
+        assert_same_bits(read_hf(back), weights)
         again = convert(back, tmp_path / "again")
-        assert_same_bits(read_released(convert(again, tmp_path / "whole")), weights)
+        assert_same_bits(read_hf(convert(again, tmp_path / "whole")), weights)
 
     @pytest.mark.parametrize(
         ("text", "size"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("1.5 mb", 1500000), ("7", 7)]
@@ -247,30 +245,30 @@ class TestShards:
         assert parse_size(text) == size
 
     @pytest.mark.parametrize("text", ["", "big", "0", "-1GB", "5TB", "9" * 400, "9" * 5000 + "GB"])
-    def test_what_is_no_size(self, text, ours, tmp_path):
+    def test_what_is_no_size(self, text, native, tmp_path):
         with pytest.raises(HymbaError, match="not a size such as") as caught:
-            convert(ours, tmp_path / "back", max_shard_size=text)
+            convert(native, tmp_path / "back", max_shard_size=text)
         assert len(str(caught.value)) < 150
 
 
-OURS = dataclasses.replace(TINY, layers="G 2*Ww G")
+CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return arrange_layers(make_model(OURS), scan_layers=True)
+    return arrange_layers(make_model(CONFIG), scan_layers=True)
 
 
 class TestModelsTrainedHere:
-    """Ours to released and back; their layers are stacked."""
+    """Native to HF and back, with scanned layers."""
 
     def test_a_model_alone(self, model, tmp_path, capsys):
         save_model(tmp_path / "mine", model, byte_tokenizer())
-        released = convert(tmp_path / "mine", tmp_path / "released")
-        config = json.loads((released / "config.json").read_text())
-        assert config_from_released(config).resolved() == OURS.resolved()
+        hf = convert(tmp_path / "mine", tmp_path / "hf")
+        config = json.loads((hf / "config.json").read_text())
+        assert config_from_hf(config).resolved() == CONFIG.resolved()
         assert (config["model_type"], config["torch_dtype"]) == ("hymba", "float32")
-        again = convert(released, tmp_path / "again")
+        again = convert(hf, tmp_path / "again")
         expected = params(arrange_layers(model, scan_layers=False))
         held = params(load_model(again))
         assert held.keys() == expected.keys()
@@ -280,10 +278,10 @@ class TestModelsTrainedHere:
         assert tokenizer.encode("a <s> b") == byte_tokenizer().encode("a <s> b")
         assert (tokenizer.bos, tokenizer.eos) == ("<s>", "</s>")
         # The whole prompt, with the token that begins it, as transformers 4.57.6 and 5.24.0 have
-        # it: AutoTokenizer.from_pretrained(released)("the cat").input_ids
-        exported = tokenizers.Tokenizer.from_file(str(released / "tokenizer.json"))
+        # it: AutoTokenizer.from_pretrained(hf)("the cat").input_ids
+        exported = tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json"))
         assert exported.encode("the cat").ids == [1, 86, 74, 71, 223, 69, 67, 86]
-        settings = json.loads((released / "tokenizer_config.json").read_text())
+        settings = json.loads((hf / "tokenizer_config.json").read_text())
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert settings["pad_token"] == "<pad>"
         assert "warning: transformers cannot load it: config.json has no auto_map" in (
@@ -292,7 +290,7 @@ class TestModelsTrainedHere:
 
     def test_a_run_at_any_step(self, model, tmp_path):
         data = DataConfig(tokenizer="bytes", sequence_length=24)
-        run = RunConfig(output=str(tmp_path / "run"), model=OURS, data=data)
+        run = RunConfig(output=str(tmp_path / "run"), model=CONFIG, data=data)
         write_run_directory(run, byte_tokenizer())
         tree = nnx.to_pure_dict(nnx.state(model))
         with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
@@ -300,8 +298,8 @@ class TestModelsTrainedHere:
                 scaled = jax.tree.map(lambda a, k=step: k * a, tree)
                 state = TrainState(scaled, {"count": jnp.int32(step)})
                 checkpoints.save(state, LoopState(step, {}, "", ""))
-        newest = read_released(convert(tmp_path / "run", tmp_path / "newest"))
-        older = read_released(convert(tmp_path / "run", tmp_path / "older", step=1))
+        newest = read_hf(convert(tmp_path / "run", tmp_path / "newest"))
+        older = read_hf(convert(tmp_path / "run", tmp_path / "older", step=1))
         np.testing.assert_array_equal(newest[EMBEDDING], 2 * older[EMBEDDING])
         kernel = model.groups[1].group.blocks[0].mlp.up_proj.kernel[...]
         for unit, layer in enumerate((1, 3)):
@@ -310,7 +308,7 @@ class TestModelsTrainedHere:
 
     def test_a_run_that_started_from_a_hf_checkpoint(self, tmp_path):
         """Everything but weights and config comes back, though the run saves a tokenizer itself."""
-        started = write_released(tmp_path / "hf", auto_map=AUTO_MAP, eos_token_id=[2, 5])
+        started = write_hf(tmp_path / "hf", auto_map=AUTO_MAP, eos_token_id=[2, 5])
         Tokenizer(byte_tokenizer().model, "<s>", "</s>").save(started)
         text = json.dumps(json.loads((started / "tokenizer.json").read_text()), indent=7)
         (started / "tokenizer.json").write_text(text)
@@ -322,21 +320,21 @@ class TestModelsTrainedHere:
         (started / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
         for name in ("configuration_hymba.py", "modeling_hymba.py"):
             (started / name).write_text(f"# {name}\n")
-        ours = convert(started, tmp_path / "ours")
+        native = convert(started, tmp_path / "native")
 
-        config, compute = read_model(ours / "config.toml")
+        config, compute = read_model(native / "config.toml")
         run = RunConfig(
             output=str(tmp_path / "run"),
-            init_from=str(ours),
+            init_from=str(native),
             model=config,
             compute=compute,
-            data=DataConfig(tokenizer=str(ours), sequence_length=24),
+            data=DataConfig(tokenizer=str(native), sequence_length=24),
         )
         for resumed in (False, True):  # the tokenizer is saved again
-            write_run_directory(run, Tokenizer.load(run.output if resumed else ours))
+            write_run_directory(run, Tokenizer.load(run.output if resumed else native))
             if not resumed:
                 keep_hf_files(run.init_from, run.output)
-        tree = nnx.to_pure_dict(nnx.state(load_model(ours)))
+        tree = nnx.to_pure_dict(nnx.state(load_model(native)))
         with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
             checkpoints.save(TrainState(tree, {"count": jnp.int32(1)}), LoopState(1, {}, "", ""))
         assert read_generation_defaults(tmp_path / "run").eos_token_ids == (2, 5)
@@ -344,7 +342,7 @@ class TestModelsTrainedHere:
         before, back = files(started), files(convert(tmp_path / "run", tmp_path / "back"))
         del back[".hymba_convert.json"], back["model.safetensors"], before["model.safetensors"]
         assert back == before
-        assert_same_bits(read_released(tmp_path / "back"), golden_weights())
+        assert_same_bits(read_hf(tmp_path / "back"), golden_weights())
         cli.inspect([str(tmp_path / "back")], "hymba inspect")
 
     def test_a_tokenizer_without_a_token_that_begins_texts(self, tmp_path):
@@ -353,13 +351,13 @@ class TestModelsTrainedHere:
         tokenizer.model.post_processor = TemplateProcessing(
             single="$A </s>", pair="$A </s> $B", special_tokens=[("</s>", tokenizer.eos_id)]
         )
-        write_hf_tokenizer(tokenizer, OURS, tmp_path)
+        write_hf_tokenizer(tokenizer, CONFIG, tmp_path)
         exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         assert exported.encode("the cat").ids == [86, 74, 71, 223, 69, 67, 86]
 
-    def test_another_tokenizer_than_that_of_the_hf_checkpoint(self, ours, tmp_path, capsys):
-        run = shutil.copytree(ours, tmp_path / "run")
-        keep_hf_files(str(ours), str(run))
+    def test_another_tokenizer_than_that_of_the_hf_checkpoint(self, native, tmp_path, capsys):
+        run = shutil.copytree(native, tmp_path / "run")
+        keep_hf_files(str(native), str(run))
         (run / "config.json").unlink()
         byte_tokenizer().save(run)
         byte_tokenizer().save(run / "hf_files")
@@ -370,8 +368,8 @@ class TestModelsTrainedHere:
         assert not (back / "special_tokens_map.json").exists()
         assert (back / "generation_config.json").exists()
 
-    def test_what_config_toml_changes_is_in_config_json(self, ours, tmp_path):
-        edited = shutil.copytree(ours, tmp_path / "edited")
+    def test_what_config_toml_changes_is_in_config_json(self, native, tmp_path):
+        edited = shutil.copytree(native, tmp_path / "edited")
         toml = (edited / "config.toml").read_text()
         (edited / "config.toml").write_text(toml.replace("window = 6", "window = 7"))
         settings = json.loads((convert(edited, tmp_path / "back") / "config.json").read_text())
@@ -380,9 +378,9 @@ class TestModelsTrainedHere:
         assert settings.keys() >= golden_config().keys()
         assert settings["router_aux_loss_coef"] == golden_config()["router_aux_loss_coef"]
 
-    def test_an_architecture_that_was_never_released(self, tmp_path):
+    def test_an_architecture_that_hf_checkpoints_do_not_have(self, tmp_path):
         config = dataclasses.replace(TINY, layers="G M")
         model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
         save_model(tmp_path / "mine", model, byte_tokenizer())
-        with pytest.raises(HymbaError, match="the released code has only hybrid layers"):
-            convert(tmp_path / "mine", tmp_path / "released")
+        with pytest.raises(HymbaError, match="the HF implementation has only hybrid layers"):
+            convert(tmp_path / "mine", tmp_path / "hf")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import safetensors.numpy
-from convert.released import AUTO_MAP, convert, golden_config, golden_weights, write_released
+from convert.hf import AUTO_MAP, convert, golden_config, golden_weights, write_hf
 from flax import nnx
 from golden_cases import GOLDEN
 from inference.models import TINY, make_model
@@ -15,7 +15,7 @@ from inference.models import TINY, make_model
 from hymba_jax import cli
 from hymba_jax.config import PRESETS
 from hymba_jax.convert.inspect import count_by_part
-from hymba_jax.convert.our_checkpoint import OurCheckpoint
+from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import load_model
 from hymba_jax.run_config import model_toml, read_model_directory
@@ -24,9 +24,9 @@ from hymba_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory):
+def hf(tmp_path_factory):
     """With all that transformers needs, which is not read."""
-    directory = write_released(tmp_path_factory.mktemp("inspected") / "hf", auto_map=AUTO_MAP)
+    directory = write_hf(tmp_path_factory.mktemp("inspected") / "hf", auto_map=AUTO_MAP)
     for name in ("configuration_hymba.py", "modeling_hymba.py", "tokenizer.json"):
         (directory / name).write_text("")
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
@@ -38,19 +38,19 @@ def inspect(path, capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_both_kinds_hold_the_same(released, tmp_path, capsys, monkeypatch):
+def test_both_kinds_hold_the_same(hf, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    ours = convert(released, tmp_path / "ours")
+    native = convert(hf, tmp_path / "native")
     capsys.readouterr()
-    theirs, mine = inspect(released, capsys), inspect(ours, capsys)
+    theirs, mine = inspect(hf, capsys), inspect(native, capsys)
     for text in (theirs, mine):
         assert "10: G 2*Ww G Www G" in text
         assert "│ parameters │ 310,574" in text
         assert "1.2 MB" in text
         assert "│ complete │ yes" in text
     assert f"float32 │ {len(golden_weights())} tensors" in theirs
-    assert "│ form │ released" in theirs
-    assert "│ form │ hymba_jax" in mine
+    assert "│ form │ HF" in theirs
+    assert "│ form │ native" in mine
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_both_kinds_hold_the_same(released, tmp_path, capsys, monkeypatch):
         (lambda d: (d / "configuration_hymba.py").unlink(), "configuration_hymba.py is missing"),
         (
             lambda d: (d / "config.json").write_text(json.dumps(golden_config())),
-            "has no auto_map to the released code for AutoConfig",
+            "has no auto_map to the HF implementation for AutoConfig",
         ),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda d: (d / "tokenizer_config.json").write_text("{}"), "has no tokenizer_class"),
     ],
 )
-def test_what_transformers_lacks_is_said(damage, message, released, tmp_path, capsys):
-    copy = shutil.copytree(released, tmp_path / "copy")
+def test_what_transformers_lacks_is_said(damage, message, hf, tmp_path, capsys):
+    copy = shutil.copytree(hf, tmp_path / "copy")
     damage(copy)
     with pytest.raises(SystemExit) as caught:
         inspect(copy, capsys)
@@ -76,8 +76,8 @@ def test_what_transformers_lacks_is_said(damage, message, released, tmp_path, ca
     assert "yes" not in capsys.readouterr().out
 
 
-def test_a_path_is_no_markup(released, tmp_path, capsys):
-    copy = shutil.copytree(released, tmp_path / "[red]a\x1b[0mb")
+def test_a_path_is_no_markup(hf, tmp_path, capsys):
+    copy = shutil.copytree(hf, tmp_path / "[red]a\x1b[0mb")
     out = inspect(copy, capsys)
     assert "[red]a" in out.replace(" ", "")
     assert "\x1b" not in out
@@ -95,17 +95,17 @@ def test_parts_of_the_1_5b_are_all_of_it():
 def test_what_is_missing_is_said(tmp_path, capsys):
     weights = golden_weights()
     del weights["model.layers.3.mamba.D.0"]
-    released = write_released(tmp_path / "released", weights)
+    hf = write_hf(tmp_path / "hf", weights)
     with pytest.raises(SystemExit) as caught:
-        inspect(released, capsys)
-    assert "not a whole checkpoint: model.layers.3.mamba.D.0 is missing" in caught.value.code
+        inspect(hf, capsys)
+    assert "not a complete checkpoint: model.layers.3.mamba.D.0 is missing" in caught.value.code
     assert "complete" in capsys.readouterr().out
 
 
 def test_another_dtype_is_said(tmp_path, capsys):
     weights = golden_weights()
     weights["model.layers.3.mamba.D.0"] = weights["model.layers.3.mamba.D.0"].astype("float64")
-    safetensors.numpy.save_file(weights, write_released(tmp_path / "r") / "model.safetensors")
+    safetensors.numpy.save_file(weights, write_hf(tmp_path / "r") / "model.safetensors")
     with pytest.raises(SystemExit) as caught:
         inspect(tmp_path / "r", capsys)
     assert "has dtype F64" in caught.value.code
@@ -117,20 +117,20 @@ def test_a_directory_without_checkpoint(tmp_path, capsys):
     assert "no checkpoint is here" in caught.value.code
 
 
-def test_a_flipped_bit_is_found_wherever_arrays_are_read(released, tmp_path, capsys):
-    ours = convert(released, tmp_path / "ours")
+def test_a_flipped_bit_is_found_wherever_arrays_are_read(hf, tmp_path, capsys):
+    native = convert(hf, tmp_path / "native")
     name = "groups.1.blocks.0.mixer.ssm.D"
-    (file,) = (path for path in (ours / "params").glob("*.ssm.D/0*") if path.parent.name == name)
+    (file,) = (path for path in (native / "params").glob("*.ssm.D/0*") if path.parent.name == name)
     content = bytearray(file.read_bytes())
     content[8] ^= 1  # the lowest bit of the third number
     file.write_bytes(content)
     capsys.readouterr()
-    message = f"{ours}/params: damaged, other values were written (checksums of {name})"
+    message = f"{native}/params: damaged, other values were written (checksums of {name})"
     with pytest.raises(SystemExit) as caught:
-        inspect(ours, capsys)
-    assert caught.value.code.startswith(f"error: {ours}: not a whole checkpoint: {message}")
+        inspect(native, capsys)
+    assert caught.value.code.startswith(f"error: {native}: not a complete checkpoint: {message}")
     assert "│ complete │ no" in " ".join(capsys.readouterr().out.split())
-    for read in (lambda: convert(ours, tmp_path / "back"), lambda: load_model(ours)):
+    for read in (lambda: convert(native, tmp_path / "back"), lambda: load_model(native)):
         with pytest.raises(HymbaError, match="damaged") as damaged:
             read()
         assert str(damaged.value).startswith(message)
@@ -144,13 +144,13 @@ def test_a_flipped_bit_of_an_optimizer_is_found(tmp_path):
     moments = [(), {"count": jnp.int32(3), "mu": jax.random.normal(jax.random.key(0), (64, 300))}]
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(TrainState(params, moments), LoopState(3, {}, "", ""))
-    assert OurCheckpoint(tmp_path).damage() == []
+    assert NativeCheckpoint(tmp_path).damage() == []
     files = [*(tmp_path / "checkpoints" / "3" / "optimizer").rglob("d/*")]
     largest = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
-    (damage,) = OurCheckpoint(tmp_path).damage()
+    (damage,) = NativeCheckpoint(tmp_path).damage()
     assert damage.startswith(f"{tmp_path}/checkpoints/3/optimizer: ")
 
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from golden_cases import GOLDEN, load
+from golden_cases import GOLDEN, load, to_hf
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
-from hymba_jax.convert.mapping import ConversionError, from_released, to_released
+from hymba_jax.convert.mapping import ConversionError, hf_slices, param_shapes
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 
@@ -20,14 +20,12 @@ def abstract_params(config, **compute):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_the_1_5b_has_the_released_names_and_shapes(scan_layers):
+def test_the_1_5b_has_the_names_and_shapes_of_the_hf_checkpoint(scan_layers):
     config = PRESETS["hymba-1.5b"]
     params = abstract_params(config, scan_layers=scan_layers)
-    released = jax.eval_shape(
-        lambda params: to_released(params, config, scan_layers=scan_layers), params
-    )
+    hf = jax.eval_shape(lambda params: to_hf(params, config, scan_layers=scan_layers), params)
     expected = json.loads((GOLDEN / "hymba_1p5b_params.json").read_text())
-    assert {name: list(array.shape) for name, array in released.items()} == expected["shapes"]
+    assert {name: list(array.shape) for name, array in hf.items()} == expected["shapes"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected["total"]
 
 
@@ -42,7 +40,7 @@ def test_the_small_presets_have_about_the_parameters_of_their_names(preset, mill
 def test_round_trip_reproduces_every_bit(case, scan_layers):
     golden = load(case)
     _, params = golden.model(scan_layers=scan_layers)
-    back = to_released(params, golden.config, scan_layers=scan_layers)
+    back = to_hf(params, golden.config, scan_layers=scan_layers)
     assert back.keys() == golden.weights.keys()
     for name, expected in golden.weights.items():
         np.testing.assert_array_equal(back[name], expected)
@@ -59,35 +57,28 @@ def test_untied_and_ungated_parameters_have_their_names():
         tie_embeddings=False,
     )
     params = abstract_params(config)
-    released = jax.eval_shape(lambda p: to_released(p, config, scan_layers=True), params)
-    assert released["lm_head.weight"].shape == (11, 8)
-    assert "model.layers.0.moe.experts.0.gate_proj.weight" not in released
+    hf = jax.eval_shape(lambda p: to_hf(p, config, scan_layers=True), params)
+    assert hf["lm_head.weight"].shape == (11, 8)
+    assert "model.layers.0.moe.experts.0.gate_proj.weight" not in hf
 
 
-def test_every_tensor_that_does_not_fit_is_named():
-    golden = load("tiny-ntk")
-    weights = dict(golden.weights)
-    del weights["model.final_layernorm.weight"]
-    weights["model.layers.3.mamba.D.0"] = np.zeros(3, np.float32)
-    weights["lm_head.bias"] = np.zeros(3, np.float32)
-    with pytest.raises(ConversionError) as error:
-        from_released(weights, abstract_params(golden.config), golden.config, scan_layers=True)
-    for words in (
-        "model.final_layernorm.weight is missing",
-        "lm_head.bias is not part of this model",
-        "model.layers.3.mamba.D.0 has shape (3,), not (128,)",
-    ):
-        assert words in str(error.value)
+def test_parameters_that_the_table_does_not_know_are_named():
+    config = load("tiny-ntk").config
+    shapes = param_shapes(config, scan_layers=True)
+    shapes[("bias",)] = (3,)
+    del shapes[("embedding",)]
+    with pytest.raises(ConversionError, match=r"no parameter embedding .* no rule takes bias"):
+        hf_slices(shapes, config, scan_layers=True)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (HymbaConfig(layers="G M"), "the released code has only hybrid layers"),
-        (HymbaConfig(fusion="concat"), "the released code cannot fuse by 'concat'"),
+        (HymbaConfig(layers="G M"), "the HF implementation has only hybrid layers"),
+        (HymbaConfig(fusion="concat"), "the HF implementation cannot fuse by 'concat'"),
         (HymbaConfig(attention=AttentionConfig(qk_norm="rms")), "query and key norms"),
     ],
 )
-def test_what_no_released_checkpoint_can_hold_is_refused(config, message):
+def test_what_hf_checkpoints_cannot_hold_is_refused(config, message):
     with pytest.raises(HymbaError, match=message):
-        from_released({}, abstract_params(config), config, scan_layers=True)
+        hf_slices(param_shapes(config, scan_layers=True), config, scan_layers=True)

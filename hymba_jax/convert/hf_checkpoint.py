@@ -1,4 +1,4 @@
-"""A checkpoint in released form, as a directory: config, tensors in one file or many, the rest."""
+"""An HF checkpoint, to read from: config.json, and tensors in one file or many."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ import numpy as np
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.convert.arrays import bits
+from hymba_jax.convert.hf_config import read_architecture
 from hymba_jax.convert.mapping import (
     EMBEDDING,
     HEAD,
     ConversionError,
-    Piece,
+    HFSlice,
     abstract_params,
-    misfits,
-    pieces,
-    released_shapes,
+    hf_shapes,
+    hf_slices,
+    mismatches,
 )
 from hymba_jax.convert.mapping import Path as ParamPath
-from hymba_jax.convert.released_config import read_architecture
 from hymba_jax.convert.tensor_file import TensorFile, TensorInfo
 from hymba_jax.convert.torch_file import TorchFile
 from hymba_jax.errors import HymbaError
@@ -43,8 +43,8 @@ class Weights(Protocol):
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
-class ReleasedCheckpoint:
-    """A checkpoint in released form to read from. No tensor is read before it is asked for.
+class HFCheckpoint:
+    """An HF checkpoint to read from. No tensor is read before it is asked for.
 
     Attributes:
       directory: where it is.
@@ -90,24 +90,24 @@ class ReleasedCheckpoint:
 
     @cached_property
     def bfloat16_params(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
-        """Our parameters as a model in bfloat16 has them, some of which stay float32."""
+        """Native parameters as a model in bfloat16 has them, some of which stay float32."""
         compute = ComputeConfig(param_dtype="bfloat16", scan_layers=False)
         return abstract_params(self.config, compute)
 
     @cached_property
-    def pieces(self) -> list[Piece]:
-        """Of our parameters, each layer's in arrays of their own, as a cache needs them."""
+    def hf_slices(self) -> list[HFSlice]:
+        """Of the native parameters, with one array for each layer (layers are not scanned)."""
         shapes = {path: like.shape for path, like in self.bfloat16_params.items()}
-        return pieces(shapes, self.config, scan_layers=False)
+        return hf_slices(shapes, self.config, scan_layers=False)
 
     def problems(self) -> list[str]:
         """Every tensor that does not fit the architecture, in words, from the headers alone."""
         if wrapped := _wrapper_problem(self.tensors):
             return [wrapped]
-        shapes = released_shapes(self.pieces)
+        shapes = hf_shapes(self.hf_slices)
         if self.has_tied_copy:
             shapes[HEAD] = shapes[EMBEDDING]
-        return misfits(self.tensors, shapes)
+        return mismatches(self.tensors, shapes)
 
     def check(self) -> None:
         """Raises ConversionError naming every tensor that does not fit the architecture."""

@@ -1,10 +1,17 @@
-"""A checkpoint of ours, of a model alone or of a training run, to convert or to look at."""
+"""A native checkpoint, of a model alone or of a training run, to convert or to inspect."""
 
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from hymba_jax.convert.mapping import ConversionError, Piece, dotted, misfits, param_shapes, pieces
+from hymba_jax.convert.mapping import (
+    ConversionError,
+    HFSlice,
+    dotted,
+    hf_slices,
+    mismatches,
+    param_shapes,
+)
 from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
@@ -12,8 +19,8 @@ from hymba_jax.run_config import CONFIG_FILE, read_model
 from hymba_jax.training.checkpoint import OPTIMIZER, params_path
 
 
-class OurCheckpoint:
-    """A checkpoint of ours to read from. No array is read before it is asked for.
+class NativeCheckpoint:
+    """A native checkpoint to read from. No array is read before it is asked for.
 
     Attributes:
       directory: where it is.
@@ -41,13 +48,15 @@ class OurCheckpoint:
         return self.stored.tensors
 
     @cached_property
-    def pieces(self) -> list[Piece]:
-        """Of the parameters. Raises HymbaError if the released code has no such architecture."""
-        return pieces(self.shapes, self.config, scan_layers=self.compute.scan_layers)
+    def hf_slices(self) -> list[HFSlice]:
+        """Of the parameters. Raises HymbaError if HF checkpoints have no such architecture."""
+        return hf_slices(self.shapes, self.config, scan_layers=self.compute.scan_layers)
 
     def problems(self) -> list[str]:
         """Every array that does not fit the config, in words, without reading any."""
-        return misfits(self.tensors, {dotted(path): shape for path, shape in self.shapes.items()})
+        return mismatches(
+            self.tensors, {dotted(path): shape for path, shape in self.shapes.items()}
+        )
 
     def damage(self) -> list[str]:
         """Reads all arrays, a run's optimizer state too; what differs from what was written."""
@@ -60,8 +69,8 @@ class OurCheckpoint:
         problems = self.problems()
         if not problems:
             dtypes = defaultdict(set)
-            for piece in self.pieces:
-                dtypes[piece.name].add(self.tensors[dotted(piece.path)].dtype)
+            for part in self.hf_slices:
+                dtypes[part.name].add(self.tensors[dotted(part.path)].dtype)
             problems = [
                 f"the parts of {name} have several dtypes, {', '.join(sorted(several))}"
                 for name, several in dtypes.items()

@@ -1,48 +1,48 @@
-"""A released checkpoint onto 8 devices: each reads its own part, and no more."""
+"""An HF checkpoint onto 8 devices: each reads its own shards, and no more."""
 
 import math
 
 import jax
 import numpy as np
 import pytest
-from convert.released import golden_weights, write_released
+from convert.hf import golden_weights, write_hf
 from flax import nnx
 from golden_cases import load
 
 from hymba_jax.config import ComputeConfig
+from hymba_jax.convert.hf_checkpoint import HFCheckpoint
+from hymba_jax.convert.load_sharded import load_hf
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
-from hymba_jax.convert.placing import load_released
-from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
 from hymba_jax.errors import HymbaError
 from hymba_jax.sharding import make_mesh, state_shardings
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    return write_released(tmp_path_factory.mktemp("placing") / "released")
+def hf(tmp_path_factory):
+    return write_hf(tmp_path_factory.mktemp("load_sharded") / "hf")
 
 
 @pytest.fixture
 def read_bytes(monkeypatch):
     """Bytes of everything that is read of tensors."""
     counts = []
-    read = ReleasedCheckpoint.read
+    read = HFCheckpoint.read
 
     def count(self, name, index=()):
         part = read(self, name, index)
         counts.append(part.nbytes)
         return part
 
-    monkeypatch.setattr(ReleasedCheckpoint, "read", count)
+    monkeypatch.setattr(HFCheckpoint, "read", count)
     return counts
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_every_parameter_is_where_and_what_it_should_be(released, scan_layers, num_devices):
+def test_every_parameter_is_where_and_what_it_should_be(hf, scan_layers, num_devices):
     mesh = make_mesh(jax.devices()[:num_devices])
     compute = ComputeConfig(scan_layers=scan_layers)
-    params = nnx.state(load_released(released, compute, mesh))
+    params = nnx.state(load_hf(hf, compute, mesh))
     _, expected = load("tiny-shared").model(scan_layers=scan_layers)
     shardings = dict(nnx.to_flat_state(state_shardings(params, load("tiny-shared").config, mesh)))
     expected = dict(nnx.to_flat_state(expected))
@@ -51,13 +51,13 @@ def test_every_parameter_is_where_and_what_it_should_be(released, scan_layers, n
         np.testing.assert_array_equal(leaf[...], expected[path][...])
 
 
-def test_all_devices_together_read_the_file_once(released, read_bytes):
+def test_all_devices_together_read_the_file_once(hf, read_bytes):
     """But for what is on each of them whole, which is read once too."""
-    load_released(released, ComputeConfig(), make_mesh(jax.devices()[:8]))
+    load_hf(hf, ComputeConfig(), make_mesh(jax.devices()[:8]))
     assert sum(read_bytes) == sum(array.nbytes for array in golden_weights().values())
 
 
-def test_a_process_reads_what_its_devices_hold(released, read_bytes, monkeypatch):
+def test_a_process_reads_what_its_devices_hold(hf, read_bytes, monkeypatch):
     """As if all but two of the devices belonged to other processes."""
     make_array = jax.make_array_from_callback
 
@@ -71,7 +71,7 @@ def test_a_process_reads_what_its_devices_hold(released, read_bytes, monkeypatch
     asked = []
     monkeypatch.setattr(jax, "make_array_from_callback", ask_for_two)
     mesh = make_mesh(jax.devices()[:8])
-    params = nnx.state(load_released(released, ComputeConfig(), mesh))
+    params = nnx.state(load_hf(hf, ComputeConfig(), mesh))
     held = 0
     for _, leaf in nnx.to_flat_state(params):
         shard = math.prod(leaf[...].sharding.shard_shape(leaf.shape)) * 4
@@ -80,9 +80,9 @@ def test_a_process_reads_what_its_devices_hold(released, read_bytes, monkeypatch
     assert held < 0.6 * sum(array.nbytes for array in golden_weights().values())
 
 
-def test_parameters_are_cast_to_what_the_model_stores(released):
+def test_parameters_are_cast_to_what_the_model_stores(hf):
     compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")
-    model = load_released(released, compute, make_mesh(jax.devices()[:1]))
+    model = load_hf(hf, compute, make_mesh(jax.devices()[:1]))
     assert model.embedding[...].dtype == "bfloat16"
     np.testing.assert_array_equal(
         model.embedding[...].astype("float32"),
@@ -93,15 +93,15 @@ def test_parameters_are_cast_to_what_the_model_stores(released):
 def test_a_tied_copy_has_to_be_equal_on_a_mesh_too(tmp_path):
     weights = golden_weights()
     weights[HEAD] = weights[EMBEDDING].copy()
-    same = write_released(tmp_path / "same", weights)
-    load_released(same, ComputeConfig(), make_mesh(jax.devices()[:8]))
+    same = write_hf(tmp_path / "same", weights)
+    load_hf(same, ComputeConfig(), make_mesh(jax.devices()[:8]))
     weights[HEAD][5, 5] += 1
-    other = write_released(tmp_path / "other", weights)
+    other = write_hf(tmp_path / "other", weights)
     with pytest.raises(HymbaError, match="differs from"):
-        load_released(other, ComputeConfig(), make_mesh(jax.devices()[:8]))
+        load_hf(other, ComputeConfig(), make_mesh(jax.devices()[:8]))
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    released = write_released(tmp_path / "released", intermediate_size=50)
+    hf = write_hf(tmp_path / "hf", intermediate_size=50)
     with pytest.raises(HymbaError, match=r"weights and config\.json do not fit"):
-        load_released(released, ComputeConfig(), make_mesh(jax.devices()[:1]))
+        load_hf(hf, ComputeConfig(), make_mesh(jax.devices()[:1]))

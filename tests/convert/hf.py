@@ -1,4 +1,4 @@
-"""Checkpoints in released form, written by the safetensors library, and conversions of them."""
+"""HF checkpoints, written by the safetensors library, and conversions of them."""
 
 import json
 import lzma
@@ -20,9 +20,9 @@ COMPANIONS = {
     "special_tokens_map.json": b"{}",
     "added_tokens.json": b'{"[PAD]": 32000}\r\n',
     "generation_config.json": b'{"_from_model_config": true}',
-    "modeling_hymba.py": b"# the released code\n",
+    "modeling_hymba.py": b"# the HF implementation\n",
 }
-# As in the released config.json.
+# As in the config.json of Hymba-1.5B-Base.
 AUTO_MAP = {
     "AutoConfig": "configuration_hymba.HymbaConfig",
     "AutoModelForCausalLM": "modeling_hymba.HymbaForCausalLM",
@@ -40,13 +40,13 @@ def golden_config(case: str = CASE) -> dict:
     return json.loads((GOLDEN / case / "config.json").read_text())
 
 
-def write_released(
+def write_hf(
     directory: Path,
     weights: dict[str, np.ndarray] | None = None,
     case: str = CASE,
     **config: object,
 ) -> Path:
-    """A released checkpoint with a golden case's weights, unless others are given."""
+    """An HF checkpoint with a golden case's weights, unless others are given."""
     directory.mkdir()
     weights = golden_weights(case) if weights is None else weights
     safetensors.numpy.save_file(weights, directory / "model.safetensors", {"format": "pt"})
@@ -58,7 +58,7 @@ def write_released(
     return directory
 
 
-def read_released(directory: Path) -> dict[str, np.ndarray]:
+def read_hf(directory: Path) -> dict[str, np.ndarray]:
     """All tensors, read by the safetensors library."""
     files = sorted(directory.glob("*.safetensors"))
     return {
@@ -71,12 +71,12 @@ def convert(source: Path, target: Path, **options: object) -> Path:
     return target
 
 
-def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert ours.keys() == theirs.keys()
+def assert_same_bits(native: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert native.keys() == theirs.keys()
     for name, expected in theirs.items():
-        assert ours[name].dtype == expected.dtype, name
-        assert ours[name].shape == expected.shape, name
-        assert ours[name].tobytes() == expected.tobytes(), name
+        assert native[name].dtype == expected.dtype, name
+        assert native[name].shape == expected.shape, name
+        assert native[name].tobytes() == expected.tobytes(), name
 
 
 def random_bits(weights: dict[str, np.ndarray], dtypes: dict[str, str]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A released checkpoint into the directory of a model alone."""
+"""An HF checkpoint into the native directory of a model alone."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ import numpy as np
 
 from hymba_jax.config import ComputeConfig, DType
 from hymba_jax.convert.arrays import contiguous
-from hymba_jax.convert.mapping import EMBEDDING, HEAD, TIED_COPY, Piece
+from hymba_jax.convert.hf_checkpoint import HFCheckpoint
+from hymba_jax.convert.hf_config import with_dtype
+from hymba_jax.convert.mapping import EMBEDDING, HEAD, TIED_COPY, HFSlice
 from hymba_jax.convert.mapping import Path as ParamPath
-from hymba_jax.convert.params_stream import Source, write_params
-from hymba_jax.convert.released_checkpoint import ReleasedCheckpoint
-from hymba_jax.convert.released_config import with_dtype
+from hymba_jax.convert.params_stream import LazyArray, write_params
 from hymba_jax.convert.report import Report
 from hymba_jax.hf_files import (
     COPIES_FILE,
@@ -26,8 +26,8 @@ from hymba_jax.run_config import CONFIG_FILE, model_toml
 from hymba_jax.training.checkpoint import PARAMS
 
 
-def write_ours(
-    checkpoint: ReleasedCheckpoint, directory: Path, dtype: str | None, report: Report
+def write_native(
+    checkpoint: HFCheckpoint, directory: Path, dtype: str | None, report: Report
 ) -> None:
     """Writes config and parameters of a checked checkpoint, and what comes along, the config last.
 
@@ -38,7 +38,7 @@ def write_ours(
       HymbaError: the output projection is another than config.json says, or the parameters cannot
         be written.
     """
-    params = {piece.path: _source(checkpoint, piece, dtype, report) for piece in checkpoint.pieces}
+    params = {part.path: _convert(checkpoint, part, dtype, report) for part in checkpoint.hf_slices}
     write_params(directory / PARAMS, params)
     for file in companion_files(checkpoint.directory, (*TOKENIZER_FILES, *OTHER_FILES)):
         shutil.copyfile(file, directory / file.name)
@@ -56,21 +56,21 @@ def write_ours(
     (directory / CONFIG_FILE).write_text(toml, encoding="utf-8")
 
 
-def _source(
-    checkpoint: ReleasedCheckpoint, piece: Piece, dtype: str | None, report: Report
-) -> Source:
-    dtype = dtype or checkpoint.tensors[piece.name].dtype
+def _convert(
+    checkpoint: HFCheckpoint, part: HFSlice, dtype: str | None, report: Report
+) -> LazyArray:
+    dtype = dtype or checkpoint.tensors[part.name].dtype
 
     def make() -> np.ndarray:
-        rows = checkpoint.read(piece.name, (slice(piece.start, piece.stop),))
-        array = contiguous(piece.layout.to_ours(rows)).astype(dtype, copy=False)
-        report.converted(piece.name, rows, array)
+        rows = checkpoint.read(part.name, (slice(part.start, part.stop),))
+        array = contiguous(part.layout.to_native(rows)).astype(dtype, copy=False)
+        report.converted(part.name, rows, array)
         return array
 
-    return Source(piece.shape, dtype, make)
+    return LazyArray(part.shape, dtype, make)
 
 
-def _compute(checkpoint: ReleasedCheckpoint, params: dict[ParamPath, Source]) -> ComputeConfig:
+def _compute(checkpoint: HFCheckpoint, params: dict[ParamPath, LazyArray]) -> ComputeConfig:
     """How the model computes unless told otherwise: in bfloat16 where that rounds no parameter."""
     rounded = (path for path, p in checkpoint.bfloat16_params.items() if p.dtype == jnp.bfloat16)
     dtype: DType = "float32"

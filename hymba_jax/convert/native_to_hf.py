@@ -1,24 +1,27 @@
-"""A checkpoint of ours into a directory in released form."""
+"""A native checkpoint into the directory of an HF one."""
 
 import json
 import shutil
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from huggingface_hub import split_state_dict_into_shards_factory
+
 from hymba_jax.convert.arrays import contiguous
-from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
-from hymba_jax.convert.mapping import TIED_COPY, dotted, released_shapes
-from hymba_jax.convert.our_checkpoint import OurCheckpoint
-from hymba_jax.convert.released_checkpoint import INDEX, WEIGHTS
-from hymba_jax.convert.released_config import (
+from hymba_jax.convert.hf_checkpoint import INDEX
+from hymba_jax.convert.hf_config import (
     changed,
-    config_to_released,
+    config_to_hf,
     read_architecture,
     with_dtype,
 )
+from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
+from hymba_jax.convert.mapping import TIED_COPY, dotted, hf_shapes
+from hymba_jax.convert.native_checkpoint import NativeCheckpoint
+from hymba_jax.convert.params_stream import THREADS
 from hymba_jax.convert.report import Report
-from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo, split_into_shards
-from hymba_jax.convert.writing import in_threads
+from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
@@ -33,8 +36,8 @@ from hymba_jax.hf_files import (
 )
 
 
-def write_released(
-    checkpoint: OurCheckpoint,
+def write_hf(
+    checkpoint: NativeCheckpoint,
     directory: Path,
     dtype: str | None,
     max_shard_bytes: int,
@@ -51,11 +54,22 @@ def write_released(
     """
     copies = _copies(checkpoint)
     tensors = _tensors(checkpoint, copies, dtype)
-    shards = name_shards(tensors, max_shard_bytes)
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda info: info.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
     settings = _settings(checkpoint, tensors, dtype)
-    _write_weights(checkpoint, directory, copies, shards, report)
-    if len(shards) > 1:
-        (directory / INDEX).write_text(_index(shards))
+    files = {
+        name: TensorFileWriter(directory / name, {key: tensors[key] for key in keys})
+        for name, keys in shards.filename_to_tensors.items()
+    }
+    places = shards.tensor_to_filename
+    _write_weights(checkpoint, copies, {key: files[name] for key, name in places.items()}, report)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(places.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for file in companion_files(hf_directory(checkpoint.directory), OTHER_FILES):
         shutil.copyfile(file, directory / file.name)
     _write_tokenizer(checkpoint, directory, report)
@@ -68,19 +82,8 @@ def write_released(
         report.display.say(f"warning: transformers cannot load it: {'; '.join(missing)}")
 
 
-def name_shards(tensors: dict[str, TensorInfo], max_bytes: int) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each file, named as transformers names them."""
-    shards = [*split_into_shards(tensors, max_bytes)]
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    stem, suffix = WEIGHTS.split(".")
-    return {
-        f"{stem}-{i:05}-of-{len(shards):05}.{suffix}": shard for i, shard in enumerate(shards, 1)
-    }
-
-
-def _copies(checkpoint: OurCheckpoint) -> dict[str, str]:
-    """Released tensors that equal another: name to name."""
+def _copies(checkpoint: NativeCheckpoint) -> dict[str, str]:
+    """HF tensors that equal another: name to name."""
     file = hf_directory(checkpoint.directory) / COPIES_FILE
     copies = read_json(file) if file.is_file() else {}
     if copies not in ({}, TIED_COPY):
@@ -88,7 +91,7 @@ def _copies(checkpoint: OurCheckpoint) -> dict[str, str]:
     return copies
 
 
-def _write_tokenizer(checkpoint: OurCheckpoint, directory: Path, report: Report) -> None:
+def _write_tokenizer(checkpoint: NativeCheckpoint, directory: Path, report: Report) -> None:
     """The tokenizer files that the model came with, unless it has a tokenizer of its own."""
     own, kept = checkpoint.directory, hf_directory(checkpoint.directory)
     if (kept / HF_CONFIG).is_file():
@@ -112,29 +115,29 @@ def _is_same_tokenizer(*directories: Path) -> bool:
 
 
 def _tensors(
-    checkpoint: OurCheckpoint, copies: dict[str, str], dtype: str | None
+    checkpoint: NativeCheckpoint, copies: dict[str, str], dtype: str | None
 ) -> dict[str, TensorInfo]:
     """What will be written, in the order of the table."""
     stored = {
-        piece.name: checkpoint.tensors[dotted(piece.path)].dtype for piece in checkpoint.pieces
+        part.name: checkpoint.tensors[dotted(part.path)].dtype for part in checkpoint.hf_slices
     }
     tensors = {
         name: TensorInfo(dtype or stored[name], shape)
-        for name, shape in released_shapes(checkpoint.pieces).items()
+        for name, shape in hf_shapes(checkpoint.hf_slices).items()
     }
     return tensors | {copy: tensors[name] for copy, name in copies.items()}
 
 
 def _settings(
-    checkpoint: OurCheckpoint, tensors: dict[str, TensorInfo], dtype: str | None
+    checkpoint: NativeCheckpoint, tensors: dict[str, TensorInfo], dtype: str | None
 ) -> dict[str, object] | None:
-    """What config.json will say; None where the one that was kept says it all."""
+    """The content of config.json; None where it is that of the file that was kept."""
     kept = hf_directory(checkpoint.directory) / HF_CONFIG
     if not kept.is_file():
         sizes: Counter[str] = Counter()
         for info in tensors.values():
             sizes[info.dtype] += info.nbytes
-        return with_dtype(config_to_released(checkpoint.config), sizes.most_common(1)[0][0])
+        return with_dtype(config_to_hf(checkpoint.config), sizes.most_common(1)[0][0])
     settings = read_json(kept)
     before = read_architecture(kept.parent, settings).resolved()
     after = checkpoint.config.resolved()
@@ -145,37 +148,30 @@ def _settings(
 
 
 def _write_weights(
-    checkpoint: OurCheckpoint,
-    directory: Path,
+    checkpoint: NativeCheckpoint,
     copies: dict[str, str],
-    shards: dict[str, dict[str, TensorInfo]],
+    files: dict[str, TensorFileWriter],
     report: Report,
 ) -> None:
-    """Fills all files piece by piece, in the order in which the parameters are stored."""
+    """Fills all files at the same time, in the order in which the parameters are stored.
+
+    Args:
+      files: the file of each tensor, by the tensor's name.
+    """
     by_path, names = defaultdict(list), defaultdict(list)
-    for piece in checkpoint.pieces:
-        by_path[dotted(piece.path)].append(piece)
-        names[piece.name] = [piece.name, *(c for c, name in copies.items() if name == piece.name)]
-    files: dict[str, TensorFileWriter] = {}
-    for file, tensors in shards.items():
-        files |= dict.fromkeys(tensors, TensorFileWriter(directory / file, tensors))
+    for part in checkpoint.hf_slices:
+        by_path[dotted(part.path)].append(part)
+        names[part.name] = [part.name, *(c for c, name in copies.items() if name == part.name)]
 
-    def convert(paths: list[str]) -> None:
-        for path, array in checkpoint.stored.read(paths):
-            for piece in by_path[path]:
-                part = array if piece.unit is None else array[piece.unit]
-                rows = contiguous(piece.layout.to_released(part))
-                rows = rows.astype(files[piece.name].tensors[piece.name].dtype, copy=False)
-                report.converted(piece.name, part, rows)
-                for name in names[piece.name]:
-                    files[name].write(name, piece.start, rows)
+    def convert(path: str) -> None:
+        array = checkpoint.stored.read(path)
+        for part in by_path[path]:
+            stored = part.to_hf(array)
+            dtype = files[part.name].tensors[part.name].dtype
+            rows = contiguous(stored).astype(dtype, copy=False)
+            report.converted(part.name, stored, rows)
+            for name in names[part.name]:
+                files[name].write(name, part.start, rows)
 
-    in_threads(convert, checkpoint.stored.batches())
-
-
-def _index(shards: dict[str, dict[str, TensorInfo]]) -> str:
-    """Which tensor is in which file, as transformers writes it."""
-    size = sum(info.nbytes for tensors in shards.values() for info in tensors.values())
-    places = {name: file for file, tensors in shards.items() for name in tensors}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    return json.dumps(index, indent=2) + "\n"
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(convert, checkpoint.tensors))

@@ -1,4 +1,4 @@
-"""The released config.json, there and back."""
+"""The HF config.json, read and written."""
 
 import dataclasses
 import json
@@ -10,17 +10,17 @@ from golden_cases import CASES, GOLDEN
 from tokenizers import models
 
 from hymba_jax.config import PRESETS, AttentionConfig, ConfigError, HymbaConfig
-from hymba_jax.convert.released_config import (
+from hymba_jax.convert.hf_config import (
     changed,
-    config_from_released,
-    config_to_released,
+    config_from_hf,
+    config_to_hf,
     eos_token_ids,
     read_architecture,
     with_dtype,
 )
 from hymba_jax.data import Tokenizer
 
-RELEASED = Path(__file__).parents[3] / "shared" / "released" / "config.json"
+BASE_1_5B = Path(__file__).parents[3] / "shared" / "released" / "config.json"
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -40,20 +40,20 @@ SMALL = {
 }
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason="the released files are not here")
-def test_the_released_1_5b_is_the_preset():
-    config = config_from_released(json.loads(RELEASED.read_text()))
+@pytest.mark.skipif(not BASE_1_5B.exists(), reason="Hymba-1.5B-Base's config.json is not here")
+def test_hymba_1_5b_is_the_preset():
+    config = config_from_hf(json.loads(BASE_1_5B.read_text()))
     assert config.resolved() == PRESETS["hymba-1.5b"].resolved()
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason="the released files are not here")
+@pytest.mark.skipif(not BASE_1_5B.exists(), reason="Hymba-1.5B-Base's config.json is not here")
 def test_what_we_write_means_what_was_read():
-    """Every key of the released file that describes the architecture comes back as it was."""
-    released = json.loads(RELEASED.read_text())
-    written = config_to_released(config_from_released(released))
-    differing = {key for key in written if key in released and written[key] != released[key]}
+    """Every key of the file that describes the architecture comes back as it was."""
+    hf = json.loads(BASE_1_5B.read_text())
+    written = config_to_hf(config_from_hf(hf))
+    differing = {key for key in written if key in hf and written[key] != hf[key]}
     assert differing == {"kq_head_dim"}  # -1 there: hidden_size / num_attention_heads
-    assert written["kq_head_dim"] == released["hidden_size"] // released["num_attention_heads"]
+    assert written["kq_head_dim"] == hf["hidden_size"] // hf["num_attention_heads"]
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_the_tokenizer_decides_special_tokens_that_are_left_open(changes, bos, e
 
 @pytest.mark.parametrize("case", CASES)
 def test_round_trip_of_golden_configs(case):
-    config = config_from_released(json.loads((GOLDEN / case / "config.json").read_text()))
-    written = json.loads(json.dumps(config_to_released(config)))
-    assert config_from_released(written).resolved() == config.resolved()
+    config = config_from_hf(json.loads((GOLDEN / case / "config.json").read_text()))
+    written = json.loads(json.dumps(config_to_hf(config)))
+    assert config_from_hf(written).resolved() == config.resolved()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_round_trip_of_golden_configs(case):
     ],
 )
 def test_forms_of_global_layers_and_sharing(changes, pattern):
-    assert config_from_released(SMALL | changes).layers == pattern
+    assert config_from_hf(SMALL | changes).layers == pattern
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_forms_of_global_layers_and_sharing(changes, pattern):
 )
 def test_what_cannot_be_read(changes, message):
     with pytest.raises(ConfigError, match=message):
-        config_from_released(SMALL | changes)
+        config_from_hf(SMALL | changes)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_what_cannot_be_read(changes, message):
 )
 def test_wrong_types(changes, message):
     with pytest.raises(ConfigError, match=message):
-        config_from_released(SMALL | changes)
+        config_from_hf(SMALL | changes)
 
 
 def test_all_problems_are_in_one_line():
     changes = {"layer_type": 5, "global_attn_idx": "0", "vocab_size": 97.0, "surprise": 1}
     with pytest.raises(ConfigError) as caught:
-        config_from_released(SMALL | changes)
+        config_from_hf(SMALL | changes)
     assert "\n" not in str(caught.value)
     for key in changes:
         assert f"{key} is " in str(caught.value)
@@ -162,28 +162,28 @@ def test_all_problems_are_in_one_line():
 
 def test_every_missing_key_is_named():
     with pytest.raises(ConfigError, match=r"vocab_size is missing; hidden_size is missing"):
-        config_from_released({"num_hidden_layers": 3})
+        config_from_hf({"num_hidden_layers": 3})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_any_key_the_model_is_the_same_or_refused(case):
     whole = json.loads((GOLDEN / case / "config.json").read_text())
-    expected = config_from_released(whole).resolved()
+    expected = config_from_hf(whole).resolved()
     for key in whole:
         try:
-            held = config_from_released({k: v for k, v in whole.items() if k != key}).resolved()
+            held = config_from_hf({k: v for k, v in whole.items() if k != key}).resolved()
         except ConfigError as error:
             assert "missing" in str(error)  # noqa: PT017
         else:
             assert held == expected, key
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason="the released files are not here")
-def test_the_released_keys_are_all_known_and_others_are_not():
-    released = json.loads(RELEASED.read_text())
-    config_from_released(released)
+@pytest.mark.skipif(not BASE_1_5B.exists(), reason="Hymba-1.5B-Base's config.json is not here")
+def test_all_keys_of_hymba_1_5b_are_known_and_others_are_not():
+    hf = json.loads(BASE_1_5B.read_text())
+    config_from_hf(hf)
     with pytest.raises(ConfigError, match="Rope_Theta is unknown"):
-        config_from_released(released | {"Rope_Theta": 1e6})
+        config_from_hf(hf | {"Rope_Theta": 1e6})
 
 
 FLAT = {"rope_type": "ntk", "rope_theta": 5e5, "orig_max_position_embeddings": 32}
@@ -205,13 +205,13 @@ class TestRope:
         ],
     )
     def test_all_spellings_mean_the_same(self, spelling):
-        attention = config_from_released(NO_ROPE | spelling).attention
+        attention = config_from_hf(NO_ROPE | spelling).attention
         assert attention.rope_type == "ntk"
         assert attention.rope_theta == 5e5
         assert attention.rope_original_positions == 32
 
     def test_null_is_rope_without_scaling(self):
-        assert config_from_released(SMALL).attention.rope_type == "default"
+        assert config_from_hf(SMALL).attention.rope_type == "default"
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -235,39 +235,39 @@ class TestRope:
     )
     def test_what_is_refused(self, changes, message):
         with pytest.raises(ConfigError, match=message):
-            config_from_released(SMALL | changes)
+            config_from_hf(SMALL | changes)
 
     def test_without_a_type_it_is_refused(self):
         with pytest.raises(ConfigError, match="rope_type is missing"):
-            config_from_released(NO_ROPE | {"rope_parameters": {"rope_theta": 1e4}})
+            config_from_hf(NO_ROPE | {"rope_parameters": {"rope_theta": 1e4}})
 
     def test_a_change_leaves_one_spelling(self):
-        released = NO_ROPE | {"rope_parameters": NESTED}
-        before = config_from_released(released)
+        hf = NO_ROPE | {"rope_parameters": NESTED}
+        before = config_from_hf(hf)
         after = dataclasses.replace(
             before, attention=dataclasses.replace(before.attention, rope_theta=1e6)
         )
-        written = changed(released, before, after)
+        written = changed(hf, before, after)
         assert "rope_parameters" not in written
-        assert config_from_released(written) == after
+        assert config_from_hf(written) == after
         after = dataclasses.replace(before, norm_eps=1e-5)
-        assert changed(released, before, after) == released | {"rms_norm_eps": 1e-5}
+        assert changed(hf, before, after) == hf | {"rms_norm_eps": 1e-5}
 
 
 class TestTokens:
     def test_several_end_tokens(self):
-        released = SMALL | {"eos_token_id": [5, 7]}
-        assert eos_token_ids(released) == [5, 7]
-        assert config_from_released(released).eos_token_id == 5
+        hf = SMALL | {"eos_token_id": [5, 7]}
+        assert eos_token_ids(hf) == [5, 7]
+        assert config_from_hf(hf).eos_token_id == 5
 
     def test_null_is_no_token(self):
-        config = config_from_released(SMALL | {"pad_token_id": None, "bos_token_id": None})
-        assert config == config_from_released(SMALL)
+        config = config_from_hf(SMALL | {"pad_token_id": None, "bos_token_id": None})
+        assert config == config_from_hf(SMALL)
 
     @pytest.mark.parametrize("ids", [[], [2, 97], [2, -1], ["2"], [2.0]])
     def test_what_is_no_end_token(self, ids):
         with pytest.raises(ConfigError, match="eos_token_id"):
-            config_from_released(SMALL | {"eos_token_id": ids})
+            config_from_hf(SMALL | {"eos_token_id": ids})
 
 
 @pytest.mark.parametrize(
@@ -294,6 +294,6 @@ def test_dtype_in_its_own_spelling(before, after):
         HymbaConfig(fusion="concat", attention=AttentionConfig(value_dim=64)),
     ],
 )
-def test_what_the_released_code_cannot_be(config):
-    with pytest.raises(ConfigError, match="the released code"):
-        config_to_released(config)
+def test_architectures_that_the_hf_implementation_does_not_have(config):
+    with pytest.raises(ConfigError, match="the HF implementation"):
+        config_to_hf(config)

@@ -1,4 +1,4 @@
-"""The released code's config.json, read and written."""
+"""The HF implementation's config.json, read and written."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,137 +7,137 @@ from typing import Any, cast
 
 from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
 from hymba_jax.convert.hf_keys import FIXED, key_problems
-from hymba_jax.convert.released_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
+from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
 from hymba_jax.data import Tokenizer
 from hymba_jax.field_types import shown
 from hymba_jax.layer_pattern import MOST_LAYERS, GroupSpec, LayerSpec, format_pattern
 
 
-def config_from_released(released: Mapping[str, Any]) -> HymbaConfig:
-    """The architecture that a released config.json describes.
+def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:
+    """The architecture that an HF config.json describes.
 
     Raises:
       ConfigError: naming every key that is missing or unknown, and every value that has a wrong
         type, contradicts another or is of no architecture that is supported here.
     """
-    problems = key_problems(released)
+    problems = key_problems(hf)
     if not problems:
-        rope, problems = read_rope(released)
-        problems += [*_value_problems(released)]
+        rope, problems = read_rope(hf)
+        problems += [*_value_problems(hf)]
     if problems:
         raise ConfigError("config.json cannot be read: " + "; ".join(problems))
-    return _architecture(released, rope)
+    return _architecture(hf, rope)
 
 
-def read_architecture(directory: Path, released: Mapping[str, Any]) -> HymbaConfig:
-    """The architecture of a HF directory, whose tokenizer decides what config.json leaves open.
+def read_architecture(directory: Path, hf: Mapping[str, Any]) -> HymbaConfig:
+    """The architecture of an HF directory, whose tokenizer decides what config.json leaves open.
 
     That is the begin-of-text token where it is null, and of several end tokens the one that ends
     a text.
 
     Args:
-      released: its config.json.
+      hf: its config.json.
 
     Raises:
-      HymbaError: as for `config_from_released`, or the tokenizer cannot be read.
+      HymbaError: as for `config_from_hf`, or the tokenizer cannot be read.
     """
-    config = config_from_released(released)
-    is_open = released.get("bos_token_id") is None or len(eos_token_ids(released)) > 1
+    config = config_from_hf(hf)
+    is_open = hf.get("bos_token_id") is None or len(eos_token_ids(hf)) > 1
     if not is_open or not (directory / "tokenizer.json").is_file():
         return config
     tokenizer = Tokenizer.load(directory)
-    if released.get("bos_token_id") is None and tokenizer.bos_id is not None:
+    if hf.get("bos_token_id") is None and tokenizer.bos_id is not None:
         config = dataclasses.replace(config, bos_token_id=tokenizer.bos_id)
-    if tokenizer.eos_id in eos_token_ids(released):
+    if tokenizer.eos_id in eos_token_ids(hf):
         config = dataclasses.replace(config, eos_token_id=tokenizer.eos_id)
     return config
 
 
-def eos_token_ids(released: Mapping[str, Any]) -> list[int]:
+def eos_token_ids(hf: Mapping[str, Any]) -> list[int]:
     """The tokens that end a text; transformers allows several."""
-    ids = released.get("eos_token_id", HymbaConfig().eos_token_id)
+    ids = hf.get("eos_token_id", HymbaConfig().eos_token_id)
     return ids if isinstance(ids, list) else [ids]
 
 
-def _value_problems(released: Mapping[str, Any]) -> Iterator[str]:
+def _value_problems(hf: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with values of the right type."""
-    depth, window = released["num_hidden_layers"], released["sliding_window"]
+    depth, window = hf["num_hidden_layers"], hf["sliding_window"]
     if not 0 < depth <= MOST_LAYERS:
         yield f"num_hidden_layers is {shown(depth)}, not 1 to {MOST_LAYERS}"
         return
     if window is not None and window < 1:
         yield f"sliding_window is {window}, not above 0 (null is none)"
-    yield from _sharing_problems(released, depth)
-    outside = [i for i in released.get("global_attn_idx") or [] if not 0 <= i < depth]
+    yield from _sharing_problems(hf, depth)
+    outside = [i for i in hf.get("global_attn_idx") or [] if not 0 <= i < depth]
     if outside:
         yield f"global_attn_idx names layers outside 0..{depth - 1}: {outside}"
-    kinds = released.get("layer_type")
+    kinds = hf.get("layer_type")
     if kinds is not None and set(kinds) != {"h"}:
         yield "layer_type has layers that are not hybrid"
     if kinds is not None and len(kinds) != depth:
         yield f"layer_type is of {len(kinds)} layers, num_hidden_layers is {depth}"
-    channels = released.get("mamba_expand", SSMConfig().expand) * released["hidden_size"]
-    others = {size for size in (released.get("conv_dim") or {}).values() if size != channels}
+    channels = hf.get("mamba_expand", SSMConfig().expand) * hf["hidden_size"]
+    others = {size for size in (hf.get("conv_dim") or {}).values() if size != channels}
     if others:
         yield f"conv_dim is {min(others)} in a layer, and only {channels} is supported"
-    if released.get("pruned_heads"):
+    if hf.get("pruned_heads"):
         yield "pruned_heads names heads, and pruned heads are not supported"
-    eos, vocab_size = eos_token_ids(released), released["vocab_size"]
+    eos, vocab_size = eos_token_ids(hf), hf["vocab_size"]
     if not eos:
         yield "eos_token_id is an empty list"
     for token in eos[1:]:  # HymbaConfig looks at the first
         if not 0 <= token < vocab_size:
             yield f"eos_token_id {token} is outside the vocabulary of {vocab_size}"
-    dtypes = [released[key] for key in ("dtype", "torch_dtype") if released.get(key) is not None]
+    dtypes = [hf[key] for key in ("dtype", "torch_dtype") if hf.get(key) is not None]
     if len({*dtypes}) > 1:
         yield f"dtype is {dtypes[0]!r}, torch_dtype is {dtypes[1]!r}: they contradict"
 
 
-def _architecture(released: Mapping[str, Any], rope: Rope) -> HymbaConfig:
+def _architecture(hf: Mapping[str, Any], rope: Rope) -> HymbaConfig:
     """The architecture, of values that have no problem by themselves."""
     defaults = HymbaConfig()
     attention = AttentionConfig(
-        num_heads=released["num_attention_heads"],
-        num_kv_heads=released["num_key_value_heads"],
-        head_dim=_positive_or_auto(released.get("kq_head_dim")),
-        value_dim=_positive_or_auto(released.get("v_head_dim")),
-        window=_or_default(released["sliding_window"], defaults.attention.window),
-        qk_norm=released.get("kq_norm") or "none",
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=_positive_or_auto(hf.get("kq_head_dim")),
+        value_dim=_positive_or_auto(hf.get("v_head_dim")),
+        window=_or_default(hf["sliding_window"], defaults.attention.window),
+        qk_norm=hf.get("kq_norm") or "none",
         rope_type=cast(RopeType, rope.rope_type),
         rope_theta=rope.rope_theta,
         rope_original_positions=rope.rope_original_positions,
     )
     ssm = SSMConfig(
-        expand=released.get("mamba_expand", defaults.ssm.expand),
-        state_size=released.get("mamba_d_state", defaults.ssm.state_size),
-        conv_kernel=released.get("mamba_d_conv", defaults.ssm.conv_kernel),
-        dt_rank=released.get("mamba_dt_rank", defaults.ssm.dt_rank),
+        expand=hf.get("mamba_expand", defaults.ssm.expand),
+        state_size=hf.get("mamba_d_state", defaults.ssm.state_size),
+        conv_kernel=hf.get("mamba_d_conv", defaults.ssm.conv_kernel),
+        dt_rank=hf.get("mamba_dt_rank", defaults.ssm.dt_rank),
     )
     return HymbaConfig(
-        vocab_size=released["vocab_size"],
-        hidden_size=released["hidden_size"],
-        mlp_size=released["intermediate_size"],
-        layers=_pattern(released),
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        mlp_size=hf["intermediate_size"],
+        layers=_pattern(hf),
         attention=attention,
         ssm=ssm,
-        num_meta_tokens=released.get("num_memory_tokens", 0),
-        max_positions=released["max_position_embeddings"],
-        mlp_activation=released.get("mlp_hidden_act", defaults.mlp_activation),
-        tie_embeddings=released["tie_word_embeddings"],
-        norm_eps=released.get("rms_norm_eps", defaults.norm_eps),
-        bos_token_id=_or_default(released.get("bos_token_id"), defaults.bos_token_id),
-        eos_token_id=eos_token_ids(released)[0],
-        pad_token_id=_or_default(released.get("pad_token_id"), defaults.pad_token_id),
+        num_meta_tokens=hf.get("num_memory_tokens", 0),
+        max_positions=hf["max_position_embeddings"],
+        mlp_activation=hf.get("mlp_hidden_act", defaults.mlp_activation),
+        tie_embeddings=hf["tie_word_embeddings"],
+        norm_eps=hf.get("rms_norm_eps", defaults.norm_eps),
+        bos_token_id=_or_default(hf.get("bos_token_id"), defaults.bos_token_id),
+        eos_token_id=eos_token_ids(hf)[0],
+        pad_token_id=_or_default(hf.get("pad_token_id"), defaults.pad_token_id),
     )
 
 
-def config_to_released(config: HymbaConfig) -> dict[str, Any]:
-    """A config.json that the released code reads as this architecture.
+def config_to_hf(config: HymbaConfig) -> dict[str, Any]:
+    """A config.json that the HF implementation reads as this architecture.
 
     Raises:
-      ConfigError: the released code has no such architecture.
+      ConfigError: the HF implementation has no such architecture.
     """
-    require_released_form(config)
+    require_hf_form(config)
     specs, attention, ssm = config.layer_specs, config.attention, config.ssm
     windowed = any(spec.attention == "window" for spec in specs)
     return FIXED | {
@@ -176,34 +176,34 @@ def config_to_released(config: HymbaConfig) -> dict[str, Any]:
     }
 
 
-def changed(released: Mapping[str, Any], before: HymbaConfig, after: HymbaConfig) -> dict[str, Any]:
+def changed(hf: Mapping[str, Any], before: HymbaConfig, after: HymbaConfig) -> dict[str, Any]:
     """The config.json of one architecture with what is different in another.
 
     Raises:
-      ConfigError: the released code has no such architecture.
+      ConfigError: the HF implementation has no such architecture.
     """
-    old, new = config_to_released(before), config_to_released(after)
+    old, new = config_to_hf(before), config_to_hf(after)
     changes = {key: value for key, value in new.items() if value != old[key]}
-    kept = dict(released)
+    kept = dict(hf)
     if changes.keys() & {*ROPE_KEYS}:
         changes |= {key: new[key] for key in ROPE_KEYS}
         kept = {key: value for key, value in kept.items() if key not in SPELLINGS}
     return kept | changes
 
 
-def with_dtype(released: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def with_dtype(hf: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The same config.json, which says that the weights are of this dtype."""
-    spellings = [key for key in ("dtype", "torch_dtype") if key in released]
+    spellings = [key for key in ("dtype", "torch_dtype") if key in hf]
     # transformers 5 writes the first, transformers 4 the second, which both read.
-    return {**released, **dict.fromkeys(spellings or ["torch_dtype"], dtype)}
+    return {**hf, **dict.fromkeys(spellings or ["torch_dtype"], dtype)}
 
 
-def require_released_form(config: HymbaConfig) -> None:
-    """Raises ConfigError if the released code has no such architecture."""
+def require_hf_form(config: HymbaConfig) -> None:
+    """Raises ConfigError if the HF implementation has no such architecture."""
     if config.fusion != "mean":
-        raise ConfigError(f"the released code cannot fuse by {config.fusion!r}")
+        raise ConfigError(f"the HF implementation cannot fuse by {config.fusion!r}")
     if any(spec.attention is None or not spec.ssm for spec in config.layer_specs):
-        raise ConfigError(f"layers {config.layers!r}: the released code has only hybrid layers")
+        raise ConfigError(f"layers {config.layers!r}: the HF implementation has only hybrid layers")
 
 
 def _positive_or_auto(value: int | None) -> int | Auto:
@@ -214,14 +214,14 @@ def _or_default(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _pattern(released: Mapping[str, Any]) -> str:
+def _pattern(hf: Mapping[str, Any]) -> str:
     """The layers' pattern from global_attn_idx, sliding_window and the sharing groups.
 
-    A layer group is a sharing group; a layer that shares with nobody is one by itself.
+    Layers that share keys and values are a group, any other layer is one by itself.
     """
-    depth, window = released["num_hidden_layers"], released["sliding_window"]
-    global_layers = range(depth) if window is None else released["global_attn_idx"] or ()
-    reusing = _reusing_every(released, depth) | _reusing_in_groups(released)
+    depth, window = hf["num_hidden_layers"], hf["sliding_window"]
+    global_layers = range(depth) if window is None else hf["global_attn_idx"] or ()
+    reusing = _reusing_every(hf, depth) | _reusing_in_groups(hf)
     groups: list[list[LayerSpec]] = []
     for i in range(depth):
         spec = LayerSpec("global" if i in global_layers else "window", ssm="mamba")
@@ -232,19 +232,19 @@ def _pattern(released: Mapping[str, Any]) -> str:
     return format_pattern([GroupSpec(tuple(group), 1) for group in groups])
 
 
-def _reusing_every(released: Mapping[str, Any], depth: int) -> set[int]:
+def _reusing_every(hf: Mapping[str, Any], depth: int) -> set[int]:
     """The layers that kv_reuse_every_i_layer says read the keys and values of the one before."""
-    every = released.get("kv_reuse_every_i_layer") or -1
+    every = hf.get("kv_reuse_every_i_layer") or -1
     return {i for i in range(depth) if i % every} if every > 0 else set()
 
 
-def _reusing_in_groups(released: Mapping[str, Any]) -> set[int]:
+def _reusing_in_groups(hf: Mapping[str, Any]) -> set[int]:
     """The same that kv_reuse_group says."""
-    return {i for group in released.get("kv_reuse_group") or [] for i in group[1:]}
+    return {i for group in hf.get("kv_reuse_group") or [] for i in group[1:]}
 
 
-def _sharing_problems(released: Mapping[str, Any], depth: int) -> Iterator[str]:
-    groups = released.get("kv_reuse_group") or []
+def _sharing_problems(hf: Mapping[str, Any], depth: int) -> Iterator[str]:
+    groups = hf.get("kv_reuse_group") or []
     members = [i for group in groups for i in group]
     problems = []
     if len(members) != len(set(members)):
@@ -255,7 +255,7 @@ def _sharing_problems(released: Mapping[str, Any], depth: int) -> Iterator[str]:
         problems.append(f"it names layers outside 0..{depth - 1}")
     if problems:
         yield f"kv_reuse_group {groups}: {'; '.join(problems)}"
-    every, grouped = _reusing_every(released, depth), _reusing_in_groups(released)
+    every, grouped = _reusing_every(hf, depth), _reusing_in_groups(hf)
     if every and grouped and every != grouped:
         yield "kv_reuse_every_i_layer and kv_reuse_group contradict, keep the right one"
 

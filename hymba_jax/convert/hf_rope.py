@@ -1,7 +1,7 @@
-"""RoPE in a HF config.json, in each of the spellings that there are.
+"""RoPE in an HF config.json, in each of its spellings.
 
-The released code writes `rope_type`, `rope_theta` and `orig_max_position_embeddings`; transformers
-5 writes an object `rope_parameters`; before, transformers had an object `rope_scaling`.
+The HF implementation of Hymba writes `rope_type`, `rope_theta` and `orig_max_position_embeddings`;
+transformers 5 writes an object `rope_parameters`; before, transformers had `rope_scaling`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from hymba_jax.config import AttentionConfig
 from hymba_jax.field_types import fits
 
 SPELLINGS = ("rope_parameters", "rope_scaling")
-# The released code's key for each key of these objects.
+# The HF implementation's key for each key of these objects.
 _KEYS = {
     "rope_type": "rope_type",
     "type": "rope_type",
