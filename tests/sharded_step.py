@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -90,16 +89,6 @@ class Collective(NamedTuple):
         return f"{self.kind} {self.dtype}[{shape}]{self.over and f' over {self.over}'}"
 
 
-@contextmanager
-def compiling_fast() -> Iterator[None]:
-    """With the same collectives, but machine code that need not be fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 def first_group(groups: str) -> Sequence[int]:
     """The first of some groups of devices, in the words of XLA."""
     if listed := re.match(r"{{([\d,]+)}", groups):
@@ -145,7 +134,7 @@ class ShardedStep:
 
     @cached_property
     def compiled(self) -> jax.stages.Compiled:
-        with jax.set_mesh(self.mesh), compiling_fast():
+        with jax.set_mesh(self.mesh):
             step = make_train_step(
                 make_loss_fn(next_token_loss, self.template.graph),
                 self.optimizer,
@@ -156,7 +145,7 @@ class ShardedStep:
 
     def draw(self) -> TrainState:
         """The state before the first step."""
-        with jax.set_mesh(self.mesh), compiling_fast():
+        with jax.set_mesh(self.mesh):
             return init_state(self.config, self.compute, self.optimizer, self.template, seed=0)
 
     def run(self, state: TrainState) -> tuple[list[float], dict, dict]:

@@ -57,12 +57,13 @@ def write_config(directory: Path, output: Path) -> Path:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """One CPU device, and compiled programs kept between processes."""
+    """One CPU device, and programs compiled quickly (see tests/conftest.py) and kept for all."""
     return {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "NO_COLOR": "1",
     }
 

@@ -16,7 +16,7 @@ from hymba_jax.inference.warmup import prompt_lengths, use_compilation_cache, wa
 
 @pytest.fixture(scope="module")
 def hymba():
-    return make_model()
+    return make_model(layers="W")
 
 
 def reading_programs(engine, length):

@@ -148,28 +148,17 @@ INTERPRETER = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    """These programs are compiled for longer than they run, so XLA may save itself most of that."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def new_programs(monkeypatch):
     """Every new engine compiles its own programs."""
     monkeypatch.setattr(engine_module, "_programs", engine_module._programs.__wrapped__)
 
 
+@pytest.mark.usefixtures("optimised")
 class TestReleasedCode:
     """Bounds are up to a few times the distance between the released code's own float32 and float64
     runs, which is 6e-5 for logits; its cached path, which loses a key of each window, is 4 to 6
     off."""
-
-    @pytest.fixture(autouse=True)
-    def quick_compiler(self):
-        """No, as it is for people."""
 
     @pytest.mark.parametrize(
         "case",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from slow import slow_but
 
 from hymba_jax.data.config import DataConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
@@ -106,7 +107,7 @@ def random_tokens(tokenizer, rng, count):
 
 def test_pieces_are_the_text(tokenizer):
     rng = random.Random(0)
-    for _ in range(1000):
+    for _ in range(300):
         prompt, tokens = (random_tokens(tokenizer, rng, count) for count in (14, 30))
         pieces, _ = stream(tokenizer, prompt, tokens)
         assert "".join(pieces) == decoded(tokenizer, prompt, tokens), (prompt, tokens)
@@ -150,7 +151,7 @@ def test_stop_strings_at_random(tokenizer):
     """The cut is before the stop string that begins first, however the text came in tokens."""
     rng = random.Random(1)
     met = 0
-    for _ in range(1500):
+    for _ in range(500):
         letters = rng.choices("Helo wrd\n", k=rng.randrange(1, 4))
         tokens = tokenizer.encode("".join(rng.choices(letters, k=rng.randrange(20))))
         stop = [
@@ -162,7 +163,7 @@ def test_stop_strings_at_random(tokenizer):
         assert "".join(pieces) == text[:cut], (tokens, stop)
         assert end.stopped == (cut is not None)
         met += end.stopped
-    assert 200 < met < 1200
+    assert 70 < met < 400
 
 
 @pytest.mark.parametrize("kind", ["bytes", "byte fallback"])
@@ -256,7 +257,9 @@ def test_a_stop_string_is_met_at_once():
     assert (text.push(5), text.finish()) == ("", "")
 
 
-@pytest.mark.parametrize("text", ["Hello world ", "\ufffd", "😀", "\n"])
+@pytest.mark.parametrize(
+    "text", slow_but(["Hello world ", "\ufffd", "😀", "\n"], "Hello world ", "\ufffd")
+)
 def test_time_grows_with_the_length_only(tokenizer, text):
     tokens = (tokenizer.encode(text) * 4000)[:4000]
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import make_splash_mha_single_device
-from sharded_step import compiling_fast
 from test_attention import (
     HEAD_DIM,
     VALUE_DIM,
@@ -40,12 +39,6 @@ MASKS = [(None, 3), (None, 0), (3, 3), (5, 0), (10, 5), (13, 3), (39, 2), (100, 
 defined = partial(attend, function=reference)
 CASES = [("8", *mask) for mask in MASKS]
 CASES += [(name, window, 3) for name in ("2", "4 x tensor 2") for window in (None, 13)]
-
-
-@pytest.fixture(autouse=True)
-def compile_fast():
-    with compiling_fast():
-        yield
 
 
 def mesh_of(name):

@@ -16,13 +16,14 @@ from test_selective_scan import (
     assert_conforms,
     assert_documents_apart,
     device,
+    forward,
     gradients_in_float64,
-    loss_of,
     make_inputs,
     make_weights,
+    scan_of,
+    with_gradients,
 )
 
-from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.parallel import ParallelConfig
 from hymba_jax.sharding import make_mesh
 
@@ -57,7 +58,7 @@ def specs_of(names):
 
 @pytest.fixture
 def scan(implementation):
-    return partial(selective_scan, implementation=implementation)
+    return scan_of(implementation)
 
 
 @pytest.mark.parametrize("without", [(), OPTIONAL])
@@ -89,15 +90,14 @@ def test_documents_and_lengths(mesh, scan):
 def test_what_follows_the_end_does_not_matter(mesh, scan):
     """Not even when it is not a number."""
     inputs, weights, lengths = make_slow_inputs(), make_weights(*SIZES), [17, 40, 20, 3]
+    marks = {"segment_ids": jnp.zeros(SIZES[:2], int), "lengths": jnp.array(lengths)}
     spoilt = {k: v.copy() for k, v in inputs.items()}
     for name in SEQUENCES:
         for row, end in enumerate(lengths):
             spoilt[name][row, end:] = np.nan
-    scan = partial(scan, lengths=jnp.array(lengths))
     with jax.set_mesh(mesh):
-        for function in (lambda v: scan(**v), jax.grad(loss_of(scan, weights))):
-            clean = jax.jit(function)(device(inputs))
-            jax.tree.map(np.testing.assert_array_equal, jax.jit(function)(device(spoilt)), clean)
+        clean, other = (with_gradients(scan, device(v), marks, weights) for v in (inputs, spoilt))
+    jax.tree.map(np.testing.assert_array_equal, other, clean)
 
 
 def test_documents_do_not_see_each_other(mesh, scan):
@@ -111,7 +111,7 @@ def test_documents_do_not_see_each_other(mesh, scan):
 
 def test_every_device_has_the_last_state(mesh, scan):
     with jax.set_mesh(mesh):
-        _, state = jax.jit(scan)(**device(make_slow_inputs()))
+        _, state = forward(scan, device(make_slow_inputs()))
     assert len(state.addressable_shards) == 8
     for shard in state.addressable_shards:
         np.testing.assert_array_equal(shard.data, state[shard.index])
