@@ -30,7 +30,7 @@ from _scan_passes import (
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from hymba_jax.ahead.topology import H100
+from hymba_jax.aot.topology import H100
 
 SCHEDULERS = 132 * 4  # a warp for each is a full wave
 

@@ -28,7 +28,7 @@ from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hymba_jax.ahead.topology import without_a_tpu
+from hymba_jax.aot.topology import without_a_tpu
 
 
 def compile_for_tpu(

@@ -22,19 +22,19 @@ from flax import nnx
 from jax.extend.backend import get_backend
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.load_sharded import read_params
 from hymba_jax.convert.mapping import hf_slices
 from hymba_jax.inference.engine import NO_TOKEN, Engine, Request
 from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import abstract_model
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
-from hymba_jax.sampling_config import SamplingConfig
-from hymba_jax.sharding import make_mesh
+from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.loss import cross_entropy
-from hymba_jax.training.state import abstract_model
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"
 QUICK = "tiny-default-rope"  # the golden model that compiles in the least time

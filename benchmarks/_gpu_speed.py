@@ -23,10 +23,14 @@ from jax.sharding import Mesh
 from selective_scan import associative
 from selective_scan import with_gradient as scan_with_gradient
 
-from hymba_jax.ahead.fit import compiled_memory
-from hymba_jax.ahead.programs import InferencePrograms, bytes_on_each
-from hymba_jax.ahead.topology import CHIPS
+from hymba_jax.aot.fit import compiled_memory
+from hymba_jax.aot.programs import InferencePrograms, bytes_on_each
+from hymba_jax.aot.topology import CHIPS
+from hymba_jax.checkpoint.model_file import with_vocabulary
+from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
+from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.inference.engine import (
     NO_TOKEN,
@@ -43,13 +47,10 @@ from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.run_config import RunConfig, with_vocabulary
-from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -29,7 +29,7 @@ from compile_scan import TPUS, Target, installed
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from hymba_jax.ahead.topology import H100, without_a_tpu
+from hymba_jax.aot.topology import H100, without_a_tpu
 from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.splash import splash
 

@@ -8,7 +8,7 @@ the compiler's account. `total` is what is held while the program runs: argument
 code and outputs that are not donated arguments. Where that does not fit, the largest batch that
 does is found, in steps of `STEP`, and has a row too.
 
-Bytes a step are counted in the optimized HLO of the loop's body (`hymba_jax/ahead/traffic.py`);
+Bytes a step are counted in the optimized HLO of the loop's body (`hymba_jax/aot/traffic.py`);
 branches (sampling's filters) are left out. `least` is every parameter, key, value and state read
 once, and every state written once; layers that reuse keys and values must read them again.
 
@@ -33,13 +33,13 @@ from _report import Row, report, write_json
 from compile_scan import TPUS, Target, installed
 from jax.sharding import Mesh
 
-from hymba_jax.ahead.fit import compiled_memory, refused_memory
-from hymba_jax.ahead.hlo import Instruction, Program
-from hymba_jax.ahead.programs import InferencePrograms, TracedProgram
-from hymba_jax.ahead.topology import CHIPS, parse_topology
-from hymba_jax.ahead.traffic import moved
+from hymba_jax.aot.fit import compiled_memory, refused_memory
+from hymba_jax.aot.hlo import Instruction, Program
+from hymba_jax.aot.programs import InferencePrograms, TracedProgram
+from hymba_jax.aot.topology import CHIPS, parse_topology
+from hymba_jax.aot.traffic import moved
 from hymba_jax.config import PRESETS, DType
-from hymba_jax.sharding import bytes_on_each
+from hymba_jax.parallel.mesh import bytes_on_each
 
 STEP = 8  # batches between which the largest is looked for
 

@@ -15,14 +15,14 @@ import jax
 import tyro
 from _report import Row, report
 
+from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import PRESETS, ComputeConfig, HymbaConfig, Remat
+from hymba_jax.config.layer_pattern import hymba_pattern
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.batch import abstract_batch
-from hymba_jax.layer_pattern import hymba_pattern
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state
 from hymba_jax.training.step import make_train_step
 
 

@@ -42,7 +42,8 @@ from rich.console import Console
 from train_step import best_product_rate
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.host import prepare_host
 from hymba_jax.inference.engine import (
@@ -54,7 +55,6 @@ from hymba_jax.inference.engine import (
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops
-from hymba_jax.sampling_config import SamplingConfig
 
 Shape = Literal["125m", "1.5b"]
 ROOM = 64  # tokens that decoding may add

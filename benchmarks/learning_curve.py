@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import tyro
 from _report import Row, report
 
+from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.data.sources import Document, load_documents
-from hymba_jax.run_config import CONFIG_FILE, RunConfig
 from hymba_jax.training.metrics import JSON_LINES
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import tyro
 from _report import Row, measure, report
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.inference.sampling import Sampler, make_sampler, sample
-from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.types import Array
 
 CONFIGS = {

@@ -22,11 +22,12 @@ import matplotlib.pyplot as plt
 import tyro
 from _report import Row, report
 
-from hymba_jax.ahead.measured import compile_and_measure
-from hymba_jax.ahead.programs import training_program
-from hymba_jax.ahead.topology import parse_topology
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.run_config import RunConfig, with_vocabulary
+from hymba_jax.aot.measured import compile_and_measure
+from hymba_jax.aot.programs import training_program
+from hymba_jax.aot.topology import parse_topology
+from hymba_jax.checkpoint.model_file import with_vocabulary
+from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.config.run import RunConfig
 
 PARAMETER_PARTS = 8
 

@@ -27,17 +27,19 @@ import tyro
 from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms, write_json
 from flax import nnx
 
+from hymba_jax.checkpoint.model_file import with_vocabulary
+from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import Params
 from hymba_jax.model.flops import training_flops
 from hymba_jax.ops.matmul import matmul
-from hymba_jax.run_config import RunConfig, with_vocabulary
-from hymba_jax.sharding import batch_sharding, make_mesh
+from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import Params, abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 

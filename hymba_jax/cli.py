@@ -61,13 +61,13 @@ def main(args: Sequence[str] | None = None) -> None:
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs `hymba train ...`, which train.py is too."""
     with _one_line_errors():
-        from hymba_jax.run_config import parse_run
+        from hymba_jax.training.arguments import parse_run
 
         config, processes = parse_run(sys.argv[1:] if args is None else args, prog)
         prepare_host()
         from hymba_jax import train as run
-        from hymba_jax.distributed import started
-        from hymba_jax.training.checkpoint import silence_orbax
+        from hymba_jax.checkpoint.checkpoints import silence_orbax
+        from hymba_jax.parallel.processes import started
         from hymba_jax.training.interrupts import one_line_interrupts
 
         silence_orbax()
@@ -115,7 +115,7 @@ def warmup(args: Sequence[str], prog: str) -> None:
 def memory(args: Sequence[str], prog: str) -> None:
     """Runs `hymba memory ...`."""
     with _one_line_errors():
-        from hymba_jax.inference import memory
+        from hymba_jax.analysis import memory
 
         memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
 
@@ -123,7 +123,7 @@ def memory(args: Sequence[str], prog: str) -> None:
 def compile(args: Sequence[str], prog: str) -> None:
     """Runs `hymba compile ...`."""
     with _one_line_errors():
-        from hymba_jax.ahead import command
+        from hymba_jax.aot import command
 
         command.main(args, prog)
 
@@ -155,7 +155,7 @@ def _checkpoints() -> Iterator[None]:
     """What all commands that read checkpoints share."""
     with _one_line_errors():
         prepare_host()
-        from hymba_jax.training.checkpoint import silence_orbax
+        from hymba_jax.checkpoint.checkpoints import silence_orbax
 
         silence_orbax()
         yield

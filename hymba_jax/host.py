@@ -1,5 +1,6 @@
 """How the process uses its host's memory and vectors where JAX computes on the CPU."""
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -9,7 +10,8 @@ from pathlib import Path
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of containers, "max" where there is none
+# Of containers; "max" where there is none.
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _VECTOR_WIDTH = "--xla_cpu_prefer_vector_width"
 
 
@@ -27,11 +29,10 @@ def prepare_host() -> None:
 def host_memory() -> int:
     """Bytes of memory that this process can have: the host's, or fewer where its cgroup says so."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdecimal() else memory
+    for path in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            memory = min(memory, int(Path(path).read_text()))
+    return memory
 
 
 def _keep_freed_memory() -> None:

@@ -1,9 +1,9 @@
 """A training run, put together: the loop, which imports no inference, and its sample."""
 
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data import Tokenizer
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
-from hymba_jax.run_config import RunConfig
 from hymba_jax.training import loop
 
 

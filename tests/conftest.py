@@ -11,7 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # All but the configs, which check their values themselves, in words for people.
-CHECKED = ("convert", "data", "inference", "model", "ops", "sharding", "training")
+CHECKED = ("checkpoint", "convert", "data", "inference", "model", "ops", "parallel", "training")
 install_import_hook([f"hymba_jax.{name}" for name in CHECKED], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a CPU a test is mostly XLA's compiling, so it need not make machine code that is fast.

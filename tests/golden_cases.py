@@ -16,8 +16,8 @@ from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.load_sharded import read_params
 from hymba_jax.convert.mapping import hf_slices
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.state import abstract_model
+from hymba_jax.model.abstract import abstract_model
+from hymba_jax.parallel.mesh import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("tiny-ntk", "tiny-default-rope", "tiny-shared", "tiny-nometa", "tiny-wide")

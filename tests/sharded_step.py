@@ -20,14 +20,15 @@ import jax
 import numpy as np
 import optax
 
+from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.batch import Batch, abstract_batch
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import batch_sharding, describe_sharding, make_mesh
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.model.sharding import describe_sharding
+from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import TrainState, abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"

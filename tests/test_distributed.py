@@ -7,15 +7,15 @@ import subprocess
 import pytest
 
 from hymba_jax import distributed
-from hymba_jax.distributed import (
+from hymba_jax.errors import HymbaError
+from hymba_jax.parallel.processes import (
     DistributedConfig,
     disagreements,
     is_launched,
     require_agreement,
     started,
 )
-from hymba_jax.errors import HymbaError
-from hymba_jax.lost_process import explain, watcher_command
+from hymba_jax.parallel.watchdog import explain, watcher_command
 
 LAUNCHERS = ("SLURM_", "OMPI_", "MEGASCALE_", "TPU_WORKER_HOSTNAMES")
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from hymba_jax.field_types import Bounds, bound_problems, fits, misfit, type_problems
+from hymba_jax.config.field_types import Bounds, bound_problems, fits, misfit, type_problems
 
 type Auto = Literal["auto"]
 

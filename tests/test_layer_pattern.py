@@ -2,7 +2,7 @@
 
 import pytest
 
-from hymba_jax.layer_pattern import LayerSpec, format_pattern, hymba_pattern, parse_pattern
+from hymba_jax.config.layer_pattern import LayerSpec, format_pattern, hymba_pattern, parse_pattern
 
 
 def specs(pattern):

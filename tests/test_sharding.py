@@ -11,16 +11,10 @@ from jax.sharding import NamedSharding
 from sharded_step import CASES, EVEN, LENGTHS, ODD, SNAPSHOTS, STACKED, ShardedStep
 
 from hymba_jax.config import PRESETS
+from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import (
-    constrain,
-    describe_sharding,
-    gather_param,
-    make_mesh,
-    partition,
-    state_shardings,
-)
+from hymba_jax.model.sharding import describe_sharding, state_shardings
+from hymba_jax.parallel.mesh import constrain, gather_param, make_mesh, partition
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import re
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.batch import abstract_batch
-from hymba_jax.sharding import batch_sharding
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.parallel.mesh import batch_sharding
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state
 from hymba_jax.training.step import make_train_step
 
 BATCH, LENGTH, META_TOKENS, HIDDEN, HEAD_DIM = 8, 240, 16, 256, 64

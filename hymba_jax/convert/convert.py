@@ -10,7 +10,10 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.run_lock import check_unlocked
 from hymba_jax.config import ComputeConfig
+from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.hf_checkpoint import (
     HFCheckpoint,
 )
@@ -22,15 +25,12 @@ from hymba_jax.convert.native_to_hf import write_hf
 from hymba_jax.convert.report import Report, in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.verify import Expected, compare, read_expected
+from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.hf_files import HF_CONFIG, download_advice
-from hymba_jax.inference.loading import load_model
 from hymba_jax.model import Hymba
-from hymba_jax.run_config import CONFIG_FILE
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.display import Display
-from hymba_jax.training.run_lock import check_unlocked
+from hymba_jax.parallel.mesh import make_mesh
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
+from hymba_jax.config.field_types import shown
+from hymba_jax.config.layer_pattern import MOST_LAYERS, GroupSpec, LayerSpec, format_pattern
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
 from hymba_jax.data import Tokenizer
-from hymba_jax.field_types import shown
-from hymba_jax.layer_pattern import MOST_LAYERS, GroupSpec, LayerSpec, format_pattern
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hymba_jax.field_types import describe, fits, shown
+from hymba_jax.config.field_types import describe, fits, shown
 
 # Options of the HF implementation of which this architecture has only one value.
 FIXED: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hymba_jax.config import AttentionConfig
-from hymba_jax.field_types import fits
+from hymba_jax.config.field_types import fits
 
 SPELLINGS = ("rope_parameters", "rope_scaling")
 # The HF implementation's key for each key of these objects.

@@ -7,7 +7,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from hymba_jax.checkpoint.checkpoints import PARAMS
+from hymba_jax.checkpoint.model_file import model_toml
 from hymba_jax.config import ComputeConfig, DType
+from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.arrays import contiguous
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.hf_config import with_dtype
@@ -22,8 +25,6 @@ from hymba_jax.hf_files import (
     TOKENIZER_FILES,
     companion_files,
 )
-from hymba_jax.run_config import CONFIG_FILE, model_toml
-from hymba_jax.training.checkpoint import PARAMS
 
 
 def write_native(

@@ -16,7 +16,7 @@ from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.mapping import HFSlice, Index, hf_slices
 from hymba_jax.files import resolve_path
 from hymba_jax.model import Hymba
-from hymba_jax.training.state import abstract_model
+from hymba_jax.model.abstract import abstract_model
 
 type Read = Callable[[str, Index], np.ndarray]
 """Reads a part of an HF tensor."""

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.convert.hf_config import require_hf_form
 from hymba_jax.errors import HymbaError
-from hymba_jax.layer_pattern import LayerSpec
 from hymba_jax.model.hymba import Hymba, layer_places
 from hymba_jax.types import Array
 

@@ -4,6 +4,9 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
+from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
+from hymba_jax.checkpoint.model_file import read_model
+from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.mapping import (
     ConversionError,
     HFSlice,
@@ -15,8 +18,6 @@ from hymba_jax.convert.mapping import (
 from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
-from hymba_jax.run_config import CONFIG_FILE, read_model
-from hymba_jax.training.checkpoint import OPTIMIZER, params_path
 
 
 class NativeCheckpoint:

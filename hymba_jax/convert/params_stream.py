@@ -12,18 +12,18 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax.traverse_util import unflatten_dict
 
-from hymba_jax.convert import mapping
-from hymba_jax.convert.tensor_file import TensorInfo, drop_cached
-from hymba_jax.errors import HymbaError
-from hymba_jax.files import open_regular
-from hymba_jax.training.checkpoint import one_line
-from hymba_jax.training.checksums import (
+from hymba_jax.checkpoint.checkpoints import one_line
+from hymba_jax.checkpoint.checksums import (
     Checksums,
     check_tree,
     checksums_metadata,
     dotted,
     tree_checksums,
 )
+from hymba_jax.convert import mapping
+from hymba_jax.convert.tensor_file import TensorInfo, drop_cached
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import open_regular
 
 THREADS = 8  # each has an array or two in memory, and most wait for the disk
 _UNREADABLE = "not parameters that can be read"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hymba_jax.convert.arrays import count_not_finite
-from hymba_jax.training.display import Display, duration
+from hymba_jax.display import Display, duration
 
 _SHOW_EVERY = 0.1  # seconds
 

@@ -2,7 +2,6 @@
 
 | file           | subject                                                                  |
 |----------------|--------------------------------------------------------------------------|
-| `config.py`    | what to read and how to tokenize it                                      |
 | `sources.py`   | documents from text files, JSON lines or the standard library's sources  |
 | `tokenizer.py` | bytes, a BPE trained here, or any `tokenizer.json`                       |
 | `packing.py`   | documents to one stream of tokens, the stream to windows                 |
@@ -10,8 +9,8 @@
 | `pipeline.py`  | training and validation batches through Grain                            |
 """
 
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.batch import IGNORED_TARGET, Batch
-from hymba_jax.data.config import DataConfig
 from hymba_jax.data.pipeline import Data, prepare, train_iterator, validation_batches
 from hymba_jax.data.tokenizer import Tokenizer
 

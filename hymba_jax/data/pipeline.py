@@ -15,8 +15,8 @@ from functools import cached_property
 import grain
 import numpy as np
 
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.batch import Batch, make_row, stack_rows
-from hymba_jax.data.config import DataConfig
 from hymba_jax.data.packing import Progress, Windows, pack, window
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import file_kind, open_regular, parse_json, resolve_path
 

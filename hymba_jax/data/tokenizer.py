@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from hymba_jax.config import HymbaConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.control_tokens import ControlTokens, marked_special
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json, read_text, replace_text, resolve_path

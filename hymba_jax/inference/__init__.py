@@ -17,8 +17,8 @@
 What is remembered between tokens is the model's own: `hymba_jax/model/cache.py`.
 """
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.inference.language_model import Completion, LanguageModel, Piece
 from hymba_jax.inference.loading import load
-from hymba_jax.sampling_config import SamplingConfig
 
 __all__ = ["Completion", "LanguageModel", "Piece", "SamplingConfig", "load"]

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import chat_template
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.sampling_config import SamplingConfig
 
 HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
 

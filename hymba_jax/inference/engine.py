@@ -17,14 +17,15 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.config.field_types import shown
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import shown
-from hymba_jax.inference.memory import cache_bytes, check_fits, meta_state_bytes, tree_bytes
+from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
 from hymba_jax.model import Hymba, arrange_layers, fuse_projections
+from hymba_jax.model.abstract import Params
 from hymba_jax.model.state import MetaState, ModelState
-from hymba_jax.sampling_config import SamplingConfig
-from hymba_jax.training.state import Params
+from hymba_jax.parallel.memory import check_fits, tree_bytes
 from hymba_jax.types import Array, Bool, Float, Int
 
 SMALLEST_CHUNK = 32
@@ -183,7 +184,7 @@ class Engine:
             tree_bytes(self.params)
             + meta_state_bytes(self.config, self.dtype).total
             + rows * cache,
-            self._devices(),
+            [*self._devices()],
             "reduce batch_size, context or max_new_tokens",
         )
 

@@ -13,13 +13,13 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
 from hymba_jax.inference.engine import STEPS
 from hymba_jax.inference.language_model import Completion, Piece, collect
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.prompts import prompt_name
-from hymba_jax.sampling_config import SamplingConfig
 
 _LINE_BREAK = re.compile("\r\n|\r|\n")
 OUTPUT_FIELDS = frozenset(item.name for item in fields(Completion))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hymba_jax.config.field_types import describe, fits
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import describe, fits
 from hymba_jax.files import read_json, resolve_path
 from hymba_jax.hf_files import GENERATION_CONFIG, HF_CONFIG, hf_directory
 

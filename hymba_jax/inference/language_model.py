@@ -11,16 +11,16 @@ import jax
 import numpy as np
 
 from hymba_jax.config import DType
+from hymba_jax.config.field_types import fits, shown
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import fits, shown
 from hymba_jax.inference import chat_template
 from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE, STEPS, Engine, Request
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.model import Hymba
-from hymba_jax.sampling_config import SamplingConfig
 from hymba_jax.types import Bool, Float, Int
 
 type FinishReason = Literal["stop", "length"]

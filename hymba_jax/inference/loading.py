@@ -1,23 +1,15 @@
 """A model and its tokenizer, from a directory."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 
-import jax
-from flax import nnx
-
+from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
 from hymba_jax.files import resolve_path
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.memory import check_fits, tree_bytes
-from hymba_jax.model import Hymba
-from hymba_jax.run_config import read_model_directory
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.checkpoint import load_params
-from hymba_jax.training.state import abstract_model
 
 
 def load(
@@ -57,25 +49,6 @@ def load(
         batch_size=batch_size,
         context=context,
     )
-
-
-def load_model(
-    directory: str | os.PathLike[str], *, dtype: DType | None = None, step: int | None = None
-) -> Hymba:
-    """The same without its tokenizer, its layers stacked as the directory has them."""
-    config, compute = read_model_directory(directory)
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
-    compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)
-    devices = jax.devices()[:1]
-    graph, template = abstract_model(config, compute, make_mesh(devices))
-    check_fits(
-        f"{directory}: its parameters in {dtype}",
-        tree_bytes(template),
-        devices,
-        "use a smaller dtype, or another device",
-    )
-    return nnx.merge(graph, load_params(directory, template, step))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from hymba_jax.config.field_types import plain, shown
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import plain, shown
 
 type Prompt = str | Iterable[SupportsIndex]
 """A text, which the begin-of-text token is put before, or tokens as they are."""

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hymba_jax.config.sampling import LARGEST, SamplingConfig
 from hymba_jax.ops.platform import target_platform
-from hymba_jax.sampling_config import LARGEST, SamplingConfig
 from hymba_jax.types import Array, Bool, Float, Int, Key
 
 # Of JAX's generators, the one whose samples do not depend on the rows beside them.

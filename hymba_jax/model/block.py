@@ -7,14 +7,14 @@ import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.layer_pattern import LayerSpec
+from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import rms_norm
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.model.state import LayerOutput, LayerState
-from hymba_jax.sharding import constrain
+from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float, Key
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {

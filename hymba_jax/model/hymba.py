@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.layer_pattern import GroupSpec
+from hymba_jax.config.layer_pattern import GroupSpec
 from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import KVCache
@@ -20,7 +20,7 @@ from hymba_jax.model.rope import has_fixed_rope, make_rope
 from hymba_jax.model.state import LayerState, MetaState, ModelState
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.matmul import matmul, matmul_transposed
-from hymba_jax.sharding import constrain, gather_param
+from hymba_jax.parallel.mesh import constrain, gather_param
 from hymba_jax.types import Array, Float, Int
 
 

@@ -1,7 +1,7 @@
 """The two parts every block is made of: a linear map and a norm.
 
-Parameters name their logical axes in the metadata `axes`; `hymba_jax.sharding` has the one table
-from those to the axes of a device mesh.
+Parameters name their logical axes in the metadata `axes`; `parallel/mesh.py` has the one
+table from those to the axes of a device mesh.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig
 from hymba_jax.ops.matmul import matmul
-from hymba_jax.sharding import gather_param
+from hymba_jax.parallel.mesh import gather_param
 from hymba_jax.types import Array, Float
 
 INIT_STD = 0.02

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.layer_pattern import LayerSpec
+from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.attention import Attention
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache

@@ -5,7 +5,7 @@ from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model.layers import Linear
-from hymba_jax.sharding import constrain
+from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float
 
 

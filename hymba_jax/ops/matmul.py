@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hymba_jax.ops.precision import dot_general
-from hymba_jax.sharding import gather, scatter
+from hymba_jax.parallel.mesh import gather, scatter
 from hymba_jax.types import Array, Float
 
 

@@ -1,14 +1,12 @@
 """Whether a training state can fit the memory of its devices, before any of it is allocated."""
 
-from collections.abc import Sequence
-
-import jax
 from jax.sharding import Mesh
 
+from hymba_jax.checkpoint.train_state import AbstractTrainState
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
-from hymba_jax.sharding import bytes_on_each
-from hymba_jax.training.state import AbstractTrainState
+from hymba_jax.parallel.memory import device_memory
+from hymba_jax.parallel.mesh import bytes_on_each
 
 
 def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
@@ -35,14 +33,3 @@ def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
         f"{abstract.num_params:,} parameters and their optimizer state take {needed / 1e9:,.1f} GB "
         f"on each device, and a {device.device_kind} has {available / 1e9:,.1f} GB{share}: {change}"
     )
-
-
-def device_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that each of this process's devices has; None where it does not tell.
-
-    A CPU's devices share the memory of the host.
-    """
-    if devices[0].platform == "cpu":
-        return host_memory() // len(devices)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return min((limit for limit in limits if limit), default=None)

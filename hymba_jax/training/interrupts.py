@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from hymba_jax.training.checkpoint_folder import checkpoint_steps
+from hymba_jax.run_files import checkpoint_steps
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

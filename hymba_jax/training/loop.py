@@ -9,30 +9,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from hymba_jax.config import HymbaConfig
-from hymba_jax.data import Batch, Data, Tokenizer, prepare, train_iterator
-from hymba_jax.data.batch import abstract_batch
-from hymba_jax.distributed import is_first
-from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import leaves
-from hymba_jax.files import replace_text
-from hymba_jax.hf_files import keep_hf_files
-from hymba_jax.model.flops import training_flops
-from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import batch_sharding, describe_sharding, make_mesh, own_rows, place_rows
-from hymba_jax.training.capacity import check_memory
-from hymba_jax.training.checkpoint import Checkpoints, LoopState
-from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.display import Display
-from hymba_jax.training.init_from import InitialModel, read_initial_model
-from hymba_jax.training.loss import make_loss_fn, next_token_loss
-from hymba_jax.training.metrics import MetricsWriter
-from hymba_jax.training.mfu import Workload, peak_flops
-from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.profile import FOLDER as PROFILE
-from hymba_jax.training.profile import Tracer
-from hymba_jax.training.recorder import Recorder
-from hymba_jax.training.run_directory import (
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
+from hymba_jax.checkpoint.init_from import InitialModel, read_initial_model
+from hymba_jax.checkpoint.run_directory import (
     check_data,
     check_output,
     check_processes,
@@ -41,9 +20,31 @@ from hymba_jax.training.run_directory import (
     read_run,
     write_run_directory,
 )
-from hymba_jax.training.run_lock import locked
+from hymba_jax.checkpoint.run_lock import locked
+from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
+from hymba_jax.config import HymbaConfig
+from hymba_jax.config.field_types import leaves
+from hymba_jax.config.run import RunConfig
+from hymba_jax.config.training import TrainingConfig
+from hymba_jax.data import Batch, Data, Tokenizer, prepare, train_iterator
+from hymba_jax.data.batch import abstract_batch
+from hymba_jax.display import Display
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import replace_text
+from hymba_jax.hf_files import keep_hf_files
+from hymba_jax.model.flops import training_flops
+from hymba_jax.model.sharding import describe_sharding
+from hymba_jax.parallel.mesh import batch_sharding, make_mesh, own_rows, place_rows
+from hymba_jax.parallel.processes import is_first
+from hymba_jax.training.capacity import check_memory
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.mfu import Workload, peak_flops
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.profile import FOLDER as PROFILE
+from hymba_jax.training.profile import Tracer
+from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
-from hymba_jax.training.state import TrainState, abstract_train_state, init_state
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, make_train_step
 from hymba_jax.training.validation import Validate, make_validate
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.model import Hymba
-from hymba_jax.training.state import Params
+from hymba_jax.model.abstract import Params
 from hymba_jax.types import Array, Float, Int
 
 type Scalar = Any

@@ -13,9 +13,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular, parse_json, replace_text
-from hymba_jax.training.closing import Closing
 
 JSON_LINES = "metrics.jsonl"
 REMOVED = "metrics.removed.jsonl"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.types import Array, Float
 
 # The weights of matmuls: the kernels of linear maps, and the embedding, which is the

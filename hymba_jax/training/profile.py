@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 
+from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.closing import Closing
 
 FOLDER = "profile"  # inside the run directory
 _FIRST, _COUNT = 3, 5  # the first steps of a session differ from the others

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import jax
 
+from hymba_jax.config.training import TrainingConfig
+from hymba_jax.display import Display, duration
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.display import Display, duration
 from hymba_jax.training.loss import Average, Averages, add_averages, means
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload

@@ -7,11 +7,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hymba_jax.data import Tokenizer
-from hymba_jax.distributed import is_first
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
-from hymba_jax.sharding import make_mesh, replicated
-from hymba_jax.training.state import Params
+from hymba_jax.model.abstract import Params
+from hymba_jax.parallel.mesh import make_mesh, replicated
+from hymba_jax.parallel.processes import is_first
 
 SAMPLE_FILE = "sample.txt"  # inside the run directory
 

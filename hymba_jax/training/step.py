@@ -5,12 +5,13 @@ from collections.abc import Callable
 import jax
 import optax
 
+from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.data import Batch
 from hymba_jax.errors import HymbaError
-from hymba_jax.sharding import AnyMesh, batch_parts
+from hymba_jax.model.abstract import Params
+from hymba_jax.parallel.mesh import AnyMesh, batch_parts
 from hymba_jax.training.loss import Average, Averages, LossFn
 from hymba_jax.training.optimizer import applied_learning_rate
-from hymba_jax.training.state import Params, TrainState
 from hymba_jax.types import Array, Float
 
 type Metrics = dict[str, Average | Float[Array, ""]]

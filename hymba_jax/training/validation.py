@@ -6,9 +6,9 @@ import jax
 from jax.sharding import Mesh
 
 from hymba_jax.data import Data, validation_batches
-from hymba_jax.sharding import own_rows, place_rows
+from hymba_jax.model.abstract import Params
+from hymba_jax.parallel.mesh import own_rows, place_rows
 from hymba_jax.training.loss import LossFn, add_averages, means
-from hymba_jax.training.state import Params
 
 type Validate = Callable[[Params, bool], dict[str, float]]
 """The metrics of parameters by name, from all held-out text or, if that is false, a part of it."""

@@ -25,13 +25,13 @@ from convert.hf import (
 from golden_cases import GOLDEN
 
 from hymba_jax import cli
+from hymba_jax.checkpoint.checkpoints import silence_orbax
+from hymba_jax.checkpoint.load import load_model
 from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.mapping import EMBEDDING
 from hymba_jax.convert.tensor_file import TensorFile
 from hymba_jax.convert.verify import read_expected
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.loading import load_model
-from hymba_jax.training.checkpoint import silence_orbax
 
 silence_orbax()
 # Pytest makes errors of the warning that this ignores.

@@ -29,23 +29,24 @@ from slow import slow_but
 from tokenizers.processors import TemplateProcessing
 
 from hymba_jax import cli
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, silence_orbax
+from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.model_file import read_model
+from hymba_jax.checkpoint.run_directory import write_run_directory
+from hymba_jax.checkpoint.save import save_model
+from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import ComputeConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.run import RunConfig
 from hymba_jax.convert.convert import parse_size
 from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
 from hymba_jax.data import Tokenizer
-from hymba_jax.data.config import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.inference.generation_config import read_generation_defaults
-from hymba_jax.inference.loading import load_model
-from hymba_jax.inference.saving import save_model
 from hymba_jax.model import Hymba, arrange_layers
-from hymba_jax.run_config import RunConfig, read_model
-from hymba_jax.training.checkpoint import Checkpoints, LoopState, silence_orbax
-from hymba_jax.training.run_directory import write_run_directory
-from hymba_jax.training.state import TrainState
 
 silence_orbax()
 

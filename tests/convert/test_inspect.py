@@ -13,14 +13,14 @@ from golden_cases import GOLDEN
 from inference.models import TINY, make_model
 
 from hymba_jax import cli
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
+from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.model_file import model_toml, read_model_directory
+from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import PRESETS
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.loading import load_model
-from hymba_jax.run_config import model_toml, read_model_directory
-from hymba_jax.training.checkpoint import Checkpoints, LoopState
-from hymba_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")

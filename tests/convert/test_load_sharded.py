@@ -14,7 +14,8 @@ from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.load_sharded import load_hf
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
 from hymba_jax.errors import HymbaError
-from hymba_jax.sharding import make_mesh, state_shardings
+from hymba_jax.model.sharding import state_shardings
+from hymba_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 import pytest
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.errors import HymbaError
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.packing import Windows, pack
 from hymba_jax.data.sources import Document
 from hymba_jax.data.tokenizer import build_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.sources import Document, is_held_out, load_documents
 from hymba_jax.errors import HymbaError
 

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from hymba_jax.config import HymbaConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
@@ -113,7 +113,7 @@ def test_bpe_compresses_source_code(bpe, library):
 def test_bpe_training_is_deterministic_across_processes(bpe):
     code = """
 from hymba_jax.config import HymbaConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import build_tokenizer
 texts = (document.text for document in load_documents(DataConfig()).train[::4])

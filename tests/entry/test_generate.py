@@ -14,9 +14,9 @@ from inference.models import byte_tokenizer, make_model
 
 import hymba_jax
 from hymba_jax import cli
+from hymba_jax.checkpoint.save import save_model
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel, SamplingConfig
-from hymba_jax.inference.saving import save_model
 
 PROMPTS = ["the old", "Who sat?", "é€"]
 

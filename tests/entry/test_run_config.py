@@ -5,13 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config import PRESETS, ConfigError
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.distributed import DistributedConfig
+from hymba_jax.config.field_types import leaves
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data.tokenizer import build_tokenizer
-from hymba_jax.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.field_types import leaves
-from hymba_jax.run_config import RunConfig, parse_run, read_model
+from hymba_jax.training.arguments import parse_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 

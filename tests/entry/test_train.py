@@ -1,7 +1,7 @@
 import pytest
 from entry.command import HYMBA, read_metrics, run, train_py, write_config
 
-from hymba_jax.run_config import RunConfig
+from hymba_jax.config.run import RunConfig
 
 
 @pytest.fixture(scope="module")

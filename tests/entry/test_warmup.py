@@ -8,9 +8,9 @@ from entry.command import HYMBA, run
 from inference.models import byte_tokenizer, compilations, make_model
 
 from hymba_jax import cli
+from hymba_jax.checkpoint.save import save_model
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
-from hymba_jax.inference.saving import save_model
 from hymba_jax.inference.warmup import prompt_lengths, use_compilation_cache, warm
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data import Tokenizer
-from hymba_jax.data.config import DataConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.model import Hymba
 

@@ -17,14 +17,14 @@ from typing import NamedTuple
 import pytest
 import tyro
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import chat
 from hymba_jax.inference.chat import ChatConfig
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.sampling_config import SamplingConfig
 
 CHOICE = ModelChoice("runs/it")
 

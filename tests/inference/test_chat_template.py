@@ -19,7 +19,7 @@ from inference.chat_reference import (
     write_tokenizer,
 )
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import template_sandbox

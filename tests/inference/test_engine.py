@@ -20,13 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from models import TINY, byte_tokenizer, compilations, make_model
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Request, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.ops.selective_scan import api
-from hymba_jax.sampling_config import SamplingConfig
 
 # Of the logits' range: float32 rounds at 6e-8, and sums of some hundred terms through three layers
 # come to a hundred times that where they are added in another order.

@@ -5,6 +5,7 @@ import json
 import pytest
 from inference.models import TINY, byte_tokenizer, make_model
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.generation_config import (
     GenerationDefaults,
@@ -12,7 +13,6 @@ from hymba_jax.inference.generation_config import (
     with_defaults,
 )
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.sampling_config import SamplingConfig
 
 
 def write(directory, generation=None, config=None):

@@ -13,17 +13,20 @@ from flax import nnx
 from inference.models import TINY, byte_tokenizer
 
 import hymba_jax
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, silence_orbax
+from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.model_file import model_toml, read_model
+from hymba_jax.checkpoint.run_directory import write_run_directory
+from hymba_jax.checkpoint.save import save_model
+from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import ComputeConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.loading import ModelChoice, load_model
-from hymba_jax.inference.saving import save_model
+from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.model import Hymba, arrange_layers
-from hymba_jax.run_config import RunConfig, model_toml, read_model
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.checkpoint import Checkpoints, LoopState, silence_orbax
-from hymba_jax.training.run_directory import write_run_directory
-from hymba_jax.training.state import TrainState, abstract_model
+from hymba_jax.model.abstract import abstract_model
+from hymba_jax.parallel.mesh import make_mesh
 
 silence_orbax()
 # Pytest makes errors of the warning that this ignores.
@@ -172,7 +175,7 @@ def test_a_model_is_saved_whole_or_not_at_all(run, tmp_path, monkeypatch):
     model = load_model(run)
     (tmp_path / "mine.partial").mkdir()  # somebody's own
     with monkeypatch.context() as patch:
-        patch.setattr("hymba_jax.inference.saving.save_params", interrupt)
+        patch.setattr("hymba_jax.checkpoint.save.save_params", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_model(tmp_path / "mine", model, byte_tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == ["mine.partial"]

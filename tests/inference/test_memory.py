@@ -1,6 +1,5 @@
 """What `hymba memory` says, against the paper and against what is allocated."""
 
-from pathlib import Path
 from unittest.mock import Mock
 
 import jax
@@ -9,26 +8,18 @@ from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax import cli
+from hymba_jax.analysis.memory import param_bytes, training_bytes
+from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
-from hymba_jax.inference import memory as memory_module
 from hymba_jax.inference.engine import Engine
-from hymba_jax.inference.memory import (
-    CacheBytes,
-    cache_bytes,
-    check_fits,
-    gb,
-    host_memory,
-    meta_state_bytes,
-    param_bytes,
-    training_bytes,
-)
+from hymba_jax.inference.memory import CacheBytes, cache_bytes, meta_state_bytes
 from hymba_jax.model import Hymba
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.parallel.memory import check_fits, gb
+from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state, init_state
 
 MB, GB = 10**6, 10**9
 
@@ -78,7 +69,7 @@ def test_meta_tokens_of_table_1_are_held_once():
     config = ablation("8*G 12*Ww", heads=6, num_meta_tokens=128)
     text = cache_bytes(config, 8000, "bfloat16", "bfloat16")
     assert f"{text.total / MB:.2f}" == "39.42"
-    meta = prefix_bytes(config, "bfloat16")
+    meta = meta_state_bytes(config, "bfloat16")
     assert f"{(text.total + meta.global_kv) / MB:.2f}" == "40.01"
 
 
@@ -202,11 +193,11 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
     """On a CPU its host's, which is asked for what there is; before anything is allocated."""
     model = LanguageModel(make_model(), byte_tokenizer(), batch_size=10**10)
     monkeypatch.setattr(Engine, "prefill", None)
-    needed = allocated(model.engine.params) + prefix_bytes(TINY, "float32").total
+    needed = allocated(model.engine.params) + meta_state_bytes(TINY, "float32").total
     needed += 4 * cache_bytes(TINY, 256, "float32", "float32").total
-    monkeypatch.setattr(memory_module, "host_memory", lambda: needed)
+    monkeypatch.setattr("hymba_jax.parallel.memory.host_memory", lambda: needed)
     assert model.stream(["a", "b", "c"], max_new_tokens=200)
-    monkeypatch.setattr(memory_module, "host_memory", lambda: needed - 1)
+    monkeypatch.setattr("hymba_jax.parallel.memory.host_memory", lambda: needed - 1)
     for ask, options in ((model.generate, {"max_new_tokens": 200}), (model.log_probs, {})):
         with pytest.raises(HymbaError) as error:
             ask(["a", "b", "c"], **options)
@@ -217,7 +208,7 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
     message = "1048576 sequences of 512 tokens beside"
     with pytest.raises(HymbaError, match=message):
         model.generate("a", max_new_tokens=10**9, num_samples=2**20, temperature=1.0)
-    monkeypatch.setattr(memory_module, "host_memory", lambda: 10)
+    monkeypatch.setattr("hymba_jax.parallel.memory.host_memory", lambda: 10)
     with pytest.raises(HymbaError, match="1 sequences of 512 tokens"):
         LanguageModel(make_model(), byte_tokenizer(), context=512)
 
@@ -229,19 +220,6 @@ def test_the_limit_that_a_device_names():
     check_fits("this", 2000, [device, device], "")
     with pytest.raises(HymbaError, match=r"this: 0.00000100 GB, and a chip has .* shrink it"):
         check_fits("this", 1001, [device], "shrink it")
-
-
-def test_the_memory_of_the_host(monkeypatch, tmp_path):
-    """All that Linux has, unless the container may use less."""
-    total = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemTotal")
-    )
-    monkeypatch.setattr(memory_module, "CGROUP_LIMITS", (tmp_path / "limit", tmp_path / "gone"))
-    for text, expected in (("max", total), ("1000", 1000), (str(2 * total), total)):
-        (tmp_path / "limit").write_text(f"{text}\n")
-        assert host_memory() == expected
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hymba_jax.config.sampling import SamplingConfig, unescape
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import sampling
 from hymba_jax.inference.sampling import ONE, Needed, make_sampler, sample, weigh
-from hymba_jax.sampling_config import SamplingConfig, unescape
 
 DRAWN = SamplingConfig(temperature=1.0)
 ALL_ON = SamplingConfig(

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from slow import slow_but
 
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.inference.text_stream import TextStream
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
-from hymba_jax.layer_pattern import LayerSpec
+from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.context import Context
 from hymba_jax.model.layers import RMSNorm
 from hymba_jax.model.mixer import make_mixer

@@ -22,10 +22,10 @@ from test_attention import (
     with_gradients,
 )
 
+from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.ops.attention.reference import reference
 from hymba_jax.ops.attention.splash import splash
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import make_mesh
+from hymba_jax.parallel.mesh import make_mesh
 
 # 8 shards of 5 positions, 2 of 20, and 4 of 10 on devices that have whole groups of heads.
 LENGTH = 40

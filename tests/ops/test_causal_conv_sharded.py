@@ -17,9 +17,9 @@ from test_causal_conv import (
     oracle,
 )
 
+from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.ops.causal_conv import causal_conv
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import make_mesh
+from hymba_jax.parallel.mesh import make_mesh
 
 # 8 parts of 3 positions, or 4 of 6 on devices that have half of the channels.
 LENGTH = 24

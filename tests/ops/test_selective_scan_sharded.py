@@ -24,8 +24,8 @@ from test_selective_scan import (
     with_gradients,
 )
 
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import make_mesh
+from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.parallel.mesh import make_mesh
 
 # 8 parts of 5 positions, or 4 of 10.
 MESHES = {"sequence": {"sequence": 8}, "batch and sequence": {"data": 2, "sequence": 4}}

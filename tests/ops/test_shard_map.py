@@ -19,12 +19,12 @@ from test_selective_scan import (
     make_weights,
 )
 
+from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.ops.attention import attention
 from hymba_jax.ops.attention.reference import reference
 from hymba_jax.ops.selective_scan import selective_scan
-from hymba_jax.ops.shard_map import shard_map
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import make_mesh
+from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.parallel.shard_map import shard_map
 
 COLLECTIVES = r"all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 

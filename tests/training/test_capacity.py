@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from unittest.mock import Mock
 
 import jax
@@ -9,15 +10,16 @@ import pytest
 from training.tiny import MODEL
 
 from hymba_jax import host
+from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import ComputeConfig
+from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
-from hymba_jax.parallel import ParallelConfig
-from hymba_jax.sharding import make_mesh
-from hymba_jax.training.capacity import check_memory, device_memory
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.parallel.memory import device_memory
+from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state
 
 # 2^24 rows of 2^14 channels: 2^38 parameters, of 4 bytes and as much again for two moments each;
 # 3,298 GB, and a little more for the layers.
@@ -36,7 +38,8 @@ def test_a_model_that_fits_is_not_refused():
 
 def test_what_is_larger_than_the_host_is_refused(monkeypatch):
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=8, fsdp=1))
-    monkeypatch.setattr("hymba_jax.training.capacity.host_memory", lambda: 16 * 10**9)
+    for module in ("parallel.memory", "training.capacity"):
+        monkeypatch.setattr(f"hymba_jax.{module}.host_memory", lambda: 16 * 10**9)
     with pytest.raises(HymbaError) as caught:
         check_memory(abstract(HUGE, mesh), mesh)
     message = str(caught.value)
@@ -62,13 +65,15 @@ def test_accelerators_say_what_they_have(stats, expected):
     assert device_memory(devices) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("1048576\n", 2**20), ("max\n", None), (str(2**63), None), ("", None)]
-)
-def test_a_container_s_memory(text, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "_CGROUP_LIMIT", tmp_path / "gone")
-    whole = host_memory()
-    assert whole > 2**20
-    (tmp_path / "memory.max").write_text(text)
-    monkeypatch.setattr(host, "_CGROUP_LIMIT", tmp_path / "memory.max")
-    assert host_memory() == (expected or whole)
+def test_the_memory_of_the_host(monkeypatch, tmp_path):
+    """All that Linux has, unless the container may use less."""
+    total = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemTotal")
+    )
+    monkeypatch.setattr(host, "_CGROUP_LIMITS", (tmp_path / "limit", tmp_path / "gone"))
+    assert host_memory() == total
+    for text, expected in (("max", total), ("1048576", 2**20), (str(2**63), total), ("", total)):
+        (tmp_path / "limit").write_text(f"{text}\n")
+        assert host_memory() == expected

@@ -9,17 +9,17 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from hymba_jax.errors import HymbaError
-from hymba_jax.training.checkpoint import (
+from hymba_jax.checkpoint.checkpoints import (
     Checkpoints,
     LoopState,
     load_params,
     silence_orbax,
 )
-from hymba_jax.training.checkpoint_folder import checkpoint_steps
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.checkpoint.train_state import TrainState
+from hymba_jax.config.training import TrainingConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import TrainState
 
 silence_orbax()
 # Pytest makes errors of the warning that this ignores.

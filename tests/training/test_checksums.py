@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, tree_checksums
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.checksums import check_tree, checksums_metadata, tree_checksums
 
 
 def in_whole_numbers(bits):

@@ -9,20 +9,22 @@ import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
 
+from hymba_jax.checkpoint.checkpoints import load_params
+from hymba_jax.checkpoint.init_from import read_initial_model
+from hymba_jax.checkpoint.model_file import model_toml
+from hymba_jax.checkpoint.save import save_model
+from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import ComputeConfig
-from hymba_jax.data.config import DataConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.run import RunConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.saving import save_model
 from hymba_jax.model import arrange_layers
-from hymba_jax.run_config import RunConfig, model_toml, parse_run
-from hymba_jax.sharding import make_mesh
+from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training import loop
-from hymba_jax.training.checkpoint import load_params
-from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.init_from import read_initial_model
+from hymba_jax.training.arguments import parse_run
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import abstract_train_state
 
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
 

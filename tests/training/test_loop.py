@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from entry.command import write_config
 
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.errors import HymbaError
-from hymba_jax.run_config import RunConfig
-from hymba_jax.sharding import make_mesh
+from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training import loop
 from hymba_jax.training.loss import Average
 

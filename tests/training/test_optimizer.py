@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.model import Hymba
-from hymba_jax.training.config import TrainingConfig
 from hymba_jax.training.optimizer import (
     applied_learning_rate,
     is_matrix,

@@ -4,9 +4,9 @@ import math
 import jax.numpy as jnp
 import pytest
 
+from hymba_jax.config.training import TrainingConfig
+from hymba_jax.display import Display, duration
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.display import Display, duration
 from hymba_jax.training.loss import Average
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload

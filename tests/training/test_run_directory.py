@@ -3,18 +3,18 @@ import dataclasses
 import pytest
 from training.tiny import MODEL
 
-from hymba_jax.config import ComputeConfig
-from hymba_jax.data import DataConfig
-from hymba_jax.data.tokenizer import build_tokenizer
-from hymba_jax.errors import HymbaError
-from hymba_jax.run_config import RunConfig
-from hymba_jax.training.config import TrainingConfig
-from hymba_jax.training.run_directory import (
+from hymba_jax.checkpoint.run_directory import (
     check_output,
     check_resumes,
     read_run,
     write_run_directory,
 )
+from hymba_jax.config import ComputeConfig
+from hymba_jax.config.run import RunConfig
+from hymba_jax.config.training import TrainingConfig
+from hymba_jax.data import DataConfig
+from hymba_jax.data.tokenizer import build_tokenizer
+from hymba_jax.errors import HymbaError
 
 DATA = DataConfig(tokenizer="bytes", sequence_length=16)
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
+from hymba_jax.checkpoint.run_lock import LOCK, check_unlocked, locked
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.run_lock import LOCK, check_unlocked, locked
 
 HOLDER = """
 import sys
 from pathlib import Path
-from hymba_jax.training.run_lock import locked
+from hymba_jax.checkpoint.run_lock import locked
 
 with locked(Path(sys.argv[1]), print):
     print("locked", flush=True)

@@ -8,15 +8,15 @@ import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
+from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.model import Hymba
-from hymba_jax.sharding import batch_sharding, make_mesh
-from hymba_jax.training.checkpoint import Checkpoints, LoopState
-from hymba_jax.training.config import TrainingConfig
+from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import Average, make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.state import TrainState, abstract_train_state, init_state
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 LENGTH = 8

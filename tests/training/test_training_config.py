@@ -1,7 +1,7 @@
 import pytest
 
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.config import TrainingConfig
 
 
 def test_every_bad_value_is_named_at_once():

@@ -13,7 +13,7 @@ from hymba_jax.ops.attention.sharded import attention_sharded
 from hymba_jax.ops.attention.splash import splash
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.platform import target_platform
-from hymba_jax.ops.shard_map import Axes, length_axis, shard_map
+from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {

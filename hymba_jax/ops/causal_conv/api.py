@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
 from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
 from hymba_jax.ops.documents import Documents, document_starts
-from hymba_jax.ops.shard_map import Axes, length_axis, shard_map
+from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Float, Int
 
 _SEQUENCE: Axes = ("batch", "length", "channels")

@@ -14,7 +14,7 @@ from hymba_jax.ops.selective_scan.reference import selective_scan_reference
 from hymba_jax.ops.selective_scan.sharded import selective_scan_sharded
 from hymba_jax.ops.selective_scan.step import selective_scan_single
 from hymba_jax.ops.selective_scan.xla import selective_scan_xla
-from hymba_jax.ops.shard_map import Axes, length_axis, shard_map
+from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = {

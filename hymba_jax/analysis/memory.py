@@ -1,0 +1,143 @@
+"""`hymba memory`: the memory footprint of a model in inference and in training.
+
+Sizes come from the code that allocates, which is only traced.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from hymba_jax.checkpoint.model_file import read_model
+from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
+from hymba_jax.config.training import TrainingConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
+from hymba_jax.model.abstract import Params, abstract_model
+from hymba_jax.parallel.memory import gb, tree_bytes
+from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.training.optimizer import make_optimizer
+
+LARGEST = 2**31 - 1  # positions and rows are 32-bit numbers
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Prints the memory that a model needs to generate and to be trained. Nothing is allocated.
+
+    Attributes:
+      preset: hymba-125m, hymba-350m or hymba-1.5b.
+      config: TOML file of a run or a model, in place of a preset.
+      context: tokens that a sequence may grow to.
+      batch: sequences at a time.
+      dtype: of parameters, keys, values and states in inference.
+      state_dtype: of the SSM's states, where it is another; generating keeps float32 ones unless
+        told otherwise.
+      param_dtype: of parameters and gradients in training; that of the config, or of a preset
+        float32, if absent.
+    """
+
+    preset: str = ""
+    config: str = ""
+    context: int = 8192
+    batch: int = 1
+    dtype: DType = "bfloat16"
+    state_dtype: DType | None = None
+    param_dtype: DType | None = None
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes of a training state, by what they are for; activations are not counted."""
+
+    params: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def main(args: MemoryConfig) -> None:
+    """Prints a table.
+
+    Raises:
+      HymbaError: there is no such model, or a size is impossible.
+    """
+    config, compute = _architecture(args)
+    for name, size in (("context", args.context), ("batch", args.batch)):
+        if not 1 <= size <= LARGEST:
+            raise HymbaError(f"{name} is {size}, not between 1 and {LARGEST}, a 32-bit number")
+    state_dtype = args.state_dtype or args.dtype
+    param_dtype = args.param_dtype or compute.param_dtype
+    cache = cache_bytes(config, args.context, args.dtype, state_dtype)
+    meta = meta_state_bytes(config, args.dtype)
+    params = param_bytes(config, args.dtype)
+    training = training_bytes(config, param_dtype)
+    table = Table(
+        title=f"{args.preset or args.config}, sequences of {args.context} tokens",
+        caption="training: without activations, which depend on batch, length and remat",
+    )
+    table.add_column("GB")
+    for name in ("one sequence", f"{args.batch} sequences", "training"):
+        table.add_column(name, justify="right")
+    kv = args.dtype
+    for name, size in (
+        (f"global KV, {kv}", cache.global_kv),
+        (f"window KV, {kv}", cache.window_kv),
+        (f"conv inputs, {kv}", cache.conv_inputs),
+        (f"SSM states, {state_dtype}", cache.ssm_states),
+        ("cache", cache.total),
+    ):
+        table.add_row(name, gb(size), gb(size * args.batch), "", end_section=name == "cache")
+    for name, size in (
+        ("meta tokens, global KV", meta.global_kv),
+        ("meta tokens, all else", meta.total - meta.global_kv),
+        (f"parameters, {args.dtype}", params),
+    ):
+        table.add_row(name, gb(size), gb(size), "")
+    table.add_section()
+    for name, size in (
+        (f"trained parameters, {param_dtype}", training.params),
+        (f"gradients, {param_dtype}", training.gradients),
+        ("optimizer state, AdamW", training.optimizer),
+    ):
+        table.add_row(name, "", "", gb(size))
+    fixed = params + meta.total
+    table.add_section()
+    table.add_row(
+        "in all", *map(gb, (fixed + cache.total, fixed + cache.total * args.batch, training.total))
+    )
+    Console().print(table)
+
+
+def param_bytes(config: HymbaConfig, dtype: DType) -> int:
+    """The parameters."""
+    return tree_bytes(_params(config, dtype))
+
+
+def training_bytes(config: HymbaConfig, param_dtype: DType) -> TrainingBytes:
+    """What a training state allocates, and its gradients."""
+    params = _params(config, param_dtype)
+    optimizer = make_optimizer(TrainingConfig())
+    size = tree_bytes(params)
+    return TrainingBytes(size, size, tree_bytes(jax.eval_shape(optimizer.init, params)))
+
+
+def _params(config: HymbaConfig, dtype: DType) -> Params:
+    """The parameters without their values."""
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
+    return abstract_model(config, compute, make_mesh(jax.devices()[:1]))[1]
+
+
+def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
+    if bool(args.preset) == bool(args.config):
+        raise HymbaError(f"name either a preset or a config; presets are {', '.join(PRESETS)}")
+    if args.config:
+        return read_model(args.config)
+    if args.preset not in PRESETS:
+        raise HymbaError(f"preset is {args.preset!r}, not one of {', '.join(PRESETS)}")
+    return PRESETS[args.preset], ComputeConfig()

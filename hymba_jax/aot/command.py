@@ -1,0 +1,159 @@
+"""`hymba compile`: compiles a run's program for accelerators that need not be there."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from hymba_jax.aot.estimate import assumptions
+from hymba_jax.aot.fit import Memory
+from hymba_jax.aot.measured import Measured, compile_and_measure
+from hymba_jax.aot.programs import AheadProgram, inference_program, training_program
+from hymba_jax.aot.topology import Chip, parse_topology
+from hymba_jax.checkpoint.model_file import with_vocabulary
+from hymba_jax.config.data import DATA_BOUNDS
+from hymba_jax.config.field_types import bound_problems, type_problems
+from hymba_jax.config.run import RunConfig
+from hymba_jax.config.training import TRAINING_BOUNDS
+from hymba_jax.errors import HymbaError
+from hymba_jax.training.arguments import run_defaults
+
+COMPILE_BOUNDS = {
+    "batch": TRAINING_BOUNDS["batch_size"],
+    "context": DATA_BOUNDS["sequence_length"],
+}
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """What to compile, and for which chips.
+
+    Attributes:
+      topology: a slice of chips, v5e:16x16, v5p:4x4x4, v6e:4x4 or h100:8 for example.
+      program: the training step, reading texts, or continuing them.
+      batch: texts that are read or continued at once, 1 if not named; a run has
+        training.batch_size.
+      context: tokens that they have, data.sequence_length if not named.
+
+    Raises:
+      HymbaError: a batch or a context is named for training, or is impossible.
+    """
+
+    topology: str
+    program: Literal["train", "prefill", "decode"] = "train"
+    batch: int | None = None
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        if problems := [*type_problems(self)] or [*bound_problems(self, COMPILE_BOUNDS)]:
+            raise HymbaError("; ".join(problems))
+        if self.program == "train" and (self.batch, self.context) != (None, None):
+            raise HymbaError(
+                "batch and context are of prefill and decode: "
+                "a run has training.batch_size and data.sequence_length"
+            )
+
+
+def main(args: Sequence[str], prog: str) -> None:
+    """Compiles a program and prints what it costs. Exits with status 1 if it does not fit.
+
+    Raises:
+      HymbaError: there is no such run, topology or compiler, or the program does not fit.
+    """
+    choice, run = _parse(args, prog)
+    jax.config.update("jax_platforms", "cpu")  # the compiler is wanted, not its devices
+    topology = parse_topology(choice.topology)
+    devices = topology.devices()
+    if choice.program == "train":
+        program = training_program(run, devices)
+    else:
+        context = run.data.sequence_length if choice.context is None else choice.context
+        batch = 1 if choice.batch is None else choice.batch
+        program = inference_program(run, choice.program, devices, batch, context)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{program.num_params:,} parameters, {topology.name}: {program.step}")
+    console.print(program.split)
+    begun = time.perf_counter()
+    memory, measured = compile_and_measure(program)
+    console.print(f"compiled in {time.perf_counter() - begun:.0f} s")
+    console.print(_table(program, topology.chip, memory, measured))
+    if measured is not None:
+        console.print(assumptions(topology.chip))
+    if memory.total > topology.chip.memory or measured is None:
+        for change in program.advice(memory, topology.chip.memory):
+            console.print(f"to make it fit, {change}")
+        raise HymbaError(
+            f"it does not fit: {_gb(memory.total)} of {_gb(topology.chip.memory)} a chip"
+        )
+
+
+def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
+    default = run_defaults(args)
+
+    def arguments(
+        choice: Annotated[CompileConfig, tyro.conf.arg(name="")],
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        config: str = "",
+    ) -> tuple[CompileConfig, RunConfig]:
+        """Compiles a run's program for accelerators that need not be there, and says what it costs.
+
+        Args:
+          config: TOML file; its values are the defaults of the run's options.
+        """
+        return choice, run
+
+    choice, run = tyro.cli(arguments, args=args, prog=prog)
+    return choice, with_vocabulary(run)
+
+
+def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    fits = "fits" if memory.total <= chip.memory and measured else "does not fit"
+    table.add_row("arguments a chip", _gb(memory.arguments))
+    table.add_row("temporaries a chip", _gb(memory.temporaries))
+    table.add_row(f"in all, {fits} {_gb(chip.memory)}", _gb(memory.total), end_section=True)
+    chips = program.mesh.size
+    table.add_row("model's operations a step and chip", _tera(program.model_flops / chips))
+    if measured is None:
+        return table
+    table.add_row("products', as compiled", _tera(measured.product_flops))
+    table.add_row(
+        "kernels', by the model's count", _tera(measured.work.flops - measured.product_flops)
+    )
+    table.add_row("moved to and from memory a chip", _gb(measured.work.moved))
+    if measured.unknown_loops:
+        table.add_row("loops of unknown length, taken once", str(measured.unknown_loops))
+    table.add_section()
+    for name, calls, shape in measured.kernels:
+        table.add_row(f"{calls:,} x {name} of a chip, up to", " x ".join(map(str, shape)))
+    table.add_section()
+    for kind, (count, size) in measured.sent.items():
+        table.add_row(f"{count:,} x {kind}, sent by a chip", _gb(size))
+    table.add_section()
+    seconds = measured.work.seconds(chip)
+    for name, value in seconds.items():
+        table.add_row(f"{name} alone", _seconds(value))
+    step = max(seconds.values())
+    table.add_row("a step, at least", _seconds(step))
+    mfu = program.model_flops / (chips * chip.peak_flops * step)
+    table.add_row("MFU, at most", f"{mfu:.1%}")
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.2f} TFLOP"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"

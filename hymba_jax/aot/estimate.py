@@ -1,0 +1,41 @@
+"""The least time that a program's step can take on a chip, from its data sheet."""
+
+from typing import NamedTuple
+
+from hymba_jax.aot.topology import Chip
+
+
+class Work(NamedTuple):
+    """What one step has a chip do.
+
+    Attributes:
+      flops: operations, of products and of kernels.
+      moved: bytes to and from HBM.
+      sent: bytes to other chips.
+    """
+
+    flops: float
+    moved: float
+    sent: float
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """How long each would take by itself at the chip's full rate.
+
+        A step takes as long as the longest if the others hide behind it, and never less.
+        """
+        return {
+            "arithmetic": self.flops / chip.peak_flops,
+            "memory": self.moved / chip.bandwidth,
+            "interconnect": self.sent / chip.interconnect,
+        }
+
+
+def assumptions(chip: Chip) -> str:
+    """What an estimate takes for granted, in words."""
+    return (
+        f"estimated for a chip that computes {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, "
+        f"moves {chip.bandwidth / 1e9:,.0f} GB/s to and from its memory and sends "
+        f"{chip.interconnect / 1e9:,.0f} GB/s over all its links (data sheet), each at its full "
+        "rate and all at once: a step takes the longest of the three or more, and MFU is that or "
+        "less"
+    )

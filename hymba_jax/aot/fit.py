@@ -1,0 +1,111 @@
+"""A program's memory on each chip against what the chip has, and what to change if it is short."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from hymba_jax.config.run import RunConfig
+from hymba_jax.parallel.mesh import AnyMesh, batch_parts
+
+
+class Memory(NamedTuple):
+    """Bytes on each chip.
+
+    Attributes:
+      arguments: parameters, optimizer state and batch, or parameters and caches.
+      temporaries: what the step has besides.
+      total: both, the program itself, and results that do not take an argument's place.
+    """
+
+    arguments: int
+    temporaries: int
+    total: int
+
+
+def compiled_memory(compiled: Any) -> Memory:
+    """The compiler's account of a program."""
+    account = compiled.memory_analysis()
+    arguments, temporaries = account.argument_size_in_bytes, account.temp_size_in_bytes
+    results = account.output_size_in_bytes - account.alias_size_in_bytes
+    code = account.generated_code_size_in_bytes
+    return Memory(arguments, temporaries, arguments + temporaries + results + code)
+
+
+def refused_memory(error: Exception, arguments: int) -> Memory | None:
+    """The memory of a program that was refused for want of it; None for another reason.
+
+    TPUs' compiler says what temporaries would take, or everything.
+    """
+    found = re.search(r"memory required for ([^(]*)\(([\d.]+)([KMG])\)", str(error))
+    if found is None:
+        return None
+    size = round(float(found[2]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[3]])
+    if "temporaries" in found[1] and "arguments" not in found[1]:
+        return Memory(arguments, size, arguments + size)
+    return Memory(arguments, size - arguments, size)
+
+
+def training_advice(
+    run: RunConfig, mesh: AnyMesh, memory: Memory, available: float
+) -> Iterator[str]:
+    """What to change so that a training step fits, the cheapest first."""
+    room = available - memory.arguments
+    if room <= 0:
+        yield _split_more(mesh, run.model.hidden_size, memory.arguments, available)
+        return
+    too_many = memory.temporaries / room
+    if run.compute.remat == "none":
+        yield "compute.remat block: keeps one layer's activations in place of all layers'"
+    rows = run.training.micro_batch_size // batch_parts(mesh)
+    if rows > 1:
+        fewer = max(d for d in range(1, rows) if rows % d == 0 and d <= max(1, rows / too_many))
+        steps = run.training.gradient_accumulation_steps * rows // fewer
+        yield (
+            f"training.gradient_accumulation_steps {steps}: a chip then has "
+            f"{_sequences(fewer)} at a time, not {rows}, and of {_gb(memory.temporaries)} of "
+            f"temporaries {_gb(memory.temporaries * fewer / rows)} or somewhat more"
+        )
+    if rows // too_many < 1:
+        parts = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
+        yield (
+            f"parallel.sequence {parts}: {_gb(memory.temporaries)} of temporaries are for "
+            f"{_sequences(rows)} a chip, and {_gb(room)} are left; chips then share the work on a "
+            "sequence"
+        )
+
+
+def _split_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
+    """How to split what every step needs; the largest fsdp that divides `hidden` is the best."""
+    why = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} a chip"
+    parts = batch_parts(mesh)
+    fsdp = math.gcd(parts, hidden)
+    if hidden % mesh.shape["fsdp"] or fsdp > mesh.shape["fsdp"]:
+        return (
+            f"parallel.data {parts // fsdp}, parallel.fsdp {fsdp}: {why}; "
+            f"a width of {hidden} is split by no more"
+        )
+    chips = mesh.size * math.ceil(arguments / available)
+    return f"a topology of {chips} chips or more, split by parallel.fsdp: {why}"
+
+
+def inference_advice(batch: int, params: int, memory: Memory, available: float) -> Iterator[str]:
+    """What to change so that reading or continuing texts fits.
+
+    Args:
+      params: bytes of the parameters, which any batch needs.
+    """
+    fitting = int((available - params) * batch // (memory.total - params))
+    if fitting >= 1:
+        one = _gb((memory.total - params) / batch)
+        yield f"--batch {fitting}: a text takes {one} besides {_gb(params)} of parameters"
+    else:
+        yield "a shorter --context, compute.dtype bfloat16, or a chip with more memory"
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequence" + "s" * (count > 1)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,47 @@
+"""The kernels that a compiled program calls, and on how much each chip calls them."""
+
+import math
+import re
+from typing import NamedTuple
+
+from hymba_jax.aot.hlo import Instruction, Program
+
+# What the names of attention's and the scan's custom calls have in common.
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__cudnn\$fmha\w*)"')
+
+
+class Kernel(NamedTuple):
+    """A kernel of a program.
+
+    Attributes:
+      calls: of one run of the program.
+      shape: of the largest array that a chip gives it or has from it.
+    """
+
+    name: str
+    calls: int
+    shape: tuple[int, ...]
+
+
+def kernels(program: Program) -> list[Kernel]:
+    """All of them by name."""
+    found: dict[str, Kernel] = {}
+    for name, times in program.runs():
+        for line in program.computations[name]:
+            for inner in program.fused(line):
+                if not _KERNEL.search(inner.attributes):
+                    continue
+                kernel = _name(inner)
+                _, calls, shape = found.get(kernel, Kernel(kernel, 0, ()))
+                arrays = [a for operand in inner.operands for a in program.arrays[operand]]
+                shapes = [shape, *(array.shape for array in (*inner.results, *arrays))]
+                largest = max(shapes, key=lambda shape: math.prod(shape) if shape else 0)
+                found[kernel] = Kernel(kernel, calls + times, largest)
+    return [found[name] for name in sorted(found)]
+
+
+def _name(line: Instruction) -> str:
+    """As JAX traced it: what is inside `jvp(...)`, before the primitive that calls a kernel."""
+    traced = re.search(r'op_name="(.*?)(?:/pallas_call|/mpmd_map)?"', line.attributes)
+    path = traced[1] if traced else line.name.rstrip(".0123456789")
+    return re.findall(r"\w+", path)[-1]

@@ -1,0 +1,80 @@
+"""Operations of the matrix products in a compiled program, a product and its sum being two.
+
+What kernels compute is not in the program's text, and so not in here.
+"""
+
+import math
+import re
+from itertools import product
+
+from hymba_jax.aot.hlo import Instruction, Program
+
+_LIBRARY_PRODUCT = r'"lhs_contracting_dimensions":\[([\d",]*)\]'
+
+
+def product_flops(program: Program) -> int:
+    """Of one run of the program on one chip."""
+    return sum(
+        times * _flops(program, inner)
+        for name, times in program.runs()
+        for line in program.computations[name]
+        for inner in program.fused(line)
+    )
+
+
+def _flops(program: Program, line: Instruction) -> int:
+    if line.op == "dot":
+        return _of_dot(program, line, r"lhs_contracting_dims=\{([\d,]*)\}")
+    if line.op == "custom-call" and re.search(_LIBRARY_PRODUCT, line.attributes):
+        return _of_dot(program, line, _LIBRARY_PRODUCT)
+    return _of_convolution(program, line) if line.op == "convolution" else 0
+
+
+def _of_dot(program: Program, line: Instruction, contracting: str) -> int:
+    left = program.arrays[line.operands[0]][0].shape
+    found = re.search(contracting, line.attributes)
+    summed = [left[int(axis)] for axis in re.findall(r"\d+", found[1] if found else "")]
+    return 2 * math.prod((*line.results[0].shape, *summed))
+
+
+def _of_convolution(program: Program, line: Instruction) -> int:
+    """TPUs' products are convolutions, of batches over spatial axes."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
+    assert labels is not None
+    left, right, out = (
+        dict(zip(names, array.shape, strict=True))
+        for names, array in zip(
+            labels.groups(),
+            (*(program.arrays[name][0] for name in line.operands[:2]), line.results[0]),
+            strict=True,
+        )
+    )
+    pairs = 2 * out["b"] * out["f"] * right["i"]
+    for axis in (name for name in out if name.isdigit()):
+        window = _window(line.attributes, int(axis))
+        pairs *= _meetings(left[axis], right[axis], out[axis], **window)
+    return pairs
+
+
+def _window(attributes: str, axis: int) -> dict[str, int]:
+    """Padding before the input, and steps, of a convolution along one axis."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in found[1].split()) if found else {}
+
+    def value(name: str, default: str) -> int:
+        return int(fields[name].split("x")[axis].split("_")[0]) if name in fields else int(default)
+
+    return {
+        "before": value("pad", "0"),
+        "stride": value("stride", "1"),
+        "spread": value("lhs_dilate", "1"),
+        "kernel_spread": value("rhs_dilate", "1"),
+    }
+
+
+def _meetings(
+    left: int, right: int, out: int, *, before: int, stride: int, spread: int, kernel_spread: int
+) -> int:
+    """How often a tap of the kernel meets an input that is neither padding nor between inputs."""
+    places = (o * stride + k * kernel_spread - before for o, k in product(range(out), range(right)))
+    return sum(0 <= place <= (left - 1) * spread and place % spread == 0 for place in places)

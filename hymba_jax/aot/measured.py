@@ -1,0 +1,50 @@
+"""What a compiled program has each chip do."""
+
+from typing import NamedTuple
+
+import jax
+
+from hymba_jax.aot.collectives import by_kind, collectives
+from hymba_jax.aot.estimate import Work
+from hymba_jax.aot.fit import Memory, compiled_memory, refused_memory
+from hymba_jax.aot.hlo import Program
+from hymba_jax.aot.kernels import Kernel, kernels
+from hymba_jax.aot.matmuls import product_flops
+from hymba_jax.aot.programs import AheadProgram
+from hymba_jax.aot.traffic import total_moved
+
+
+class Measured(NamedTuple):
+    """One run of a program on one chip.
+
+    Attributes:
+      product_flops: operations of products alone.
+      unknown_loops: loops whose turns nobody knows, taken once.
+      sent: collectives by kind, how many and the bytes that a chip sends for them.
+    """
+
+    work: Work
+    product_flops: float
+    kernels: list[Kernel]
+    unknown_loops: int
+    sent: dict[str, tuple[int, float]]
+
+
+def compile_and_measure(program: AheadProgram) -> tuple[Memory, Measured | None]:
+    """Its memory, and what it does; nothing if the compiler refused it for want of memory."""
+    try:
+        with jax.set_mesh(program.mesh):
+            compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = refused_memory(error, program.arguments)
+        if memory is None:
+            raise
+        return memory, None
+    return compiled_memory(compiled), _measure(program, Program(compiled.as_text()))
+
+
+def _measure(program: AheadProgram, hlo: Program) -> Measured:
+    products, sent, called = product_flops(hlo), by_kind(collectives(hlo)), kernels(hlo)
+    flops = products + (program.kernel_flops if called else 0)
+    work = Work(flops, total_moved(hlo), sum(size for _, size in sent.values()))
+    return Measured(work, products, called, hlo.unknown_loops, sent)

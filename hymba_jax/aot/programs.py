@@ -1,0 +1,216 @@
+"""The programs that are compiled ahead of time: those that the other commands run, as they are."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hymba_jax.aot.fit import Memory, inference_advice, training_advice
+from hymba_jax.checkpoint.train_state import abstract_train_state
+from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.config.run import RunConfig
+from hymba_jax.data.batch import abstract_batch
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.engine import Engine, PaddedChunk
+from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import abstract_model
+from hymba_jax.model.flops import forward_flops, head_flops, training_flops
+from hymba_jax.model.sharding import describe_sharding
+from hymba_jax.parallel.mesh import (
+    batch_parts,
+    batch_sharding,
+    bytes_on_each,
+    make_mesh,
+    split_length,
+    split_over,
+)
+from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
+
+
+class AheadProgram(NamedTuple):
+    """A program that has not been compiled yet.
+
+    Attributes:
+      step: what one run of it does, in words.
+      arguments: bytes of them on each chip.
+      model_flops: operations that the model needs for a step, on all chips together.
+      kernel_flops: operations in kernels, on one chip; a compiler's text does not tell them.
+      advice: what to change where it takes this memory of what is available.
+    """
+
+    mesh: Mesh
+    step: str
+    split: str
+    num_params: int
+    arguments: int
+    model_flops: float
+    kernel_flops: float
+    compile: Callable[[], Any]
+    advice: Callable[[Memory, float], Iterator[str]]
+
+
+def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProgram:
+    """The step that `hymba train` runs on these devices.
+
+    Raises:
+      HymbaError: the run cannot be split over them so.
+    """
+    training, length = run.training, run.data.sequence_length
+    mesh = make_mesh(devices, run.parallel)
+    check_batch(training.micro_batch_size, mesh)
+    optimizer = make_optimizer(training)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
+    batch = abstract_batch(training.batch_size, length, batch_sharding(mesh))
+    passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
+    kernels = head_flops(run.model, length) * passes * training.batch_size
+    parts = batch_parts(mesh) * _kernel_parts(run.model, length, mesh)
+    return AheadProgram(
+        mesh,
+        f"training, {training.batch_size} sequences of {length} tokens a step, "
+        f"{training.micro_batch_size} at a time",
+        describe_sharding(run.model, mesh, length),
+        abstract.num_params,
+        bytes_on_each((abstract.state, batch)),
+        training_flops(run.model, length) * training.batch_size,
+        kernels / parts,
+        partial(compile_train_step, train_step, abstract.state, batch),
+        partial(training_advice, run, mesh),
+    )
+
+
+def _kernel_parts(config: HymbaConfig, length: int, mesh: Mesh) -> int:
+    """How many chips share the kernels' work on a sequence, where heads are not fewer."""
+    names = list(split_over("heads", config.attention.num_kv_heads, mesh))
+    if length_axis := split_length(length, mesh):
+        names.append(length_axis)
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def inference_program(
+    run: RunConfig, name: str, devices: Sequence[jax.Device], batch: int, context: int
+) -> AheadProgram:
+    """What `hymba generate` runs, on one of these devices as it does.
+
+    Args:
+      name: `prefill`, which reads a batch of texts of `context` tokens at once; or `decode`, which
+        continues them: a step is a token of each.
+
+    Raises:
+      HymbaError: the model has no such context.
+    """
+    if batch < 1:
+        raise HymbaError(f"batch is {batch}, not at least 1")
+    mesh = Mesh(np.array(devices[:1]), ("chip",))
+    programs = InferencePrograms(run.model, mesh, run.compute.dtype, "float32", context)
+    traced = (programs.prefill if name == "prefill" else programs.decode)(batch, context)
+    _, params = abstract_model(run.model, run.compute, make_mesh(devices[:1]))
+    flops = partial(forward_flops, run.model)
+    if name == "prefill":
+        step = f"reading {batch} texts of {context} tokens at once"
+        model, kernels = flops(context, predicted=0), head_flops(run.model, context)
+    else:
+        step = f"continuing {batch} texts of {context} tokens, a token of each a step"
+        before = flops(context - 1, predicted=0)
+        model, kernels = flops(context, predicted=1) - before, 0.0
+    return AheadProgram(
+        mesh,
+        step,
+        f"one of {len(devices)} chips, as generating uses one",
+        sum(leaf.size for leaf in jax.tree.leaves(params)),
+        bytes_on_each(traced.arguments),
+        model * batch,
+        kernels * batch,
+        lambda: traced.program.lower().compile(),
+        partial(inference_advice, batch, bytes_on_each(programs.params)),
+    )
+
+
+class TracedProgram(NamedTuple):
+    """A program, and the arrays that it should read once and write once."""
+
+    program: Any
+    arguments: Any
+    read: Any
+    written: Any
+    cache: Any
+
+
+class InferencePrograms:
+    """The engine's programs, traced for shapes on a chip.
+
+    Raises:
+      HymbaError: the model has no such context.
+    """
+
+    def __init__(
+        self,
+        config: HymbaConfig,
+        mesh: Mesh,
+        dtype: DType,
+        state_dtype: DType,
+        context: int | None = None,
+    ):
+        self.mesh, self.vocab_size = mesh, config.num_embeddings
+        compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
+        engines: list[Engine] = []
+
+        def make_params() -> Any:
+            model = Hymba(config, compute, nnx.Rngs(0))
+            engines.append(Engine(model, state_dtype=state_dtype, context=context))
+            return engines[0].params
+
+        self.params = self._shapes(make_params)  # nothing is computed
+        self._programs = engines[0].programs
+        self._meta = self._shapes(self._programs.meta_state, self.params)
+
+    def decode(self, batch: int, context: int) -> TracedProgram:
+        """Decoding `batch` sequences, each with a cache of `context` tokens."""
+        init_state = partial(self._programs.init_state, batch=batch, context=context)
+        state = self._shapes(init_state, self.params, self._meta)
+        steps = self._shapes(lambda: jnp.int32(0))
+        allowed = self._shapes(lambda: jnp.ones(self.vocab_size, bool))
+        arguments = (self.params, self._meta, allowed, state, steps)
+        layers = state.cache.layers
+        program = self._trace(self._programs.decode, *arguments)
+        return TracedProgram(
+            program,
+            arguments,
+            read=(self.params, self._meta, layers),
+            written=[layer.ssm for layer in layers],
+            cache=layers,
+        )
+
+    def prefill(self, batch: int, length: int) -> TracedProgram:
+        """Prefilling `batch` prompts of `length` tokens."""
+        init_prefill = partial(self._programs.init_prefill, batch=batch, context=length)
+        state = self._shapes(init_prefill, self.params, self._meta)
+        chunk = self._shapes(
+            lambda: PaddedChunk(jnp.zeros((batch, length), jnp.int32), jnp.zeros(batch, jnp.int32))
+        )
+        arguments = (self.params, self._meta, state, chunk)
+        layers = state.cache.layers
+        program = self._trace(self._programs.prefill, *arguments, is_start=True)
+        return TracedProgram(
+            program, arguments, read=(self.params, self._meta), written=layers, cache=layers
+        )
+
+    def _trace(self, program: Any, *arguments: Any, **options: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return program.trace(*arguments, **options)
+
+    def _shapes(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            jax.eval_shape(function, *arguments),
+        )

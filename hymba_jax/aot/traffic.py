@@ -1,0 +1,110 @@
+"""Bytes that a compiled program moves to and from HBM.
+
+What each instruction reads and writes, padding of tiles included, TPUs' other memories not. A slice
+or gather reads its result, an update in place moves the update twice, a fusion reads of each
+operand what its instructions read. A kernel reads its arguments and writes its results once.
+"""
+
+from hymba_jax.aot.hlo import HLOArray, Instruction, Program
+
+# Neither reads nor writes: names for arrays, what other computations do, and branches.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier"),
+    *("after-all", "while", "conditional", "iota", "partition-id"),
+    *("call", "async-start", "async-update"),
+}
+_SLICES = {"slice", "dynamic-slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
+
+
+def total_moved(program: Program) -> int:
+    """Bytes that one run of a program moves."""
+    return sum(
+        times * moved(program, line)
+        for name, times in program.runs()
+        for line in program.computations[name]
+    )
+
+
+def moved(program: Program, line: Instruction) -> int:
+    """Bytes that an instruction outside of fusions reads from and writes to HBM."""
+    if line.op in _FREE or line.op.endswith("-done"):
+        return 0
+    if line.op in ("copy-start", "slice-start"):
+        one, other = line.results[:2]  # one of them is where the other one goes
+        return (one.in_hbm + other.in_hbm) * min(one.size, other.size)
+    inputs = [array for name in line.operands for array in program.arrays[name]]
+    in_hbm = any(array.in_hbm for array in (*inputs, *line.results))
+    if line.op == "custom-call" and not (in_hbm and inputs):
+        return 0  # one without inputs reserves memory
+    if line.called:
+        return _moved_by_fusion(program, line)
+    # What is started has its operands among its results.
+    results = line.results[-1:] if line.op.endswith("-start") else line.results
+    written = sum(array.in_hbm_size for array in results)
+    if line.op in _SLICES:
+        return 2 * written
+    if line.op in _UPDATES:
+        return 2 * program.arrays[line.operands[_UPDATES[line.op]]][0].size
+    return written + sum(array.in_hbm_size for array in inputs)
+
+
+def _moved_by_fusion(program: Program, line: Instruction) -> int:
+    read = sum(
+        min(array.in_hbm_size, _read(program, line.called, i))
+        for i, name in enumerate(line.operands)
+        for array in program.arrays[name][:1]
+    )
+    results = line.results
+    if line.op == "fusion-start":  # has its operands among its results
+        results = program.computations[line.called][-1].results
+    return read + _written(program, line.called, results)
+
+
+def _read(program: Program, computation: str, number: int) -> int:
+    """Bytes that a fusion reads of its operand of that number, at most."""
+    lines = program.computations[computation]
+    (parameter,) = (
+        line.name for line in lines if line.op == "parameter" and line.operands == [str(number)]
+    )
+    return _used(program, lines, parameter)
+
+
+def _used(program: Program, lines: list[Instruction], name: str) -> int:
+    total = 0
+    for line in lines:
+        for place, operand in enumerate(line.operands):
+            if operand != name:
+                continue
+            if line.op in _SLICES and place == 0:
+                total += line.results[0].size
+            elif line.op == "tuple" or (line.op in _UPDATES and place == 0):
+                continue
+            elif line.op == "bitcast" and line is not lines[-1]:
+                total += _used(program, lines, line.name)
+            elif line.op == "fusion":
+                total += _read(program, line.called, place)
+            else:
+                total += program.arrays[name][0].size
+    return total
+
+
+def _written(program: Program, computation: str, results: list[HLOArray]) -> int:
+    """Bytes that a fusion writes, or moves where it updates an operand in place."""
+    lines = {line.name: line for line in program.computations[computation]}
+    root = list(lines.values())[-1]
+    ends = root.operands if root.op == "tuple" else [root.name]
+    total = 0
+    for end, result in zip(ends, results, strict=False):
+        line = lines[end]
+        while line.op == "bitcast":
+            line = lines[line.operands[0]]
+        if line.op == "parameter":
+            continue  # handed on
+        if line.op in _UPDATES:
+            total += 2 * program.arrays[line.operands[_UPDATES[line.op]]][0].size
+        elif line.op == "fusion":
+            total += _written(program, line.called, [result])
+        else:
+            total += result.in_hbm_size
+    return total

@@ -1,0 +1,72 @@
+"""The file that says what model a directory holds: the config of its run, or of the model alone."""
+
+import dataclasses
+import os
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config.data import SMALLEST_VOCABULARY, DataConfig
+from hymba_jax.config.run import CONFIG_FILE, RunConfig, read_table
+from hymba_jax.config.toml import override_from, toml_lines
+from hymba_jax.data.tokenizer import Tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import resolve_path
+from hymba_jax.hf_files import HF_CONFIG, download_advice
+
+
+def read_model(path: str | os.PathLike[str]) -> tuple[HymbaConfig, ComputeConfig]:
+    """The model of a file and how it computes, whatever run the file may be of.
+
+    A vocab_size of "auto" becomes a number as in `with_vocabulary`.
+
+    Raises:
+      HymbaError: as for `RunConfig.from_toml`.
+    """
+    base, table = read_table(path, RunConfig())
+    model = override_from(path, base.model, table.get("model", {}))
+    if model.vocab_size == "auto":
+        data = override_from(path, base.data, table.get("data", {}))
+        model = model.with_vocabulary(_vocabulary(data))
+    return model, override_from(path, base.compute, table.get("compute", {}))
+
+
+def with_vocabulary(run: RunConfig) -> RunConfig:
+    """The run with a number for a vocab_size of "auto", before there is text.
+
+    It is the size of the tokenizer, for a BPE the one that is asked for: trained on very little
+    text it can come out smaller.
+
+    Raises:
+      HymbaError: the tokenizer cannot be read.
+    """
+    if run.model.vocab_size != "auto":
+        return run
+    return dataclasses.replace(run, model=run.model.with_vocabulary(_vocabulary(run.data)))
+
+
+def _vocabulary(data: DataConfig) -> int:
+    if data.tokenizer == "bytes":
+        return SMALLEST_VOCABULARY
+    return data.bpe_size or Tokenizer.load(data.tokenizer).vocab_size
+
+
+def read_model_directory(
+    directory: str | os.PathLike[str],
+) -> tuple[HymbaConfig, ComputeConfig]:
+    """The model that a native directory holds and how it computes.
+
+    Raises:
+      HymbaError: there is none, or its file cannot be read.
+    """
+    directory = resolve_path(directory)
+    if (directory / CONFIG_FILE).is_file():
+        return read_model(directory / CONFIG_FILE)
+    advice = download_advice(directory)
+    if (directory / HF_CONFIG).is_file():
+        advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"
+    raise HymbaError(f"{directory}: no model is here, there is no {CONFIG_FILE}{advice}")
+
+
+def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:
+    """A file of which `read_model` reads these two."""
+    lines = [*toml_lines(model, "model"), *toml_lines(compute, "compute")]
+    return "\n".join(lines).lstrip() + "\n"

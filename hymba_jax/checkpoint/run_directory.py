@@ -1,0 +1,145 @@
+"""The run directory: complete in itself, with config, tokenizer, metrics and checkpoints."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hymba_jax.checkpoint.checkpoints import PARAMS
+from hymba_jax.config.field_types import leaves
+from hymba_jax.config.run import CONFIG_FILE, RunConfig
+from hymba_jax.data import Data, Tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import replace_text, resolve_path
+from hymba_jax.parallel.processes import require_agreement, wait_for_all
+from hymba_jax.run_files import FOLDER, checkpoint_steps
+
+_PACKAGES = ("hymba_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Files of HF checkpoints, and those of a run that never come without its config.
+_FOREIGN = (
+    *("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "metrics.jsonl"),
+)
+_SEEN_WITHIN = 10  # seconds: file systems of a network may remember what was not there
+
+
+def check_output(output: str, init_from: str) -> None:
+    """Raises HymbaError if what a run writes would be mixed with what is in the directory."""
+    directory = resolve_path(output)
+    if init_from:
+        there, here = resolve_path(init_from).resolve(), directory.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise HymbaError(
+                f"{directory}: is, holds or lies in the directory of init_from, {init_from}, whose "
+                "model it would be mixed with: choose another output"
+            )
+    if (directory / PARAMS).exists():
+        raise HymbaError(
+            f"{directory}: holds a model alone ({PARAMS}), which would be used in place of the "
+            "run's checkpoints: choose another output, or start from it with --init-from"
+        )
+    if not (directory / CONFIG_FILE).is_file():
+        found = sorted({path.name for pattern in _FOREIGN for path in directory.glob(pattern)})
+        if found:
+            raise HymbaError(
+                f"{directory}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it is no run of "
+                "this program and would be mixed with one: choose another output"
+            )
+
+
+def read_run(output: str) -> RunConfig | None:
+    """The config of the run that has a checkpoint in the directory; None if there is none.
+
+    Raises:
+      HymbaError: its config cannot be read.
+    """
+    directory = resolve_path(output)
+    if not checkpoint_steps(directory):
+        return None
+    if not (directory / CONFIG_FILE).is_file():
+        raise HymbaError(
+            f"{directory}: has {FOLDER} but no {CONFIG_FILE}, so it is no run of this program: "
+            "choose another output"
+        )
+    return RunConfig.from_toml(directory / CONFIG_FILE)
+
+
+def check_resumes(previous: RunConfig, config: RunConfig) -> None:
+    """Raises HymbaError if a config changes what a run that it resumes cannot change."""
+    before = dict(_lasting(previous))
+    changed = [
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in _lasting(config)
+        if value != before[name] and value != "auto"  # which is what the run has found
+    ]
+    if changed:
+        raise HymbaError(
+            f"{config.output}: holds another run, which this config does not continue "
+            f"({'; '.join(changed)}): choose another output, or undo the change"
+        )
+
+
+def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Makes the directory and writes what generating text needs beside a checkpoint."""
+    directory = Path(config.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_text(directory / CONFIG_FILE, config.to_toml())
+    tokenizer.save(directory)
+
+
+def check_processes(settings: Mapping[str, Any], output: str) -> None:
+    """Raises HymbaError unless all processes have one config, packages, and see one run directory.
+
+    Where output and data are may have another name in each process: what is there is compared.
+
+    Args:
+      settings: values of the config by their dotted names.
+    """
+    named = ("output", "data.path", "data.tokenizer")
+    settings = {name: value for name, value in settings.items() if name not in named}
+    steps = checkpoint_steps(output)
+    settings["the newest checkpoint in output"] = steps[-1] if steps else None
+    settings |= {f"package {name}": version(name) for name in _PACKAGES}
+    require_agreement(settings)
+
+
+def check_data(data: Data) -> None:
+    """Raises HymbaError unless all processes have the same tokenizer and tokens."""
+    require_agreement(
+        {
+            "the digest of data.tokenizer": data.tokenizer_digest,
+            "the digest of data.path's training tokens": data.train_digest,
+            "the digest of its validation tokens": data.validation_digest,
+        }
+    )
+
+
+def check_written(output: str) -> None:
+    """Raises HymbaError unless all processes see what the first of them wrote."""
+    wait_for_all("the run directory")
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not (Path(output) / CONFIG_FILE).is_file():
+        if time.monotonic() > deadline:
+            raise HymbaError(
+                f"{output}: process {jax.process_index()} does not see what process 0 wrote "
+                "there: choose an output on a file system that all share"
+            )
+        time.sleep(0.1)
+
+
+def _lasting(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """What a resumed run cannot change: the arrays and their layout, and the order of the data.
+
+    The place of the corpus may change: its tokens are compared, by their digest.
+    """
+    yield "seed", config.seed
+    yield "training.batch_size", config.training.batch_size
+    yield "compute.param_dtype", config.compute.param_dtype
+    yield "compute.scan_layers", config.compute.scan_layers
+    data = dataclasses.replace(config.data, path="")
+    yield from leaves(data, "data.")
+    yield from leaves(config.model.resolved(), "model.")

@@ -1,0 +1,89 @@
+"""What training changes, as plain trees: abstract, initialized, and placed on devices."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import Params, abstract_model, placed
+from hymba_jax.parallel.mesh import AnyMesh, replicated
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes."""
+
+    params: Params
+    optimizer: optax.OptState
+
+
+class AbstractTrainState(NamedTuple):
+    """A training state without its values.
+
+    Attributes:
+      graph: the model without its parameters; `nnx.merge(graph, params)` is the model.
+      state: shape, dtype and sharding of every array.
+    """
+
+    graph: nnx.GraphDef[Hymba]
+    state: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda array: array.sharding, self.state)
+
+    @property
+    def num_params(self) -> int:
+        return sum(array.size for array in jax.tree.leaves(self.state.params))
+
+
+def abstract_train_state(
+    config: HymbaConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
+) -> AbstractTrainState:
+    """The training state of this architecture on this mesh; computes nothing."""
+    graph, params = abstract_model(config, compute, mesh)
+    moments = jax.eval_shape(optimizer.init, params)
+    shardings = _moment_shardings(moments, params, replicated(mesh))
+    return AbstractTrainState(graph, TrainState(params, jax.tree.map(placed, moments, shardings)))
+
+
+def _moment_shardings(
+    moments: optax.OptState, params: Params, otherwise: NamedSharding
+) -> optax.OptState:
+    """Of each array of an optimizer's state: that of its parameter, if it has one.
+
+    Optimizers keep trees of the parameters' structure, of which they may mask some: an array
+    belongs to the parameter at whose path its own path ends, if both have one shape.
+    """
+    known = dict(jax.tree.leaves_with_path(params))
+
+    def sharding(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
+        for start in range(len(path)):  # the longest first
+            param = known.get(path[start:])
+            if param is not None and param.shape == array.shape:
+                return param.sharding
+        return otherwise
+
+    return jax.tree.map_with_path(sharding, moments)
+
+
+def init_state(
+    config: HymbaConfig,
+    compute: ComputeConfig,
+    optimizer: optax.GradientTransformation,
+    abstract: AbstractTrainState,
+    seed: int,
+) -> TrainState:
+    """Initializes the state of an untrained model, each shard on the device that holds it."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = nnx.to_pure_dict(nnx.state(Hymba(config, compute, nnx.Rngs(key))))
+        return TrainState(params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=abstract.shardings)(jax.random.key(seed))

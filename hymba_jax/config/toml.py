@@ -1,0 +1,64 @@
+"""Configs as TOML: the fields of a dataclass by their names, those of its parts in tables."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from hymba_jax.config.field_types import misfit, shown
+from hymba_jax.errors import HymbaError
+
+
+def misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
+    """What in the table is no field of `base`, or no value for its field."""
+    types = {item.name: item.type for item in dataclasses.fields(base)}
+    for name, value in table.items():
+        dotted = where + name
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"there are {', '.join(types)}"
+            yield f"unknown field {dotted}, {hint}"
+        elif dataclasses.is_dataclass(getattr(base, name)):
+            if isinstance(value, dict):
+                yield from misfits(getattr(base, name), value, f"{dotted}.")
+            else:
+                yield f"{dotted} is {shown(value)}, not a table"
+        elif problem := misfit(value, types[name]):
+            yield f"{dotted} {problem}"
+
+
+def override_from[T](path: str | os.PathLike[str], base: T, table: dict[str, Any]) -> T:
+    """The same with the values of a table, which `path` holds.
+
+    Raises:
+      HymbaError: naming the file, where the values fit no such config.
+    """
+    try:
+        return _override(base, table)
+    except HymbaError as error:
+        raise HymbaError(f"{path}: {error}") from error
+
+
+def _override[T](base: T, table: dict[str, Any]) -> T:
+    """The same with the table's values."""
+    changes = {
+        name: _override(getattr(base, name), value) if isinstance(value, dict) else value
+        for name, value in table.items()
+    }
+    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+def toml_lines(config: Any, where: str) -> Iterator[str]:
+    """Lines that say every field of a config, the table named `where`."""
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    tables = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    if where:
+        yield f"\n[{where}]"
+    for name, value in values.items():
+        if name not in tables:
+            text = json.dumps(value, ensure_ascii=False)  # which TOML reads, but for one character
+            yield f"{name} = {text.replace('\x7f', '\\u007f')}"
+    for name, value in tables.items():
+        yield from toml_lines(value, f"{where}.{name}" if where else name)

@@ -1,0 +1,10 @@
+"""Devices and processes: how arrays are sharded over a mesh, how processes work together.
+
+| file           | subject                                                              |
+|----------------|----------------------------------------------------------------------|
+| `mesh.py`      | the one table from logical axes to mesh axes, constraints, gathering |
+| `shard_map.py` | ops whose kernels XLA cannot shard                                   |
+| `memory.py`    | what a device has, and whether something fits                        |
+| `processes.py` | how processes find one another, agree and end                        |
+| `watchdog.py`  | a lost process, in one line                                          |
+"""

@@ -1,0 +1,56 @@
+"""The memory of devices, and whether something fits before it is allocated."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.host import host_memory
+
+GB = 10**9
+
+
+def device_memory(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that each of this process's devices has; None where it does not tell.
+
+    A CPU's devices share the memory of the host.
+    """
+    if devices[0].platform == "cpu":
+        return host_memory() // len(devices)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def check_fits(what: str, size: int, devices: Sequence[jax.Device], advice: str) -> None:
+    """Refuses what is larger than all memory of its devices, before it is allocated.
+
+    What is smaller may still be too large: other arrays and temporaries are not counted.
+
+    Args:
+      what: the subject of the message.
+      size: bytes, of all devices together.
+
+    Raises:
+      HymbaError: it does not fit.
+    """
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    available = device_memory(own)
+    total = None if available is None else available * len(devices)
+    if total is not None and size > total:
+        kind = own[0].device_kind
+        raise HymbaError(
+            f"{what}: {gb(size)} GB, and {kind} has {gb(total)} GB of memory: {advice}"
+        )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree, or of what they would be."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def gb(size: int) -> str:
+    """Bytes as GB (10**9), with three digits that count."""
+    decimals = max(0, 12 - len(str(size))) if size else 0
+    return f"{size / GB:,.{decimals}f}"

@@ -1,0 +1,177 @@
+"""Runs of several processes: how they find one another, what they agree on, how they end."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hymba_jax.config.distributed import DistributedConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.parallel.watchdog import watch_stderr
+
+_MARGIN = 5  # seconds that JAX may need to tell the others of a lost process
+
+
+def is_launched() -> bool:
+    """Whether a launcher that JAX can ask, by environment or metadata, started several processes.
+
+    Where it did not, JAX is not asked either: a process that is alone has nothing to wait for.
+    """
+    for count, sign in (
+        ("SLURM_NTASKS", "SLURM_STEP_NODELIST"),  # the latter is set by srun alone
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("MEGASCALE_NUM_SLICES", "MEGASCALE_COORDINATOR_ADDRESS"),  # slices of TPUs
+    ):
+        if sign in os.environ and os.environ.get(count, "1") != "1":
+            return True
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):  # Kubernetes' hosts of a TPU slice
+        return True
+    # Google Cloud's own TPU hosts have it in their metadata. Importing JAX sets this variable on
+    # hosts without TPUs.
+    return importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+@contextmanager
+def started(config: DistributedConfig, output: str) -> Iterator[None]:
+    """Joins the other processes of the run, before JAX touches a device; alone, it does nothing.
+
+    An exception inside ends the process at once, and JAX then ends the others: at the usual exit it
+    would wait for them, and they for it.
+
+    Args:
+      output: the run directory.
+
+    Raises:
+      HymbaError: the processes cannot be as the config or the launcher says.
+    """
+    if not (config.is_given or is_launched()) or config.num_processes == 1:
+        yield
+        return
+    if config.coordinator and config.process_id == 0:
+        _check_port(config.coordinator)
+    where = f" at {config.coordinator}" if config.coordinator else ""
+    watch_stderr(output, where, config.start_timeout)
+    # JAX would take the signal that ends a process as a request to save, which nothing here does.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            config.coordinator or None,
+            config.num_processes,
+            config.process_id,
+            initialization_timeout=config.start_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise HymbaError(
+            f"the processes of the run cannot be found ({str(error).partition('\n')[0]}): give "
+            "distributed.coordinator, num_processes and process_id to each"
+        ) from error
+    try:
+        yield
+        wait_for_all("the end")
+    except BaseException as error:
+        if any(_may_be_lost_process(cause) for cause in _causes(error)):
+            # If another process is lost, JAX says so by then, and aborts this one.
+            time.sleep(config.heartbeat_timeout + _MARGIN)
+        _end(error)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process has come here."""
+    multihost_utils.sync_global_devices(what)
+
+
+def require_agreement(settings: Mapping[str, Any]) -> None:
+    """Raises HymbaError, in every process, unless all have the same settings.
+
+    Args:
+      settings: JSON values by the names that the message calls them.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(settings, sort_keys=True).encode(), np.uint8)
+    digest = np.frombuffer(hashlib.blake2b(text.data, digest_size=16).digest(), np.uint8)
+    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) == 1:
+        return
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
+    found = [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
+    raise HymbaError(
+        f"the processes of the run do not agree: {'; '.join(disagreements(found))}: start all with "
+        "the same command, packages and data"
+    )
+
+
+def disagreements(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every setting that is not the same in all processes, and who has which value.
+
+    Args:
+      found: the settings of each process.
+    """
+    for name in dict.fromkeys(name for settings in found for name in settings):
+        holders = defaultdict(list)
+        for process, settings in enumerate(found):
+            holders[json.dumps(settings.get(name))].append(str(process))
+        if len(holders) > 1:
+            several = {value: "es" * (len(who) > 1) for value, who in holders.items()}
+            yield f"{name} is " + " and ".join(
+                f"{value} in process{several[value]} {', '.join(who)}"
+                for value, who in holders.items()
+            )
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises HymbaError if the port is taken, at which XLA would crash."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        with socket.create_server(("", port)):
+            pass
+    except OSError as error:
+        raise HymbaError(
+            f"distributed.coordinator is {coordinator}, and here process 0 cannot listen at port "
+            f"{port} ({error.strerror}): choose another"
+        ) from error
+
+
+def _may_be_lost_process(error: BaseException) -> bool:
+    """Whether this is how a collective can fail; JAX raises some of Gloo's words as ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and "Gloo" in str(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and all that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Reports an exception as Python would, and ends this process without waiting for any other."""
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    else:
+        status = 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

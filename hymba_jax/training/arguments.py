@@ -1,0 +1,80 @@
+"""The command line of a training run."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from hymba_jax.checkpoint.model_file import read_model_directory
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.distributed import DistributedConfig
+from hymba_jax.config.run import RunConfig
+from hymba_jax.files import resolve_path
+
+
+def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
+    """The run that a command line asks for: `--config FILE`, and fields to override.
+
+    Beside it stands how this process finds the others of the run, which no file says.
+
+    What neither says is as in the directory of `--init-from`, if there is one.
+
+    Raises:
+      HymbaError: what it asks for cannot be.
+      SystemExit: for --help, and for arguments that are no fields.
+    """
+    default = run_defaults(args)
+
+    def arguments(
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        config: str = "",
+        distributed: DistributedConfig = DistributedConfig(),  # noqa: B008, it is frozen
+    ) -> tuple[RunConfig, DistributedConfig]:
+        """Trains a model. The same command again resumes a run that was stopped.
+
+        Args:
+          config: TOML file; its values are the defaults of all other options.
+        """
+        return run, distributed
+
+    run, distributed = tyro.cli(arguments, args=args, prog=prog)
+    return _with_resolved_paths(run), distributed
+
+
+def _with_resolved_paths(config: RunConfig) -> RunConfig:
+    """The same with every path resolved, so that one that cannot be used is refused at once."""
+
+    def resolved(path: str) -> str:
+        return str(resolve_path(path)) if path else path
+
+    data = dataclasses.replace(
+        config.data, path=resolved(config.data.path), tokenizer=resolved(config.data.tokenizer)
+    )
+    return dataclasses.replace(
+        config, output=resolved(config.output), init_from=resolved(config.init_from), data=data
+    )
+
+
+def run_defaults(args: Sequence[str]) -> RunConfig:
+    """The run of a command line's `--config` and `--init-from`, before its fields are overridden.
+
+    Raises:
+      HymbaError: one of them cannot be read.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config")
+    peek.add_argument("--init-from", "--init_from")  # tyro takes both
+    named = peek.parse_known_args(args)[0]
+    base = _started_from(named.init_from) if named.init_from else RunConfig()
+    return base if named.config is None else RunConfig.from_toml(named.config, base)
+
+
+def _started_from(directory: str) -> RunConfig:
+    """A run with the model of a directory and, if it has one, the tokenizer."""
+    model, data = read_model_directory(directory)[0], DataConfig()
+    data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
+    if (resolve_path(directory) / "tokenizer.json").is_file():
+        data = dataclasses.replace(data, tokenizer=directory)
+    return RunConfig(init_from=directory, model=model, data=data)

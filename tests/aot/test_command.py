@@ -1,0 +1,172 @@
+"""`hymba compile`, with CPUs in the chips' place, and with the compiler of TPUs where it is."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+
+from hymba_jax import cli
+from hymba_jax.aot import command
+from hymba_jax.aot.fit import Memory
+from hymba_jax.aot.topology import Topology, parse_topology
+from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.parallel.mesh import make_mesh
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+[model]
+vocab_size = 64
+hidden_size = 64
+mlp_size = 128
+layers = "2*W"
+num_meta_tokens = 16
+max_positions = 512
+attention = { num_heads = 4, num_kv_heads = 2, window = 64, rope_type = "default" }
+
+[compute]
+dtype = "bfloat16"
+
+[data]
+tokenizer = "bytes"
+sequence_length = 112
+
+[training]
+batch_size = 8
+gradient_accumulation_steps = 2
+sample_tokens = 8
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def four_cpus(monkeypatch):
+    monkeypatch.setattr(Topology, "devices", lambda _: jax.devices("cpu")[:4])
+
+
+def compile_for(capsys, *arguments):
+    """The lines before the table, the values of its rows by their names, and those after it."""
+    cli.main(["compile", *map(str, arguments)])
+    return parse(capsys.readouterr().out)
+
+
+def parse(printed):
+    lines = printed.splitlines()
+    rows = [line.strip("│ ").split("│") for line in lines if line.startswith("│")]
+    words = [line for line in lines if line[:1] not in "┌├│└"]
+    return words, {name.strip(): value.strip() for name, value in rows}
+
+
+def test_a_training_step(capsys, config, four_cpus):
+    words, table = compile_for(
+        capsys, "--config", config, "--topology", "v5e:2x2", "--parallel.tensor", 2
+    )
+    assert words[0].endswith("v5e:2x2: training, 8 sequences of 112 tokens a step, 4 at a time")
+    assert words[1].startswith(
+        "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; parts: batch in 2"
+    )
+    assert "197 TFLOP/s" in words[-1]
+    assert table["in all, fits 16.00 GB"].endswith(" GB")
+    counts = {name: int(name.split(" x ")[0]) for name in table if " x " in name}
+    # Layers, pieces of the batch, and what both have to do: no loop's body is counted once.
+    assert sum(n for name, n in counts.items() if "all-reduce" in name) > 2 * 2
+    steps = ("arithmetic alone", "memory alone", "interconnect alone")
+    assert table["a step, at least"] in [table[name] for name in steps]
+
+
+@pytest.mark.parametrize(
+    ("program", "step"),
+    [
+        ("prefill", "reading 2 texts of 200 tokens at once"),
+        ("decode", "continuing 2 texts of 200 tokens, a token of each a step"),
+    ],
+)
+def test_inference(capsys, config, four_cpus, program, step):
+    sizes = ("--program", program, "--batch", 2, "--context", 200)
+    words, table = compile_for(capsys, "--config", config, "--topology", "v6e:2x2", *sizes)
+    assert words[0].endswith(f"v6e:2x2: {step}")
+    assert words[1] == "one of 4 chips, as generating uses one"
+    assert "in all, fits 32.00 GB" in table
+
+
+def refusal(capsys, *arguments):
+    """The one line that the command stops with, and what it printed before."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compile", *map(str, arguments)])
+    message = str(caught.value.code)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message, capsys.readouterr().out
+
+
+def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
+    """The compiler refuses it: 10 GB of arguments and 12 of temporaries, for a sequence a chip."""
+    memory = Memory(10 * 10**9, 12 * 10**9, 22 * 10**9)
+    monkeypatch.setattr(command, "compile_and_measure", lambda _: (memory, None))
+    message, printed = refusal(capsys, "--config", config, "--topology", "v5e:2x2")
+    assert message == "error: it does not fit: 22.00 GB of 16.00 GB a chip"
+    words, table = parse(printed)
+    assert table["in all, does not fit 16.00 GB"] == "22.00 GB"
+    assert [line.split(":")[0] for line in words if "to make it fit" in line] == [
+        "to make it fit, compute.remat block",
+        "to make it fit, parallel.sequence 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v5e"], "not a chip and a shape"),
+        (["--topology", "v5e:2x2", "--batch", 2], "batch and context are of prefill and decode"),
+        (["--topology", "v5e:2x2", "--parallel.tensor", 3], "is not the number of devices, 4"),
+        (
+            ["--topology", "v5e:2x2", "--training.gradient-accumulation-steps", 4],
+            "devices cannot share equally",
+        ),
+        (
+            ["--topology", "v5e:2x2", "--program", "decode", "--context", 600],
+            "a context of 600 tokens: the model's is 1 to 512",
+        ),
+        (["--topology", "v5e:2x2", "--program", "decode", "--batch", 0], "batch is 0"),
+    ],
+)
+def test_what_cannot_be_compiled(capsys, config, four_cpus, arguments, message):
+    assert message in refusal(capsys, "--config", config, *arguments)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed")
+def test_with_the_compiler_of_tpus(config):
+    """In a process of its own: JAX and its compilers read the environment once."""
+    hymba = "import sys; from hymba_jax.cli import main; main(sys.argv[1:])"
+    arguments = ["compile", "--config", config, "--topology", "v5e:2x2", "--parallel.tensor", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", hymba, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, table = parse(done.stdout)
+    assert "in all, fits 16.00 GB" in table
+    assert "loops of unknown length, taken once" not in table
+    assert any("all-gather" in name for name in table)
+    # Half of 4 sequences, 16 + 112 positions, half of 128 channels; layers, pieces of the batch.
+    assert table["4 x selective_scan_forward of a chip, up to"] == "2 x 128 x 64"
+    assert table["4 x selective_scan_backward of a chip, up to"] == "2 x 128 x 64"
+    assert any("splash_mha_fwd" in name for name in table)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed")
+def test_part_of_a_torus_axis_can_be_a_mesh_axis():
+    mesh = make_mesh(parse_topology("v6e:4x4").devices(), ParallelConfig(data=-1, fsdp=8))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1}

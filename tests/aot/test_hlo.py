@@ -1,0 +1,238 @@
+"""Programs read from their text: loops, collectives, products and traffic, by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hymba_jax.aot.collectives import Collective, by_kind, collectives
+from hymba_jax.aot.hlo import Program
+from hymba_jax.aot.kernels import Kernel, kernels
+from hymba_jax.aot.matmuls import product_flops
+from hymba_jax.aot.traffic import total_moved
+
+TURNS, INNER, ROWS, WIDTH = 5, 3, 16, 32
+FLOAT = 4  # bytes
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "tensor"), devices=jax.devices("cpu")[:8])
+
+
+def compiled(function, *shapes, mesh=None, specs=None):
+    """The program of a function of float32 arrays, each with its part of the mesh."""
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    if mesh is not None:
+        shardings = [NamedSharding(mesh, spec) for spec in specs]
+        arrays = [a.update(sharding=s) for a, s in zip(arrays, shardings, strict=True)]
+    return Program(jax.jit(function).lower(*arrays).compile().as_text())
+
+
+def repeated(body, turns):
+    """The body, over and over."""
+    return lambda x: lax.scan(lambda x, _: (body(x), None), x, length=turns)[0]
+
+
+@pytest.mark.parametrize(
+    ("collective", "kind", "group", "sent"),
+    [
+        (partial(lax.psum, axis_name="tensor"), "all-reduce", 4, 2 * 3 / 4),
+        (partial(lax.psum, axis_name="data"), "all-reduce", 2, 2 * 1 / 2),
+        (partial(lax.psum, axis_name=("data", "tensor")), "all-reduce", 8, 2 * 7 / 8),
+        (
+            partial(lax.ppermute, axis_name="data", perm=[(0, 1), (1, 0)]),
+            "collective-permute",
+            0,
+            1,
+        ),
+        (
+            partial(lax.all_to_all, axis_name="tensor", split_axis=0, concat_axis=0, tiled=True),
+            "all-to-all",
+            4,
+            3 / 4,
+        ),
+    ],
+)
+def test_collectives_in_a_loop(mesh, collective, kind, group, sent):
+    """Each device has the whole array, and turns of the loop count."""
+    whole = PartitionSpec()
+    step = repeated(lambda x: jnp.tanh(collective(x)), TURNS)
+    function = jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    found = [*collectives(compiled(function, (ROWS, WIDTH), mesh=mesh, specs=[whole]))]
+    brought = ROWS * WIDTH * FLOAT
+    assert {c.kind for c in found} == {kind}
+    assert {c.times for c in found} == {TURNS}
+    assert sum(c.size for c in found) == brought
+    assert all(c.group == group for c in found if group)
+    assert by_kind(found)[kind] == (TURNS * len(found), TURNS * brought * sent)
+
+
+@pytest.mark.parametrize(
+    ("collective", "kind", "sent"),
+    [
+        (partial(lax.all_gather, tiled=True), "all-gather", 3),
+        (partial(lax.psum_scatter, tiled=True), "reduce-scatter", 3 / 4),
+    ],
+)
+def test_collectives_that_change_the_size(mesh, collective, kind, sent):
+    """An array of ROWS rows on each device is gathered from four, or summed to a quarter."""
+    spec = PartitionSpec("tensor")
+    function = jax.shard_map(
+        lambda x: collective(x, "tensor"), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    program = compiled(function, (4 * ROWS, WIDTH), mesh=mesh, specs=[spec])
+    size = ROWS * WIDTH * FLOAT
+    assert [*collectives(program)] == [Collective(kind, 1, 4, size)]
+    assert by_kind(collectives(program)) == {kind: (1, size * sent)}
+
+
+def test_products_in_nested_loops():
+    def step(x):
+        x = repeated(lambda x: jnp.tanh(x @ x), INNER)(x)
+        return jnp.tanh(x @ x.T)
+
+    program = compiled(repeated(step, TURNS), (WIDTH, WIDTH))
+    assert product_flops(program) == TURNS * (INNER + 1) * 2 * WIDTH**3
+    assert program.unknown_loops == 0
+
+
+def test_a_loop_that_ends_when_it_likes_counts_once():
+    program = compiled(
+        lambda x: lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ x), x),
+        (WIDTH, WIDTH),
+    )
+    assert program.unknown_loops == 1
+    assert product_flops(program) == 2 * WIDTH**3
+
+
+def test_traffic_in_a_loop():
+    """Reads and writes the array, and carries it and the counter into the loop."""
+    size = 1000
+    program = compiled(repeated(lambda x: jnp.sin(x) * 2, TURNS), (size,))
+    in_loop = TURNS * 2 * size * FLOAT
+    assert in_loop <= total_moved(program) <= in_loop + 4 * size * FLOAT
+
+
+# As TPUs' compiler writes them: the condition alone knows the turns, a product is a convolution of
+# a batch of 5 along a spatial axis, and one gather is in each of the fusions that it runs beside.
+TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%start (p: bf16[32,128]) -> bf16[128,128] {
+  %p = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%beside (q: bf16[32,128], a: bf16[5,16,128], b: bf16[5,64,128]) -> bf16[5,16,64] {
+  %q = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %a = bf16[5,16,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %b = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %all-gather.2 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  ROOT %convolution = bf16[5,16,64]{2,1,0:T(8,128)(2,1)} convolution(%a, %b), window={size=5 stride=4 pad=0_0 lhs_dilate=5}, dim_labels=0bf_0oi->0bf
+}
+
+%all-reduce-scatter.1 (r: f32[128,128]) -> f32[16,128] {
+  %r = f32[128,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce = f32[128,128]{1,0:T(8,128)} all-reduce(%r), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %slice = f32[16,128]{1,0:T(8,128)} slice(%all-reduce), slice={[0:16], [0:128]}
+}
+
+%body (t: (s32[], bf16[32,128])) -> (s32[], bf16[32,128]) {
+  %t = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[32,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %started = bf16[128,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%start
+  %u = bf16[5,16,128]{2,1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call"
+  %v = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call"
+  %product = bf16[5,16,64]{2,1,0:T(8,128)(2,1)} fusion(%x, %u, %v), kind=kOutput, calls=%beside
+  %w = f32[128,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %scattered = f32[16,128]{1,0:T(8,128)} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %out = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) tuple(%next, %x)
+}
+
+%condition (t.1: (s32[], bf16[32,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %t.1 = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%t.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: bf16[32,128]) -> bf16[32,128] {
+  %x.1 = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %tuple = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) tuple(%zero, %x.1)
+  %while = (s32[]{:T(128)}, bf16[32,128]{1,0:T(8,128)(2,1)}) while(%tuple), condition=%condition, body=%body
+  ROOT %result = bf16[32,128]{1,0:T(8,128)(2,1)} get-tuple-element(%while), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_program_for_tpus():
+    program = Program(TPU)
+    assert [*collectives(program)] == [
+        Collective("all-gather", 7, 4, 32 * 128 * 2),
+        Collective("reduce-scatter", 7, 8, 128 * 128 * 4),
+    ]
+    assert product_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
+    assert kernels(program) == [Kernel("u", 7, (5, 16, 128)), Kernel("v", 7, (5, 64, 128))]
+    assert program.largest_loop() == "body"
+
+
+def test_a_loop_that_was_unrolled_rises_in_larger_steps():
+    unrolled = Program(TPU.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[] constant(2)"))
+    assert [collective.times for collective in collectives(unrolled)] == [4, 4]  # 0, 2, 4, 6
+    unknown = Program(TPU.replace("add(%i, %one)", "multiply(%i, %one)"))
+    assert unknown.unknown_loops == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "group"),
+    [
+        ("{{0,2},{1,3},{4,6},{5,7}}", 2),
+        ("{}", 8),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("mesh['a'=8], device_ids=([4,2]T(1,0)) {'a':(2)4}", 4),
+    ],
+)
+def test_groups_in_all_the_ways_they_are_written(groups, group):
+    text = TPU.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", groups)
+    assert next(collectives(Program(text))).group == group
+
+
+def test_a_product_of_the_gpus_library():
+    text = """HloModule jit_f
+
+ENTRY %main (a: bf16[16,128], b: bf16[128,64]) -> bf16[16,64] {
+  %a = bf16[16,128]{1,0} parameter(0)
+  %b = bf16[128,64]{1,0} parameter(1)
+  ROOT %g = (bf16[16,64]{1,0}, s8[1024]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+"""  # noqa: E501
+    program = Program(text)
+    assert product_flops(program) == 2 * 16 * 64 * 128
+    assert not kernels(program)
+
+
+@pytest.mark.parametrize(
+    ("traced", "name"),
+    [
+        ("while/body/shard_map/jvp()/selective_scan_forward/mpmd_map", "selective_scan_forward"),
+        ("jit(f)/transpose(jvp(selective_scan_backward))/pallas_call", "selective_scan_backward"),
+        ("jit(f)/jvp()/dot_product_attention_fwd", "dot_product_attention_fwd"),
+    ],
+)
+def test_kernels_have_the_names_that_they_were_traced_by(traced, name):
+    text = f"""HloModule jit_f
+
+ENTRY %main (a: bf16[16,128]) -> bf16[2,128] {{
+  %a = bf16[16,128]{{1,0}} parameter(0)
+  ROOT %g = bf16[2,128]{{1,0}} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{traced}" stack_frame_id=4}}
+}}
+"""  # noqa: E501
+    assert kernels(Program(text)) == [Kernel(name, 1, (16, 128))]
