@@ -9,7 +9,7 @@ Where each idea of the paper is:
 | sliding windows, sharing between layers  | `layer_pattern.py`, `model/attention.py`        |
 | Mamba with inner norms                   | `model/ssm.py`, `ops/selective_scan/`           |
 | the sizes of the family, the roadmap     | `config.py`                                     |
-| the released checkpoint's names          | `convert/mapping.py`                            |
+| names and layouts of HF checkpoints      | `convert/mapping.py`                            |
 | training                                 | `training/loop.py`, from top to bottom          |
 """
 

@@ -151,5 +151,5 @@ def _spec(directory: Path, name: str | None = None) -> dict[str, Any]:
     store: dict[str, Any] = {"driver": "file", "path": f"{directory}/"}
     if name is not None:
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
-    # Else chunks that are not there would be zeros.
+    # Else an array whose file is missing would be read as zeros.
     return {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}

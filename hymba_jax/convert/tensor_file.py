@@ -64,9 +64,7 @@ class TensorFile:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of a tensor."""
-        with self._lock:
-            file = self._file
-        part: np.ndarray = file.get_slice(name)[index]
+        part: np.ndarray = self._file.get_slice(name)[index]
         with self._lock:
             self._mapped += part.nbytes
             if self._mapped > _MAX_MAPPED:

@@ -126,6 +126,14 @@ def test_any_bits_survive_in_any_dtype(dtypes, tmp_path, capsys):
     assert_same_bits(read_hf(back), weights)
 
 
+def test_zeros_are_stored(tmp_path):
+    weights = golden_weights()
+    name = "model.layers.2.mamba.conv1d.bias"
+    weights[name] = np.zeros_like(weights[name])
+    native = convert(write_hf(tmp_path / "hf", weights), tmp_path / "native")
+    assert_same_bits(read_hf(convert(native, tmp_path / "back")), weights)
+
+
 def test_orbax_restores_what_was_written_by_itself(native):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore((native / "params").absolute())
