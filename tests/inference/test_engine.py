@@ -366,11 +366,8 @@ class TestCompiling:
             assert (one.as_text() == other.as_text()) == same
 
 
+@pytest.mark.usefixtures("optimised")
 class TestOptimised:
-    @pytest.fixture(autouse=True)
-    def quick_compiler(self):
-        """No: what the compiler makes of it is what is asked."""
-
     @pytest.mark.parametrize("batch", [1, 4])
     def test_keys_and_values_are_never_copied(self, new_programs, batch):
         lowered, state = lower_decode(Engine(tiny()), batch, 256)
