@@ -4,17 +4,16 @@
 |---------------------|---------------------------------------------------------------|
 | `language_model.py` | text in, text out                                             |
 | `prompts.py`        | what may be a prompt, as tokens                               |
-| `engine.py`         | the compiled programs that read and continue texts            |
+| `engine.py`         | the compiled programs: prefill, insert, decode                |
 | `sampling.py`       | which token comes next                                        |
 | `text_stream.py`    | tokens to text as they come; stop strings                     |
-| `loading.py`        | a model from a directory                                      |
-| `saving.py`         | a model into one                                              |
+| `loading.py`        | a model with its tokenizer from a directory                   |
 | `generate.py`       | `hymba generate`                                              |
 | `chat.py`           | `hymba chat`, with `chat_template.py`                         |
-| `memory.py`         | `hymba memory`: memory of models, caches and training         |
+| `memory.py`         | the memory footprint of sequences                             |
 | `warmup.py`         | `hymba warmup`, and where compiled programs are kept          |
 
-What is remembered between tokens is the model's own: `hymba_jax/model/cache.py`.
+What is kept between tokens is the model's own: `hymba_jax/model/state.py`.
 """
 
 from hymba_jax.config.sampling import SamplingConfig
