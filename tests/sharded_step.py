@@ -60,7 +60,7 @@ LONG = dataclasses.replace(
     attention=dataclasses.replace(EVEN.attention, num_kv_heads=4, window=30),
     num_meta_tokens=8,
 )
-LENGTHS = {EVEN: 21, ODD: 21, LONG: 104}  # of texts
+LENGTHS = {EVEN: 21, ODD: 21, LONG: 104}  # tokens of a sequence
 CASES = {
     "data-8": (EVEN, ParallelConfig(data=8, fsdp=1)),
     "fsdp-8": (EVEN, ParallelConfig(fsdp=8)),

@@ -11,15 +11,15 @@ def specs(pattern):
 
 def test_every_letter():
     assert specs("Gg Ww Aa Ll M") == [
-        LayerSpec("global", ssm=True),
-        LayerSpec("global", ssm=True, reuses_kv=True),
-        LayerSpec("window", ssm=True),
-        LayerSpec("window", ssm=True, reuses_kv=True),
-        LayerSpec("global", ssm=False),
-        LayerSpec("global", ssm=False, reuses_kv=True),
-        LayerSpec("window", ssm=False),
-        LayerSpec("window", ssm=False, reuses_kv=True),
-        LayerSpec(None, ssm=True),
+        LayerSpec("global", ssm="mamba"),
+        LayerSpec("global", ssm="mamba", reuses_kv=True),
+        LayerSpec("window", ssm="mamba"),
+        LayerSpec("window", ssm="mamba", reuses_kv=True),
+        LayerSpec("global", ssm=None),
+        LayerSpec("global", ssm=None, reuses_kv=True),
+        LayerSpec("window", ssm=None),
+        LayerSpec("window", ssm=None, reuses_kv=True),
+        LayerSpec(None, ssm="mamba"),
     ]
 
 
@@ -42,8 +42,8 @@ def test_equal_neighbours_merge(written, shortest):
     [
         ("", "no layers"),
         ("G Xx", "unknown layer X, x"),
-        ("0*G", "'0\\*G' is not a unit"),
-        ("G*2", "is not a unit"),
+        ("0*G", "'0\\*G' is not a layer group"),
+        ("G*2", "is not a layer group"),
         ("w", "'w' in 'w' reuses keys and values"),
         ("Wg", "no global attention stands directly before it"),
         ("Gw", "no window attention stands directly before it"),

@@ -97,8 +97,7 @@ def gathered(step):
 
 def test_no_activations_are_gathered(step):
     """But of heads, which `tensor` may not divide."""
-    lengths = {step.length, step.length + step.config.num_meta_tokens}
-    lengths |= {length // step.mesh.shape["sequence"] for length in lengths}
+    lengths = {step.length, step.length // step.mesh.shape["sequence"]}
     for collective in gathered(step):
         assert collective.over == "tensor" or not lengths & {*collective.shape}, collective
 
@@ -179,34 +178,29 @@ def test_what_the_mesh_does_not_divide_is_whole():
     }
 
 
-def test_the_split_in_words():
+def test_the_sharding_in_words():
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=2, tensor=2))
     assert describe_sharding(PRESETS["hymba-1.5b"], mesh, 2048) == (
-        "8 devices, data 2 x fsdp 2 x sequence 1 x tensor 2; parts: batch in 4, hidden in 2, "
-        "mlp in 2, channels in 2; whole on each, as they cannot be divided: vocab 32001 by 2, "
+        "8 devices, data 2 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 4, hidden over 2, "
+        "mlp over 2, channels over 2; replicated, as not divisible: vocab 32001 by 2, "
         "5 key/value heads by 2"
     )
     assert describe_sharding(PRESETS["hymba-125m"], make_mesh(jax.devices()[:8]), 2048) == (
-        "8 devices, data 1 x fsdp 8 x sequence 1 x tensor 1; parts: batch in 8, hidden in 8"
+        "8 devices, data 1 x fsdp 8 x sequence 1 x tensor 1; sharded: batch over 8, hidden over 8"
     )
 
 
 @pytest.mark.parametrize(
-    ("text_length", "expected"),
+    ("length", "expected"),
     [
-        (8192, "batch in 1, length in 8"),
-        (8191, "batch in 1; whole on each, as they cannot be divided: length 8319 by 8"),
-        (
-            512,
-            "batch in 1, length in 8; whole on each, as they cannot be divided: "
-            "attention by 8, in parts that hold 128 meta tokens",
-        ),
+        (8192, "batch over 1, length over 8"),
+        (8191, "batch over 1; replicated, as not divisible: length 8191 by 8"),
     ],
 )
-def test_the_split_of_a_length_in_words(text_length, expected):
+def test_the_sharding_of_a_length_in_words(length, expected):
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
-    described = describe_sharding(PRESETS["hymba-125m"], mesh, text_length)
-    assert described.split("; parts: ")[1] == expected
+    described = describe_sharding(PRESETS["hymba-125m"], mesh, length)
+    assert described.split("; sharded: ")[1] == expected
 
 
 def test_a_length_that_the_mesh_does_not_divide_is_whole(on_one):

@@ -71,7 +71,7 @@ def test_a_training_step(capsys, config, four_cpus):
     )
     assert words[0].endswith("v5e:2x2: training, 8 sequences of 112 tokens a step, 4 at a time")
     assert words[1].startswith(
-        "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; parts: batch in 2"
+        "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 2"
     )
     assert "197 TFLOP/s" in words[-1]
     assert table["in all, fits 16.00 GB"].endswith(" GB")

@@ -89,7 +89,7 @@ def test_a_run_moves_between_four_processes_and_fewer(config, whole, cache, tmp_
     no_warnings = {"TF_CPP_MIN_LOG_LEVEL": "2"}  # XLA's, of how it splits so small a model
     where = [(options, no_warnings) for options, _ in addresses(4)]
     said = leg(config, tmp_path, cache, 20, 2, where, *split, program=counted)
-    assert "fsdp 2 x sequence 1 x tensor 4; parts: batch in 2" in said[0]
+    assert "fsdp 2 x sequence 1 x tensor 4; sharded: batch over 2" in said[0]
     assert [text.splitlines()[-1] for text in said] == ["rows read: 40"] * 4
     leg(config, tmp_path, cache, 30, 1, addresses(4))
     leg(config, tmp_path, cache, 40, 4, addresses(2), "--parallel.data", "2")

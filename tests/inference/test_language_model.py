@@ -370,10 +370,10 @@ def test_pieces_make_up_the_whole(model, greedy, every):
         assert len(own) in (1 + -(-(sampled - 1) // every), -(-sampled // every))
 
 
-def test_the_first_piece_comes_before_the_rest_is_drawn(model, monkeypatch):
-    pieces = model.stream("the", SAMPLED)
-    assert next(pieces).tokens
+def test_the_first_piece_comes_before_the_rest_is_sampled(model, monkeypatch):
     monkeypatch.setattr(model.engine, "decode", None)
+    pieces = model.stream("the", SAMPLED)
+    assert next(pieces).finish_reason is None
     with pytest.raises(TypeError):
         next(pieces)
 
