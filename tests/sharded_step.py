@@ -53,12 +53,13 @@ ODD = dataclasses.replace(
     layers=f"{STACKED}*Ww",
     attention=AttentionConfig(num_heads=10, num_kv_heads=5, window=8, rope_type="default"),
 )
-# With windows longer than two of 8 parts of a sequence, and shorter than one of 2.
+# With windows longer than two of 8 shards of a sequence, and shorter than one of 2; meta tokens
+# that 2 devices share, and 8 replicate.
 LONG = dataclasses.replace(
     EVEN,
-    layers=f"G {STACKED}*Ww",
+    layers=f"G {STACKED}*W",
     attention=dataclasses.replace(EVEN.attention, num_kv_heads=4, window=30),
-    num_meta_tokens=8,
+    num_meta_tokens=6,
 )
 LENGTHS = {EVEN: 21, ODD: 21, LONG: 104}  # tokens of a sequence
 CASES = {
