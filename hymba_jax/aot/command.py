@@ -13,7 +13,7 @@ from rich.table import Table
 from hymba_jax.aot.estimate import assumptions
 from hymba_jax.aot.fit import Memory
 from hymba_jax.aot.measured import Measured, compile_and_measure
-from hymba_jax.aot.programs import AheadProgram, inference_program, training_program
+from hymba_jax.aot.programs import AotProgram, inference_program, training_program
 from hymba_jax.aot.topology import Chip, parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.config.data import DATA_BOUNDS
@@ -111,7 +111,7 @@ def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
     return choice, with_vocabulary(run)
 
 
-def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
+def _table(program: AotProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)

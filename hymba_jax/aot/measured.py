@@ -10,7 +10,7 @@ from hymba_jax.aot.fit import Memory, compiled_memory, refused_memory
 from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.kernels import Kernel, kernels
 from hymba_jax.aot.matmuls import product_flops
-from hymba_jax.aot.programs import AheadProgram
+from hymba_jax.aot.programs import AotProgram
 from hymba_jax.aot.traffic import total_moved
 
 
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     sent: dict[str, tuple[int, float]]
 
 
-def compile_and_measure(program: AheadProgram) -> tuple[Memory, Measured | None]:
+def compile_and_measure(program: AotProgram) -> tuple[Memory, Measured | None]:
     """Its memory, and what it does; nothing if the compiler refused it for want of memory."""
     try:
         with jax.set_mesh(program.mesh):
@@ -43,7 +43,7 @@ def compile_and_measure(program: AheadProgram) -> tuple[Memory, Measured | None]
     return compiled_memory(compiled), _measure(program, Program(compiled.as_text()))
 
 
-def _measure(program: AheadProgram, hlo: Program) -> Measured:
+def _measure(program: AotProgram, hlo: Program) -> Measured:
     products, sent, called = product_flops(hlo), by_kind(collectives(hlo)), kernels(hlo)
     flops = products + (program.kernel_flops if called else 0)
     work = Work(flops, total_moved(hlo), sum(size for _, size in sent.values()))

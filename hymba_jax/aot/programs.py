@@ -35,7 +35,7 @@ from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
 
 
-class AheadProgram(NamedTuple):
+class AotProgram(NamedTuple):
     """A program that has not been compiled yet.
 
     Attributes:
@@ -57,7 +57,7 @@ class AheadProgram(NamedTuple):
     advice: Callable[[Memory, float], Iterator[str]]
 
 
-def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProgram:
+def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgram:
     """The step that `hymba train` runs on these devices.
 
     Raises:
@@ -74,7 +74,7 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     parts = batch_parts(mesh) * _kernel_parts(run.model, length, mesh)
-    return AheadProgram(
+    return AotProgram(
         mesh,
         f"training, {training.batch_size} sequences of {length} tokens a step, "
         f"{training.micro_batch_size} at a time",
@@ -98,7 +98,7 @@ def _kernel_parts(config: HymbaConfig, length: int, mesh: Mesh) -> int:
 
 def inference_program(
     run: RunConfig, name: str, devices: Sequence[jax.Device], batch: int, context: int
-) -> AheadProgram:
+) -> AotProgram:
     """What `hymba generate` runs, on one of these devices as it does.
 
     Args:
@@ -122,7 +122,7 @@ def inference_program(
         step = f"continuing {batch} texts of {context} tokens, a token of each a step"
         before = flops(context - 1, predicted=0)
         model, kernels = flops(context, predicted=1) - before, 0.0
-    return AheadProgram(
+    return AotProgram(
         mesh,
         step,
         f"one of {len(devices)} chips, as generating uses one",

@@ -127,9 +127,9 @@ class Chat:
         answer = ""
         try:
             prompt = self._prompt(message)
-            for piece in self._model.stream([prompt], self._sampling):
-                answer += piece.text
-                print(piece.text, end="", flush=True)
+            for delta in self._model.stream([prompt], self._sampling):
+                answer += delta.text
+                print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
             pass  # what has been said stands
         print()

@@ -22,7 +22,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
-from hymba_jax.model import Hymba, arrange_layers, fuse_projections
+from hymba_jax.model import Hymba, fuse_projections, unstack_layers
 from hymba_jax.model.abstract import Params
 from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
@@ -138,7 +138,7 @@ class Engine:
         largest_chunk: int = LARGEST_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
-        graph, variables = nnx.split(fuse_projections(arrange_layers(model, scan_layers=False)))
+        graph, variables = nnx.split(fuse_projections(unstack_layers(model)))
         self.config = model.config
         self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)

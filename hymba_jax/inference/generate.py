@@ -17,7 +17,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
 from hymba_jax.inference.engine import STEPS
-from hymba_jax.inference.language_model import Completion, Piece, collect
+from hymba_jax.inference.language_model import Completion, Delta, collect
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.prompts import prompt_name
 
@@ -78,11 +78,11 @@ def main(config: GenerateConfig) -> None:
     special = config.parse_special
     count = len(prompts) * config.sampling.num_samples
     if count == 1 and config.format == "text" and not output:
-        pieces = model.stream(prompts, config.sampling, parse_special=special)
-        completions = collect(_written_as_they_come(prompts[0], pieces))
+        deltas = model.stream(prompts, config.sampling, parse_special=special)
+        completions = collect(_written_as_they_come(prompts[0], deltas))
     else:
-        pieces = model.stream(prompts, config.sampling, every=STEPS, parse_special=special)
-        completions = collect(_with_progress(pieces, count))
+        deltas = model.stream(prompts, config.sampling, every=STEPS, parse_special=special)
+        completions = collect(_with_progress(deltas, count))
         text = "".join(_lines(records, completions, config.format))
         if output:
             replace_text(output, text)
@@ -142,16 +142,16 @@ def _json_prompt(place: str, line: str, form: Literal["text", "json"]) -> Prompt
     return PromptRecord(prompt, {name: v for name, v in record.items() if name != "prompt"})
 
 
-def _written_as_they_come(prompt: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
+def _written_as_they_come(prompt: str, deltas: Iterable[Delta]) -> Iterator[Delta]:
     print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
-        yield piece
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        yield delta
     print()
 
 
-def _with_progress(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
-    """The pieces, with a bar of the finished completions on standard error."""
+def _with_progress(deltas: Iterable[Delta], count: int) -> Iterator[Delta]:
+    """The deltas, with a bar of the finished completions on standard error."""
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -162,10 +162,10 @@ def _with_progress(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
     disable = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task, tokens = progress.add_task("generating", total=count, tokens=0), 0
-        for piece in pieces:
-            tokens += len(piece.tokens)
-            progress.update(task, advance=piece.finish_reason is not None, tokens=tokens)
-            yield piece
+        for delta in deltas:
+            tokens += len(delta.tokens)
+            progress.update(task, advance=delta.finish_reason is not None, tokens=tokens)
+            yield delta
 
 
 def _lines(

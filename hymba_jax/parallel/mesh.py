@@ -91,15 +91,15 @@ def batch_parts(mesh: AnyMesh) -> int:
     return axis_product(MESH_AXES["batch"], mesh)
 
 
-def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch that this process's devices hold, whoever else holds them, too."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     parts = [index[0] for index in indices if index is not None]
     return sorted({row for part in parts for row in range(batch_size)[part]})
 
 
-def place_rows(rows: Any, mesh: Mesh, batch_size: int) -> Any:
-    """A batch spread over the devices, of which each process gives its `own_rows`."""
+def global_batch(rows: Any, mesh: Mesh, batch_size: int) -> Any:
+    """A batch spread over the devices, of which each process gives its `process_rows`."""
     place = batch_sharding(mesh)
     return jax.tree.map(
         lambda own: jax.make_array_from_process_local_data(

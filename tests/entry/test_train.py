@@ -64,7 +64,9 @@ def test_several_devices_do_the_same_and_one_goes_on(finished, cache, tmp_path):
     devices = ("env", "XLA_FLAGS=--xla_force_host_platform_device_count=4")
     result = run(command, cache, devices)
     assert result.returncode == 0, result.stderr
-    assert "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 2" in result.stdout
+    assert (
+        "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 2" in result.stdout
+    )
     assert "1 key/value heads by 2" in result.stdout
     for ours, expected in zip(read_metrics(tmp_path), read_metrics(finished[0]), strict=True):
         assert ours == pytest.approx(expected, rel=1e-4)

@@ -24,7 +24,7 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.model import Hymba, arrange_layers
+from hymba_jax.model import Hymba, unstack_layers
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.parallel.mesh import make_mesh
 
@@ -143,9 +143,7 @@ def test_a_saved_model_continues_texts_as_its_run_does(run, tmp_path):
 
 def test_layers_may_be_saved_apart(run, tmp_path):
     """As a converter has them."""
-    save_model(
-        tmp_path / "apart", arrange_layers(load_model(run), scan_layers=False), byte_tokenizer()
-    )
+    save_model(tmp_path / "apart", unstack_layers(load_model(run)), byte_tokenizer())
     assert read_model(tmp_path / "apart" / "config.toml")[1].scan_layers is False
     assert generate(tmp_path / "apart") == generate(run)
 

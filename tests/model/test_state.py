@@ -18,7 +18,7 @@ from slow import slow_but
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
-from hymba_jax.model.hymba import arrange_layers
+from hymba_jax.model.hymba import unstack_layers
 
 ROWS, LENGTH = 3, 48
 WIDTHS = (1, 16)  # of a piece with its padding: a step, and more than a window
@@ -254,7 +254,7 @@ def test_meta_tokens_are_kept_once_for_any_batch():
 def test_unrolled_layers_are_the_stacked_ones():
     config = changed(layers="G 2*Ww")
     stacked = nnx.merge(*lively_weights(config))
-    unrolled = arrange_layers(stacked, scan_layers=False)
+    unrolled = unstack_layers(stacked)
     assert len(stacked.groups) == 2
     assert len(unrolled.groups) == 3
     np.testing.assert_array_equal(
