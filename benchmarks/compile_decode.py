@@ -37,7 +37,7 @@ from hymba_jax.aot.fit import compiled_memory, refused_memory
 from hymba_jax.aot.hlo import Instruction, Program
 from hymba_jax.aot.programs import InferencePrograms, TracedProgram
 from hymba_jax.aot.topology import CHIPS, parse_topology
-from hymba_jax.aot.traffic import moved
+from hymba_jax.aot.traffic import hbm_bytes
 from hymba_jax.config import PRESETS, DType
 from hymba_jax.parallel.mesh import bytes_on_each
 
@@ -144,7 +144,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         "arguments": memory.arguments / 1e9,
         "donated": compiled.memory_analysis().alias_size_in_bytes / 1e9,
         "temporaries": memory.temporaries / 1e9,
-        "a step": sum(moved(program, line) for line in body) / 1e9,
+        "a step": sum(hbm_bytes(program, line) for line in body) / 1e9,
         "least": (bytes_on_each(traced.read) + bytes_on_each(traced.written)) / 1e9,
         "copies": len(copies),
         "copied": sum(copies) / 1e9,

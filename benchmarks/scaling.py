@@ -76,8 +76,8 @@ def count(args: Args) -> Iterator[Row]:
                 "scaling": scaling,
                 "chips": chips,
                 "TFLOP": work.flops / 1e12,
-                "GB moved": work.moved / 1e9,
-                "GB sent": work.sent / 1e9,
+                "GB moved": work.hbm_bytes / 1e9,
+                "GB sent": work.collective_bytes / 1e9,
                 "GB of parameters": 4 * program.num_params / 1e9,
                 "sequences at a time": batch // chips,
             }

@@ -1,4 +1,4 @@
-"""Training steps lowered for meshes of accelerators that need not be there."""
+"""Training steps lowered ahead of time for meshes of accelerators, no device needed."""
 
 import re
 
