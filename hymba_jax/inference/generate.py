@@ -1,4 +1,4 @@
-"""`hymba generate`: prompts continued, one as it comes or many at a time."""
+"""`hymba generate`: completions of prompts, one as it comes or many at a time."""
 
 import json
 import os
@@ -27,11 +27,11 @@ OUTPUT_FIELDS = frozenset(item.name for item in fields(Completion))
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continues prompts with a trained model.
+    """Generates completions of prompts with a trained model.
 
     Attributes:
-      prompt: texts to continue; without any, and without a file, a text is begun. One that begins
-        with a dash comes right after the option, with two dashes as --prompt=--x.
+      prompt: without any, and without a file, one that is empty. One that begins with a dash comes
+        right after the option, with two dashes as --prompt=--x.
       file: more prompts, one a line, or for *.jsonl the field "prompt" of each line; - is standard
         input.
       output: file to write to, whole or not at all; standard output if absent.
@@ -134,7 +134,7 @@ def _json_prompt(place: str, line: str, form: Literal["text", "json"]) -> Prompt
         raise HymbaError(f"{place}: broken JSON ({error})") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
-        raise HymbaError(f"{place}: no field 'prompt' that is a text")
+        raise HymbaError(f"{place}: no field 'prompt' that is a string")
     if form == "json" and (clash := sorted(OUTPUT_FIELDS & record.keys())):
         raise HymbaError(
             f"{place}: the output has a field {clash[0]!r} of its own: rename the prompt's"

@@ -76,7 +76,7 @@ class Completion:
 
 
 class LanguageModel:
-    """A model that continues prompts, many at a time.
+    """A model that generates completions of prompts, many at a time.
 
     A completion depends on its prompt and its seed, never on the prompts beside it. Tokens that
     the tokenizer lacks are never sampled, though the model's vocabulary may have room for them.
@@ -135,7 +135,7 @@ class LanguageModel:
         """Completions of every prompt: `num_samples` of the first, then of the second, ...
 
         Args:
-          prompts: a text, or any iterable of texts and of token sequences.
+          prompts: a string, or any iterable of strings and of token sequences.
           config: how to sample; if absent, and if `sampling` has no such field, as the model's
             `defaults` say, which is greedily for most.
           sampling: fields in place of those of `config`: `temperature=0.7, stop="\\n"`; and
@@ -244,11 +244,11 @@ class LanguageModel:
     def encode(
         self, prompts: Prompts, *, room: int = 1, parse_special: bool = False
     ) -> list[list[int]]:
-        """The tokens of prompts; an empty one begins at the start of a text.
+        """The tokens of prompts; an empty one is the begin-of-text token.
 
         Args:
           room: tokens that must still fit behind each.
-          parse_special: whether the names of control tokens in a text are these tokens, not
+          parse_special: whether the names of control tokens in a prompt are these tokens, not
             ordinary text.
 
         Raises:

@@ -207,9 +207,9 @@ class Hymba(nnx.Module):
     def flops(self, length: int, *, predicted: int) -> float:
         """FLOPs of a sequence's forward pass, whatever an implementation does.
 
-        Each token meets every kernel: 2 for a product and its sum. Heads count their own. Norms,
-        rotation and softmax are left out, and so is all that meta tokens compute: no sequence
-        needs it anew.
+        Each token meets every kernel: 2 for a multiplication and its addition. Heads count their
+        own. Norms, rotation and softmax are left out, and so is all that meta tokens compute: no
+        sequence computes it again.
 
         Args:
           length: tokens of the sequence.
@@ -235,11 +235,11 @@ class Hymba(nnx.Module):
         """Norm and projection on the vocabulary, in float32."""
         x = self.final_norm(x)
         if self.config.tie_embeddings:
-            param, product = self.embedding, matmul_transposed
+            param, project = self.embedding, matmul_transposed
         else:
-            param, product = self.lm_head.kernel, matmul
+            param, project = self.lm_head.kernel, matmul
         axes = param.get_metadata("axes")
-        logits = product(x, param[...].astype(x.dtype), jnp.float32, axes)
+        logits = project(x, param[...].astype(x.dtype), jnp.float32, axes)
         return constrain(logits, "batch", "length", "vocab")
 
     def _repeated(self) -> list[tuple[LayerGroup, int]]:

@@ -108,7 +108,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             _check_same_run(saved, data, training.steps, config.output)
             batches.set_state(saved.batches)
             start = saved.step
-            complete = f"complete at step {start}: more training.steps would continue it"
+            complete = f"complete at step {start}: more training.steps would resume it"
             resuming = f"resuming after step {start}"
             display.say(complete if start == training.steps else resuming)
         _write_directory(config, data.tokenizer, is_new=previous is None)

@@ -491,8 +491,8 @@ class TestContext:
             (
                 "dynamic_ntk",
                 62,
-                "a context of 62 tokens: the model's is 1 to 61 (dynamic_ntk turns all keys again "
-                "beyond that)",
+                "a context of 62 tokens: the model's is 1 to 61 (dynamic_ntk rotates all keys "
+                "again beyond that)",
             ),
             ("default", 513, "a context of 513 tokens: the model's is 1 to 512 (max_positions)"),
             ("default", 0, "a context of 0 tokens: the model's is 1 to 512 (max_positions)"),

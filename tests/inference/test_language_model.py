@@ -138,16 +138,19 @@ def test_texts_may_be_any_iterable(model):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (None, "prompts are None, not a text or a list of texts or of lists of tokens"),
-        (7, "prompts are 7, not a text"),
-        (b"abc", "prompts are bytes, which must be decoded first, not a text"),
-        ({"prompt": "a"}, "prompts are of type dict, not a text"),
+        (None, "prompts are None, not a string or a list of strings or of lists of tokens"),
+        (7, "prompts are 7, not a string"),
+        (b"abc", "prompts are bytes, which must be decoded first, not a string"),
+        ({"prompt": "a"}, "prompts are of type dict, not a string"),
         (iter(()), "there are no prompts"),
-        ([1, 70], "prompt 1 is 1, neither a text nor a list of tokens (a prompt of tokens is a l"),
-        (np.array([1, 70]), "prompt 1 is 1, neither a text nor a list of tokens"),
-        (["a", None], "prompt 2 is None, neither a text nor a list of tokens"),
-        (["a", b"b"], "prompt 2 is bytes, which must be decoded first, neither a text"),
-        ([{"prompt": "a"}], "the prompt is of type dict, neither a text nor a list of tokens"),
+        (
+            [1, 70],
+            "prompt 1 is 1, neither a string nor a list of tokens (a prompt of tokens",
+        ),
+        (np.array([1, 70]), "prompt 1 is 1, neither a string nor a list of tokens"),
+        (["a", None], "prompt 2 is None, neither a string nor a list of tokens"),
+        (["a", b"b"], "prompt 2 is bytes, which must be decoded first, neither a string"),
+        ([{"prompt": "a"}], "the prompt is of type dict, neither a string nor a list of tokens"),
         ([[1, 2.0]], "the prompt: token 2 is 2.0, not a whole number"),
         ([np.array([1.0])], "the prompt: token 1 is 1.0, not a whole number"),
         ([jnp.array([1.5])], "the prompt: token 1 is 1.5, not a whole number"),
@@ -156,7 +159,7 @@ def test_texts_may_be_any_iterable(model):
         ([["a", "b"]], "the prompt: token 1 is of type str, not a whole number"),
         ([[[1, 2]]], "the prompt: token 1 is of type list, not a whole number"),
         ([np.array([[1, 2]])], "the prompt: token 1 is of type ndarray, not a whole number"),
-        (["a", np.array(5)], "prompt 2 is of type ndarray, neither a text nor a list of tokens"),
+        (["a", np.array(5)], "prompt 2 is of type ndarray, neither a string nor a list of tokens"),
     ],
 )
 def test_what_is_no_prompt(prompts, message):

@@ -176,7 +176,7 @@ def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
     held = make_model(config)
     directory = tmp_path / "model"
     save_model(directory, held, byte_tokenizer())
-    (directory / "config.json").write_text("{}")  # as if it came from a HF checkpoint
+    (directory / "config.json").write_text("{}")  # as if it came from an HF checkpoint
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i in range(8):
