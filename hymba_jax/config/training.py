@@ -101,7 +101,7 @@ class TrainingConfig:
         warmup, decay = self.warmup_fraction, self.decay_fraction
         if warmup + decay > 1:
             yield (
-                f"warmup_fraction {warmup} and decay_fraction {decay} are not shares of a whole run"
+                f"warmup_fraction {warmup} and decay_fraction {decay} are not parts of a whole run"
             )
         accumulation = self.gradient_accumulation_steps
         if accumulation > 0 and self.batch_size % accumulation:

@@ -101,7 +101,7 @@ def test_text_is_what_the_tokens_say(greedy):
     assert greedy.text == TOKENIZER.decode(greedy.tokens)
 
 
-def test_a_prompt_is_a_text_or_several_or_tokens(model):
+def test_prompts_are_a_string_or_several_or_tokens(model):
     texts = PROMPTS[:3]
     (alone,) = model.generate(texts[0], max_new_tokens=5)
     several = model.generate(texts, max_new_tokens=5)
@@ -128,7 +128,7 @@ def test_prompts_may_be_any_iterable(model, given):
     assert model.encode(given(tokens)) == tokens
 
 
-def test_texts_may_be_any_iterable(model):
+def test_strings_may_be_any_iterable(model):
     texts = ["a", "the old"]
     expected = [begin(text) for text in texts]
     for given in (iter(texts), tuple(texts), np.array(texts), dict.fromkeys(texts).keys()):
