@@ -144,7 +144,7 @@ class ShardedStep:
             batch = abstract_batch(self.training.batch_size, self.length, self.place)
             return compile_train_step(step, self.template.state, batch)
 
-    def draw(self) -> TrainState:
+    def initialize(self) -> TrainState:
         """The state before the first step."""
         with jax.set_mesh(self.mesh):
             return init_state(self.config, self.compute, self.optimizer, self.template, seed=0)
