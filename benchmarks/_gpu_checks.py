@@ -1,7 +1,7 @@
 """The steps of `on_gpu.py` that ask whether results are right, at the sizes of the family.
 
 Kernels are compared with the ops' definitions (their `reference` implementations), whole models
-with what the released PyTorch code computed (tests/golden). No test's packages are needed.
+with what the HF implementation computed (tests/golden). No test's packages are needed.
 """
 
 import json
@@ -226,7 +226,7 @@ def _run_attention(
 
 
 class Golden(NamedTuple):
-    """A small model of the released code, with what went in and what came out."""
+    """A small model of the HF implementation, with what went in and what came out."""
 
     config: HymbaConfig
     weights: dict[str, np.ndarray]
@@ -265,7 +265,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def golden(recorder: Recorder, names: str) -> None:
-    """Logits, loss and the gradient of every parameter against the released code."""
+    """Logits, loss and the gradient of every parameter against the HF implementation."""
     for name in (QUICK,) if recorder.dry_run else names.split(","):
         with recorder.case(f"{name}: logits, loss and gradients") as row:
             one = load_golden(name)
@@ -300,11 +300,11 @@ def _loss_and_logits(graph: Any, params: Any, tokens: Any) -> tuple[jax.Array, j
 
 
 def caches(recorder: Recorder) -> None:
-    """Sequences read in pieces, and continued, against the released code's full forward pass."""
+    """Prefill in chunks and decoding against the HF implementation's full forward pass."""
     name = QUICK if recorder.dry_run else "tiny-ntk"
-    with recorder.case(f"{name}: logits of pieces of 16 tokens and of single ones") as row:
+    with recorder.case(f"{name}: logits of chunks of 16 tokens and of single ones") as row:
         one = load_golden(name)
-        logits = _logits_in_pieces(one, [16, 1, 1, 16, 1])
+        logits = _logits_in_chunks(one, [16, 1, 1, 16, 1])
         expected = {"logits": one.arrays["logits"][:, : logits.shape[1]]}
         _compare(row, {"logits": logits}, expected, {"logits": VALUES})
     with recorder.case(f"{name}-decode: greedy tokens") as row:
@@ -317,16 +317,16 @@ def caches(recorder: Recorder) -> None:
             raise AssertionError(f"{tokens}, not {right}")
 
 
-def _logits_in_pieces(one: Golden, widths: list[int]) -> np.ndarray:
+def _logits_in_chunks(one: Golden, widths: list[int]) -> np.ndarray:
     """Logits of the first tokens of every row, read so many at a time."""
     graph, params = one.model(scan_layers=False)
     tokens = one.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
 
     @partial(jax.jit, static_argnames="is_start")
-    def extend(params: Any, piece: Any, cache: Any, meta: Any, *, is_start: bool) -> Any:
+    def extend(params: Any, chunk: Any, cache: Any, meta: Any, *, is_start: bool) -> Any:
         model = nnx.merge(graph, params)
-        lengths = jnp.full(len(piece), piece.shape[1])
-        x, cache = model.extend(piece, cache, meta, lengths, is_start=is_start)
+        lengths = jnp.full(len(chunk), chunk.shape[1])
+        x, cache = model.extend(chunk, cache, meta, lengths, is_start=is_start)
         return model.logits(x), cache
 
     meta = jax.jit(lambda params: nnx.merge(graph, params).meta_state())(params)
@@ -335,8 +335,8 @@ def _logits_in_pieces(one: Golden, widths: list[int]) -> np.ndarray:
     logits = []
     for i, width in enumerate(widths):
         start = sum(widths[:i])
-        piece = tokens[:, start : start + width]
-        part, cache = extend(params, piece, cache, meta, is_start=i == 0)
+        chunk = tokens[:, start : start + width]
+        part, cache = extend(params, chunk, cache, meta, is_start=i == 0)
         logits.append(np.asarray(part))
     return np.concatenate(logits, axis=1)
 

@@ -158,7 +158,7 @@ def attention(recorder: Recorder) -> None:
             function = partial(attend, window=window, implementation=name)
             seen = pairs_seen(length, length, 0, window or length, meta)
             pairs = 2 * batch * heads.num_heads * seen
-            # Back: the scores once more, and two products for each one forward.
+            # Back: the scores once more, and two matmuls for each one forward.
             passes: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
                 "forward": (function, inputs, pairs * (k + v)),
                 "forward and backward": (

@@ -116,7 +116,7 @@ def costs(
         "GFLOP/s": megaflop * (k + v) / forward_ms,
         "forward MB": forward_mb,
         "+ backward ms": both_ms,
-        # The scores are computed once more, and two products for each one forward.
+        # The scores are computed once more, and two matmuls for each one forward.
         "+ GFLOP/s": megaflop * (4 * k + 3 * v) / both_ms,
         "+ backward MB": both_mb,
     }

@@ -1,4 +1,4 @@
-"""Compiles attention for accelerators that need not be there.
+"""Compiles attention ahead of time, no device needed.
 
 python benchmarks/compile_attention.py [--target v5e v6e h100] [--json FILE]
 

@@ -1,5 +1,5 @@
-"""Compiles reading and continuing texts for accelerators that need not be there: do they fit, and
-what does a decoded token move?
+"""Compiles prefill and decode ahead of time, no device needed: do they fit, and how many HBM bytes
+does a decoded token take?
 
 python benchmarks/compile_decode.py [--target v5e v6e h100] [--batch 128] [--json FILE]
 
@@ -13,7 +13,7 @@ branches (sampling's filters) are left out. `least` is every parameter, key, val
 once, and every state written once; layers that reuse keys and values must read them again.
 
 Copies are those of arrays of a cache's shape, into another layout or another place in HBM, in a
-step and around the loop, which draws up to 16 tokens.
+step and around the loop, which samples up to 16 tokens.
 """
 
 import math
@@ -37,7 +37,7 @@ from hymba_jax.aot.fit import compiled_memory, refused_memory
 from hymba_jax.aot.hlo import Instruction, Program
 from hymba_jax.aot.programs import InferencePrograms, TracedProgram
 from hymba_jax.aot.topology import CHIPS, parse_topology
-from hymba_jax.aot.traffic import moved
+from hymba_jax.aot.traffic import hbm_bytes
 from hymba_jax.config import PRESETS, DType
 from hymba_jax.parallel.mesh import bytes_on_each
 
@@ -50,7 +50,7 @@ class Options:
 
     Attributes:
       batch, context: of decoding.
-      prompts, prompt: texts that are read at once, and tokens of each; no prompts, no such row.
+      prompts, prompt: how many are prefilled at once, and tokens of each; no prompts, no such row.
       search: where a batch does not fit, look for the largest that does.
     """
 
@@ -144,7 +144,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         "arguments": memory.arguments / 1e9,
         "donated": compiled.memory_analysis().alias_size_in_bytes / 1e9,
         "temporaries": memory.temporaries / 1e9,
-        "a step": sum(moved(program, line) for line in body) / 1e9,
+        "a step": sum(hbm_bytes(program, line) for line in body) / 1e9,
         "least": (bytes_on_each(traced.read) + bytes_on_each(traced.written)) / 1e9,
         "copies": len(copies),
         "copied": sum(copies) / 1e9,

@@ -1,4 +1,4 @@
-"""Compiles the kernels of the selective scan for accelerators that need not be there.
+"""Compiles the kernels of the selective scan ahead of time, no device needed.
 
 python benchmarks/compile_scan.py [--target v5e v6e h100] [--json FILE]
 """

@@ -1,4 +1,4 @@
-"""How fast the engine reads and continues texts on this machine, and how close to its limits.
+"""Speed of prefill and decode on this machine, and how close it is to the machine's limits.
 
 python benchmarks/inference.py [--shape 125m 1.5b] [--batch 1 8] [--context 1024 8192]
     [--dtype float32] [--quick]
@@ -6,13 +6,13 @@ python benchmarks/inference.py [--shape 125m 1.5b] [--batch 1 8] [--context 1024
 Random weights. Each row is measured in a process of its own, so that its peak of memory is its own;
 times are medians, of programs that were compiled before.
 
-prefill: `Engine.prefill` of `context` tokens a text.
-    GFLOP/s counts useful operations only, as `hymba_jax/model/flops.py` does; the vocabulary only
+prefill: `Engine.prefill` of `context` tokens a prompt.
+    GFLOP/s counts useful FLOPs only, as `hymba_jax/model/flops.py` does; the vocabulary only
     after the last token.
-    `of products` is its share of the best rate, in the same process, of products of the model's own
-    shapes: `train_step.py` says which.
+    `of matmul rate` is its share of the best rate, in the same process, of matmuls of the model's
+    own shapes: `train_step.py` says which.
 first token: a whole `LanguageModel.generate` of one token, from a prompt of `context` - 1 tokens.
-decode: `Engine.decode` of 16 tokens for every text, greedily, with `context` - 64 of them in each
+decode: `Engine.decode` of 16 tokens a sequence, greedily, with `context` - 64 of them in each
     cache. Only their number matters for time, so it is set, and the cache holds zeros.
     GB/s is what a token must read: every parameter once (of the embedding, all rows, which are the
     output's kernel), and the cache's filled slots for each layer that reads them, and the states
@@ -39,7 +39,7 @@ import tyro
 from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms, write_json
 from flax import nnx
 from rich.console import Console
-from train_step import best_product_rate
+from train_step import best_matmul_rate
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.data import DataConfig
@@ -164,7 +164,7 @@ def measure_row(options: Options) -> None:
     token_ms = decode_ms(engine, batch, context, repeats)
     read_ms = first_ms = math.nan
     if batch * context * config.hidden_size <= options.longest:
-        # Two pieces compile all that longer prompts need, with the same cache.
+        # Two chunks compile all that longer prompts need, with the same cache.
         warm = [prompt[: 2 * engine.largest_chunk] for prompt in prompts]
         jax.block_until_ready(engine.prefill(warm, context))
         read_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
@@ -172,7 +172,7 @@ def measure_row(options: Options) -> None:
             lambda: model.generate(shorter, max_new_tokens=1), warmup=0, repeats=repeats
         )
     peak = peak_bytes()
-    product_rate, read_rate = best_product_rate(config, options.dtype), best_read_rate(engine)
+    matmul_rate, read_rate = best_matmul_rate(config, options.dtype), best_read_rate(engine)
     needed = decode_bytes(engine, batch, context)
     row: Row = {
         "shape": shape,
@@ -181,8 +181,8 @@ def measure_row(options: Options) -> None:
         "prefill s": read_ms / 1e3,
         "prefill tokens/s": 1e3 * batch * context / read_ms,
         "prefill GFLOP/s": flops / read_ms / 1e6,
-        "prefill products GFLOP/s": product_rate / 1e9,
-        "prefill of products": 1e3 * flops / read_ms / product_rate,
+        "prefill matmul GFLOP/s": matmul_rate / 1e9,
+        "prefill of matmul rate": 1e3 * flops / read_ms / matmul_rate,
         "prefill first token s": first_ms / 1e3,
         "prefill peak GB": peak / 1e9,
         "decode ms a token": token_ms,
@@ -197,7 +197,7 @@ def measure_row(options: Options) -> None:
 
 
 def random_model(config: HymbaConfig, dtype: DType) -> Hymba:
-    """A model with random kernels, drawn one array at a time."""
+    """A model with random kernels, sampled one array at a time."""
     compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
     rng = np.random.default_rng(0)

@@ -2,11 +2,11 @@
 
 python benchmarks/scaling.py [--chips 1 2 4 ...] [--picture FILE] [--json FILE]
 
-Compiles for slices of TPU v5e that need not be there (extra `tpu`; see `hymba compile`). The layers
+Compiles ahead of time for slices of TPU v5e (extra `tpu`; see `hymba compile`). The layers
 are eight of the 1.5B's with a sliding window: one chip holds no more, and equal layers are compiled
 once. A batch is a sequence of 2048 tokens a chip of the largest slice (strong scaling: the same
 batch on fewer chips) or of this one (weak). `[parallel]` is that of configs/hymba_1_5b.toml:
-parameters are split in 8 at most, batches over all chips.
+parameters are sharded over 8 at most, batches over all chips.
 """
 
 import math
@@ -29,7 +29,7 @@ from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.run import RunConfig
 
-PARAMETER_PARTS = 8
+PARAMETER_SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def count(args: Args) -> Iterator[Row]:
     base = replace(base, model=replace(base.model, layers=args.layers))
     for chips in args.chips:
         devices = parse_topology(slice_of(chips)).devices()
-        parallel = ParallelConfig(data=-1, fsdp=min(chips, PARAMETER_PARTS))
+        parallel = ParallelConfig(data=-1, fsdp=min(chips, PARAMETER_SHARDS))
         for scaling, batch in {"strong": max(args.chips), "weak": chips}.items():
             if scaling == "weak" and chips == max(args.chips):
                 continue  # both are the same there
@@ -76,8 +76,8 @@ def count(args: Args) -> Iterator[Row]:
                 "scaling": scaling,
                 "chips": chips,
                 "TFLOP": work.flops / 1e12,
-                "GB moved": work.moved / 1e9,
-                "GB sent": work.sent / 1e9,
+                "GB moved": work.hbm_bytes / 1e9,
+                "GB sent": work.collective_bytes / 1e9,
                 "GB of parameters": 4 * program.num_params / 1e9,
                 "sequences at a time": batch // chips,
             }

@@ -9,8 +9,8 @@ its gradient, jitted, of a model of the family; a row for each batch with its le
 process of its own, so that its peak of memory is its own. Steps are medians of calls after two that
 are not timed, temporaries the compiler's account.
 
-GFLOP/s counts the operations that the model needs (`hymba_jax/model/flops.py`), and none that are
-done to save memory. `of products` is its share of the best rate, in the same process, of products
+GFLOP/s counts the FLOPs that the model needs (`hymba_jax/model/flops.py`), and none that are
+done to save memory. `of matmul rate` is its share of the best rate, in the same process, of matmuls
 of 1024 rows (on accelerators, which finish those too soon, 32768) with three of the model's kernels
 in the same dtype.
 """
@@ -175,12 +175,12 @@ def _rates(
     return {
         "tokens/s": 1e3 * rows * length / milliseconds,
         "GFLOP/s": flops_rate / 1e9,
-        "of products": flops_rate / best_product_rate(config, dtype),
+        "of matmul rate": flops_rate / best_matmul_rate(config, dtype),
     }
 
 
-def best_product_rate(config: HymbaConfig, dtype: DType) -> float:
-    """Operations a second of the fastest of three of the model's products."""
+def best_matmul_rate(config: HymbaConfig, dtype: DType) -> float:
+    """FLOP/s of the fastest of three of the model's matmuls."""
     hidden, mlp = config.hidden_size, config.mlp_size
     rows = 1024 if jax.default_backend() == "cpu" else 32768
     shapes = ((hidden, mlp), (mlp, hidden), (hidden, config.channels))
@@ -188,10 +188,10 @@ def best_product_rate(config: HymbaConfig, dtype: DType) -> float:
     def random(*shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(0), shape, dtype)
 
-    return max(_product_rate(random(rows, n), random(n, m)) for n, m in shapes)
+    return max(_matmul_rate(random(rows, n), random(n, m)) for n, m in shapes)
 
 
-def _product_rate(x: jax.Array, kernel: jax.Array) -> float:
+def _matmul_rate(x: jax.Array, kernel: jax.Array) -> float:
     call = jax.jit(matmul)
     milliseconds = short_ms(lambda: call(x, kernel))
     return 2e3 * x.shape[0] * kernel.size / milliseconds

@@ -19,7 +19,7 @@ Hymba in JAX: https://arxiv.org/abs/2411.13676
 
 commands:
   train      trains a model
-  generate   continues prompts with a trained model
+  generate   generates completions with a trained model
   chat       talks with a model that was trained to
   warmup     compiles what generating will need
   memory     shows the memory that a model and its cache need, and its training

@@ -16,12 +16,12 @@ def train(config: RunConfig) -> None:
     training = config.training
 
     def generate(model: Hymba, tokenizer: Tokenizer) -> str:
-        (continuation,) = LanguageModel(model, tokenizer).generate(
+        (completion,) = LanguageModel(model, tokenizer).generate(
             training.sample_prompt,
             max_new_tokens=training.sample_tokens,
             temperature=training.sample_temperature,
             seed=config.seed,
         )
-        return training.sample_prompt + continuation.text
+        return training.sample_prompt + completion.text
 
     loop.train(config, generate)

@@ -14,11 +14,11 @@
 | channels   | E                 | SSM channels                                             |
 | state      | N                 | SSM state size per channel                               |
 | dt_rank    | R                 | width of the time step before `dt_proj`                  |
-| chunks     |                   | parts of a length, as scans take it                      |
+| chunks     |                   | chunks of a length, as scans take it                     |
 | steps      |                   | positions of a chunk                                     |
 | kernel     | K                 | taps of the causal convolution                           |
 | slots      |                   | positions that a cache of keys and values holds          |
-| meta_tokens | M                | learned tokens before every text                         |
+| meta_tokens | M                | learned tokens before every sequence                     |
 | vocab      |                   | tokens in the vocabulary                                 |
 | stream     |                   | tokens of many documents, one after the other            |
 

@@ -1,6 +1,6 @@
 """Training steps of small models on 8 CPU devices, and what XLA makes of them, as text.
 
-`python tests/sharded_step.py` writes the texts in tests/snapshots anew; read what changed.
+`python tests/sharded_step.py` writes tests/snapshots again; read what changed.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from hymba_jax.training.step import compile_train_step, make_train_step
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 STACKED = 7  # units of layers, a number that no other axis has
 
-# Eight of everything that 8 devices split.
+# Eight of everything that 8 devices shard.
 EVEN = HymbaConfig(
     vocab_size=64,
     hidden_size=32,
@@ -45,7 +45,7 @@ EVEN = HymbaConfig(
     ),
     num_meta_tokens=5,
 )
-# As the released model, which 2 devices cannot split into heads, nor its vocabulary.
+# As the HF checkpoint, whose heads and vocabulary 2 devices cannot shard.
 ODD = dataclasses.replace(
     EVEN,
     vocab_size=61,
@@ -145,7 +145,7 @@ class ShardedStep:
             batch = abstract_batch(self.training.batch_size, self.length, self.place)
             return compile_train_step(step, self.template.state, batch)
 
-    def draw(self) -> TrainState:
+    def initialize(self) -> TrainState:
         """The state before the first step."""
         with jax.set_mesh(self.mesh):
             return init_state(self.config, self.compute, self.optimizer, self.template, seed=0)

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from hymba_jax import distributed
 from hymba_jax.errors import HymbaError
+from hymba_jax.parallel import processes
 from hymba_jax.parallel.processes import (
     DistributedConfig,
     disagreements,
@@ -52,7 +52,7 @@ def test_values_that_cannot_be_are_named(values, message):
     ],
 )
 def test_launchers_are_known_by_their_environment(monkeypatch, variables, several):
-    for name in [name for name in distributed.os.environ if name.startswith(LAUNCHERS)]:
+    for name in [name for name in processes.os.environ if name.startswith(LAUNCHERS)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # as JAX does on a host without TPUs
     for name, value in variables.items():
@@ -61,8 +61,8 @@ def test_launchers_are_known_by_their_environment(monkeypatch, variables, severa
 
 
 def test_a_process_alone_asks_nobody(monkeypatch):
-    monkeypatch.setattr(distributed, "is_launched", lambda: False)
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", None)  # not to be called
+    monkeypatch.setattr(processes, "is_launched", lambda: False)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", None)  # not to be called
     with started(DistributedConfig(), "runs/mine"):
         pass
     with started(DistributedConfig("host:1", num_processes=1, process_id=0), "runs/mine"):
@@ -86,7 +86,7 @@ def test_a_port_that_is_taken_is_one_line():
     ids=["an address", "an id"],
 )
 def test_one_of_three_is_too_little(monkeypatch, config):
-    monkeypatch.setattr(distributed, "watch_stderr", lambda *_: None)
+    monkeypatch.setattr(processes, "watch_stderr", lambda *_: None)
     with (
         pytest.raises(HymbaError, match=r"cannot be found .*: give distributed.coordinator, num"),
         started(config, "runs/mine"),

@@ -53,7 +53,7 @@ def test_values_that_fit(value, kind):
         (2**63, int, "is 9223372036854775808, beyond 64 bits"),
         (16**5000, int | Auto, "is a number of 20001 bits, beyond 64 bits"),
         (16**5000, float, "is a number of 20001 bits, beyond 64 bits"),
-        (16**5000, str, "is a number of 20001 bits, not a text"),
+        (16**5000, str, "is a number of 20001 bits, not a string"),
         ([16**5000], int, "is [a number of 20001 bits], not a whole number"),
         (np.ones(2), Auto, 'is array([1., 1.]), not "auto"'),
         (np.array([3]), int, "is array([3]), not a whole number"),

@@ -1,6 +1,6 @@
-"""The whole model against the released code: values, hidden states, loss and every gradient.
+"""The whole model against the HF implementation: values, hidden states, loss and every gradient.
 
-Bounds are those of golden/README.md: a few times the distance between the released code's own
+Bounds are those of golden/README.md: a few times the distance between the HF implementation's own
 float32 and float64 runs, and 8 times below what an eps of 1e-5 instead of 1e-6 would move.
 """
 

@@ -24,7 +24,7 @@ def on_one():
     @functools.cache
     def run(config):
         step = ShardedStep(config, jax.devices()[:1])
-        start = jax.device_get(step.draw())
+        start = jax.device_get(step.initialize())
         return start, step.run(start)
 
     return run
@@ -79,12 +79,12 @@ def test_parameters_agree(results):
 
 def test_each_device_draws_and_keeps_its_part(on_one):
     step = ShardedStep(ODD, jax.devices()[:8], CASES["2x2x2-odd"][1])
-    drawn = step.draw()
+    initial = step.initialize()
     expected, _ = on_one(ODD)
-    for array, whole in zip(*map(jax.tree.leaves, (drawn, expected)), strict=True):
+    for array, whole in zip(*map(jax.tree.leaves, (initial, expected)), strict=True):
         np.testing.assert_allclose(array, whole, rtol=1e-6)
-    assert jax.tree.map(lambda array: array.sharding, drawn) == step.template.shardings
-    kernel = drawn.params["groups"][0]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
+    assert jax.tree.map(lambda array: array.sharding, initial) == step.template.shardings
+    kernel = initial.params["groups"][0]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
     parts = {shard.data.shape for shard in kernel.addressable_shards}
     assert parts == {(STACKED, ODD.hidden_size // 2, ODD.mlp_size // 2)}
 

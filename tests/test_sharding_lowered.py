@@ -1,4 +1,4 @@
-"""Training steps lowered for meshes of accelerators that need not be there."""
+"""Training steps lowered ahead of time for meshes of accelerators, no device needed."""
 
 import re
 
@@ -61,7 +61,7 @@ def test_every_tpu_runs_the_kernels_on_its_part():
 
 
 def test_every_gpu_runs_the_scan_on_its_part():
-    """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_by_device.py."""
+    """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
     scans = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
     assert scans
     assert all(shapes[0] == (ROWS, POSITIONS, CHANNELS) for shapes in scans)

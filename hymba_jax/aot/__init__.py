@@ -3,7 +3,7 @@
 topology     names of slices -> devices to compile for, and the facts of each chip
 programs     the training step, prefill and decode, as the real commands run them
 hlo          the compiled program as a table of instructions, and how often each is run
-traffic      bytes that each instruction moves to and from HBM
+traffic      HBM bytes of each instruction
 matmuls      their FLOPs
 kernels      calls of kernels, and the size of their arrays
 collectives  what the chips send each other

@@ -23,7 +23,7 @@ class Collective(NamedTuple):
     size: int
 
     @property
-    def sent(self) -> float:
+    def bytes_sent(self) -> float:
         """Bytes that each chip has to send, whatever the order; all times together."""
         return self.times * self.size * _SENT[self.kind](self.group)
 
@@ -67,7 +67,7 @@ def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
     totals: dict[str, tuple[int, float]] = {}
     for collective in found:
         count, sent = totals.get(collective.kind, (0, 0.0))
-        totals[collective.kind] = (count + collective.times, sent + collective.sent)
+        totals[collective.kind] = (count + collective.times, sent + collective.bytes_sent)
     return totals
 
 

@@ -1,4 +1,4 @@
-"""`hymba compile`: compiles a run's program for accelerators that need not be there."""
+"""`hymba compile`: compiles a run's program ahead of time, no device needed."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rich.table import Table
 from hymba_jax.aot.estimate import assumptions
 from hymba_jax.aot.fit import Memory
 from hymba_jax.aot.measured import Measured, compile_and_measure
-from hymba_jax.aot.programs import AheadProgram, inference_program, training_program
+from hymba_jax.aot.programs import AotProgram, inference_program, training_program
 from hymba_jax.aot.topology import Chip, parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.config.data import DATA_BOUNDS
@@ -35,8 +35,8 @@ class CompileConfig:
 
     Attributes:
       topology: a slice of chips, v5e:16x16, v5p:4x4x4, v6e:4x4 or h100:8 for example.
-      program: the training step, reading texts, or continuing them.
-      batch: texts that are read or continued at once, 1 if not named; a run has
+      program: the training step, prefill or decode.
+      batch: sequences that are prefilled or decoded at once, 1 if not named; a run has
         training.batch_size.
       context: tokens that they have, data.sequence_length if not named.
 
@@ -77,7 +77,7 @@ def main(args: Sequence[str], prog: str) -> None:
         program = inference_program(run, choice.program, devices, batch, context)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{program.num_params:,} parameters, {topology.name}: {program.step}")
-    console.print(program.split)
+    console.print(program.sharding)
     begun = time.perf_counter()
     memory, measured = compile_and_measure(program)
     console.print(f"compiled in {time.perf_counter() - begun:.0f} s")
@@ -100,7 +100,7 @@ def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
         run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
         config: str = "",
     ) -> tuple[CompileConfig, RunConfig]:
-        """Compiles a run's program for accelerators that need not be there, and says what it costs.
+        """Compiles a run's program ahead of time, no device needed, and says what it costs.
 
         Args:
           config: TOML file; its values are the defaults of the run's options.
@@ -111,7 +111,7 @@ def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
     return choice, with_vocabulary(run)
 
 
-def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
+def _table(program: AotProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -120,22 +120,22 @@ def _table(program: AheadProgram, chip: Chip, memory: Memory, measured: Measured
     table.add_row("temporaries a chip", _gb(memory.temporaries))
     table.add_row(f"in all, {fits} {_gb(chip.memory)}", _gb(memory.total), end_section=True)
     chips = program.mesh.size
-    table.add_row("model's operations a step and chip", _tera(program.model_flops / chips))
+    table.add_row("model FLOPs a step and chip", _tera(program.model_flops / chips))
     if measured is None:
         return table
-    table.add_row("products', as compiled", _tera(measured.product_flops))
+    table.add_row("matmul FLOPs, as compiled", _tera(measured.matmul_flops))
     table.add_row(
-        "kernels', by the model's count", _tera(measured.work.flops - measured.product_flops)
+        "kernel FLOPs, by the model's count", _tera(measured.work.flops - measured.matmul_flops)
     )
-    table.add_row("moved to and from memory a chip", _gb(measured.work.moved))
+    table.add_row("HBM bytes a chip", _gb(measured.work.hbm_bytes))
     if measured.unknown_loops:
-        table.add_row("loops of unknown length, taken once", str(measured.unknown_loops))
+        table.add_row("loops of unknown trip count, taken once", str(measured.unknown_loops))
     table.add_section()
     for name, calls, shape in measured.kernels:
         table.add_row(f"{calls:,} x {name} of a chip, up to", " x ".join(map(str, shape)))
     table.add_section()
-    for kind, (count, size) in measured.sent.items():
-        table.add_row(f"{count:,} x {kind}, sent by a chip", _gb(size))
+    for kind, (count, size) in measured.collectives.items():
+        table.add_row(f"{count:,} x {kind}, bytes sent by a chip", _gb(size))
     table.add_section()
     seconds = measured.work.seconds(chip)
     for name, value in seconds.items():

@@ -9,14 +9,14 @@ class Work(NamedTuple):
     """What one step has a chip do.
 
     Attributes:
-      flops: operations, of products and of kernels.
-      moved: bytes to and from HBM.
-      sent: bytes to other chips.
+      flops: of matmuls and of kernels.
+      hbm_bytes: read and written.
+      collective_bytes: sent to other chips.
     """
 
     flops: float
-    moved: float
-    sent: float
+    hbm_bytes: float
+    collective_bytes: float
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """How long each would take by itself at the chip's full rate.
@@ -25,16 +25,16 @@ class Work(NamedTuple):
         """
         return {
             "arithmetic": self.flops / chip.peak_flops,
-            "memory": self.moved / chip.bandwidth,
-            "interconnect": self.sent / chip.interconnect,
+            "memory": self.hbm_bytes / chip.bandwidth,
+            "interconnect": self.collective_bytes / chip.interconnect,
         }
 
 
 def assumptions(chip: Chip) -> str:
     """What an estimate takes for granted, in words."""
     return (
-        f"estimated for a chip that computes {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, "
-        f"moves {chip.bandwidth / 1e9:,.0f} GB/s to and from its memory and sends "
+        f"estimated for a chip with {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, "
+        f"{chip.bandwidth / 1e9:,.0f} GB/s of HBM bandwidth and "
         f"{chip.interconnect / 1e9:,.0f} GB/s over all its links (data sheet), each at its full "
         "rate and all at once: a step takes the longest of the three or more, and MFU is that or "
         "less"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hymba_jax.config.run import RunConfig
-from hymba_jax.parallel.mesh import AnyMesh, batch_parts
+from hymba_jax.parallel.mesh import AnyMesh, batch_shards
 
 
 class Memory(NamedTuple):
@@ -52,12 +52,12 @@ def training_advice(
     """What to change so that a training step fits, the cheapest first."""
     room = available - memory.arguments
     if room <= 0:
-        yield _split_more(mesh, run.model.hidden_size, memory.arguments, available)
+        yield _shard_more(mesh, run.model.hidden_size, memory.arguments, available)
         return
     too_many = memory.temporaries / room
     if run.compute.remat == "none":
         yield "compute.remat block: keeps one layer's activations in place of all layers'"
-    rows = run.training.micro_batch_size // batch_parts(mesh)
+    rows = run.training.micro_batch_size // batch_shards(mesh)
     if rows > 1:
         fewer = max(d for d in range(1, rows) if rows % d == 0 and d <= max(1, rows / too_many))
         steps = run.training.gradient_accumulation_steps * rows // fewer
@@ -67,30 +67,30 @@ def training_advice(
             f"temporaries {_gb(memory.temporaries * fewer / rows)} or somewhat more"
         )
     if rows // too_many < 1:
-        parts = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
+        shards = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
         yield (
-            f"parallel.sequence {parts}: {_gb(memory.temporaries)} of temporaries are for "
+            f"parallel.sequence {shards}: {_gb(memory.temporaries)} of temporaries are for "
             f"{_sequences(rows)} a chip, and {_gb(room)} are left; chips then share the work on a "
             "sequence"
         )
 
 
-def _split_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
-    """How to split what every step needs; the largest fsdp that divides `hidden` is the best."""
+def _shard_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
+    """How to shard what every step needs; the largest fsdp that divides `hidden` is the best."""
     why = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} a chip"
-    parts = batch_parts(mesh)
-    fsdp = math.gcd(parts, hidden)
+    shards = batch_shards(mesh)
+    fsdp = math.gcd(shards, hidden)
     if hidden % mesh.shape["fsdp"] or fsdp > mesh.shape["fsdp"]:
         return (
-            f"parallel.data {parts // fsdp}, parallel.fsdp {fsdp}: {why}; "
-            f"a width of {hidden} is split by no more"
+            f"parallel.data {shards // fsdp}, parallel.fsdp {fsdp}: {why}; "
+            f"a width of {hidden} is sharded over no more"
         )
     chips = mesh.size * math.ceil(arguments / available)
-    return f"a topology of {chips} chips or more, split by parallel.fsdp: {why}"
+    return f"a topology of {chips} chips or more, sharded by parallel.fsdp: {why}"
 
 
 def inference_advice(batch: int, params: int, memory: Memory, available: float) -> Iterator[str]:
-    """What to change so that reading or continuing texts fits.
+    """What to change so that prefill or decode fits.
 
     Args:
       params: bytes of the parameters, which any batch needs.
@@ -98,7 +98,7 @@ def inference_advice(batch: int, params: int, memory: Memory, available: float) 
     fitting = int((available - params) * batch // (memory.total - params))
     if fitting >= 1:
         one = _gb((memory.total - params) / batch)
-        yield f"--batch {fitting}: a text takes {one} besides {_gb(params)} of parameters"
+        yield f"--batch {fitting}: a sequence takes {one} besides {_gb(params)} of parameters"
     else:
         yield "a shorter --context, compute.dtype bfloat16, or a chip with more memory"
 

@@ -53,16 +53,16 @@ class Program:
     Attributes:
       computations: the instructions of each, by name.
       arrays: the results of each instruction, by name.
-      num_devices: that the program is split over.
+      num_devices: that the program is partitioned over.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         lines: list[Instruction] = []
-        text = re.sub(r"/\*.*?\*/", "", text)  # comments number the parts of tuples
-        split = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-        self.num_devices = int(split[1]) if split else 1
+        text = re.sub(r"/\*.*?\*/", "", text)  # comments number the elements of tuples
+        partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+        self.num_devices = int(partitions[1]) if partitions else 1
         for line in text.splitlines():
             if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
                 lines = self.computations[start[2]] = []
@@ -76,7 +76,7 @@ class Program:
     def runs(self) -> Iterator[tuple[str, int]]:
         """All computations outside fusions, with how often each is run.
 
-        A loop whose number of turns is not known counts as one turn; branches are left out.
+        A loop whose trip count is not known is taken once; branches are left out.
         """
         yield from self._runs(self.entry, 1)
 
@@ -84,8 +84,8 @@ class Program:
         yield computation, times
         for line in self.computations[computation]:
             if line.op == "while":
-                turns = times * (self.turns(line) or 1)
-                yield from self._runs(line.computation("body"), turns)
+                trips = times * (self.trip_count(line) or 1)
+                yield from self._runs(line.computation("body"), trips)
             elif line.op in ("call", "async-start"):
                 yield from self._runs(line.computation("to_apply") or line.called, times)
 
@@ -99,10 +99,10 @@ class Program:
 
     @property
     def unknown_loops(self) -> int:
-        """Loops that count as one turn."""
-        return sum(self.turns(line) is None for line in self._lines("while"))
+        """Loops of unknown trip count."""
+        return sum(self.trip_count(line) is None for line in self._lines("while"))
 
-    def turns(self, loop: Instruction) -> int | None:
+    def trip_count(self, loop: Instruction) -> int | None:
         """How often a loop's body is run; None if the program does not say.
 
         Where only the condition tells, the counter is taken to rise from 0, as that of a scan does.
@@ -118,7 +118,7 @@ class Program:
         return -(-int(limit.operands[0]) // step) if step and limit.operands[0].isdigit() else None
 
     def _step(self, loop: Instruction, place: re.Match[str] | None) -> int | None:
-        """What a turn of a loop adds to the counter at this place of what it carries."""
+        """What an iteration of a loop adds to the counter at this place of what it carries."""
         body = {line.name: line for line in self.computations[loop.computation("body")]}
         root = [*body.values()][-1]
         if place is None or root.op != "tuple":

@@ -1,4 +1,4 @@
-"""Operations of the matrix products in a compiled program, a product and its sum being two.
+"""FLOPs of the matmuls in a compiled program, two for a multiplication and its addition.
 
 What kernels compute is not in the program's text, and so not in here.
 """
@@ -9,10 +9,10 @@ from itertools import product
 
 from hymba_jax.aot.hlo import Instruction, Program
 
-_LIBRARY_PRODUCT = r'"lhs_contracting_dimensions":\[([\d",]*)\]'
+_LIBRARY_MATMUL = r'"lhs_contracting_dimensions":\[([\d",]*)\]'
 
 
-def product_flops(program: Program) -> int:
+def matmul_flops(program: Program) -> int:
     """Of one run of the program on one chip."""
     return sum(
         times * _flops(program, inner)
@@ -25,8 +25,8 @@ def product_flops(program: Program) -> int:
 def _flops(program: Program, line: Instruction) -> int:
     if line.op == "dot":
         return _of_dot(program, line, r"lhs_contracting_dims=\{([\d,]*)\}")
-    if line.op == "custom-call" and re.search(_LIBRARY_PRODUCT, line.attributes):
-        return _of_dot(program, line, _LIBRARY_PRODUCT)
+    if line.op == "custom-call" and re.search(_LIBRARY_MATMUL, line.attributes):
+        return _of_dot(program, line, _LIBRARY_MATMUL)
     return _of_convolution(program, line) if line.op == "convolution" else 0
 
 
@@ -38,7 +38,7 @@ def _of_dot(program: Program, line: Instruction, contracting: str) -> int:
 
 
 def _of_convolution(program: Program, line: Instruction) -> int:
-    """TPUs' products are convolutions, of batches over spatial axes."""
+    """TPUs' matmuls are convolutions, of batches over spatial axes."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.attributes)
     assert labels is not None
     left, right, out = (

@@ -9,28 +9,28 @@ from hymba_jax.aot.estimate import Work
 from hymba_jax.aot.fit import Memory, compiled_memory, refused_memory
 from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.kernels import Kernel, kernels
-from hymba_jax.aot.matmuls import product_flops
-from hymba_jax.aot.programs import AheadProgram
-from hymba_jax.aot.traffic import total_moved
+from hymba_jax.aot.matmuls import matmul_flops
+from hymba_jax.aot.programs import AotProgram
+from hymba_jax.aot.traffic import total_hbm_bytes
 
 
 class Measured(NamedTuple):
     """One run of a program on one chip.
 
     Attributes:
-      product_flops: operations of products alone.
-      unknown_loops: loops whose turns nobody knows, taken once.
-      sent: collectives by kind, how many and the bytes that a chip sends for them.
+      matmul_flops: without those of kernels.
+      unknown_loops: loops whose trip count is unknown, taken once.
+      collectives: by kind, how many and the bytes that a chip sends for them.
     """
 
     work: Work
-    product_flops: float
+    matmul_flops: float
     kernels: list[Kernel]
     unknown_loops: int
-    sent: dict[str, tuple[int, float]]
+    collectives: dict[str, tuple[int, float]]
 
 
-def compile_and_measure(program: AheadProgram) -> tuple[Memory, Measured | None]:
+def compile_and_measure(program: AotProgram) -> tuple[Memory, Measured | None]:
     """Its memory, and what it does; nothing if the compiler refused it for want of memory."""
     try:
         with jax.set_mesh(program.mesh):
@@ -43,8 +43,8 @@ def compile_and_measure(program: AheadProgram) -> tuple[Memory, Measured | None]
     return compiled_memory(compiled), _measure(program, Program(compiled.as_text()))
 
 
-def _measure(program: AheadProgram, hlo: Program) -> Measured:
-    products, sent, called = product_flops(hlo), by_kind(collectives(hlo)), kernels(hlo)
-    flops = products + (program.kernel_flops if called else 0)
-    work = Work(flops, total_moved(hlo), sum(size for _, size in sent.values()))
-    return Measured(work, products, called, hlo.unknown_loops, sent)
+def _measure(program: AotProgram, hlo: Program) -> Measured:
+    matmuls, sent, called = matmul_flops(hlo), by_kind(collectives(hlo)), kernels(hlo)
+    flops = matmuls + (program.kernel_flops if called else 0)
+    work = Work(flops, total_hbm_bytes(hlo), sum(size for _, size in sent.values()))
+    return Measured(work, matmuls, called, hlo.unknown_loops, sent)

@@ -23,32 +23,32 @@ from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import forward_flops, head_flops, training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import (
-    batch_parts,
     batch_sharding,
+    batch_shards,
     bytes_on_each,
+    length_sharded_over,
     make_mesh,
-    split_length,
-    split_over,
+    sharded_over,
 )
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
 
 
-class AheadProgram(NamedTuple):
+class AotProgram(NamedTuple):
     """A program that has not been compiled yet.
 
     Attributes:
       step: what one run of it does, in words.
       arguments: bytes of them on each chip.
-      model_flops: operations that the model needs for a step, on all chips together.
-      kernel_flops: operations in kernels, on one chip; a compiler's text does not tell them.
+      model_flops: FLOPs that the model needs for a step, on all chips together.
+      kernel_flops: FLOPs of kernels, on one chip; the HLO text does not tell them.
       advice: what to change where it takes this memory of what is available.
     """
 
     mesh: Mesh
     step: str
-    split: str
+    sharding: str
     num_params: int
     arguments: int
     model_flops: float
@@ -57,11 +57,11 @@ class AheadProgram(NamedTuple):
     advice: Callable[[Memory, float], Iterator[str]]
 
 
-def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProgram:
+def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgram:
     """The step that `hymba train` runs on these devices.
 
     Raises:
-      HymbaError: the run cannot be split over them so.
+      HymbaError: the run cannot be sharded over them so.
     """
     training, length = run.training, run.data.sequence_length
     mesh = make_mesh(devices, run.parallel)
@@ -73,8 +73,8 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
     batch = abstract_batch(training.batch_size, length, batch_sharding(mesh))
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
-    parts = batch_parts(mesh) * _kernel_parts(run.model, length, mesh)
-    return AheadProgram(
+    shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)
+    return AotProgram(
         mesh,
         f"training, {training.batch_size} sequences of {length} tokens a step, "
         f"{training.micro_batch_size} at a time",
@@ -82,28 +82,28 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AheadProg
         abstract.num_params,
         bytes_on_each((abstract.state, batch)),
         training_flops(run.model, length) * training.batch_size,
-        kernels / parts,
+        kernels / shards,
         partial(compile_train_step, train_step, abstract.state, batch),
         partial(training_advice, run, mesh),
     )
 
 
-def _kernel_parts(config: HymbaConfig, length: int, mesh: Mesh) -> int:
-    """How many chips share the kernels' work on a sequence, where heads are not fewer."""
-    names = list(split_over("heads", config.attention.num_kv_heads, mesh))
-    if length_axis := split_length(length, mesh):
+def _kernel_shards(config: HymbaConfig, length: int, mesh: Mesh) -> int:
+    """How many shards the kernels' work on a sequence has, where heads are not fewer."""
+    names = list(sharded_over("heads", config.attention.num_kv_heads, mesh))
+    if length_axis := length_sharded_over(length, mesh):
         names.append(length_axis)
     return math.prod(mesh.shape[name] for name in names)
 
 
 def inference_program(
     run: RunConfig, name: str, devices: Sequence[jax.Device], batch: int, context: int
-) -> AheadProgram:
+) -> AotProgram:
     """What `hymba generate` runs, on one of these devices as it does.
 
     Args:
-      name: `prefill`, which reads a batch of texts of `context` tokens at once; or `decode`, which
-        continues them: a step is a token of each.
+      name: `prefill` of a batch of prompts of `context` tokens; or `decode`, of which a step is a
+        token of each sequence.
 
     Raises:
       HymbaError: the model has no such context.
@@ -116,13 +116,13 @@ def inference_program(
     _, params = abstract_model(run.model, run.compute, make_mesh(devices[:1]))
     flops = partial(forward_flops, run.model)
     if name == "prefill":
-        step = f"reading {batch} texts of {context} tokens at once"
+        step = f"prefill of {batch} prompts of {context} tokens"
         model, kernels = flops(context, predicted=0), head_flops(run.model, context)
     else:
-        step = f"continuing {batch} texts of {context} tokens, a token of each a step"
+        step = f"decoding {batch} sequences of {context} tokens, a token of each a step"
         before = flops(context - 1, predicted=0)
         model, kernels = flops(context, predicted=1) - before, 0.0
-    return AheadProgram(
+    return AotProgram(
         mesh,
         step,
         f"one of {len(devices)} chips, as generating uses one",

@@ -1,4 +1,4 @@
-"""Slices of accelerators by name, and devices of them to compile for without having any."""
+"""Slices of accelerators by name, and devices to compile for ahead of time."""
 
 import math
 import os
@@ -31,7 +31,7 @@ class Chip(NamedTuple):
 
     @property
     def peak_flops(self) -> float:
-        """Dense bfloat16 operations a second."""
+        """Dense bfloat16 FLOP/s."""
         return PEAK_FLOPS[self.kind]
 
     @property

@@ -1,7 +1,7 @@
-"""Bytes that a compiled program moves to and from HBM.
+"""HBM bytes of a compiled program.
 
 What each instruction reads and writes, padding of tiles included, TPUs' other memories not. A slice
-or gather reads its result, an update in place moves the update twice, a fusion reads of each
+or gather reads its result, an update in place reads and writes the update, a fusion reads of each
 operand what its instructions read. A kernel reads its arguments and writes its results once.
 """
 
@@ -17,16 +17,16 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
 
 
-def total_moved(program: Program) -> int:
-    """Bytes that one run of a program moves."""
+def total_hbm_bytes(program: Program) -> int:
+    """Bytes that one run of a program reads and writes."""
     return sum(
-        times * moved(program, line)
+        times * hbm_bytes(program, line)
         for name, times in program.runs()
         for line in program.computations[name]
     )
 
 
-def moved(program: Program, line: Instruction) -> int:
+def hbm_bytes(program: Program, line: Instruction) -> int:
     """Bytes that an instruction outside of fusions reads from and writes to HBM."""
     if line.op in _FREE or line.op.endswith("-done"):
         return 0
@@ -38,7 +38,7 @@ def moved(program: Program, line: Instruction) -> int:
     if line.op == "custom-call" and not (in_hbm and inputs):
         return 0  # one without inputs reserves memory
     if line.called:
-        return _moved_by_fusion(program, line)
+        return _fusion_bytes(program, line)
     # What is started has its operands among its results.
     results = line.results[-1:] if line.op.endswith("-start") else line.results
     written = sum(array.in_hbm_size for array in results)
@@ -49,7 +49,7 @@ def moved(program: Program, line: Instruction) -> int:
     return written + sum(array.in_hbm_size for array in inputs)
 
 
-def _moved_by_fusion(program: Program, line: Instruction) -> int:
+def _fusion_bytes(program: Program, line: Instruction) -> int:
     read = sum(
         min(array.in_hbm_size, _read(program, line.called, i))
         for i, name in enumerate(line.operands)
@@ -90,7 +90,7 @@ def _used(program: Program, lines: list[Instruction], name: str) -> int:
 
 
 def _written(program: Program, computation: str, results: list[HLOArray]) -> int:
-    """Bytes that a fusion writes, or moves where it updates an operand in place."""
+    """Bytes that a fusion writes, or reads and writes where it updates an operand in place."""
     lines = {line.name: line for line in program.computations[computation]}
     root = list(lines.values())[-1]
     ends = root.operands if root.op == "tuple" else [root.name]

@@ -19,7 +19,7 @@ from hymba_jax.config.field_types import leaves
 from hymba_jax.data import DataConfig, Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path
-from hymba_jax.model import Hymba, arrange_layers
+from hymba_jax.model import Hymba, stack_layers, unstack_layers
 from hymba_jax.model.abstract import Params, abstract_model
 
 
@@ -96,7 +96,8 @@ class InitialModel:
         graph, like = abstract_model(config, stored, mesh)
         params = load_params(self.directory, like)
         if self.scan_layers != compute.scan_layers:
-            model = arrange_layers(nnx.merge(graph, params), scan_layers=compute.scan_layers)
+            relayout = stack_layers if compute.scan_layers else unstack_layers
+            model = relayout(nnx.merge(graph, params))
             params = nnx.to_pure_dict(nnx.state(model))
         params = jax.device_put(params, abstract.shardings.params)
         moments = jax.jit(optimizer.init, out_shardings=abstract.shardings.optimizer)(params)

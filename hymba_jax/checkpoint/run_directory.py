@@ -24,7 +24,7 @@ _FOREIGN = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
     *("tokenizer.json", "tokenizer_config.json", "metrics.jsonl"),
 )
-_SEEN_WITHIN = 10  # seconds: file systems of a network may remember what was not there
+_SEEN_WITHIN = 10  # seconds: file systems of a network may cache what was not there
 
 
 def check_output(output: str, init_from: str) -> None:
@@ -78,13 +78,13 @@ def check_resumes(previous: RunConfig, config: RunConfig) -> None:
     ]
     if changed:
         raise HymbaError(
-            f"{config.output}: holds another run, which this config does not continue "
+            f"{config.output}: holds another run, which this config does not resume "
             f"({'; '.join(changed)}): choose another output, or undo the change"
         )
 
 
 def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Makes the directory and writes what generating text needs beside a checkpoint."""
+    """Makes the directory and writes what inference needs beside a checkpoint."""
     directory = Path(config.output)
     directory.mkdir(parents=True, exist_ok=True)
     replace_text(directory / CONFIG_FILE, config.to_toml())

@@ -3,7 +3,7 @@
 The lock is a POSIX lock (`lockf`) on a file in the directory. Unlike a file that is there or not,
 it cannot outlive its owner; unlike `flock`, whose lock lives as long as any forked child has the
 file open, it belongs to the process alone, and NFS and Lustre forward it to the other hosts. It has
-two traps: a process never conflicts with itself, so what it holds is remembered here; and closing
+two traps: a process never conflicts with itself, so what it holds is kept here; and closing
 any descriptor of the file releases the lock, so a file that this process holds is never opened.
 """
 

@@ -67,7 +67,7 @@ _NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     type(None): "nothing",
 }
 
@@ -75,7 +75,7 @@ _NAMES: dict[Any, str] = {
 def misfit(value: Any, kind: Any) -> str | None:
     """What is wrong with a value for a field of this type, in words; None where nothing is.
 
-    Besides being of the type, numbers are finite, whole ones have at most 64 bits, and texts can
+    Besides being of the type, numbers are finite, whole ones have at most 64 bits, and strings can
     be written as UTF-8.
     """
     value = plain(value)

@@ -123,12 +123,12 @@ class SSMConfig:
 
 @dataclass(frozen=True)
 class HymbaConfig:
-    """The architecture; the defaults are the released 1.5B.
+    """The architecture; the defaults are those of the HF checkpoint, 1.5B.
 
     Attributes:
       vocab_size: rows of the embedding. "auto", which a run has unless it names a number, is the
         size of the run's tokenizer, and the saved config has the number. A number has to hold the
-        tokenizer; what is beyond it is padding. The released models, and the presets where there
+        tokenizer; what is beyond it is padding. The HF checkpoints, and the presets where there
         is no tokenizer, have 32001.
       hidden_size: width of the residual stream.
       mlp_size: inner width of the MLP.
@@ -214,7 +214,7 @@ class HymbaConfig:
     @property
     def ntk_exponent(self) -> float:
         """The power to which the ntk forms raise their factor of the base."""
-        return self.head_dim / max(self.head_dim - 2, 1)  # two channels turn alike at any base
+        return self.head_dim / max(self.head_dim - 2, 1)  # two channels rotate alike at any base
 
     @property
     def head_dim(self) -> int:
@@ -323,11 +323,11 @@ class ComputeConfig:
     """How a model computes; none of it changes what the model is.
 
     Attributes:
-      dtype: of activations and matrix products. Norms, rotary angles, softmax, the time step, the
+      dtype: of activations and matmuls. Norms, rotary angles, softmax, the time step, the
         SSM state, logits and loss are float32 whatever it is.
       param_dtype: of the stored parameters; the SSM's A_log, D and time-step bias stay float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
-        input of each block, "dots" the results of matrix products.
+        input of each block, "dots" the results of matmuls.
       scan_layers: roll repeated layer groups into a scan over stacked parameters.
     """
 
@@ -346,7 +346,7 @@ def _either(value: int | Auto, default: int) -> int:
     return default if value == "auto" else value
 
 
-# Paper, Tab. 10 and appendix. Only the 1.5B has been released.
+# Paper, Tab. 10 and appendix. Only the 1.5B has an HF checkpoint.
 PRESETS = {
     "hymba-125m": HymbaConfig(
         hidden_size=512,

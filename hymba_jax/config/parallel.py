@@ -13,10 +13,10 @@ class ParallelConfig:
     """The axes of the mesh of devices. One may be -1: all devices that the others leave it.
 
     Attributes:
-      data: parts of a batch, each of whose devices together hold all parameters.
-      fsdp: parts of such a part, and of every parameter and its optimizer state.
-      sequence: parts of each sequence, which begins with the meta tokens.
-      tensor: parts of the width of each layer, which work on the same sequences.
+      data: shards of a batch, each of whose devices together hold all parameters.
+      fsdp: shards of such a shard, and of every parameter and its optimizer state.
+      sequence: shards of each sequence, which begins with the meta tokens.
+      tensor: shards of the width of each layer, which work on the same sequences.
 
     Raises:
       HymbaError: naming every size that cannot be.

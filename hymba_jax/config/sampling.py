@@ -1,4 +1,4 @@
-"""How a prompt is continued, as people ask for it: in Python and as options of commands."""
+"""How completions are sampled, as people ask for it: in Python and as options of commands."""
 
 import dataclasses
 import re
@@ -54,7 +54,7 @@ _ESCAPED = PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    r"""How a prompt is continued.
+    r"""How the completions of a prompt are sampled.
 
     NumPy's scalars are numbers, `stop` may be one string, and `stop` and `stop_tokens` any
     sequence; they are kept as Python's numbers and as tuples.
@@ -67,7 +67,7 @@ class SamplingConfig:
         refused.
       top_p: sample from the fewest of the likeliest tokens that have this probability together
         (arXiv 1904.09751); 1 is all.
-      min_p: sample from the tokens with at least this part of the likeliest one's probability
+      min_p: sample from the tokens with at least this share of the likeliest one's probability
         (arXiv 2407.01082); 0 is all.
       repetition_penalty: makes tokens that are in the prompt or the completion already less likely
         (arXiv 1909.05858); 1 does not.

@@ -56,7 +56,7 @@ class TrainingConfig:
         validation reads all of it.
       checkpoint_every: steps between checkpoints; the last step has one too.
       keep_checkpoints: checkpoints kept, newest first.
-      sample_prompt: what the text written at the end of the run continues.
+      sample_prompt: prompt of the sample that is written at the end of the run.
       sample_tokens: its length; 0 writes none.
       sample_temperature: 0 takes the likeliest token each time, 1 the model's distribution.
 

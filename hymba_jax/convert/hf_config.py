@@ -33,7 +33,7 @@ def read_architecture(directory: Path, hf: Mapping[str, Any]) -> HymbaConfig:
     """The architecture of an HF directory, whose tokenizer decides what config.json leaves open.
 
     That is the begin-of-text token where it is null, and of several end tokens the one that ends
-    a text.
+    a sequence.
 
     Args:
       hf: its config.json.
@@ -54,7 +54,7 @@ def read_architecture(directory: Path, hf: Mapping[str, Any]) -> HymbaConfig:
 
 
 def eos_token_ids(hf: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text; transformers allows several."""
+    """The tokens that end a sequence; transformers allows several."""
     ids = hf.get("eos_token_id", HymbaConfig().eos_token_id)
     return ids if isinstance(ids, list) else [ids]
 

@@ -18,7 +18,7 @@ from hymba_jax.files import open_regular
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _ALIGNMENT = 8  # bytes
-# Bytes after which a file is opened anew: the library maps the whole file into memory, where what
+# Bytes after which a file is opened again: the library maps the whole file into memory, where what
 # was read of it stays. Opening takes a millisecond.
 _MAX_MAPPED = 64 * 10**6
 

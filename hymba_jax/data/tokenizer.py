@@ -77,7 +77,7 @@ class Tokenizer:
     ) -> None:
         named = {**(named_tokens or {}), **({"bos_token": bos} if bos else {}), "eos_token": eos}
         with _one_line("the tokenizer failed"):
-            # A released file may ask for truncation or padding, or not mark its tokens as special.
+            # An HF file may ask for truncation or padding, or not mark its tokens as special.
             model.no_truncation()
             model.no_padding()
             model.add_special_tokens([marked_special(model, name) for name in named.values()])
@@ -337,7 +337,7 @@ def _named_templates(path: Path, named: object) -> dict[str, str]:
     if isinstance(named, list) and all(_is_named_template(item) for item in named):
         return {item["name"]: item["template"] for item in named}
     raise HymbaError(
-        f'{path}: chat_template is neither a text nor a list of {{"name", "template"}}: '
+        f'{path}: chat_template is neither a string nor a list of {{"name", "template"}}: '
         "fix or remove it"
     )
 

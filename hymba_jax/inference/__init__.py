@@ -17,7 +17,7 @@ What is kept between tokens is the model's own: `hymba_jax/model/state.py`.
 """
 
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.inference.language_model import Completion, LanguageModel, Piece
+from hymba_jax.inference.language_model import Completion, Delta, LanguageModel
 from hymba_jax.inference.loading import load
 
-__all__ = ["Completion", "LanguageModel", "Piece", "SamplingConfig", "load"]
+__all__ = ["Completion", "Delta", "LanguageModel", "SamplingConfig", "load"]

@@ -75,7 +75,7 @@ def run(model: LanguageModel, config: ChatConfig) -> None:
     """
     chat = Chat(model, config)
     with contextlib.suppress(ImportError):  # not on every system
-        import readline  # noqa: F401  input() then edits lines and remembers them
+        import readline  # noqa: F401  input() then edits lines and keeps a history
     _note(f"{config.choice.model}: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says more")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
@@ -119,7 +119,7 @@ class Chat:
         )
 
     def say(self, message: str) -> None:
-        """Writes the answer, as far as it is not interrupted, and remembers both.
+        """Writes the answer, as far as it is not interrupted, and adds both to the history.
 
         Raises:
           HymbaError: the message is too long, or the template refuses it; it is forgotten.
@@ -127,9 +127,9 @@ class Chat:
         answer = ""
         try:
             prompt = self._prompt(message)
-            for piece in self._model.stream([prompt], self._sampling):
-                answer += piece.text
-                print(piece.text, end="", flush=True)
+            for delta in self._model.stream([prompt], self._sampling):
+                answer += delta.text
+                print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
             pass  # what has been said stands
         print()
@@ -138,7 +138,7 @@ class Chat:
         self._sampling = dataclasses.replace(self._sampling, seed=seed)
 
     def _prompt(self, message: str) -> list[int]:
-        """The conversation with `message`; of its history, forgets what has no room."""
+        """The conversation with `message`; drops from its history what has no room."""
         context = self._model.engine.max_context
         # A message may leave less room for its answer, the history may not.
         room = min(self._sampling.max_new_tokens, context // 2)

@@ -1,4 +1,4 @@
-"""Conversations as the text, and the tokens, that a chat model continues.
+"""Conversations as the text, and the tokens, that a chat model completes.
 
 A template is a Jinja program that comes with a tokenizer. It writes control tokens by their names,
 which it may put together from parts ("<|" + role + "|>"); in a message such a name is ordinary
@@ -63,7 +63,7 @@ def answer_end(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Stop strings and stop tokens: what the template writes after an answer.
 
     That is a control token (ChatML's "<|im_end|>"), or else the text up to the user's next message
-    (the released Hymba's "\\n<extra_id_1>User"); besides, the name of the end-of-text token, which
+    (the HF checkpoint's "\\n<extra_id_1>User"); besides, the name of the end-of-text token, which
     models that were trained on it as text do write.
 
     Raises:
@@ -115,11 +115,11 @@ def render(
         "add_generation_prompt": add_generation_prompt,
         **trace(variables, USER),
     }
-    pieces, characters = [], 0
+    parts, characters = [], 0
     try:
-        for piece in Sandbox().from_string(template).generate(arguments):
-            pieces.append(piece)
-            characters += len(piece)
+        for part in Sandbox().from_string(template).generate(arguments):
+            parts.append(part)
+            characters += len(part)
             if characters > MAX_CHARACTERS:
                 raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
     except Exception as error:  # a template can raise whatever Python's operators raise
@@ -127,7 +127,7 @@ def render(
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
         raise HymbaError(f"the chat template failed{where}: {reason}") from error
-    return concat(pieces)
+    return concat(parts)
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> Traced:

@@ -1,4 +1,4 @@
-"""The compiled side of inference: prompts go in as tokens, and continue as tokens.
+"""The compiled side of inference: prompts go in as tokens, completions come out as tokens.
 
     prefill   a batch of prompts, in chunks, each starting from the state after the meta tokens
     insert    requests for what was prefilled: a new batch, or rows of one that is running
@@ -22,7 +22,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
-from hymba_jax.model import Hymba, arrange_layers, fuse_projections
+from hymba_jax.model import Hymba, fuse_projections, unstack_layers
 from hymba_jax.model.abstract import Params
 from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
@@ -80,7 +80,7 @@ class DecodeState(NamedTuple):
     Attributes:
       token: the newest of each row, which is not in the cache yet.
       num_sampled: tokens sampled so far.
-      stopped: the row has come to its end; its part of the cache no longer changes.
+      stopped: the row has come to its end; its rows of the cache no longer change.
       seen: the tokens in each sequence, for the repetition penalty.
     """
 
@@ -138,7 +138,7 @@ class Engine:
         largest_chunk: int = LARGEST_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
-        graph, variables = nnx.split(fuse_projections(arrange_layers(model, scan_layers=False)))
+        graph, variables = nnx.split(fuse_projections(unstack_layers(model)))
         self.config = model.config
         self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)
@@ -279,15 +279,15 @@ class Engine:
         stopped[list(rows)] = True
         return state._replace(stopped=jnp.asarray(stopped))
 
-    def score(self, texts: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " targets"]]:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " targets"]]:
         """The log-probability of each token but the first, given those before it.
 
         NaN where the model's logits are not all finite.
         """
-        state = self.init_prefill(len(texts), max(map(len, texts)))
-        scores: list[list[np.ndarray]] = [[] for _ in texts]
-        inputs = self.chunks([text[:-1] for text in texts])
-        targets = self.chunks([text[1:] for text in texts])
+        state = self.init_prefill(len(sequences), max(map(len, sequences)))
+        scores: list[list[np.ndarray]] = [[] for _ in sequences]
+        inputs = self.chunks([sequence[:-1] for sequence in sequences])
+        targets = self.chunks([sequence[1:] for sequence in sequences])
         for i, (chunk, next_chunk) in enumerate(zip(inputs, targets, strict=True)):
             state, log_probs = self.programs.score(
                 self.params, self.meta_state, state, chunk, next_chunk.tokens, is_start=i == 0
@@ -308,8 +308,8 @@ class Engine:
             width = min(bucket(longest - start, SMALLEST_CHUNK), self.largest_chunk)
             tokens = np.zeros((len(lengths), width), np.int32)
             for row, prompt in zip(tokens, prompts, strict=False):
-                part = prompt[start : start + width]
-                row[: len(part)] = part
+                chunk = prompt[start : start + width]
+                row[: len(chunk)] = chunk
             chunks.append(PaddedChunk(tokens, np.clip(lengths - start, 0, width)))
             start += width
         return chunks
@@ -329,14 +329,14 @@ def bucket(size: int, smallest: int = 1) -> int:
 def _max_context(config: HymbaConfig, context: int | None) -> int:
     """Tokens that a sequence may have.
 
-    A base that follows the length of the sequence rotates every key anew when it grows, so that no
+    A base that follows the length of the sequence rotates every key again when it grows, so that no
     cache can equal the full forward pass from there on.
     """
     largest, reason = config.max_positions, "max_positions"
     if config.attention.rope_type == "dynamic_ntk":
         steady = config.attention.rope_original_positions - config.num_meta_tokens
         if steady < largest:
-            largest, reason = steady, "dynamic_ntk turns all keys again beyond that"
+            largest, reason = steady, "dynamic_ntk rotates all keys again beyond that"
     wanted = largest if context is None else context
     if not 1 <= wanted <= largest:
         raise HymbaError(
@@ -397,15 +397,15 @@ def _programs(
         model = nnx.merge(graph, params)
         x, state = extend(params, meta, state, chunk, is_start)
 
-        def log_probs(part: slice) -> Array:
-            logits = model.logits(x[:, part])
+        def log_probs(at: slice) -> Array:
+            logits = model.logits(x[:, at])
             log_probs = jax.nn.log_softmax(logits)
-            log_probs = jnp.take_along_axis(log_probs, targets[:, part, None], axis=-1)[:, :, 0]
+            log_probs = jnp.take_along_axis(log_probs, targets[:, at, None], axis=-1)[:, :, 0]
             return jnp.where(jnp.isfinite(logits).all(-1), log_probs, jnp.nan)
 
         starts = range(0, x.shape[1], LOGIT_POSITIONS)
-        parts = [log_probs(slice(start, start + LOGIT_POSITIONS)) for start in starts]
-        return state, jnp.concatenate(parts, axis=1)
+        all_log_probs = [log_probs(slice(start, start + LOGIT_POSITIONS)) for start in starts]
+        return state, jnp.concatenate(all_log_probs, axis=1)
 
     def init_state(params: Params, meta: MetaState, batch: int, context: int) -> DecodeState:
         zeros = jnp.zeros(batch, jnp.int32)

@@ -1,4 +1,4 @@
-"""`hymba generate`: prompts continued, one as it comes or many at a time."""
+"""`hymba generate`: completions of prompts, one as it comes or many at a time."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
 from hymba_jax.inference.engine import STEPS
-from hymba_jax.inference.language_model import Completion, Piece, collect
+from hymba_jax.inference.language_model import Completion, Delta, collect
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.prompts import prompt_name
 
@@ -27,11 +27,11 @@ OUTPUT_FIELDS = frozenset(item.name for item in fields(Completion))
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continues prompts with a trained model.
+    """Generates completions of prompts with a trained model.
 
     Attributes:
-      prompt: texts to continue; without any, and without a file, a text is begun. One that begins
-        with a dash comes right after the option, with two dashes as --prompt=--x.
+      prompt: without any, and without a file, one that is empty. One that begins with a dash comes
+        right after the option, with two dashes as --prompt=--x.
       file: more prompts, one a line, or for *.jsonl the field "prompt" of each line; - is standard
         input.
       output: file to write to, whole or not at all; standard output if absent.
@@ -78,11 +78,11 @@ def main(config: GenerateConfig) -> None:
     special = config.parse_special
     count = len(prompts) * config.sampling.num_samples
     if count == 1 and config.format == "text" and not output:
-        pieces = model.stream(prompts, config.sampling, parse_special=special)
-        completions = collect(_written_as_they_come(prompts[0], pieces))
+        deltas = model.stream(prompts, config.sampling, parse_special=special)
+        completions = collect(_written_as_they_come(prompts[0], deltas))
     else:
-        pieces = model.stream(prompts, config.sampling, every=STEPS, parse_special=special)
-        completions = collect(_with_progress(pieces, count))
+        deltas = model.stream(prompts, config.sampling, every=STEPS, parse_special=special)
+        completions = collect(_with_progress(deltas, count))
         text = "".join(_lines(records, completions, config.format))
         if output:
             replace_text(output, text)
@@ -134,7 +134,7 @@ def _json_prompt(place: str, line: str, form: Literal["text", "json"]) -> Prompt
         raise HymbaError(f"{place}: broken JSON ({error})") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
-        raise HymbaError(f"{place}: no field 'prompt' that is a text")
+        raise HymbaError(f"{place}: no field 'prompt' that is a string")
     if form == "json" and (clash := sorted(OUTPUT_FIELDS & record.keys())):
         raise HymbaError(
             f"{place}: the output has a field {clash[0]!r} of its own: rename the prompt's"
@@ -142,16 +142,16 @@ def _json_prompt(place: str, line: str, form: Literal["text", "json"]) -> Prompt
     return PromptRecord(prompt, {name: v for name, v in record.items() if name != "prompt"})
 
 
-def _written_as_they_come(prompt: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
+def _written_as_they_come(prompt: str, deltas: Iterable[Delta]) -> Iterator[Delta]:
     print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
-        yield piece
+    for delta in deltas:
+        print(delta.text, end="", flush=True)
+        yield delta
     print()
 
 
-def _with_progress(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
-    """The pieces, with a bar of the finished completions on standard error."""
+def _with_progress(deltas: Iterable[Delta], count: int) -> Iterator[Delta]:
+    """The deltas, with a bar of the finished completions on standard error."""
     columns = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
@@ -162,10 +162,10 @@ def _with_progress(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
     disable = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task, tokens = progress.add_task("generating", total=count, tokens=0), 0
-        for piece in pieces:
-            tokens += len(piece.tokens)
-            progress.update(task, advance=piece.finish_reason is not None, tokens=tokens)
-            yield piece
+        for delta in deltas:
+            tokens += len(delta.tokens)
+            progress.update(task, advance=delta.finish_reason is not None, tokens=tokens)
+            yield delta
 
 
 def _lines(

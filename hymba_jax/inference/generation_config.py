@@ -1,6 +1,6 @@
-"""What the generation_config.json of a HF checkpoint says: end tokens and how to sample.
+"""What the generation_config.json of an HF checkpoint says: end tokens and how to sample.
 
-As in transformers, every one of the end tokens ends a text, and the sampling settings are the
+As in transformers, every one of the end tokens ends a sequence, and the sampling settings are the
 defaults of the model. Here they are used together or not at all: where any sampling setting is
 given, none of them is taken from the file.
 """
@@ -46,7 +46,7 @@ class GenerationDefaults:
     """How a model wants to be sampled from.
 
     Attributes:
-      eos_token_ids: tokens that end a text, besides the end-of-sequence token of its config.
+      eos_token_ids: tokens that end a sequence, besides the end-of-sequence token of its config.
       sampling: fields of `SamplingConfig`; none is greedy, as the fields' own defaults are.
       unsupported: settings of the file that would change the text and are not used.
     """

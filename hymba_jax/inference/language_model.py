@@ -27,7 +27,7 @@ type FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """What is new of one completion.
 
     Attributes:
@@ -76,14 +76,14 @@ class Completion:
 
 
 class LanguageModel:
-    """A model that continues prompts, many at a time.
+    """A model that generates completions of prompts, many at a time.
 
     A completion depends on its prompt and its seed, never on the prompts beside it. Tokens that
     the tokenizer lacks are never sampled, though the model's vocabulary may have room for them.
 
     Args:
       state_dtype: that the SSM's states are kept in; they are computed in float32.
-      batch_size: sequences that are continued at the same time.
+      batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       defaults: end tokens besides the config's, and the sampling of calls that name none.
 
@@ -135,7 +135,7 @@ class LanguageModel:
         """Completions of every prompt: `num_samples` of the first, then of the second, ...
 
         Args:
-          prompts: a text, or any iterable of texts and of sequences of tokens.
+          prompts: a string, or any iterable of strings and of token sequences.
           config: how to sample; if absent, and if `sampling` has no such field, as the model's
             `defaults` say, which is greedily for most.
           sampling: fields in place of those of `config`: `temperature=0.7, stop="\\n"`; and
@@ -155,11 +155,11 @@ class LanguageModel:
         every: int = 1,
         parse_special: bool = False,
         **sampling: Any,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Delta]:
         """The same as `generate`, as it comes.
 
         Args:
-          every: tokens that are sampled between pieces, `STEPS` at most.
+          every: tokens that are sampled between deltas, `STEPS` at most.
           parse_special: as of `encode`.
 
         Raises:
@@ -187,24 +187,24 @@ class LanguageModel:
         self.engine.check_memory(
             rows, longest + min(config.max_new_tokens, self.engine.max_context - longest)
         )
-        return self._pieces(sequences, config, every)
+        return self._deltas(sequences, config, every)
 
-    def log_probs(self, texts: Prompts) -> list[Float[np.ndarray, " tokens"]]:
-        """The log-probability of each token of each text, given those before it.
+    def log_probs(self, sequences: Prompts) -> list[Float[np.ndarray, " tokens"]]:
+        """The log-probability of each token of each sequence, given those before it.
 
         It is natural, and in the model's own distribution over its whole vocabulary. The
-        begin-of-text token has none, nor has the first token of a text given as tokens.
+        begin-of-text token has none, nor has the first token of a sequence given as tokens.
 
         Raises:
-          HymbaError: a text that cannot be, too little memory, or logits that are not finite.
+          HymbaError: a sequence that cannot be, too little memory, or logits that are not finite.
         """
-        sequences = self.encode(texts, room=0)
-        self.engine.check_memory(min(len(sequences), self.batch_size), max(map(len, sequences)))
-        batches = itertools.batched(sequences, self.batch_size)
+        encoded = self.encode(sequences, room=0)
+        self.engine.check_memory(min(len(encoded), self.batch_size), max(map(len, encoded)))
+        batches = itertools.batched(encoded, self.batch_size)
         all_scores = [scores for batch in batches for scores in self.engine.score(batch)]
         for i, scores in enumerate(all_scores):
             if np.isnan(scores).any():
-                name = prompt_name(i, len(sequences))
+                name = prompt_name(i, len(encoded))
                 raise _not_finite(name, int(np.isnan(scores).argmax()))
         return all_scores
 
@@ -244,11 +244,11 @@ class LanguageModel:
     def encode(
         self, prompts: Prompts, *, room: int = 1, parse_special: bool = False
     ) -> list[list[int]]:
-        """The tokens of prompts; an empty one begins at the start of a text.
+        """The tokens of prompts; an empty one is the begin-of-text token.
 
         Args:
           room: tokens that must still fit behind each.
-          parse_special: whether the names of control tokens in a text are these tokens, not
+          parse_special: whether the names of control tokens in a prompt are these tokens, not
             ordinary text.
 
         Raises:
@@ -263,36 +263,36 @@ class LanguageModel:
             parse_special=parse_special,
         )
 
-    def _pieces(
-        self, texts: list[list[int]], config: SamplingConfig, every: int
-    ) -> Iterator[Piece]:
-        rows = [(i, sample) for i in range(len(texts)) for sample in range(config.num_samples)]
-        rows.sort(key=lambda row: len(texts[row[0]]))  # less padding
+    def _deltas(
+        self, prompts: list[list[int]], config: SamplingConfig, every: int
+    ) -> Iterator[Delta]:
+        rows = [(i, sample) for i in range(len(prompts)) for sample in range(config.num_samples)]
+        rows.sort(key=lambda row: len(prompts[row[0]]))  # less padding
         for batch in itertools.batched(rows, self.batch_size):
-            yield from self._batch_pieces(batch, texts, config, every)
+            yield from self._batch_deltas(batch, prompts, config, every)
 
-    def _batch_pieces(
+    def _batch_deltas(
         self,
         rows: Sequence[tuple[int, int]],
-        texts: list[list[int]],
+        prompts: list[list[int]],
         config: SamplingConfig,
         every: int,
-    ) -> Iterator[Piece]:
-        """Reads a batch of prompts and continues them until each row has stopped."""
+    ) -> Iterator[Delta]:
+        """Prefills a batch of prompts and decodes until each row has stopped."""
         engine, indices = self.engine, list(dict.fromkeys(i for i, _ in rows))
         writers = [
-            _Writer(self, i, sample, prompt_name(i, len(texts)), texts[i], config)
+            _Writer(self, i, sample, prompt_name(i, len(prompts)), prompts[i], config)
             for i, sample in rows
         ]
         context = max(
-            len(texts[i]) + writer.room for (i, _), writer in zip(rows, writers, strict=True)
+            len(prompts[i]) + writer.room for (i, _), writer in zip(rows, writers, strict=True)
         )
-        prefilled = engine.prefill([texts[i] for i in indices], context)
+        prefilled = engine.prefill([prompts[i] for i in indices], context)
         if len(indices) < len(rows):
             prefilled = engine.repeat(prefilled, [indices.index(i) for i, _ in rows])
         stop_tokens = self._stop_tokens(config)
         requests = [
-            Request(texts[i], config, sample, writer.room, stop_tokens)
+            Request(prompts[i], config, sample, writer.room, stop_tokens)
             for (i, sample), writer in zip(rows, writers, strict=True)
         ]
         state, sampled = engine.insert(prefilled, requests)
@@ -315,7 +315,7 @@ class LanguageModel:
 
 
 class _Writer:
-    """Makes pieces of what is sampled for one row, until the row is over.
+    """The deltas of what is sampled for one row, until the row is over.
 
     Attributes:
       room: tokens that may be sampled.
@@ -345,7 +345,7 @@ class _Writer:
         tokens: Int[np.ndarray, " steps"],
         log_probs: Float[np.ndarray, " steps"],
         stopped: np.bool,
-    ) -> Piece:
+    ) -> Delta:
         """What is certain with these tokens, up to a stop string."""
         text = ""
         for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True):
@@ -363,7 +363,7 @@ class _Writer:
             reason = "stop" if ended else "length"
         new = self._sampled[self._given : self._stream.settled]
         self._given += len(new)
-        return Piece(
+        return Delta(
             *self._place,
             text,
             [token for token, _ in new],
@@ -373,17 +373,17 @@ class _Writer:
         )
 
 
-def collect(pieces: Iterable[Piece]) -> list[Completion]:
-    """The continuations that the pieces make up, in the order of their prompts."""
+def collect(deltas: Iterable[Delta]) -> list[Completion]:
+    """The completions that the deltas make up, in the order of their prompts."""
     done: dict[tuple[int, int], Completion] = {}
-    for piece in pieces:
-        place = piece.index, piece.sample
+    for delta in deltas:
+        place = delta.index, delta.sample
         completion = done.setdefault(place, Completion(*place))
-        completion.text += piece.text
-        completion.tokens += piece.tokens
-        completion.log_probs += piece.log_probs
-        completion.finish_reason = piece.finish_reason or completion.finish_reason
-        completion.context_full |= piece.context_full
+        completion.text += delta.text
+        completion.tokens += delta.tokens
+        completion.log_probs += delta.log_probs
+        completion.finish_reason = delta.finish_reason or completion.finish_reason
+        completion.context_full |= delta.context_full
     return [done[place] for place in sorted(done)]
 
 

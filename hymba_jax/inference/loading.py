@@ -23,14 +23,14 @@ def load(
 ) -> LanguageModel:
     """The model of a training run, or of a directory that holds a model alone, on one device.
 
-    Of a model that comes from a HF checkpoint, generation_config.json says which tokens end a text
-    and how to sample unless told otherwise, see `LanguageModel.defaults`.
+    Of a model that comes from an HF checkpoint, generation_config.json says which tokens end a
+    sequence and how to sample unless told otherwise, see `LanguageModel.defaults`.
 
     Args:
       dtype: of parameters, activations and cache; what the model was trained to compute in, but
         float32 on CPUs, which are slow in all else.
       state_dtype: that the SSM's states are kept in between tokens.
-      batch_size: sequences that are continued at the same time.
+      batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       step: which checkpoint of a run; the newest if absent.
 
@@ -60,7 +60,7 @@ class ModelChoice:
       step: which checkpoint of a run; the newest if absent.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.
-      batch_size: sequences that are continued at the same time.
+      batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
     """
 

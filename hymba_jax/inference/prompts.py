@@ -26,13 +26,13 @@ def encode_prompts(
     *,
     parse_special: bool = False,
 ) -> list[list[int]]:
-    """The tokens of `Prompts`; an empty prompt begins at the start of a text.
+    """The tokens of `Prompts`; an empty prompt is the begin-of-text token.
 
     Args:
       vocab_size: of the model.
       context: tokens that a prompt and what follows it may have.
       room: tokens that must still fit behind each.
-      parse_special: whether the names of control tokens in a text are these tokens.
+      parse_special: whether the names of control tokens in a prompt are these tokens.
 
     Raises:
       HymbaError: they are no prompts, or one is too long, or has a token that is none.
@@ -71,7 +71,7 @@ def _as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if isinstance(prompts, bytes | bytearray | Mapping) or not _is_iterable(prompts):
         raise HymbaError(
-            f"prompts are {_kind(prompts)}, not a text or a list of texts or of lists of tokens"
+            f"prompts are {_kind(prompts)}, not a string or a list of strings or of lists of tokens"
         )
     prompts = [*prompts]
     if not prompts:
@@ -80,10 +80,10 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _tokens(name: str, prompt: Any) -> Iterable[int]:
-    """The tokens of a prompt that is no text."""
+    """The tokens of a prompt that is no string."""
     if isinstance(prompt, bytes | bytearray | Mapping) or not _is_iterable(prompt):
         raise HymbaError(
-            f"{name} is {_kind(prompt)}, neither a text nor a list of tokens "
+            f"{name} is {_kind(prompt)}, neither a string nor a list of tokens "
             "(a prompt of tokens is a list in the list of prompts)"
         )
     # An array on a device comes over at once, not token by token.

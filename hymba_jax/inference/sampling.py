@@ -14,7 +14,7 @@ from hymba_jax.types import Array, Bool, Float, Int, Key
 
 # Of JAX's generators, the one whose samples do not depend on the rows beside them.
 PRNG = "threefry2x32"
-ONE = 2**30  # a probability of 1, where probabilities are whole numbers: see `weigh`
+ONE = 2**30  # a probability of 1, where probabilities are whole numbers: see `token_weights`
 
 
 class Sampler(NamedTuple):
@@ -29,7 +29,7 @@ class Sampler(NamedTuple):
 
 
 def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> Sampler:
-    """Row i draws sample number `samples[i]` of `configs[i]`, whatever the other rows are."""
+    """Row i gets sample number `samples[i]` of `configs[i]`, whatever the other rows are."""
 
     def values(name: str, dtype: type) -> Array:
         return jnp.asarray(np.array([getattr(config, name) for config in configs], dtype))
@@ -51,7 +51,7 @@ class Needed(NamedTuple):
     """What any row of the batch asks for; nothing else is computed."""
 
     penalty: Bool[Array, ""]
-    draw: Bool[Array, ""]
+    sampling: Bool[Array, ""]
     top_k: Bool[Array, ""]
     top_p: Bool[Array, ""]
 
@@ -73,13 +73,13 @@ def sample(
     Args:
       logits: in float32; -inf for what cannot come next.
       seen: the tokens that the repetition penalty is for.
-      positions: where in its text each row's token will stand; other positions, other draws.
+      positions: where in its sequence each row's token will stand; others, other samples.
       allowed: the tokens that may be sampled; all of them if absent. The log-probability is that
         among all tokens.
     """
     needed = Needed(
         penalty=jnp.any(sampler.repetition_penalty != 1),
-        draw=jnp.any(sampler.temperature > 0),
+        sampling=jnp.any(sampler.temperature > 0),
         top_k=jnp.any(sampler.top_k > 0),
         top_p=jnp.any(sampler.top_p < 1),
     )
@@ -107,11 +107,12 @@ def _sample_row(
     )
     likeliest = _argmax(penalised)
 
-    def drawn() -> Int[Array, ""]:
-        token = _draw(weigh(needed, penalised, sampler), jax.random.fold_in(sampler.key, position))
+    def sampled() -> Int[Array, ""]:
+        weights = token_weights(needed, penalised, sampler)
+        token = _sample_token(weights, jax.random.fold_in(sampler.key, position))
         return jnp.where(sampler.temperature > 0, token, likeliest)
 
-    token = jax.lax.cond(needed.draw, drawn, lambda: likeliest)
+    token = jax.lax.cond(needed.sampling, sampled, lambda: likeliest)
     below = logits - jnp.max(logits)
     return token, below[token] - jnp.log(_sum(jnp.exp(below)))
 
@@ -125,8 +126,10 @@ def _penalise(
     return jnp.where(seen, penalised, logits)
 
 
-def weigh(needed: Needed, logits: Float[Array, " vocab"], sampler: Sampler) -> Int[Array, " vocab"]:
-    """What a row's temperature and filters leave of its distribution: of `ONE`, each token's part.
+def token_weights(
+    needed: Needed, logits: Float[Array, " vocab"], sampler: Sampler
+) -> Int[Array, " vocab"]:
+    """What a row's temperature and filters leave of its distribution: each token's share of `ONE`.
 
     Probabilities are whole numbers because their sums do not depend on the order of adding, as a
     float's last bits would. Their error is that of float32: half of 2**-30.
@@ -156,8 +159,8 @@ def weigh(needed: Needed, logits: Float[Array, " vocab"], sampler: Sampler) -> I
     return jnp.where((order <= limit) & (odds >= sampler.min_p), weights, 0)
 
 
-def _draw(weights: Int[Array, " vocab"], key: Key[Array, ""]) -> Int[Array, ""]:
-    """A token, each as often as it weighs: where a dart falls on a line of them all."""
+def _sample_token(weights: Int[Array, " vocab"], key: Key[Array, ""]) -> Int[Array, ""]:
+    """A token, each as often as its weight says: where a dart falls on a line of them all."""
     # The high half of the product is spread evenly below the sum. `jax.random.randint` takes a
     # remainder of 32 bits, which favours small numbers where the sum is this large.
     total = jnp.sum(weights, dtype=jnp.uint32)
@@ -169,7 +172,7 @@ def _draw(weights: Int[Array, " vocab"], key: Key[Array, ""]) -> Int[Array, ""]:
 def _threshold(
     order: Int[Array, " vocab"], weights: Int[Array, " vocab"], enough: Int[Array, ""], bits: int
 ) -> Int[Array, ""]:
-    """Where tokens, taken in `order`, come to weigh `enough`; above all of it if they never do.
+    """Where the weights of tokens, in `order`, sum to `enough`; above all of it if they never do.
 
     Found bit by bit, which costs a tenth of a sort.
     """

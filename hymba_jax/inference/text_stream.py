@@ -14,8 +14,8 @@ REPLACEMENT = "\ufffd"  # what stands for bytes that are no text
 class TextStream:
     """Turns tokens into text as they come: whole characters only, nothing of a stop string.
 
-    The pieces together are what the tokenizer decodes all tokens to, after the prompt's text, up
-    to the stop string that begins first. A piece comes as soon as no further token can change it.
+    The deltas together are what the tokenizer decodes all tokens to, after the prompt's text, up
+    to the stop string that begins first. A delta comes as soon as no further token can change it.
 
     Attributes:
       stopped: a stop string has been met; neither it nor what follows is given.
@@ -59,21 +59,21 @@ class TextStream:
             self._starts[-1] += len(self._text) - self._taken
         # Byte tokens aside, the beginning of a character decodes to one replacement at the end.
         certain = len(text) - (not self._bytes and text.endswith(REPLACEMENT))
-        piece = text[self._taken : certain]
+        delta = text[self._taken : certain]
         left = len(text) - max(self._taken, certain)
         self._window = self._tail(self._window)
         self._text = self._tokenizer.decode(self._window)
         self._taken = len(self._text) - left
-        return self._before_stop(piece)
+        return self._before_stop(delta)
 
     def finish(self) -> str:
         """What was held back, when there are no more tokens."""
         if self.stopped:
             return ""
         self._locate_run(self._window)
-        piece = self._tokenizer.decode(self._window)[self._taken :]
+        delta = self._tokenizer.decode(self._window)[self._taken :]
         self._window, self._text, self._taken = [], "", 0
-        return self._before_stop(piece, last=True)
+        return self._before_stop(delta, last=True)
 
     def _speaks(self, token: int) -> bool:
         """Whether the token is text: neither special nor beyond the vocabulary."""
@@ -103,9 +103,9 @@ class TextStream:
         self._run = []
         return lengths[-1] - lengths[first]
 
-    def _before_stop(self, piece: str, last: bool = False) -> str:
-        """The held text with `piece`, as far as no stop string can be in it."""
-        text = self._held + piece
+    def _before_stop(self, delta: str, last: bool = False) -> str:
+        """The held text with `delta`, as far as no stop string can be in it."""
+        text = self._held + delta
         longest = max(map(len, self._stop), default=0)
         starts = range(max(0, len(text) - longest + 1), len(text))
         certain = len(text)

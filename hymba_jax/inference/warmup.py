@@ -24,21 +24,21 @@ class WarmupConfig:
     Those commands need the same `context`, `dtype` and `state_dtype` to find them.
 
     Attributes:
-      texts: the most prompts at a time; every power of two up to it is compiled.
+      prompts: the most at a time; every power of two up to it is compiled.
 
     Raises:
-      HymbaError: no context is named, or no possible number of texts.
+      HymbaError: no context is named, or no possible number of prompts.
     """
 
     choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
-    texts: int = 1
+    prompts: int = 1
 
     def __post_init__(self) -> None:
         if self.choice.context is None:
             raise HymbaError("name a context: the size of the cache that programs are compiled for")
-        if not 1 <= self.texts <= self.choice.batch_size:
+        if not 1 <= self.prompts <= self.choice.batch_size:
             raise HymbaError(
-                f"texts is {self.texts}, not 1 to the batch_size {self.choice.batch_size}"
+                f"prompts is {self.prompts}, not 1 to the batch_size {self.choice.batch_size}"
             )
 
 
@@ -50,7 +50,7 @@ def main(config: WarmupConfig) -> None:
     """
     model, console = config.choice.load(), Console(soft_wrap=True, highlight=False)
     rows = 1
-    while rows <= bucket(config.texts):
+    while rows <= bucket(config.prompts):
         for length in prompt_lengths(model.engine):
             start = time.perf_counter()
             warm(model, rows, length)
@@ -61,7 +61,7 @@ def main(config: WarmupConfig) -> None:
 
 
 def prompt_lengths(engine: Engine) -> Iterator[int]:
-    """Lengths of prompts that between them need every program for reading."""
+    """Lengths of prompts that between them need every program of prefill."""
     longest, chunk = engine.max_context - 1, engine.largest_chunk  # leaves room for a token
     widths = [1 << i for i in range(SMALLEST_CHUNK.bit_length() - 1, chunk.bit_length())]
     for start in (0, chunk):
@@ -71,10 +71,10 @@ def prompt_lengths(engine: Engine) -> Iterator[int]:
 
 
 def warm(model: LanguageModel, rows: int, length: int) -> None:
-    """Continues `rows` prompts of `length` tokens by two, where there is room for that."""
+    """Generates two tokens after each of `rows` prompts of `length` tokens, where they fit."""
     prompts = [[model.tokenizer.eos_id] * length] * rows
-    for piece in model.stream(prompts, max_new_tokens=2):
-        del piece
+    for delta in model.stream(prompts, max_new_tokens=2):
+        del delta
 
 
 def use_compilation_cache() -> None:

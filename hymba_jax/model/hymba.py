@@ -207,9 +207,9 @@ class Hymba(nnx.Module):
     def flops(self, length: int, *, predicted: int) -> float:
         """FLOPs of a sequence's forward pass, whatever an implementation does.
 
-        Each token meets every kernel: 2 for a product and its sum. Heads count their own. Norms,
-        rotation and softmax are left out, and so is all that meta tokens compute: no sequence
-        needs it anew.
+        Each token meets every kernel: 2 for a multiplication and its addition. Heads count their
+        own. Norms, rotation and softmax are left out, and so is all that meta tokens compute: no
+        sequence computes it again.
 
         Args:
           length: tokens of the sequence.
@@ -235,11 +235,11 @@ class Hymba(nnx.Module):
         """Norm and projection on the vocabulary, in float32."""
         x = self.final_norm(x)
         if self.config.tie_embeddings:
-            param, product = self.embedding, matmul_transposed
+            param, project = self.embedding, matmul_transposed
         else:
-            param, product = self.lm_head.kernel, matmul
+            param, project = self.lm_head.kernel, matmul
         axes = param.get_metadata("axes")
-        logits = product(x, param[...].astype(x.dtype), jnp.float32, axes)
+        logits = project(x, param[...].astype(x.dtype), jnp.float32, axes)
         return constrain(logits, "batch", "length", "vocab")
 
     def _repeated(self) -> list[tuple[LayerGroup, int]]:
@@ -284,23 +284,34 @@ def layer_places(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPlace]:
     return places
 
 
-def arrange_layers(model: Hymba, *, scan_layers: bool) -> Hymba:
-    """The same model with repeated layers' parameters stacked, or each layer's in its own arrays.
+def stack_layers(model: Hymba) -> Hymba:
+    """The same model with repeated layers' parameters stacked.
 
-    Decoding needs them apart: XLA would copy a layer out of the stack each time it is used. What
-    is arranged as it was before is shared, all else copied.
+    Parameters whose layout does not change are shared, all others copied.
     """
+    return _with_layout(model, scan_layers=True)
+
+
+def unstack_layers(model: Hymba) -> Hymba:
+    """The same model with each layer's parameters in their own arrays; shared as in `stack_layers`.
+
+    Decoding needs this: XLA would copy a layer out of the stack each time it is used.
+    """
+    return _with_layout(model, scan_layers=False)
+
+
+def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
     config = model.config
     compute = dataclasses.replace(model.compute, scan_layers=scan_layers)
-    graph, arranged = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
     held = dict(nnx.to_flat_state(nnx.state(model)))
     sources: dict[tuple[str | int, ...], list[LayerPlace]] = defaultdict(list)
-    for ours, theirs in zip(
+    for target, source in zip(
         layer_places(config, scan_layers=scan_layers),
         layer_places(config, scan_layers=model.compute.scan_layers),
         strict=True,
     ):
-        sources[ours.block].append(theirs)
+        sources[target.block].append(source)
 
     def find(path: tuple[Any, ...]) -> Array:
         for depth in range(len(path)):
@@ -313,7 +324,7 @@ def arrange_layers(model: Hymba, *, scan_layers: bool) -> Hymba:
         array = held[*place.block, *name][...]
         return array if place.repeat is None else array[place.repeat]
 
-    flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(arranged)]
+    flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(shapes)]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

@@ -22,7 +22,7 @@ class Linear(nnx.Module):
 
     Args:
       axes: logical axes of the kernel.
-      dtype: of the product; the compute dtype unless told otherwise.
+      dtype: of the matmul; the compute dtype unless told otherwise.
       init: normal(0.02) unless told otherwise.
     """
 

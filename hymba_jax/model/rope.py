@@ -46,9 +46,9 @@ def make_rope(
 def inverse_frequencies(
     config: HymbaConfig, total: int | Int[Array, ""]
 ) -> Float[Array, " half_dim"]:
-    """Radians a position turns each pair of channels.
+    """Radians by which a position rotates each pair of channels.
 
-    The ntk forms enlarge the base so that `max_positions` (or the present length) turns the
+    The ntk forms enlarge the base so that `max_positions` (or the present length) rotates the
     slowest pair no further than `rope_original_positions` did.
     """
     base: float | Array = config.rope_base

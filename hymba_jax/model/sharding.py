@@ -12,15 +12,15 @@ from hymba_jax.parallel.mesh import (
     MESH_AXES,
     AnyMesh,
     axis_product,
-    batch_parts,
+    batch_shards,
     partition,
     replicated,
-    split_over,
+    sharded_over,
 )
 
 
 def axis_sizes(config: HymbaConfig) -> dict[str, int]:
-    """What the mesh has to divide, to split a model's parameters along each logical axis."""
+    """What the mesh has to divide, to shard a model's parameters along each logical axis."""
     widths = [config.mixer_channels(spec) for spec in config.layer_specs]
     return {
         "hidden": config.hidden_size,
@@ -37,16 +37,18 @@ def describe_sharding(config: HymbaConfig, mesh: AnyMesh, length: int) -> str:
     Args:
       length: tokens of a sequence.
     """
-    sharded, whole = [f"batch over {batch_parts(mesh)}"], []
+    sharded, replicated_axes = [f"batch over {batch_shards(mesh)}"], []
     for axis, size in {"length": length, **axis_sizes(config)}.items():
-        parts = axis_product(MESH_AXES[axis], mesh)
-        if not split_over(axis, size, mesh):
+        shards = axis_product(MESH_AXES[axis], mesh)
+        if not sharded_over(axis, size, mesh):
             count = f"{size} key/value heads" if axis == "heads" else f"{axis} {size}"
-            whole.append(f"{count} by {parts}")
-        elif parts > 1:
-            sharded.append(f"{axis} over {parts}")
+            replicated_axes.append(f"{count} by {shards}")
+        elif shards > 1:
+            sharded.append(f"{axis} over {shards}")
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    rest = f"; replicated, as not divisible: {', '.join(whole)}" if whole else ""
+    rest = (
+        f"; replicated, as not divisible: {', '.join(replicated_axes)}" if replicated_axes else ""
+    )
     return f"{mesh.size} devices, {sizes}; sharded: {', '.join(sharded)}{rest}"
 
 

@@ -1,4 +1,4 @@
-"""The product of activations and a kernel, with a gradient that every back end computes fast."""
+"""The matmul of activations and a kernel, with a gradient that every back end computes fast."""
 
 import functools
 
@@ -21,12 +21,12 @@ def matmul(
     """x @ kernel, in x's dtype unless another is asked for; x and kernel have one dtype.
 
     JAX's own gradient of the kernel is (dy x).T; XLA:CPU is up to five times as fast at x dy,
-    which is laid out as the kernel is. On accelerators the two are the same product. The gradient
+    which is laid out as the kernel is. On accelerators the two are the same matmul. The gradient
     of y is rounded to x's dtype first; that of the kernel is summed in float32.
 
     Args:
-      axes: logical axes of a kernel that devices keep parts of. It is gathered for each of the
-        two passes anew, not kept whole between them.
+      axes: logical axes of a sharded kernel. It is gathered for each of the two passes, not kept
+        gathered between them.
     """
     kernel, over = gather(kernel, axes), (((x.ndim - 1,), (0,)), ((), ()))
     return dot_general(x, kernel, over, preferred_element_type=dtype or x.dtype)

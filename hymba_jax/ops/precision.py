@@ -1,4 +1,4 @@
-"""Products that are as exact as their operands.
+"""Matmuls that are as exact as their operands.
 
 By default a GPU rounds float32 operands to the 10 bits of TF32, and a TPU to the 7 of bfloat16.
 Operands of other dtypes are multiplied as they are, here as by default.

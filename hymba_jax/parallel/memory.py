@@ -51,6 +51,6 @@ def tree_bytes(tree: Any) -> int:
 
 
 def gb(size: int) -> str:
-    """Bytes as GB (10**9), with three digits that count."""
+    """Bytes as GB (10**9), with three significant digits."""
     decimals = max(0, 12 - len(str(size))) if size else 0
     return f"{size / GB:,.{decimals}f}"

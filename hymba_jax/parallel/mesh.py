@@ -2,7 +2,7 @@
 
 Models name logical axes and nothing else: those of a parameter in its metadata `axes`, those of
 activations in `constrain`. One rule holds for all arrays: an axis that the mesh does not divide
-stays whole, on every device. Heads are counted in key/value heads, so that a device has whole
+is replicated on every device. Heads are counted in key/value heads, so that a device has whole
 groups of them.
 """
 
@@ -52,26 +52,26 @@ def make_mesh(
     return Mesh(arranged, tuple(sizes))
 
 
-def split_over(axis: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
-    """The mesh axes that a logical axis of this size is split over: all of the table's, or none."""
+def sharded_over(axis: str, size: int, mesh: AnyMesh) -> tuple[str, ...]:
+    """The mesh axes that an axis of this size is sharded over: all of the table's, or none."""
     names = tuple(name for name in MESH_AXES[axis] if name in mesh.shape)
     return () if size % axis_product(names, mesh) else names
 
 
-def split_length(length: int, mesh: AnyMesh, *, at_least: int = 1) -> str | None:
-    """The mesh axis that a length is split over, if in parts of at least so many positions."""
-    names = split_over("length", length, mesh)
-    parts = axis_product(names, mesh)
-    return names[0] if parts > 1 and length // parts >= at_least else None
+def length_sharded_over(length: int, mesh: AnyMesh, *, at_least: int = 1) -> str | None:
+    """The mesh axis that a length is sharded over, if in shards of at least so many positions."""
+    names = sharded_over("length", length, mesh)
+    shards = axis_product(names, mesh)
+    return names[0] if shards > 1 and length // shards >= at_least else None
 
 
 def partition(axes: Sequence[str | None], sizes: Mapping[str, int], mesh: AnyMesh) -> PartitionSpec:
-    """How an array with these logical axes lies on a mesh; an axis without a size is whole."""
+    """The sharding of an array by its logical axes; an axis without a size is replicated."""
 
     def names(axis: str | None) -> tuple[str, ...] | None:
         if axis is None or axis not in sizes:
             return None
-        return split_over(axis, sizes[axis], mesh) or None
+        return sharded_over(axis, sizes[axis], mesh) or None
 
     return PartitionSpec(*map(names, axes))
 
@@ -82,35 +82,35 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Rows of a batch spread over the devices."""
+    """Rows of a batch sharded over the devices."""
     return NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
 
 
-def batch_parts(mesh: AnyMesh) -> int:
-    """How many parts of equal size a batch has to have."""
+def batch_shards(mesh: AnyMesh) -> int:
+    """How many shards of equal size a batch has to have."""
     return axis_product(MESH_AXES["batch"], mesh)
 
 
-def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch that this process's devices hold, whoever else holds them, too."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    parts = [index[0] for index in indices if index is not None]
-    return sorted({row for part in parts for row in range(batch_size)[part]})
+    shards = [index[0] for index in indices if index is not None]
+    return sorted({row for shard in shards for row in range(batch_size)[shard]})
 
 
-def place_rows(rows: Any, mesh: Mesh, batch_size: int) -> Any:
-    """A batch spread over the devices, of which each process gives its `own_rows`."""
-    place = batch_sharding(mesh)
+def global_batch(rows: Any, mesh: Mesh, batch_size: int) -> Any:
+    """A batch sharded over the devices, of which each process gives its `process_rows`."""
+    sharding = batch_sharding(mesh)
     return jax.tree.map(
-        lambda own: jax.make_array_from_process_local_data(
-            place, own, (batch_size, *own.shape[1:])
+        lambda local: jax.make_array_from_process_local_data(
+            sharding, local, (batch_size, *local.shape[1:])
         ),
         rows,
     )
 
 
 def bytes_on_each(tree: Any) -> int:
-    """Bytes of a tree of placed shapes that each device of their mesh has."""
+    """Bytes on each device of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -118,7 +118,7 @@ def bytes_on_each(tree: Any) -> int:
 
 
 def is_partitioned() -> bool:
-    """Whether XLA will split the program over the mesh in context (`jax.set_mesh`).
+    """Whether XLA will partition the program over the mesh in context (`jax.set_mesh`).
 
     Inside `jax.shard_map` over all of its axes it will not: each device has a program of its own.
     """
@@ -128,7 +128,7 @@ def is_partitioned() -> bool:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """The same array, split over the mesh in context along these logical axes and no others."""
+    """The same array, sharded over the mesh in context along these logical axes and no others."""
     if not is_partitioned():
         return x
     sizes = {axis: size for axis, size in zip(axes, x.shape, strict=True) if axis}
@@ -136,30 +136,30 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def gather_param(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Array:
-    """A parameter as layers compute with it: in their dtype, and whole along `hidden`."""
+    """A parameter as layers compute with it: in their dtype, and gathered along `hidden`."""
     value = param[...] if dtype is None else param[...].astype(dtype)
     return _gather_param(value, param.get_metadata("axes"))
 
 
 def gather(value: Array, axes: tuple[str, ...]) -> Array:
-    """A parameter with these logical axes, its parts along `hidden` put together.
+    """A parameter with these logical axes, its shards along `hidden` gathered.
 
-    This is for just before it is used: a device holds whole no more than it works on.
+    This is for just before it is used: a device holds no more gathered than it works on.
     """
-    return _constrain_hidden(value, axes, is_split=False)
+    return _constrain_hidden(value, axes, is_sharded=False)
 
 
 def scatter(gradient: Array, axes: tuple[str, ...]) -> Array:
-    """The gradient of what was gathered, of which each device sums no more than its part."""
-    return _constrain_hidden(gradient, axes, is_split=True)
+    """The gradient of what was gathered, of which each device sums no more than its shard."""
+    return _constrain_hidden(gradient, axes, is_sharded=True)
 
 
-def _constrain_hidden(value: Array, axes: tuple[str, ...], *, is_split: bool) -> Array:
+def _constrain_hidden(value: Array, axes: tuple[str, ...], *, is_sharded: bool) -> Array:
     if not is_partitioned() or "hidden" not in axes:
         return value
     i, mesh = axes.index("hidden"), jax.sharding.get_abstract_mesh()
     spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * len(axes)
-    spec[i] = split_over("hidden", value.shape[i], mesh) or None if is_split else None
+    spec[i] = sharded_over("hidden", value.shape[i], mesh) or None if is_sharded else None
     return with_sharding_constraint(value, PartitionSpec(*spec))
 
 

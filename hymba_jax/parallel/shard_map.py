@@ -1,4 +1,4 @@
-"""Ops whose kernels XLA cannot split: each device runs them on its own part of the arrays."""
+"""Ops whose kernels XLA cannot partition: each device runs them on its shards of the arrays."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from hymba_jax.parallel.mesh import is_partitioned, partition, split_length, split_over
+from hymba_jax.parallel.mesh import is_partitioned, length_sharded_over, partition, sharded_over
 from hymba_jax.types import Array
 
 type Axes = tuple[str | None, ...]
@@ -21,11 +21,11 @@ def shard_map(
     out_axes: Any,
     **arrays: Array | None,
 ) -> Any:
-    """function(**arrays), of which each device of the mesh in context computes its own part.
+    """function(**arrays), of which each device of the mesh in context computes its shard.
 
-    The function has to compute a part along any logical axis from that part of the arrays, or from
-    arrays without the axis, or fetch what it needs from other devices. A result without an axis
-    has to be the same on all devices along it. Where XLA splits nothing, this is just the call.
+    The function has to compute a shard along any logical axis from that shard of the arrays, from
+    arrays without the axis, or from what it fetches from other devices. A result without an axis
+    has to be the same on all devices along it. Where XLA partitions nothing, this is just the call.
 
     Args:
       function: has no arrays but its arguments.
@@ -47,40 +47,40 @@ def shard_map(
     floats = {name for name in given if jnp.issubdtype(given[name].dtype, jnp.floating)}
     rest = dict.fromkeys(name for name in arrays if name not in given)
 
-    def shared_over(array: Axes) -> tuple[str, ...]:
-        """The mesh axes along which devices split other arrays, and all have the same of this."""
+    def replicated_over(array: Axes) -> tuple[str, ...]:
+        """The mesh axes that other arrays are sharded over, and this one is replicated over."""
         others = {axis: size for axis, size in sizes.items() if axis not in array}
-        names = {n for axis, size in others.items() for n in split_over(axis, size, mesh)}
+        names = {n for axis, size in others.items() for n in sharded_over(axis, size, mesh)}
         return tuple(name for name in mesh.axis_names if name in names and mesh.shape[name] > 1)
 
-    # JAX's own gradient of `shard_map` is summed over all devices that have the same part of an
-    # array, also where none has a different part of any: there, all have the same gradient.
+    # JAX's own gradient of `shard_map` is summed over all devices that have the same shard of an
+    # array, also where none has a different shard of any: there, all have the same gradient.
     @jax.custom_vjp
     def run(given: dict[str, Array]) -> Any:
-        return _shard_map(lambda parts: function(**parts, **rest), (specs,), out_specs)(given)
+        return _shard_map(lambda shards: function(**shards, **rest), (specs,), out_specs)(given)
 
     def forward(given: dict[str, Array]) -> tuple[Any, Any]:
-        def of_parts(parts: dict[str, Array]) -> tuple[Any, Any]:
-            fixed = rest | {name: part for name, part in parts.items() if name not in floats}
+        def of_shards(shards: dict[str, Array]) -> tuple[Any, Any]:
+            fixed = rest | {name: shard for name, shard in shards.items() if name not in floats}
             outputs, vjp = jax.vjp(
-                lambda parts: function(**parts, **fixed), {name: parts[name] for name in floats}
+                lambda shards: function(**shards, **fixed), {name: shards[name] for name in floats}
             )
             return outputs, jax.tree.map(lambda residual: residual[None], vjp)
 
-        return _shard_map(of_parts, (specs,), (out_specs, one_each))(given)
+        return _shard_map(of_shards, (specs,), (out_specs, one_each))(given)
 
     def backward(vjp: Any, cotangents: Any) -> tuple[dict[str, Array | None]]:
         def counted_once(result: Axes, cotangent: Array) -> Array:
-            names = shared_over(result)
+            names = replicated_over(result)
             return jnp.where(lax.axis_index(names) == 0, cotangent, 0) if names else cotangent
 
-        def of_parts(vjp: Any, cotangents: Any) -> dict[str, Array]:
+        def of_shards(vjp: Any, cotangents: Any) -> dict[str, Array]:
             cotangents = jax.tree.map(counted_once, out_axes, cotangents, is_leaf=_is_axes)
             (gradients,) = jax.tree.map(lambda residual: residual[0], vjp)(cotangents)
-            return {name: lax.psum(g, shared_over(axes[name])) for name, g in gradients.items()}
+            return {name: lax.psum(g, replicated_over(axes[name])) for name, g in gradients.items()}
 
         wanted = {name: specs[name] for name in floats}
-        gradients = _shard_map(of_parts, (one_each, out_specs), wanted)(vjp, cotangents)
+        gradients = _shard_map(of_shards, (one_each, out_specs), wanted)(vjp, cotangents)
         return (dict.fromkeys(given) | gradients,)
 
     run.defvjp(forward, backward)
@@ -88,14 +88,14 @@ def shard_map(
 
 
 def length_axis(length: int, *, at_least: int = 1) -> str | None:
-    """The axis of the mesh in context that sequences of this length are split over, if any.
+    """The axis of the mesh in context that sequences of this length are sharded over, if any.
 
     Args:
-      at_least: positions that an op needs in every part; it keeps shorter ones together.
+      at_least: positions that an op needs in every shard; shorter sequences are replicated.
     """
     if not is_partitioned():
         return None
-    return split_length(length, jax.sharding.get_abstract_mesh(), at_least=at_least)
+    return length_sharded_over(length, jax.sharding.get_abstract_mesh(), at_least=at_least)
 
 
 def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -34,7 +34,7 @@ from hymba_jax.files import replace_text
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.sharding import describe_sharding
-from hymba_jax.parallel.mesh import batch_sharding, make_mesh, own_rows, place_rows
+from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
 from hymba_jax.parallel.processes import is_first
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
@@ -87,7 +87,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
         abstract.state,
         abstract_batch(training.batch_size, length, batch_sharding(mesh)),
     )
-    rows = own_rows(mesh, training.batch_size)
+    rows = process_rows(mesh, training.batch_size)
     batches = train_iterator(data.train, length, training.batch_size, config.seed, rows)
     limit = training.validation_batches * training.batch_size
     validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
@@ -108,7 +108,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             _check_same_run(saved, data, training.steps, config.output)
             batches.set_state(saved.batches)
             start = saved.step
-            complete = f"complete at step {start}: more training.steps would continue it"
+            complete = f"complete at step {start}: more training.steps would resume it"
             resuming = f"resuming after step {start}"
             display.say(complete if start == training.steps else resuming)
         _write_directory(config, data.tokenizer, is_new=previous is None)
@@ -121,7 +121,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             workload = _workload(training.batch_size, length, flops, mesh)
             epoch = (len(data.train) - 1) // length / training.batch_size
             recorder = Recorder(training, workload, epoch, start, writer, display)
-            placed = map(partial(place_rows, mesh=mesh, batch_size=training.batch_size), batches)
+            placed = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
             state = _run_steps(
                 state,
                 range(start + 1, training.steps + 1),

@@ -42,5 +42,5 @@ def sample(
         return None
     alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
     with jax.set_mesh(alone):
-        own = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
-        return generate(nnx.merge(graph, jax.device_put(own, replicated(alone))), tokenizer)
+        local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
+        return generate(nnx.merge(graph, jax.device_put(local, replicated(alone))), tokenizer)

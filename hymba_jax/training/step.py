@@ -9,7 +9,7 @@ from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.data import Batch
 from hymba_jax.errors import HymbaError
 from hymba_jax.model.abstract import Params
-from hymba_jax.parallel.mesh import AnyMesh, batch_parts
+from hymba_jax.parallel.mesh import AnyMesh, batch_shards
 from hymba_jax.training.loss import Average, Averages, LossFn
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float
@@ -76,7 +76,7 @@ def check_batch(micro_batch_size: int, mesh: AnyMesh) -> None:
     Raises:
       HymbaError: a micro-batch has no equal shards for its devices.
     """
-    if micro_batch_size % batch_parts(mesh):
+    if micro_batch_size % batch_shards(mesh):
         raise HymbaError(
             "training.batch_size / training.gradient_accumulation_steps is "
             f"{micro_batch_size} sequences, which data {mesh.shape['data']} x fsdp "

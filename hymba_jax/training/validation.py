@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from hymba_jax.data import Data, validation_batches
 from hymba_jax.model.abstract import Params
-from hymba_jax.parallel.mesh import own_rows, place_rows
+from hymba_jax.parallel.mesh import global_batch, process_rows
 from hymba_jax.training.loss import LossFn, add_averages, means
 
 type Validate = Callable[[Params, bool], dict[str, float]]
@@ -24,14 +24,14 @@ def make_validate(
       limit: sequences of a part of the text.
     """
     eval_step = jax.jit(loss_fn)
-    rows = own_rows(mesh, batch_size)
+    rows = process_rows(mesh, batch_size)
 
     def validate(params: Params, whole: bool) -> dict[str, float]:
         batches = validation_batches(
             data.validation, sequence_length, batch_size, None if whole else limit, rows
         )
         # All are under way before the first is waited for.
-        averages = [eval_step(params, place_rows(batch, mesh, batch_size)) for batch in batches]
+        averages = [eval_step(params, global_batch(batch, mesh, batch_size)) for batch in batches]
         values = means(add_averages(averages))
         metrics = {f"validation_{name}": value for name, value in values.items()}
         return metrics | {"validation_bits_per_byte": data.bits_per_byte(values["loss"])}

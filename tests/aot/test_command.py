@@ -76,7 +76,7 @@ def test_a_training_step(capsys, config, four_cpus):
     assert "197 TFLOP/s" in words[-1]
     assert table["in all, fits 16.00 GB"].endswith(" GB")
     counts = {name: int(name.split(" x ")[0]) for name in table if " x " in name}
-    # Layers, pieces of the batch, and what both have to do: no loop's body is counted once.
+    # Layers, micro-batches, and what both have to do: no loop's body is counted once.
     assert sum(n for name, n in counts.items() if "all-reduce" in name) > 2 * 2
     steps = ("arithmetic alone", "memory alone", "interconnect alone")
     assert table["a step, at least"] in [table[name] for name in steps]
@@ -85,8 +85,8 @@ def test_a_training_step(capsys, config, four_cpus):
 @pytest.mark.parametrize(
     ("program", "step"),
     [
-        ("prefill", "reading 2 texts of 200 tokens at once"),
-        ("decode", "continuing 2 texts of 200 tokens, a token of each a step"),
+        ("prefill", "prefill of 2 prompts of 200 tokens"),
+        ("decode", "decoding 2 sequences of 200 tokens, a token of each a step"),
     ],
 )
 def test_inference(capsys, config, four_cpus, program, step):
@@ -157,9 +157,9 @@ def test_with_the_compiler_of_tpus(config):
     )
     _, table = parse(done.stdout)
     assert "in all, fits 16.00 GB" in table
-    assert "loops of unknown length, taken once" not in table
+    assert "loops of unknown trip count, taken once" not in table
     assert any("all-gather" in name for name in table)
-    # Half of 4 sequences, 16 + 112 positions, half of 128 channels; layers, pieces of the batch.
+    # Half of 4 sequences, 16 + 112 positions, half of 128 channels; layers, micro-batches.
     assert table["4 x selective_scan_forward of a chip, up to"] == "2 x 128 x 64"
     assert table["4 x selective_scan_backward of a chip, up to"] == "2 x 128 x 64"
     assert any("splash_mha_fwd" in name for name in table)

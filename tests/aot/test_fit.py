@@ -21,7 +21,7 @@ GB = 10**9
 def advice(
     arguments, temporaries, *, remat="block", batch=64, accumulation=2, data=1, sequence=1, parts=8
 ):
-    """On chips of 16 GB, batches in so many parts; in GB, without the reasons."""
+    """On chips of 16 GB, batches in so many shards; in GB, without the reasons."""
     run = RunConfig(
         compute=ComputeConfig(remat=remat),
         training=TrainingConfig(batch_size=batch, gradient_accumulation_steps=accumulation),
@@ -54,17 +54,17 @@ def test_one_sequence_that_is_too_large_is_shared():
     assert advice(6, 80) == ["training.gradient_accumulation_steps 8", "parallel.sequence 2"]
 
 
-def test_state_that_is_too_large_is_split():
-    assert advice(20, 1) == ["a topology of 16 chips or more, split by parallel.fsdp"]
+def test_state_that_is_too_large_is_sharded():
+    assert advice(20, 1) == ["a topology of 16 chips or more, sharded by parallel.fsdp"]
     assert advice(20, 1, data=2) == ["parallel.data 1, parallel.fsdp 8"]
     assert advice(20, 1, parts=256, batch=1024) == ["parallel.data 4, parallel.fsdp 64"]  # of 1600
 
 
-def test_fewer_texts():
-    """4 GB of parameters, and 8 texts of 2.5 GB each: 4 fit in the 12 that are left."""
+def test_fewer_sequences():
+    """4 GB of parameters, and 8 sequences of 2.5 GB each: 4 fit in the 12 that are left."""
     memory = Memory(20 * GB, 4 * GB, 24 * GB)
     (line,) = inference_advice(8, 4 * GB, memory, 16 * GB)
-    assert line == "--batch 4: a text takes 2.5 GB besides 4.0 GB of parameters"
+    assert line == "--batch 4: a sequence takes 2.5 GB besides 4.0 GB of parameters"
     (line,) = inference_advice(1, 4 * GB, memory, 16 * GB)
     assert line.startswith("a shorter --context")
 

@@ -1,4 +1,4 @@
-"""Programs read from their text: loops, collectives, products and traffic, by hand."""
+"""Programs read from their text: loops, collectives, matmuls and traffic, by hand."""
 
 from functools import partial
 
@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from hymba_jax.aot.collectives import Collective, by_kind, collectives
 from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.kernels import Kernel, kernels
-from hymba_jax.aot.matmuls import product_flops
-from hymba_jax.aot.traffic import total_moved
+from hymba_jax.aot.matmuls import matmul_flops
+from hymba_jax.aot.traffic import total_hbm_bytes
 
-TURNS, INNER, ROWS, WIDTH = 5, 3, 16, 32
+TRIPS, INNER, ROWS, WIDTH = 5, 3, 16, 32
 FLOAT = 4  # bytes
 
 
@@ -32,9 +32,9 @@ def compiled(function, *shapes, mesh=None, specs=None):
     return Program(jax.jit(function).lower(*arrays).compile().as_text())
 
 
-def repeated(body, turns):
+def repeated(body, trips):
     """The body, over and over."""
-    return lambda x: lax.scan(lambda x, _: (body(x), None), x, length=turns)[0]
+    return lambda x: lax.scan(lambda x, _: (body(x), None), x, length=trips)[0]
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ def repeated(body, turns):
     ],
 )
 def test_collectives_in_a_loop(mesh, collective, kind, group, sent):
-    """Each device has the whole array, and turns of the loop count."""
+    """Each device has the whole array, and iterations of the loop count."""
     whole = PartitionSpec()
-    step = repeated(lambda x: jnp.tanh(collective(x)), TURNS)
+    step = repeated(lambda x: jnp.tanh(collective(x)), TRIPS)
     function = jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     found = [*collectives(compiled(function, (ROWS, WIDTH), mesh=mesh, specs=[whole]))]
     brought = ROWS * WIDTH * FLOAT
     assert {c.kind for c in found} == {kind}
-    assert {c.times for c in found} == {TURNS}
+    assert {c.times for c in found} == {TRIPS}
     assert sum(c.size for c in found) == brought
     assert all(c.group == group for c in found if group)
-    assert by_kind(found)[kind] == (TURNS * len(found), TURNS * brought * sent)
+    assert by_kind(found)[kind] == (TRIPS * len(found), TRIPS * brought * sent)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_collectives_that_change_the_size(mesh, collective, kind, sent):
     assert by_kind(collectives(program)) == {kind: (1, size * sent)}
 
 
-def test_products_in_nested_loops():
+def test_matmuls_in_nested_loops():
     def step(x):
         x = repeated(lambda x: jnp.tanh(x @ x), INNER)(x)
         return jnp.tanh(x @ x.T)
 
-    program = compiled(repeated(step, TURNS), (WIDTH, WIDTH))
-    assert product_flops(program) == TURNS * (INNER + 1) * 2 * WIDTH**3
+    program = compiled(repeated(step, TRIPS), (WIDTH, WIDTH))
+    assert matmul_flops(program) == TRIPS * (INNER + 1) * 2 * WIDTH**3
     assert program.unknown_loops == 0
 
 
@@ -106,19 +106,19 @@ def test_a_loop_that_ends_when_it_likes_counts_once():
         (WIDTH, WIDTH),
     )
     assert program.unknown_loops == 1
-    assert product_flops(program) == 2 * WIDTH**3
+    assert matmul_flops(program) == 2 * WIDTH**3
 
 
 def test_traffic_in_a_loop():
     """Reads and writes the array, and carries it and the counter into the loop."""
     size = 1000
-    program = compiled(repeated(lambda x: jnp.sin(x) * 2, TURNS), (size,))
-    in_loop = TURNS * 2 * size * FLOAT
-    assert in_loop <= total_moved(program) <= in_loop + 4 * size * FLOAT
+    program = compiled(repeated(lambda x: jnp.sin(x) * 2, TRIPS), (size,))
+    in_loop = TRIPS * 2 * size * FLOAT
+    assert in_loop <= total_hbm_bytes(program) <= in_loop + 4 * size * FLOAT
 
 
-# As TPUs' compiler writes them: the condition alone knows the turns, a product is a convolution of
-# a batch of 5 along a spatial axis, and one gather is in each of the fusions that it runs beside.
+# As TPUs' compiler writes them: the condition alone knows the trip count, a matmul is a convolution
+# of a batch of 5 along a spatial axis, and one gather is in each fusion that it runs beside.
 TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
 %start (p: bf16[32,128]) -> bf16[128,128] {
@@ -178,7 +178,7 @@ def test_a_program_for_tpus():
         Collective("all-gather", 7, 4, 32 * 128 * 2),
         Collective("reduce-scatter", 7, 8, 128 * 128 * 4),
     ]
-    assert product_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
+    assert matmul_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
     assert kernels(program) == [Kernel("u", 7, (5, 16, 128)), Kernel("v", 7, (5, 64, 128))]
     assert program.largest_loop() == "body"
 
@@ -205,7 +205,7 @@ def test_groups_in_all_the_ways_they_are_written(groups, group):
     assert next(collectives(Program(text))).group == group
 
 
-def test_a_product_of_the_gpus_library():
+def test_a_matmul_of_the_gpus_library():
     text = """HloModule jit_f
 
 ENTRY %main (a: bf16[16,128], b: bf16[128,64]) -> bf16[16,64] {
@@ -215,7 +215,7 @@ ENTRY %main (a: bf16[16,128], b: bf16[128,64]) -> bf16[16,64] {
 }
 """  # noqa: E501
     program = Program(text)
-    assert product_flops(program) == 2 * 16 * 64 * 128
+    assert matmul_flops(program) == 2 * 16 * 64 * 128
     assert not kernels(program)
 
 

@@ -55,5 +55,5 @@ def test_every_chip_has_its_peak():
 
 def test_the_time_of_each_kind_of_work():
     """One second of each on a v5e."""
-    seconds = Work(flops=197e12, moved=819e9, sent=200e9).seconds(CHIPS["v5e"])
+    seconds = Work(flops=197e12, hbm_bytes=819e9, collective_bytes=200e9).seconds(CHIPS["v5e"])
     assert seconds == {"arithmetic": 1, "memory": 1, "interconnect": 1}

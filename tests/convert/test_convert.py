@@ -46,7 +46,7 @@ from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.inference.generation_config import read_generation_defaults
-from hymba_jax.model import Hymba, arrange_layers
+from hymba_jax.model import Hymba, stack_layers, unstack_layers
 
 silence_orbax()
 
@@ -265,7 +265,7 @@ CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G")
 
 @pytest.fixture(scope="module")
 def model():
-    return arrange_layers(make_model(CONFIG), scan_layers=True)
+    return stack_layers(make_model(CONFIG))
 
 
 class TestModelsTrainedHere:
@@ -278,7 +278,7 @@ class TestModelsTrainedHere:
         assert config_from_hf(config).resolved() == CONFIG.resolved()
         assert (config["model_type"], config["torch_dtype"]) == ("hymba", "float32")
         again = convert(hf, tmp_path / "again")
-        expected = params(arrange_layers(model, scan_layers=False))
+        expected = params(unstack_layers(model))
         held = params(load_model(again))
         assert held.keys() == expected.keys()
         for path, array in expected.items():

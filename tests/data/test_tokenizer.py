@@ -304,7 +304,7 @@ def test_chat_template(tmp_path):
 def test_broken_chat_template(tmp_path, broken):
     path = foreign(tmp_path, WORDS, {"chat_template": broken})
     with pytest.raises(
-        HymbaError, match=r"tokenizer_config\.json: chat_template is neither a text"
+        HymbaError, match=r"tokenizer_config\.json: chat_template is neither a string"
     ):
         Tokenizer.load(path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")

@@ -94,7 +94,7 @@ def test_one_prompt_is_continued_as_it_comes(generate, model, monkeypatch):
     assert sys.stdout.getvalue() == continued(model, PROMPTS[:1])
 
 
-def test_without_prompts_a_text_is_begun(generate, model):
+def test_without_prompts_one_is_empty(generate, model):
     assert generate().out == continued(model, [""])
 
 
@@ -320,9 +320,9 @@ cli.main(sys.argv[1:])
         ("binary.txt", b"one\n\xff\xfe\n", "{path}: not UTF-8 text (byte 4)"),
         ("deep.jsonl", b"[" * 100_000, "{path}, line 1: broken JSON (nested too deeply)"),
         ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt"\n', "{path}, line 3: broken JSON (Expect"),
-        ("other.jsonl", b'{"text": "a"}\n', "{path}, line 1: no field 'prompt' that is a text"),
-        ("list.jsonl", b'["a"]\n', "{path}, line 1: no field 'prompt' that is a text"),
-        ("number.jsonl", b'{"prompt": 3}\n', "{path}, line 1: no field 'prompt' that is a text"),
+        ("other.jsonl", b'{"text": "a"}\n', "{path}, line 1: no field 'prompt' that is a string"),
+        ("list.jsonl", b'["a"]\n', "{path}, line 1: no field 'prompt' that is a string"),
+        ("number.jsonl", b'{"prompt": 3}\n', "{path}, line 1: no field 'prompt' that is a string"),
     ],
 )
 def test_unusable_files(refusal, tmp_path, name, content, message):

@@ -174,7 +174,7 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
         ),
         ("seed = 1.5", "seed is 1.5, not a whole number"),
         ("seed = true", "seed is True, not a whole number"),
-        ("output = 3", "output is 3, not a text"),
+        ("output = 3", "output is 3, not a string"),
         ('[training]\nclip_norm = "1"', "training.clip_norm is '1', not a number"),
         ("[compute]\nscan_layers = 1", "compute.scan_layers is 1, not true or false"),
         (
@@ -227,7 +227,7 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
         ("model = [1]", "model is [1], not a table"),
         ("model.preset = [1]", "model.preset is [1], not one of hymba-125m"),
         ("training.steps = {a = 1}", "training.steps is {'a': 1}, not a whole number"),
-        ("output = 1979-05-27", "output is datetime.date(1979, 5, 27), not a text"),
+        ("output = 1979-05-27", "output is datetime.date(1979, 5, 27), not a string"),
         ("seed = ", "not a TOML file (Invalid value (at end of document))"),
     ],
 )

@@ -20,9 +20,9 @@ def hymba():
 
 
 def reading_programs(engine, length):
-    """Width of each piece of a prompt, and whether it is the first."""
-    pieces = engine.chunks([[0] * length])
-    return {(piece.tokens.shape[1], i == 0) for i, piece in enumerate(pieces)}
+    """Width of each chunk of a prompt, and whether it is the first."""
+    chunks = engine.chunks([[0] * length])
+    return {(chunk.tokens.shape[1], i == 0) for i, chunk in enumerate(chunks)}
 
 
 @pytest.mark.parametrize("largest_chunk", [32, 128])
@@ -73,8 +73,8 @@ def test_a_later_process_finds_the_programs(hymba, tmp_path):
     ("arguments", "message"),
     [
         ([], "name a context"),
-        (["--context", "32", "--texts", "0"], "texts is 0, not 1 to the batch_size 8"),
-        (["--context", "32", "--texts", "9"], "texts is 9, not 1 to the batch_size 8"),
+        (["--context", "32", "--prompts", "0"], "prompts is 0, not 1 to the batch_size 8"),
+        (["--context", "32", "--prompts", "9"], "prompts is 9, not 1 to the batch_size 8"),
         (["--context", "32"], "gone: no model is here"),
     ],
 )

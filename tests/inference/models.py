@@ -1,4 +1,4 @@
-"""Models that compile in seconds and continue texts of bytes, and what they compile."""
+"""Models that compile in seconds and complete prompts of bytes, and what they compile."""
 
 import dataclasses
 from collections.abc import Iterator

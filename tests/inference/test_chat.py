@@ -35,12 +35,12 @@ TEMPLATE = (
 )
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     text: str
 
 
 class Model(LanguageModel):
-    """Says the answers, piece by piece; an exception among the pieces is raised."""
+    """Says the answers, delta by delta; an exception among the deltas is raised."""
 
     def __init__(self, *answers, template=TEMPLATE, context=1000):
         model = build_tokenizer(DataConfig(tokenizer="bytes"), []).model
@@ -54,10 +54,10 @@ class Model(LanguageModel):
         (prompt,) = prompts
         self.asked.append(self.tokenizer.decode(prompt))
         self.sampling.append(config)
-        for piece in next(self.answers):
-            if not isinstance(piece, str):
-                raise piece
-            yield Piece(piece)
+        for delta in next(self.answers):
+            if not isinstance(delta, str):
+                raise delta
+            yield Delta(delta)
 
 
 @pytest.fixture
@@ -191,11 +191,11 @@ def test_on_a_terminal():
     """Ctrl-C stops an answer, and at the prompt it leaves."""
     script = """
         import time
-        from test_chat import CHOICE, ChatConfig, Model, Piece, SamplingConfig, chat
+        from test_chat import CHOICE, ChatConfig, Model, Delta, SamplingConfig, chat
 
         class Slow(Model):
             def stream(self, prompts, config):
-                yield Piece("one")
+                yield Delta("one")
                 time.sleep(60)
 
         chat.run(Slow(), ChatConfig(CHOICE, SamplingConfig()))

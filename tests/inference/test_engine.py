@@ -1,4 +1,4 @@
-"""Reading and continuing texts: against the released code, against the full forward pass, each row
+"""Prefill and decoding: against the HF implementation, against the full forward pass, each row
 alone, and what is compiled, computed and copied for it."""
 
 import dataclasses
@@ -45,7 +45,7 @@ def tiny_engine(largest_chunk=16):
 
 
 @functools.cache
-def text_of(length):
+def prompt_of(length):
     """The same random text for each length, behind the begin-of-text token."""
     rest = np.random.default_rng(length).integers(0, 256, length - 1).tolist()
     return [TINY.bos_token_id, *rest]
@@ -53,15 +53,15 @@ def text_of(length):
 
 @functools.cache
 def logits_by_full_forward(model):
-    """The logits of texts, which are padded behind their end: nothing looks ahead."""
+    """The logits of sequences, which are padded behind their end: nothing looks ahead."""
     graph, params = nnx.split(model)
     forward = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
 
-    def logits(texts):
+    def logits(sequences):
         tokens = np.zeros((8, 80), np.int32)
-        for row, text in zip(tokens, texts, strict=False):
-            row[: len(text)] = text
-        return np.asarray(forward(params, tokens))[: len(texts)]
+        for row, sequence in zip(tokens, sequences, strict=False):
+            row[: len(sequence)] = sequence
+        return np.asarray(forward(params, tokens))[: len(sequences)]
 
     return logits
 
@@ -72,12 +72,12 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def log_probs_by_full_forward(model, texts):
+def log_probs_by_full_forward(model, sequences):
     """Of each token but the first."""
-    log_probs = log_softmax(logits_by_full_forward(model)(texts))
+    log_probs = log_softmax(logits_by_full_forward(model)(sequences))
     return [
-        all_of_them[np.arange(len(text) - 1), text[1:]]
-        for all_of_them, text in zip(log_probs, texts, strict=True)
+        all_of_them[np.arange(len(sequence) - 1), sequence[1:]]
+        for all_of_them, sequence in zip(log_probs, sequences, strict=True)
     ]
 
 
@@ -155,10 +155,10 @@ def new_programs(monkeypatch):
 
 
 @pytest.mark.usefixtures("optimised")
-class TestReleasedCode:
-    """Bounds are up to a few times the distance between the released code's own float32 and float64
-    runs, which is 6e-5 for logits; its cached path, which loses a key of each window, is 4 to 6
-    off."""
+class TestHFImplementation:
+    """Bounds are up to a few times the distance between the HF implementation's own float32 and
+    float64 runs, which is 6e-5 for logits; its cached path, which loses a key of each window, is
+    4 to 6 off."""
 
     @pytest.mark.parametrize(
         "case",
@@ -180,15 +180,15 @@ class TestReleasedCode:
         cached = log_softmax(arrays["cache_logits_on_full_tokens"][0])
 
         # The text as it grows, in one batch: each row is read so far and continued to its end.
-        texts = [prompt + expected[:i] for i in range(len(expected))]
+        prompts = [prompt + expected[:i] for i in range(len(expected))]
         new = [len(expected) - i for i in range(len(expected))]
         engine = Engine(model)
-        for i, (tokens, log_probs) in enumerate(generate(engine, texts, new)):
+        for i, (tokens, log_probs) in enumerate(generate(engine, prompts, new)):
             assert tokens == expected[i:]
             of_drawn = full[np.arange(i, len(expected)), tokens]
             np.testing.assert_allclose(log_probs, of_drawn, rtol=0, atol=1e-4)
-        last = engine.prefill(texts, len(texts[-1])).last
-        logits = np.asarray(jax.jit(lambda x: model.logits(x[None])[0])(last))[: len(texts)]
+        last = engine.prefill(prompts, len(prompts[-1])).last
+        logits = np.asarray(jax.jit(lambda x: model.logits(x[None])[0])(last))[: len(prompts)]
         np.testing.assert_allclose(logits, arrays["full_logits"][0], rtol=0, atol=2e-4)
 
         apart = np.abs(full - cached).max(-1) > 1e-2
@@ -201,10 +201,10 @@ class TestRowsOfABatch:
     @staticmethod
     @functools.cache
     def alone(length, config=None, sample=0):
-        return generate(tiny_engine(), [text_of(length)], 12, config, [sample])[0]
+        return generate(tiny_engine(), [prompt_of(length)], 12, config, [sample])[0]
 
     # The begin-of-text token alone, less than the kernel of the convolution, more than the window,
-    # more than a piece.
+    # more than a chunk.
     @settings(derandomize=True, deadline=None, max_examples=12, database=None)
     @given(
         lengths=st.lists(
@@ -216,7 +216,7 @@ class TestRowsOfABatch:
     @example([40, 1, 2, 17])
     @example([9, 9, 9])
     def test_each_is_what_it_is_alone(self, lengths):
-        together = generate(tiny_engine(), [text_of(length) for length in lengths], 12)
+        together = generate(tiny_engine(), [prompt_of(length) for length in lengths], 12)
         assert_same(together, [self.alone(length) for length in lengths])
 
     def test_draws_depend_on_seed_and_sample_alone(self):
@@ -228,8 +228,8 @@ class TestRowsOfABatch:
             SamplingConfig(temperature=1.0, min_p=0.05, seed=1),
         ]
         lengths, samples = [9, 1, 20, 9, 33], [0, 3, 1, 2, 1]
-        texts = [text_of(length) for length in lengths]
-        together = generate(tiny_engine(), texts, 12, configs, samples)
+        prompts = [prompt_of(length) for length in lengths]
+        together = generate(tiny_engine(), prompts, 12, configs, samples)
         assert_same(together, list(map(self.alone, lengths, configs, samples)))
         # Sample number and seed do matter.
         first = self.alone(9, configs[0], 0)[0]
@@ -238,14 +238,14 @@ class TestRowsOfABatch:
 
     def test_rows_have_their_own_limits(self):
         new = [12, 1, 5]
-        rows = generate(tiny_engine(), [text_of(n) for n in (3, 20, 9)], new)
+        rows = generate(tiny_engine(), [prompt_of(n) for n in (3, 20, 9)], new)
         expected = [self.alone(n) for n in (3, 20, 9)]
         expected = [(t[:n], p[:n]) for (t, p), n in zip(expected, new, strict=True)]
         assert_same(rows, expected)
 
     def test_a_text_read_once_is_continued_several_times(self):
         """Each row is a copy, to the bit."""
-        read = tiny_engine().prefill([text_of(20), text_of(3), text_of(9)], 40)
+        read = tiny_engine().prefill([prompt_of(20), prompt_of(3), prompt_of(9)], 40)
         rows = tiny_engine().repeat(read, [2, 0, 0])
         for row, text in enumerate([2, 0, 0]):
             for ours, theirs in zip(jax.tree.leaves(rows), jax.tree.leaves(read), strict=True):
@@ -254,30 +254,30 @@ class TestRowsOfABatch:
 
 
 class TestReading:
-    def test_pieces_equal_the_whole(self):
-        texts = [text_of(length) for length in (1, 17, 40, 64)]
+    def test_chunks_equal_the_whole(self):
+        prompts = [prompt_of(length) for length in (1, 17, 40, 64)]
         engines = tiny_engine(), tiny_engine(largest_chunk=1024)
-        pieces, whole = (engine.prefill(texts, 80) for engine in engines)
-        np.testing.assert_array_equal(pieces.cache.lengths, whole.cache.lengths)
+        chunked, whole = (engine.prefill(prompts, 80) for engine in engines)
+        np.testing.assert_array_equal(chunked.cache.lengths, whole.cache.lengths)
         scale = np.ptp(whole.last)
-        np.testing.assert_allclose(pieces.last, whole.last, rtol=0, atol=ROUNDING * scale)
-        of_pieces, of_whole = (tiny().logits(read.last[:, None]) for read in (pieces, whole))
+        np.testing.assert_allclose(chunked.last, whole.last, rtol=0, atol=ROUNDING * scale)
+        of_chunked, of_whole = (tiny().logits(read.last[:, None]) for read in (chunked, whole))
         scale = np.ptp(of_whole)
-        np.testing.assert_allclose(of_pieces, of_whole, rtol=0, atol=ROUNDING * scale)
-        assert_same(*(generate(engine, texts, 12) for engine in engines))
+        np.testing.assert_allclose(of_chunked, of_whole, rtol=0, atol=ROUNDING * scale)
+        assert_same(*(generate(engine, prompts, 12) for engine in engines))
 
     def test_score_equals_the_full_forward(self, new_programs, monkeypatch):
-        """Texts of several pieces, whose logits are in memory a few positions at a time."""
+        """Sequences of several chunks, whose logits are in memory a few positions at a time."""
         monkeypatch.setattr(engine_module, "LOGIT_POSITIONS", 6)
-        texts = [text_of(length) for length in (2, 17, 1, 50, 33)]
-        scores = Engine(tiny(), largest_chunk=16).score(texts)
+        prompts = [prompt_of(length) for length in (2, 17, 1, 50, 33)]
+        scores = Engine(tiny(), largest_chunk=16).score(prompts)
         assert list(map(len, scores)) == [1, 16, 0, 49, 32]
-        for ours, theirs in zip(scores, log_probs_by_full_forward(tiny(), texts), strict=True):
+        for ours, theirs in zip(scores, log_probs_by_full_forward(tiny(), prompts), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING * RANGE)
 
     def test_greedy_equals_the_full_forward(self):
         """At every token, across six windows."""
-        prompt = text_of(17)
+        prompt = prompt_of(17)
         ((tokens, log_probs),) = generate(tiny_engine(), [prompt], 40)
         logits = logits_by_full_forward(tiny())([prompt + tokens])[0][len(prompt) - 1 :]
         assert tokens == logits.argmax(-1)[: len(tokens)].tolist()
@@ -291,9 +291,9 @@ class TestReading:
 
     @pytest.mark.parametrize("name", sorted(api.IMPLEMENTATIONS))
     def test_on_every_scan(self, new_programs, monkeypatch, name):
-        """Two pieces of texts of any length, the second one from a state; steps need no scan."""
-        texts = [text_of(length) for length in (1, 17, 20)]
-        expected = self.one_layer().prefill(texts, 40)
+        """Two chunks of prompts of any length, the second one from a state; steps need no scan."""
+        prompts = [prompt_of(length) for length in (1, 17, 20)]
+        expected = self.one_layer().prefill(prompts, 40)
         scan, called = api.IMPLEMENTATIONS[name], []
 
         def recorded(**inputs):
@@ -304,8 +304,8 @@ class TestReading:
         monkeypatch.setitem(api.IMPLEMENTATIONS, name, recorded)
         with INTERPRETER.get(name, nullcontext)():
             engine = Engine(make_model(layers="W"), largest_chunk=16)
-            read = jax.block_until_ready(engine.prefill(texts, 40))
-        assert called == [name] * 3  # for the meta tokens, first pieces, further pieces
+            read = jax.block_until_ready(engine.prefill(prompts, 40))
+        assert called == [name] * 3  # for the meta tokens, first chunks, further chunks
         for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING * np.ptp(theirs))
 
@@ -317,7 +317,7 @@ class TestCompiling:
         for lengths in [(1, 7, 32, 20), (33, 64, 40)]:
             for length in lengths:
                 with compilations() as names:
-                    engine.prefill([text_of(length)], context=length + 20)
+                    engine.prefill([prompt_of(length)], context=length + 20)
                 compiled.append(names.count("jit(prefill)"))
         assert compiled == [1, 0, 0, 0, 1, 0, 0]
         assert engine.programs.prefill._cache_size() == 2
@@ -328,7 +328,7 @@ class TestCompiling:
         assert [bucket(n, 32) for n in (0, 1, 32, 33)] == [32, 32, 32, 64]
 
     def test_nothing_twice(self, new_programs, monkeypatch):
-        """Nothing more is compiled for texts of the same bucket, nor for another temperature,
+        """Nothing more is compiled for prompts of the same bucket, nor for another temperature,
         another number of tokens, or tokens as they come; and the meta tokens enter one program,
         which runs once whatever is continued."""
         embedded, embed_meta = [], Hymba.embed_meta
@@ -384,7 +384,7 @@ class TestOptimised:
 class TestDecoding:
     def test_stops_when_all_rows_have_stopped(self):
         """Steps that were not taken leave zeros."""
-        requests = requests_for([text_of(9), text_of(3), text_of(20)], [4, 2, 7])
+        requests = requests_for([prompt_of(9), prompt_of(3), prompt_of(20)], [4, 2, 7])
         state, sampled = begin(tiny_engine(), requests)
         assert (sampled.tokens[:3] >= 0).all()
         state, sampled = tiny_engine().decode(state)
@@ -402,7 +402,7 @@ class TestDecoding:
         alone = [TestRowsOfABatch.alone(n, config) for n in lengths]
         free = alone[2][0]
         stop_tokens = (*range(300, 306), free[7])  # more than the batch has room for
-        requests = requests_for([text_of(n) for n in lengths], new, config)
+        requests = requests_for([prompt_of(n) for n in lengths], new, config)
         requests[2] = requests[2]._replace(stop_tokens=stop_tokens)
         new[2] = free.index(free[7])
         context, rows, tokens = longest(requests), [3, 1, 0, 1], [[] for _ in lengths]
@@ -433,7 +433,7 @@ class TestDecoding:
         assert tokens == [own[:n] for (own, _), n in zip(alone, new, strict=True)]
 
     def test_a_row_is_stopped(self):
-        state, _ = begin(tiny_engine(), requests_for([text_of(9), text_of(3)], 12))
+        state, _ = begin(tiny_engine(), requests_for([prompt_of(9), prompt_of(3)], 12))
         state = tiny_engine().stop(state, [0])
         _, sampled = tiny_engine().decode(state)
         assert (np.asarray(sampled.tokens)[0] == NO_TOKEN).all()
@@ -444,11 +444,11 @@ class TestDecoding:
         free, values = TestRowsOfABatch.alone(9)
         stop = free[5]
         end = free.index(stop)
-        rows = generate(tiny_engine(), [text_of(9)], 12, stop_tokens=(stop,))
+        rows = generate(tiny_engine(), [prompt_of(9)], 12, stop_tokens=(stop,))
         assert_same(rows, [(free[:end], values[:end])])
 
     def test_a_stopped_row_stays_as_it_is(self):
-        requests = requests_for([text_of(9), text_of(3), text_of(20)], [3, 40, 40])
+        requests = requests_for([prompt_of(9), prompt_of(3), prompt_of(20)], [3, 40, 40])
         state, _ = begin(tiny_engine(), requests)
         state, _ = tiny_engine().decode(state)
         before = jax.device_get(state.cache)
@@ -460,10 +460,10 @@ class TestDecoding:
 
     def test_large_arguments_are_reused(self):
         engine = tiny_engine()
-        (request,) = requests_for([text_of(3)], 30)
+        (request,) = requests_for([prompt_of(3)], 30)
         read = engine.prefill([request.prompt], 40)
         kept = engine.params, engine.meta_state
-        further = engine.programs.prefill(*kept, read, engine.chunks([text_of(5)])[0], False)
+        further = engine.programs.prefill(*kept, read, engine.chunks([prompt_of(5)])[0], False)
         assert all(a.is_deleted() for a in jax.tree.leaves(read))
         state, _ = engine.insert(further, [request])
         assert all(a.is_deleted() for a in jax.tree.leaves(further.cache))
@@ -491,8 +491,8 @@ class TestContext:
             (
                 "dynamic_ntk",
                 62,
-                "a context of 62 tokens: the model's is 1 to 61 (dynamic_ntk turns all keys again "
-                "beyond that)",
+                "a context of 62 tokens: the model's is 1 to 61 (dynamic_ntk rotates all keys "
+                "again beyond that)",
             ),
             ("default", 513, "a context of 513 tokens: the model's is 1 to 512 (max_positions)"),
             ("default", 0, "a context of 0 tokens: the model's is 1 to 512 (max_positions)"),
@@ -509,7 +509,7 @@ class TestContext:
         """To its very end, though padding goes beyond it."""
         engine = Engine(self.dynamic())
         assert engine.max_context == 61
-        prompt = text_of(40)
+        prompt = prompt_of(40)
         ((tokens, log_probs),) = generate(engine, [prompt], 21)
         assert len(tokens) == 21
         full = jax.jit(self.dynamic().__call__)(jnp.asarray([prompt + tokens]))[0]

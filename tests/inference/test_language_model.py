@@ -101,7 +101,7 @@ def test_text_is_what_the_tokens_say(greedy):
     assert greedy.text == TOKENIZER.decode(greedy.tokens)
 
 
-def test_a_prompt_is_a_text_or_several_or_tokens(model):
+def test_prompts_are_a_string_or_several_or_tokens(model):
     texts = PROMPTS[:3]
     (alone,) = model.generate(texts[0], max_new_tokens=5)
     several = model.generate(texts, max_new_tokens=5)
@@ -128,7 +128,7 @@ def test_prompts_may_be_any_iterable(model, given):
     assert model.encode(given(tokens)) == tokens
 
 
-def test_texts_may_be_any_iterable(model):
+def test_strings_may_be_any_iterable(model):
     texts = ["a", "the old"]
     expected = [begin(text) for text in texts]
     for given in (iter(texts), tuple(texts), np.array(texts), dict.fromkeys(texts).keys()):
@@ -138,16 +138,19 @@ def test_texts_may_be_any_iterable(model):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (None, "prompts are None, not a text or a list of texts or of lists of tokens"),
-        (7, "prompts are 7, not a text"),
-        (b"abc", "prompts are bytes, which must be decoded first, not a text"),
-        ({"prompt": "a"}, "prompts are of type dict, not a text"),
+        (None, "prompts are None, not a string or a list of strings or of lists of tokens"),
+        (7, "prompts are 7, not a string"),
+        (b"abc", "prompts are bytes, which must be decoded first, not a string"),
+        ({"prompt": "a"}, "prompts are of type dict, not a string"),
         (iter(()), "there are no prompts"),
-        ([1, 70], "prompt 1 is 1, neither a text nor a list of tokens (a prompt of tokens is a l"),
-        (np.array([1, 70]), "prompt 1 is 1, neither a text nor a list of tokens"),
-        (["a", None], "prompt 2 is None, neither a text nor a list of tokens"),
-        (["a", b"b"], "prompt 2 is bytes, which must be decoded first, neither a text"),
-        ([{"prompt": "a"}], "the prompt is of type dict, neither a text nor a list of tokens"),
+        (
+            [1, 70],
+            "prompt 1 is 1, neither a string nor a list of tokens (a prompt of tokens",
+        ),
+        (np.array([1, 70]), "prompt 1 is 1, neither a string nor a list of tokens"),
+        (["a", None], "prompt 2 is None, neither a string nor a list of tokens"),
+        (["a", b"b"], "prompt 2 is bytes, which must be decoded first, neither a string"),
+        ([{"prompt": "a"}], "the prompt is of type dict, neither a string nor a list of tokens"),
         ([[1, 2.0]], "the prompt: token 2 is 2.0, not a whole number"),
         ([np.array([1.0])], "the prompt: token 1 is 1.0, not a whole number"),
         ([jnp.array([1.5])], "the prompt: token 1 is 1.5, not a whole number"),
@@ -156,7 +159,7 @@ def test_texts_may_be_any_iterable(model):
         ([["a", "b"]], "the prompt: token 1 is of type str, not a whole number"),
         ([[[1, 2]]], "the prompt: token 1 is of type list, not a whole number"),
         ([np.array([[1, 2]])], "the prompt: token 1 is of type ndarray, not a whole number"),
-        (["a", np.array(5)], "prompt 2 is of type ndarray, neither a text nor a list of tokens"),
+        (["a", np.array(5)], "prompt 2 is of type ndarray, neither a string nor a list of tokens"),
     ],
 )
 def test_what_is_no_prompt(prompts, message):
@@ -321,12 +324,12 @@ def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
 def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, plain, every):
     prompt, free = plain
     text, stop = free.text[:2], free.text[2:5]
-    pieces = [*model.stream(prompt, max_new_tokens=40, every=every, stop=("never", stop))]
-    assert "".join(piece.text for piece in pieces) == text
-    assert [token for piece in pieces for token in piece.tokens] == free.tokens[:2]
-    log_probs = [value for piece in pieces for value in piece.log_probs]
+    deltas = [*model.stream(prompt, max_new_tokens=40, every=every, stop=("never", stop))]
+    assert "".join(delta.text for delta in deltas) == text
+    assert [token for delta in deltas for token in delta.tokens] == free.tokens[:2]
+    log_probs = [value for delta in deltas for value in delta.log_probs]
     np.testing.assert_allclose(log_probs, free.log_probs[:2], rtol=0, atol=TOLERANCE)
-    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["stop"]
 
 
 def test_a_stopped_text_leaves_the_others_alone(model, greedy):
@@ -357,14 +360,14 @@ def test_the_context_ends_a_text(hymba, greedy):
 def test_pieces_make_up_the_whole(model, greedy, every):
     asked = (PROMPTS[:3], dataclasses.replace(SAMPLED, num_samples=2))
     whole = model.generate(*asked, stop_tokens=(greedy.tokens[5],))
-    pieces = [*model.stream(*asked, every=every, stop_tokens=(greedy.tokens[5],))]
+    deltas = [*model.stream(*asked, every=every, stop_tokens=(greedy.tokens[5],))]
     for completion in whole:
-        own = [p for p in pieces if (p.index, p.sample) == (completion.index, completion.sample)]
-        assert "".join(piece.text for piece in own) == completion.text
-        assert [token for piece in own for token in piece.tokens] == completion.tokens
-        log_probs = [log_prob for piece in own for log_prob in piece.log_probs]
+        own = [p for p in deltas if (p.index, p.sample) == (completion.index, completion.sample)]
+        assert "".join(delta.text for delta in own) == completion.text
+        assert [token for delta in own for token in delta.tokens] == completion.tokens
+        log_probs = [log_prob for delta in own for log_prob in delta.log_probs]
         assert log_probs == completion.log_probs
-        assert [piece.finish_reason for piece in own[:-1]] == [None] * (len(own) - 1)
+        assert [delta.finish_reason for delta in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1].finish_reason == completion.finish_reason
         sampled = len(completion.tokens) + (completion.finish_reason == "stop")
         assert len(own) in (1 + -(-(sampled - 1) // every), -(-sampled // every))
@@ -372,10 +375,10 @@ def test_pieces_make_up_the_whole(model, greedy, every):
 
 def test_the_first_piece_comes_before_the_rest_is_sampled(model, monkeypatch):
     monkeypatch.setattr(model.engine, "decode", None)
-    pieces = model.stream("the", SAMPLED)
-    assert next(pieces).finish_reason is None
+    deltas = model.stream("the", SAMPLED)
+    assert next(deltas).finish_reason is None
     with pytest.raises(TypeError):
-        next(pieces)
+        next(deltas)
 
 
 def test_samples_come_in_order_and_differ(model):
@@ -477,7 +480,7 @@ def test_sampling_values_that_do_not_exist(model):
 
 
 @pytest.mark.parametrize("every", [-1, 0, 17])
-def test_impossible_distances_between_pieces(model, every):
+def test_impossible_distances_between_deltas(model, every):
     assert refusal(model.stream, "a", every=every) == f"every is {every}, not 1 to 16"
 
 

@@ -24,7 +24,7 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.model import Hymba, arrange_layers
+from hymba_jax.model import Hymba, unstack_layers
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.parallel.mesh import make_mesh
 
@@ -36,11 +36,11 @@ CONFIG = dataclasses.replace(TINY, layers="G 2*Ww", max_positions=64)
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def initial():
     return nnx.to_pure_dict(nnx.state(Hymba(CONFIG, ComputeConfig(), nnx.Rngs(0))))
 
 
-def write_run(directory, compute, drawn):
+def write_run(directory, compute, initial):
     """A run with checkpoints of steps 1 and 2."""
     data = DataConfig(tokenizer="bytes", sequence_length=24)
     run = RunConfig(output=str(directory), model=CONFIG, compute=compute, data=data)
@@ -49,7 +49,7 @@ def write_run(directory, compute, drawn):
     with Checkpoints(directory, keep=2) as checkpoints:
         for step in (1, 2):
             params = jax.tree.map(
-                lambda a, like, k=step: (k * a).astype(like.dtype), drawn, template
+                lambda a, like, k=step: (k * a).astype(like.dtype), initial, template
             )
             state = TrainState(params, {"count": jnp.int32(step)})
             checkpoints.save(state, LoopState(step, {}, "", ""))
@@ -57,14 +57,14 @@ def write_run(directory, compute, drawn):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, drawn):
-    return write_run(tmp_path_factory.mktemp("float32") / "run", ComputeConfig(), drawn)
+def run(tmp_path_factory, initial):
+    return write_run(tmp_path_factory.mktemp("float32") / "run", ComputeConfig(), initial)
 
 
 @pytest.fixture(scope="module")
-def bfloat16_run(tmp_path_factory, drawn):
+def bfloat16_run(tmp_path_factory, initial):
     compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", remat="block")
-    return write_run(tmp_path_factory.mktemp("bfloat16") / "run", compute, drawn)
+    return write_run(tmp_path_factory.mktemp("bfloat16") / "run", compute, initial)
 
 
 def generate(directory, **options):
@@ -143,9 +143,7 @@ def test_a_saved_model_continues_texts_as_its_run_does(run, tmp_path):
 
 def test_layers_may_be_saved_apart(run, tmp_path):
     """As a converter has them."""
-    save_model(
-        tmp_path / "apart", arrange_layers(load_model(run), scan_layers=False), byte_tokenizer()
-    )
+    save_model(tmp_path / "apart", unstack_layers(load_model(run)), byte_tokenizer())
     assert read_model(tmp_path / "apart" / "config.toml")[1].scan_layers is False
     assert generate(tmp_path / "apart") == generate(run)
 

@@ -90,7 +90,7 @@ def test_an_engine_allocates_what_is_counted(context, state_dtype):
     hymba = make_model()
     model = LanguageModel(hymba, byte_tokenizer(), state_dtype=state_dtype, context=context)
     read = model.engine.prefill([[1, 2], [3], [4]], context=3)
-    rows = 4  # of the batch that three texts are put in
+    rows = 4  # of the batch that three prompts are put in
     counted = cache_bytes(TINY, context, "float32", state_dtype)
     assert allocated(read.cache.layers) == rows * counted.total
     assert allocated(model.engine.meta_state) == meta_state_bytes(TINY, "float32").total

@@ -1,4 +1,4 @@
-"""What is drawn, against a float64 oracle that sorts, and what a draw depends on."""
+"""Sampled tokens, against a float64 oracle that sorts, and what they depend on."""
 
 import dataclasses
 import itertools
@@ -11,16 +11,16 @@ import pytest
 from hymba_jax.config.sampling import SamplingConfig, unescape
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import sampling
-from hymba_jax.inference.sampling import ONE, Needed, make_sampler, sample, weigh
+from hymba_jax.inference.sampling import ONE, Needed, make_sampler, sample, token_weights
 
-DRAWN = SamplingConfig(temperature=1.0)
+SAMPLED = SamplingConfig(temperature=1.0)
 ALL_ON = SamplingConfig(
     temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=1.3, seed=5
 )
 MIXED = (
     SamplingConfig(),
     SamplingConfig(repetition_penalty=2.0),
-    DRAWN,
+    SAMPLED,
     SamplingConfig(temperature=1.5, top_k=5, seed=2**32 - 1),
     SamplingConfig(temperature=0.9, top_p=0.5, seed=1),
     SamplingConfig(temperature=1.2, min_p=0.1, seed=2),
@@ -44,14 +44,14 @@ def probabilities(logits, config, slack=0.0):
 
 
 def weights(logits, config):
-    """`weigh` for one row, as probabilities."""
+    """`token_weights` for one row, as probabilities."""
     row = jax.tree.map(lambda values: values[0], make_sampler([config], [0]))
     needed = Needed(*[jnp.array(True)] * 4)
-    return np.asarray(jax.jit(weigh)(needed, jnp.asarray(logits, jnp.float32), row)) / ONE
+    return np.asarray(jax.jit(token_weights)(needed, jnp.asarray(logits, jnp.float32), row)) / ONE
 
 
-def draw(logits, config, count):
-    """`count` draws from the same logits, at as many positions."""
+def sample_many(logits, config, count):
+    """`count` samples from the same logits, at as many positions."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     sampler = make_sampler([config], [0])
     sampler = jax.tree.map(lambda values: jnp.repeat(values, count), sampler)
@@ -92,34 +92,34 @@ def test_the_filters_keep_what_sorting_keeps(kind):
 def test_ties_at_a_limit_are_all_kept():
     logits = np.log([0.3, 0.2, 0.1, 0.2, 0.2])
     for config in (
-        dataclasses.replace(DRAWN, top_k=2),
-        dataclasses.replace(DRAWN, top_p=0.4),
-        dataclasses.replace(DRAWN, min_p=0.6),
+        dataclasses.replace(SAMPLED, top_k=2),
+        dataclasses.replace(SAMPLED, top_p=0.4),
+        dataclasses.replace(SAMPLED, min_p=0.6),
     ):
         np.testing.assert_array_equal(weights(logits, config) > 0, [1, 1, 0, 1, 1])
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 3)])
 def test_top_p_is_reached_by_the_token_that_completes_it(top_p, kept):
-    config = dataclasses.replace(DRAWN, top_p=top_p)
+    config = dataclasses.replace(SAMPLED, top_p=top_p)
     assert (weights(np.log([0.2, 0.5, 0.3]), config) > 0).sum() == kept
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        DRAWN,
+        SAMPLED,
         SamplingConfig(temperature=2.0, top_k=6, seed=1),
         SamplingConfig(temperature=0.5, top_p=0.9, seed=2),
         SamplingConfig(temperature=1.0, min_p=0.1, seed=3),
         SamplingConfig(temperature=1.5, top_k=8, top_p=0.95, min_p=0.05, seed=4),
     ],
 )
-def test_tokens_are_drawn_as_often_as_they_are_likely(config):
+def test_tokens_are_sampled_as_often_as_they_are_likely(config):
     count = 20_000
     logits = np.float32(np.random.default_rng(0).normal(size=11) * 1.5)
     expected = count * probabilities(logits, config)
-    times = np.bincount(draw(logits, config, count)[0], minlength=len(logits))
+    times = np.bincount(sample_many(logits, config, count)[0], minlength=len(logits))
     kept = expected > 0
     assert times[~kept].sum() == 0
     freedom = kept.sum() - 1
@@ -127,9 +127,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(config):
     assert distance < freedom + 4 * np.sqrt(2 * freedom)  # chi-square, four deviations
 
 
-def test_samples_of_a_prompt_are_drawn_apart():
+def test_samples_of_a_prompt_differ():
     count = 800
-    sampler = make_sampler([DRAWN] * count, range(count))
+    sampler = make_sampler([SAMPLED] * count, range(count))
     shape = (count, 4)
     logits, seen = jnp.zeros(shape), jnp.zeros(shape, bool)
     first, _ = jitted(logits, seen, jnp.full(count, 3), sampler)
@@ -138,11 +138,11 @@ def test_samples_of_a_prompt_are_drawn_apart():
     assert ((pairs - count / 16) ** 2 / (count / 16)).sum() < 15 + 4 * np.sqrt(2 * 15)
 
 
-def test_the_same_seed_sample_and_position_draw_the_same():
+def test_the_same_seed_sample_and_position_give_the_same():
     logits = np.zeros(1000)
-    tokens, _ = draw(logits, DRAWN, 50)
-    again, _ = draw(logits, DRAWN, 50)
-    other_seed, _ = draw(logits, dataclasses.replace(DRAWN, seed=1), 50)
+    tokens, _ = sample_many(logits, SAMPLED, 50)
+    again, _ = sample_many(logits, SAMPLED, 50)
+    other_seed, _ = sample_many(logits, dataclasses.replace(SAMPLED, seed=1), 50)
     np.testing.assert_array_equal(tokens, again)
     assert len(set(tokens)) > 40
     assert (tokens != other_seed).sum() > 40
@@ -188,12 +188,12 @@ def test_log_probabilities_are_the_model_s_own():
 def test_greedy_is_the_first_of_the_likeliest():
     logits = random_logits("ties", 0)
     logits[[400, 77, 200]] = 50
-    tokens, _ = draw(logits, SamplingConfig(), 3)
+    tokens, _ = sample_many(logits, SamplingConfig(), 3)
     np.testing.assert_array_equal(tokens, [77] * 3)
 
 
 @pytest.mark.parametrize(
-    "config", [SamplingConfig(), DRAWN, ALL_ON, dataclasses.replace(DRAWN, temperature=1e30)]
+    "config", [SamplingConfig(), SAMPLED, ALL_ON, dataclasses.replace(SAMPLED, temperature=1e30)]
 )
 def test_tokens_that_are_not_allowed_are_never_sampled(config):
     """Though they are the likeliest; log-probabilities stay those among all tokens."""
@@ -233,12 +233,12 @@ def test_the_penalty_is_for_seen_tokens(logits, seen, penalty, token, temperatur
     assert np.isfinite(log_probs[0])
 
 
-@pytest.mark.parametrize(("temperature", "drawn"), [(1e-30, {1}), (1e-4, {1}), (1e30, {0, 1})])
+@pytest.mark.parametrize(("temperature", "possible"), [(1e-30, {1}), (1e-4, {1}), (1e30, {0, 1})])
 @pytest.mark.parametrize("logits", [[1.0, 2.0, -np.inf], [-1e20, 1e20, -np.inf]])
-def test_extremes(temperature, drawn, logits):
+def test_extremes(temperature, possible, logits):
     config = SamplingConfig(temperature=temperature, top_k=3, top_p=0.999999, min_p=1e-9)
-    tokens, log_probs = draw(logits, config, 64)
-    assert set(tokens.tolist()) == drawn
+    tokens, log_probs = sample_many(logits, config, 64)
+    assert set(tokens.tolist()) == possible
     assert not np.isnan(log_probs).any()
 
 
@@ -299,8 +299,8 @@ def test_samples_inside_a_loop():
         ({"seed": -1}, "seed is -1, not between 0 and 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296, not between 0 and 4294967295"),
         ({"seed": None}, "seed is None, not a whole number"),
-        ({"stop": b"end"}, "stop is b'end', not a list, each of it a text"),
-        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each of it a text"),
+        ({"stop": b"end"}, "stop is b'end', not a list, each of it a string"),
+        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each of it a string"),
         ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty strings"),
         ({"stop": ""}, "stop is ('',), not free of empty strings"),
         ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each of it a whole number"),
@@ -390,4 +390,4 @@ def test_the_largest_values_are_possible():
 
 def test_a_row_needs_a_config_and_a_sample_number():
     with pytest.raises(ValueError, match="shorter"):
-        make_sampler([DRAWN, DRAWN], [0])
+        make_sampler([SAMPLED, SAMPLED], [0])

@@ -81,7 +81,7 @@ def words():
 
 
 def stream(tokenizer, prompt, tokens, stop=()):
-    """The pieces, the last of them what was held back, and the stream."""
+    """The deltas, the last of them what was held back, and the stream."""
     text = TextStream(tokenizer, prompt, stop)
     return [*map(text.push, tokens), text.finish()], text
 
@@ -109,24 +109,24 @@ def test_pieces_are_the_text(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         prompt, tokens = (random_tokens(tokenizer, rng, count) for count in (14, 30))
-        pieces, _ = stream(tokenizer, prompt, tokens)
-        assert "".join(pieces) == decoded(tokenizer, prompt, tokens), (prompt, tokens)
+        deltas, _ = stream(tokenizer, prompt, tokens)
+        assert "".join(deltas) == decoded(tokenizer, prompt, tokens), (prompt, tokens)
 
 
 def test_a_text_cut_in_two_anywhere(tokenizer):
     tokens = tokenizer.encode(TEXT)
     for cut in range(len(tokens)):
         prompt = [tokenizer.bos_id, *tokens[:cut]]
-        pieces, _ = stream(tokenizer, prompt, [*tokens[cut:], tokenizer.eos_id])
-        assert "".join(pieces) == decoded(tokenizer, prompt, tokens[cut:])
+        deltas, _ = stream(tokenizer, prompt, [*tokens[cut:], tokenizer.eos_id])
+        assert "".join(deltas) == decoded(tokenizer, prompt, tokens[cut:])
 
 
 def test_no_halves_of_characters():
     tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
-    pieces, _ = stream(tokenizer, [], tokenizer.encode("aé😀b"))
-    assert pieces == ["a", "", "é", "", "", "", "😀", "b", ""]
-    pieces, _ = stream(tokenizer, [], tokenizer.encode("é😀")[:-1])
-    assert pieces == ["", "é", "", "", "", "\ufffd"]
+    deltas, _ = stream(tokenizer, [], tokenizer.encode("aé😀b"))
+    assert deltas == ["a", "", "é", "", "", "", "😀", "b", ""]
+    deltas, _ = stream(tokenizer, [], tokenizer.encode("é😀")[:-1])
+    assert deltas == ["", "é", "", "", "", "\ufffd"]
 
 
 def test_byte_fallback_waits_for_the_end_of_a_run():
@@ -134,10 +134,10 @@ def test_byte_fallback_waits_for_the_end_of_a_run():
     tokenizer = byte_fallback()
     tokens = tokenizer.encode("H😀o")
     assert len(tokens) == 7  # "▁", "H", four bytes, "o"
-    pieces, _ = stream(tokenizer, tokens[:2], tokens[2:])
-    assert pieces == ["", "", "", "", "😀o", ""]
-    pieces, _ = stream(tokenizer, tokens[:2], tokens[2:6] + tokens[2:4])
-    assert pieces == [*6 * [""], 6 * "\ufffd"]
+    deltas, _ = stream(tokenizer, tokens[:2], tokens[2:])
+    assert deltas == ["", "", "", "", "😀o", ""]
+    deltas, _ = stream(tokenizer, tokens[:2], tokens[2:6] + tokens[2:4])
+    assert deltas == [*6 * [""], 6 * "\ufffd"]
 
 
 def test_the_space_of_the_first_token_depends_on_the_prompt():
@@ -159,8 +159,8 @@ def test_stop_strings_at_random(tokenizer):
         ]
         text = decoded(tokenizer, [], tokens)
         cut = min((text.find(string) for string in stop if string in text), default=None)
-        pieces, end = stream(tokenizer, [], tokens, stop)
-        assert "".join(pieces) == text[:cut], (tokens, stop)
+        deltas, end = stream(tokenizer, [], tokens, stop)
+        assert "".join(deltas) == text[:cut], (tokens, stop)
         assert end.stopped == (cut is not None)
         met += end.stopped
     assert 70 < met < 400
@@ -227,7 +227,7 @@ def test_byte_tokens_before_a_stop_string():
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "pieces"),
+    ("text", "stop", "deltas"),
     [
         ("abc", ["x"], ["a", "b", "c", ""]),
         ("ab\n\nc", ["\n\n"], ["a", "b", "", "", "", ""]),
@@ -242,11 +242,11 @@ def test_byte_tokens_before_a_stop_string():
         ("é!", ["é!"], ["", "", "", ""]),
     ],
 )
-def test_what_a_stop_string_holds_back(text, stop, pieces):
+def test_what_a_stop_string_holds_back(text, stop, deltas):
     tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
     given, end = stream(tokenizer, [], tokenizer.encode(text), stop)
-    assert given == pieces
-    assert end.stopped == ("".join(pieces) != text)
+    assert given == deltas
+    assert end.stopped == ("".join(deltas) != text)
 
 
 def test_a_stop_string_is_met_at_once():

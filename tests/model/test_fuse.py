@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
-from hymba_jax.model import Hymba, arrange_layers, fuse_projections
+from hymba_jax.model import Hymba, fuse_projections, unstack_layers
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 
@@ -27,7 +27,7 @@ def test_fused_products_are_the_same(layers, activation):
         num_meta_tokens=3,
         mlp_activation=activation,
     )
-    model = arrange_layers(Hymba(config, ComputeConfig(), nnx.Rngs(0)), scan_layers=False)
+    model = unstack_layers(Hymba(config, ComputeConfig(), nnx.Rngs(0)))
     expected = jax.jit(lambda model, tokens: model(tokens))(model, TOKENS)
     before = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     fused = fuse_projections(model)

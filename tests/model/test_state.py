@@ -18,12 +18,12 @@ from slow import slow_but
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
-from hymba_jax.model.hymba import arrange_layers
+from hymba_jax.model.hymba import unstack_layers
 
 ROWS, LENGTH = 3, 48
-WIDTHS = (1, 16)  # of a piece with its padding: a step, and more than a window
-# Of the logits' range. The released code's own float32 and float64 runs are 3e-6 of it apart, and
-# the same sums in another order a few times that; a key too many or too few moves them by a tenth.
+WIDTHS = (1, 16)  # of a chunk with its padding: a step, and more than a window
+# Of the logits' range. The HF implementation's own float32 and float64 runs are 3e-6 of it apart,
+# and the same sums in another order a few times that; a key too many or few moves them by a tenth.
 BOUND = 1e-4
 
 # These programs take longer to compile than to run.
@@ -84,7 +84,7 @@ def lively_weights(config, **compute):
 
 
 class Reader:
-    """A model that reads a text in pieces, and the same text's logits by the full forward."""
+    """A model that prefills sequences in chunks, and their logits by the full forward."""
 
     def __init__(self, name):
         if name in CASES:
@@ -98,9 +98,9 @@ class Reader:
         self.tokens = rng.integers(0, self.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
 
         @functools.partial(jit, static_argnames="is_start")
-        def extend(params, piece, state, meta, lengths, is_start):
+        def extend(params, chunk, state, meta, lengths, is_start):
             model = nnx.merge(graph, params)
-            x, state = model.extend(piece, state, meta, lengths, is_start=is_start)
+            x, state = model.extend(chunk, state, meta, lengths, is_start=is_start)
             return model.logits(x), state
 
         self.extend = extend
@@ -112,8 +112,8 @@ class Reader:
         return init_state(self.config, ROWS, LENGTH, dtype, state_dtype).start(self.meta)
 
     def read(self, cutting, cache=None, padding=0):
-        """Logits of the whole text and the cache after it, cut into pieces of at most these
-        lengths a row, and single tokens for what they leave. Only the first piece is told that
+        """Logits of the whole sequences and the cache after them, in chunks of at most these
+        lengths a row, and single tokens for what they leave. Only the first chunk is told that
         nothing is in the cache, and a single token not even then."""
         cache = cache or self.start()
         logits = np.full_like(self.full, np.nan)
@@ -122,11 +122,11 @@ class Reader:
         while (at < LENGTH).any():
             lengths = np.minimum(next(cutting, [1] * ROWS), LENGTH - at).astype(np.int32)
             width = next(width for width in WIDTHS if width >= lengths.max())
-            piece = np.full((ROWS, width), padding, np.int32)
+            chunk = np.full((ROWS, width), padding, np.int32)
             for row, start, length in zip(range(ROWS), at, lengths, strict=True):
-                piece[row, :length] = self.tokens[row, start : start + length]
+                chunk[row, :length] = self.tokens[row, start : start + length]
             new, cache = self.extend(
-                self.params, piece, cache, self.meta, lengths, is_start=is_start and width > 1
+                self.params, chunk, cache, self.meta, lengths, is_start=is_start and width > 1
             )
             is_start = False
             for row, start, length in zip(range(ROWS), at, lengths, strict=True):
@@ -140,7 +140,7 @@ def reader(name):
     return Reader(name)
 
 
-# Pieces of a row: nothing, a token, less than the kernel of the convolution, more than the window.
+# Chunks of a row: nothing, a token, less than the kernel of the convolution, more than the window.
 piece_lengths = st.lists(
     st.one_of(st.sampled_from([0, 1, 2, 3, 16]), st.integers(0, 16)), min_size=ROWS, max_size=ROWS
 )
@@ -194,8 +194,8 @@ def test_a_row_without_tokens_stays_as_it_is():
 def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
     one = reader("more meta tokens than the window")
     before = one.start(dtype, state_dtype)
-    piece, lengths = np.ones((ROWS, width), np.int32), np.ones(ROWS, np.int32)
-    _, cache = one.extend.eval_shape(one.params, piece, before, one.meta, lengths, is_start=False)
+    chunk, lengths = np.ones((ROWS, width), np.int32), np.ones(ROWS, np.int32)
+    _, cache = one.extend.eval_shape(one.params, chunk, before, one.meta, lengths, is_start=False)
     assert jax.tree.structure(cache) == jax.tree.structure(before)
     for layer in cache.layers:
         assert layer.ssm.ssm_state.dtype == state_dtype
@@ -254,7 +254,7 @@ def test_meta_tokens_are_kept_once_for_any_batch():
 def test_unrolled_layers_are_the_stacked_ones():
     config = changed(layers="G 2*Ww")
     stacked = nnx.merge(*lively_weights(config))
-    unrolled = arrange_layers(stacked, scan_layers=False)
+    unrolled = unstack_layers(stacked)
     assert len(stacked.groups) == 2
     assert len(unrolled.groups) == 3
     np.testing.assert_array_equal(

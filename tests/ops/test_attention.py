@@ -15,7 +15,7 @@ from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.reference import attention_mask, reference
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 8, 12
-# In blocks so small that short texts have several, cut everywhere in the window.
+# In blocks so small that short sequences have several, cut everywhere in the window.
 small_blocks = partial(blocks, block=5)
 FUNCTIONS = {"blocks": small_blocks, "reference": reference}
 
@@ -266,7 +266,7 @@ def test_blocks_in_a_scan_of_checkpoints():
 
 
 def test_a_query_that_sees_nothing_gives_nothing():
-    """Such are the positions before a text that is padded on the left."""
+    """Such are the positions before a sequence that is padded on the left."""
     arrays = cast(inputs(12, meta=0))
     kwargs = {"window": None, "first_key": jnp.array([7, 7])}
     function = partial(attend, function=small_blocks)
@@ -377,11 +377,11 @@ def test_a_step_sees_meta_tokens_filled_slots_and_itself(meta, dtype):
 
 
 def test_the_mask_counts_absolute_positions():
-    """A piece of the queries sees what it would see among all of them."""
+    """A chunk of the queries sees what it would see among all of them."""
     everything = jnp.arange(40)
     whole = attention_mask(everything[None], everything, window=5, num_meta_tokens=3)
-    piece = attention_mask(everything[None, 30:], everything[:35], window=5, num_meta_tokens=3)
-    np.testing.assert_array_equal(piece, whole[:, 30:, :35])
+    chunk = attention_mask(everything[None, 30:], everything[:35], window=5, num_meta_tokens=3)
+    np.testing.assert_array_equal(chunk, whole[:, 30:, :35])
     assert whole[0, 30].nonzero()[0].tolist() == [0, 1, 2, *range(25, 31)]
 
 

@@ -1,4 +1,4 @@
-"""The causal convolution with its length split over devices, against its formula."""
+"""The causal convolution with its length sharded over devices, against its formula."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""The selective scan with its length split over devices, against the recurrence over the whole."""
+"""The selective scan with its length sharded over devices, against the unsharded recurrence."""
 
 import math
 import re

@@ -20,7 +20,7 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.model import arrange_layers
+from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training import loop
 from hymba_jax.training.arguments import parse_run
@@ -29,10 +29,10 @@ from hymba_jax.training.optimizer import make_optimizer
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["stacked", "apart"])
+@pytest.fixture(scope="module", params=[stack_layers, unstack_layers])
 def held(request, tmp_path_factory):
     """A directory of a model, and the model."""
-    model = arrange_layers(make_model(CONFIG), scan_layers=request.param)
+    model = request.param(make_model(CONFIG))
     directory = tmp_path_factory.mktemp("held") / "model"
     save_model(directory, model, byte_tokenizer())
     return directory, model
@@ -49,7 +49,8 @@ def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
         initial = read_initial_model(str(directory))
         state = initial.load_state(CONFIG, compute, optimizer, abstract, mesh)
     assert jax.tree.map(lambda array: array.sharding, state) == abstract.shardings
-    expected = nnx.to_pure_dict(nnx.state(arrange_layers(model, scan_layers=scan_layers)))
+    relayout = stack_layers if scan_layers else unstack_layers
+    expected = nnx.to_pure_dict(nnx.state(relayout(model)))
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
     for path, moment in jax.tree.leaves_with_path(state.optimizer):
         assert "learning_rate" in jax.tree_util.keystr(path) or not np.any(moment)
@@ -175,7 +176,7 @@ def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
     held = make_model(config)
     directory = tmp_path / "model"
     save_model(directory, held, byte_tokenizer())
-    (directory / "config.json").write_text("{}")  # as if it came from a HF checkpoint
+    (directory / "config.json").write_text("{}")  # as if it came from an HF checkpoint
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i in range(8):

@@ -29,7 +29,7 @@ def cudnn(
 
     Rows are one document: the masks here are the same for all rows.
 
-    XLA can split it over devices by batch.
+    XLA can shard it over devices by batch.
 
     Raises:
       ValueError: the queries are not those of all keys but the meta tokens', or `first_key` is
@@ -68,9 +68,9 @@ def _windows(
     v: Float[Array, "batch length heads width"], window: int, num_meta_tokens: int
 ) -> tuple[Float[Array, "blocks window heads width"], Float[Array, "blocks seen heads width"]]:
     """All blocks but the first of each row, and what they see: meta tokens, one before, itself."""
-    meta, text = v[:, None, :num_meta_tokens], v[:, num_meta_tokens:]
-    text = _pad(text, 1, -text.shape[1] % window)
-    blocks = text.reshape(v.shape[0], -1, window, *v.shape[2:])
+    meta, rest = v[:, None, :num_meta_tokens], v[:, num_meta_tokens:]
+    rest = _pad(rest, 1, -rest.shape[1] % window)
+    blocks = rest.reshape(v.shape[0], -1, window, *v.shape[2:])
     before, own = blocks[:, :-1], blocks[:, 1:]
     meta = jnp.broadcast_to(meta, (*own.shape[:2], *meta.shape[2:]))
     seen = jnp.concatenate([meta, before, own], axis=2)

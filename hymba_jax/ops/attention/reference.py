@@ -1,4 +1,4 @@
-"""What Hymba's attention is: the mask, the weights, and their product with the values."""
+"""What Hymba's attention is: the mask, the weights, and their matmul with the values."""
 
 import jax
 import jax.numpy as jnp

@@ -57,8 +57,8 @@ def _before(
 ) -> Float[Array, "batch keys heads width"]:
     """The last `reach` positions before this shard; zeros for those before the first one."""
     links = [(i, i + 1) for i in range(lax.axis_size(axis_name) - 1)]
-    own, parts = x.shape[1], []
+    own, shards = x.shape[1], []
     for sent in range(0, reach, own):
         x = lax.ppermute(x[:, -(reach - sent) :], axis_name, links)
-        parts.append(x)
-    return jnp.concatenate([x[:, :0], *reversed(parts)], axis=1)
+        shards.append(x)
+    return jnp.concatenate([x[:, :0], *reversed(shards)], axis=1)

@@ -8,8 +8,8 @@
 | `pallas_gpu`   | Mosaic GPU kernels, from Hopper on              | 64 positions                 |
 | `pallas_tpu`   | Mosaic TPU kernels                              | 128 positions                |
 
-All of them pass one suite of tests, and run on parts of the length where the mesh in context
-splits it (`sharded`). `selective_scan_step` is one position, for decoding.
+All of them pass one suite of tests, and run on shards of the length where the mesh in context
+shards it (`sharded`). `selective_scan_step` is one position, for decoding.
 """
 
 from hymba_jax.ops.selective_scan.api import selective_scan

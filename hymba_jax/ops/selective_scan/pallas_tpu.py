@@ -26,15 +26,15 @@ from hymba_jax.types import Array, Float
 
 # Positions that a kernel holds at a time: one for each lane of the transposed B and C.
 _CHUNK = 128
-# A tile is 8 sublanes by 128 lanes. A turn of a loop takes 8 positions.
+# A tile is 8 sublanes by 128 lanes. An iteration of a loop takes 8 positions.
 _SUBLANES, _LANES = 8, 128
 # Channels and states a block: a wider one shares columns among more channels, until its states
 # take too many registers, and the states of a chunk too much VMEM.
 _MAX_BLOCK, _MAX_STATES = 640, 640 * 16
-_TURNS = _CHUNK // _SUBLANES
-# Turns, and positions of the recurrence, scheduled together: the latencies of one are the time of
-# the other, and more at a time would spill registers.
-_UNROLL_TURNS, _UNROLL_POSITIONS = 2, 4
+_ITERATIONS = _CHUNK // _SUBLANES
+# Iterations, and positions of the recurrence, scheduled together: the latencies of one are the
+# time of the other, and more at a time would spill registers.
+_UNROLL_ITERATIONS, _UNROLL_POSITIONS = 2, 4
 # 16 states take less VMEM than the 16 MiB that a kernel has unasked, 128 take 27 MiB.
 _PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=32 * 2**20
@@ -190,7 +190,7 @@ def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -
             y = y * jax.nn.silu(_read(inputs.z, rows, valid))
         y_ref[0, rows] = y.astype(y_ref.dtype)
 
-    jax.lax.fori_loop(0, _TURNS, finish, None, unroll=_UNROLL_TURNS)
+    jax.lax.fori_loop(0, _ITERATIONS, finish, None, unroll=_UNROLL_ITERATIONS)
 
 
 def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
@@ -292,10 +292,10 @@ def _backward_kernel(
         _put_rows(dy_ungated_ref, rows, dy)
 
     states_ref[0] = _tiles(border_ref[0, 0])
-    jax.lax.fori_loop(0, _TURNS, recompute, None)
+    jax.lax.fori_loop(0, _ITERATIONS, recompute, None)
 
-    def walk_back(turn: Array, _: None) -> None:
-        i = _TURNS - 1 - turn
+    def walk_back(iteration: Array, _: None) -> None:
+        i = _ITERATIONS - 1 - iteration
         rows, valid = _rows(i), valid_rows(i)
 
         def retreat(step: Array, dh: Array) -> Array:
@@ -330,7 +330,7 @@ def _backward_kernel(
         gradients.D[0] += (dy * x).sum(0, keepdims=True)
         gradients.dt_bias[0] += ddt.sum(0, keepdims=True)
 
-    jax.lax.fori_loop(0, _TURNS, walk_back, None)
+    jax.lax.fori_loop(0, _ITERATIONS, walk_back, None)
 
 
 def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array | None]) -> None:
@@ -340,7 +340,7 @@ def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array
         columns.append((inputs.starts, steps.starts))
         steps.document_state[...] = _tiles(inputs.document_state[0])
 
-    def turn(i: Array, sources: list[Array]) -> list[Array]:
+    def iteration(i: Array, sources: list[Array]) -> list[Array]:
         """Takes the first columns and rolls on to the next."""
         rows, valid = _rows(i), valid_rows(i)
         delta = softplus(_dt(inputs, rows, valid), jnp.exp)
@@ -352,7 +352,9 @@ def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array
                 ref[i * _SUBLANES + t] = column.reshape(ref.shape[1:])
         return [pltpu.roll(source, _CHUNK - _SUBLANES, 1) for source in sources]
 
-    jax.lax.fori_loop(0, _TURNS, turn, [ref[0] for ref, _ in columns], unroll=_UNROLL_TURNS)
+    jax.lax.fori_loop(
+        0, _ITERATIONS, iteration, [ref[0] for ref, _ in columns], unroll=_UNROLL_ITERATIONS
+    )
 
 
 def _dt(inputs: _Inputs, rows: Ref, valid: Array | None) -> Array:
@@ -423,7 +425,7 @@ def _fold(terms_ref: Ref, at: Array, terms: Array) -> None:
 
 
 def _unfold(terms_ref: Ref, i: Array | int = 0) -> Array:
-    """A turn's sums over states, one position a row."""
+    """An iteration's sums over states, one position a row."""
     starts = (i * _SUBLANES**2 + n for n in range(_SUBLANES))
     strided = (terms_ref[:, pl.ds(start, _SUBLANES, stride=_SUBLANES)] for start in starts)
     return jnp.concatenate(list(sum(strided)), axis=1)
@@ -437,7 +439,7 @@ def _read(ref: Ref, rows: Ref, valid: Array | None, otherwise: float = 0.0) -> A
 def _valid_rows(
     edge: tuple[int, int] | None, chunk: Array, block: int
 ) -> Callable[[Array], Array | None]:
-    """From a turn, which of its positions and channels exist; None if all do."""
+    """From an iteration, which of its positions and channels exist; None if all do."""
     if edge is None:
         return lambda i: None
     shape = (_SUBLANES, block)

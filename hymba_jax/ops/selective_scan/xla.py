@@ -1,6 +1,6 @@
 """The selective scan in plain XLA, for CPUs: a loop over time whose gradient recomputes states.
 
-Starting an operation costs XLA:CPU as much as the arithmetic of a step, unless it can compile
+Starting an HLO op costs XLA:CPU as much as the arithmetic of a step, unless it can compile
 the whole loop to one function, which runs on one thread. A sum over an axis prevents that (a dot
 does not), so sums are written term by term.
 """
