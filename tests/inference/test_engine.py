@@ -337,8 +337,9 @@ class TestCompiling:
             embedded.append(1)
             return embed_meta(self)
 
-        monkeypatch.setattr(Hymba, "embed_meta", recorded)
         model, runs = LanguageModel(tiny(), byte_tokenizer()), []
+        model.engine.check_memory(1, 1)  # which traces the meta tokens for the size of their state
+        monkeypatch.setattr(Hymba, "embed_meta", recorded)
         programs = model.engine.programs
 
         def counted(params):
