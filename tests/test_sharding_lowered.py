@@ -14,7 +14,7 @@ from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import make_train_step
 
-BATCH, LENGTH, META_TOKENS, HIDDEN, HEAD_DIM = 8, 240, 16, 256, 64
+BATCH, LENGTH, META_TOKENS, HIDDEN, HEAD_DIM = 8, 256, 16, 256, 64
 MODEL = HymbaConfig(
     vocab_size=512,
     hidden_size=HIDDEN,
@@ -24,8 +24,9 @@ MODEL = HymbaConfig(
     num_meta_tokens=META_TOKENS,
 )
 AXES = ("data", "fsdp", "sequence", "tensor")
-# Of data 2 x fsdp 2 x tensor 2: rows, positions, SSM channels, and heads of queries and keys.
-ROWS, POSITIONS, CHANNELS, HEADS, KV_HEADS = 2, 256, 256, 2, 1
+# Of data 2 x fsdp 2 x tensor 2: rows, SSM channels, and heads of queries and keys.
+ROWS, CHANNELS, HEADS, KV_HEADS = 2, 256, 2, 1
+GPU_CHUNK = 64  # that the kernel for GPUs fills fewer positions up to
 
 
 def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
@@ -50,38 +51,44 @@ def calls(text, target):
         yield [tuple(map(int, re.findall(r"\d+(?=x)", array))) for array in types.split(", ")]
 
 
+def scans(given, rows, positions):
+    return [shapes for shapes in given if shapes[0] == (rows, positions, CHANNELS)]
+
+
+def splash(given, rows, queries, keys):
+    """With queries and keys as they are filled up to blocks of 128; a single row is no axis."""
+    row = (rows,) if rows > 1 else ()
+    wanted = [(*row, HEADS, queries, HEAD_DIM), (*row, KV_HEADS, keys, HEAD_DIM)]
+    return [shapes for shapes in given if shapes[2:4] == wanted]
+
+
+def assert_kinds(given, *kinds):
+    """These kinds of calls and no others."""
+    assert all(kinds)
+    assert sum(map(len, kinds)) == len(given)
+
+
 def test_every_tpu_runs_the_kernels_on_its_part():
+    """The meta tokens' are on all devices."""
     given = [*calls(lower("tpu", "bfloat16"), "tpu_custom_call")]
-    scans = [shapes for shapes in given if shapes[0] == (ROWS, POSITIONS, CHANNELS)]
-    query, key = (ROWS, HEADS, POSITIONS, HEAD_DIM), (ROWS, KV_HEADS, POSITIONS, HEAD_DIM)
-    splash = [shapes for shapes in given if shapes[2:4] == [query, key]]
-    assert scans
-    assert splash
-    assert len(scans) + len(splash) == len(given)
+    tokens = scans(given, ROWS, LENGTH), splash(given, ROWS, LENGTH, 384)
+    assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), splash(given, 1, 128, 128))
 
 
 def test_every_gpu_runs_the_scan_on_its_part():
     """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
-    scans = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
-    assert scans
-    assert all(shapes[0] == (ROWS, POSITIONS, CHANNELS) for shapes in scans)
+    given = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
+    assert_kinds(given, scans(given, ROWS, LENGTH), scans(given, 1, GPU_CHUNK))
 
 
 def test_every_tpu_runs_the_kernels_on_its_part_of_the_length():
+    """Meta tokens, a window and its own part are met; the meta tokens' own pass is sharded, too."""
     given = [*calls(lower("tpu", "bfloat16", ("fsdp", "sequence", "tensor")), "tpu_custom_call")]
-    rows, positions = 2 * ROWS, POSITIONS // 2
-    scans = [shapes for shapes in given if shapes[0] == (rows, positions, CHANNELS)]
-    # The meta tokens, a window and its own part, and what fills up a block of 128.
-    query, key = (rows, HEADS, positions, HEAD_DIM), (rows, KV_HEADS, 384, HEAD_DIM)
-    splash = [shapes for shapes in given if shapes[2:4] == [query, key]]
-    of_meta = [shapes for shapes in given if shapes[2:4] == [query, (*key[:2], 128, HEAD_DIM)]]
-    assert scans
-    assert splash
-    assert len(of_meta) == len(splash)
-    assert len(scans) + len(splash) + len(of_meta) == len(given)
+    rows, length = 2 * ROWS, LENGTH // 2
+    tokens = scans(given, rows, length), splash(given, rows, length, 384)
+    assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), splash(given, 1, 128, 128))
 
 
 def test_every_gpu_runs_the_scan_on_its_part_of_the_length():
     given = [*calls(lower("gpu", "float32", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
-    assert given
-    assert all(shapes[0] == (2 * ROWS, POSITIONS // 2, CHANNELS) for shapes in given)
+    assert_kinds(given, scans(given, 2 * ROWS, LENGTH // 2), scans(given, 1, GPU_CHUNK))

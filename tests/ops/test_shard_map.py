@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import assert_close, by_hand, cast, with_gradients
+from test_attention import assert_close, attend, by_hand, cast, with_gradients
 from test_selective_scan import (
     INTERPRETER,
     assert_conforms,
@@ -20,7 +20,7 @@ from test_selective_scan import (
 )
 
 from hymba_jax.config.parallel import ParallelConfig
-from hymba_jax.ops.attention import attention
+from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.reference import reference
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.parallel.mesh import make_mesh
@@ -50,24 +50,25 @@ def test_scan(mesh, implementation, batch):
 def test_attention(mesh, kv_heads):
     """Of whole groups of heads, also where the mesh could divide the query heads alone."""
     rng = np.random.default_rng(kv_heads)
-    shapes = [(9, 6, 4), (11, kv_heads, 4), (11, kv_heads, 8), (9, 6, 8)]
-    arrays = [rng.normal(size=(4, *shape)) for shape in shapes]
-    first_key = jnp.array([2, 3, 4, 5])
-    kwargs = {"window": 4, "num_meta_tokens": 2, "first_key": first_key}
-    _, *expected = with_gradients(reference, *cast(arrays), **kwargs)
+    rows = [(4, 9, 6, 4), (4, 11, kv_heads, 4), (4, 11, kv_heads, 8)]
+    shapes = [*rows, (2, kv_heads, 4), (2, kv_heads, 8), (4, 9, 6, 8)]
+    arrays = [rng.normal(size=shape) for shape in shapes]
+    kwargs = {"window": 4, "first_key": jnp.array([0, 1, 2, 3])}
+    defined = partial(attend, function=reference)
+    _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh):
-        ours = with_gradients(attention, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:3], 4, 2, first_key), *expected])
+        ours = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(ours, [by_hand(*arrays[:5], **kwargs), *expected])
 
 
 def test_cudnn_is_asked_for_whole_groups_of_heads(mesh):
     """As where it is installed, which this machine need not have."""
     check = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-    shapes = [(4, 16, 6, 8), (4, 16, 2, 8), (4, 16, 2, 8)]
+    shapes = [(4, 14, 6, 8), (4, 14, 2, 8), (4, 14, 2, 8), (2, 2, 8), (2, 2, 8)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    attend = partial(attention, window=None, num_meta_tokens=2, implementation="cudnn")
+    run = partial(attend, window=None, function=cudnn)
     with jax.set_mesh(mesh), patch(check, return_value=91000):
-        lowered = jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        lowered = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (types,) = re.findall(r"custom_call @__cudnn\$fmha.* : \((.*)\) ->", lowered)
     assert types.split(", ")[:2] == ["tensor<1x16x3x8xbf16>", "tensor<1x16x1x8xbf16>"]
 
