@@ -149,6 +149,14 @@ def test_the_watcher_runs_nothing_of_the_working_directory(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_watcher_runs_where_the_package_is_not_installed(tmp_path):
+    """Without site-packages, where a checkout or an installation made it known to Python."""
+    interpreter, *arguments = watcher_command(str(tmp_path), "", 9)
+    command = [interpreter, "-S", *arguments]
+    ended = subprocess.run(command, input=b"any words\n", capture_output=True, check=True)
+    assert (ended.stdout, ended.stderr) == (b"", b"any words\n")
+
+
 def test_what_processes_disagree_on_is_named_with_who_has_what():
     same = {"seed": 0, "model.layers": "G"}
     assert [*disagreements([same, dict(same), dict(same)])] == []

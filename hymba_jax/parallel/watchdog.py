@@ -37,10 +37,11 @@ def watch_stderr(output: str, where: str, seconds: int) -> None:
 
 def watcher_command(output: str, where: str, seconds: int) -> list[str]:
     """The command line of the process that the standard error goes through."""
-    package = str(Path(__file__).parents[1])
-    # Isolated, and with the directory of this package last on the path: with -m or PYTHONPATH a
-    # file of the user's that is named like a module of the standard library would be run instead.
-    program = f"import sys; sys.path.append({package!r}); from {__name__} import main; main()"
+    directory = str(Path(__file__).parents[2])
+    # Isolated, and with the directory that holds this package last on the path: with -m or
+    # PYTHONPATH a file of the user's that is named like a module of the standard library would be
+    # run instead.
+    program = f"import sys; sys.path.append({directory!r}); from {__name__} import main; main()"
     return [sys.executable, "-I", "-c", program, output, where, str(seconds)]
 
 
