@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
-from hymba_jax.model import Hymba
+from hymba_jax.config.layer_pattern import LayerSpec
+from hymba_jax.model.mixer import make_mixer
+from hymba_jax.model.state import LayerState
 from hymba_jax.parallel.memory import tree_bytes
 
 
@@ -29,26 +30,27 @@ class CacheBytes:
 
 @functools.lru_cache
 def cache_bytes(config: HymbaConfig, context: int, dtype: DType, state_dtype: DType) -> CacheBytes:
-    """The state of one sequence."""
-    model = _abstract_model(config, dtype)
-    return _by_use(config, jax.eval_shape(lambda: model.init_state(1, context, state_dtype)).layers)
+    """The state of one sequence; layers are only traced, and each kind of them once."""
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
+
+    def init_state(spec: LayerSpec) -> LayerState:
+        mixer = make_mixer(config, spec, compute, nnx.Rngs(0))
+        return mixer.init_state(1, context, dtype, state_dtype)
+
+    kinds = set(config.layer_specs)
+    states = {spec: nnx.eval_shape(functools.partial(init_state, spec)) for spec in kinds}
+    return _by_use(config, [states[spec] for spec in config.layer_specs])
 
 
-@functools.lru_cache
 def meta_state_bytes(config: HymbaConfig, dtype: DType) -> CacheBytes:
-    """The state after the meta tokens, held once for all sequences."""
-    graph, params = nnx.split(_abstract_model(config, dtype))
-    return _by_use(
-        config, jax.eval_shape(lambda params: nnx.merge(graph, params).meta_state(), params)
-    )
+    """The state after the meta tokens, all of them in every layer; held once for all sequences."""
+    length = config.num_meta_tokens
+    window = max(config.attention.window, length)
+    attention = dataclasses.replace(config.attention, window=window)
+    return cache_bytes(dataclasses.replace(config, attention=attention), length, dtype, "float32")
 
 
-def _abstract_model(config: HymbaConfig, dtype: DType) -> Hymba:
-    compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
-    return nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
-
-
-def _by_use(config: HymbaConfig, layers: Any) -> CacheBytes:
+def _by_use(config: HymbaConfig, layers: Sequence[LayerState]) -> CacheBytes:
     kv = {"global": 0, "window": 0}
     for spec, layer in zip(config.layer_specs, layers, strict=True):
         if spec.attention is not None:

@@ -337,9 +337,8 @@ class TestCompiling:
             embedded.append(1)
             return embed_meta(self)
 
-        model, runs = LanguageModel(tiny(), byte_tokenizer()), []
-        model.engine.check_memory(1, 1)  # which traces the meta tokens for the size of their state
         monkeypatch.setattr(Hymba, "embed_meta", recorded)
+        model, runs = LanguageModel(tiny(), byte_tokenizer()), []
         programs = model.engine.programs
 
         def counted(params):
