@@ -199,7 +199,7 @@ def measure_row(options: Options) -> None:
 def random_model(config: HymbaConfig, dtype: DType) -> Hymba:
     """A model with random kernels, sampled one array at a time."""
     compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
+    graph, abstract = nnx.split(Hymba.abstract(config, compute))
     rng = np.random.default_rng(0)
 
     def fill(array: jax.ShapeDtypeStruct) -> jax.Array:

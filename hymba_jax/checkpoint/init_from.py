@@ -129,6 +129,5 @@ def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _shapes(config: HymbaConfig) -> Params:
-    compute = ComputeConfig(scan_layers=False)
-    model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
+    model = Hymba.abstract(config, ComputeConfig(scan_layers=False))
     return jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(model)))

@@ -176,8 +176,7 @@ def abstract_params(
     config: HymbaConfig, compute: ComputeConfig
 ) -> dict[Path, jax.ShapeDtypeStruct]:
     """Shape and dtype of each of a model's parameters, by path."""
-    model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
-    params = nnx.to_flat_state(nnx.state(model))
+    params = nnx.to_flat_state(nnx.state(Hymba.abstract(config, compute)))
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in params}
 
 

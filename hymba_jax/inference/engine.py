@@ -177,7 +177,7 @@ class Engine:
         Raises:
           HymbaError: parameters and caches together are larger than its memory.
         """
-        rows, context = bucket(rows), self._cache_length(context)
+        rows, context = self._sizes(rows, context)
         cache = cache_bytes(self.config, context, self.dtype, self._state_dtype).total
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
@@ -194,13 +194,11 @@ class Engine:
         Args:
           context: tokens that the longest sequence may grow to.
         """
-        sizes = {"batch": bucket(rows), "context": self._cache_length(context)}
-        return self.programs.init_state(self.params, self.meta_state, **sizes)
+        return self.programs.init_state(self.params, self.meta_state, *self._sizes(rows, context))
 
     def init_prefill(self, rows: int, context: int) -> Prefilled:
         """A batch of empty prompts, filled up to a bucket."""
-        sizes = {"batch": bucket(rows), "context": self._cache_length(context)}
-        return self.programs.init_prefill(self.params, self.meta_state, **sizes)
+        return self.programs.init_prefill(self.params, self.meta_state, *self._sizes(rows, context))
 
     def prefill(self, prompts: Sequence[Sequence[int]], context: int) -> Prefilled:
         """Prefills prompts; the batch is filled up to a bucket with empty ones.
@@ -317,8 +315,9 @@ class Engine:
     def _devices(self) -> set[jax.Device]:
         return jax.tree.leaves(self.params)[0].devices()
 
-    def _cache_length(self, context: int) -> int:
-        return min(bucket(context, self._smallest_context), self.max_context)
+    def _sizes(self, rows: int, context: int) -> tuple[int, int]:
+        """Rows of a batch and tokens of its cache, as they are compiled for."""
+        return bucket(rows), min(bucket(context, self._smallest_context), self.max_context)
 
 
 def bucket(size: int, smallest: int = 1) -> int:

@@ -19,7 +19,7 @@ def abstract_model(
     config: HymbaConfig, compute: ComputeConfig, mesh: AnyMesh
 ) -> tuple[nnx.GraphDef[Hymba], Params]:
     """The model without its parameters, and their shapes, dtypes and shardings."""
-    graph, variables = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
+    graph, variables = nnx.split(Hymba.abstract(config, compute))
     shardings = nnx.to_pure_dict(state_shardings(variables, config, mesh))
     return graph, jax.tree.map(placed, nnx.to_pure_dict(variables), shardings)
 

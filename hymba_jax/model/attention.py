@@ -62,10 +62,10 @@ class Attention(nnx.Module):
           shared: what the layer before saw, for a layer that reuses its keys and values.
         """
         query = self.query(x, context.rope)
-        if self.reuses_kv and shared is None:
-            raise ValueError("this layer reuses keys and values, and was given none")
-        if not self.reuses_kv or shared is None:
+        if not self.reuses_kv:
             shared = AttendedKV(self.key_value(x, context.rope), cache, meta)
+        elif shared is None:
+            raise ValueError("this layer reuses keys and values, and was given none")
         return self.attend(query, shared, context).reshape(*x.shape[:2], -1), shared
 
     def attend(

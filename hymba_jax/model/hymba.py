@@ -61,6 +61,11 @@ class Hymba(nnx.Module):
                 config.hidden_size, config.num_embeddings, ("hidden", "vocab"), compute, rngs
             )
 
+    @classmethod
+    def abstract(cls, config: HymbaConfig, compute: ComputeConfig) -> "Hymba":
+        """The model without values: shapes and dtypes of its parameters; nothing is computed."""
+        return nnx.eval_shape(lambda: cls(config, compute, nnx.Rngs(0)))
+
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
@@ -111,14 +116,12 @@ class Hymba(nnx.Module):
                 )
             positions = positions - first_positions(document_starts(segment_ids))
         rope = make_rope(self.config, num_meta_tokens + positions, total)
-        context = Context(rope, segment_ids=segment_ids)
+        context, x = Context(rope, segment_ids=segment_ids), self.embed(tokens)
+        meta_context = meta = None
         if num_meta_tokens:
             meta_context = Context(make_rope(self.config, _meta_positions(self.config), total))
-            contexts = WithMeta(meta_context, context)
-            x = WithMeta(self.embed_meta(), self.embed(tokens))
-        else:
-            contexts, x = WithMeta(None, context), WithMeta(None, self.embed(tokens))
-        states = [x]
+            meta = self.embed_meta()
+        contexts, states = WithMeta(meta_context, context), [WithMeta(meta, x)]
         for group in self.groups:
             if isinstance(group, ScannedLayers):
                 states += group.whole_sequences(states[-1], contexts, keep_all=keep_all)
@@ -303,7 +306,7 @@ def unstack_layers(model: Hymba) -> Hymba:
 def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
     config = model.config
     compute = dataclasses.replace(model.compute, scan_layers=scan_layers)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
+    graph, shapes = nnx.split(Hymba.abstract(config, compute))
     held = dict(nnx.to_flat_state(nnx.state(model)))
     sources: dict[tuple[str | int, ...], list[LayerPlace]] = defaultdict(list)
     for target, source in zip(

@@ -12,6 +12,8 @@ parameters.
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.ssm import SSMState
 from hymba_jax.types import Array, Float, Int
@@ -64,4 +66,4 @@ class ModelState(NamedTuple):
             layer._replace(ssm=layer.ssm and start.ssm and layer.ssm.update(start.ssm))
             for layer, start in zip(self.layers, meta, strict=True)
         )
-        return ModelState(tuple(layers), self.lengths * 0)
+        return ModelState(tuple(layers), jnp.zeros_like(self.lengths))
