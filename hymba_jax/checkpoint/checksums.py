@@ -20,7 +20,8 @@ from hymba_jax.types import Array
 type Checksums = dict[str, int]
 """By the dotted path of each array of a tree."""
 
-_CHUNKS = (1 << 20, 1 << 17, 1 << 14)  # elements
+_CHUNKS = (1 << 23, 1 << 20, 1 << 17, 1 << 14)  # elements
+_ROWS = 256  # that a chunk is added up in
 _INDEX_STEP = 0x9E3779B1  # odd, so that no two indices below 2**32 share a multiple
 _KEY = "checksums"
 _LISTED = 3  # damaged arrays that a message names
@@ -89,28 +90,35 @@ def _of_sharded(array: Array) -> jax.Array:
 def _of_host(array: np.ndarray) -> np.uint32:
     """The same of the host's memory, in chunks of few sizes: few compilations for all shapes."""
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{min(array.itemsize, 4)}")
-    size = next((size for size in _CHUNKS if bits.size >= size), _CHUNKS[-1])
-    total = 0
+    total = start = 0
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        for start in range(0, bits.size, size):
+        while start < bits.size:
+            left = bits.size - start
+            size = next((size for size in _CHUNKS if size <= left), _CHUNKS[-1])
             chunk = bits[start : start + size]
             count = np.uint32(chunk.size)
             if count < size:
                 chunk = np.pad(chunk, (0, size - chunk.size))
             total += int(_of_chunk(chunk, np.uint32(start % 2**32), count))
+            start += size
     return np.uint32(total % 2**32)
 
 
 @jax.jit
 def _of_chunk(bits: Array, start: Array, count: Array) -> jax.Array:
     """The sum over the first `count` elements, of which the first has the index `start`."""
-    # XLA's loops on CPUs use vectors where arrays are added up, not where an array is reduced.
-    rows = bits.reshape(8, -1)
-    sums = jnp.zeros(rows.shape[1], jnp.uint32)
-    for i, row in enumerate(rows):
-        position = lax.iota(jnp.uint32, row.size) + jnp.uint32(i * row.size)
-        sums += jnp.where(position < count, _hash(row, start + position), jnp.uint32(0))
-    return jnp.sum(lax.optimization_barrier(sums), dtype=jnp.uint32)
+    # XLA's loops on CPUs use vectors where arrays are added up, not where an array is reduced, and
+    # the sums of short rows stay in a core's own cache.
+    rows = bits.reshape(_ROWS, -1)
+    width = rows.shape[1]
+
+    def add_row(i: Array, sums: Array) -> Array:
+        position = lax.iota(jnp.uint32, width) + i * jnp.uint32(width)
+        hashes = _hash(rows[i], start + position)
+        return sums + jnp.where(position < count, hashes, jnp.uint32(0))
+
+    sums = lax.fori_loop(jnp.uint32(0), jnp.uint32(_ROWS), add_row, jnp.zeros(width, jnp.uint32))
+    return jnp.sum(sums, dtype=jnp.uint32)
 
 
 def _hash(bits: Array, index: Array) -> Array:

@@ -5,6 +5,7 @@ first axis. Native arrays are separate where the HF implementation splits the re
 (`in_proj`), so that each can be sharded by itself.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -176,8 +177,32 @@ def abstract_params(
     config: HymbaConfig, compute: ComputeConfig
 ) -> dict[Path, jax.ShapeDtypeStruct]:
     """Shape and dtype of each of a model's parameters, by path."""
-    params = nnx.to_flat_state(nnx.state(Hymba.abstract(config, compute)))
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in params}
+    # Stacked layers are traced once: half the time.
+    stacked = Hymba.abstract(config, dataclasses.replace(compute, scan_layers=True))
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in nnx.to_flat_state(nnx.state(stacked))
+    }
+    return params if compute.scan_layers else _unstacked(params, config)
+
+
+def _unstacked(
+    params: dict[Path, jax.ShapeDtypeStruct], config: HymbaConfig
+) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Each layer's own parameters, of those of a model that stacks them."""
+    unstacked = {path: like for path, like in params.items() if path[0] != "groups"}
+    for target, source in zip(
+        layer_places(config, scan_layers=False),
+        layer_places(config, scan_layers=True),
+        strict=True,
+    ):
+        depth = len(source.block)
+        for path, like in params.items():
+            if path[:depth] == source.block:
+                shape = like.shape if source.repeat is None else like.shape[1:]
+                name = (*target.block, *path[depth:])
+                unstacked[name] = jax.ShapeDtypeStruct(shape, like.dtype)
+    return unstacked
 
 
 def param_shapes(config: HymbaConfig, *, scan_layers: bool) -> dict[Path, tuple[int, ...]]:
