@@ -1,6 +1,7 @@
 """One layer, and the groups of layers that are compiled once."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +81,18 @@ class Block(nnx.Module):
         return WithMeta(meta, self(x.tokens, context.tokens, behind, start.kv, shared.tokens))
 
 
+@partial(jax.jit, static_argnums=0)
+def run_block(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any) -> LayerOutput:
+    """`Block.__call__`, which is traced and lowered once for all equal layers."""
+    return nnx.merge(graph, params)(*inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def run_whole_sequences(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any) -> WithMeta:
+    """`Block.whole_sequences`, likewise."""
+    return nnx.merge(graph, params).whole_sequences(*inputs)
+
+
 class LayerGroup(nnx.Module):
     """Layers that stand together; keys and values pass between them and no further.
 
@@ -109,7 +122,7 @@ class LayerGroup(nnx.Module):
         """Each layer's output for positions that continue from a state."""
         shared, outputs = None, []
         for block, state, meta in zip(self.blocks, states, metas, strict=True):
-            outputs.append(block(x, context, state, meta, shared))
+            outputs.append(run_block(*nnx.split(block), x, context, state, meta, shared))
             x, shared, _ = outputs[-1]
         return outputs
 
@@ -118,22 +131,13 @@ class LayerGroup(nnx.Module):
 
         Both pass a layer one after the other, so that its parameters are gathered once.
         """
+        run: Callable[..., WithMeta] = run_whole_sequences
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], static_argnums=0)
         shared: WithMeta = WithMeta(None, None)
         outputs = []
         for block in self.blocks:
-            graph, params = nnx.split(block)
-
-            def run(
-                params: nnx.State,
-                x: WithMeta,
-                shared: WithMeta,
-                graph: nnx.GraphDef[Block] = graph,
-            ) -> WithMeta:
-                return nnx.merge(graph, params).whole_sequences(x, context, shared)
-
-            if self.remat != "none":
-                run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat])
-            meta, tokens = run(params, x, shared)
+            meta, tokens = run(*nnx.split(block), x, context, shared)
             x = WithMeta(meta and meta.x, tokens.x)
             shared = WithMeta(meta and meta.kv, tokens.kv)
             outputs.append(x)

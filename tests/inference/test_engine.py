@@ -25,7 +25,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
 from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Request, bucket
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.model import Hymba
+from hymba_jax.model import Hymba, block
 from hymba_jax.ops.selective_scan import api
 
 # Of the logits' range: float32 rounds at 6e-8, and sums of some hundred terms through three layers
@@ -154,7 +154,6 @@ def new_programs(monkeypatch):
     monkeypatch.setattr(engine_module, "_programs", engine_module._programs.__wrapped__)
 
 
-@pytest.mark.usefixtures("optimised")
 class TestHFImplementation:
     """Bounds are up to a few times the distance between the HF implementation's own float32 and
     float64 runs, which is 6e-5 for logits; its cached path, which loses a key of each window, is
@@ -210,7 +209,7 @@ class TestRowsOfABatch:
         lengths=st.lists(
             st.one_of(st.sampled_from([1, 2, 3, 7, 16, 17, 40]), st.integers(1, 40)),
             min_size=3,
-            max_size=5,
+            max_size=4,
         )
     )
     @example([40, 1, 2, 17])
@@ -224,10 +223,9 @@ class TestRowsOfABatch:
             SamplingConfig(temperature=1.0, seed=1),
             SamplingConfig(temperature=0.8, top_k=20, seed=1),
             SamplingConfig(),
-            SamplingConfig(temperature=1.3, top_p=0.8, seed=5, repetition_penalty=1.5),
-            SamplingConfig(temperature=1.0, min_p=0.05, seed=1),
+            SamplingConfig(temperature=1.3, top_p=0.8, min_p=0.05, seed=5, repetition_penalty=1.5),
         ]
-        lengths, samples = [9, 1, 20, 9, 33], [0, 3, 1, 2, 1]
+        lengths, samples = [9, 1, 20, 33], [0, 3, 1, 2]
         prompts = [prompt_of(length) for length in lengths]
         together = generate(tiny_engine(), prompts, 12, configs, samples)
         assert_same(together, list(map(self.alone, lengths, configs, samples)))
@@ -283,31 +281,6 @@ class TestReading:
         assert tokens == logits.argmax(-1)[: len(tokens)].tolist()
         expected = log_softmax(logits)[np.arange(len(tokens)), tokens]
         np.testing.assert_allclose(log_probs, expected, rtol=0, atol=ROUNDING * RANGE)
-
-    @staticmethod
-    @functools.cache
-    def one_layer():
-        return Engine(make_model(layers="W"), largest_chunk=16)
-
-    @pytest.mark.parametrize("name", sorted(api.IMPLEMENTATIONS))
-    def test_on_every_scan(self, new_programs, monkeypatch, name):
-        """Two chunks of prompts of any length, the second one from a state; steps need no scan."""
-        prompts = [prompt_of(length) for length in (1, 17, 20)]
-        expected = self.one_layer().prefill(prompts, 40)
-        scan, called = api.IMPLEMENTATIONS[name], []
-
-        def recorded(**inputs):
-            called.append(name)
-            return scan(**inputs)
-
-        monkeypatch.setitem(api.FASTEST, jax.default_backend(), name)
-        monkeypatch.setitem(api.IMPLEMENTATIONS, name, recorded)
-        with INTERPRETER.get(name, nullcontext)():
-            engine = Engine(make_model(layers="W"), largest_chunk=16)
-            read = jax.block_until_ready(engine.prefill(prompts, 40))
-        assert called == [name] * 3  # for the meta tokens, first chunks, further chunks
-        for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING * np.ptp(theirs))
 
 
 class TestCompiling:
@@ -515,3 +488,37 @@ class TestContext:
         full = jax.jit(self.dynamic().__call__)(jnp.asarray([prompt + tokens]))[0]
         expected = log_softmax(np.asarray(full))[np.arange(39, 60), tokens]
         np.testing.assert_allclose(log_probs, expected, rtol=0, atol=ROUNDING * RANGE)
+
+
+class TestOnEveryScan:
+    @staticmethod
+    @functools.cache
+    def one_layer():
+        return Engine(make_model(layers="W"), largest_chunk=16)
+
+    @pytest.fixture(autouse=True)
+    def _layers_traced_anew(self):
+        """A layer is traced once, with the scan that was chosen then."""
+        yield
+        block.run_block.clear_cache()
+
+    @pytest.mark.parametrize("name", sorted(api.IMPLEMENTATIONS))
+    def test_prefill(self, new_programs, monkeypatch, name):
+        """Two chunks of prompts of any length, the second one from a state; steps need no scan."""
+        prompts = [prompt_of(length) for length in (1, 17, 20)]
+        expected = self.one_layer().prefill(prompts, 40)
+        scan, called = api.IMPLEMENTATIONS[name], []
+
+        def recorded(**inputs):
+            called.append(name)
+            return scan(**inputs)
+
+        block.run_block.clear_cache()
+        monkeypatch.setitem(api.FASTEST, jax.default_backend(), name)
+        monkeypatch.setitem(api.IMPLEMENTATIONS, name, recorded)
+        with INTERPRETER.get(name, nullcontext)():
+            engine = Engine(make_model(layers="W"), largest_chunk=16)
+            read = jax.block_until_ready(engine.prefill(prompts, 40))
+        assert called == [name] * 3  # for the meta tokens, first chunks, further chunks
+        for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING * np.ptp(theirs))

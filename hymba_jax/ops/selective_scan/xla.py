@@ -1,8 +1,8 @@
 """The selective scan in plain XLA, for CPUs: a loop over time whose gradient recomputes states.
 
 Starting an HLO op costs XLA:CPU as much as the arithmetic of a step, unless it can compile
-the whole loop to one function, which runs on one thread. A sum over an axis prevents that (a dot
-does not), so sums are written term by term.
+the whole loop to one function, which runs on one thread. A sum over an axis prevents that, but a
+dot does not; what is no dot is added up term by term.
 """
 
 import math
@@ -88,7 +88,7 @@ def _scan_fwd(
         x_t, dt_t, B_t, C_t, start = _at(t, (x, dt, B, C, starts))
         delta, u = _discretise(x_t, dt_t)
         h = _decay(delta, A) * _before(h, start, document_state) + u[None] * B_t[:, None]
-        return h, _put(y, t, _over_states(h, C_t))
+        return h, _put(y, t, dot(C_t, h))
 
     def chunk(carry: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
         end = jnp.minimum(first + _CHUNK, len(x))
@@ -126,11 +126,11 @@ def _scan_bwd(
             x_t, dt_t, B_t, C_t, dy_t, start = _at(t, (x, dt, B, C, dy, starts))
             delta, u = _discretise(x_t, dt_t)
             dh = dh + dy_t[None] * C_t[:, None]
-            du = _over_states(dh, B_t)
+            du = dot(B_t, dh)
             dB = _put(dB, t, dot(dh, u))
             dh = dh * _decay(delta, A)
             dexponent = dh * before[t - first]
-            ddelta = du * x_t + _over_states(dexponent, A)
+            ddelta = du * x_t + _sum_over_states(dexponent * A)
             dA = dA + delta[None] * dexponent
             dx = _put(dx, t, du * delta)
             if start is not None:
@@ -166,8 +166,8 @@ def _put(sequence: Array, t: Array, value: Array) -> Array:
     return lax.dynamic_update_index_in_dim(sequence, value, t, axis=0)
 
 
-def _over_states(v: Array, weights: Array) -> Array:
-    return sum((v[n] * weights[n] for n in range(1, len(v))), start=v[0] * weights[0])
+def _sum_over_states(v: Array) -> Array:
+    return sum((v[n] for n in range(1, len(v))), start=v[0])
 
 
 def _discretise(x: Array, dt: Array) -> tuple[Array, Array]:
