@@ -41,14 +41,16 @@ def run(case, **compute):
 reference_run = functools.cache(run)
 
 
-@pytest.mark.parametrize("case", CASES)
 class TestReleasedCode:
+    @pytest.mark.parametrize("case", CASES)
     def test_logits_and_loss(self, case):
         golden = load(case)
         loss, logits, _ = reference_run(case)
         np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=VALUE_BOUND)
         np.testing.assert_allclose(loss, golden.meta["loss"], rtol=0, atol=VALUE_BOUND)
 
+    # Scanned layers, and others before, between and behind them.
+    @pytest.mark.parametrize("case", slow_but(CASES, "tiny-shared"))
     def test_hidden_states_after_each_layer(self, case):
         golden = load(case)
         graph, params = golden.model()
@@ -58,6 +60,7 @@ class TestReleasedCode:
         for ours, theirs in zip(states, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=VALUE_BOUND)
 
+    @pytest.mark.parametrize("case", CASES)
     def test_gradient_of_every_parameter(self, case):
         golden = load(case)
         _, _, gradients = reference_run(case)
@@ -78,8 +81,8 @@ class TestReleasedCode:
     [
         {"scan_layers": False},
         {"remat": "block"},
-        {"remat": "dots"},
-        {"scan_layers": False, "remat": "block"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param({"scan_layers": False, "remat": "block"}, marks=pytest.mark.slow),
     ],
     ids=lambda compute: "-".join(f"{key}={value}" for key, value in compute.items()),
 )
@@ -102,7 +105,7 @@ def test_without_jit(scan_layers):
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=VALUE_BOUND)
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "tiny-ntk"))
+@pytest.mark.parametrize("case", slow_but(CASES, "tiny-default-rope"))
 def test_bfloat16_compute(case):
     """No further off than twice what rounding the weights alone does to the float32 model.
 

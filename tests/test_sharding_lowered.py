@@ -3,6 +3,7 @@
 import re
 
 import jax
+import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from hymba_jax.checkpoint.train_state import abstract_train_state
@@ -75,6 +76,7 @@ def test_every_tpu_runs_the_kernels_on_its_part():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), splash(given, 1, 128, 128))
 
 
+@pytest.mark.slow
 def test_every_gpu_runs_the_scan_on_its_part():
     """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
     given = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]

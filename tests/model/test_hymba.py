@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from slow import slow_but
 from test_config import ROADMAP, roadmap_config
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.model import Hymba
 from hymba_jax.model.hymba import layer_places
+from hymba_jax.parallel.mesh import make_mesh
 
 CONFIG = HymbaConfig(
     vocab_size=50,
@@ -88,8 +91,9 @@ def test_dtypes(tie_embeddings):
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
         jnp.dtype("float32")
     }
-    assert {state.dtype for state in model.hidden_states(TOKENS)} == {jnp.dtype("bfloat16")}
-    assert model(TOKENS).dtype == jnp.float32
+    states = nnx.eval_shape(lambda model: model.hidden_states(TOKENS), model)
+    assert {state.dtype for state in states} == {jnp.dtype("bfloat16")}
+    assert nnx.eval_shape(lambda model: model(TOKENS), model).dtype == jnp.float32
 
 
 def test_meta_tokens_are_seen_from_beyond_the_window():
@@ -111,9 +115,9 @@ class TestDocuments:
 
     @staticmethod
     @functools.cache
-    def programs(layers="G 2*Ww M A"):
-        config = dataclasses.replace(CONFIG, layers=layers)
-        graph, params = nnx.split(Hymba(config, ComputeConfig(remat="block"), nnx.Rngs(0)))
+    def programs():
+        config = dataclasses.replace(CONFIG, layers="2*Ww M")
+        graph, params = nnx.split(Hymba(config, ComputeConfig(), nnx.Rngs(0)))
 
         def loss(params, tokens, segment_ids, weights):
             logits = nnx.merge(graph, params)(tokens, segment_ids)
@@ -165,6 +169,26 @@ class TestDocuments:
             nnx.to_flat_state(gradients), nnx.to_flat_state(of_others), strict=True
         ):
             np.testing.assert_array_equal(ours[...], theirs[...], err_msg=str(path))
+
+    def test_each_is_the_same_with_the_sequence_sharded(self):
+        """Over 8 devices, three positions on each: less than a window, a kernel, a document."""
+        run, params = self.programs()
+        documents, ids = self.row()
+        tokens = jnp.asarray(np.concatenate(documents))[None]
+        weights = jnp.asarray(np.random.default_rng(6).normal(size=tokens.shape), jnp.float32)
+        (_, expected), of_one = run(params, tokens, ids, weights)
+        mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
+        with jax.set_mesh(mesh):
+            place = NamedSharding(mesh, jax.P(None, "sequence"))
+            sharded = jax.device_put((tokens, ids, weights), place)
+            (_, logits), gradients = run(params, *sharded)
+        assert logits.sharding.shard_shape(logits.shape) == (1, 3, 50)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+        for (path, ours), (_, wanted) in zip(
+            nnx.to_flat_state(gradients), nnx.to_flat_state(of_one), strict=True
+        ):
+            atol = 2e-5 * np.abs(wanted[...]).max()
+            np.testing.assert_allclose(ours[...], wanted[...], rtol=0, atol=atol, err_msg=str(path))
 
     def test_a_rotation_by_length_is_refused(self):
         attention = dataclasses.replace(

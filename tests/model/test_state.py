@@ -66,6 +66,8 @@ CONFIGS = {
     ),
 }
 
+QUICK = ("more meta tokens than the window", "every kind of layer, no meta tokens")
+
 
 def init_state(config, batch, context, dtype, state_dtype):
     """A state of zeros, of a model that computes in `dtype`."""
@@ -148,9 +150,7 @@ steps = st.just([1] * ROWS)
 cuttings = st.lists(st.one_of(piece_lengths, piece_lengths, steps), min_size=3, max_size=12)
 
 
-@pytest.mark.parametrize(
-    "name", slow_but([*CASES, *CONFIGS], "tiny-shared", "every kind of layer, no meta tokens")
-)
+@pytest.mark.parametrize("name", slow_but([*CASES, *CONFIGS], *QUICK))
 @settings(derandomize=True, deadline=None, max_examples=8, database=None)
 @given(cutting=cuttings)
 def test_any_cutting_equals_the_full_forward(name, cutting):
@@ -164,7 +164,7 @@ def test_any_cutting_equals_the_full_forward(name, cutting):
 CUTTING = [(16, 9, 0), (0, 1, 1), (3, 0, 16), (1, 1, 1), (16, 16, 2)]
 
 
-@pytest.mark.parametrize("name", ["tiny-ntk", "every kind of layer, no meta tokens"])
+@pytest.mark.parametrize("name", QUICK)
 def test_padding_leaves_no_trace(name):
     """To the last bit, in the outputs and in what is remembered of them."""
     one, other = (reader(name).read(CUTTING, padding=token) for token in (0, 7))
@@ -172,7 +172,7 @@ def test_padding_leaves_no_trace(name):
 
 
 def test_a_row_without_tokens_stays_as_it_is():
-    one = reader("tiny-ntk")
+    one = reader("more meta tokens than the window")
     _, before = one.read(CUTTING)
     for width in WIDTHS:
         _, after = one.extend(
@@ -243,7 +243,7 @@ def test_the_released_size_is_that_of_the_paper():
 
 
 def test_meta_tokens_are_kept_once_for_any_batch():
-    one = reader("tiny-shared")
+    one = reader("more meta tokens than the window")
     for layer, spec in zip(one.meta, one.config.layer_specs, strict=True):
         assert (layer.kv is None) == spec.reuses_kv
         assert layer.ssm.ssm_state.shape[0] == 1

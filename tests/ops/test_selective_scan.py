@@ -227,7 +227,7 @@ def assert_conforms(scan, inputs, weights, gradients, **marks):
 # One position, part of a chunk, exactly one and two, two and a part; odd and even channels.
 @pytest.mark.parametrize(
     ("chunks", "channels"),
-    slow_but([(0, 5), (0.6, 5), (1, 5), (2, 5), (2.3, 5), (1.3, 130)], (0, 5), (1, 5), (2.3, 5)),
+    slow_but([(0, 5), (0.6, 5), (1, 5), (2, 5), (2.3, 5), (1.3, 130)], (0, 5), (2.3, 5)),
 )
 def test_forward_and_gradients(scan, implementation, chunks, channels):
     length = max(1, int(chunks * CHUNK[implementation]))
@@ -319,7 +319,11 @@ def test_documents_do_not_see_each_other(scan, implementation):
 
 
 @pytest.mark.parametrize(
-    "without", [pytest.param(OPTIONAL[:2], marks=pytest.mark.slow), OPTIONAL[2:], OPTIONAL]
+    "without",
+    [
+        *(pytest.param(half, marks=pytest.mark.slow) for half in (OPTIONAL[:2], OPTIONAL[2:])),
+        OPTIONAL,
+    ],
 )
 def test_optional_inputs(scan, without):
     """The second case has documents, which then start from zeros."""
@@ -408,7 +412,7 @@ def test_rematerialised_in_a_scan_over_layers(scan):
 
 
 # One block of channels; six, which no fetch can be shared among equally.
-@pytest.mark.parametrize("channels", [6, 96])
+@pytest.mark.parametrize("channels", slow_but([6, 96], 6))
 def test_gpu_kernels_lower_when_rematerialised(channels):
     """Forward, forward again and backward, as far as a machine without a GPU goes."""
     sizes = (2, 11, channels, 3)
