@@ -108,6 +108,10 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
     assert np.array_equal(model(TOKENS.at[:, 0].set(4))[:, -1], model(TOKENS)[:, -1])
 
 
+@pytest.mark.parametrize(
+    ("layers", "remat"),
+    slow_but([("2*Ww M", "none"), ("G 2*Ww M A", "block")], ("2*Ww M", "none")),
+)
 class TestDocuments:
     """Several in a row: longer than the window, shorter than the convolution, of one token."""
 
@@ -115,9 +119,9 @@ class TestDocuments:
 
     @staticmethod
     @functools.cache
-    def programs():
-        config = dataclasses.replace(CONFIG, layers="2*Ww M")
-        graph, params = nnx.split(Hymba(config, ComputeConfig(), nnx.Rngs(0)))
+    def programs(layers, remat):
+        config = dataclasses.replace(CONFIG, layers=layers)
+        graph, params = nnx.split(Hymba(config, ComputeConfig(remat=remat), nnx.Rngs(0)))
 
         def loss(params, tokens, segment_ids, weights):
             logits = nnx.merge(graph, params)(tokens, segment_ids)
@@ -132,9 +136,9 @@ class TestDocuments:
         ids = np.repeat([0, 1, 0, 1], self.lengths)
         return documents, jnp.asarray(ids)[None]
 
-    def test_each_is_what_it_is_alone(self):
+    def test_each_is_what_it_is_alone(self, layers, remat):
         """Logits, and what it adds to the gradient of every parameter, meta tokens included."""
-        run, params = self.programs()
+        run, params = self.programs(layers, remat)
         documents, ids = self.row()
         tokens = jnp.asarray(np.concatenate(documents))[None]
         (_, logits), _ = run(params, tokens, ids, jnp.ones(tokens.shape))
@@ -155,8 +159,8 @@ class TestDocuments:
                 scale = np.abs(gradient[...]).max()
                 np.testing.assert_allclose(ours, gradient[...], rtol=0, atol=2e-5 * scale + 1e-7)
 
-    def test_none_changes_another_to_the_last_bit(self):
-        run, params = self.programs()
+    def test_none_changes_another_to_the_last_bit(self, layers, remat):
+        run, params = self.programs(layers, remat)
         documents, ids = self.row()
         tokens = jnp.asarray(np.concatenate(documents))[None]
         weights = jnp.zeros(tokens.shape).at[:, 10:12].set(1.0)  # the third
@@ -170,9 +174,9 @@ class TestDocuments:
         ):
             np.testing.assert_array_equal(ours[...], theirs[...], err_msg=str(path))
 
-    def test_each_is_the_same_with_the_sequence_sharded(self):
+    def test_each_is_the_same_with_the_sequence_sharded(self, layers, remat):
         """Over 8 devices, three positions on each: less than a window, a kernel, a document."""
-        run, params = self.programs()
+        run, params = self.programs(layers, remat)
         documents, ids = self.row()
         tokens = jnp.asarray(np.concatenate(documents))[None]
         weights = jnp.asarray(np.random.default_rng(6).normal(size=tokens.shape), jnp.float32)
@@ -190,14 +194,15 @@ class TestDocuments:
             atol = 2e-5 * np.abs(wanted[...]).max()
             np.testing.assert_allclose(ours[...], wanted[...], rtol=0, atol=atol, err_msg=str(path))
 
-    def test_a_rotation_by_length_is_refused(self):
-        attention = dataclasses.replace(
-            CONFIG.attention, rope_type="dynamic_ntk", rope_original_positions=20
-        )
-        config = dataclasses.replace(CONFIG, attention=attention, layers="A")
-        model = nnx.eval_shape(lambda: Hymba(config, ComputeConfig(), nnx.Rngs(0)))
-        with pytest.raises(ValueError, match="depends on the length of each document"):
-            model(TOKENS, jnp.zeros_like(TOKENS))
+
+def test_documents_whose_rotation_depends_on_their_length_are_refused():
+    attention = dataclasses.replace(
+        CONFIG.attention, rope_type="dynamic_ntk", rope_original_positions=20
+    )
+    config = dataclasses.replace(CONFIG, attention=attention, layers="A")
+    model = nnx.eval_shape(lambda: Hymba(config, ComputeConfig(), nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="depends on the length of each document"):
+        model(TOKENS, jnp.zeros_like(TOKENS))
 
 
 def test_parameters_name_every_axis():

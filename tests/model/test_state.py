@@ -164,7 +164,7 @@ def test_any_cutting_equals_the_full_forward(name, cutting):
 CUTTING = [(16, 9, 0), (0, 1, 1), (3, 0, 16), (1, 1, 1), (16, 16, 2)]
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", slow_but(["tiny-ntk", *QUICK], *QUICK))
 def test_padding_leaves_no_trace(name):
     """To the last bit, in the outputs and in what is remembered of them."""
     one, other = (reader(name).read(CUTTING, padding=token) for token in (0, 7))

@@ -319,11 +319,7 @@ def test_documents_do_not_see_each_other(scan, implementation):
 
 
 @pytest.mark.parametrize(
-    "without",
-    [
-        *(pytest.param(half, marks=pytest.mark.slow) for half in (OPTIONAL[:2], OPTIONAL[2:])),
-        OPTIONAL,
-    ],
+    "without", [pytest.param(OPTIONAL[:2], marks=pytest.mark.slow), OPTIONAL[2:], OPTIONAL]
 )
 def test_optional_inputs(scan, without):
     """The second case has documents, which then start from zeros."""
