@@ -1,0 +1,117 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hymba_jax.data.mixture import LONGEST_PERIOD, Mixture
+from hymba_jax.data.permutation import Permutation, shuffled_row
+from hymba_jax.errors import HymbaError
+
+
+def assert_shares_hold(mixture, examples):
+    """Counts of every prefix, by brute force; positions are the numbers of those before."""
+    counts = dict.fromkeys(mixture.shares, 0)
+    for i in range(examples):
+        assert mixture.counts(i) == counts
+        for name, share in mixture.shares.items():
+            assert abs(counts[name] - i * share) < 1, (i, name)
+        name, position = mixture(i)
+        assert position == counts[name]
+        counts[name] += 1
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9))
+@example([1, 1, 1])
+@example([1] * 8 + [40])
+@settings(deadline=None, max_examples=40, database=None, derandomize=True)
+def test_shares_hold_at_every_moment(numbers):
+    mixture = Mixture({str(name): number / 40 for name, number in enumerate(numbers)})
+    assert list(mixture.shares.values()) == [Fraction(n, sum(numbers)) for n in numbers]
+    assert_shares_hold(mixture, 2 * sum(numbers) + 1)
+
+
+def test_shares_hold_in_the_longest_period():
+    weights = {str(name): math.sqrt(name + 1) for name in range(30)}
+    mixture = Mixture(weights)
+    shares = mixture.shares
+    assert sum(shares.values()) == 1
+    for name, weight in weights.items():
+        assert abs(shares[name] - weight / sum(weights.values())) < 1 / LONGEST_PERIOD
+    for i in [*range(0, LONGEST_PERIOD, 97), LONGEST_PERIOD - 1]:
+        counts = mixture.counts(i)
+        assert sum(counts.values()) == i
+        assert all(abs(counts[name] - i * share) < 1 for name, share in shares.items())
+        name, position = mixture(i)
+        assert position == counts[name]
+        assert mixture.counts(i + 1) == counts | {name: position + 1}
+
+
+def test_weights_are_taken_as_they_are_written():
+    mixture = Mixture({"web": 0.7, "code": 0.2, "none": 0.0, "mathematics": 0.1})
+    assert mixture.shares == {
+        "web": Fraction(7, 10),
+        "code": Fraction(2, 10),
+        "mathematics": Fraction(1, 10),
+    }
+    assert mixture.unused == ["none"]
+    assert mixture.epochs(100, {"web": 35, "code": 40, "mathematics": 10}) == {
+        "web": 2.0,
+        "code": 0.5,
+        "mathematics": 1.0,
+    }
+    far = 10**15 + 3
+    name, position = mixture(far)
+    assert position == mixture.counts(far)[name]
+    assert sum(mixture.counts(far).values()) == far
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 1.0, "b": -0.5}, "the weight of 'b' is -0.5"),
+        ({"a": math.nan}, "the weight of 'a' is nan"),
+        ({"a": math.inf, "b": 1.0}, "the weight of 'a' is inf"),
+        ({"a": 0.0, "b": 0}, "no source has a weight above 0"),
+        ({}, "no source has a weight above 0"),
+        ({"a": 1.0, "b": 1e-7}, "the weight of 'b', 1e-07, is less than 1 in 65536"),
+    ],
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(HymbaError, match=message):
+        Mixture(weights)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 4097, 99_991])
+def test_permutations_are_permutations(size):
+    orders = [Permutation(size, seed, "source", 0)(np.arange(size)) for seed in range(3)]
+    for order in orders:
+        assert (np.sort(order) == np.arange(size)).all()
+    if size >= 100:
+        # Neighbours, and the same index under other keys, go to unrelated places: correlations of
+        # random numbers deviate by size**-0.5.
+        pairs = [(order[:-1], order[1:]) for order in orders]
+        pairs += [(orders[0], orders[1]), (orders[1], orders[2]), (orders[0], np.arange(size))]
+        for one, other in pairs:
+            assert abs(np.corrcoef(one, other)[0, 1]) < 5 * size**-0.5
+
+
+def test_orders_of_large_sources_stay_what_they_are():
+    """Runs that are resumed count on it: these numbers were computed by this implementation."""
+    ends = Permutation(10**12, 0, "web", 3)(np.array([0, 1, 10**12 - 1]))
+    assert ends.tolist() == [894313632147, 854144630364, 594524203271]
+    wide = Permutation(2**62, 1)(np.arange(1000))
+    assert len(set(wide.tolist())) == 1000
+    assert wide.min() >= 0
+
+
+def test_every_row_comes_once_an_epoch_in_another_order():
+    rows = [shuffled_row(position, 11, 5, "web") for position in range(33)]
+    assert [epoch for epoch, _ in rows] == [0] * 11 + [1] * 11 + [2] * 11
+    orders = [tuple(row for _, row in rows[start : start + 11]) for start in (0, 11, 22)]
+    orders.append(tuple(shuffled_row(position, 11, 5, "code")[1] for position in range(11)))
+    orders.append(tuple(shuffled_row(position, 11, 6, "web")[1] for position in range(11)))
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert len(set(orders)) == 5
