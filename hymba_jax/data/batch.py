@@ -26,10 +26,14 @@ class Batch(NamedTuple):
     Attributes:
       inputs: tokens.
       targets: the token after each of them, or IGNORED_TARGET.
+      segment_ids: the document of each position where rows have several, each computed as if it
+        were alone: 1, 2, ... in a row, and 0 for padding behind them. None where a row is one
+        sequence, whatever documents are in it.
     """
 
     inputs: Tokens
     targets: Tokens
+    segment_ids: Tokens | None = None
 
 
 def make_row(tokens: UInt[np.ndarray, " window"], length: int) -> Batch:
@@ -46,11 +50,18 @@ def make_row(tokens: UInt[np.ndarray, " window"], length: int) -> Batch:
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
-    """One batch of several rows."""
-    return Batch(*(np.stack(values) for values in zip(*rows, strict=True)))
+    """One batch of several rows, which have the same fields."""
+    batch: Batch = jax.tree.map(lambda *values: np.stack(values), *rows)
+    return batch
 
 
-def abstract_batch(batch_size: int, length: int, sharding: Sharding | None = None) -> Batch:
-    """Shape, dtype and sharding of every field of a batch."""
+def abstract_batch(
+    batch_size: int,
+    length: int,
+    sharding: Sharding | None = None,
+    *,
+    segment_ids: bool = False,
+) -> Batch:
+    """Shape, dtype and sharding of every field of a batch, with segment ids or without."""
     field = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=sharding)
-    return Batch(*[field] * len(Batch._fields))
+    return Batch(field, field, field if segment_ids else None)
