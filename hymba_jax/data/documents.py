@@ -1,0 +1,108 @@
+"""Documents as a stream: of any source's files, or of the running Python's standard library."""
+
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from hymba_jax.data.formats import BrokenFile, Document, Problem, read_records
+from hymba_jax.data.listing import File
+from hymba_jax.errors import HymbaError, printable
+
+type OnBadRecord = Literal["stop", "skip"]
+
+# Problems of a file that an error lists.
+_LISTED = 20
+_NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
+
+
+class BadRecordsError(HymbaError):
+    """A file's bad records: one line about the file, then one for each record."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
+
+
+def read_documents(
+    files: Iterable[File],
+    text_field: str = "text",
+    on_bad_record: OnBadRecord = "stop",
+    report: Callable[[Problem], None] | None = None,
+) -> Iterator[Document]:
+    """The documents of the files in order, in bounded memory; long ones in pieces.
+
+    Args:
+      files: such as those of a `Listing`.
+      text_field: the field of JSON objects, or column of Parquet, that is the text.
+      on_bad_record: "skip" goes on after bad records, and with the next file after a file that
+        cannot be read on; "stop" first looks for more of them in the same file.
+      report: called with each problem that is skipped.
+
+    Raises:
+      BadRecordsError: there are bad records, and they are not to be skipped.
+      HymbaError: a file cannot be opened or read, whatever `on_bad_record`.
+    """
+    for file in files:
+        problems: list[Problem] = []
+        count = 0
+        for item in _read(file, text_field):
+            if isinstance(item, Document):
+                if not count:
+                    yield item
+            elif on_bad_record == "stop":
+                count += 1
+                if count <= _LISTED:
+                    problems.append(item)
+            elif report is not None:
+                report(item)
+        if count:
+            raise _bad_records(file, problems, count)
+
+
+def read_standard_library() -> Iterator[Document]:
+    """The sources of the running Python's standard library in order, each in one piece.
+
+    Its tests and what else is installed are left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[0] in _NOT_LIBRARY:
+            continue
+        try:
+            with tokenize.open(path) as file:  # in the encoding that the source declares
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # a handful of the library's own test inputs are broken on purpose
+        if text:
+            yield Document(name.as_posix(), text)
+
+
+def _read(file: File, text_field: str) -> Iterator[Document | Problem]:
+    try:
+        with file.open() as stream:
+            yield from read_records(stream, file.name, text_field)
+    except BrokenFile as error:
+        yield Problem(file.name, str(error), whole_file=True)
+    except OSError as error:
+        raise HymbaError(
+            f"{file.path}: cannot be read ({error.strerror or error}): check the file"
+        ) from error
+
+
+def _bad_records(file: File, problems: list[Problem], count: int) -> BadRecordsError:
+    advice = 'or set on_bad_record to "skip"'
+    lines = [f"{file.path}{_place(file, problem)}: {problem.reason}" for problem in problems]
+    if count == 1:
+        return BadRecordsError(f"{lines[0]}, {advice}")
+    more = [f"and {count - len(lines)} more"] if count > len(lines) else []
+    return BadRecordsError(
+        f"{file.path}: {count} problems: fix them, {advice}",
+        *(f"  {line}" for line in (*lines, *more)),
+    )
+
+
+def _place(file: File, problem: Problem) -> str:
+    """Where in the file: what the problem's name has after the file's."""
+    return problem.name.removeprefix(file.name)
