@@ -513,8 +513,8 @@ def _read_parquet(file: BufferedIOBase, name: str, column: str) -> Iterator[Docu
             f"{name}: reading Parquet takes pyarrow: pip install 'hymba_jax[parquet]'"
         ) from error
     try:
-        # Buffered, as else the whole column of a row group is read at once.
-        table = ParquetFile(file, buffer_size=_BLOCK)
+        # By default, the whole column of a row group is read at once.
+        table = ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
         _refuse_column(table.schema_arrow, column)
         number = 0
         for batch in table.iter_batches(_ROWS, columns=[column], use_threads=False):

@@ -393,6 +393,25 @@ def test_parquet_row_by_row():
     assert read(parquet({"text": pa.array([], pa.string())}), "a.parquet") == []
 
 
+def test_parquet_is_not_read_a_row_group_at_once():
+    class Counting(io.BytesIO):
+        read_so_far = 0
+
+        def read(self, size=-1):
+            content = super().read(size)
+            self.read_so_far += len(content)
+            return content
+
+    random.seed(2)
+    texts = [random.randbytes(2_000).hex() for _ in range(5_000)]
+    content = parquet({"text": texts}, use_dictionary=False)
+    assert pq.ParquetFile(io.BytesIO(content)).num_row_groups == 1
+    assert len(content) > 16 << 20
+    file = Counting(content)
+    assert next(read_records(file, "a", "text")).text == texts[0]
+    assert file.read_so_far < len(content) // 2
+
+
 def test_bad_rows_are_problems_among_documents():
     not_utf8 = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.py_buffer(struct.pack("<ii", 0, 2)), pa.py_buffer(b"a\xff")]
