@@ -42,7 +42,6 @@ from rich.console import Console
 from train_step import best_matmul_rate
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
-from hymba_jax.config.data import DataConfig
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.host import prepare_host
@@ -152,7 +151,7 @@ def measure_row(options: Options) -> None:
     prepare_host()
     shape, batch, context = options.shape[0], options.batch[0], options.context[0]
     config = PRESETS[f"hymba-{shape}"]
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    tokenizer = build_tokenizer("bytes", [])
     model = LanguageModel(random_model(config, options.dtype), tokenizer, batch_size=batch)
     engine = model.engine
     rng = np.random.default_rng(0)

@@ -6,7 +6,6 @@ of processes.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,9 +44,7 @@ class Data:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        tokenizer = self.tokenizer
-        parts = (tokenizer.model.to_str(), tokenizer.bos, tokenizer.eos, tokenizer.chat_template)
-        return _digest(json.dumps(parts).encode())
+        return self.tokenizer.fingerprint
 
     @cached_property
     def train_digest(self) -> str:
@@ -83,7 +80,7 @@ def prepare(
     """
     corpus = load_documents(config, output)
     if tokenizer is None:
-        tokenizer = build_tokenizer(config, (document.text for document in corpus.train))
+        tokenizer = build_tokenizer(config.tokenizer, (document.text for document in corpus.train))
     tokenized = pack([*corpus.train, *corpus.validation], tokenizer, on_progress)
     data = Data(
         tokenizer=tokenizer,

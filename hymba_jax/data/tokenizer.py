@@ -4,10 +4,12 @@ All three are a `tokenizers.Tokenizer`, so they save, load and encode alike. Con
 from ids and chat templates alone: text that looks like one ("<s>") is encoded as ordinary text.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,12 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The template of conversations without tools; None if there is none."""
         return self.chat_templates.get("default")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short digest of all that decides ids and chats; a copy that was saved has the same."""
+        parts = (self.model.to_str(), self.bos, self.eos, self.chat_template)
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -220,22 +228,27 @@ class Tokenizer:
             raise HymbaError(f"{path}: {error}") from error
 
 
-def build_tokenizer(config: DataConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that `config` asks for; a BPE is trained on `texts`, always to the same result.
+def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of this name; a BPE is trained on `texts`, always to the same result.
 
-    A BPE gets fewer tokens than asked for where the text holds no more repeated pairs. Raises
-    HymbaError where the tokenizer is none of the kinds known, or its file is unusable.
+    A BPE gets fewer tokens than asked for where the text holds no more repeated pairs.
+
+    Args:
+      name: `bytes`, `bpe:SIZE`, or the path of a tokenizer.json or of a directory that holds one.
+
+    Raises:
+      HymbaError: it is none of these, or its file is unusable.
     """
-    if config.tokenizer == "bytes":
+    if name == "bytes":
         return _byte_level_bpe()
-    if config.bpe_size is not None:
-        return _byte_level_bpe(texts, config.bpe_size)
-    if not resolve_path(config.tokenizer).exists():
+    if size := DataConfig(tokenizer=name).bpe_size:
+        return _byte_level_bpe(texts, size)
+    if not resolve_path(name).exists():
         raise HymbaError(
-            f"unknown tokenizer {config.tokenizer!r}: "
+            f"unknown tokenizer {name!r}: "
             "give bytes, bpe:SIZE, or the path of a tokenizer.json that exists"
         )
-    return Tokenizer.load(config.tokenizer)
+    return Tokenizer.load(name)
 
 
 def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:

@@ -1,11 +1,10 @@
 import numpy as np
 
-from hymba_jax.config.data import DataConfig
 from hymba_jax.data.packing import Windows, pack
 from hymba_jax.data.sources import Document
 from hymba_jax.data.tokenizer import build_tokenizer
 
-BYTES = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+BYTES = build_tokenizer("bytes", [])
 
 
 def test_documents_are_between_special_tokens():

@@ -53,13 +53,13 @@ def library():
 @pytest.fixture(scope="module")
 def bpe(library):
     texts = (document.text for document in library.train[::4])
-    return build_tokenizer(DataConfig(tokenizer="bpe:1024"), texts)
+    return build_tokenizer("bpe:1024", texts)
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
 def tokenizer(request):
     if request.param == "bytes":
-        return build_tokenizer(DataConfig(tokenizer="bytes"), [])
+        return build_tokenizer("bytes", [])
     return request.getfixturevalue("bpe")
 
 
@@ -84,7 +84,7 @@ def test_specials_come_first_and_decode_to_nothing(tokenizer):
 
 
 def test_bytes_are_one_token_each():
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), ["not trained on"])
+    tokenizer = build_tokenizer("bytes", ["not trained on"])
     assert tokenizer.vocab_size == 259
     points = [*range(0x800), *range(0x800, 0xD800, 64), *range(0xE000, 0x110000, 64)]
     text = "".join(map(chr, points))
@@ -95,8 +95,7 @@ def test_bytes_are_one_token_each():
 
 
 def test_text_like_specials_cannot_merge_into_them():
-    config = DataConfig(tokenizer="bpe:400")
-    tokenizer = build_tokenizer(config, ["<s></s><pad> <s>", "</s>", "<pad>"] * 100)
+    tokenizer = build_tokenizer("bpe:400", ["<s></s><pad> <s>", "</s>", "<pad>"] * 100)
     for text in ("<s>", "</s>", "<pad>", "<s></s><pad> <s>"):
         assert min(tokenizer.encode(text)) > 2
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -117,7 +116,7 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import build_tokenizer
 texts = (document.text for document in load_documents(DataConfig()).train[::4])
-print(build_tokenizer(DataConfig(tokenizer="bpe:1024"), texts).model.to_str())
+print(build_tokenizer("bpe:1024", texts).model.to_str())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert result.stderr == b""
@@ -125,7 +124,7 @@ print(build_tokenizer(DataConfig(tokenizer="bpe:1024"), texts).model.to_str())
 
 
 def test_small_corpus_gives_a_smaller_vocabulary():
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bpe:4096"), ["abab abab cdcd"])
+    tokenizer = build_tokenizer("bpe:4096", ["abab abab cdcd"])
     assert 259 < tokenizer.vocab_size < 280
 
 
@@ -143,7 +142,7 @@ def test_save_and_load(tokenizer, tmp_path):
         assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
         assert (loaded.bos_id, loaded.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
         assert loaded.vocab_size == tokenizer.vocab_size
-    from_spec = build_tokenizer(DataConfig(tokenizer=str(directory)), [])
+    from_spec = build_tokenizer(str(directory), [])
     assert from_spec.encode("def f():") == tokenizer.encode("def f():")
 
 
@@ -254,7 +253,7 @@ def test_special_tokens_map(tmp_path):
 
 
 def test_whether_a_tokenizer_fits_a_model():
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    tokenizer = build_tokenizer("bytes", [])
     fits = HymbaConfig(vocab_size=259, bos_token_id=1, eos_token_id=2)
     tokenizer.check_fits(fits, "t")
     smaller = dataclasses.replace(fits, vocab_size=258, bos_token_id=0)
@@ -331,7 +330,7 @@ def test_bad_tokenizer_files(tmp_path):
     with pytest.raises(HymbaError, match=r"tokenizer\.json: no such tokenizer file"):
         Tokenizer.load(tmp_path)
     with pytest.raises(HymbaError, match="unknown tokenizer 'sentencepiece': give bytes, bpe:SIZE"):
-        build_tokenizer(DataConfig(tokenizer="sentencepiece"), [])
+        build_tokenizer("sentencepiece", [])
     for content in ("", "{}", '{"model": 3}', "no JSON\nat all"):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(HymbaError, match=r"tokenizer\.json: not a file of the tokenizers lib"):
@@ -407,7 +406,7 @@ def test_files_that_are_none(tmp_path, name):
 def test_words_have_a_longest_length():
     """400 KB of one word took 85 s to train on: the time grew with the square of its length."""
     word = "".join(random.Random(0).choices("abcdefgh", k=400_000))
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bpe:300"), [word])
+    tokenizer = build_tokenizer("bpe:300", [word])
     assert (
         max(len(piece) for piece, _ in tokenizer.model.pre_tokenizer.pre_tokenize_str(word)) == 256
     )

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config import PRESETS, ConfigError
-from hymba_jax.config.data import DataConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
@@ -135,7 +134,7 @@ def test_the_vocabulary_is_the_tokenizer_s_unless_it_is_named(tmp_path, text, ex
 
 @pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 259), ("bpe:1024", 1024), ("", 259)])
 def test_the_vocabulary_before_there_is_text(tmp_path, tokenizer, size):
-    build_tokenizer(DataConfig(tokenizer="bytes"), []).save(tmp_path)
+    build_tokenizer("bytes", []).save(tmp_path)
     text = f'[model]\npreset = "hymba-125m"\n[data]\ntokenizer = "{tokenizer or tmp_path}"'
     assert read_model(write(tmp_path, text))[0].vocab_size == size
 

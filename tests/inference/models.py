@@ -9,14 +9,13 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
-from hymba_jax.config.data import DataConfig
 from hymba_jax.data import Tokenizer
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.model import Hymba
 
 
 def byte_tokenizer() -> Tokenizer:
-    return build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    return build_tokenizer("bytes", [])
 
 
 TINY = HymbaConfig(

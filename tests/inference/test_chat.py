@@ -17,7 +17,6 @@ from typing import NamedTuple
 import pytest
 import tyro
 
-from hymba_jax.config.data import DataConfig
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
@@ -43,7 +42,7 @@ class Model(LanguageModel):
     """Says the answers, delta by delta; an exception among the deltas is raised."""
 
     def __init__(self, *answers, template=TEMPLATE, context=1000):
-        model = build_tokenizer(DataConfig(tokenizer="bytes"), []).model
+        model = build_tokenizer("bytes", []).model
         self.tokenizer = Tokenizer(model, "<s>", "</s>", template)
         self.engine = SimpleNamespace(max_context=context)
         self.answers = iter(answers)

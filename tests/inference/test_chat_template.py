@@ -19,7 +19,6 @@ from inference.chat_reference import (
     write_tokenizer,
 )
 
-from hymba_jax.config.data import DataConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import template_sandbox
@@ -63,7 +62,7 @@ def written(template, messages=(), **options):
 
 def byte_tokenizer(template, *names):
     """Bytes as tokens 3 to 258, then the named special tokens."""
-    model = build_tokenizer(DataConfig(tokenizer="bytes"), []).model
+    model = build_tokenizer("bytes", []).model
     model.add_special_tokens(list(names))
     return Tokenizer(model, "<s>", "</s>", template)
 

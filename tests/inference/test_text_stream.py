@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 from slow import slow_but
 
-from hymba_jax.config.data import DataConfig
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.inference.text_stream import TextStream
 
@@ -24,8 +23,8 @@ def tokenizer(request):
     if request.param == "released" and not RELEASED.is_dir():
         pytest.skip("the released files are not here")
     return {
-        "bytes": lambda: build_tokenizer(DataConfig(tokenizer="bytes"), []),
-        "bpe": lambda: build_tokenizer(DataConfig(tokenizer="bpe:400"), [TEXT] * 9),
+        "bytes": lambda: build_tokenizer("bytes", []),
+        "bpe": lambda: build_tokenizer("bpe:400", [TEXT] * 9),
         "byte fallback": byte_fallback,
         "words": words,
         "released": lambda: Tokenizer.load(RELEASED),
@@ -55,7 +54,7 @@ def byte_fallback():
 
 
 def byte_level():
-    return build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    return build_tokenizer("bytes", [])
 
 
 def byte_token(tokenizer, byte):
@@ -122,7 +121,7 @@ def test_a_text_cut_in_two_anywhere(tokenizer):
 
 
 def test_no_halves_of_characters():
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    tokenizer = build_tokenizer("bytes", [])
     deltas, _ = stream(tokenizer, [], tokenizer.encode("aé😀b"))
     assert deltas == ["a", "", "é", "", "", "", "😀", "b", ""]
     deltas, _ = stream(tokenizer, [], tokenizer.encode("é😀")[:-1])
@@ -243,14 +242,14 @@ def test_byte_tokens_before_a_stop_string():
     ],
 )
 def test_what_a_stop_string_holds_back(text, stop, deltas):
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    tokenizer = build_tokenizer("bytes", [])
     given, end = stream(tokenizer, [], tokenizer.encode(text), stop)
     assert given == deltas
     assert end.stopped == ("".join(deltas) != text)
 
 
 def test_a_stop_string_is_met_at_once():
-    tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), [])
+    tokenizer = build_tokenizer("bytes", [])
     text = TextStream(tokenizer, tokenizer.encode("a"), ["ab", "b"])
     assert [text.push(token) for token in tokenizer.encode("b")] == [""]
     assert text.stopped

@@ -91,7 +91,7 @@ class TestTokenizer:
 
     @pytest.fixture
     def directory(self, tmp_path):
-        build_tokenizer(DataConfig(tokenizer="bpe:270"), self.TEXTS).save(tmp_path)
+        build_tokenizer("bpe:270", self.TEXTS).save(tmp_path)
         (tmp_path / "config.toml").write_text(model_toml(CONFIG, ComputeConfig()))
         return tmp_path
 
@@ -100,7 +100,7 @@ class TestTokenizer:
         return read_initial_model(str(directory))
 
     def test_one_trained_on_other_text_is_refused(self, initial, directory):
-        other = build_tokenizer(DataConfig(tokenizer="bpe:270"), ["zebras graze, zebras gaze"])
+        other = build_tokenizer("bpe:270", ["zebras graze, zebras gaze"])
         with pytest.raises(HymbaError) as caught:
             initial.check_tokenizer(other, "bpe:270")
         assert str(caught.value) == (
@@ -110,22 +110,22 @@ class TestTokenizer:
         )
 
     def test_bytes_in_place_of_merges_are_refused(self, initial):
-        tokenizer = build_tokenizer(DataConfig(tokenizer="bytes"), ())
+        tokenizer = build_tokenizer("bytes", ())
         with pytest.raises(HymbaError, match=r"data\.tokenizer bytes have other meanings"):
             initial.check_tokenizer(tokenizer, "bytes")
 
     def test_its_own_in_any_form_is_used(self, initial, directory):
         for name in ("bpe:270", str(directory), str(directory / "tokenizer.json")):
-            initial.check_tokenizer(build_tokenizer(DataConfig(tokenizer=name), self.TEXTS), name)
+            initial.check_tokenizer(build_tokenizer(name, self.TEXTS), name)
 
     def test_its_own_is_kept_where_another_would_be_trained(self, initial, directory):
         kept = initial.tokenizer_for(DataConfig(tokenizer="bpe:4096"))
-        own = build_tokenizer(DataConfig(tokenizer=str(directory)), ())
+        own = build_tokenizer(str(directory), ())
         assert kept.model.to_str() == own.model.to_str()
         assert initial.tokenizer_for(DataConfig(tokenizer="bytes")) is None
 
     def test_more_tokens_at_the_end_are_none_of_other_meaning(self, initial):
-        larger = build_tokenizer(DataConfig(tokenizer="bpe:270"), self.TEXTS)
+        larger = build_tokenizer("bpe:270", self.TEXTS)
         larger.model.add_special_tokens(["<|user|>"])
         initial.check_tokenizer(larger, "bpe:270")
 
@@ -133,8 +133,7 @@ class TestTokenizer:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (directory / file).unlink()
         initial = read_initial_model(str(directory))
-        data = DataConfig(tokenizer="bytes")
-        initial.check_tokenizer(build_tokenizer(data, ()), data.tokenizer)
+        initial.check_tokenizer(build_tokenizer("bytes", ()), "bytes")
         assert initial.tokenizer_for(DataConfig(tokenizer="bpe:4096")) is None
 
 

@@ -25,7 +25,7 @@ def config(tmp_path):
     config = RunConfig(
         str(tmp_path / "run"), model=dataclasses.replace(MODEL, vocab_size=259), data=DATA
     )
-    write_run_directory(config, build_tokenizer(DATA, ()))
+    write_run_directory(config, build_tokenizer(DATA.tokenizer, ()))
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     return config
 
