@@ -23,6 +23,7 @@ import struct
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -61,6 +62,11 @@ def megatron_files(path: PathLike) -> tuple[Path, Path]:
     return path.with_name(f"{name}.bin"), path.with_name(f"{name}.idx")
 
 
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """What ids below `vocab_size` are written as: up to 65536 uint16, else int32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
+
+
 class MegatronWriter:
     """Writes documents in Megatron's format: a context, at whose end the two files are there.
 
@@ -69,13 +75,12 @@ class MegatronWriter:
 
     Args:
       path: `NAME`, for `NAME.bin` and `NAME.idx`.
-      vocab_size: ids are below it. Up to 65536 they are stored as uint16, else as int32.
+      vocab_size: ids are below it; `token_dtype` has how they are stored.
     """
 
     def __init__(self, path: PathLike, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._code = 8 if vocab_size <= 1 << 16 else 4
-        self._dtype = np.dtype(DTYPES[self._code]).newbyteorder("<")
+        self._dtype = token_dtype(vocab_size)
         self._targets = megatron_files(path)
         ending = f".{secrets.token_hex(4)}.partial"
         self._partials = tuple(target.with_name(target.name + ending) for target in self._targets)
@@ -114,14 +119,13 @@ class MegatronWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
+        with ExitStack() as stack:  # all of it, even on a full disk, where closing a file fails
+            for path in self._partials:
+                stack.callback(path.unlink, missing_ok=True)
+            for file in (self._tokens, self._lengths, self._documents):
+                stack.callback(file.close)
             if kind is None:
                 self._finish()
-        finally:
-            for file in (self._tokens, self._lengths, self._documents):
-                file.close()
-            for path in self._partials:
-                path.unlink(missing_ok=True)
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
@@ -132,10 +136,9 @@ class MegatronWriter:
 
     def _finish(self) -> None:
         with self._partials[1].open("xb") as index:
+            code = next(code for code, dtype in DTYPES.items() if dtype == self._dtype)
             index.write(
-                _HEADER.pack(
-                    _MAGIC, _VERSION, self._code, self._num_sequences, self._num_documents + 1
-                )
+                _HEADER.pack(_MAGIC, _VERSION, code, self._num_sequences, self._num_documents + 1)
             )
             self._lengths.seek(0)
             shutil.copyfileobj(self._lengths, index)
