@@ -1,0 +1,153 @@
+"""Texts to token ids on all cores, in order and in bounded memory."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from hymba_jax.data.megatron import token_dtype
+from hymba_jax.data.tokenizer import Tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.types import Int, UInt
+
+# Characters that are tokenized together, unless one text has more: about a second's work.
+_BATCH = 1 << 20
+# Beyond two batches a process, characters that may be under way: the longest piece of a document.
+_LONGEST = 1 << 24
+
+
+class Encoded(NamedTuple):
+    """A text as token ids of `token_dtype`, without any before or after it, and its UTF-8 bytes."""
+
+    ids: UInt[np.ndarray, " _"] | Int[np.ndarray, " _"]
+    text_bytes: int
+
+
+class Encoder:
+    """Tokenizes in worker processes, as a context.
+
+    One worker is this very process, with the threads of the tokenizers library. The others are
+    forked by a server that has imported this module and runs no threads.
+
+    Args:
+      workers: how many processes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+        self._tokenizer, self._workers = tokenizer, workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def encode[T](self, texts: Iterable[tuple[str, T]]) -> Iterator[tuple[Encoded, T]]:
+        """Each text as token ids, with what came beside it.
+
+        Texts are read ahead of what is returned: two batches of about a million characters for
+        each process, and 16 million more if they are long.
+
+        Raises:
+          HymbaError: the tokenizer fails, or a worker process has died.
+        """
+        if self._pool is None:
+            for batch, tags in _batches(texts):
+                yield from zip(_encode(self._tokenizer, batch), tags, strict=True)
+            return
+        try:
+            yield from self._encode_in_pool(self._pool, texts)
+        except BrokenProcessPool as error:
+            raise HymbaError(
+                "a worker process has died, perhaps of too little memory: run the same command "
+                "again, it continues; fewer --workers take less memory"
+            ) from error
+
+    def _encode_in_pool[T](
+        self, pool: ProcessPoolExecutor, texts: Iterable[tuple[str, T]]
+    ) -> Iterator[tuple[Encoded, T]]:
+        under_way: deque[tuple[Future[list[Encoded]], list[T], int]] = deque()
+        limit = 2 * self._workers * _BATCH
+        size = 0
+        for batch, tags in _batches(texts):
+            characters = sum(map(len, batch))
+            while under_way and (
+                len(under_way) >= 2 * self._workers or size + characters > limit + _LONGEST
+            ):
+                future, done, released = under_way.popleft()
+                size -= released
+                yield from zip(future.result(), done, strict=True)
+            under_way.append((pool.submit(_encode_in_worker, batch), tags, characters))
+            size += characters
+        for future, done, _ in under_way:
+            yield from zip(future.result(), done, strict=True)
+
+    def __enter__(self) -> "Encoder":
+        if self._workers > 1:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._pool = ProcessPoolExecutor(
+                self._workers, context, _start_worker, (self._tokenizer,)
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def _batches[T](texts: Iterable[tuple[str, T]]) -> Iterator[tuple[list[str], list[T]]]:
+    """Texts of about _BATCH characters together, and what came beside them."""
+    batch: list[str] = []
+    tags: list[T] = []
+    size = 0
+    for text, tag in texts:
+        batch.append(text)
+        tags.append(tag)
+        size += len(text)
+        if size >= _BATCH:
+            yield batch, tags
+            batch, tags, size = [], [], 0
+    if batch:
+        yield batch, tags
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    return [
+        Encoded(np.array(ids, dtype), len(text.encode()))
+        for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True)
+    ]
+
+
+# --- In a worker process ---
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is killed, which an idle worker would not notice."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _encode_in_worker(texts: list[str]) -> list[Encoded]:
+    return _encode(_worker_tokenizer, texts)
