@@ -18,6 +18,7 @@ HELP = """usage: hymba COMMAND [OPTIONS]
 Hymba in JAX: https://arxiv.org/abs/2411.13676
 
 commands:
+  tokenize   tokenizes a corpus once, for any number of runs
   train      trains a model
   generate   generates completions with a trained model
   chat       talks with a model that was trained to
@@ -41,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(train, generate, chat, warmup, memory, compile, convert, inspect),
+        *(tokenize, train, generate, chat, warmup, memory, compile, convert, inspect),
     )
     by_name = {command.__name__: command for command in commands}
     name = args[0] if args else "--help"
@@ -56,6 +57,14 @@ def main(args: Sequence[str] | None = None) -> None:
             near = difflib.get_close_matches(name, by_name, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(by_name)}"
             raise HymbaError(f"hymba has no command {name!r}, {hint}")
+
+
+def tokenize(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba tokenize ...`."""
+    with _one_line_errors():
+        from hymba_jax.data import tokenize_command
+
+        tokenize_command.main(tyro.cli(tokenize_command.TokenizeConfig, args=args, prog=prog))
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:

@@ -14,7 +14,9 @@ import hymba_jax
 from hymba_jax import cli
 
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
-COMMANDS = ["train", "generate", "chat", "warmup", "memory", "compile", "convert", "inspect"]
+COMMANDS = [
+    *("tokenize", "train", "generate", "chat", "warmup", "memory", "compile", "convert", "inspect"),
+]
 MEMORY = ["memory", "--preset", "hymba-125m"]
 
 
@@ -33,7 +35,7 @@ def test_names_of_the_package():
 def test_help_names_every_command(arguments, capsys):
     cli.main(arguments)
     printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines()[5:13]] == COMMANDS
+    assert [line.split()[0] for line in printed.splitlines()[5:14]] == COMMANDS
 
 
 @pytest.mark.parametrize(

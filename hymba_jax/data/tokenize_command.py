@@ -1,0 +1,299 @@
+"""`hymba tokenize`: a corpus to shards of tokens, on all cores, of one host or of several."""
+
+import errno
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
+from hymba_jax.data import tokenize_records
+from hymba_jax.data.documents import OnBadRecord
+from hymba_jax.data.encoder import Encoder
+from hymba_jax.data.listing import list_files
+from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, Manifest
+from hymba_jax.data.tokenize_corpus import Corpus, CorpusWriter, Progress
+from hymba_jax.data.tokenized import damage
+from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.display import Display, duration
+from hymba_jax.errors import HymbaError
+from hymba_jax.file_lock import check_unlocked, locked
+from hymba_jax.files import resolve_path
+
+TOKENIZE_BOUNDS = {"workers": Bounds(0, 1024, "no host has so many cores")}
+
+# Bytes, as they are stored, that are tokenized sooner than worker processes are started.
+_SMALL = 1 << 23
+# Seconds between progress on a terminal and elsewhere.
+_UPDATE, _LOG = 0.2, 30.0
+_PART = re.compile(r"\d{1,6}/\d{1,6}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class TokenizeDataConfig:
+    """Where the text comes from.
+
+    Attributes:
+      path: a file, a directory or a glob of text, JSON or Parquet files, compressed or not; local
+        or a URL such as gs://bucket/directory.
+      text_field: field of a JSON object, or column of Parquet, that holds the document.
+      on_bad_record: whether a bad record is an error or skipped, and listed in the output.
+      validation_fraction: about this share of the documents, chosen by a hash of their text, is
+        held out for validation.
+    """
+
+    path: str = ""
+    text_field: str = "text"
+    on_bad_record: OnBadRecord = "stop"
+    validation_fraction: float = 0.05
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Tokenizes a corpus once, for any number of training runs.
+
+    What was interrupted continues when the same command runs again.
+
+    Attributes:
+      output: directory for the shards, the tokenizer and a manifest.
+      data: where the text comes from.
+      tokenizer: bytes, bpe:SIZE (trained on the training documents), or the path of a
+        tokenizer.json or of a directory that holds one.
+      workers: processes that tokenize; 0: one for each core.
+      part: i/n tokenizes part i of n, each of which may run on another host with the same output.
+      tokenizer_only: trains and saves the tokenizer, and tokenizes nothing.
+      check: reads all of a tokenized corpus and compares it with its checksums.
+
+    Raises:
+      HymbaError: an option is missing or impossible.
+    """
+
+    output: str
+    data: TokenizeDataConfig = field(default_factory=TokenizeDataConfig)
+    tokenizer: str = ""
+    workers: int = 0
+    part: str = "1/1"
+    tokenizer_only: bool = False
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [*type_problems(self)] or [*self._value_problems()]
+        if problems:
+            raise HymbaError("; ".join(problems))
+
+    def _value_problems(self) -> Iterator[str]:
+        yield from bound_problems(self, TOKENIZE_BOUNDS)
+        if not self.output:
+            yield "output is empty"
+        if not self.check and not self.data.path:
+            yield "data.path is missing: give a file, a directory or a glob"
+        if not self.check and not self.tokenizer:
+            yield "tokenizer is missing: give bytes, bpe:SIZE or the path of a tokenizer.json"
+        if not self.data.text_field:
+            yield "data.text_field is empty"
+        if not 0 <= self.data.validation_fraction < 1:
+            yield f"data.validation_fraction is {self.data.validation_fraction}, not in [0, 1)"
+        if not (_PART.fullmatch(self.part) and 0 <= self.part_of[0] < self.part_of[1]):
+            yield f"part is {self.part!r}: give i/n with i from 1 to n, such as 1/4"
+
+    @property
+    def part_of(self) -> tuple[int, int]:
+        """The part, from 0, and how many parts there are."""
+        part, parts = self.part.split("/")
+        return int(part) - 1, int(parts)
+
+
+def main(config: TokenizeConfig) -> None:
+    """Tokenizes a corpus, or checks one.
+
+    Raises:
+      HymbaError: the corpus, the tokenizer or the directory cannot be used, or is damaged.
+    """
+    directory = resolve_path(config.output)
+    if config.check:
+        _check(directory)
+        return
+    with (
+        Display() as display,
+        _one_line_full_disk(directory),
+        _locked_part(directory, config.part_of, display),
+    ):
+        _tokenize(config, directory, display)
+
+
+def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None:
+    data = config.data
+    display.begin("listing the files")
+    listing = list_files(data.path, skip=[directory])
+    corpus = Corpus(
+        path=data.path,
+        files=listing.files,
+        text_field=data.text_field,
+        on_bad_record=data.on_bad_record,
+        validation_fraction=data.validation_fraction,
+    )
+    options = {"data.path": data.path, **corpus.options, "tokenizer": config.tokenizer}
+    tokenize_records.begin(directory, options, listing.files)
+    part, parts = config.part_of
+    tokenizer = _prepare_tokenizer(config.tokenizer, corpus, directory, parts, display)
+    if config.tokenizer_only:
+        display.say(f"{directory}: has the tokenizer, of {tokenizer.vocab_size:,} tokens")
+        return
+    path = directory / MANIFEST
+    if path.exists():
+        display.say(f"{directory}: was tokenized already")
+        _summarize(Manifest.read(path), directory, display)
+        return
+    shown = _ProgressLine(display)
+    writer = CorpusWriter(corpus, tokenizer, directory, shown.show, part, parts)
+    with Encoder(tokenizer, _workers(config.workers, writer.total_bytes)) as encoder:
+        writer.write(encoder)
+    if left := writer.remaining_units():
+        display.say(f"{directory}: part {config.part} is done, {left} groups of files are not yet")
+        return
+    _summarize(writer.write_manifest(), directory, display)
+    for what, count in sorted(listing.skipped.items()):
+        display.say(f"skipped {what}: {count:,}")
+
+
+def _prepare_tokenizer(
+    name: str, corpus: Corpus, directory: Path, parts: int, display: Display
+) -> Tokenizer:
+    """The tokenizer in the directory, which is put there if it is not there yet."""
+    is_there = (directory / "tokenizer.json").exists()
+    if DataConfig(tokenizer=name).bpe_size is None:
+        given = build_tokenizer(name, ())
+        if is_there and Tokenizer.load(directory).fingerprint != given.fingerprint:
+            raise HymbaError(
+                f"{directory}: was begun with another tokenizer than {name} is now: give the same "
+                "again, or another --output"
+            )
+    elif is_there:
+        return Tokenizer.load(directory)
+    elif parts > 1:
+        raise HymbaError(
+            f"--part: each part would train {name}: train it once, with --tokenizer-only and "
+            "without --part"
+        )
+    else:
+        given = build_tokenizer(name, _training_texts(corpus, display))
+    given.save(directory)
+    return Tokenizer.load(directory)
+
+
+def _training_texts(corpus: Corpus, display: Display) -> Iterator[str]:
+    display.begin("training the tokenizer")
+    characters, shown = 0, 0.0
+    for document, side in corpus.documents(corpus.files):
+        if side == TRAIN:
+            yield document.text
+            characters += len(document.text)
+        if time.monotonic() - shown > _UPDATE:
+            shown = time.monotonic()
+            display.update(f"training the tokenizer: {characters / 1e6:,.0f} M characters read")
+
+
+def _workers(wanted: int, size: int) -> int:
+    """How many processes tokenize so many bytes of files."""
+    if wanted:
+        return wanted
+    return len(os.sched_getaffinity(0)) if size > _SMALL else 1
+
+
+class _ProgressLine:
+    """Shows progress: on a terminal now, elsewhere now and then."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._begun = self._updated = self._logged = time.monotonic()
+        self._done_before: int | None = None
+
+    def show(self, progress: Progress) -> None:
+        """Shows it, unless it was shown just now."""
+        now = time.monotonic()
+        if self._done_before is None:
+            self._done_before, self._begun = progress.done_bytes, now
+        if now - self._updated < _UPDATE:
+            return
+        self._updated = now
+        line = self._line(progress, now - self._begun, self._done_before)
+        self._display.update(line)
+        if now - self._logged >= _LOG:
+            self._logged = now
+            self._display.log(line)
+
+    def _line(self, progress: Progress, seconds: float, before: int) -> str:
+        seconds = max(seconds, 1e-3)
+        done = min(progress.done_bytes, progress.total_bytes)
+        parts = [
+            f"{progress.documents / seconds:,.0f} documents/s",
+            f"{progress.text_bytes / 1e6 / seconds:,.1f} MB/s",
+            f"{progress.tokens / 1e3 / seconds:,.0f} k tokens/s",
+        ]
+        if progress.total_bytes:
+            parts.insert(0, f"{done / progress.total_bytes:.1%}")
+        if done > before:
+            left = (progress.total_bytes - done) * seconds / (done - before)
+            parts.append(f"{duration(left)} left")
+        return ", ".join(parts)
+
+
+def _summarize(manifest: Manifest, directory: Path, display: Display) -> None:
+    for name in SIDES:
+        side = getattr(manifest, name)
+        display.say(
+            f"{name}: {side.documents:,} documents, {side.tokens:,} tokens, {side.text_bytes:,} "
+            f"bytes of text, {len(side.shards)} shards"
+        )
+    if manifest.bad_records:
+        display.say(
+            f"skipped bad records: {manifest.bad_records:,}, listed in "
+            f"{directory / tokenize_records.UNITS}/*.skipped.jsonl"
+        )
+
+
+def _check(directory: Path) -> None:
+    with Display() as display:
+        display.begin(f"checking {directory}")
+        count = 0
+        for line in damage(directory):
+            display.say(line)
+            count += 1
+        if count:
+            raise HymbaError(f"{directory}: damaged in {count} places")
+        display.say(f"{directory}: no damage")
+
+
+@contextmanager
+def _locked_part(directory: Path, part_of: tuple[int, int], display: Display) -> Iterator[None]:
+    """Keeps others from tokenizing the same files into the directory.
+
+    Raises:
+      HymbaError: somebody does, of the same part or of parts of another number.
+    """
+    part, parts = part_of
+    name = f"part-{part + 1}-of-{parts}.lock"
+    with locked(directory / name, "`hymba tokenize` of the same part", display.say):
+        for path in directory.glob("part-*-of-*.lock"):
+            if not path.name.endswith(f"-of-{parts}.lock"):
+                check_unlocked(path, "`hymba tokenize` with another number of parts")
+        yield
+
+
+@contextmanager
+def _one_line_full_disk(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise HymbaError(
+                f"{directory}: cannot be written ({error.strerror}): make room and run the same "
+                "command again, it continues"
+            ) from error
+        error.filename = error.filename or str(directory)
+        raise

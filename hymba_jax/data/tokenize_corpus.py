@@ -1,0 +1,381 @@
+"""Documents to shards of tokens: on all cores, in bounded memory, resumable to the byte.
+
+Files are taken in order, in units of a few hundred megabytes (`tokenize_records.py`). A unit
+becomes one shard for training and one for validation, or several pairs where it has many tokens.
+Each pair is recorded when it is written: a run that was killed skips what is recorded, and since a
+shard depends on files and options alone, its bytes are those of a run that was never stopped. Units
+are also what hosts share: of n parts, part i has every n-th one.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from itertools import chain, groupby
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from hymba_jax.data import tokenize_records
+from hymba_jax.data.block_checksums import BlockChecksums, checksums_file, file_checksum
+from hymba_jax.data.documents import OnBadRecord, read_documents
+from hymba_jax.data.encoder import Encoded, Encoder
+from hymba_jax.data.formats import Document, Problem
+from hymba_jax.data.listing import File
+from hymba_jax.data.manifest import (
+    MANIFEST,
+    SIDES,
+    TRAIN,
+    VALIDATION,
+    Manifest,
+    ShardInfo,
+    Side,
+    Source,
+    TokenizerInfo,
+)
+from hymba_jax.data.megatron import MegatronWriter, megatron_files, token_dtype
+from hymba_jax.data.split import hold_out_tail, is_held_out
+from hymba_jax.data.tokenize_records import UnitRecord, corpus_digest, make_units, record_path
+from hymba_jax.data.tokenizer import Tokenizer
+from hymba_jax.files import replace_text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is tokenized, and how its documents are read and split.
+
+    Attributes:
+      path: as it was given.
+      files: those at the path, in order.
+      text_field: of JSON objects and Parquet, that is the text.
+      on_bad_record: what is done about bad records.
+      validation_fraction: about this share of the documents is held out; 0 holds out none.
+    """
+
+    path: str
+    files: tuple[File, ...]
+    text_field: str = "text"
+    on_bad_record: OnBadRecord = "stop"
+    validation_fraction: float = 0.0
+
+    @property
+    def options(self) -> dict[str, str | float]:
+        """What decides the documents beside the files."""
+        return {
+            "text_field": self.text_field,
+            "on_bad_record": self.on_bad_record,
+            "validation_fraction": self.validation_fraction,
+        }
+
+    def documents(
+        self, files: Iterable[File], report: Callable[[Problem], None] | None = None
+    ) -> Iterator[tuple[Document, str]]:
+        """The documents of some of the files, each with the side that it is on.
+
+        Args:
+          report: called with each bad record that is skipped.
+
+        Raises:
+          HymbaError: as `read_documents` does.
+        """
+        documents = read_documents(files, self.text_field, self.on_bad_record, report)
+        if self.validation_fraction and (length := self._length_of_only_document()):
+            for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
+                yield piece, SIDES[held_out]
+            return
+        is_first, held_out = True, False
+        for document in documents:
+            if is_first:
+                held_out = is_held_out(document.text, self.validation_fraction)
+            is_first = not document.continues
+            yield document, SIDES[held_out]
+
+    def _length_of_only_document(self) -> int:
+        """Characters of the corpus, if it is one document of at least two; else 0."""
+        if len(self.files) > 1:
+            return 0
+        length, has_ended = 0, False
+        for document in read_documents(self.files, self.text_field, self.on_bad_record):
+            if has_ended:
+                return 0
+            length, has_ended = length + len(document.text), not document.continues
+        return length if length > 1 else 0
+
+
+class Progress:
+    """How far tokenizing is.
+
+    Attributes:
+      total_bytes: of all files, as they are stored.
+      documents, tokens, text_bytes: what was tokenized, by this process.
+    """
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.documents = self.tokens = self.text_bytes = 0
+        self._bytes_before = 0  # of the files before the one that is read
+        self._stream: BufferedReader | None = None
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of the files that were read or are done since an earlier run."""
+        stream = self._stream
+        return self._bytes_before + (0 if stream is None or stream.closed else stream.tell())
+
+    def skip(self, files: Iterable[File]) -> None:
+        """Counts files that are done."""
+        self._bytes_before += _size(files)
+
+    def following(self, files: Iterable[File]) -> Iterator[File]:
+        """The same files, whose reading is followed."""
+        for file in files:
+            yield _FollowedFile(file.name, file.path, file.size, self)
+            self._stream = None
+            self._bytes_before += file.size or 0
+
+    def begin(self, stream: BufferedReader) -> None:
+        """Follows the reading of this file now."""
+        self._stream = stream
+
+
+@dataclass(frozen=True)
+class _FollowedFile(File):
+    progress: Progress
+
+    def open(self) -> BufferedReader:
+        stream = super().open()
+        self.progress.begin(stream)
+        return stream
+
+
+class CorpusWriter:
+    """Tokenizes a corpus into a directory, which `tokenize_records.begin` has begun.
+
+    Args:
+      tokenizer: that of the directory.
+      on_progress: called after every piece of a document.
+      part, parts: of the units those that this process has, from 0.
+
+    Attributes:
+      total_bytes: of the files that this process has, as they are stored.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        directory: Path,
+        on_progress: Callable[[Progress], None],
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        self._corpus, self._tokenizer, self._directory = corpus, tokenizer, directory
+        self._on_progress = on_progress
+        self._units = make_units(corpus.files)
+        self._own = range(part, len(self._units), parts)
+        self._owns_all = parts == 1
+        self._digest = corpus_digest(directory, tokenizer.fingerprint)
+        self.total_bytes = sum(_size(self._units[unit]) for unit in self._own)
+        self._progress = Progress(self.total_bytes)
+
+    def write(self, encoder: Encoder) -> None:
+        """Tokenizes every unit of this process that is not done yet.
+
+        Raises:
+          HymbaError: a file cannot be read, has bad records that are not to be skipped, or the
+            tokenizer fails.
+          OSError: the shards cannot be written.
+        """
+        self._remove_leftovers()
+        for unit in self._own:
+            record = self._record(unit)
+            if record.done:
+                self._progress.skip(self._units[unit])
+            else:
+                self._write_unit(unit, record, encoder)
+
+    def remaining_units(self) -> int:
+        """How many units of the corpus are not done, those of other processes among them."""
+        return sum(not self._record(unit).done for unit in range(len(self._units)))
+
+    def write_manifest(self) -> Manifest:
+        """Writes the manifest of the corpus, all of whose units are done."""
+        records = [self._record(unit) for unit in range(len(self._units))]
+        files, tokenizer = self._corpus.files, self._tokenizer
+        manifest = Manifest(
+            sources=(Source(self._corpus.path, len(files), _size(files)),),
+            options=self._corpus.options,
+            tokenizer=TokenizerInfo(
+                fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                dtype=token_dtype(tokenizer.vocab_size).name,
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+            ),
+            bad_records=sum(record.bad_records for record in records),
+            train=Side.of(shard for record in records for shard in record.shards[TRAIN]),
+            validation=Side.of(shard for record in records for shard in record.shards[VALIDATION]),
+        )
+        manifest.write(self._directory / MANIFEST)
+        return manifest
+
+    def _record(self, unit: int) -> UnitRecord:
+        return UnitRecord.read(record_path(self._directory, unit), self._digest)
+
+    def _write_unit(self, unit: int, record: UnitRecord, encoder: Encoder) -> None:
+        path = record_path(self._directory, unit)
+        files = self._progress.following(self._units[unit])
+        with _BadRecords(path.with_suffix(".skipped.jsonl")) as bad_records:
+            texts = _after(record.documents, self._corpus.documents(files, bad_records.add))
+            documents = groupby(encoder.encode(texts), lambda encoded: encoded[1])
+            index = max(len(shards) for shards in record.shards.values())
+            while not record.done:
+                self._write_shards(f"{unit:05}-{index:03}", record, documents)
+                index += 1
+                record.bad_records = bad_records.count if record.done else 0
+                record.write(path)
+
+    def _write_shards(
+        self,
+        name: str,
+        record: UnitRecord,
+        documents: Iterator[tuple["_Key", Iterator[tuple[Encoded, "_Key"]]]],
+    ) -> None:
+        """Writes a shard of each side that has documents, until they are full or there are no more.
+
+        The two are closed together, so that one number says which documents were written.
+        """
+        writers: dict[str, _ShardWriter] = {}
+        with ExitStack() as stack:
+            for key, pieces in documents:
+                if key.side not in writers:
+                    path = self._directory / f"{key.side}-{name}"
+                    writers[key.side] = stack.enter_context(_writing(path, self._tokenizer))
+                writers[key.side].write(self._followed(piece for piece, _ in pieces))
+                self._progress.documents += 1
+                record.documents += 1
+                tokens = max(writer.tokens for writer in writers.values())
+                if tokens >= tokenize_records.SHARD_TOKENS:
+                    break
+            else:
+                record.done = True
+        for side, writer in writers.items():
+            record.shards[side].append(writer.info())
+
+    def _followed(self, pieces: Iterable[Encoded]) -> Iterator[Encoded]:
+        for piece in pieces:
+            yield piece
+            self._progress.tokens += len(piece.ids)
+            self._progress.text_bytes += piece.text_bytes
+            self._on_progress(self._progress)
+
+    def _remove_leftovers(self) -> None:
+        """Removes the unfinished files of earlier runs, not those that another part is writing."""
+        for directory in (self._directory, self._directory / tokenize_records.UNITS):
+            for path in directory.glob("*.partial"):
+                unit = re.match(r"(?:[a-z]+-)?(\d{5,})[-.]", path.name)
+                if self._owns_all or (unit and int(unit[1]) in self._own):
+                    path.unlink(missing_ok=True)
+
+
+class _Key(NamedTuple):
+    """Which document of a unit a piece is of, from 0, and its side."""
+
+    number: int
+    side: str
+
+
+def _after(count: int, documents: Iterable[tuple[Document, str]]) -> Iterator[tuple[str, _Key]]:
+    """The texts of the documents but for the first `count`."""
+    number = 0
+    for document, side in documents:
+        if number >= count:
+            yield document.text, _Key(number, side)
+        number += not document.continues
+
+
+class _ShardWriter:
+    """Writes a shard: documents with the tokens before and after each, and their checksums."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, writer: MegatronWriter) -> None:
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._path, self._writer = path, writer
+        self._before = np.array(tokenizer.bos_ids, dtype)
+        self._after = np.array([tokenizer.eos_id], dtype)
+        self._checksums = BlockChecksums()
+        self.documents = self.tokens = self.text_bytes = 0
+
+    def write(self, pieces: Iterable[Encoded]) -> None:
+        """Adds a document."""
+        self._writer.write(self._counted(pieces))
+        self.documents += 1
+
+    def write_checksums(self) -> None:
+        """Writes `NAME.bin.crc`."""
+        replace_text(checksums_file(megatron_files(self._path)[0]), self._checksums.text())
+
+    def info(self) -> ShardInfo:
+        """What the manifest has about the shard, all of whose files are there."""
+        tokens, index = megatron_files(self._path)
+        return ShardInfo(
+            name=self._path.name,
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            index_bytes=index.stat().st_size,
+            index_crc32=file_checksum(index),
+            blocks_crc32=file_checksum(checksums_file(tokens)),
+        )
+
+    def _counted(self, pieces: Iterable[Encoded]) -> Iterator[np.ndarray]:
+        for piece in chain([Encoded(self._before, 0)], pieces, [Encoded(self._after, 0)]):
+            self._checksums.update(piece.ids)
+            self.tokens += len(piece.ids)
+            self.text_bytes += piece.text_bytes
+            yield piece.ids
+
+
+@contextmanager
+def _writing(path: Path, tokenizer: Tokenizer) -> Iterator[_ShardWriter]:
+    """A shard that is there, with its checksums, at the end of the context."""
+    with MegatronWriter(path, tokenizer.vocab_size) as megatron_writer:
+        writer = _ShardWriter(path, tokenizer, megatron_writer)
+        yield writer
+    writer.write_checksums()
+
+
+class _BadRecords:
+    """A file that lists the bad records that were skipped, if there are any; a context."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self.count = 0
+
+    def add(self, problem: Problem) -> None:
+        """Writes a line."""
+        if self._file is None:
+            self._file = self._path.open("w", buffering=1)  # by lines: the record comes after
+        self._file.write(json.dumps({"name": problem.name, "reason": problem.reason}) + "\n")
+        self.count += 1
+
+    def __enter__(self) -> "_BadRecords":
+        self._path.unlink(missing_ok=True)  # of a run that was killed
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _size(files: Iterable[File]) -> int:
+    return sum(file.size or 0 for file in files)
