@@ -84,8 +84,14 @@ def test_presets_have_the_paper_s_sizes(preset, layers, widths):
     config = PRESETS[preset]
     assert config.num_layers == layers
     assert sum(spec.attention == "global" for spec in config.layer_specs) == 3
-    ours = (config.hidden_size, config.channels, config.head_dim, config.value_dim, config.dt_rank)
-    assert ours == widths
+    actual = (
+        config.hidden_size,
+        config.channels,
+        config.head_dim,
+        config.value_dim,
+        config.dt_rank,
+    )
+    assert actual == widths
 
 
 def test_auto_follows_a_change_and_resolved_does_not():

@@ -42,15 +42,15 @@ def test_both_kinds_hold_the_same(hf, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     native = convert(hf, tmp_path / "native")
     capsys.readouterr()
-    theirs, mine = inspect(hf, capsys), inspect(native, capsys)
-    for text in (theirs, mine):
+    of_hf, of_native = inspect(hf, capsys), inspect(native, capsys)
+    for text in (of_hf, of_native):
         assert "10: G 2*Ww G Www G" in text
         assert "│ parameters │ 310,574" in text
         assert "1.2 MB" in text
         assert "│ complete │ yes" in text
-    assert f"float32 │ {len(golden_weights())} tensors" in theirs
-    assert "│ form │ HF" in theirs
-    assert "│ form │ native" in mine
+    assert f"float32 │ {len(golden_weights())} tensors" in of_hf
+    assert "│ form │ HF" in of_hf
+    assert "│ form │ native" in of_native
 
 
 @pytest.mark.parametrize(

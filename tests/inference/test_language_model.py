@@ -71,12 +71,12 @@ def as_tokens(completions):
     return [completion.tokens for completion in completions]
 
 
-def assert_same(ours, expected):
+def assert_same(actual, expected):
     """The same continuations, up to the rounding of their log-probabilities."""
-    assert [dataclasses.replace(c, log_probs=[]) for c in ours] == [
+    assert [dataclasses.replace(c, log_probs=[]) for c in actual] == [
         dataclasses.replace(c, log_probs=[]) for c in expected
     ]
-    for one, other in zip(ours, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=TOLERANCE)
 
 

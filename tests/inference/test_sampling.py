@@ -78,15 +78,15 @@ def test_the_filters_keep_what_sorting_keeps(kind):
     ):
         config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         logits = random_logits(kind, seed)
-        ours = weights(logits, config)
+        actual = weights(logits, config)
         # Where a sum or a quotient falls on the limit itself, float32 may go either way.
         surely, perhaps = (probabilities(logits, config, slack) for slack in (-1e-6, 1e-6))
         visible = perhaps > 2 / ONE
-        assert not (ours[visible & (surely > 0)] == 0).any()
-        assert not (ours > 0)[perhaps == 0].any()
-        assert ours.argmax() == logits.argmax()
+        assert not (actual[visible & (surely > 0)] == 0).any()
+        assert not (actual > 0)[perhaps == 0].any()
+        assert actual.argmax() == logits.argmax()
         if ((surely > 0) == (perhaps > 0)).all():
-            np.testing.assert_allclose(ours / ours.sum(), surely, rtol=2e-5, atol=1e-7)
+            np.testing.assert_allclose(actual / actual.sum(), surely, rtol=2e-5, atol=1e-7)
 
 
 def test_ties_at_a_limit_are_all_kept():
@@ -177,12 +177,12 @@ def test_log_probabilities_are_the_model_s_own():
     logits[:, 5:100] = -np.inf
     seen = jnp.asarray(rng.random(logits.shape) < 0.5)
     sampler = make_sampler(MIXED, range(len(MIXED)))
-    tokens, ours = jitted(jnp.asarray(logits), seen, jnp.arange(len(MIXED)), sampler)
+    tokens, actual = jitted(jnp.asarray(logits), seen, jnp.arange(len(MIXED)), sampler)
     exact = logits.astype(np.float64)
     exact -= exact.max(axis=1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
     expected = np.take_along_axis(exact, np.asarray(tokens)[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_greedy_is_the_first_of_the_likeliest():

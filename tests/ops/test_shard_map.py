@@ -57,8 +57,8 @@ def test_attention(mesh, kv_heads):
     defined = partial(attend, function=reference)
     _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh):
-        ours = with_gradients(attend, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:5], **kwargs), *expected])
+        actual = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(actual, [by_hand(*arrays[:5], **kwargs), *expected])
 
 
 def test_cudnn_is_asked_for_whole_groups_of_heads(mesh):
