@@ -202,7 +202,7 @@ def require_hf_form(config: HymbaConfig) -> None:
     """Raises ConfigError if the HF implementation has no such architecture."""
     if config.fusion != "mean":
         raise ConfigError(f"the HF implementation cannot fuse by {config.fusion!r}")
-    if any(spec.attention is None or not spec.ssm for spec in config.layer_specs):
+    if any(spec.attention is None or spec.ssm != "mamba" for spec in config.layer_specs):
         raise ConfigError(f"layers {config.layers!r}: the HF implementation has only hybrid layers")
 
 
