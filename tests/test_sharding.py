@@ -153,7 +153,7 @@ def test_meshes(config, expected):
         ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
         ({"data": -1}, "parallel config: data and fsdp are -1, which only one can be"),
         ({"fsdp": 3}, "data 1 x fsdp 3 x sequence 1 x tensor 1 is not the number of devices, 8"),
-        ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times a whole number is not the number"),
+        ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times an integer is not the number"),
     ],
 )
 def test_meshes_that_cannot_be(sizes, message):

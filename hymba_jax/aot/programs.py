@@ -25,7 +25,7 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import (
     batch_sharding,
     batch_shards,
-    bytes_on_each,
+    bytes_per_device,
     length_sharded_over,
     make_mesh,
     sharded_over,
@@ -76,11 +76,11 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgra
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)
     return AotProgram(
         mesh,
-        f"training, {training.batch_size} sequences of {length} tokens a step, "
+        f"training, {training.batch_size} sequences of {length} tokens per step, "
         f"{training.micro_batch_size} at a time",
         describe_sharding(run.model, mesh, length),
         abstract.num_params,
-        bytes_on_each((abstract.state, batch)),
+        bytes_per_device((abstract.state, batch)),
         training_flops(run.model, length) * training.batch_size,
         kernels / shards,
         partial(compile_train_step, train_step, abstract.state, batch),
@@ -127,11 +127,11 @@ def inference_program(
         step,
         f"one of {len(devices)} chips, as generating uses one",
         sum(leaf.size for leaf in jax.tree.leaves(params)),
-        bytes_on_each(traced.arguments),
+        bytes_per_device(traced.arguments),
         model * batch,
         kernels * batch,
         lambda: traced.program.lower().compile(),
-        partial(inference_advice, batch, bytes_on_each(programs.params)),
+        partial(inference_advice, batch, bytes_per_device(programs.params)),
     )
 
 

@@ -28,7 +28,7 @@ class InitialModel:
     """The model that a run starts from, without its parameters.
 
     Attributes:
-      directory: of a run, or of a model alone.
+      directory: of a run, or of a standalone model.
       config: its architecture, nothing of which is "auto".
       scan_layers: whether its parameters are stored as those of scanned layers.
       tokenizer: its own, if it has one.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.errors import HymbaError
 
-SMALLEST_VOCABULARY = 259
+MIN_VOCAB_SIZE = 259
 """Every byte, and the three special tokens."""
 
-LARGEST_VOCABULARY = 2**20
+MAX_VOCAB_SIZE = 2**20
 """Several times the largest that is in use; training one takes memory and time with its size."""
 
 DATA_BOUNDS = {
@@ -61,14 +61,14 @@ class DataConfig:
             yield "tokenizer is empty (bytes, bpe:SIZE or the path of a tokenizer.json)"
         if self.tokenizer.startswith("bpe:") and self.bpe_size is None:
             yield (
-                f"tokenizer {shown(self.tokenizer)} needs a whole number from "
-                f"{SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY} after 'bpe:'"
+                f"tokenizer {shown(self.tokenizer)} needs an integer from "
+                f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE} after 'bpe:'"
             )
 
     @property
     def bpe_size(self) -> int | None:
         """Vocabulary size of a `bpe:SIZE` tokenizer; None for any other, or a bad SIZE."""
         kind, _, size = self.tokenizer.partition(":")
-        if kind != "bpe" or not size.isdecimal() or len(size) > len(str(LARGEST_VOCABULARY)):
+        if kind != "bpe" or not size.isdecimal() or len(size) > len(str(MAX_VOCAB_SIZE)):
             return None
-        return int(size) if SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY else None
+        return int(size) if MIN_VOCAB_SIZE <= int(size) <= MAX_VOCAB_SIZE else None

@@ -41,7 +41,7 @@ class ConvertConfig:
 
     Attributes:
       source: directory of an HF checkpoint (config.json, .safetensors or pytorch_model.bin,
-        tokenizer), of a training run, or of a model alone.
+        tokenizer), of a training run, or of a standalone model.
       target: directory to write.
       dtype: of every tensor, in place of its own.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.

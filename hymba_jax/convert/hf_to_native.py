@@ -1,4 +1,4 @@
-"""An HF checkpoint into the native directory of a model alone."""
+"""An HF checkpoint into the native directory of a standalone model."""
 
 import json
 import shutil

@@ -38,7 +38,7 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Prints what a checkpoint holds: an HF one, a model alone or a training run.
+    """Prints what a checkpoint holds: an HF one, a standalone model or a training run.
 
     Of HF checkpoints only headers are read; the arrays of native ones are compared with their
     checksums. The exit status is 1 where something is missing, damaged or does not fit, also what

@@ -16,7 +16,7 @@ from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.convert.hf_config import require_hf_form
 from hymba_jax.errors import HymbaError
 from hymba_jax.model.abstract import ParamPath
-from hymba_jax.model.hymba import layer_places
+from hymba_jax.model.hymba import layer_paths
 from hymba_jax.types import Array
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -236,7 +236,7 @@ def _placed_rules(
     outside, layers = rules(config)
     for rule in outside:
         yield rule.hf, rule.layout, [(_path(name), None) for name in rule.native]
-    places = layer_places(config, scan_layers=scan_layers)
+    places = layer_paths(config, scan_layers=scan_layers)
     for i, (place, layer_rules) in enumerate(zip(places, layers, strict=True)):
         for rule in layer_rules:
             sources = [((*place.block, *_path(name)), place.repeat) for name in rule.native]

@@ -1,4 +1,4 @@
-"""A native checkpoint, of a model alone or of a training run, to convert or to inspect."""
+"""A native checkpoint, of a standalone model or of a training run, to convert or to inspect."""
 
 from collections import defaultdict
 from functools import cached_property

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.model.hymba import Hymba, layer_places
+from hymba_jax.model.hymba import Hymba, layer_paths
 from hymba_jax.model.sharding import state_shardings
 from hymba_jax.parallel.mesh import AnyMesh
 
@@ -51,8 +51,8 @@ def _unstacked(
     """Each layer's own parameters, of those of a model that stacks them."""
     unstacked = {path: like for path, like in params.items() if path[0] != "groups"}
     for target, source in zip(
-        layer_places(config, scan_layers=False),
-        layer_places(config, scan_layers=True),
+        layer_paths(config, scan_layers=False),
+        layer_paths(config, scan_layers=True),
         strict=True,
     ):
         depth = len(source.block)

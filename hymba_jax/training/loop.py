@@ -35,7 +35,7 @@ from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
-from hymba_jax.parallel.processes import is_first
+from hymba_jax.parallel.processes import is_main_process
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
@@ -63,8 +63,8 @@ def train(config: RunConfig, generate: Generate) -> None:
     mesh = make_mesh(parallel=config.parallel)
     check_batch(config.training.micro_batch_size, mesh)
     # A process that is lost takes the others with it, and there they could not restore a terminal.
-    display = Display(plain=jax.process_count() > 1, quiet=not is_first())
-    lock = locked(Path(config.output), display.say) if is_first() else nullcontext()
+    display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
+    lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
         _train(config, generate, mesh, display)
 
@@ -112,7 +112,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             resuming = f"resuming after step {start}"
             display.say(complete if start == training.steps else resuming)
         _write_directory(config, data.tokenizer, is_new=previous is None)
-        output = Path(config.output) if is_first() else None
+        output = Path(config.output) if is_main_process() else None
         trace = output / PROFILE if output and config.profile else None
         with MetricsWriter(output, start) as writer, Tracer(trace, start) as tracer:
             if writer.removed:
@@ -277,7 +277,7 @@ def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> No
 
 def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:
     """Makes the run directory, by the first process for all."""
-    if is_first():
+    if is_main_process():
         write_run_directory(config, tokenizer)
         if is_new:
             keep_hf_files(config.init_from, config.output)

@@ -1,4 +1,4 @@
-"""Models from the directories of runs, and from those that hold a model alone."""
+"""Models from the directories of runs, and from those that hold a standalone model."""
 
 import dataclasses
 import shutil

@@ -41,8 +41,8 @@ def tiny():
 
 
 @functools.cache
-def tiny_engine(largest_chunk=16):
-    return Engine(tiny(), largest_chunk=largest_chunk)
+def tiny_engine(max_chunk=16):
+    return Engine(tiny(), max_chunk=max_chunk)
 
 
 @functools.cache
@@ -260,7 +260,7 @@ class TestRowsOfABatch:
 class TestReading:
     def test_chunks_equal_the_whole(self):
         prompts = [prompt_of(length) for length in (1, 17, 40, 64)]
-        engines = tiny_engine(), tiny_engine(largest_chunk=1024)
+        engines = tiny_engine(), tiny_engine(max_chunk=1024)
         chunked, whole = (engine.prefill(prompts, 80) for engine in engines)
         np.testing.assert_array_equal(chunked.cache.lengths, whole.cache.lengths)
         scale = np.ptp(whole.last)
@@ -274,7 +274,7 @@ class TestReading:
         """Sequences of several chunks, whose logits are in memory a few positions at a time."""
         monkeypatch.setattr(engine_module, "LOGIT_POSITIONS", 6)
         prompts = [prompt_of(length) for length in (2, 17, 1, 50, 33)]
-        scores = Engine(tiny(), largest_chunk=16).score(prompts)
+        scores = Engine(tiny(), max_chunk=16).score(prompts)
         assert list(map(len, scores)) == [1, 16, 0, 49, 32]
         for actual, expected in zip(
             scores, log_probs_by_full_forward(tiny(), prompts), strict=True
@@ -293,7 +293,7 @@ class TestReading:
 
 class TestCompiling:
     def test_one_program_for_each_bucket(self, new_programs):
-        engine = Engine(tiny(), largest_chunk=64)
+        engine = Engine(tiny(), max_chunk=64)
         compiled = []
         for lengths in [(1, 7, 32, 20), (33, 64, 40)]:
             for length in lengths:
@@ -502,7 +502,7 @@ class TestOnEveryScan:
     @staticmethod
     @functools.cache
     def one_layer():
-        return Engine(make_model(layers="W"), largest_chunk=16)
+        return Engine(make_model(layers="W"), max_chunk=16)
 
     @pytest.fixture(autouse=True)
     def _layers_traced_anew(self):
@@ -525,7 +525,7 @@ class TestOnEveryScan:
         monkeypatch.setitem(api.FASTEST, jax.default_backend(), name)
         monkeypatch.setitem(api.IMPLEMENTATIONS, name, recorded)
         with INTERPRETER.get(name, nullcontext)():
-            engine = Engine(make_model(layers="W"), largest_chunk=16)
+            engine = Engine(make_model(layers="W"), max_chunk=16)
             read = jax.block_until_ready(engine.prefill(prompts, 40))
         assert called == [name] * 3  # for the meta tokens, first chunks, further chunks
         for actual, wanted in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):

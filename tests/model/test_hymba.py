@@ -15,7 +15,7 @@ from test_config import ROADMAP, roadmap_config
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.model import Hymba
-from hymba_jax.model.hymba import layer_places
+from hymba_jax.model.hymba import layer_paths
 from hymba_jax.parallel.mesh import make_mesh
 
 CONFIG = HymbaConfig(
@@ -73,7 +73,7 @@ def test_layers_start_the_same_rolled_or_not():
         )
         for scan_layers in (True, False)
     }
-    rolled, unrolled = (layer_places(CONFIG, scan_layers=choice) for choice in (True, False))
+    rolled, unrolled = (layer_paths(CONFIG, scan_layers=choice) for choice in (True, False))
     for layer in range(CONFIG.num_layers):
         name = ("mixer", "ssm", "in_proj", "kernel")
         stack = states[True][(*rolled[layer].block, *name)]

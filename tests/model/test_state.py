@@ -199,7 +199,7 @@ def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
     assert jax.tree.structure(cache) == jax.tree.structure(before)
     for layer in cache.layers:
         assert layer.ssm.ssm_state.dtype == state_dtype
-        assert layer.ssm.conv_inputs.dtype == dtype
+        assert layer.ssm.conv_state.dtype == dtype
         assert layer.kv is None or layer.kv.key.dtype == layer.kv.value.dtype == dtype
 
 
@@ -228,7 +228,7 @@ def test_no_more_room_than_a_layer_can_use(context, ring):
     assert [layer.ssm is None for layer in layers] == [False] * 5 + [True] * 3
     assert layers[0].kv.key.shape == (2, 2, context, 4)
     assert layers[0].kv.value.shape == (2, 2, context, 8)
-    assert layers[0].ssm.conv_inputs.shape == (2, 2, 32)
+    assert layers[0].ssm.conv_state.shape == (2, 2, 32)
     assert layers[0].ssm.ssm_state.shape == (2, 4, 32)
 
 

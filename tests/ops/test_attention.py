@@ -39,10 +39,10 @@ def cast(arrays, dtype=jnp.float32):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
-def by_hand(query, key, value, meta_key, meta_value, window, first_key=None, segment_ids=None):
+def by_hand(query, key, value, meta_key, meta_value, window, kv_start=None, segment_ids=None):
     """One query, one head at a time, from the mask's words."""
     batch, queries, heads = query.shape[:3]
-    firsts = [0] * batch if first_key is None else first_key
+    firsts = [0] * batch if kv_start is None else kv_start
     output = np.zeros((*query.shape[:3], value.shape[-1]))
     for b, q, h in np.ndindex(batch, queries, heads):
         start, group = key.shape[1] - queries, h // (heads // key.shape[2])
@@ -64,7 +64,7 @@ def by_hand(query, key, value, meta_key, meta_value, window, first_key=None, seg
 
 def attend(query, key, value, meta_key, meta_value, *, function=None, **kwargs):
     """`attention`, by this implementation."""
-    known = patch.object(api, "KNOW_DOCUMENTS", (*api.KNOW_DOCUMENTS, "chosen"))
+    known = patch.object(api, "SUPPORT_SEGMENT_IDS", (*api.SUPPORT_SEGMENT_IDS, "chosen"))
     with patch.dict(api.IMPLEMENTATIONS, chosen=function), known:
         return attention(
             query,
@@ -179,9 +179,9 @@ def test_bfloat16(name, window):
 IDS = np.array([0, 0, 0, 1, 0, 2, 2, 2, 2, 2, 3, 3, 3])
 PLACES = {
     "at once": {},
-    "after padding": {"first_key": [20, 6]},
+    "after padding": {"kv_start": [20, 6]},
     "documents": {"segment_ids": np.stack([IDS, IDS[::-1]])},
-    "documents after padding": {"first_key": [20, 6], "segment_ids": np.stack([IDS, IDS[::-1]])},
+    "documents after padding": {"kv_start": [20, 6], "segment_ids": np.stack([IDS, IDS[::-1]])},
 }
 
 
@@ -268,7 +268,7 @@ def test_blocks_in_a_scan_of_checkpoints():
 def test_a_query_that_sees_nothing_gives_nothing():
     """Such are the positions before a sequence that is padded on the left."""
     arrays = cast(inputs(12, meta=0))
-    kwargs = {"window": None, "first_key": jnp.array([7, 7])}
+    kwargs = {"window": None, "kv_start": jnp.array([7, 7])}
     function = partial(attend, function=small_blocks)
     output, *gradients = with_gradients(function, *arrays, **kwargs)
     assert not output[:, :7].any()
@@ -313,9 +313,9 @@ def test_blocks_compute_what_the_mask_shows():
 
 
 def test_blocks_compute_what_rows_use():
-    """Of a long buffer of keys, the meta tokens and those from first_key on."""
-    first_key = jnp.array([400 - 32])
-    assert scores_computed(16, None, 4, keys=400, first_key=first_key) == 16 * (4 + 32)
+    """Of a long buffer of keys, the meta tokens and those from kv_start on."""
+    kv_start = jnp.array([400 - 32])
+    assert scores_computed(16, None, 4, keys=400, kv_start=kv_start) == 16 * (4 + 32)
 
 
 def test_blocks_compute_what_documents_use():
@@ -330,19 +330,19 @@ def test_blocks_split_over_devices_by_rows():
     rows = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
     arrays = cast(inputs(11, 23, meta=0, batch=len(devices)))
     query, key, value, *_, doutput = arrays
-    first_key = jnp.arange(len(devices)) % 3 + 3
+    kv_start = jnp.arange(len(devices)) % 3 + 3
 
-    def both(arrays, first_key):
-        kwargs = {"window": 6, "num_meta_tokens": 2, "first_key": first_key}
+    def both(arrays, kv_start):
+        kwargs = {"window": 6, "num_meta_tokens": 2, "kv_start": kv_start}
         return with_gradients(small_blocks, *arrays, **kwargs)
 
     arrays = query, key, value, doutput
-    split = jax.device_put((arrays, first_key), rows)
+    split = jax.device_put((arrays, kv_start), rows)
     compiled = jax.jit(both).lower(*split).compile()
     actual = compiled(*split)
     assert all(a.sharding.is_equivalent_to(rows, a.ndim) for a in actual)
     assert "all-gather" not in compiled.as_text()
-    assert_close(actual, jax.jit(both)(arrays, first_key))
+    assert_close(actual, jax.jit(both)(arrays, kv_start))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -387,15 +387,15 @@ def test_the_mask_counts_absolute_positions():
 @pytest.mark.parametrize("implementation", [None, *FUNCTIONS])
 def test_one_call_chooses(implementation):
     query, key, value, meta_key, meta_value, _ = inputs(7, 9)
-    first_key = [3, 1]
+    kv_start = [3, 1]
     actual = attention(
         *cast([query, key, value]),
         **dict(zip(("meta_key", "meta_value"), cast([meta_key, meta_value]), strict=True)),
         window=3,
         implementation=implementation,
-        first_key=jnp.asarray(first_key),
+        kv_start=jnp.asarray(kv_start),
     )
-    expected = by_hand(query, key, value, meta_key, meta_value, 3, first_key)
+    expected = by_hand(query, key, value, meta_key, meta_value, 3, kv_start)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
     without = attention(*cast([query, key, value]), window=3, implementation=implementation)
     expected = by_hand(query, key, value, meta_key[:0], meta_value[:0], 3)

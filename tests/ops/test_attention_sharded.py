@@ -58,11 +58,11 @@ def test_values_and_gradients(mesh, window, meta):
 
 def test_rows_that_begin_later():
     arrays, kwargs = inputs(LENGTH, batch=4), {"window": 13}
-    kwargs["first_key"] = jnp.array([0, 4, 11, 38])
+    kwargs["kv_start"] = jnp.array([0, 4, 11, 38])
     _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh_of("8")):
         actual = with_gradients(attend, *cast(arrays), **kwargs)
-    assert_close(actual, [by_hand(*arrays[:5], 13, kwargs["first_key"]), *expected])
+    assert_close(actual, [by_hand(*arrays[:5], 13, kwargs["kv_start"]), *expected])
 
 
 @pytest.mark.parametrize(("mesh", "window"), [("8", None), ("8", 13), ("4 x tensor 2", 13)])
@@ -71,13 +71,13 @@ def test_documents(mesh, window):
     arrays, starts = inputs(LENGTH, batch=4), np.zeros((4, LENGTH), int)
     for row, of_row in enumerate([[3, 10, 11, 24], [9, 20], [35, 38, 39], []]):
         starts[row, of_row] = 1
-    segment_ids, first_key = starts.cumsum(1), [0, 4, 11, 38]
-    kwargs = {"window": window, "first_key": jnp.array(first_key)}
+    segment_ids, kv_start = starts.cumsum(1), [0, 4, 11, 38]
+    kwargs = {"window": window, "kv_start": jnp.array(kv_start)}
     kwargs["segment_ids"] = jnp.asarray(segment_ids)
     _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh_of(mesh)):
         actual = with_gradients(attend, *cast(arrays), **kwargs)
-    assert_close(actual, [by_hand(*arrays[:5], window, first_key, segment_ids), *expected])
+    assert_close(actual, [by_hand(*arrays[:5], window, kv_start, segment_ids), *expected])
 
 
 def test_documents_do_not_see_each_other():
