@@ -4,9 +4,7 @@ Kernels are compared with the ops' definitions (their `reference` implementation
 with what the HF implementation computed (tests/golden). No test's packages are needed.
 """
 
-import json
-import lzma
-from collections import defaultdict
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,28 +13,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from _gpu_step import Recorder
 from attention import attend
 from flax import nnx
 from jax.extend.backend import get_backend
 
-from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.convert.hf_config import config_from_hf
-from hymba_jax.convert.load_sharded import read_params
-from hymba_jax.convert.mapping import hf_slices
 from hymba_jax.inference.engine import NO_TOKEN, Engine, Request
-from hymba_jax.model import Hymba
-from hymba_jax.model.abstract import abstract_model
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
-from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.loss import cross_entropy
 
-GOLDEN = Path(__file__).parents[1] / "tests/golden"
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from golden_cases import GOLDEN, Golden, load, to_hf
+
 QUICK = "tiny-default-rope"  # the golden model that compiles in the least time
 
 # Of the largest entry: float32 rounds at 6e-8, and sums have thousands of terms. A result in
@@ -100,15 +93,17 @@ def conforming_scan(recorder: Recorder) -> None:
                 row["implementation"] = FASTEST.get(target_platform(), "xla")
                 inputs, cotangents = _scan_inputs(sizes, dtype)
                 given = _scan_marks(sizes) if has_marks else {}
-                ours = _run_scan(wanted, None, inputs, cotangents, given)
+                actual = _run_scan(wanted, None, inputs, cotangents, given)
                 with jax.enable_x64(True):
                     inputs, cotangents = jax.tree.map(
                         lambda a: jnp.asarray(a, jnp.float64), (inputs, cotangents)
                     )
                     expected = _run_scan(wanted, "reference", inputs, cotangents, given)
                     expected = jax.tree.map(np.asarray, expected)
-                bounds = {name: _scan_bound(ours[name], exact) for name, exact in expected.items()}
-                _compare(row, ours, expected, bounds)
+                bounds = {
+                    name: _scan_bound(actual[name], exact) for name, exact in expected.items()
+                }
+                _compare(row, actual, expected, bounds)
 
 
 def _scan_inputs(sizes: Sizes, dtype: str) -> tuple[dict[str, Any], tuple[Any, ...]]:
@@ -166,8 +161,8 @@ def _run_scan(
     return jax.jit(forward if wanted == "forward" else backward)(inputs)
 
 
-def _scan_bound(ours: jax.Array, expected: np.ndarray) -> np.ndarray:
-    relative = BFLOAT16 if ours.dtype == jnp.bfloat16 else 0
+def _scan_bound(actual: jax.Array, expected: np.ndarray) -> np.ndarray:
+    relative = BFLOAT16 if actual.dtype == jnp.bfloat16 else 0
     return FLOAT32 * np.abs(expected).max() + relative * np.abs(expected)
 
 
@@ -197,11 +192,11 @@ def conforming_attention(recorder: Recorder) -> None:
                     for shape in (*of_rows[:3], *of_meta, of_rows[3])
                 )
                 row["implementation"] = fastest(inputs[0], inputs[1], None, 0)
-                ours = _run_attention(wanted, None, heads, inputs, cotangent)
+                actual = _run_attention(wanted, None, heads, inputs, cotangent)
                 *inputs, cotangent = (v.astype(jnp.float32) for v in (*inputs, cotangent))
                 expected = _run_attention(wanted, "reference", heads, inputs, cotangent)
                 expected = jax.tree.map(np.asarray, expected)
-                _compare(row, ours, expected, _of_largest(ATTENTION[dtype], expected))
+                _compare(row, actual, expected, _of_largest(ATTENTION[dtype], expected))
 
 
 def _mask(heads: Heads) -> str:
@@ -225,72 +220,22 @@ def _run_attention(
     return jax.jit(forward if wanted == "forward" else backward)(*inputs)
 
 
-class Golden(NamedTuple):
-    """A small model of the HF implementation, with what went in and what came out."""
-
-    config: HymbaConfig
-    weights: dict[str, np.ndarray]
-    arrays: dict[str, np.ndarray]
-    meta: dict[str, Any]
-
-    def model(self, *, scan_layers: bool) -> tuple[nnx.GraphDef[Hymba], nnx.State]:
-        """Its structure, and the HF weights as its parameters."""
-        compute = ComputeConfig(scan_layers=scan_layers)
-        graph, abstract = abstract_model(self.config, compute, make_mesh(jax.devices()[:1]))
-        params = read_params(
-            lambda name, index: self.weights[name][index],
-            abstract,
-            self.config,
-            scan_layers=scan_layers,
-        )
-        return nnx.split(nnx.merge(graph, params))
-
-
-def load_golden(name: str) -> Golden:
-    """The model of this name in tests/golden."""
-    folder = GOLDEN / name
-    return Golden(
-        config_from_hf(json.loads((folder / "config.json").read_text())),
-        _read_tensors(folder / "model.safetensors"),
-        dict(np.load(folder / "golden.npz")),
-        json.loads((folder / "meta.json").read_text()),
-    )
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All of a safetensors file, which may be compressed."""
-    if path.exists():
-        return safetensors.numpy.load_file(path)
-    return safetensors.numpy.load(lzma.decompress(path.with_name(f"{path.name}.xz").read_bytes()))
-
-
 def golden(recorder: Recorder, names: str) -> None:
     """Logits, loss and the gradient of every parameter against the HF implementation."""
     for name in (QUICK,) if recorder.dry_run else names.split(","):
         with recorder.case(f"{name}: logits, loss and gradients") as row:
-            one = load_golden(name)
+            one = load(name)
             graph, params = one.model(scan_layers=True)
-            tokens = jnp.asarray(one.arrays["input_ids"], jnp.int32)
             step = jax.value_and_grad(partial(_loss_and_logits, graph), has_aux=True)
-            (loss, logits), gradients = jax.jit(step)(params, tokens)
-            ours = _to_hf(gradients, one.config)
+            (loss, logits), gradients = jax.jit(step)(params, one.tokens)
+            actual = to_hf(gradients, one.config, scan_layers=True)
             strides = one.meta["grad_stride"] or {}
-            ours = {n: a.reshape(-1)[:: strides.get(n, 1)] for n, a in ours.items()}
-            expected = _read_tensors(GOLDEN / name / "grads.safetensors")
-            expected = {n: a.reshape(-1) for n, a in expected.items()}
+            actual = {n: a.reshape(-1)[:: strides.get(n, 1)] for n, a in actual.items()}
+            expected = {n: a.reshape(-1) for n, a in one.gradients.items()}
             bounds = _of_largest(GRADIENTS, expected) | dict.fromkeys(("logits", "loss"), VALUES)
-            ours |= {"logits": logits, "loss": loss}
+            actual |= {"logits": logits, "loss": loss}
             expected |= {"logits": one.arrays["logits"], "loss": np.asarray(one.meta["loss"])}
-            _compare(row, ours, expected, bounds)
-
-
-def _to_hf(params: nnx.State, config: HymbaConfig) -> dict[str, jax.Array]:
-    """Parameters of scanned layers, or their gradients, as the tensors of an HF checkpoint."""
-    flat = {path: leaf[...] for path, leaf in nnx.to_flat_state(params)}
-    rows = defaultdict(list)
-    for part in hf_slices({path: a.shape for path, a in flat.items()}, config, scan_layers=True):
-        rows[part.name].append(part.to_hf(flat[part.path]))
-    return {name: jnp.concatenate(arrays) for name, arrays in rows.items()}
+            _compare(row, actual, expected, bounds)
 
 
 def _loss_and_logits(graph: Any, params: Any, tokens: Any) -> tuple[jax.Array, jax.Array]:
@@ -303,12 +248,12 @@ def caches(recorder: Recorder) -> None:
     """Prefill in chunks and decoding against the HF implementation's full forward pass."""
     name = QUICK if recorder.dry_run else "tiny-ntk"
     with recorder.case(f"{name}: logits of chunks of 16 tokens and of single ones") as row:
-        one = load_golden(name)
+        one = load(name)
         logits = _logits_in_chunks(one, [16, 1, 1, 16, 1])
         expected = {"logits": one.arrays["logits"][:, : logits.shape[1]]}
         _compare(row, {"logits": logits}, expected, {"logits": VALUES})
     with recorder.case(f"{name}-decode: greedy tokens") as row:
-        one = load_golden(name)
+        one = load(name)
         decoded = dict(np.load(GOLDEN / f"{name}-decode" / "golden.npz"))
         right = decoded["full_tokens"][0].tolist()
         tokens = _greedy(one, decoded["prompt"][0].tolist(), len(right))
@@ -355,7 +300,7 @@ def _greedy(one: Golden, prompt: list[int], count: int) -> list[int]:
 
 def _compare(
     row: dict[str, Any],
-    ours: Mapping[str, Any],
+    actual: Mapping[str, Any],
     expected: Mapping[str, np.ndarray],
     bounds: Mapping[str, Any],
 ) -> None:
@@ -364,11 +309,11 @@ def _compare(
     Raises:
       AssertionError: that is above 1, or names differ.
     """
-    if ours.keys() != expected.keys():
-        raise AssertionError(f"{sorted(ours)}, not {sorted(expected)}")
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"{sorted(actual)}, not {sorted(expected)}")
     parts = {}
     for name, exact in expected.items():
-        error = np.abs(np.asarray(ours[name], np.float64) - exact)
+        error = np.abs(np.asarray(actual[name], np.float64) - exact)
         parts[name] = float(np.max(error / bounds[name]))
     # NaN first, as it is no number below another.
     worst = max(parts, key=lambda name: np.inf if np.isnan(parts[name]) else parts[name])

@@ -24,7 +24,7 @@ from selective_scan import associative
 from selective_scan import with_gradient as scan_with_gradient
 
 from hymba_jax.aot.fit import compiled_memory
-from hymba_jax.aot.programs import InferencePrograms, bytes_on_each
+from hymba_jax.aot.programs import InferencePrograms, bytes_per_device
 from hymba_jax.aot.topology import CHIPS
 from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
@@ -33,8 +33,8 @@ from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.inference.engine import (
+    MIN_STOP_TOKENS,
     NO_TOKEN,
-    SMALLEST_STOP,
     STEPS,
     DecodeState,
     SampledTokens,
@@ -264,7 +264,7 @@ def decode(recorder: Recorder, sequences: str) -> None:
 
     with recorder.case("decode") as row:
         row["ms"] = median_ms(some_tokens, warmup=1, repeats=3 if recorder.dry_run else 8) / STEPS
-        moved = bytes_on_each(traced.read) + bytes_on_each(traced.written)
+        moved = bytes_per_device(traced.read) + bytes_per_device(traced.written)
         row |= {"tokens_per_second": 1e3 * batch / row["ms"], "GB": moved / 1e9}
         row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
         row |= {"peak GB": peak_bytes() / 1e9, "stopped": int(arguments[at].stopped.sum())}
@@ -287,7 +287,7 @@ def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
                 stopped=full(0) > 0,
                 seen=jnp.zeros(shapes.seen.shape, bool),
                 sampler=make_sampler([SamplingConfig()] * batch, range(batch)),
-                stop=StopCriteria(full(context), full(NO_TOKEN, SMALLEST_STOP)),
+                stop=StopCriteria(full(context), full(NO_TOKEN, MIN_STOP_TOKENS)),
             )
         case jax.ShapeDtypeStruct():  # the steps of a call
             values = jnp.full(shapes.shape, STEPS, shapes.dtype)

@@ -51,10 +51,10 @@ CASES = (
 _REFERENCE_LIMIT = 2048**2
 
 
-def pairs_seen(queries: int, keys: int, first_key: int, window: int, meta: int) -> int:
+def pairs_seen(queries: int, keys: int, kv_start: int, window: int, meta: int) -> int:
     """Pairs of a query and a key that it sees."""
     position = np.arange(keys - queries, keys)
-    others = position + 1 - np.maximum(first_key, position - window)
+    others = position + 1 - np.maximum(kv_start, position - window)
     return int(np.sum(meta + np.maximum(others, 0)))
 
 
@@ -90,7 +90,7 @@ def make_inputs(options: Options, queries: int, keys: int) -> tuple[Array, tuple
 
 
 def costs(
-    options: Options, name: str, queries: int, keys: int, first_key: int | None, has_window: bool
+    options: Options, name: str, queries: int, keys: int, kv_start: int | None, has_window: bool
 ) -> Row:
     """Time, temporaries, and floating-point operations a second that the mask asks for."""
     window = options.window if has_window else None
@@ -98,18 +98,18 @@ def costs(
     function = partial(
         attend,
         window=window,
-        first_key=None if first_key is None else jnp.full(1, first_key),
+        kv_start=None if kv_start is None else jnp.full(1, kv_start),
         implementation=name,
     )
     forward_ms, forward_mb = measure(function, *inputs, repeats=options.repeats)
     both_ms, both_mb = measure(with_gradient(function), doutput, *inputs, repeats=options.repeats)
-    seen = pairs_seen(queries, keys, first_key or 0, window or keys, options.meta)
+    seen = pairs_seen(queries, keys, kv_start or 0, window or keys, options.meta)
     megaflop = 2 * seen * options.heads / 1e6
     k, v = options.head_dim, options.value_dim
     return {
         "queries": queries,
         "keys": keys,
-        "first": first_key or 0,
+        "first": kv_start or 0,
         "window": str(window),
         "implementation": name,
         "forward ms": forward_ms,
@@ -124,13 +124,13 @@ def costs(
 
 def main(options: Options) -> None:
     rows: list[Row] = []
-    for queries, keys, first_key, has_window in CASES:
+    for queries, keys, kv_start, has_window in CASES:
         fits = queries * keys <= _REFERENCE_LIMIT
         _, (query, key, *_) = make_inputs(options, queries, keys)
-        first = None if first_key is None else jnp.full(1, first_key)
+        first = None if kv_start is None else jnp.full(1, kv_start)
         chosen = fastest(query, key, first, num_meta_tokens=0)
         for name in dict.fromkeys((*(("reference",) if fits else ()), "blocks", chosen)):
-            rows.append(costs(options, name, queries, keys, first_key, has_window))
+            rows.append(costs(options, name, queries, keys, kv_start, has_window))
     title = f"attention, heads={options.heads} kv_heads={options.kv_heads} meta={options.meta}"
     report(f"{title}, {options.dtype}", rows, options.json)
 

@@ -39,7 +39,7 @@ from hymba_jax.aot.programs import InferencePrograms, TracedProgram
 from hymba_jax.aot.topology import CHIPS, parse_topology
 from hymba_jax.aot.traffic import hbm_bytes
 from hymba_jax.config import PRESETS, DType
-from hymba_jax.parallel.mesh import bytes_on_each
+from hymba_jax.parallel.mesh import bytes_per_device
 
 STEP = 8  # batches between which the largest is looked for
 
@@ -127,7 +127,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:  # a row of the report
-            refused = refused_memory(error, bytes_on_each(traced.arguments))
+            refused = refused_memory(error, bytes_per_device(traced.arguments))
             if refused is None:
                 raise
             return {"fits": "no", "total": refused.total / 1e9}
@@ -145,7 +145,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         "donated": compiled.memory_analysis().alias_size_in_bytes / 1e9,
         "temporaries": memory.temporaries / 1e9,
         "a step": sum(hbm_bytes(program, line) for line in body) / 1e9,
-        "least": (bytes_on_each(traced.read) + bytes_on_each(traced.written)) / 1e9,
+        "least": (bytes_per_device(traced.read) + bytes_per_device(traced.written)) / 1e9,
         "copies": len(copies),
         "copied": sum(copies) / 1e9,
         "copies around": len(copies_around),

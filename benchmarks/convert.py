@@ -31,9 +31,10 @@ from hymba_jax.config import PRESETS
 from hymba_jax.convert import convert as _  # noqa: F401 (a conversion does not wait for its import)
 from hymba_jax.convert.hf_checkpoint import WEIGHTS
 from hymba_jax.convert.hf_config import config_to_hf
-from hymba_jax.convert.mapping import hf_shapes, hf_slices, param_shapes
+from hymba_jax.convert.mapping import hf_shapes, hf_slices
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
 from hymba_jax.hf_files import HF_CONFIG
+from hymba_jax.model.abstract import param_shapes
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def measure_row(options: Options) -> None:
     read_ms = first_ms = math.nan
     if batch * context * config.hidden_size <= options.longest:
         # Two chunks compile all that longer prompts need, with the same cache.
-        warm = [prompt[: 2 * engine.largest_chunk] for prompt in prompts]
+        warm = [prompt[: 2 * engine.max_chunk] for prompt in prompts]
         jax.block_until_ready(engine.prefill(warm, context))
         read_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
         first_ms = median_ms(

@@ -1,4 +1,4 @@
-"""Drawing a token: ours, by sorting the vocabulary, and from its 64 likeliest only.
+"""Drawing a token: by sorting the vocabulary, and from its 64 likeliest only.
 
 python benchmarks/sampling.py [--vocab 32001 --batches 1 8] [--json FILE]
 """

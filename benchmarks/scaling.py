@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import tyro
 from _report import Row, report
 
-from hymba_jax.aot.measured import compile_and_measure
+from hymba_jax.aot.cost import compile_and_analyze
 from hymba_jax.aot.programs import training_program
 from hymba_jax.aot.topology import parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
@@ -68,7 +68,7 @@ def count(args: Args) -> Iterator[Row]:
                 base.training, batch_size=batch, gradient_accumulation_steps=batch // chips
             )
             program = training_program(replace(base, training=training, parallel=parallel), devices)
-            _, measured = compile_and_measure(program)
+            _, measured = compile_and_analyze(program)
             if measured is None:
                 raise SystemExit(f"{chips} chips, {scaling}: does not fit")
             work = measured.work

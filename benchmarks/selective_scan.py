@@ -1,4 +1,4 @@
-"""The selective scan: a loop over time, an associative scan, and ours, side by side.
+"""The selective scan: a loop over time, an associative scan, and what training runs, side by side.
 
 python benchmarks/selective_scan.py [--batch 16 --length 256 --channels 512] [--json FILE]
 """

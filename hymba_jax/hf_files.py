@@ -43,7 +43,7 @@ def download_advice(directory: Path) -> str:
 
 
 def hf_directory(directory: Path) -> Path:
-    """Where a model alone or a run keeps the HF files that it comes from, if it has any."""
+    """Where a standalone model or a run keeps the HF files that it comes from, if it has any."""
     kept = directory / _KEPT
     return kept if kept.is_dir() else directory
 

@@ -39,8 +39,8 @@ def _keep_freed_memory() -> None:
     """Keeps what is freed for what comes next, instead of giving it back to the kernel.
 
     XLA:CPU allocates a step's temporaries again in each step. Given back and mapped again, every
-    page of them is zeroed and faulted in each time: a training step of `configs/tiny.toml` took
-    767 ms so and takes 636 ms (`benchmarks/train_step.py`). Only glibc can be told.
+    page of them is zeroed and faulted in each time, a sixth of a training step of
+    `configs/tiny.toml` (`benchmarks/train_step.py`, with and without `--no-prepare`). glibc only.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -5,6 +5,7 @@ import lzma
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Golden:
     def tokens(self) -> jax.Array:
         return jnp.asarray(self.arrays["input_ids"], jnp.int32)
 
-    def model(self, **compute: object) -> tuple[nnx.GraphDef, nnx.State]:
+    def model(self, **compute: Any) -> tuple[nnx.GraphDef, nnx.State]:
         """The model's structure, and the HF weights as its parameters."""
         chosen = ComputeConfig(**compute)
         graph, abstract = abstract_model(self.config, chosen, make_mesh(jax.devices()[:1]))

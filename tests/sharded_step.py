@@ -124,7 +124,7 @@ class ShardedStep:
         is_mixed = self.mesh.axis_sizes.count(2) == 3
         self.compute = ComputeConfig(remat="block" if is_mixed else "none")
         self.training = TrainingConfig(
-            steps=5,
+            steps=3,
             batch_size=8,
             gradient_accumulation_steps=2 if is_mixed else 1,
             warmup_fraction=0.0,

@@ -40,14 +40,14 @@ def test_every_error_is_reported_at_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": "many"}, "vocab_size is 'many', not a whole number"),
-        ({"hidden_size": 64.0}, "hidden_size is 64.0, not a whole number"),
+        ({"vocab_size": "many"}, "vocab_size is 'many', not an integer"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0, not an integer"),
         ({"norm_eps": "small"}, "norm_eps is 'small', not a number"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0, below 1e-20: the norm's gradient"),
         ({"tie_embeddings": 1}, "tie_embeddings is 1, not true or false"),
         ({"fusion": "sum"}, 'fusion is \'sum\', not "mean" or "concat"'),
         ({"layers": "G Wx"}, "layers 'G Wx': unknown layer x"),
-        ({"ssm": SSMConfig(dt_rank="some")}, "dt_rank is 'some', not a whole number or \"auto\""),
+        ({"ssm": SSMConfig(dt_rank="some")}, "dt_rank is 'some', not an integer or \"auto\""),
         ({"attention": AttentionConfig(head_dim=7)}, "head_dim 7 is not an even number"),
         ({"attention": AttentionConfig(value_dim=64)}, 'fusion "mean" needs equal widths'),
         (
@@ -84,8 +84,14 @@ def test_presets_have_the_paper_s_sizes(preset, layers, widths):
     config = PRESETS[preset]
     assert config.num_layers == layers
     assert sum(spec.attention == "global" for spec in config.layer_specs) == 3
-    ours = (config.hidden_size, config.channels, config.head_dim, config.value_dim, config.dt_rank)
-    assert ours == widths
+    actual = (
+        config.hidden_size,
+        config.channels,
+        config.head_dim,
+        config.value_dim,
+        config.dt_rank,
+    )
+    assert actual == widths
 
 
 def test_auto_follows_a_change_and_resolved_does_not():

@@ -43,9 +43,9 @@ def test_values_that_fit(value, kind):
 @pytest.mark.parametrize(
     ("value", "kind", "message"),
     [
-        (3.0, int, "is 3.0, not a whole number"),
-        (np.float64(3), int, "is 3.0, not a whole number"),
-        (True, int, "is True, not a whole number"),
+        (3.0, int, "is 3.0, not an integer"),
+        (np.float64(3), int, "is 3.0, not an integer"),
+        (True, int, "is True, not an integer"),
         (np.bool_(True), float, "is True, not a number"),
         (1, bool, "is 1, not true or false"),
         (float("inf"), float, "is inf, not finite"),
@@ -54,11 +54,11 @@ def test_values_that_fit(value, kind):
         (16**5000, int | Auto, "is a number of 20001 bits, beyond 64 bits"),
         (16**5000, float, "is a number of 20001 bits, beyond 64 bits"),
         (16**5000, str, "is a number of 20001 bits, not a string"),
-        ([16**5000], int, "is [a number of 20001 bits], not a whole number"),
+        ([16**5000], int, "is [a number of 20001 bits], not an integer"),
         (np.ones(2), Auto, 'is array([1., 1.]), not "auto"'),
-        (np.array([3]), int, "is array([3]), not a whole number"),
+        (np.array([3]), int, "is array([3]), not an integer"),
         ("\udcff", str, "is '\\udcff', not Unicode"),
-        ("x", int | None, "is 'x', not a whole number or nothing"),
+        ("x", int | None, "is 'x', not an integer or nothing"),
     ],
     ids=repr_of_type,
 )
@@ -103,8 +103,8 @@ def test_bounds_are_given_with_their_reason():
 
 def test_every_wrong_type_is_named():
     assert [*type_problems(Example(size=1.5, part=Part("x")))] == [
-        "size is 1.5, not a whole number",
-        "size is 'x', not a whole number",
+        "size is 1.5, not an integer",
+        "size is 'x', not an integer",
     ]
     assert [*type_problems(Example(part=3))] == ["part is 3, not a Part"]
 

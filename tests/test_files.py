@@ -81,7 +81,7 @@ class TestReplaceText:
         path = tmp_path / "x"
         path.write_text("old")
         path.chmod(0o600)
-        (tmp_path / "x.partial").write_text("not ours")
+        (tmp_path / "x.partial").write_text("kept")
         replace_text(path, "new")
         assert path.read_text() == "new"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -50,8 +50,8 @@ def results(step, on_one):
 
 
 def test_losses_agree(results):
-    ours, expected = results
-    np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
+    actual, expected = results
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
 
 
 def test_gradients_agree(step, results):
@@ -59,8 +59,8 @@ def test_gradients_agree(step, results):
     grows with the root of the positions they are over: of 104 tokens, that of a key projection
     differs by 1.1e-5 between two implementations of attention on one device."""
     tolerance = 1e-5 * np.sqrt(step.length / LENGTHS[EVEN])
-    ours, expected = (jax.tree.leaves_with_path(means) for _, means, _ in results)
-    for (path, gradient), (_, wanted) in zip(ours, expected, strict=True):
+    actual, expected = (jax.tree.leaves_with_path(means) for _, means, _ in results)
+    for (path, gradient), (_, wanted) in zip(actual, expected, strict=True):
         largest = np.abs(wanted).max()
         assert largest > 0, path
         atol = tolerance * largest
@@ -70,8 +70,8 @@ def test_gradients_agree(step, results):
 def test_parameters_agree(results):
     """Adam divides by the gradient's size, so rounding of a tiny gradient can move a parameter by
     a part of the learning rate of 3e-3; a wrong gradient moves most of them by all of it."""
-    ours, expected = (jax.tree.leaves(params) for _, _, params in results)
-    for parameter, wanted in zip(ours, expected, strict=True):
+    actual, expected = (jax.tree.leaves(params) for _, _, params in results)
+    for parameter, wanted in zip(actual, expected, strict=True):
         difference = np.abs(np.asarray(parameter) - np.asarray(wanted))
         assert difference.mean() < 1e-5
         assert difference.max() < 3e-3
@@ -153,7 +153,7 @@ def test_meshes(config, expected):
         ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
         ({"data": -1}, "parallel config: data and fsdp are -1, which only one can be"),
         ({"fsdp": 3}, "data 1 x fsdp 3 x sequence 1 x tensor 1 is not the number of devices, 8"),
-        ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times a whole number is not the number"),
+        ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times an integer is not the number"),
     ],
 )
 def test_meshes_that_cannot_be(sizes, message):
@@ -206,9 +206,9 @@ def test_the_sharding_of_a_length_in_words(length, expected):
 def test_a_length_that_the_mesh_does_not_divide_is_whole(on_one):
     step = ShardedStep(EVEN, jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
     start, (losses, means, _) = on_one(EVEN)
-    ours = step.run(start)
-    np.testing.assert_allclose(ours[0], losses, rtol=1e-5)
-    for gradient, wanted in zip(*map(jax.tree.leaves, (ours[1], means)), strict=True):
+    actual = step.run(start)
+    np.testing.assert_allclose(actual[0], losses, rtol=1e-5)
+    for gradient, wanted in zip(*map(jax.tree.leaves, (actual[1], means)), strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     assert list(step.collectives()) == []
 

@@ -20,7 +20,7 @@ MODEL = HymbaConfig(
     vocab_size=512,
     hidden_size=HIDDEN,
     mlp_size=512,
-    layers="Ww",
+    layers="2*W",
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=128, rope_type="default"),
     num_meta_tokens=META_TOKENS,
 )

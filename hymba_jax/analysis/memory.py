@@ -88,7 +88,7 @@ def main(args: MemoryConfig) -> None:
     for name, size in (
         (f"global KV, {kv}", cache.global_kv),
         (f"window KV, {kv}", cache.window_kv),
-        (f"conv inputs, {kv}", cache.conv_inputs),
+        (f"conv inputs, {kv}", cache.conv_state),
         (f"SSM states, {state_dtype}", cache.ssm_states),
         ("cache", cache.total),
     ):

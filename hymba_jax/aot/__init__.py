@@ -7,7 +7,7 @@ traffic      HBM bytes of each instruction
 matmuls      their FLOPs
 kernels      calls of kernels, and the size of their arrays
 collectives  what the chips send each other
-measured     all of these, of a program
+cost         all of these, of a program
 fit          memory against the chip's, and what to change where it is not enough
 estimate     the time of a step
 command      `hymba compile`

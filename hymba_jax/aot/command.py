@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from hymba_jax.aot.cost import ProgramCost, compile_and_analyze
 from hymba_jax.aot.estimate import assumptions
 from hymba_jax.aot.fit import Memory
-from hymba_jax.aot.measured import Measured, compile_and_measure
 from hymba_jax.aot.programs import AotProgram, inference_program, training_program
 from hymba_jax.aot.topology import Chip, parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
@@ -79,12 +79,12 @@ def main(args: Sequence[str], prog: str) -> None:
     console.print(f"{program.num_params:,} parameters, {topology.name}: {program.step}")
     console.print(program.sharding)
     begun = time.perf_counter()
-    memory, measured = compile_and_measure(program)
+    memory, cost = compile_and_analyze(program)
     console.print(f"compiled in {time.perf_counter() - begun:.0f} s")
-    console.print(_table(program, topology.chip, memory, measured))
-    if measured is not None:
+    console.print(_table(program, topology.chip, memory, cost))
+    if cost is not None:
         console.print(assumptions(topology.chip))
-    if memory.total > topology.chip.memory or measured is None:
+    if memory.total > topology.chip.memory or cost is None:
         for change in program.advice(memory, topology.chip.memory):
             console.print(f"to make it fit, {change}")
         raise HymbaError(
@@ -111,33 +111,31 @@ def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
     return choice, with_vocabulary(run)
 
 
-def _table(program: AotProgram, chip: Chip, memory: Memory, measured: Measured | None) -> Table:
+def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | None) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    fits = "fits" if memory.total <= chip.memory and measured else "does not fit"
+    fits = "fits" if memory.total <= chip.memory and cost else "does not fit"
     table.add_row("arguments a chip", _gb(memory.arguments))
     table.add_row("temporaries a chip", _gb(memory.temporaries))
     table.add_row(f"in all, {fits} {_gb(chip.memory)}", _gb(memory.total), end_section=True)
     chips = program.mesh.size
     table.add_row("model FLOPs a step and chip", _tera(program.model_flops / chips))
-    if measured is None:
+    if cost is None:
         return table
-    table.add_row("matmul FLOPs, as compiled", _tera(measured.matmul_flops))
-    table.add_row(
-        "kernel FLOPs, by the model's count", _tera(measured.work.flops - measured.matmul_flops)
-    )
-    table.add_row("HBM bytes a chip", _gb(measured.work.hbm_bytes))
-    if measured.unknown_loops:
-        table.add_row("loops of unknown trip count, taken once", str(measured.unknown_loops))
+    table.add_row("matmul FLOPs, as compiled", _tera(cost.matmul_flops))
+    table.add_row("kernel FLOPs, by the model's count", _tera(cost.work.flops - cost.matmul_flops))
+    table.add_row("HBM bytes a chip", _gb(cost.work.hbm_bytes))
+    if cost.unknown_loops:
+        table.add_row("loops of unknown trip count, taken once", str(cost.unknown_loops))
     table.add_section()
-    for name, calls, shape in measured.kernels:
+    for name, calls, shape in cost.kernels:
         table.add_row(f"{calls:,} x {name} of a chip, up to", " x ".join(map(str, shape)))
     table.add_section()
-    for kind, (count, size) in measured.collectives.items():
+    for kind, (count, size) in cost.collectives.items():
         table.add_row(f"{count:,} x {kind}, bytes sent by a chip", _gb(size))
     table.add_section()
-    seconds = measured.work.seconds(chip)
+    seconds = cost.work.seconds(chip)
     for name, value in seconds.items():
         table.add_row(f"{name} alone", _seconds(value))
     step = max(seconds.values())

@@ -25,7 +25,7 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import (
     batch_sharding,
     batch_shards,
-    bytes_on_each,
+    bytes_per_device,
     length_sharded_over,
     make_mesh,
     sharded_over,
@@ -70,17 +70,22 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgra
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     loss_fn = make_loss_fn(next_token_loss, abstract.graph)
     train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
-    batch = abstract_batch(training.batch_size, length, batch_sharding(mesh))
+    batch = abstract_batch(
+        training.batch_size,
+        length,
+        batch_sharding(mesh),
+        segment_ids=run.data.packing == "documents",
+    )
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)
     return AotProgram(
         mesh,
-        f"training, {training.batch_size} sequences of {length} tokens a step, "
+        f"training, {training.batch_size} sequences of {length} tokens per step, "
         f"{training.micro_batch_size} at a time",
         describe_sharding(run.model, mesh, length),
         abstract.num_params,
-        bytes_on_each((abstract.state, batch)),
+        bytes_per_device((abstract.state, batch)),
         training_flops(run.model, length) * training.batch_size,
         kernels / shards,
         partial(compile_train_step, train_step, abstract.state, batch),
@@ -127,11 +132,11 @@ def inference_program(
         step,
         f"one of {len(devices)} chips, as generating uses one",
         sum(leaf.size for leaf in jax.tree.leaves(params)),
-        bytes_on_each(traced.arguments),
+        bytes_per_device(traced.arguments),
         model * batch,
         kernels * batch,
         lambda: traced.program.lower().compile(),
-        partial(inference_advice, batch, bytes_on_each(programs.params)),
+        partial(inference_advice, batch, bytes_per_device(programs.params)),
     )
 
 

@@ -45,8 +45,8 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", 32e9, 1640e9, 400e9),
     "h100": Chip("NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9),
 }
-GPUS_OF_A_MACHINE = 8
-MOST_CHIPS = 2**14  # several times the largest slice that there is
+GPUS_PER_HOST = 8
+MAX_CHIPS = 2**14  # several times the largest slice that there is
 
 # What XLA wants to know of an H100 (SXM, 80 GB).
 H100 = """
@@ -114,12 +114,12 @@ def parse_topology(name: str) -> Topology:
         raise HymbaError(f"topology {name}: there is no {named[1]!r}, only {', '.join(CHIPS)}")
     chip, sizes = CHIPS[named[1]], named[2].split("x")
     count = math.prod(int(size[:9]) for size in sizes)  # enough to be too many
-    if count > MOST_CHIPS:
-        raise HymbaError(f"topology {shown(name)}: no slice has more than {MOST_CHIPS} chips")
-    if not chip.is_tpu and (len(sizes) > 1 or count > GPUS_OF_A_MACHINE):
+    if count > MAX_CHIPS:
+        raise HymbaError(f"topology {shown(name)}: no slice has more than {MAX_CHIPS} chips")
+    if not chip.is_tpu and (len(sizes) > 1 or count > GPUS_PER_HOST):
         raise HymbaError(
             f"topology {name}: GPUs of one machine are compiled for, "
-            f"{named[1]}:1 to {named[1]}:{GPUS_OF_A_MACHINE}"
+            f"{named[1]}:1 to {named[1]}:{GPUS_PER_HOST}"
         )
     return Topology(name, chip)
 

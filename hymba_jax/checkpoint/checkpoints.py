@@ -31,7 +31,7 @@ from hymba_jax.files import read_json, resolve_path
 from hymba_jax.model.abstract import Params
 from hymba_jax.run_files import FOLDER, checkpoint_steps
 
-PARAMS = "params"  # inside a checkpoint, and inside the directory of a model alone
+PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
 
 
@@ -148,7 +148,7 @@ class Checkpoints(Closing):
 def load_params(
     directory: str | os.PathLike[str], abstract: Params, step: int | None = None
 ) -> Params:
-    """The parameters of a run's checkpoint, without the optimizer's state, or of a model alone.
+    """The parameters of a run's checkpoint, without its optimizer state, or of a standalone model.
 
     Args:
       directory: of a run, or one that `save_params` wrote to.
@@ -178,7 +178,7 @@ def load_params(
 
 
 def save_params(directory: str | os.PathLike[str], params: Params) -> None:
-    """Writes parameters into the directory of a model alone.
+    """Writes parameters into the directory of a standalone model.
 
     Raises:
       HymbaError: they cannot be written.
@@ -190,7 +190,7 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
 
 
 def params_path(directory: Path, step: int | None) -> Path:
-    """Where the parameters of a run's checkpoint, or of a model alone, are.
+    """Where the parameters of a run's checkpoint, or of a standalone model, are.
 
     Raises:
       HymbaError: there is no such checkpoint.

@@ -19,8 +19,8 @@ from hymba_jax.config.field_types import leaves
 from hymba_jax.data import DataConfig, Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path
-from hymba_jax.model import Hymba, stack_layers, unstack_layers
-from hymba_jax.model.abstract import Params, abstract_model
+from hymba_jax.model import stack_layers, unstack_layers
+from hymba_jax.model.abstract import abstract_model, param_shapes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class InitialModel:
     """The model that a run starts from, without its parameters.
 
     Attributes:
-      directory: of a run, or of a model alone.
+      directory: of a run, or of a standalone model.
       config: its architecture, nothing of which is "auto".
       scan_layers: whether its parameters are stored as those of scanned layers.
       tokenizer: its own, if it has one.
@@ -42,7 +42,7 @@ class InitialModel:
     def check_model(self, config: HymbaConfig) -> None:
         """Raises HymbaError if a model of this architecture has other parameters."""
         wanted = config.with_vocabulary(self.config.num_embeddings).resolved()
-        if self.config != wanted and _shapes(self.config) != _shapes(wanted):
+        if self.config != wanted and not _same_shapes(self.config, wanted):
             raise HymbaError(
                 f"{self.directory}: its parameters do not fit this model "
                 f"({'; '.join(self._differences(wanted))})"
@@ -128,6 +128,6 @@ def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
     return {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
 
 
-def _shapes(config: HymbaConfig) -> Params:
-    model = Hymba.abstract(config, ComputeConfig(scan_layers=False))
-    return jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(model)))
+def _same_shapes(*configs: HymbaConfig) -> bool:
+    one, other = (param_shapes(config, scan_layers=False) for config in configs)
+    return one == other

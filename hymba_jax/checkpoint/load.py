@@ -1,4 +1,4 @@
-"""A model for inference, from the directory of a run or of a model alone."""
+"""A model for inference, from the directory of a run or of a standalone model."""
 
 import dataclasses
 import os

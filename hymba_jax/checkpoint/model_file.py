@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.config.data import SMALLEST_VOCABULARY, DataConfig
+from hymba_jax.config.data import MIN_VOCAB_SIZE, DataConfig
 from hymba_jax.config.run import CONFIG_FILE, RunConfig, read_table
 from hymba_jax.config.toml import override_from, toml_lines
 from hymba_jax.data.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def with_vocabulary(run: RunConfig) -> RunConfig:
 
 def _vocabulary(data: DataConfig) -> int:
     if data.tokenizer == "bytes":
-        return SMALLEST_VOCABULARY
+        return MIN_VOCAB_SIZE
     return data.bpe_size or Tokenizer.load(data.tokenizer).vocab_size
 
 

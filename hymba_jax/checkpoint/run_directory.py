@@ -15,7 +15,7 @@ from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.data import Data, Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text, resolve_path
-from hymba_jax.parallel.processes import require_agreement, wait_for_all
+from hymba_jax.parallel.processes import barrier, require_agreement
 from hymba_jax.run_files import FOLDER, checkpoint_steps
 
 _PACKAGES = ("hymba_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -39,7 +39,7 @@ def check_output(output: str, init_from: str) -> None:
             )
     if (directory / PARAMS).exists():
         raise HymbaError(
-            f"{directory}: holds a model alone ({PARAMS}), which would be used in place of the "
+            f"{directory}: holds a standalone model ({PARAMS}), which would be used instead of the "
             "run's checkpoints: choose another output, or start from it with --init-from"
         )
     if not (directory / CONFIG_FILE).is_file():
@@ -111,7 +111,7 @@ def check_data(data: Data) -> None:
     """Raises HymbaError unless all processes have the same tokenizer and tokens."""
     require_agreement(
         {
-            "the digest of data.tokenizer": data.tokenizer_digest,
+            "the digest of data.tokenizer": data.tokenizer.fingerprint,
             "the digest of data.path's training tokens": data.train_digest,
             "the digest of its validation tokens": data.validation_digest,
         }
@@ -120,7 +120,7 @@ def check_data(data: Data) -> None:
 
 def check_written(output: str) -> None:
     """Raises HymbaError unless all processes see what the first of them wrote."""
-    wait_for_all("the run directory")
+    barrier("the run directory")
     deadline = time.monotonic() + _SEEN_WITHIN
     while not (Path(output) / CONFIG_FILE).is_file():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A model alone, in a directory that `load` reads."""
+"""A standalone model, in a directory that `load` reads."""
 
 import os
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.errors import HymbaError
 
-SMALLEST_VOCABULARY = 259
+type Packing = Literal["concat", "documents"]
+
+MIN_VOCAB_SIZE = 259
 """Every byte, and the three special tokens."""
 
-LARGEST_VOCABULARY = 2**20
+MAX_VOCAB_SIZE = 2**20
 """Several times the largest that is in use; training one takes memory and time with its size."""
 
 DATA_BOUNDS = {
@@ -31,8 +34,8 @@ class DataConfig:
     """
 
     path: str = ""
-    """Directory of text files and/or .jsonl files, or one .jsonl file; nothing: the running
-    Python's standard library sources."""
+    """Directory of text files and/or .jsonl files, one .jsonl file, or what `hymba tokenize` wrote;
+    nothing: the running Python's standard library sources."""
 
     text_field: str = "text"
     """Field of a JSON line that holds the document."""
@@ -43,6 +46,10 @@ class DataConfig:
 
     sequence_length: int = 512
     """Tokens the model sees per sequence."""
+
+    packing: Packing = "concat"
+    """Rows are windows of one stream, as in the paper (`concat`), or whole documents, each computed
+    as if it were alone (`documents`)."""
 
     validation_fraction: float = 0.05
     """About this share of the documents, chosen by a hash of their names, is held out for
@@ -61,14 +68,14 @@ class DataConfig:
             yield "tokenizer is empty (bytes, bpe:SIZE or the path of a tokenizer.json)"
         if self.tokenizer.startswith("bpe:") and self.bpe_size is None:
             yield (
-                f"tokenizer {shown(self.tokenizer)} needs a whole number from "
-                f"{SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY} after 'bpe:'"
+                f"tokenizer {shown(self.tokenizer)} needs an integer from "
+                f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE} after 'bpe:'"
             )
 
     @property
     def bpe_size(self) -> int | None:
         """Vocabulary size of a `bpe:SIZE` tokenizer; None for any other, or a bad SIZE."""
         kind, _, size = self.tokenizer.partition(":")
-        if kind != "bpe" or not size.isdecimal() or len(size) > len(str(LARGEST_VOCABULARY)):
+        if kind != "bpe" or not size.isdecimal() or len(size) > len(str(MAX_VOCAB_SIZE)):
             return None
-        return int(size) if SMALLEST_VOCABULARY <= int(size) <= LARGEST_VOCABULARY else None
+        return int(size) if MIN_VOCAB_SIZE <= int(size) <= MAX_VOCAB_SIZE else None

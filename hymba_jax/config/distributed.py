@@ -21,7 +21,7 @@ class DistributedConfig:
       heartbeat_timeout: seconds of silence after which a process is lost, and the others end.
 
     Raises:
-      HymbaError: naming every value that cannot be.
+      HymbaError: naming every invalid value.
     """
 
     coordinator: str = ""

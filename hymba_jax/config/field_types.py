@@ -53,7 +53,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """The type in words, such as 'a whole number or "auto"'."""
+    """The type in words, such as 'an integer or "auto"'."""
     if isinstance(kind, TypeAliasType):
         return describe(kind.__value__)
     if get_origin(kind) in (Union, UnionType):
@@ -64,7 +64,7 @@ def describe(kind: Any) -> str:
 
 
 _NAMES: dict[Any, str] = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     str: "a string",

@@ -29,7 +29,7 @@ from hymba_jax.config.field_types import shown
 type Attention = Literal["global", "window"]
 type SSMKind = Literal["mamba"]
 
-MOST_LAYERS = 4096
+MAX_LAYERS = 4096
 """No model is nearly as deep, and a program has to be compiled for each group."""
 
 
@@ -83,8 +83,8 @@ def parse_pattern(pattern: str) -> tuple[GroupSpec, ...]:
             raise ValueError(f"{shown(word)} is not a layer group such as Ww or 7*Ww")
         repeats = int((match[1] or "1")[:9])  # enough to be too many
         num_layers += repeats * len(match[2])
-        if num_layers > MOST_LAYERS:
-            raise ValueError(f"with {shown(word)} there are more than {MOST_LAYERS} layers")
+        if num_layers > MAX_LAYERS:
+            raise ValueError(f"with {shown(word)} there are more than {MAX_LAYERS} layers")
         layers = _parse_group(match[2])
         if groups and groups[-1].layers == layers:
             repeats += groups.pop().repeats

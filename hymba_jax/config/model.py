@@ -145,7 +145,7 @@ class HymbaConfig:
       pad_token_id: its padding token, which nothing is computed from.
 
     Raises:
-      ConfigError: naming every value that cannot be.
+      ConfigError: naming every invalid value.
     """
 
     vocab_size: int | Auto = 32001

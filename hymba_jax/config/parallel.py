@@ -19,7 +19,7 @@ class ParallelConfig:
       tensor: shards of the width of each layer, which work on the same sequences.
 
     Raises:
-      HymbaError: naming every size that cannot be.
+      HymbaError: naming every invalid size.
     """
 
     data: int = 1
@@ -52,7 +52,7 @@ class ParallelConfig:
         rest, left = divmod(num_devices, product)
         if left or (-1 not in sizes.values() and rest != 1):
             wanted = " x ".join(f"{name} {size}" for name, size in sizes.items() if size != -1)
-            multiple = " times a whole number" if -1 in sizes.values() else ""
+            multiple = " times an integer" if -1 in sizes.values() else ""
             raise HymbaError(
                 f"parallel config: {wanted}{multiple} is not the number of devices, {num_devices}"
             )

@@ -13,7 +13,7 @@ from hymba_jax.config.field_types import describe, fits, plain, shown
 from hymba_jax.errors import HymbaError
 
 LARGEST = 2**31 - 1  # of int32
-MOST_SAMPLES = 2**20
+MAX_SAMPLES = 2**20
 
 _ESCAPE = re.compile(
     r"\\(?:[\\nrt]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|(?P<unknown>.|$))", re.DOTALL
@@ -78,7 +78,7 @@ class SamplingConfig:
       stop_tokens: tokens that end it, besides the end-of-sequence token.
 
     Raises:
-      HymbaError: naming every value that cannot be, or would have no effect.
+      HymbaError: naming every invalid value, or would have no effect.
     """
 
     max_new_tokens: int = 256
@@ -147,8 +147,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "min_p": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "repetition_penalty": (_divides, "between 1e-30 and 1e30"),
     "num_samples": (
-        lambda v: 1 <= v <= MOST_SAMPLES,
-        f"between 1 and {MOST_SAMPLES}: all completions are kept in memory",
+        lambda v: 1 <= v <= MAX_SAMPLES,
+        f"between 1 and {MAX_SAMPLES}: all completions are kept in memory",
     ),
     "seed": (lambda v: 0 <= v < 2**32, f"between 0 and {2**32 - 1}"),
     "stop": (all, "free of empty strings"),

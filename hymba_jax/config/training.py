@@ -61,7 +61,7 @@ class TrainingConfig:
       sample_temperature: 0 takes the likeliest token each time, 1 the model's distribution.
 
     Raises:
-      HymbaError: naming every value that cannot be.
+      HymbaError: naming every invalid value.
     """
 
     steps: int = 1000

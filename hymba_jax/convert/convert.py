@@ -14,9 +14,7 @@ from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.run_lock import check_unlocked
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.run import CONFIG_FILE
-from hymba_jax.convert.hf_checkpoint import (
-    HFCheckpoint,
-)
+from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.hf_to_native import write_native
 from hymba_jax.convert.load_sharded import load_hf
 from hymba_jax.convert.manifest import not_written, write_manifest
@@ -43,7 +41,7 @@ class ConvertConfig:
 
     Attributes:
       source: directory of an HF checkpoint (config.json, .safetensors or pytorch_model.bin,
-        tokenizer), of a training run, or of a model alone.
+        tokenizer), of a training run, or of a standalone model.
       target: directory to write.
       dtype: of every tensor, in place of its own.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.

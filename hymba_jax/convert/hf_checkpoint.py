@@ -17,17 +17,16 @@ from hymba_jax.convert.mapping import (
     HEAD,
     ConversionError,
     HFSlice,
-    abstract_params,
     hf_shapes,
     hf_slices,
     mismatches,
 )
-from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.tensor_file import TensorFile, TensorInfo
 from hymba_jax.convert.torch_file import TorchFile
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
 from hymba_jax.hf_files import HF_CONFIG
+from hymba_jax.model.abstract import ParamPath, abstract_params
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

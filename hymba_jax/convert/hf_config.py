@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
 from hymba_jax.config.field_types import shown
-from hymba_jax.config.layer_pattern import MOST_LAYERS, GroupSpec, LayerSpec, format_pattern
+from hymba_jax.config.layer_pattern import MAX_LAYERS, GroupSpec, LayerSpec, format_pattern
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
 from hymba_jax.data import Tokenizer
@@ -62,8 +62,8 @@ def eos_token_ids(hf: Mapping[str, Any]) -> list[int]:
 def _value_problems(hf: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with values of the right type."""
     depth, window = hf["num_hidden_layers"], hf["sliding_window"]
-    if not 0 < depth <= MOST_LAYERS:
-        yield f"num_hidden_layers is {shown(depth)}, not 1 to {MOST_LAYERS}"
+    if not 0 < depth <= MAX_LAYERS:
+        yield f"num_hidden_layers is {shown(depth)}, not 1 to {MAX_LAYERS}"
         return
     if window is not None and window < 1:
         yield f"sliding_window is {window}, not above 0 (null is none)"
@@ -202,7 +202,7 @@ def require_hf_form(config: HymbaConfig) -> None:
     """Raises ConfigError if the HF implementation has no such architecture."""
     if config.fusion != "mean":
         raise ConfigError(f"the HF implementation cannot fuse by {config.fusion!r}")
-    if any(spec.attention is None or not spec.ssm for spec in config.layer_specs):
+    if any(spec.attention is None or spec.ssm != "mamba" for spec in config.layer_specs):
         raise ConfigError(f"layers {config.layers!r}: the HF implementation has only hybrid layers")
 
 

@@ -1,4 +1,4 @@
-"""An HF checkpoint into the native directory of a model alone."""
+"""An HF checkpoint into the native directory of a standalone model."""
 
 import json
 import shutil
@@ -15,16 +15,10 @@ from hymba_jax.convert.arrays import contiguous
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.hf_config import with_dtype
 from hymba_jax.convert.mapping import EMBEDDING, HEAD, TIED_COPY, HFSlice
-from hymba_jax.convert.mapping import Path as ParamPath
 from hymba_jax.convert.params_stream import LazyArray, write_params
 from hymba_jax.convert.report import Report
-from hymba_jax.hf_files import (
-    COPIES_FILE,
-    HF_CONFIG,
-    OTHER_FILES,
-    TOKENIZER_FILES,
-    companion_files,
-)
+from hymba_jax.hf_files import COPIES_FILE, HF_CONFIG, OTHER_FILES, TOKENIZER_FILES, companion_files
+from hymba_jax.model.abstract import ParamPath
 
 
 def write_native(

@@ -14,14 +14,14 @@ from rich.text import Text
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
-from hymba_jax.convert.mapping import DTYPES, param_shapes
-from hymba_jax.convert.mapping import Path as ParamPath
+from hymba_jax.convert.mapping import DTYPES
 from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.convert.report import in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.errors import HymbaError, printable
 from hymba_jax.files import resolve_path
 from hymba_jax.hf_files import missing_for_transformers
+from hymba_jax.model.abstract import ParamPath, param_shapes
 
 # A parameter belongs to the first part that its path has a name of.
 _PARTS = (
@@ -38,7 +38,7 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Prints what a checkpoint holds: an HF one, a model alone or a training run.
+    """Prints what a checkpoint holds: an HF one, a standalone model or a training run.
 
     Of HF checkpoints only headers are read; the arrays of native ones are compared with their
     checksums. The exit status is 1 where something is missing, damaged or does not fit, also what

@@ -5,20 +5,18 @@ first axis. Native arrays are separate where the HF implementation splits the re
 (`in_proj`), so that each can be sharded by itself.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 import numpy as np
-from flax import nnx
 
-from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config import HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.convert.hf_config import require_hf_form
 from hymba_jax.errors import HymbaError
-from hymba_jax.model.hymba import Hymba, layer_places
+from hymba_jax.model.abstract import ParamPath
+from hymba_jax.model.hymba import layer_paths
 from hymba_jax.types import Array
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -27,8 +25,6 @@ TIED_COPY = {HEAD: EMBEDDING}
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-type Path = tuple[Any, ...]
-"""Names and numbers from the model to one of its parameters."""
 type Index = tuple[slice, ...]
 
 
@@ -144,7 +140,7 @@ class HFSlice(NamedTuple):
       layout: of the rows.
     """
 
-    path: Path
+    path: ParamPath
     stack_index: int | None
     shape: tuple[int, ...]
     name: str
@@ -173,46 +169,8 @@ class Tensor(Protocol):
     def dtype(self) -> Any: ...
 
 
-def abstract_params(
-    config: HymbaConfig, compute: ComputeConfig
-) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each of a model's parameters, by path."""
-    # Stacked layers are traced once: half the time.
-    stacked = Hymba.abstract(config, dataclasses.replace(compute, scan_layers=True))
-    params = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in nnx.to_flat_state(nnx.state(stacked))
-    }
-    return params if compute.scan_layers else _unstacked(params, config)
-
-
-def _unstacked(
-    params: dict[Path, jax.ShapeDtypeStruct], config: HymbaConfig
-) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Each layer's own parameters, of those of a model that stacks them."""
-    unstacked = {path: like for path, like in params.items() if path[0] != "groups"}
-    for target, source in zip(
-        layer_places(config, scan_layers=False),
-        layer_places(config, scan_layers=True),
-        strict=True,
-    ):
-        depth = len(source.block)
-        for path, like in params.items():
-            if path[:depth] == source.block:
-                shape = like.shape if source.repeat is None else like.shape[1:]
-                name = (*target.block, *path[depth:])
-                unstacked[name] = jax.ShapeDtypeStruct(shape, like.dtype)
-    return unstacked
-
-
-def param_shapes(config: HymbaConfig, *, scan_layers: bool) -> dict[Path, tuple[int, ...]]:
-    """The shape of each of a model's parameters, by path."""
-    params = abstract_params(config, ComputeConfig(scan_layers=scan_layers))
-    return {path: like.shape for path, like in params.items()}
-
-
 def hf_slices(
-    shapes: Mapping[Path, tuple[int, ...]], config: HymbaConfig, *, scan_layers: bool
+    shapes: Mapping[ParamPath, tuple[int, ...]], config: HymbaConfig, *, scan_layers: bool
 ) -> list[HFSlice]:
     """Every parameter as the rows of HF tensors, in the tensors' order.
 
@@ -273,22 +231,22 @@ def mismatches(held: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 
 def _placed_rules(
     config: HymbaConfig, scan_layers: bool
-) -> Iterator[tuple[str, Layout, list[tuple[Path, int | None]]]]:
+) -> Iterator[tuple[str, Layout, list[tuple[ParamPath, int | None]]]]:
     """Each HF name, its layout, and the native arrays, with their index where they are stacked."""
     outside, layers = rules(config)
     for rule in outside:
         yield rule.hf, rule.layout, [(_path(name), None) for name in rule.native]
-    places = layer_places(config, scan_layers=scan_layers)
+    places = layer_paths(config, scan_layers=scan_layers)
     for i, (place, layer_rules) in enumerate(zip(places, layers, strict=True)):
         for rule in layer_rules:
             sources = [((*place.block, *_path(name)), place.repeat) for name in rule.native]
             yield f"model.layers.{i}.{rule.hf}", rule.layout, sources
 
 
-def _path(name: str) -> Path:
+def _path(name: str) -> ParamPath:
     return tuple(name.split("."))
 
 
-def dotted(path: Path) -> str:
+def dotted(path: ParamPath) -> str:
     """A parameter's path as text, such as groups.0.blocks.1.mlp_norm.scale."""
     return ".".join(map(str, path))

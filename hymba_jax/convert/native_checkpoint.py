@@ -1,4 +1,4 @@
-"""A native checkpoint, of a model alone or of a training run, to convert or to inspect."""
+"""A native checkpoint, of a standalone model or of a training run, to convert or to inspect."""
 
 from collections import defaultdict
 from functools import cached_property
@@ -7,17 +7,10 @@ from pathlib import Path
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config.run import CONFIG_FILE
-from hymba_jax.convert.mapping import (
-    ConversionError,
-    HFSlice,
-    dotted,
-    hf_slices,
-    mismatches,
-    param_shapes,
-)
-from hymba_jax.convert.mapping import Path as ParamPath
+from hymba_jax.convert.mapping import ConversionError, HFSlice, dotted, hf_slices, mismatches
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.model.abstract import ParamPath, param_shapes
 
 
 class NativeCheckpoint:

@@ -20,10 +20,10 @@ from hymba_jax.checkpoint.checksums import (
     dotted,
     tree_checksums,
 )
-from hymba_jax.convert import mapping
 from hymba_jax.convert.tensor_file import TensorInfo, drop_cached
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular
+from hymba_jax.model.abstract import ParamPath
 
 THREADS = 8  # each has an array or two in memory, and most wait for the disk
 _UNREADABLE = "not parameters that can be read"
@@ -42,7 +42,7 @@ class LazyArray:
     make: Callable[[], np.ndarray]
 
 
-def write_params(path: Path, sources: Mapping[mapping.Path, LazyArray]) -> None:
+def write_params(path: Path, sources: Mapping[ParamPath, LazyArray]) -> None:
     """Writes parameters as an Orbax checkpoint of a tree, with few of them in memory at a time.
 
     Raises:

@@ -60,7 +60,7 @@ def read_expected(path: Path, config: HymbaConfig) -> Expected:
             raise HymbaError(f"{path}: not a .npz file that can be read ({error})") from error
     ids, logits = expected
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
-        raise HymbaError(f"{path}: input_ids are not whole numbers of shape (batch, length)")
+        raise HymbaError(f"{path}: input_ids are not integers of shape (batch, length)")
     if not np.issubdtype(logits.dtype, np.floating):
         raise HymbaError(f"{path}: logits are {logits.dtype}, not floating-point numbers")
     if logits.shape != (*ids.shape, config.num_embeddings):

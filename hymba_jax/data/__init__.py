@@ -1,12 +1,29 @@
-"""Text in, batches of token windows out.
+"""Text in, batches of tokens out.
 
-| file           | subject                                                                  |
-|----------------|--------------------------------------------------------------------------|
-| `sources.py`   | documents from text files, JSON lines or the standard library's sources  |
-| `tokenizer.py` | bytes, a BPE trained here, or any `tokenizer.json`                       |
-| `packing.py`   | documents to one stream of tokens, the stream to windows                 |
-| `batch.py`     | rows of tokens, as training steps take them                              |
-| `pipeline.py`  | training and validation batches through Grain                            |
+| file                  | subject                                                               |
+|-----------------------|-----------------------------------------------------------------------|
+| `sources.py`          | documents in memory: text, JSON lines, the standard library's sources |
+| `listing.py`          | the files of a corpus: local or behind a URL                          |
+| `formats.py`          | from the bytes of a file to documents                                 |
+| `documents.py`        | documents as a stream, and what is done about bad records             |
+| `split.py`            | which documents are held out for validation                           |
+| `tokenizer.py`        | bytes, a BPE trained here, or any `tokenizer.json`                    |
+| `control_tokens.py`   | special and added tokens, which user text can never become            |
+| `encoder.py`          | tokenizing on all cores                                               |
+| `tokenize_command.py` | `hymba tokenize`                                                      |
+| `tokenize_corpus.py`  | documents to shards, resumable                                        |
+| `tokenize_records.py` | what is done of a corpus that is being tokenized                      |
+| `manifest.py`         | what a tokenized corpus says of itself                                |
+| `block_checksums.py`  | checksums of shards, checked where they are read                      |
+| `tokenized.py`        | a tokenized corpus, opened                                            |
+| `megatron.py`         | Megatron's format of token files                                      |
+| `token_store.py`      | shards of any format as one stream of tokens                          |
+| `packing.py`          | documents to one stream, the stream to windows                        |
+| `document_rows.py`    | whole documents packed into rows                                      |
+| `permutation.py`      | the order of a source's rows in each epoch                            |
+| `mixture.py`          | which source an example is from                                       |
+| `batch.py`            | rows of tokens, as training steps take them                           |
+| `pipeline.py`         | training and validation batches through Grain                         |
 """
 
 from hymba_jax.config.data import DataConfig

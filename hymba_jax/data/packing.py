@@ -12,6 +12,7 @@ import numpy as np
 
 from hymba_jax.data.batch import Batch, make_row
 from hymba_jax.data.sources import Document
+from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.types import UInt
 
@@ -61,20 +62,18 @@ class Windows:
     Record i is the row of a batch that window i makes.
     """
 
-    def __init__(self, tokens: UInt[np.ndarray, " stream"], sequence_length: int) -> None:
+    def __init__(self, tokens: TokenStore, sequence_length: int) -> None:
         self._tokens = tokens
         self._sequence_length = sequence_length
 
     def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._sequence_length
+        return (self._tokens.num_tokens - 1) // self._sequence_length
 
     def __getitem__(self, index: int) -> Batch:
         return make_row(window(self._tokens, index, self._sequence_length), self._sequence_length)
 
 
-def window(
-    tokens: UInt[np.ndarray, " stream"], index: int, sequence_length: int
-) -> UInt[np.ndarray, " window"]:
-    """The tokens of a window; fewer at the end of the stream, none beyond it."""
+def window(tokens: TokenStore, index: int, sequence_length: int) -> UInt[np.ndarray, " window"]:
+    """The tokens of a window; fewer at the end of the stream."""
     start = index * sequence_length
-    return tokens[start : start + sequence_length + 1]
+    return tokens.read(start, min(start + sequence_length + 1, tokens.num_tokens))

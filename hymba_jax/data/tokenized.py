@@ -61,6 +61,11 @@ class TokenizedCorpus:
         )
 
 
+def is_tokenized(directory: Path) -> bool:
+    """Whether `hymba tokenize` writes or has written here."""
+    return (directory / MANIFEST).exists() or count_done(directory) is not None
+
+
 def damage(directory: PathLike) -> Iterator[str]:
     """Reads all shards of a tokenized corpus and says what is damaged, a line each.
 

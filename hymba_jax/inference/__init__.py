@@ -1,17 +1,19 @@
 """From a trained model to text.
 
-| file                | subject                                                       |
-|---------------------|---------------------------------------------------------------|
-| `language_model.py` | text in, text out                                             |
-| `prompts.py`        | what may be a prompt, as tokens                               |
-| `engine.py`         | the compiled programs: prefill, insert, decode                |
-| `sampling.py`       | which token comes next                                        |
-| `text_stream.py`    | tokens to text as they come; stop strings                     |
-| `loading.py`        | a model with its tokenizer from a directory                   |
-| `generate.py`       | `hymba generate`                                              |
-| `chat.py`           | `hymba chat`, with `chat_template.py`                         |
-| `memory.py`         | the memory footprint of sequences                             |
-| `warmup.py`         | `hymba warmup`, and where compiled programs are kept          |
+| file                   | subject                                                           |
+|------------------------|-------------------------------------------------------------------|
+| `language_model.py`    | text in, text out                                                 |
+| `prompts.py`           | what may be a prompt, as tokens                                   |
+| `engine.py`            | the compiled programs: prefill, insert, decode                    |
+| `sampling.py`          | which token comes next                                            |
+| `text_stream.py`       | tokens to text as they come; stop strings                         |
+| `loading.py`           | a model with its tokenizer from a directory                       |
+| `generation_config.py` | the `generation_config.json` of an HF checkpoint                  |
+| `generate.py`          | `hymba generate`                                                  |
+| `chat.py`              | `hymba chat`                                                      |
+| `chat_template.py`     | conversations as tokens (`template_sandbox.py`, `traced_text.py`) |
+| `memory.py`            | the memory footprint of sequences                                 |
+| `warmup.py`            | `hymba warmup`, and where compiled programs are kept              |
 
 What is kept between tokens is the model's own: `hymba_jax/model/state.py`.
 """

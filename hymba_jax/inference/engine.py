@@ -28,10 +28,10 @@ from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
 from hymba_jax.types import Array, Bool, Float, Int
 
-SMALLEST_CHUNK = 32
-LARGEST_CHUNK = 1024
-SMALLEST_CONTEXT = 256
-SMALLEST_STOP = 4  # stop tokens that there is room for, at least
+MIN_CHUNK = 32
+MAX_CHUNK = 1024
+MIN_CONTEXT = 256
+MIN_STOP_TOKENS = 4  # stop tokens that there is room for, at least
 STEPS = 16  # tokens that a row samples at most before they are looked at
 NO_TOKEN = -1
 NOT_FINITE = -2  # in place of a token, where the model's logits are NaN or infinite
@@ -118,7 +118,7 @@ class Engine:
       model: its kernels are copied into the form that is read fastest a token at a time.
       state_dtype: that the SSM's states are kept in between tokens.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      largest_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of it.
+      max_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of it.
       allowed: the tokens that may be sampled; all of them if absent.
 
     Attributes:
@@ -135,19 +135,19 @@ class Engine:
         *,
         state_dtype: DType = "float32",
         context: int | None = None,
-        largest_chunk: int = LARGEST_CHUNK,
+        max_chunk: int = MAX_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
         graph, variables = nnx.split(fuse_projections(unstack_layers(model)))
         self.config = model.config
         self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)
-        self.largest_chunk = largest_chunk
+        self.max_chunk = max_chunk
         self.allowed = jnp.asarray(
             np.ones(self.config.num_embeddings, bool) if allowed is None else allowed
         )
         self.max_context = _max_context(model.config, context)
-        self._smallest_context = context or SMALLEST_CONTEXT
+        self._smallest_context = context or MIN_CONTEXT
         self._state_dtype = state_dtype
         self.programs = _programs(graph, model.config, model.compute, state_dtype)
 
@@ -244,7 +244,7 @@ class Engine:
             [request.sampling for request in padded], [request.sample for request in padded]
         )
         num_stops = max(len(request.stop_tokens) for request in padded)
-        num_stops = bucket(num_stops, SMALLEST_STOP)
+        num_stops = bucket(num_stops, MIN_STOP_TOKENS)
         if state is not None:
             num_stops = max(num_stops, state.stop.stop_tokens.shape[1])
         stops = np.full((batch, num_stops), NO_TOKEN, np.int32)
@@ -297,13 +297,13 @@ class Engine:
         return [np.concatenate(row) for row in scores]
 
     def chunks(self, prompts: Sequence[Sequence[int]]) -> list[PaddedChunk]:
-        """The prompts in chunks of at most `largest_chunk` tokens."""
+        """The prompts in chunks of at most `max_chunk` tokens."""
         lengths = np.zeros(bucket(len(prompts)), np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         chunks: list[PaddedChunk] = []
         start, longest = 0, int(lengths.max())
         while start < longest or not chunks:
-            width = min(bucket(longest - start, SMALLEST_CHUNK), self.largest_chunk)
+            width = min(bucket(longest - start, MIN_CHUNK), self.max_chunk)
             tokens = np.zeros((len(lengths), width), np.int32)
             for row, prompt in zip(tokens, prompts, strict=False):
                 chunk = prompt[start : start + width]
@@ -423,7 +423,7 @@ def _programs(
                 repetition_penalty=jnp.ones(batch),
                 key=jnp.broadcast_to(key, batch),
             ),
-            stop=StopCriteria(zeros, jnp.full((batch, SMALLEST_STOP), NO_TOKEN)),
+            stop=StopCriteria(zeros, jnp.full((batch, MIN_STOP_TOKENS), NO_TOKEN)),
         )
 
     def advance(

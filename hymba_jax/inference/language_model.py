@@ -395,7 +395,7 @@ def _known_tokens(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, " v
 
 def _whole(name: str, value: Any) -> int:
     if not fits(value, int):
-        raise HymbaError(f"{name} is {shown(value)}, not a whole number")
+        raise HymbaError(f"{name} is {shown(value)}, not an integer")
     return operator.index(value)
 
 

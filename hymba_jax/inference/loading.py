@@ -21,7 +21,7 @@ def load(
     context: int | None = None,
     step: int | None = None,
 ) -> LanguageModel:
-    """The model of a training run, or of a directory that holds a model alone, on one device.
+    """The model of a training run, or of a directory that holds a standalone model, on one device.
 
     Of a model that comes from an HF checkpoint, generation_config.json says which tokens end a
     sequence and how to sample unless told otherwise, see `LanguageModel.defaults`.
@@ -56,7 +56,7 @@ class ModelChoice:
     """The model that a command works with.
 
     Attributes:
-      model: directory of a training run, or of a model alone.
+      model: directory of a training run, or of a standalone model.
       step: which checkpoint of a run; the newest if absent.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.

@@ -20,7 +20,7 @@ class CacheBytes:
 
     global_kv: int
     window_kv: int
-    conv_inputs: int
+    conv_state: int
     ssm_states: int
 
     @property
@@ -58,6 +58,6 @@ def _by_use(config: HymbaConfig, layers: Sequence[LayerState]) -> CacheBytes:
     return CacheBytes(
         global_kv=kv["global"],
         window_kv=kv["window"],
-        conv_inputs=sum(tree_bytes(layer.ssm.conv_inputs) for layer in layers if layer.ssm),
+        conv_state=sum(tree_bytes(layer.ssm.conv_state) for layer in layers if layer.ssm),
         ssm_states=sum(tree_bytes(layer.ssm.ssm_state) for layer in layers if layer.ssm),
     )

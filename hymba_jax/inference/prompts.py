@@ -89,13 +89,11 @@ def _tokens(name: str, prompt: Any) -> Iterable[int]:
     # An array on a device comes over at once, not token by token.
     for i, token in enumerate(np.asarray(prompt) if hasattr(prompt, "__array__") else prompt):
         if isinstance(token, bool | np.bool) or not hasattr(token, "__index__"):
-            raise HymbaError(f"{name}: token {i + 1} is {_kind(token)}, not a whole number")
+            raise HymbaError(f"{name}: token {i + 1} is {_kind(token)}, not an integer")
         try:
             yield operator.index(token)
         except TypeError as error:  # an array, or a float on a device
-            raise HymbaError(
-                f"{name}: token {i + 1} is {_kind(token)}, not a whole number"
-            ) from error
+            raise HymbaError(f"{name}: token {i + 1} is {_kind(token)}, not an integer") from error
 
 
 def _is_iterable(value: Any) -> bool:

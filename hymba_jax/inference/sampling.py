@@ -14,7 +14,7 @@ from hymba_jax.types import Array, Bool, Float, Int, Key
 
 # Of JAX's generators, the one whose samples do not depend on the rows beside them.
 PRNG = "threefry2x32"
-ONE = 2**30  # a probability of 1, where probabilities are whole numbers: see `token_weights`
+ONE = 2**30  # a probability of 1, where probabilities are integers: see `token_weights`
 
 
 class Sampler(NamedTuple):
@@ -131,7 +131,7 @@ def token_weights(
 ) -> Int[Array, " vocab"]:
     """What a row's temperature and filters leave of its distribution: each token's share of `ONE`.
 
-    Probabilities are whole numbers because their sums do not depend on the order of adding, as a
+    Probabilities are integers because their sums do not depend on the order of adding, as a
     float's last bits would. Their error is that of float32: half of 2**-30.
     """
     temperature = jnp.where(sampler.temperature > 0, sampler.temperature, 1)

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.engine import SMALLEST_CHUNK, Engine, bucket
+from hymba_jax.inference.engine import MIN_CHUNK, Engine, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 
@@ -62,8 +62,8 @@ def main(config: WarmupConfig) -> None:
 
 def prompt_lengths(engine: Engine) -> Iterator[int]:
     """Lengths of prompts that between them need every program of prefill."""
-    longest, chunk = engine.max_context - 1, engine.largest_chunk  # leaves room for a token
-    widths = [1 << i for i in range(SMALLEST_CHUNK.bit_length() - 1, chunk.bit_length())]
+    longest, chunk = engine.max_context - 1, engine.max_chunk  # leaves room for a token
+    widths = [1 << i for i in range(MIN_CHUNK.bit_length() - 1, chunk.bit_length())]
     for start in (0, chunk):
         for before in (0, *widths[:-1]):  # the next width is for more than that
             if start + before < longest:

@@ -1,5 +1,6 @@
 """A model without its values: shapes, dtypes and shardings of its parameters."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,9 +8,12 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.model.hymba import Hymba
+from hymba_jax.model.hymba import Hymba, layer_paths
 from hymba_jax.model.sharding import state_shardings
 from hymba_jax.parallel.mesh import AnyMesh
+
+type ParamPath = tuple[Any, ...]
+"""Names and numbers from the model to one of its parameters."""
 
 type Params = dict[Any, Any]
 """Nested dictionaries of arrays: NNX variables without their wrapping, which costs time a step."""
@@ -26,3 +30,41 @@ def abstract_model(
 
 def placed(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def abstract_params(
+    config: HymbaConfig, compute: ComputeConfig
+) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each of a model's parameters, by path."""
+    # Stacked layers are traced once: half the time.
+    stacked = Hymba.abstract(config, dataclasses.replace(compute, scan_layers=True))
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in nnx.to_flat_state(nnx.state(stacked))
+    }
+    return params if compute.scan_layers else _unstacked(params, config)
+
+
+def _unstacked(
+    params: dict[ParamPath, jax.ShapeDtypeStruct], config: HymbaConfig
+) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+    """Each layer's own parameters, of those of a model that stacks them."""
+    unstacked = {path: like for path, like in params.items() if path[0] != "groups"}
+    for target, source in zip(
+        layer_paths(config, scan_layers=False),
+        layer_paths(config, scan_layers=True),
+        strict=True,
+    ):
+        depth = len(source.block)
+        for path, like in params.items():
+            if path[:depth] == source.block:
+                shape = like.shape if source.repeat is None else like.shape[1:]
+                name = (*target.block, *path[depth:])
+                unstacked[name] = jax.ShapeDtypeStruct(shape, like.dtype)
+    return unstacked
+
+
+def param_shapes(config: HymbaConfig, *, scan_layers: bool) -> dict[ParamPath, tuple[int, ...]]:
+    """The shape of each of a model's parameters, by path."""
+    params = abstract_params(config, ComputeConfig(scan_layers=scan_layers))
+    return {path: like.shape for path, like in params.items()}

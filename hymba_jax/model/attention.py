@@ -85,7 +85,7 @@ class Attention(nnx.Module):
                 meta_value=kv.meta.value[0],
             )
             return output[:, None]
-        tokens, first_key = kv.tokens(context.start)
+        tokens, kv_start = kv.tokens(context.start)
         meta_key, meta_value = (a[0].swapaxes(0, 1) for a in kv.meta)
         return attention(
             query,
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
             meta_key=meta_key,
             meta_value=meta_value,
             window=self.window,
-            first_key=first_key,
+            kv_start=kv_start,
             segment_ids=context.segment_ids,
         )
 

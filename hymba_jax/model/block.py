@@ -65,7 +65,7 @@ class Block(nnx.Module):
         x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return LayerOutput(x, kv, ssm)
 
-    def whole_sequences(
+    def full_forward(
         self,
         x: WithMeta,
         context: WithMeta,
@@ -88,9 +88,9 @@ def run_block(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any) -> La
 
 
 @partial(jax.jit, static_argnums=0)
-def run_whole_sequences(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any) -> WithMeta:
-    """`Block.whole_sequences`, likewise."""
-    return nnx.merge(graph, params).whole_sequences(*inputs)
+def run_full_forward(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any) -> WithMeta:
+    """`Block.full_forward`, likewise."""
+    return nnx.merge(graph, params).full_forward(*inputs)
 
 
 class LayerGroup(nnx.Module):
@@ -126,12 +126,12 @@ class LayerGroup(nnx.Module):
             x, shared, _ = outputs[-1]
         return outputs
 
-    def whole_sequences(self, x: WithMeta, context: WithMeta) -> list[WithMeta]:
+    def full_forward(self, x: WithMeta, context: WithMeta) -> list[WithMeta]:
         """Each layer's output for sequences that start from the state after the meta tokens.
 
         Both pass a layer one after the other, so that its parameters are gathered once.
         """
-        run: Callable[..., WithMeta] = run_whole_sequences
+        run: Callable[..., WithMeta] = run_full_forward
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], static_argnums=0)
         shared: WithMeta = WithMeta(None, None)
@@ -161,12 +161,12 @@ class ScannedLayers(nnx.Module):
         make_groups = nnx.vmap(lambda group_keys: LayerGroup(config, specs, compute, group_keys))
         self.group = make_groups(keys)
 
-    def whole_sequences(self, x: WithMeta, context: WithMeta, *, keep_all: bool) -> list[WithMeta]:
+    def full_forward(self, x: WithMeta, context: WithMeta, *, keep_all: bool) -> list[WithMeta]:
         """The last layer's output, after those of the others if they are to be kept."""
         graph, params = nnx.split(self.group)
 
         def run_group(x: WithMeta, group_params: nnx.State) -> tuple[WithMeta, list[WithMeta]]:
-            outputs = nnx.merge(graph, group_params).whole_sequences(x, context)
+            outputs = nnx.merge(graph, group_params).full_forward(x, context)
             return outputs[-1], outputs if keep_all else []
 
         x, stacked = jax.lax.scan(run_group, x, params)

@@ -81,7 +81,7 @@ class Hymba(nnx.Module):
         Raises:
           ValueError: with segment_ids, the rotation depends on the length of each document.
         """
-        return self.logits(self._whole_sequences(tokens, segment_ids, keep_all=False)[-1].tokens)
+        return self.logits(self._full_forward(tokens, segment_ids, keep_all=False)[-1].tokens)
 
     def hidden_states(
         self, tokens: Int[Array, "batch length"]
@@ -90,7 +90,7 @@ class Hymba(nnx.Module):
 
         The meta tokens' are in front of each row's.
         """
-        states = self._whole_sequences(tokens, None, keep_all=True)
+        states = self._full_forward(tokens, None, keep_all=True)
         return [
             x.tokens
             if x.meta is None
@@ -98,7 +98,7 @@ class Hymba(nnx.Module):
             for x in states
         ]
 
-    def _whole_sequences(
+    def _full_forward(
         self,
         tokens: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None,
@@ -124,9 +124,9 @@ class Hymba(nnx.Module):
         contexts, states = WithMeta(meta_context, context), [WithMeta(meta, x)]
         for group in self.groups:
             if isinstance(group, ScannedLayers):
-                states += group.whole_sequences(states[-1], contexts, keep_all=keep_all)
+                states += group.full_forward(states[-1], contexts, keep_all=keep_all)
             else:
-                states += group.whole_sequences(states[-1], contexts)
+                states += group.full_forward(states[-1], contexts)
         return states
 
     def meta_state(self) -> MetaState:
@@ -266,23 +266,23 @@ def _meta_positions(config: HymbaConfig) -> Int[Array, "1 meta_tokens"]:
     return jnp.arange(config.num_meta_tokens)[None]
 
 
-class LayerPlace(NamedTuple):
+class LayerPath(NamedTuple):
     """Where a layer's parameters are: the path of its block, and which of its stack it is."""
 
     block: tuple[str | int, ...]
     repeat: int | None
 
 
-def layer_places(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPlace]:
+def layer_paths(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPath]:
     """The place of each layer among the parameters, first layer first."""
     places = []
     for i, group in enumerate(_held_groups(config, scan_layers)):
         for repeat in range(group.repeats):
             for j in range(len(group.layers)):
                 if group.repeats > 1:
-                    place = LayerPlace(("groups", i, "group", "blocks", j), repeat)
+                    place = LayerPath(("groups", i, "group", "blocks", j), repeat)
                 else:
-                    place = LayerPlace(("groups", i, "blocks", j), None)
+                    place = LayerPath(("groups", i, "blocks", j), None)
                 places.append(place)
     return places
 
@@ -308,10 +308,10 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
     compute = dataclasses.replace(model.compute, scan_layers=scan_layers)
     graph, shapes = nnx.split(Hymba.abstract(config, compute))
     held = dict(nnx.to_flat_state(nnx.state(model)))
-    sources: dict[tuple[str | int, ...], list[LayerPlace]] = defaultdict(list)
+    sources: dict[tuple[str | int, ...], list[LayerPath]] = defaultdict(list)
     for target, source in zip(
-        layer_places(config, scan_layers=scan_layers),
-        layer_places(config, scan_layers=model.compute.scan_layers),
+        layer_paths(config, scan_layers=scan_layers),
+        layer_paths(config, scan_layers=model.compute.scan_layers),
         strict=True,
     ):
         sources[target.block].append(source)
@@ -323,7 +323,7 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
                 return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
         return held[path][...]
 
-    def take(place: LayerPlace, name: tuple[Any, ...]) -> Array:
+    def take(place: LayerPath, name: tuple[Any, ...]) -> Array:
         array = held[*place.block, *name][...]
         return array if place.repeat is None else array[place.repeat]
 

@@ -1,11 +1,13 @@
 """The idea of the paper: attention heads and SSM heads in parallel on the same input (eq. 2)."""
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
-from hymba_jax.config.layer_pattern import LayerSpec
+from hymba_jax.config.layer_pattern import LayerSpec, SSMKind
 from hymba_jax.model.attention import Attention
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
@@ -13,6 +15,9 @@ from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.model.ssm import SSM
 from hymba_jax.model.state import LayerOutput, LayerState
 from hymba_jax.types import Array, Float
+
+SSM_KINDS: Mapping[SSMKind | None, type[SSM]] = {"mamba": SSM}
+"""The heads of each kind that a layer's spec may name."""
 
 
 class HybridMixer(nnx.Module):
@@ -26,7 +31,7 @@ class HybridMixer(nnx.Module):
         self, config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs
     ):
         self.attention = Attention(config, spec, compute, rngs)
-        self.ssm = SSM(config, compute, rngs)
+        self.ssm = SSM_KINDS[spec.ssm](config, compute, rngs)
         eps = config.norm_eps
         self.attention_norm = rms_norm(config.attention_channels, "channels", eps, compute)
         self.ssm_norm = rms_norm(config.channels, "channels", eps, compute)
@@ -93,7 +98,7 @@ class SSMMixer(nnx.Module):
     def __init__(
         self, config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs
     ):
-        self.ssm = SSM(config, compute, rngs)
+        self.ssm = SSM_KINDS[spec.ssm](config, compute, rngs)
         self.out_proj = _out_proj(config, spec, compute, rngs)
 
     def __call__(

@@ -20,7 +20,7 @@ DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps at the start of training: Mamba, s
 class SSMState(NamedTuple):
     """The last inputs of the convolution, and the state of the recurrence."""
 
-    conv_inputs: Float[Array, "batch kernel-1 channels"]
+    conv_state: Float[Array, "batch kernel-1 channels"]
     ssm_state: Float[Array, "batch state channels"]
 
     def of_rows(self, batch: int) -> "SSMState":
@@ -91,11 +91,11 @@ class SSM(nnx.Module):
         """
         u, gate = self.in_proj(x), self.gate_proj(x)
         state = state and state.of_rows(len(x))
-        u, conv_inputs = causal_conv(
+        u, conv_state = causal_conv(
             u,
             self.conv_kernel[...],
             self.conv_bias[...],
-            initial_inputs=state and state.conv_inputs,
+            initial_inputs=state and state.conv_state,
             segment_ids=context.segment_ids,
             lengths=context.lengths,
         )
@@ -114,7 +114,7 @@ class SSM(nnx.Module):
             segment_ids=context.segment_ids,
             lengths=context.lengths,
         )
-        return y, SSMState(conv_inputs, ssm_state)
+        return y, SSMState(conv_state, ssm_state)
 
     def init_state(self, batch: int, dtype: DTypeLike, state_dtype: DTypeLike) -> SSMState:
         """A state of zeros.

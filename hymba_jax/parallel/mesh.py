@@ -109,7 +109,7 @@ def global_batch(rows: Any, mesh: Mesh, batch_size: int) -> Any:
     )
 
 
-def bytes_on_each(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes on each device of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -79,7 +79,7 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         ) from error
     try:
         yield
-        wait_for_all("the end")
+        barrier("the end")
     except BaseException as error:
         if any(_may_be_lost_process(cause) for cause in _causes(error)):
             # If another process is lost, JAX says so by then, and aborts this one.
@@ -87,12 +87,12 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         _end(error)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes and speaks for all."""
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Waits until every process has come here."""
     multihost_utils.sync_global_devices(what)
 

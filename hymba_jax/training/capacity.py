@@ -6,7 +6,7 @@ from hymba_jax.checkpoint.train_state import AbstractTrainState
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
 from hymba_jax.parallel.memory import device_memory
-from hymba_jax.parallel.mesh import bytes_on_each
+from hymba_jax.parallel.mesh import bytes_per_device
 
 
 def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
@@ -18,7 +18,7 @@ def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
     Raises:
       HymbaError: naming both sizes and what to change.
     """
-    needed = bytes_on_each(abstract.state)
+    needed = bytes_per_device(abstract.state)
     available = device_memory(mesh.local_devices)
     if available is None or needed <= available:
         return

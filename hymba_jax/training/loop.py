@@ -35,7 +35,7 @@ from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
-from hymba_jax.parallel.processes import is_first
+from hymba_jax.parallel.processes import is_main_process
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
@@ -63,8 +63,8 @@ def train(config: RunConfig, generate: Generate) -> None:
     mesh = make_mesh(parallel=config.parallel)
     check_batch(config.training.micro_batch_size, mesh)
     # A process that is lost takes the others with it, and there they could not restore a terminal.
-    display = Display(plain=jax.process_count() > 1, quiet=not is_first())
-    lock = locked(Path(config.output), display.say) if is_first() else nullcontext()
+    display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
+    lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
         _train(config, generate, mesh, display)
 
@@ -85,10 +85,16 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
     train_step = compile_train_step(
         make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size),
         abstract.state,
-        abstract_batch(training.batch_size, length, batch_sharding(mesh)),
+        abstract_batch(
+            training.batch_size,
+            length,
+            batch_sharding(mesh),
+            segment_ids=config.data.packing == "documents",
+        ),
     )
     rows = process_rows(mesh, training.batch_size)
-    batches = train_iterator(data.train, length, training.batch_size, config.seed, rows)
+    examples = data.train_rows(config.data)
+    batches = train_iterator(examples, training.batch_size, config.seed, rows)
     limit = training.validation_batches * training.batch_size
     validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
     if initial is not None:
@@ -112,14 +118,14 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             resuming = f"resuming after step {start}"
             display.say(complete if start == training.steps else resuming)
         _write_directory(config, data.tokenizer, is_new=previous is None)
-        output = Path(config.output) if is_first() else None
+        output = Path(config.output) if is_main_process() else None
         trace = output / PROFILE if output and config.profile else None
         with MetricsWriter(output, start) as writer, Tracer(trace, start) as tracer:
             if writer.removed:
                 display.say(writer.removed)
             flops = training_flops(config.model, length)
             workload = _workload(training.batch_size, length, flops, mesh)
-            epoch = (len(data.train) - 1) // length / training.batch_size
+            epoch = len(examples) / training.batch_size
             recorder = Recorder(training, workload, epoch, start, writer, display)
             placed = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
             state = _run_steps(
@@ -249,10 +255,10 @@ def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, displa
     display.say(
         f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
         f"{len(devices)} x {devices[0].device_kind}{processes}; {config.training.steps:,} steps of "
-        f"{config.training.batch_size * length:,} tokens, {len(data.train):,} tokens of text"
+        f"{config.training.batch_size * length:,} tokens, {data.train.num_tokens:,} tokens of text"
     )
-    if data.left_out:
-        display.say(f"{config.data.path}: left out of the text: {data.left_out}")
+    for note in data.notes:
+        display.say(note)
     if mesh.size > 1:
         display.say(describe_sharding(config.model, mesh, length))
 
@@ -277,7 +283,7 @@ def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> No
 
 def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:
     """Makes the run directory, by the first process for all."""
-    if is_first():
+    if is_main_process():
         write_run_directory(config, tokenizer)
         if is_new:
             keep_hf_files(config.init_from, config.output)

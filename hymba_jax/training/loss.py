@@ -46,14 +46,14 @@ type LossFn = Callable[[Params, Batch], Averages]
 
 
 def next_token_loss(model: Hymba, batch: Batch) -> Averages:
-    """The objective of pretraining: cross entropy, in nats a token."""
-    return {"loss": cross_entropy(model(batch.inputs), batch.targets)}
+    """The objective of pretraining: cross entropy, in nats per token."""
+    return {"loss": cross_entropy(model(batch.inputs, batch.segment_ids), batch.targets)}
 
 
 def cross_entropy(
     logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]
 ) -> Average:
-    """In nats a token, in float32; over the positions whose target is not IGNORED_TARGET."""
+    """In nats per token, in float32; over the positions whose target is not IGNORED_TARGET."""
     valid = targets != IGNORED_TARGET
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), jnp.where(valid, targets, 0)

@@ -11,7 +11,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.mesh import make_mesh, replicated
-from hymba_jax.parallel.processes import is_first
+from hymba_jax.parallel.processes import is_main_process
 
 SAMPLE_FILE = "sample.txt"  # inside the run directory
 
@@ -38,7 +38,7 @@ def sample(
 ) -> str | None:
     """What the model generates in the first process; None in the others, which take part, too."""
     everywhere = jax.device_put(params, replicated(mesh))  # by all processes together
-    if not is_first():
+    if not is_main_process():
         return None
     alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
     with jax.set_mesh(alone):

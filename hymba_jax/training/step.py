@@ -36,7 +36,7 @@ def make_train_step(
         return averages["loss"].total, averages
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rows = batch.inputs.shape[0]
+        rows = jax.tree.leaves(batch)[0].shape[0]
         compute = optax.microbatching.microbatch(
             jax.value_and_grad(summed_loss, has_aux=True),
             argnums=1,

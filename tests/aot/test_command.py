@@ -69,7 +69,7 @@ def test_a_training_step(capsys, config, four_cpus):
     words, table = compile_for(
         capsys, "--config", config, "--topology", "v5e:2x2", "--parallel.tensor", 2
     )
-    assert words[0].endswith("v5e:2x2: training, 8 sequences of 112 tokens a step, 4 at a time")
+    assert words[0].endswith("v5e:2x2: training, 8 sequences of 112 tokens per step, 4 at a time")
     assert words[1].startswith(
         "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 2"
     )
@@ -110,7 +110,7 @@ def refusal(capsys, *arguments):
 def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     """The compiler refuses it: 10 GB of arguments and 12 of temporaries, for a sequence a chip."""
     memory = Memory(10 * 10**9, 12 * 10**9, 22 * 10**9)
-    monkeypatch.setattr(command, "compile_and_measure", lambda _: (memory, None))
+    monkeypatch.setattr(command, "compile_and_analyze", lambda _: (memory, None))
     message, printed = refusal(capsys, "--config", config, "--topology", "v5e:2x2")
     assert message == "error: it does not fit: 22.00 GB of 16.00 GB a chip"
     words, table = parse(printed)

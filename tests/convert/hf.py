@@ -71,9 +71,9 @@ def convert(source: Path, target: Path, **options: object) -> Path:
     return target
 
 
-def assert_same_bits(native: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert native.keys() == theirs.keys()
-    for name, expected in theirs.items():
+def assert_same_bits(native: dict[str, np.ndarray], hf: dict[str, np.ndarray]) -> None:
+    assert native.keys() == hf.keys()
+    for name, expected in hf.items():
         assert native[name].dtype == expected.dtype, name
         assert native[name].shape == expected.shape, name
         assert native[name].tobytes() == expected.tobytes(), name

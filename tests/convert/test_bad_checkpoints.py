@@ -172,7 +172,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (edit_weights(wrap("module.{}")), "which DataParallel or DistributedDataParallel puts"),
         (edit_weights(wrap("_orig_mod.{}")), "which torch.compile puts there: save the model ins"),
         (edit_config(model_type="llama"), "model_type is 'llama', and only 'hymba' is supported"),
-        (edit_config(num_hidden_layers="ten"), "num_hidden_layers is 'ten', not a whole number"),
+        (edit_config(num_hidden_layers="ten"), "num_hidden_layers is 'ten', not an integer"),
         (edit_config(mamba_d_state=8), "mamba.A_log.0 has shape (96, 16), not (96, 8)"),
         (
             edit_config(num_hidden_layers=9, kv_reuse_group=[[1, 2]], global_attn_idx=[0, 5]),
@@ -496,7 +496,7 @@ class TestVerify:
             ({"logits": lambda _: None}, "needs arrays input_ids and logits"),
             ({"logits": lambda logits: logits[:, :-1]}, "logits have shape"),
             ({"input_ids": lambda ids: ids + 89}, "outside the vocabulary of 89"),
-            ({"input_ids": lambda ids: ids / 2}, "not whole numbers"),
+            ({"input_ids": lambda ids: ids / 2}, "not integers"),
         ],
     )
     def test_other_arrays_are_refused_before_anything_is_written(
@@ -525,7 +525,7 @@ class TestVerify:
             ({"logits": np.zeros((1, 1, 89), np.complex64)}, "logits are complex64, not floating"),
             ({"logits": np.zeros((1, 1, 89), np.int32)}, "logits are int32, not floating-point"),
             ({"logits": np.zeros(3, [("a", "f4")])}, "not floating-point"),
-            ({"input_ids": np.array([["a"]])}, "input_ids are not whole numbers"),
+            ({"input_ids": np.array([["a"]])}, "input_ids are not integers"),
             ({"input_ids": np.ones((1, 129), np.int32)}, "are 129 tokens long, the model has 128"),
         ],
     )

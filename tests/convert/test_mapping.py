@@ -9,9 +9,10 @@ from flax import nnx
 from golden_cases import GOLDEN, load, to_hf
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig
-from hymba_jax.convert.mapping import ConversionError, hf_slices, param_shapes
+from hymba_jax.convert.mapping import ConversionError, hf_slices
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import param_shapes
 
 
 def abstract_params(config, **compute):

@@ -2,6 +2,7 @@ import numpy as np
 
 from hymba_jax.data.packing import Windows, pack
 from hymba_jax.data.sources import Document
+from hymba_jax.data.token_store import ArrayShard, TokenStore
 from hymba_jax.data.tokenizer import build_tokenizer
 
 BYTES = build_tokenizer("bytes", [])
@@ -28,7 +29,7 @@ def test_large_vocabularies_take_32_bits(monkeypatch):
 
 def test_windows_predict_each_token_once():
     tokens = np.arange(100, 143, dtype=np.uint16)
-    windows = Windows(tokens, 10)
+    windows = Windows(TokenStore([ArrayShard("numbers", tokens)]), 10)
     assert len(windows) == 4
     records = [windows[index] for index in range(4)]
     assert np.concatenate([record.inputs for record in records]).tolist() == [*range(100, 140)]
@@ -38,4 +39,5 @@ def test_windows_predict_each_token_once():
 
 def test_a_window_needs_one_token_more_than_its_length():
     for count, expected in ((10, 0), (11, 1), (20, 1), (21, 2)):
-        assert len(Windows(np.zeros(count, np.uint16), 10)) == expected
+        store = TokenStore([ArrayShard("zeros", np.zeros(count, np.uint16))])
+        assert len(Windows(store, 10)) == expected

@@ -16,7 +16,7 @@ output = "{output}"
 [model]
 hidden_size = 16
 mlp_size = 32
-layers = "G W"
+layers = "W"
 num_meta_tokens = 4
 max_positions = 64
 

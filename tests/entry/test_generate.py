@@ -23,7 +23,7 @@ PROMPTS = ["the old", "Who sat?", "é€"]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A model alone."""
+    """A standalone model."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     save_model(path, make_model(layers="W"), byte_tokenizer())
     return path

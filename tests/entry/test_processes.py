@@ -42,11 +42,13 @@ def read(output):
 
 def assert_same(lines, whole):
     """Losses, gradients and what both runs validated."""
-    for ours, expected in zip(lines, whole, strict=False):
+    for actual, expected in zip(lines, whole, strict=False):
         for name in ("step", "loss", "grad_norm"):
-            assert ours[name] == pytest.approx(expected[name], **ROUNDING)
-        if ours["step"] == 35:  # no leg ends there, where all held-out text is read
-            assert ours["validation_loss"] == pytest.approx(expected["validation_loss"], **ROUNDING)
+            assert actual[name] == pytest.approx(expected[name], **ROUNDING)
+        if actual["step"] == 35:  # no leg ends there, where all held-out text is read
+            assert actual["validation_loss"] == pytest.approx(
+                expected["validation_loss"], **ROUNDING
+            )
 
 
 def leg(config, output, cache, steps, devices, processes, *more, program="train.py"):
@@ -61,24 +63,6 @@ def leg(config, output, cache, steps, devices, processes, *more, program="train.
     assert [one.stderr for one in ended] == [""] * len(ended)
     assert [line["step"] for line in read(output)] == [*range(1, steps + 1)]
     return [one.stdout for one in ended]
-
-
-def test_a_run_moves_between_processes_and_devices(config, whole, cache, tmp_path):
-    """8 devices in 2 processes, 1 device, 4 devices, and 8 in 2 processes of SLURM's."""
-    counted = "tests/entry/count_rows.py"
-    said = leg(config, tmp_path, cache, 10, 4, addresses(2), program=counted)
-    assert "8 x cpu in 2 processes" in said[0]
-    assert said[0].splitlines()[-1] == "rows read: 40"  # of 10 steps of 8
-    assert said[1] == "rows read: 40\n"
-    leg(config, tmp_path, cache, 20, 1, ALONE)
-    leg(config, tmp_path, cache, 30, 4, ALONE)
-    said = leg(config, tmp_path, cache, 40, 4, slurm(2), "--training.sample-tokens", "4")
-    assert "8 x cpu in 2 processes" in said[0]
-    assert "resuming after step 30" in said[0]
-    assert said[1] == ""
-    assert (tmp_path / "sample.txt").read_text().startswith("the")
-    assert_same(read(tmp_path), whole)
-    assert "distributed" not in (tmp_path / "config.toml").read_text()
 
 
 @pytest.mark.slow
@@ -119,14 +103,23 @@ def assert_lost(ended, victim, output):
             assert line.endswith("with the same command to resume from step 20")
 
 
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(config, whole, cache, tmp_path):
+def test_a_run_moves_between_processes_and_devices(config, whole, cache, tmp_path):
+    """4 devices in 2 processes, of which one is killed; 1 device; 4 in 2 processes of SLURM's."""
     short = ("--distributed.heartbeat-timeout", "10")
-    ended, _ = interrupt(config, tmp_path, cache, 1, addresses(2), 1, signal.SIGKILL, *short)
+    ended, _ = interrupt(config, tmp_path, cache, 2, addresses(2), 1, signal.SIGKILL, *short)
     assert ended[1].status == -signal.SIGKILL
     assert_lost(ended, 1, tmp_path)
-    said = leg(config, tmp_path, cache, 40, 1, addresses(2))
-    assert "resuming after step 20" in said[0]
+    (said,) = leg(config, tmp_path, cache, 30, 1, ALONE)
+    assert "resuming after step 20" in said
+    sample, counted = ("--training.sample-tokens", "4"), "tests/entry/count_rows.py"
+    said = leg(config, tmp_path, cache, 40, 2, slurm(2), *sample, program=counted)
+    assert "4 x cpu in 2 processes" in said[0]
+    assert "resuming after step 30" in said[0]
+    assert said[0].splitlines()[-1] == "rows read: 40"  # of 10 steps of 8
+    assert said[1] == "rows read: 40\n"
+    assert (tmp_path / "sample.txt").read_text().startswith("the")
     assert_same(read(tmp_path), whole)
+    assert "distributed" not in (tmp_path / "config.toml").read_text()
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """`hymba tokenize` in processes of its own: killed at random moments, and told what is wrong."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from entry.command import environment
+from entry.command import environment, read_metrics, run, train_py, write_config
 
 from hymba_jax import cli
 from hymba_jax.data import tokenize_records
@@ -113,7 +114,7 @@ def test_a_corpus_from_the_command_line(corpus, tmp_path, capsys):
     ("options", "message"),
     [
         ((), "tokenizer is missing: give bytes"),
-        (("--tokenizer", "bpe:many"), "tokenizer 'bpe:many' needs a whole number"),
+        (("--tokenizer", "bpe:many"), "tokenizer 'bpe:many' needs an integer"),
         (("--tokenizer", "nowhere"), "unknown tokenizer 'nowhere': give bytes, bpe:SIZE"),
         (("--tokenizer", "bytes", "--data.path", "/nowhere"), "/nowhere: no such file or dir"),
     ],
@@ -123,3 +124,28 @@ def test_what_is_wrong_is_one_line(corpus, tmp_path, options, message):
         cli.main(arguments(corpus, tmp_path / "out", *options))
     assert message in stopped.value.code
     assert "\n" not in stopped.value.code
+
+
+def test_train_reads_what_it_wrote(corpus, tmp_path, cache):
+    """Whole documents packed into rows, and a run does not resume on other tokens."""
+    tokens, output = tmp_path / "tokens", tmp_path / "run"
+    options = ("--tokenizer", "bytes", "--data.validation-fraction", "0.2")
+    cli.main(arguments(corpus, tokens, *options))
+    (tmp_path / "other").mkdir()
+    config = write_config(tmp_path / "other", output)
+    packed = ("--data.path", tokens, "--data.packing", "documents")
+    short = ("--training.steps", "2", "--training.sample-tokens", "0")
+    result = run(train_py("--config", config, *packed, *short), cache)
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"{tokens}: is tokenized: its tokenizer and validation documents are used" in result.stdout
+    )
+    assert [line["step"] for line in read_metrics(output)] == [1, 2]
+    shutil.rmtree(tokens)
+    (corpus / "00.txt").write_text("another text")
+    cli.main(arguments(corpus, tokens, *options))
+    result = run(train_py("--config", config, *packed, "--training.steps", "3"), cache)
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        f"error: {output}: had other training text than data.path holds"
+    )

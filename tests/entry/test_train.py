@@ -20,7 +20,7 @@ def test_a_run_says_what_it_does(finished):
     lines = result.stdout.splitlines()
     assert lines[0] == "reading and tokenizing…"
     assert lines[1].startswith(f"{output}: ")
-    assert "parameters in 2 layers, 1 x cpu; 4 steps of 192 tokens" in lines[1]
+    assert "parameters in 1 layers, 1 x cpu; 4 steps of 192 tokens" in lines[1]
     assert "compiling…" in lines
     for step in range(1, 5):
         assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
@@ -67,8 +67,8 @@ def test_several_devices_do_the_same_and_one_goes_on(finished, cache, tmp_path):
     sharding = "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 2"
     assert sharding in result.stdout
     assert "1 key/value heads by 2" in result.stdout
-    for ours, expected in zip(read_metrics(tmp_path), read_metrics(finished[0]), strict=True):
-        assert ours == pytest.approx(expected, rel=1e-4)
+    for actual, expected in zip(read_metrics(tmp_path), read_metrics(finished[0]), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4)
     alone = ("--parallel.tensor", "1", "--training.steps", "5")
     result = run(train_py("--config", tmp_path / "config.toml", *alone), cache)
     assert result.returncode == 0, result.stderr

@@ -25,10 +25,10 @@ def reading_programs(engine, length):
     return {(chunk.tokens.shape[1], i == 0) for i, chunk in enumerate(chunks)}
 
 
-@pytest.mark.parametrize("largest_chunk", [32, 128])
+@pytest.mark.parametrize("max_chunk", [32, 128])
 @pytest.mark.parametrize("context", [2, 3, 32, 33, 34, 64, 65, 66, 128, 129, 130, 161, 200, 300])
-def test_all_programs_for_reading_are_warmed(hymba, context, largest_chunk):
-    engine = Engine(hymba, context=context, largest_chunk=largest_chunk)
+def test_all_programs_for_reading_are_warmed(hymba, context, max_chunk):
+    engine = Engine(hymba, context=context, max_chunk=max_chunk)
     lengths = [*prompt_lengths(engine)]
     assert all(1 <= length < context for length in lengths)
     warmed = set().union(*(reading_programs(engine, length) for length in lengths))
@@ -38,7 +38,7 @@ def test_all_programs_for_reading_are_warmed(hymba, context, largest_chunk):
 
 def test_a_warm_model_compiles_nothing(hymba):
     model = LanguageModel(hymba, byte_tokenizer(), context=70)
-    model.engine.largest_chunk = 32
+    model.engine.max_chunk = 32
     for length in prompt_lengths(model.engine):
         warm(model, 2, length)
     with compilations() as names:

@@ -200,15 +200,15 @@ def test_on_a_terminal():
         chat.run(Slow(), ChatConfig(CHOICE, SamplingConfig()))
         print("left")
     """
-    ours, theirs = pty.openpty()
+    screen, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         cwd=os.path.dirname(__file__),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
     )
-    os.close(theirs)
+    os.close(terminal)
     deadline = threading.Timer(60, process.kill)
     deadline.start()
     seen = ""
@@ -216,13 +216,13 @@ def test_on_a_terminal():
     def read_until(text):
         nonlocal seen
         while text not in seen:
-            seen += os.read(ours, 1000).decode()
+            seen += os.read(screen, 1000).decode()
         before, _, seen = seen.partition(text)
         return before
 
     try:
         assert read_until("> ").startswith("runs/it: /exit or Ctrl-D leaves")
-        os.write(ours, b"Count\n")
+        os.write(screen, b"Count\n")
         read_until("one")
         process.send_signal(signal.SIGINT)
         read_until("> ")
@@ -234,4 +234,4 @@ def test_on_a_terminal():
         deadline.cancel()
         process.kill()
         process.wait()
-        os.close(ours)
+        os.close(screen)

@@ -71,12 +71,12 @@ def as_tokens(completions):
     return [completion.tokens for completion in completions]
 
 
-def assert_same(ours, expected):
+def assert_same(actual, expected):
     """The same continuations, up to the rounding of their log-probabilities."""
-    assert [dataclasses.replace(c, log_probs=[]) for c in ours] == [
+    assert [dataclasses.replace(c, log_probs=[]) for c in actual] == [
         dataclasses.replace(c, log_probs=[]) for c in expected
     ]
-    for one, other in zip(ours, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=TOLERANCE)
 
 
@@ -151,14 +151,14 @@ def test_strings_may_be_any_iterable(model):
         (["a", None], "prompt 2 is None, neither a string nor a list of tokens"),
         (["a", b"b"], "prompt 2 is bytes, which must be decoded first, neither a string"),
         ([{"prompt": "a"}], "the prompt is of type dict, neither a string nor a list of tokens"),
-        ([[1, 2.0]], "the prompt: token 2 is 2.0, not a whole number"),
-        ([np.array([1.0])], "the prompt: token 1 is 1.0, not a whole number"),
-        ([jnp.array([1.5])], "the prompt: token 1 is 1.5, not a whole number"),
-        ([[1, True]], "the prompt: token 2 is True, not a whole number"),
-        ([[1, None]], "the prompt: token 2 is None, not a whole number"),
-        ([["a", "b"]], "the prompt: token 1 is of type str, not a whole number"),
-        ([[[1, 2]]], "the prompt: token 1 is of type list, not a whole number"),
-        ([np.array([[1, 2]])], "the prompt: token 1 is of type ndarray, not a whole number"),
+        ([[1, 2.0]], "the prompt: token 2 is 2.0, not an integer"),
+        ([np.array([1.0])], "the prompt: token 1 is 1.0, not an integer"),
+        ([jnp.array([1.5])], "the prompt: token 1 is 1.5, not an integer"),
+        ([[1, True]], "the prompt: token 2 is True, not an integer"),
+        ([[1, None]], "the prompt: token 2 is None, not an integer"),
+        ([["a", "b"]], "the prompt: token 1 is of type str, not an integer"),
+        ([[[1, 2]]], "the prompt: token 1 is of type list, not an integer"),
+        ([np.array([[1, 2]])], "the prompt: token 1 is of type ndarray, not an integer"),
         (["a", np.array(5)], "prompt 2 is of type ndarray, neither a string nor a list of tokens"),
     ],
 )

@@ -78,7 +78,7 @@ def test_caches_of_whole_models():
     assert f"{hymba.total / MB:.1f}" == "78.6"
     llama = cache_bytes(LLAMA, 8000, "bfloat16", "bfloat16")
     assert f"{llama.total / MB:.0f}" == "918"
-    assert llama.window_kv == llama.conv_inputs == llama.ssm_states == 0
+    assert llama.window_kv == llama.conv_state == llama.ssm_states == 0
 
 
 def allocated(tree):
@@ -100,7 +100,7 @@ def test_an_engine_allocates_what_is_counted(context, state_dtype):
 def test_uses_are_told_apart():
     """Two window layers share keys and values; the window is 6, each text 4 or 100 long."""
     kv, layers = 4 * (8 + 16), 3  # bytes of a position's keys and values in float32
-    states = {"conv_inputs": layers * 4 * 3 * 32, "ssm_states": layers * 4 * 4 * 32}
+    states = {"conv_state": layers * 4 * 3 * 32, "ssm_states": layers * 4 * 4 * 32}
     expected = CacheBytes(global_kv=100 * kv, window_kv=6 * kv, **states)
     assert cache_bytes(TINY, 100, "float32", "float32") == expected
     expected = CacheBytes(global_kv=4 * kv, window_kv=4 * kv, **states)

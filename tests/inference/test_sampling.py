@@ -78,15 +78,15 @@ def test_the_filters_keep_what_sorting_keeps(kind):
     ):
         config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         logits = random_logits(kind, seed)
-        ours = weights(logits, config)
+        actual = weights(logits, config)
         # Where a sum or a quotient falls on the limit itself, float32 may go either way.
         surely, perhaps = (probabilities(logits, config, slack) for slack in (-1e-6, 1e-6))
         visible = perhaps > 2 / ONE
-        assert not (ours[visible & (surely > 0)] == 0).any()
-        assert not (ours > 0)[perhaps == 0].any()
-        assert ours.argmax() == logits.argmax()
+        assert not (actual[visible & (surely > 0)] == 0).any()
+        assert not (actual > 0)[perhaps == 0].any()
+        assert actual.argmax() == logits.argmax()
         if ((surely > 0) == (perhaps > 0)).all():
-            np.testing.assert_allclose(ours / ours.sum(), surely, rtol=2e-5, atol=1e-7)
+            np.testing.assert_allclose(actual / actual.sum(), surely, rtol=2e-5, atol=1e-7)
 
 
 def test_ties_at_a_limit_are_all_kept():
@@ -177,12 +177,12 @@ def test_log_probabilities_are_the_model_s_own():
     logits[:, 5:100] = -np.inf
     seen = jnp.asarray(rng.random(logits.shape) < 0.5)
     sampler = make_sampler(MIXED, range(len(MIXED)))
-    tokens, ours = jitted(jnp.asarray(logits), seen, jnp.arange(len(MIXED)), sampler)
+    tokens, actual = jitted(jnp.asarray(logits), seen, jnp.arange(len(MIXED)), sampler)
     exact = logits.astype(np.float64)
     exact -= exact.max(axis=1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
     expected = np.take_along_axis(exact, np.asarray(tokens)[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_greedy_is_the_first_of_the_likeliest():
@@ -269,8 +269,8 @@ def test_samples_inside_a_loop():
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0, not between 1 and 2147483647"),
         ({"max_new_tokens": 10**12}, f"max_new_tokens is {10**12}, not between 1 and 2147483647"),
-        ({"max_new_tokens": True}, "max_new_tokens is True, not a whole number"),
-        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, not a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, not an integer"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, not an integer"),
         ({"temperature": -0.5}, "temperature is -0.5, not 0 or between 1e-30 and 1e30"),
         ({"temperature": float("nan")}, "temperature is nan, not 0 or between 1e-30 and 1e30"),
         ({"temperature": float("inf")}, "temperature is inf, not 0 or between 1e-30 and 1e30"),
@@ -279,7 +279,7 @@ def test_samples_inside_a_loop():
         ({"temperature": "hot"}, "temperature is 'hot', not a number"),
         ({"top_k": -1}, "top_k is -1, not between 0 and 2147483647"),
         ({"top_k": 2**31}, "top_k is 2147483648, not between 0 and 2147483647"),
-        ({"top_k": 5.0}, "top_k is 5.0, not a whole number"),
+        ({"top_k": 5.0}, "top_k is 5.0, not an integer"),
         ({"top_p": 0.0}, "top_p is 0.0, not in (0, 1]"),
         ({"top_p": 1.01}, "top_p is 1.01, not in (0, 1]"),
         ({"top_p": float("nan")}, "top_p is nan, not in (0, 1]"),
@@ -298,14 +298,14 @@ def test_samples_inside_a_loop():
         ),
         ({"seed": -1}, "seed is -1, not between 0 and 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296, not between 0 and 4294967295"),
-        ({"seed": None}, "seed is None, not a whole number"),
+        ({"seed": None}, "seed is None, not an integer"),
         ({"stop": b"end"}, "stop is b'end', not a list, each of it a string"),
         ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each of it a string"),
         ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty strings"),
         ({"stop": ""}, "stop is ('',), not free of empty strings"),
-        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each of it a whole number"),
-        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each of it a whole number"),
-        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each of it a whole number"),
+        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each of it an integer"),
+        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each of it an integer"),
+        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each of it an integer"),
         ({"stop_tokens": (3, -2)}, "stop_tokens is (3, -2), not between 0 and 2147483647"),
     ],
 )

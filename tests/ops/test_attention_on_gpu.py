@@ -42,7 +42,7 @@ def test_values_and_gradients(heads, kv_heads, length, window, meta):
         return output, *vjp(cotangent)
 
     expected = run(reference, *(a.astype(jnp.float32) for a in arrays))
-    for ours, theirs in zip(run(cudnn, *arrays), expected, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        error = jnp.abs(ours.astype(jnp.float32) - theirs).max() / jnp.abs(theirs).max()
+    for actual, wanted in zip(run(cudnn, *arrays), expected, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        error = jnp.abs(actual.astype(jnp.float32) - wanted).max() / jnp.abs(wanted).max()
         assert error < TOLERANCE

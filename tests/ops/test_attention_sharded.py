@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import make_splash_mha_single_device
+from slow import slow_but
 from test_attention import (
     HEAD_DIM,
     VALUE_DIM,
@@ -36,6 +37,7 @@ MESHES = {
 }
 # Windows of less than a shard, of whole shards, of some, of all; more meta tokens than a shard.
 MASKS = [(None, 3), (None, 0), (3, 3), (5, 0), (10, 5), (13, 3), (39, 2), (100, 7)]
+QUICK = [("8", None, 3), ("8", 5, 0), ("8", 13, 3), ("8", 39, 2), ("4 x tensor 2", 13, 3)]
 defined = partial(attend, function=reference)
 CASES = [("8", *mask) for mask in MASKS]
 CASES += [(name, window, 3) for name in ("2", "4 x tensor 2") for window in (None, 13)]
@@ -45,22 +47,22 @@ def mesh_of(name):
     return make_mesh(jax.devices("cpu")[:8], MESHES[name])
 
 
-@pytest.mark.parametrize(("mesh", "window", "meta"), CASES)
+@pytest.mark.parametrize(("mesh", "window", "meta"), slow_but(CASES, *QUICK))
 def test_values_and_gradients(mesh, window, meta):
     arrays = inputs(LENGTH, meta=meta, batch=4)
     _, *expected = with_gradients(defined, *cast(arrays), window=window)
     with jax.set_mesh(mesh_of(mesh)):
-        ours = with_gradients(attend, *cast(arrays), window=window)
-    assert_close(ours, [by_hand(*arrays[:5], window), *expected])
+        actual = with_gradients(attend, *cast(arrays), window=window)
+    assert_close(actual, [by_hand(*arrays[:5], window), *expected])
 
 
 def test_rows_that_begin_later():
     arrays, kwargs = inputs(LENGTH, batch=4), {"window": 13}
-    kwargs["first_key"] = jnp.array([0, 4, 11, 38])
+    kwargs["kv_start"] = jnp.array([0, 4, 11, 38])
     _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh_of("8")):
-        ours = with_gradients(attend, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:5], 13, kwargs["first_key"]), *expected])
+        actual = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(actual, [by_hand(*arrays[:5], 13, kwargs["kv_start"]), *expected])
 
 
 @pytest.mark.parametrize(("mesh", "window"), [("8", None), ("8", 13), ("4 x tensor 2", 13)])
@@ -69,13 +71,13 @@ def test_documents(mesh, window):
     arrays, starts = inputs(LENGTH, batch=4), np.zeros((4, LENGTH), int)
     for row, of_row in enumerate([[3, 10, 11, 24], [9, 20], [35, 38, 39], []]):
         starts[row, of_row] = 1
-    segment_ids, first_key = starts.cumsum(1), [0, 4, 11, 38]
-    kwargs = {"window": window, "first_key": jnp.array(first_key)}
+    segment_ids, kv_start = starts.cumsum(1), [0, 4, 11, 38]
+    kwargs = {"window": window, "kv_start": jnp.array(kv_start)}
     kwargs["segment_ids"] = jnp.asarray(segment_ids)
     _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh_of(mesh)):
-        ours = with_gradients(attend, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:5], window, first_key, segment_ids), *expected])
+        actual = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(actual, [by_hand(*arrays[:5], window, kv_start, segment_ids), *expected])
 
 
 def test_documents_do_not_see_each_other():
@@ -87,15 +89,15 @@ def test_documents_do_not_see_each_other():
         assert_documents_apart(attend, arrays, cotangent, starts, **kwargs)
 
 
-@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("window", slow_but([None, 13], 13))
 def test_bfloat16(window):
     """Weights, values and gradients are rounded to 8 bits, and what several shards add to the
     gradient of a key once more each: some times 2**-8."""
     arrays = cast(inputs(LENGTH), jnp.bfloat16)
     with jax.set_mesh(mesh_of("8")):
-        ours = with_gradients(attend, *arrays, window=window)
+        actual = with_gradients(attend, *arrays, window=window)
     expected = with_gradients(defined, *(a.astype(jnp.float32) for a in arrays), window=window)
-    for a, b in zip(ours, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         atol = 6 * 2**-8 * max(1, np.abs(b).max())
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
@@ -124,13 +126,13 @@ def test_a_length_that_the_mesh_does_not_divide_is_replicated():
     arrays = cast(inputs(LENGTH + 1))
     expected = with_gradients(attend, *arrays, window=7)
     with jax.set_mesh(mesh_of("8")):
-        ours = with_gradients(attend, *arrays, window=7)
+        actual = with_gradients(attend, *arrays, window=7)
         text = jax.jit(partial(attend, window=7)).lower(*arrays[:5]).compile().as_text()
     assert "collective-permute" not in text
-    assert_close(ours, expected)
+    assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("window", slow_but([None, 150], 150))
 def test_splash(window):
     """In Pallas's interpret mode, with blocks of which a shard has some."""
     rng = np.random.default_rng(0)
@@ -146,5 +148,5 @@ def test_splash(window):
         patch(f"{module}.make_splash_mha_single_device", interpreted),
         jax.default_matmul_precision("highest"),
     ):
-        ours = with_gradients(partial(attend, function=splash), *arrays, window=window)
-    assert_close(ours, expected)
+        actual = with_gradients(partial(attend, function=splash), *arrays, window=window)
+    assert_close(actual, expected)

@@ -53,13 +53,13 @@ def test_values_and_gradients(mesh, kernel, documents):
     expected = jax.jit(gradient)(device(inputs))
     with jax.set_mesh(mesh):
         y, final_inputs = jax.jit(conv)(**device(inputs))
-        ours = jax.jit(gradient)(device(inputs))
+        actual = jax.jit(gradient)(device(inputs))
     expected_y, expected_inputs = oracle(**inputs, **marks)
     assert_close(y, expected_y)
     np.testing.assert_array_equal(final_inputs, expected_inputs)
     for name, wanted in expected.items():
         if wanted.size:
-            assert_close(ours[name], np.asarray(wanted))
+            assert_close(actual[name], np.asarray(wanted))
 
 
 def test_without_inputs_before(mesh):

@@ -459,9 +459,9 @@ def test_one_position_is_a_step(without, documents, lengths):
         inputs["segment_ids"] = jnp.asarray([[0], [1], [1]])
     if lengths:
         inputs["lengths"] = jnp.asarray([1, 0, 0])
-    ours = jax.jit(selective_scan)(**inputs)
+    actual = jax.jit(selective_scan)(**inputs)
     expected = selective_scan(**inputs, implementation="reference")
-    for a, b in zip(ours, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert_close(a, b)
     assert "while" not in jax.jit(selective_scan).lower(**inputs).as_text()
 

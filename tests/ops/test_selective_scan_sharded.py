@@ -1,5 +1,6 @@
 """The selective scan with its length sharded over devices, against the unsharded recurrence."""
 
+import itertools
 import math
 import re
 from functools import partial
@@ -33,14 +34,21 @@ SIZES = (4, 40, 3, 2)
 COLLECTIVES = r" = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-\w+)\S*\("
 
 
-@pytest.fixture(params=MESHES)
-def mesh(request):
-    return make_mesh(jax.devices("cpu")[:8], ParallelConfig(fsdp=1, **MESHES[request.param]))
+QUICK = [("sequence", "associative"), ("batch and sequence", "xla")]
+CASES = [
+    pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case not in QUICK))
+    for case in itertools.product(MESHES, ["associative", "xla"])
+]
 
 
-@pytest.fixture(params=["associative", "xla"])
-def implementation(request):
+@pytest.fixture(params=CASES)
+def case(request):
     return request.param
+
+
+@pytest.fixture
+def mesh(case):
+    return make_mesh(jax.devices("cpu")[:8], ParallelConfig(fsdp=1, **MESHES[case[0]]))
 
 
 def make_slow_inputs(without=()):
@@ -57,8 +65,8 @@ def specs_of(names):
 
 
 @pytest.fixture
-def scan(implementation):
-    return scan_of(implementation)
+def scan(case):
+    return scan_of(case[1])
 
 
 @pytest.mark.parametrize("without", [(), OPTIONAL])

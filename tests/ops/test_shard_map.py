@@ -53,12 +53,12 @@ def test_attention(mesh, kv_heads):
     rows = [(4, 9, 6, 4), (4, 11, kv_heads, 4), (4, 11, kv_heads, 8)]
     shapes = [*rows, (2, kv_heads, 4), (2, kv_heads, 8), (4, 9, 6, 8)]
     arrays = [rng.normal(size=shape) for shape in shapes]
-    kwargs = {"window": 4, "first_key": jnp.array([0, 1, 2, 3])}
+    kwargs = {"window": 4, "kv_start": jnp.array([0, 1, 2, 3])}
     defined = partial(attend, function=reference)
     _, *expected = with_gradients(defined, *cast(arrays), **kwargs)
     with jax.set_mesh(mesh):
-        ours = with_gradients(attend, *cast(arrays), **kwargs)
-    assert_close(ours, [by_hand(*arrays[:5], **kwargs), *expected])
+        actual = with_gradients(attend, *cast(arrays), **kwargs)
+    assert_close(actual, [by_hand(*arrays[:5], **kwargs), *expected])
 
 
 def test_cudnn_is_asked_for_whole_groups_of_heads(mesh):

@@ -62,15 +62,15 @@ def test_updates_equal_adamw_by_hand():
     mean = {name: np.zeros_like(value) for name, value in params.items()}
     square = {name: np.zeros_like(value) for name, value in params.items()}
     optimizer = make_optimizer(CONFIG)
-    ours = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), params)
-    state = optimizer.init(ours)
+    actual = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), params)
+    state = optimizer.init(actual)
     for update in range(1, 11):
         scale = 10.0 if update % 2 else 0.01  # clipped, and not
         grads = {name: scale * rng.normal(size=value.shape) for name, value in params.items()}
         updates, state = optimizer.update(
-            jax.tree.map(lambda grad: jnp.asarray(grad, jnp.float32), grads), state, ours
+            jax.tree.map(lambda grad: jnp.asarray(grad, jnp.float32), grads), state, actual
         )
-        ours = jax.tree.map(jnp.add, ours, updates)
+        actual = jax.tree.map(jnp.add, actual, updates)
 
         norm = np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
         for name, grad in grads.items():
@@ -83,7 +83,7 @@ def test_updates_equal_adamw_by_hand():
                 step += 0.2 * params[name]
             params[name] = params[name] - wsd(update) * step
     for name, value in params.items():
-        np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-6)  # float32, ten steps
+        np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-6)  # float32, ten steps
 
 
 def test_only_matrices_decay():

@@ -69,13 +69,15 @@ def batch():
     return Batch(inputs=tokens[:, :-1], targets=targets)
 
 
-def assert_same(ours, expected):
+def assert_same(actual, expected):
     """Equal but for the order of float32 sums; Adam's first steps turn rounding into sign."""
-    np.testing.assert_allclose(ours[1]["loss"].mean, expected[1]["loss"].mean, rtol=1e-5)
-    np.testing.assert_allclose(ours[1]["grad_norm"].mean, expected[1]["grad_norm"].mean, rtol=1e-4)
+    np.testing.assert_allclose(actual[1]["loss"].mean, expected[1]["loss"].mean, rtol=1e-5)
+    np.testing.assert_allclose(
+        actual[1]["grad_norm"].mean, expected[1]["grad_norm"].mean, rtol=1e-4
+    )
     moments, expected_moments = (
         [leaf for leaf in jax.tree.leaves(result[0].optimizer) if leaf.ndim]
-        for result in (ours, expected)
+        for result in (actual, expected)
     )
     for moment, expected_moment in zip(moments, expected_moments, strict=True):
         np.testing.assert_allclose(moment, expected_moment, rtol=2e-3, atol=1e-6)
@@ -131,10 +133,10 @@ def test_any_objective_is_a_mean_over_what_it_counts():
 
 
 def test_many_devices_equal_one(one_device, state, batch):
-    ours = Setup(num_devices=4, accumulation=2).run(state, batch)
-    assert ours[0].params["embedding"].sharding.num_devices == 4
-    assert not ours[0].params["embedding"].sharding.is_fully_replicated
-    assert_same(ours, one_device.run(state, batch))
+    actual = Setup(num_devices=4, accumulation=2).run(state, batch)
+    assert actual[0].params["embedding"].sharding.num_devices == 4
+    assert not actual[0].params["embedding"].sharding.is_fully_replicated
+    assert_same(actual, one_device.run(state, batch))
 
 
 def test_a_new_state_is_as_the_abstract_one_says(one_device, state):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
-from hymba_jax.ops.attention.reference import FirstKey, reference
+from hymba_jax.ops.attention.reference import KVStart, reference
 from hymba_jax.ops.attention.sharded import attention_sharded
 from hymba_jax.ops.attention.splash import splash
 from hymba_jax.ops.documents import document_starts, first_positions
@@ -23,7 +23,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "splash": splash,
 }
 # Splash and cuDNN have no mask for several documents in a row; `blocks` is chosen instead of them.
-KNOW_DOCUMENTS = ("blocks", "reference")
+SUPPORT_SEGMENT_IDS = ("blocks", "reference")
 
 
 def attention(
@@ -34,7 +34,7 @@ def attention(
     meta_key: Float[Array, "meta_tokens kv_heads head_dim"] | None = None,
     meta_value: Float[Array, "meta_tokens kv_heads value_dim"] | None = None,
     window: int | None,
-    first_key: Int[Array, "batch"] | None = None,
+    kv_start: Int[Array, "batch"] | None = None,
     segment_ids: Int[Array, "batch queries"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
@@ -47,7 +47,7 @@ def attention(
       query, key: rotated already; heads are grouped over kv_heads in order.
       meta_key, meta_value: of the meta tokens, the same for all rows; none if absent.
       window: positions before itself that a query sees, besides the meta tokens; None sees all.
-      first_key: the first valid key of each row; those before it are not seen, whatever they hold.
+      kv_start: the first valid key of each row; those before it are not seen, whatever they hold.
       segment_ids: the document of each query, if a row has several, one behind another. Besides
         the meta tokens a query sees its own document's keys. A document starts where the id
         differs from the one before; the first one with the keys before it.
@@ -69,7 +69,7 @@ def attention(
         "value": heads,
         "meta_key": (None, "heads", None),
         "meta_value": (None, "heads", None),
-        "first_key": ("batch",),
+        "kv_start": ("batch",),
         "starts": heads[:2],
     }
     return shard_map(
@@ -82,7 +82,7 @@ def attention(
         # All rows and devices add to these gradients: in float32.
         meta_key=None if meta_key is None else meta_key.astype(jnp.float32),
         meta_value=None if meta_value is None else meta_value.astype(jnp.float32),
-        first_key=first_key,
+        kv_start=kv_start,
         starts=starts,
     )
 
@@ -94,18 +94,18 @@ def _with_documents(
     key: Array,
     value: Array,
     *,
-    first_key: Int[Array, "batch"] | None,
+    kv_start: Int[Array, "batch"] | None,
     starts: Bool[Array, "batch queries"] | None,
     **kwargs: Any,
 ) -> Array:
     """Attention in which no query sees a key before its own document, inside `shard_map`."""
     if starts is None:
-        return attend(query, key, value, first_key=first_key, **kwargs)
+        return attend(query, key, value, kv_start=kv_start, **kwargs)
     first = first_positions(starts, axis_name)
     first = jnp.where(first > 0, first + key.shape[1] - query.shape[1], 0)
-    if first_key is not None:
-        first = jnp.maximum(first, first_key[:, None])
-    return attend(query, key, value, first_key=first, **kwargs)
+    if kv_start is not None:
+        first = jnp.maximum(first, kv_start[:, None])
+    return attend(query, key, value, kv_start=first, **kwargs)
 
 
 def _behind_meta_tokens(
@@ -116,7 +116,7 @@ def _behind_meta_tokens(
     *,
     meta_key: Array | None,
     meta_value: Array | None,
-    first_key: FirstKey | None,
+    kv_start: KVStart | None,
     **kwargs: Any,
 ) -> Array:
     """An implementation's attention, in whose keys and values those of the meta tokens are first.
@@ -124,19 +124,19 @@ def _behind_meta_tokens(
     One copy of both, which the implementations that lay them out in blocks make anyway.
     """
     if meta_key is None or meta_value is None:
-        return attend(query, key, value, num_meta_tokens=0, first_key=first_key, **kwargs)
+        return attend(query, key, value, num_meta_tokens=0, kv_start=kv_start, **kwargs)
     num_meta_tokens = len(meta_key)
     key, value = (
         jnp.concatenate([jnp.broadcast_to(meta, (len(x), *meta.shape)).astype(x.dtype), x], axis=1)
         for meta, x in ((meta_key, key), (meta_value, value))
     )
-    if first_key is not None:
-        first_key = first_key + num_meta_tokens
-    return attend(query, key, value, num_meta_tokens=num_meta_tokens, first_key=first_key, **kwargs)
+    if kv_start is not None:
+        kv_start = kv_start + num_meta_tokens
+    return attend(query, key, value, num_meta_tokens=num_meta_tokens, kv_start=kv_start, **kwargs)
 
 
-def _is_by_query(first_key: FirstKey | None) -> bool:
-    return first_key is not None and first_key.ndim == 2
+def _is_by_query(kv_start: KVStart | None) -> bool:
+    return kv_start is not None and kv_start.ndim == 2
 
 
 def _attend(
@@ -146,14 +146,14 @@ def _attend(
     value: Array,
     *,
     num_meta_tokens: int,
-    first_key: FirstKey | None,
+    kv_start: KVStart | None,
     window: int | None,
 ) -> Array:
-    name = implementation or fastest(query, key, first_key, num_meta_tokens)
+    name = implementation or fastest(query, key, kv_start, num_meta_tokens)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
-    if _is_by_query(first_key) and name not in KNOW_DOCUMENTS:
-        choices = " or ".join(KNOW_DOCUMENTS)
+    if _is_by_query(kv_start) and name not in SUPPORT_SEGMENT_IDS:
+        choices = " or ".join(SUPPORT_SEGMENT_IDS)
         raise ValueError(f"attention {name!r} has no mask for segment_ids; choose {choices}")
     return IMPLEMENTATIONS[name](
         query,
@@ -161,23 +161,23 @@ def _attend(
         value,
         window=window,
         num_meta_tokens=num_meta_tokens,
-        first_key=first_key,
+        kv_start=kv_start,
     )
 
 
 def fastest(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
-    first_key: FirstKey | None,
+    kv_start: KVStart | None,
     num_meta_tokens: int,
 ) -> str:
     """The implementation for the platform that is traced for."""
     platform = target_platform()
-    if _is_by_query(first_key):
-        return "blocks"  # the fastest of KNOW_DOCUMENTS
+    if _is_by_query(kv_start):
+        return "blocks"  # the fastest of SUPPORT_SEGMENT_IDS
     if platform == "tpu":
         return "splash"
-    whole = query.shape[1] + num_meta_tokens == key.shape[1] and first_key is None
+    whole = query.shape[1] + num_meta_tokens == key.shape[1] and kv_start is None
     if platform.endswith("gpu") and whole and query.dtype != jnp.float32:
         return "cudnn"
     return "blocks"

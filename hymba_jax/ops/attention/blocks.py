@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.ops.attention.reference import FirstKey, attention_mask
+from hymba_jax.ops.attention.reference import KVStart, attention_mask
 from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Float, Int
 
@@ -32,7 +32,7 @@ def blocks(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: FirstKey | None = None,
+    kv_start: KVStart | None = None,
     block: int = 256,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` in memory linear in the length and in time that the mask asks for.
@@ -45,7 +45,7 @@ def blocks(
       block: queries and keys taken at a time, at most.
     """
     mask = _Mask(window, min(num_meta_tokens, key.shape[1]), block)
-    return _attention(query, key, value, first_key, mask)
+    return _attention(query, key, value, kv_start, mask)
 
 
 class _Mask(NamedTuple):
@@ -61,17 +61,17 @@ def _attention(
     query: Array,
     key: Array,
     value: Array,
-    first_key: FirstKey | None,
+    kv_start: KVStart | None,
     mask: _Mask,
 ) -> Array:
-    return _forward(query, key, value, first_key, mask)[0]
+    return _forward(query, key, value, kv_start, mask)[0]
 
 
 def _forward(
     query: Array,
     key: Array,
     value: Array,
-    first_key: Array | None,
+    kv_start: Array | None,
     mask: _Mask,
 ) -> tuple[Array, tuple[Any, ...]]:
     def query_block(_: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
@@ -90,7 +90,7 @@ def _forward(
 
         zero = _zeros((*q.shape[:-1], 1))
         carry = (zero + _LOWEST, zero, _zeros((*q.shape[:-1], value.shape[-1])))
-        highest, total, output = _over_keys(meet, carry, q, key, start, first_key, mask)
+        highest, total, output = _over_keys(meet, carry, q, key, start, kv_start, mask)
         # The sum is at least 1, but for a query that sees nothing.
         total = jnp.maximum(total, 1e-30)
         output = _by_query((output / total).astype(value.dtype))
@@ -99,11 +99,11 @@ def _forward(
     q = _split(query, mask.block)
     _, (output, log_sum) = lax.scan(query_block, None, (_starts(query, key, q), q))
     output = _join(output, query.shape[1])
-    return output, (query, key, value, first_key, output, log_sum)
+    return output, (query, key, value, kv_start, output, log_sum)
 
 
 def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[Any, ...]:
-    query, key, value, first_key, output, log_sum = residuals
+    query, key, value, kv_start, output, log_sum = residuals
     scale = query.shape[-1] ** -0.5
 
     def query_block(
@@ -124,7 +124,7 @@ def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[
             return dq, _add_at(start, dkey, dk), _add_at(start, dvalue, dv)
 
         carry = (_zeros(q.shape), *gradients)
-        dq, dkey, dvalue = _over_keys(meet, carry, q, key, start, first_key, mask)
+        dq, dkey, dvalue = _over_keys(meet, carry, q, key, start, kv_start, mask)
         return (dkey, dvalue), _by_query(dq.astype(query.dtype))
 
     # The derivative of the weights' sum, which is always 1.
@@ -147,16 +147,16 @@ def _over_keys(
     query: Float[Array, "batch kv_heads group block head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
     query_start: Int[Array, ""],
-    first_key: FirstKey | None,
+    kv_start: KVStart | None,
     mask: _Mask,
 ) -> _Carry:
     """`carry = meet(carry, start, scores)` for the meta tokens and each block of keys they see."""
     keys, window, meta = key.shape[1], mask.window, mask.num_meta_tokens
     positions = query_start + jnp.arange(query.shape[3])
-    if first_key is not None and first_key.ndim == 2:
+    if kv_start is not None and kv_start.ndim == 2:
         # The queries that fill up the first block are as its first one.
-        place = positions - keys + first_key.shape[1]
-        first_key = first_key[:, jnp.maximum(place, 0)]
+        place = positions - keys + kv_start.shape[1]
+        kv_start = kv_start[:, jnp.maximum(place, 0)]
 
     def scores(start: Array | int, last: Array | int, size: int, **limits: Any) -> Array:
         """Of the keys from `start` on; those from `last` on were met already."""
@@ -176,14 +176,14 @@ def _over_keys(
     begin = jnp.asarray(meta)
     if window is not None:
         begin = jnp.maximum(begin, query_start - window)
-    if first_key is not None:
-        begin = jnp.maximum(begin, jnp.min(first_key))
+    if kv_start is not None:
+        begin = jnp.maximum(begin, jnp.min(kv_start))
     end = query_start + query.shape[3]
 
     def key_block(j: Array | int, carry: _Carry) -> _Carry:
         last = end - j * size
         start = jnp.maximum(last - size, meta)
-        return meet(carry, start, scores(start, last, size, window=window, first_key=first_key))
+        return meet(carry, start, scores(start, last, size, window=window, kv_start=kv_start))
 
     return lax.fori_loop(0, (end - begin + size - 1) // size, key_block, carry)
 

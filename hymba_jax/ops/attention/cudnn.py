@@ -23,7 +23,7 @@ def cudnn(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: Int[Array, "batch"] | None = None,
+    kv_start: Int[Array, "batch"] | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` on NVIDIA GPUs over whole sequences, in float16 or bfloat16.
 
@@ -32,14 +32,14 @@ def cudnn(
     XLA can shard it over devices by batch.
 
     Raises:
-      ValueError: the queries are not those of all keys but the meta tokens', or `first_key` is
+      ValueError: the queries are not those of all keys but the meta tokens', or `kv_start` is
         given: cuDNN's causal mask has both begin together.
       NotImplementedError: the numbers are float32, or a gradient is wanted of a window that is odd
         or has an odd number of meta tokens before it.
       RuntimeError: JAX was installed without cuDNN.
     """
     length = key.shape[1]
-    if query.shape[1] + num_meta_tokens != length or first_key is not None:
+    if query.shape[1] + num_meta_tokens != length or kv_start is not None:
         raise ValueError("cuDNN's attention needs a query for each key, all of them valid")
     query = jnp.pad(query, ((0, 0), (num_meta_tokens, 0), (0, 0), (0, 0)))
     # JAX has cuDNN take only values as wide as keys. Zeros add nothing to a score.

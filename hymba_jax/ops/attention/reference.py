@@ -7,7 +7,7 @@ from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Bool, Float, Int
 
 # Of each row; or of each query, where a row has several documents.
-type FirstKey = Int[Array, "batch"] | Int[Array, "batch queries"]
+type KVStart = Int[Array, "batch"] | Int[Array, "batch queries"]
 
 
 def attention_mask(
@@ -16,21 +16,21 @@ def attention_mask(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: FirstKey | None = None,
+    kv_start: KVStart | None = None,
 ) -> Bool[Array, "#batch queries keys"]:
     """Which keys each query sees, by absolute positions that count the meta tokens.
 
     Nothing after itself; with a window, the `window` positions before itself and every meta token;
-    nothing between the meta tokens and `first_key`, of the row or of the query.
+    nothing between the meta tokens and `kv_start`, of the row or of the query.
     """
     keys = key_positions[None, None]
     distance = query_positions[:, :, None] - keys
     causal = distance >= 0
     is_meta = jnp.broadcast_to(keys < num_meta_tokens, causal.shape)
     seen = causal if window is None else causal & ((distance <= window) | is_meta)
-    if first_key is None:
+    if kv_start is None:
         return seen
-    first = first_key[:, None, None] if first_key.ndim == 1 else first_key[:, :, None]
+    first = kv_start[:, None, None] if kv_start.ndim == 1 else kv_start[:, :, None]
     return seen & ((keys >= first) | is_meta)
 
 
@@ -55,7 +55,7 @@ def reference(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: FirstKey | None = None,
+    kv_start: KVStart | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """The definition, with all queries x keys weights in memory."""
     queries, keys = query.shape[1], key.shape[1]
@@ -64,7 +64,7 @@ def reference(
         jnp.arange(keys),
         window=window,
         num_meta_tokens=num_meta_tokens,
-        first_key=first_key,
+        kv_start=kv_start,
     )
     weights = attention_weights(query, key, mask).astype(value.dtype)
     output = einsum("bhgqk,bkhv->bqhgv", weights, value)

@@ -6,7 +6,7 @@ many as the window is long in the others. The meta tokens' are on all devices. A
 keys and values has its own shard of them, and fetches the rest again.
 
 Keys are put together before they are met, not one shard at a time (a ring, arXiv 2310.01889): the
-same numbers are sent, and any implementation that knows `first_key` can compute with them, given
+same numbers are sent, and any implementation that knows `kv_start` can compute with them, given
 one for each query where rows have several documents. What it costs is memory: 16 MB a sequence of
 8192 tokens for each global layer of the 1.5B in bfloat16.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from hymba_jax.ops.attention.reference import FirstKey
+from hymba_jax.ops.attention.reference import KVStart
 from hymba_jax.types import Array, Float
 
 
@@ -29,7 +29,7 @@ def attention_sharded(
     value: Float[Array, "batch length kv_heads value_dim"],
     *,
     window: int | None,
-    first_key: FirstKey | None,
+    kv_start: KVStart | None,
     **meta: Any,
 ) -> Float[Array, "batch length heads value_dim"]:
     """`attention` of this device's queries over whole sequences, inside `shard_map`.
@@ -39,7 +39,7 @@ def attention_sharded(
       axis_name: the mesh axis that the length is sharded over.
       query, key, value: this device's shard of them.
       window: as in `attention`.
-      first_key: of whole sequences, for each row or each query of this device's shard.
+      kv_start: of whole sequences, for each row or each query of this device's shard.
       meta: keys and values of the meta tokens, whole.
     """
     own, device = query.shape[1], lax.axis_index(axis_name)
@@ -47,9 +47,9 @@ def attention_sharded(
     reach = before if window is None else min(window, before)
     keys, values = (jnp.concatenate([_before(axis_name, x, reach), x], 1) for x in (key, value))
     # In front of the first position of the sequence there are zeros among those.
-    first = reach - device * own + (0 if first_key is None else first_key)
+    first = reach - device * own + (0 if kv_start is None else kv_start)
     first = jnp.broadcast_to(jnp.maximum(0, first), query.shape[: max(1, jnp.ndim(first))])
-    return attend(query, keys, values, window=window, first_key=first, **meta)
+    return attend(query, keys, values, window=window, kv_start=first, **meta)
 
 
 def _before(

@@ -32,7 +32,7 @@ def splash(
     *,
     window: int | None,
     num_meta_tokens: int,
-    first_key: Int[Array, "batch"] | None = None,
+    kv_start: Int[Array, "batch"] | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` on TPUs.
 
@@ -61,9 +61,9 @@ def splash(
         ),
     )
     segments = None
-    if first_key is not None:
+    if kv_start is not None:
         positions = jnp.arange(mask.keys)[None]
-        counts = (positions >= first_key[:, None]) | (positions < num_meta_tokens)
+        counts = (positions >= kv_start[:, None]) | (positions < num_meta_tokens)
         ones = jnp.ones((query.shape[0], mask.queries), jnp.int32)
         segments = SegmentIds(q=ones, kv=counts.astype(jnp.int32))
     output = jax.vmap(kernel)(query, key, value, segments)

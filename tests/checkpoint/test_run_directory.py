@@ -92,7 +92,7 @@ def test_a_run_does_not_start_from_its_own_directory(config, tmp_path, start):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["config.toml", "params/_METADATA"], r"holds a model alone \(params\)"),
+        (["config.toml", "params/_METADATA"], r"holds a standalone model \(params\)"),
         (["config.json", "model.safetensors"], "has config.json, model.safetensors but no config"),
         (["tokenizer.json"], "has tokenizer.json but no config"),
         (["metrics.jsonl"], "has metrics.jsonl but no config"),

@@ -14,7 +14,7 @@ from hymba_jax.aot.programs import AotProgram
 from hymba_jax.aot.traffic import total_hbm_bytes
 
 
-class Measured(NamedTuple):
+class ProgramCost(NamedTuple):
     """One run of a program on one chip.
 
     Attributes:
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     collectives: dict[str, tuple[int, float]]
 
 
-def compile_and_measure(program: AotProgram) -> tuple[Memory, Measured | None]:
+def compile_and_analyze(program: AotProgram) -> tuple[Memory, ProgramCost | None]:
     """Its memory, and what it does; nothing if the compiler refused it for want of memory."""
     try:
         with jax.set_mesh(program.mesh):
@@ -40,11 +40,11 @@ def compile_and_measure(program: AotProgram) -> tuple[Memory, Measured | None]:
         if memory is None:
             raise
         return memory, None
-    return compiled_memory(compiled), _measure(program, Program(compiled.as_text()))
+    return compiled_memory(compiled), _analyze(program, Program(compiled.as_text()))
 
 
-def _measure(program: AotProgram, hlo: Program) -> Measured:
+def _analyze(program: AotProgram, hlo: Program) -> ProgramCost:
     matmuls, sent, called = matmul_flops(hlo), by_kind(collectives(hlo)), kernels(hlo)
     flops = matmuls + (program.kernel_flops if called else 0)
     work = Work(flops, total_hbm_bytes(hlo), sum(size for _, size in sent.values()))
-    return Measured(work, matmuls, called, hlo.unknown_loops, sent)
+    return ProgramCost(work, matmuls, called, hlo.unknown_loops, sent)

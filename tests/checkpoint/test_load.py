@@ -1,4 +1,4 @@
-"""Models from the directories of runs, and from those that hold a model alone."""
+"""Models from the directories of runs, and from those that hold a standalone model."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ silence_orbax()
 # Pytest makes errors of the warning that this ignores.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
-CONFIG = dataclasses.replace(TINY, layers="G 2*Ww", max_positions=64)
+CONFIG = dataclasses.replace(TINY, layers="G 2*W", max_positions=64)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,9 @@ def test_float32_parameters_can_be_rounded(run):
     model = load_model(run, dtype="bfloat16")
     whole = params(load_model(run))
     small = {path[-1] for path, array in params(model).items() if array[...].dtype != jnp.bfloat16}
-    assert small == {"A_log", "D"} | small  # which stay as precise as they were
+    assert small == {"A_log", "D", "dt_bias"}  # which stay as precise as they were
     for path, array in params(model).items():
         np.testing.assert_array_equal(array[...], whole[path][...].astype(array[...].dtype))
-    completion = generate(run, dtype="bfloat16")[0]
-    assert len(completion.tokens) == len(completion.log_probs) > 0
 
 
 def test_a_saved_model_continues_texts_as_its_run_does(run, tmp_path):
@@ -145,7 +143,11 @@ def test_layers_may_be_saved_apart(run, tmp_path):
     """As a converter has them."""
     save_model(tmp_path / "apart", unstack_layers(load_model(run)), byte_tokenizer())
     assert read_model(tmp_path / "apart" / "config.toml")[1].scan_layers is False
-    assert generate(tmp_path / "apart") == generate(run)
+    apart, stacked = (load_model(path) for path in (tmp_path / "apart", run))
+    expected = params(unstack_layers(stacked))
+    for name, array in params(apart).items():
+        np.testing.assert_array_equal(array[...], expected.pop(name)[...])
+    assert not expected
 
 
 def test_the_config_of_a_saved_model_is_that_of_the_model(tmp_path):

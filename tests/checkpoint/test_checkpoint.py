@@ -9,12 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from hymba_jax.checkpoint.checkpoints import (
-    Checkpoints,
-    LoopState,
-    load_params,
-    silence_orbax,
-)
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params, silence_orbax
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
@@ -54,9 +49,9 @@ def loop(step):
     return LoopState(step, {"next_index": step, "epochs": [1, 2]}, "abc", "def")
 
 
-def assert_equal(ours, expected):
-    assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    for array, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for array, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert array.dtype == other.dtype
         np.testing.assert_array_equal(array, other)
 
