@@ -60,11 +60,17 @@ def alive(processes):
 
 
 def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypatch):
-    options = ("--tokenizer", "bytes", "--workers", "2")
     output, rng = tmp_path / "killed", random.Random(0)
-    command = [sys.executable, "-c", SMALL_UNITS, *arguments(corpus, output, *options)]
+    command = [
+        sys.executable,
+        "-c",
+        SMALL_UNITS,
+        *arguments(corpus, output, "--tokenizer", "bytes"),
+    ]
     for records in (1, rng.randrange(10, 25)):
-        process = subprocess.Popen(command, env=environment(cache), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "--workers", "2"], env=environment(cache), stdout=subprocess.DEVNULL
+        )
         while len([*output.glob("units/0*.json")]) < records:
             time.sleep(0.01)
             assert process.poll() is None
