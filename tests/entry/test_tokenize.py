@@ -59,7 +59,8 @@ def alive(processes):
     return {pid for pid in processes if states.get(str(pid), "Z")[0] != "Z"}
 
 
-def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypatch):
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypatch, kills):
     output, rng = tmp_path / "killed", random.Random(0)
     command = [
         sys.executable,
@@ -67,7 +68,7 @@ def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypa
         SMALL_UNITS,
         *arguments(corpus, output, "--tokenizer", "bytes"),
     ]
-    for records in (1, rng.randrange(10, 25)):
+    for records in sorted(rng.randrange(1, 25) for _ in range(kills)):
         process = subprocess.Popen(
             [*command, "--workers", "2"], env=environment(cache), stdout=subprocess.DEVNULL
         )
