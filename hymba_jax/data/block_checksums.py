@@ -36,7 +36,7 @@ class BlockChecksums:
         """Adds tokens, which are contiguous, as they are in memory."""
         content = tokens.view(np.uint8)
         while len(content):
-            part, content = np.split(content, [BLOCK - self._size])
+            part, content = content[: BLOCK - self._size], content[BLOCK - self._size :]
             self._checksum = zlib.crc32(part, self._checksum)
             self._size += len(part)
             if self._size == BLOCK:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from hymba_jax.data.formats import BrokenFile, Document, Problem, read_records
+from hymba_jax.data.formats import read_records
 from hymba_jax.data.listing import File
+from hymba_jax.data.records import BrokenFile, Document, Problem
 from hymba_jax.errors import HymbaError, printable
 
 type OnBadRecord = Literal["stop", "skip"]

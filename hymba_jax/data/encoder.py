@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import accumulate, chain
 from types import TracebackType
 from typing import NamedTuple
 
@@ -16,19 +17,42 @@ import numpy as np
 from hymba_jax.data.megatron import token_dtype
 from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.host import host_memory
 from hymba_jax.types import Int, UInt
 
 # Characters that are tokenized together, unless one text has more: about a second's work.
 _BATCH = 1 << 20
-# Beyond two batches a process, characters that may be under way: the longest piece of a document.
+# What tokenizing takes at once for each character (measured: 150 bytes), and the share of the
+# host's memory that it may take; a piece of a document, 16 Mi characters, is never too much.
+_BYTES_PER_CHARACTER = 150
+_SHARE = 1 / 4
 _LONGEST = 1 << 24
 
 
-class Encoded(NamedTuple):
-    """A text as token ids of `token_dtype`, without any before or after it, and its UTF-8 bytes."""
+type Ids = UInt[np.ndarray, " _"] | Int[np.ndarray, " _"]
+"""Token ids of `token_dtype`."""
 
-    ids: UInt[np.ndarray, " _"] | Int[np.ndarray, " _"]
+
+class Encoded(NamedTuple):
+    """A text as token ids, without any before or after it, and its UTF-8 bytes."""
+
+    ids: Ids
     text_bytes: int
+
+
+class _EncodedBatch(NamedTuple):
+    """Several texts, one behind another: few objects to send between processes."""
+
+    ids: Ids
+    ends: list[int]
+    text_bytes: list[int]
+
+    def texts(self) -> Iterator[Encoded]:
+        """Each of them."""
+        for start, end, text_bytes in zip(
+            [0, *self.ends[:-1]], self.ends, self.text_bytes, strict=True
+        ):
+            yield Encoded(self.ids[start:end], text_bytes)
 
 
 class Encoder:
@@ -49,14 +73,15 @@ class Encoder:
         """Each text as token ids, with what came beside it.
 
         Texts are read ahead of what is returned: two batches of about a million characters for
-        each process, and 16 million more if they are long.
+        each process, or fewer if they are so long that tokenizing all of them at once would take
+        more than a quarter of the host's memory.
 
         Raises:
           HymbaError: the tokenizer fails, or a worker process has died.
         """
         if self._pool is None:
             for batch, tags in _batches(texts):
-                yield from zip(_encode(self._tokenizer, batch), tags, strict=True)
+                yield from zip(_encode(self._tokenizer, batch).texts(), tags, strict=True)
             return
         try:
             yield from self._encode_in_pool(self._pool, texts)
@@ -69,21 +94,20 @@ class Encoder:
     def _encode_in_pool[T](
         self, pool: ProcessPoolExecutor, texts: Iterable[tuple[str, T]]
     ) -> Iterator[tuple[Encoded, T]]:
-        under_way: deque[tuple[Future[list[Encoded]], list[T], int]] = deque()
-        limit = 2 * self._workers * _BATCH
+        under_way: deque[tuple[Future[_EncodedBatch], list[T], int]] = deque()
+        limit = max(_LONGEST, int(host_memory() * _SHARE / _BYTES_PER_CHARACTER))
         size = 0
         for batch, tags in _batches(texts):
             characters = sum(map(len, batch))
-            while under_way and (
-                len(under_way) >= 2 * self._workers or size + characters > limit + _LONGEST
-            ):
+            while under_way and (len(under_way) >= 2 * self._workers or size + characters > limit):
                 future, done, released = under_way.popleft()
                 size -= released
-                yield from zip(future.result(), done, strict=True)
+                yield from zip(future.result().texts(), done, strict=True)
             under_way.append((pool.submit(_encode_in_worker, batch), tags, characters))
             size += characters
-        for future, done, _ in under_way:
-            yield from zip(future.result(), done, strict=True)
+        while under_way:
+            future, done, _ = under_way.popleft()
+            yield from zip(future.result().texts(), done, strict=True)
 
     def __enter__(self) -> "Encoder":
         if self._workers > 1:
@@ -121,12 +145,14 @@ def _batches[T](texts: Iterable[tuple[str, T]]) -> Iterator[tuple[list[str], lis
         yield batch, tags
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Encoded]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    return [
-        Encoded(np.array(ids, dtype), len(text.encode()))
-        for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True)
-    ]
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> _EncodedBatch:
+    ids = tokenizer.encode_batch(texts)
+    ends = list(accumulate(map(len, ids)))
+    return _EncodedBatch(
+        ids=np.fromiter(chain.from_iterable(ids), token_dtype(tokenizer.vocab_size), ends[-1]),
+        ends=ends,
+        text_bytes=[len(text.encode()) for text in texts],
+    )
 
 
 # --- In a worker process ---
@@ -149,5 +175,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> list[Encoded]:
+def _encode_in_worker(texts: list[str]) -> _EncodedBatch:
     return _encode(_worker_tokenizer, texts)

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from hymba_jax.data.formats import Document
+from hymba_jax.data.records import Document
 
 
 def is_held_out(text: str, fraction: float) -> bool:

@@ -166,15 +166,16 @@ def _prepare_tokenizer(
 ) -> Tokenizer:
     """The tokenizer in the directory, which is put there if it is not there yet."""
     is_there = (directory / "tokenizer.json").exists()
-    if DataConfig(tokenizer=name).bpe_size is None:
+    is_trained = DataConfig(tokenizer=name).bpe_size is not None
+    if is_there and is_trained:
+        return Tokenizer.load(directory)
+    if not is_trained:
         given = build_tokenizer(name, ())
         if is_there and Tokenizer.load(directory).fingerprint != given.fingerprint:
             raise HymbaError(
                 f"{directory}: was begun with another tokenizer than {name} is now: give the same "
                 "again, or another --output"
             )
-    elif is_there:
-        return Tokenizer.load(directory)
     elif parts > 1:
         raise HymbaError(
             f"--part: each part would train {name}: train it once, with --tokenizer-only and "

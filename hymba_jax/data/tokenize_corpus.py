@@ -24,7 +24,6 @@ from hymba_jax.data import tokenize_records
 from hymba_jax.data.block_checksums import BlockChecksums, checksums_file, file_checksum
 from hymba_jax.data.documents import OnBadRecord, read_documents
 from hymba_jax.data.encoder import Encoded, Encoder
-from hymba_jax.data.formats import Document, Problem
 from hymba_jax.data.listing import File
 from hymba_jax.data.manifest import (
     MANIFEST,
@@ -38,6 +37,7 @@ from hymba_jax.data.manifest import (
     TokenizerInfo,
 )
 from hymba_jax.data.megatron import MegatronWriter, megatron_files, token_dtype
+from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.split import hold_out_tail, is_held_out
 from hymba_jax.data.tokenize_records import UnitRecord, corpus_digest, make_units, record_path
 from hymba_jax.data.tokenizer import Tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hymba_jax.data.documents import BadRecordsError, read_documents, read_standard_library
-from hymba_jax.data.formats import Document, Problem
 from hymba_jax.data.listing import File, list_files
+from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.split import hold_out_tail, is_held_out
 from hymba_jax.errors import HymbaError
 

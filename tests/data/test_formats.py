@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from hymba_jax.data.formats import BrokenFile, Document, Problem, read_records
+from hymba_jax.data.formats import read_records
+from hymba_jax.data.records import BrokenFile, Document, Problem
 from hymba_jax.errors import HymbaError
 
 COMPRESS = {
@@ -77,12 +78,12 @@ def test_any_other_suffix_is_text_as_it_is():
 
 
 def test_long_text_is_cut_at_line_ends_within_blocks_of_any_size(monkeypatch):
-    monkeypatch.setattr("hymba_jax.data.formats._PIECE", 100)
+    monkeypatch.setattr("hymba_jax.data.records.PIECE", 100)
     random.seed(0)
     letters = "aé€\U0001f600\r\n\n"
     for size in (*range(1, 12), 1000):
-        monkeypatch.setattr("hymba_jax.data.formats._BLOCK", size)
-        monkeypatch.setattr("hymba_jax.data.formats._find_compression", lambda _: None)
+        monkeypatch.setattr("hymba_jax.data.records.BLOCK", size)
+        monkeypatch.setattr("hymba_jax.data.formats.find_compression", lambda _: None)
         for length in (99, 100, 101, 700):
             text = "".join(random.choices(letters, weights=[9, 9, 9, 9, 1, 1, 1], k=length))
             documents = read(text.encode(), "a.txt")
@@ -141,8 +142,8 @@ def test_what_is_not_utf8_is_broken(content, reason):
 
 
 def test_what_was_read_of_a_broken_text_ends(monkeypatch):
-    monkeypatch.setattr("hymba_jax.data.formats._PIECE", 100)
-    monkeypatch.setattr("hymba_jax.data.formats._BLOCK", 250)
+    monkeypatch.setattr("hymba_jax.data.records.PIECE", 100)
+    monkeypatch.setattr("hymba_jax.data.records.BLOCK", 250)
     records, reason = read_broken(b"x" * 600 + b"\0" + b"y" * 99, "a.txt")
     assert "byte 600 is zero" in reason
     assert "".join(record.text for record in records) == "x" * 500
@@ -277,8 +278,8 @@ def test_json_lines():
 )
 def test_bad_lines_are_problems_among_documents(line, parts, monkeypatch):
     if parts[0].startswith("longer"):
-        monkeypatch.setattr("hymba_jax.data.formats._LARGEST_RECORD", 50_000)
-        monkeypatch.setattr("hymba_jax.data.formats._BLOCK", 20_000)
+        monkeypatch.setattr("hymba_jax.data.records.LARGEST_RECORD", 50_000)
+        monkeypatch.setattr("hymba_jax.data.records.BLOCK", 20_000)
     for name in ("a.jsonl", "a.json"):
         before, problem, after = read(
             lines({"text": "good"}) + b"\n" + line + b"\n" + lines({"text": "too"}), name
@@ -290,7 +291,7 @@ def test_bad_lines_are_problems_among_documents(line, parts, monkeypatch):
 
 
 def test_long_records_are_cut_like_files(monkeypatch):
-    monkeypatch.setattr("hymba_jax.data.formats._PIECE", 4)
+    monkeypatch.setattr("hymba_jax.data.records.PIECE", 4)
     expected = [("abcd", True), ("e\n", True), ("fgh", False), ("next", False)]
     values = [{"text": "abcde\nfgh"}, {"text": "next"}]
     for content, name in (
@@ -306,7 +307,7 @@ def test_long_records_are_cut_like_files(monkeypatch):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("block", [1, 7, 1000, 1 << 20])
 def test_json_arrays_are_parsed_element_by_element(indent, block, monkeypatch):
-    monkeypatch.setattr("hymba_jax.data.formats._BLOCK", block)
+    monkeypatch.setattr("hymba_jax.data.records.BLOCK", block)
     tricky = ['],[{"', "\\", '\\"', "é\U0001f600", "\u2028", "x" * 300, "\0"]
     values = [{"n": [-1.5e3, True, None, {}], "text": text} for text in tricky]
     values[2:2] = [12345, {"text": 7}, None]  # bad ones
@@ -346,8 +347,8 @@ def test_broken_json_arrays(content, reason):
 
 
 def test_an_element_too_large(monkeypatch):
-    monkeypatch.setattr("hymba_jax.data.formats._LARGEST_RECORD", 5_000)
-    monkeypatch.setattr("hymba_jax.data.formats._BLOCK", 1_000)
+    monkeypatch.setattr("hymba_jax.data.records.LARGEST_RECORD", 5_000)
+    monkeypatch.setattr("hymba_jax.data.records.BLOCK", 1_000)
     content = json.dumps([{"text": "a"}, {"text": "x" * 100_000}]).encode()
     assert "element 2 is longer than 1 GiB" in reason_of(content, "a.json")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hymba_jax.data import encoder as encoder_module
-from hymba_jax.data import formats, tokenize_command, tokenize_records
+from hymba_jax.data import records, tokenize_command, tokenize_records
 from hymba_jax.data.encoder import Encoder
 from hymba_jax.data.listing import File
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
@@ -30,7 +30,7 @@ def small(monkeypatch):
     """Units of few files, shards of few tokens and documents of several pieces."""
     monkeypatch.setattr(tokenize_records, "UNIT_BYTES", 2_000)
     monkeypatch.setattr(tokenize_records, "SHARD_TOKENS", 600)
-    monkeypatch.setattr(formats, "_PIECE", 400)
+    monkeypatch.setattr(records, "PIECE", 400)
 
 
 @pytest.fixture

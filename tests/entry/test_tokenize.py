@@ -60,12 +60,20 @@ def alive(processes):
     return {pid for pid in processes if states.get(str(pid), "Z")[0] != "Z"}
 
 
-def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypatch):
-    options = ("--tokenizer", "bytes", "--workers", "2")
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypatch, kills):
     output, rng = tmp_path / "killed", random.Random(0)
-    command = [sys.executable, "-c", SMALL_UNITS, *arguments(corpus, output, *options)]
-    for records in (1, rng.randrange(10, 25)):
-        process = subprocess.Popen(command, env=environment(cache), stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-c",
+        SMALL_UNITS,
+        *arguments(corpus, output, "--tokenizer", "bytes"),
+    ]
+    for _ in range(kills):
+        records = len([*output.glob("units/0*.json")]) + rng.randrange(1, 4)
+        process = subprocess.Popen(
+            [*command, "--workers", "2"], env=environment(cache), stdout=subprocess.DEVNULL
+        )
         while len([*output.glob("units/0*.json")]) < records:
             time.sleep(0.01)
             assert process.poll() is None

@@ -1,0 +1,98 @@
+"""Documents and their problems: what the readers of all formats share."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+PIECE = 1 << 24
+"""Characters of a piece at most, and so of what is tokenized at once."""
+
+LARGEST_RECORD = 1 << 30
+"""Of one record, bytes or characters."""
+
+TOO_LARGE = "longer than 1 GiB, the most that one record may be: split it into several"
+
+BLOCK = 1 << 20
+"""Bytes that are read at once."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text of a corpus, or one piece of a long one.
+
+    Attributes:
+      name: that of its record, below the corpus.
+      text: not empty; 16 Mi characters at most.
+      continues: whether the next document is the next piece of this one. Pieces end at line ends,
+        if they have any.
+    """
+
+    name: str
+    text: str
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A record that is no document, or a file that cannot be read on.
+
+    Attributes:
+      name: that of the record or the file, below the corpus.
+      reason: what is wrong, and what to do.
+      whole_file: whether it is a file; documents before the problem remain.
+    """
+
+    name: str
+    reason: str
+    whole_file: bool = False
+
+
+class BrokenFile(ValueError):
+    """What is wrong with a file from here on, and what to do, without its name."""
+
+
+def peek(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first block, and all of them."""
+    head = next(blocks, b"")
+    return head, chain([head], blocks)
+
+
+def decode(blocks: Iterable[bytes]) -> Iterator[str]:
+    """UTF-8 to text without a byte order mark, nothing else changed."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0  # of the block, in the file
+    for block in chain(blocks, [b""]):
+        refuse_zero(block, start)
+        begun = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            where = start - begun + error.start
+            raise BrokenFile(f"not UTF-8 text (byte {where}): convert it or take it out") from error
+        yield text if start else text.removeprefix("\ufeff")
+        start += len(block)
+
+
+def refuse_zero(block: bytes, start: int) -> None:
+    """Raises BrokenFile if a block, from byte `start` of its file, has a zero byte."""
+    if (zero := block.find(0)) >= 0:
+        raise BrokenFile(f"binary, not text (byte {start + zero} is zero): take it out")
+
+
+def pieces(name: str, texts: Iterable[str]) -> Iterator[Document]:
+    """One document, in pieces if it is long, and none if it is empty."""
+    rest, begun = "", False
+    try:
+        for text in texts:
+            rest += text
+            while len(rest) > PIECE:
+                end = rest.rfind("\n", 0, PIECE) + 1 or PIECE
+                yield Document(name, rest[:end], continues=True)
+                rest, begun = rest[end:], True
+    except BrokenFile:
+        if begun:  # what has been read of it remains, and ends here
+            yield Document(name, rest)
+        raise
+    if rest:
+        yield Document(name, rest)
