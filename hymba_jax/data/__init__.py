@@ -5,6 +5,10 @@
 | `sources.py`          | documents in memory: text, JSON lines, the standard library's sources |
 | `listing.py`          | the files of a corpus: local or behind a URL                          |
 | `formats.py`          | from the bytes of a file to documents                                 |
+| `compression.py`      | gzip, zstd, xz and bzip2, told by content                             |
+| `records.py`          | a document, and a record that is none                                 |
+| `json_records.py`     | documents of JSON lines and JSON arrays                               |
+| `parquet_records.py`  | documents of Parquet                                                  |
 | `documents.py`        | documents as a stream, and what is done about bad records             |
 | `split.py`            | which documents are held out for validation                           |
 | `tokenizer.py`        | bytes, a BPE trained here, or any `tokenizer.json`                    |
