@@ -14,7 +14,6 @@ input that is the last target of the piece before.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,18 +29,9 @@ SLACK = 256
 documents of 500 tokens on average, hardly any document is split then that need not be."""
 
 
-class Piece(NamedTuple):
-    """Targets of one document.
-
-    Attributes:
-      fragment: the number of the document among those that were packed.
-      offset: targets of the document before these.
-      size: targets.
-    """
-
-    fragment: int
-    offset: int
-    size: int
+type Piece = tuple[int, int, int]
+"""Targets of one document: its number among those that are packed, how many of its targets are
+before these, and how many these are."""
 
 
 class DocumentRows:
@@ -71,7 +61,7 @@ class DocumentRows:
         start = block * self._block
         stop = min(start + self._block, self._tokens.num_tokens)
         firsts, sizes = self._fragments(start, stop)
-        rows = pack_fragments(sizes.tolist(), self._num_rows(stop - start), self._length)
+        rows = pack_fragments(sizes, self._num_rows(stop - start), self._length)
         return self._row([(int(firsts[i]) + offset, size) for i, offset, size in rows[row]])
 
     def _num_rows(self, tokens: int) -> int:
@@ -101,42 +91,45 @@ class DocumentRows:
         return Batch(inputs, targets, segment_ids)
 
 
-def pack_fragments(sizes: Sequence[int], num_rows: int, length: int) -> list[list[Piece]]:
+def pack_fragments(
+    sizes: Int[np.ndarray, " fragments"], num_rows: int, length: int
+) -> list[list[Piece]]:
     """Packs fragments into rows by best fit, the largest first; which row has which pieces.
 
-    A fragment longer than a row fills whole rows while any is empty, as does its remainder a part
-    of one. A fragment that fits into no row waits until all that do are placed, then fills what is
-    left of them.
+    Of a fragment longer than a row, pieces of a whole row come first, then its remainder. What fits
+    into no row waits until all that does is placed, then fills the room that is left.
 
     Args:
-      sizes: of the fragments, all together at most `num_rows * length`.
+      sizes: all together at most `num_rows * length`.
       length: positions of a row.
     """
     rows: list[list[Piece]] = [[] for _ in range(num_rows)]
-    rooms = [(length, row) for row in range(num_rows)]  # rising
-
-    def place(piece: Piece, place_in_rooms: int) -> None:
-        room, row = rooms.pop(place_in_rooms)
-        rows[row].append(piece)
-        if room > piece.size:
-            insort(rooms, (room - piece.size, row))
-
-    pieces = []
-    for fragment, size in enumerate(sizes):
-        whole = size - size % length
-        pieces += [Piece(fragment, offset, length) for offset in range(0, whole, length)]
-        if size > whole:
-            pieces.append(Piece(fragment, whole, size - whole))
-    late = []
-    for piece in sorted(pieces, key=lambda piece: -piece.size):
-        best = bisect_left(rooms, (piece.size,))
-        if best < len(rooms):
-            place(piece, best)
-        else:
-            late.append(piece)
-    for fragment, offset, size in late:
-        while size:
-            part = min(size, rooms[-1][0])
-            place(Piece(fragment, offset, part), -1)
-            offset, size = offset + part, size - part
+    # The room in each row, rising; numbers, as they compare faster than tuples.
+    rooms = [length * num_rows + row for row in range(num_rows)]
+    queue = _pieces(sizes, length)
+    num_pieces = len(queue)
+    for turn, (fragment, offset, size) in enumerate(queue):
+        best = bisect_left(rooms, size * num_rows)
+        if best == len(rooms):
+            if turn < num_pieces:
+                queue.append((fragment, offset, size))
+                continue
+            best, part = -1, rooms[-1] // num_rows
+            queue.append((fragment, offset + part, size - part))
+            size = part
+        room = rooms.pop(best)
+        rows[room % num_rows].append((fragment, offset, size))
+        if room >= (size + 1) * num_rows:
+            insort(rooms, room - size * num_rows)
     return rows
+
+
+def _pieces(sizes: Int[np.ndarray, " fragments"], length: int) -> list[Piece]:
+    """The fragments in pieces of at most a row, the largest first."""
+    counts = -(-sizes // length)
+    fragments = np.repeat(np.arange(len(sizes)), counts)
+    offsets = length * (np.arange(len(fragments)) - np.repeat(np.cumsum(counts) - counts, counts))
+    in_pieces = np.minimum(sizes[fragments] - offsets, length)
+    order = np.argsort(-in_pieces, kind="stable")
+    columns = (values[order].tolist() for values in (fragments, offsets, in_pieces))
+    return list(zip(*columns, strict=True))

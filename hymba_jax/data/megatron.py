@@ -16,6 +16,7 @@ The index, all of it little-endian:
 Documents are written here as one sequence each. Those of others may have several.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -52,7 +53,7 @@ _LONGEST_SEQUENCE = 2**31 - 1
 # Entries of an index that are looked at together.
 _CHUNK = 1 << 18
 # Of an index with more sequences, opening it checks both ends and places between them.
-_CHECKED_WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 64, 256
+_CHECKED_WHOLE, _SAMPLES, _SAMPLE = 1 << 15, 16, 1024
 
 
 def megatron_files(path: PathLike) -> tuple[Path, Path]:
@@ -173,8 +174,8 @@ class MegatronShard:
     """The tokens of Megatron's two files, memory-mapped, as one stream in the order of the index.
 
     Opening takes the same time whatever the size, and checks the header, the sizes of both files
-    and, if there are more than about a million sequences, the ends and samples of the index:
-    `check` looks at all of it. Where sequences do not lie one behind another in the token file, as
+    and the index, of one with more than 32768 sequences samples and both ends: `check` looks at all
+    of it. Where sequences do not lie one behind another in the token file, as
     some tools write them, the position of each is kept in memory, 8 bytes a sequence.
 
     Attributes:
@@ -197,13 +198,14 @@ class MegatronShard:
             )
         # Ids are not negative.
         unsigned = np.dtype(f"u{self._itemsize}")
-        self._tokens = map_array(self.path, unsigned, 0, self._size // self._itemsize)
-        offset = _HEADER.size
-        self._lengths = map_array(self._index_path, "<i4", offset, num_sequences)
-        offset += self._lengths.nbytes
-        self._pointers = map_array(self._index_path, "<i8", offset, num_sequences)
-        offset += self._pointers.nbytes
-        self._documents = map_array(self._index_path, "<i8", offset, num_entries)
+        self._tokens = map_array(self.path, unsigned, self._size // self._itemsize)
+        # One map: each takes a file descriptor, of which a process has about a thousand.
+        index = map_array(self._index_path, np.dtype(np.uint8), file_size(self._index_path))
+        pointers = _HEADER.size + 4 * num_sequences
+        entries = pointers + 8 * num_sequences
+        self._lengths = _Column(self._index_path, index, _HEADER.size, pointers, "<i4")
+        self._pointers = _Column(self._index_path, index, pointers, entries, "<i8")
+        self._documents = _Column(self._index_path, index, entries, len(index), "<i8")
         self.num_documents = num_entries - 1
         self._starts = None if self._looks_contiguous() else self._cumulative_lengths()
         ends = self._size // self._itemsize if self._starts is None else self._starts[-1]
@@ -217,7 +219,7 @@ class MegatronShard:
         last = bisect_left(self._starts, stop)
         parts = [self._tokens[:0]]
         for sequence in range(first, last):
-            offset = int(self._pointers[sequence]) // self._itemsize - int(self._starts[sequence])
+            offset = self._pointers[sequence] // self._itemsize - int(self._starts[sequence])
             begin = max(start, int(self._starts[sequence]))
             parts.append(
                 self._tokens[offset + begin : offset + min(stop, int(self._starts[sequence + 1]))]
@@ -234,8 +236,8 @@ class MegatronShard:
         last = bisect_left(documents, stop, lo=first, key=self._document_start)
         if first == last:
             return np.empty(0, np.int64)
-        sequences = np.array(self._documents[first:last])
-        return np.unique(self._sequence_starts(sequences))
+        starts = self._sequence_starts(self._documents.mapped(first, last))
+        return starts[np.diff(starts, prepend=-1) > 0]
 
     def check(self) -> None:
         """Checks the whole index, in time in proportion to it and little memory.
@@ -295,7 +297,7 @@ class MegatronShard:
         elif not all(follow) or self._pointers[0] != 0:
             return False
         else:
-            end = int(self._pointers[-1]) + self._itemsize * int(self._lengths[-1])
+            end = self._pointers[-1] + self._itemsize * self._lengths[-1]
         if end != self._size:
             raise HymbaError(
                 f"{self._index_path}: its sequences take {end} bytes, but {self.path} has "
@@ -305,8 +307,8 @@ class MegatronShard:
 
     def _check_sequences(self, start: int, stop: int) -> bool:
         """Whether these sequences, and the one after them, follow one another."""
-        lengths = self._lengths[start:stop].astype(np.int64)
-        pointers = np.array(self._pointers[start : stop + 1])
+        lengths = self._lengths.read(start, stop).astype(np.int64)
+        pointers = self._pointers.read(start, stop + 1)
         begin, nbytes = pointers[: len(lengths)], self._itemsize * lengths
         is_inside = (lengths >= 0) & (begin >= 0) & (begin <= self._size - nbytes)
         is_good = is_inside & (begin % self._itemsize == 0)
@@ -319,7 +321,7 @@ class MegatronShard:
         return np.array_equal(pointers[1:], (begin + nbytes)[: len(pointers) - 1])
 
     def _check_documents(self, start: int, stop: int) -> None:
-        entries = np.array(self._documents[start : stop + 1])
+        entries = self._documents.read(start, stop + 1)
         if entries.min() < 0 or entries.max() > len(self._lengths) or (np.diff(entries) < 0).any():
             raise HymbaError(
                 f"{self._index_path}: documents {start} to {start + len(entries) - 1} are not "
@@ -328,33 +330,63 @@ class MegatronShard:
 
     def _cumulative_lengths(self) -> Int[np.ndarray, " _"]:
         starts = np.zeros(len(self._lengths) + 1, np.int64)
-        np.cumsum(self._lengths, out=starts[1:])
+        np.cumsum(self._lengths.read(0, len(self._lengths)), out=starts[1:])
         return starts
 
     def _document_start(self, document: int) -> int:
         """The position of a document's first token."""
-        sequence = int(self._documents[document])
+        sequence = self._documents[document]
         if self._starts is not None:
             return int(self._starts[sequence])
         if sequence == len(self._lengths):
             return self.num_tokens
-        return int(self._pointers[sequence]) // self._itemsize
+        return self._pointers[sequence] // self._itemsize
 
     def _sequence_starts(self, sequences: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
         """The position of each sequence's first token; rising sequences."""
         if self._starts is not None:
             return self._starts[sequences]
         first = int(sequences[0])
-        # A slice first: NumPy would make an aligned copy of the whole array to index it.
-        pointers = np.array(self._pointers[first : int(sequences[-1]) + 1])
+        pointers = self._pointers.mapped(first, int(sequences[-1]) + 1)
         return pointers[sequences - first] // self._itemsize
 
 
-def map_array(path: Path, dtype: Any, offset: int, count: int) -> Any:
-    """A part of a file as a read-only array, which takes no memory of its own."""
+class _Column:
+    """One of an index's arrays, from byte `start` up to `stop` of the file."""
+
+    def __init__(self, path: Path, index: np.ndarray, start: int, stop: int, dtype: str) -> None:
+        self._path, self._offset, self._dtype = path, start, np.dtype(dtype)
+        self._mapped = index[start:stop].view(dtype)
+
+    def __len__(self) -> int:
+        return len(self._mapped)
+
+    def __getitem__(self, entry: int) -> int:
+        return int(self._mapped[entry])
+
+    def mapped(self, start: int, stop: int) -> Int[np.ndarray, " _"]:
+        """Some entries, aligned: NumPy would copy the whole array to work with part of it."""
+        return np.array(self._mapped[start:stop])
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " _"]:
+        """Entries as far as there are any, without the pages around them, maybe huge, in memory."""
+        count = max(min(stop, len(self)) - start, 0)
+        offset = self._offset + start * self._dtype.itemsize
+        return np.fromfile(self._path, self._dtype, count, offset=offset)
+
+
+def map_array(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
+    """A file as a read-only array, which takes no memory of its own.
+
+    Raises:
+      HymbaError: it cannot be mapped.
+    """
     if not count:
-        return np.empty(0, dtype)  # nothing can be mapped
-    mapped = np.memmap(path, dtype, "r", offset, (count,))
+        return np.empty(0, dtype)  # an empty file cannot be
+    try:
+        mapped = np.memmap(path, dtype, "r", shape=(count,))
+    except OSError as error:
+        raise HymbaError(_os_message(path, error)) from error
     return mapped.view(np.ndarray)  # np.memmap is slow to index
 
 
@@ -368,7 +400,12 @@ def file_size(path: Path) -> int:
         with open_regular(path) as file:
             return os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise HymbaError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise HymbaError(_os_message(path, error)) from error
+
+
+def _os_message(path: Path, error: OSError) -> str:
+    hint = ": raise `ulimit -n`" if error.errno == errno.EMFILE else ""
+    return f"{path}: {(error.strerror or str(error)).lower()}{hint}"
 
 
 def _samples(count: int) -> list[tuple[int, int]]:

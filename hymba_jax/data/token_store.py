@@ -183,7 +183,7 @@ def _map_bin(path: Path, dtype: str | None) -> Any:
     size = file_size(path)
     if size % kind.itemsize:
         raise HymbaError(f"{path}: {size} bytes are no whole number of {dtype} tokens: truncated?")
-    return map_array(path, kind, 0, size // kind.itemsize)
+    return map_array(path, kind, size // kind.itemsize)
 
 
 def _map_npy(path: Path) -> Any:

@@ -1,11 +1,12 @@
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymba_jax.data.batch import IGNORED_TARGET
+from hymba_jax.data.batch import IGNORED_TARGET, abstract_batch, stack_rows
 from hymba_jax.data.document_rows import ROWS_PER_BLOCK, DocumentRows, pack_fragments
 from hymba_jax.data.megatron import MegatronWriter
 from hymba_jax.data.token_store import open_tokens
@@ -75,6 +76,14 @@ def test_rows_depend_on_their_index_alone(make_store):
             np.testing.assert_array_equal(field, expected)
 
 
+def test_batches_are_what_their_abstract_one_says(make_store):
+    rows = DocumentRows(make_store([5, 9, 30]), 16)
+    batch, abstract = stack_rows([rows[0], rows[1]]), abstract_batch(2, 16, segment_ids=True)
+    assert jax.tree.structure(batch) == jax.tree.structure(abstract)
+    for array, like in zip(jax.tree.leaves(batch), jax.tree.leaves(abstract), strict=True):
+        assert (array.shape, array.dtype) == (like.shape, like.dtype)
+
+
 def test_at_realistic_lengths_little_is_padding_and_few_are_split(make_store):
     """Log-normal, 500 tokens on average: of the padding, 1 in 256 is slack and 1 in 500 is the
     first token of a document, which no target is."""
@@ -97,18 +106,19 @@ def test_at_realistic_lengths_little_is_padding_and_few_are_split(make_store):
 @settings(deadline=None, max_examples=60, database=None, derandomize=True)
 def test_fragments_always_fit(sizes, length):
     num_rows = -(-sum(sizes) // length)  # no room to spare
-    rows = pack_fragments(sizes, num_rows, length)
-    assert all(sum(piece.size for piece in row) <= length for row in rows)
-    placed = sorted(
-        (piece.fragment, piece.offset + i) for row in rows for piece in row
-        for i in range(piece.size)
-    )  # fmt: skip
-    assert placed == [(f, i) for f, size in enumerate(sizes) for i in range(size)]
+    rows = pack_fragments(np.array(sizes), num_rows, length)
+    assert all(sum(size for _, _, size in row) <= length for row in rows)
+    pieces = [piece for row in rows for piece in row]
+    placed = sorted((fragment, offset + i) for fragment, offset, n in pieces for i in range(n))
+    assert placed == [(fragment, i) for fragment, size in enumerate(sizes) for i in range(size)]
 
 
 def test_the_tightest_row_is_chosen_and_only_what_fits_nowhere_is_split():
-    rows = pack_fragments([6, 3, 5, 4, 2], 2, 10)
-    assert sorted(sorted(piece.fragment for piece in row) for row in rows) == [[0, 3], [1, 2, 4]]
-    rows = pack_fragments([7, 7, 6], 2, 10)
-    split = [(piece.offset, piece.size) for row in rows for piece in row if piece.fragment == 2]
+    rows = pack_fragments(np.array([6, 3, 5, 4, 2]), 2, 10)
+    assert sorted(sorted(piece[0] for piece in row) for row in rows) == [[0, 3], [1, 2, 4]]
+    rows = pack_fragments(np.array([7, 7, 6]), 2, 10)
+    split = [piece[1:] for row in rows for piece in row if piece[0] == 2]
     assert sorted(split) == [(0, 3), (3, 3)]
+    rows = pack_fragments(np.array([8, 7, 6, 5, 4]), 3, 10)
+    split = [piece for row in rows for piece in row if piece[0] >= 3]
+    assert sorted(split) == [(3, 0, 3), (3, 3, 2), (4, 0, 4)]  # 5 waits until 4 is placed
