@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import accumulate, chain
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
+from hymba_jax.closing import Closing
 from hymba_jax.data.megatron import token_dtype
 from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
@@ -55,7 +55,7 @@ class _EncodedBatch(NamedTuple):
             yield Encoded(self.ids[start:end], text_bytes)
 
 
-class Encoder:
+class Encoder(Closing):
     """Tokenizes in worker processes, as a context.
 
     One worker is this very process, with the threads of the tokenizers library. The others are
@@ -118,12 +118,7 @@ class Encoder:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from hymba_jax.data.batch import Batch, make_row
-from hymba_jax.data.sources import Document
+from hymba_jax.data.records import Document
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.types import UInt

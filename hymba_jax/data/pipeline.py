@@ -111,14 +111,12 @@ def _open(directory: Path, config: DataConfig, tokenizer: Tokenizer | None) -> D
             f"{directory}: was tokenized by another tokenizer than the run's: tokenize it with "
             "that one, or set data.tokenizer to this directory and start from scratch"
         )
-    for side, tokens in (("training", corpus.train), ("validation", corpus.validation)):
-        if tokens is None:
-            raise HymbaError(
-                f"{directory}: has no {side} documents: tokenize it with another "
-                "--data.validation-fraction"
-            )
-    assert corpus.train is not None
-    assert corpus.validation is not None
+    if corpus.train is None or corpus.validation is None:
+        side = "training" if corpus.train is None else "validation"
+        raise HymbaError(
+            f"{directory}: has no {side} documents: tokenize it with another "
+            "--data.validation-fraction"
+        )
     note = (
         f"{directory}: is tokenized: its tokenizer and validation documents are used, not "
         "data.tokenizer and data.validation_fraction"

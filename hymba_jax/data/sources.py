@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sysconfig
-import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from hymba_jax.config.data import DataConfig
+from hymba_jax.data.documents import read_standard_library
+from hymba_jax.data.records import Document
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import file_kind, open_regular, parse_json, resolve_path
 
@@ -24,15 +25,6 @@ _LARGEST_DOCUMENT = 1 << 30
 _TOO_LARGE = "longer than 1 GiB, the most that one document may be: split it into several"
 # What makes a directory that of a run, here or in another place.
 _RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
-_NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and its name: a path inside the corpus, with `:line` for JSON lines."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ def load_documents(config: DataConfig, output: str | None = None) -> Corpus:
         split_names = [document.name for document in documents]
     else:
         path = Path(sysconfig.get_path("stdlib"))
-        documents = list(_read_standard_library(path))
+        documents = list(read_standard_library())
         # By file name alone: the split for which gzip's and xz's bits per byte are known.
         split_names = [document.name.rpartition("/")[2] for document in documents]
     if not documents:
@@ -107,20 +99,6 @@ def _empty_side(path: Path, names: list[str], fraction: float) -> str:
         if 0 < count < len(names):
             return message + f"set validation_fraction to {other} (it holds out {count})"
     return message + "add documents, or split the text into more of them"
-
-
-def _read_standard_library(root: Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if name.parts[0] in _NOT_LIBRARY:
-            continue
-        try:
-            with tokenize.open(path) as file:  # in the encoding that the source declares
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue  # a handful of the library's own test inputs are broken on purpose
-        if text:
-            yield Document(name.as_posix(), text)
 
 
 def _read(

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain, groupby
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from hymba_jax.closing import Closing
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.block_checksums import BlockChecksums, checksums_file, file_checksum
 from hymba_jax.data.documents import OnBadRecord, read_documents
@@ -348,10 +348,11 @@ def _writing(path: Path, tokenizer: Tokenizer) -> Iterator[_ShardWriter]:
     writer.write_checksums()
 
 
-class _BadRecords:
+class _BadRecords(Closing):
     """A file that lists the bad records that were skipped, if there are any; a context."""
 
     def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)  # of a run that was killed
         self._path = path
         self._file: TextIO | None = None
         self.count = 0
@@ -363,16 +364,7 @@ class _BadRecords:
         self._file.write(json.dumps({"name": problem.name, "reason": problem.reason}) + "\n")
         self.count += 1
 
-    def __enter__(self) -> "_BadRecords":
-        self._path.unlink(missing_ok=True)  # of a run that was killed
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
 

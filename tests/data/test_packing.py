@@ -1,7 +1,7 @@
 import numpy as np
 
 from hymba_jax.data.packing import Windows, pack
-from hymba_jax.data.sources import Document
+from hymba_jax.data.records import Document
 from hymba_jax.data.token_store import ArrayShard, TokenStore
 from hymba_jax.data.tokenizer import build_tokenizer
 

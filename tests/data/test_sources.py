@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hymba_jax.config.data import DataConfig
-from hymba_jax.data.sources import Document, is_held_out, load_documents
+from hymba_jax.data.records import Document
+from hymba_jax.data.sources import is_held_out, load_documents
 from hymba_jax.errors import HymbaError
 
 
