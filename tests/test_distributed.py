@@ -29,7 +29,7 @@ LAUNCHERS = ("SLURM_", "OMPI_", "MEGASCALE_", "TPU_WORKER_HOSTNAMES")
         ({"num_processes": 0}, "num_processes is 0, not at least 1"),
         ({"num_processes": 2, "process_id": 2}, "process_id is 2, not from 0 to 1"),
         ({"num_processes": 2, "process_id": -1}, "process_id is -1, not from 0 to 1"),
-        ({"process_id": 1}, "process_id is 1, of how many num_processes does not say"),
+        ({"process_id": 1}, "process_id is 1, but num_processes is not given"),
         ({"start_timeout": 0}, "start_timeout is 0, not at least 1"),
     ],
 )

@@ -35,8 +35,8 @@ def test_a_bad_value_in_a_process_of_its_own(config, output, cache):
     [
         (["--model.attention.num-heads", "3"], "not a multiple of num_heads 3"),
         (["--model.attention.window", "0"], "window is 0"),
-        (["--model.layers", "G w"], "no window attention stands directly before it"),
-        (["--model.layers", "WGw"], "a sharing group cannot cross another kind"),
+        (["--model.layers", "G w"], "the layer before it has no window attention"),
+        (["--model.layers", "WGw"], "only adjacent layers of one kind can share them"),
         (["--data.sequence-length", "65"], "longer than model.max_positions 64"),
         (["--training.sample-tokens", "61"], "sample_tokens make 65 tokens"),
         (

@@ -360,7 +360,7 @@ def test_standard_input_that_is_no_text(refusal):
         (["--num-samples", str(10**10)], f"num_samples is {10**10}, not between 1 and 1048576"),
         (["--max-new-tokens", str(10**12)], f"max_new_tokens is {10**12}, not between 1 and"),
         (["--context", str(10**12)], f"a context of {10**12} tokens: the model's is 1 to 512"),
-        (["--stop", r"\d"], r"stop '\\d': \d is no escape; there are \n, \r, \t"),
+        (["--stop", r"\d"], r"stop '\\d': \d is not an escape; valid are \n, \r, \t"),
         (["--batch-size", "0"], "batch_size is 0, not at least 1"),
         (["--context", "513"], "a context of 513 tokens: the model's is 1 to 512"),
         (["--output", "/no/such/place/out.txt"], "there is no directory /no/such/place"),

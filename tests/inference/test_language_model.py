@@ -460,7 +460,7 @@ def test_impossible_prompts(model, prompts, message):
     [
         ({"max_new_tokens": 0}, "sampling: max_new_tokens is 0, not between 1 and 2147483647"),
         ({"temperature": -1.0}, "sampling: temperature is -1.0, not 0 or between"),
-        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not free of empty strings"),
+        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not a list of non-empty strings"),
         (
             {"top_p": 0.0, "num_samples": 0},
             "sampling: top_p is 0.0, not in (0, 1]; num_samples is 0, not between 1 and 1048576",

@@ -299,13 +299,13 @@ def test_samples_inside_a_loop():
         ({"seed": -1}, "seed is -1, not between 0 and 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296, not between 0 and 4294967295"),
         ({"seed": None}, "seed is None, not an integer"),
-        ({"stop": b"end"}, "stop is b'end', not a list, each of it a string"),
-        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each of it a string"),
-        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty strings"),
-        ({"stop": ""}, "stop is ('',), not free of empty strings"),
-        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each of it an integer"),
-        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each of it an integer"),
-        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each of it an integer"),
+        ({"stop": b"end"}, "stop is b'end', not a list, each a string"),
+        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each a string"),
+        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not a list of non-empty strings"),
+        ({"stop": ""}, "stop is ('',), not a list of non-empty strings"),
+        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each an integer"),
+        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each an integer"),
+        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each an integer"),
         ({"stop_tokens": (3, -2)}, "stop_tokens is (3, -2), not between 0 and 2147483647"),
     ],
 )
@@ -370,7 +370,7 @@ def test_escapes_of_the_command_line(text, stop):
 
 @pytest.mark.parametrize("text", [r"\d", "a\\", r"\x4", r"\U00110000"])
 def test_escapes_that_there_are_not(text):
-    with pytest.raises(HymbaError, match="is no escape; there are"):
+    with pytest.raises(HymbaError, match="is not an escape; valid are"):
         unescape(text)
 
 
