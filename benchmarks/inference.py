@@ -96,8 +96,10 @@ def main(options: Options) -> None:
     for i, (shape, batch, context) in enumerate(combinations):
         progress.print(f"{i + 1} of {len(combinations)}: {shape}, {batch} x {context}")
         start = time.perf_counter()
-        one = dataclasses.replace(options, shape=(shape,), batch=(batch,), context=(context,))
-        rows.append(_in_child(one))
+        child_options = dataclasses.replace(
+            options, shape=(shape,), batch=(batch,), context=(context,)
+        )
+        rows.append(_in_child(child_options))
         progress.print(f"  {time.perf_counter() - start:.0f} s")
     names = ("shape", "batch", "context")
     for title in ("prefill", "decode"):

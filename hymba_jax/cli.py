@@ -94,7 +94,7 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
 
 def generate(args: Sequence[str], prog: str) -> None:
     """Runs `hymba generate ...`."""
-    with _inference():
+    with _inference_command():
         from hymba_jax.inference import generate
         from hymba_jax.inference.generation_config import with_defaults
 
@@ -104,7 +104,7 @@ def generate(args: Sequence[str], prog: str) -> None:
 
 def chat(args: Sequence[str], prog: str) -> None:
     """Runs `hymba chat ...`."""
-    with _inference():
+    with _inference_command():
         from hymba_jax.inference import chat
         from hymba_jax.inference.generation_config import with_defaults
 
@@ -115,7 +115,7 @@ def chat(args: Sequence[str], prog: str) -> None:
 
 def warmup(args: Sequence[str], prog: str) -> None:
     """Runs `hymba warmup ...`."""
-    with _inference():
+    with _inference_command():
         from hymba_jax.inference import warmup
 
         warmup.main(tyro.cli(warmup.WarmupConfig, args=args, prog=prog))
@@ -139,7 +139,7 @@ def compile(args: Sequence[str], prog: str) -> None:
 
 def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -> None:
     """Runs `hymba convert ...`, which convert_torch.py is too."""
-    with _checkpoints():
+    with _checkpoint_command():
         from hymba_jax.convert import convert
 
         args = sys.argv[1:] if args is None else args
@@ -153,14 +153,14 @@ def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -
 
 def inspect(args: Sequence[str], prog: str) -> None:
     """Runs `hymba inspect ...`."""
-    with _checkpoints():
+    with _checkpoint_command():
         from hymba_jax.convert import inspect
 
         inspect.main(tyro.cli(inspect.InspectConfig, args=args, prog=prog))
 
 
 @contextmanager
-def _checkpoints() -> Iterator[None]:
+def _checkpoint_command() -> Iterator[None]:
     """Set-up and error handling of commands that read checkpoints."""
     with _one_line_errors():
         prepare_host()
@@ -171,9 +171,9 @@ def _checkpoints() -> Iterator[None]:
 
 
 @contextmanager
-def _inference() -> Iterator[None]:
+def _inference_command() -> Iterator[None]:
     """Set-up and error handling of commands that run a model."""
-    with _checkpoints():
+    with _checkpoint_command():
         from hymba_jax.inference.warmup import use_compilation_cache
 
         use_compilation_cache()
@@ -203,8 +203,8 @@ def _one_line_errors() -> Iterator[None]:
         _drop_output()
         sys.exit(CLOSED_PIPE)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror or error}")
+        file = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {file}{error.strerror or error}")
     except SystemExit as exit:
         if isinstance(exit.__context__, BrokenPipeError):  # raised by rich
             sys.exit(CLOSED_PIPE)

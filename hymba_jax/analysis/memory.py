@@ -20,7 +20,7 @@ from hymba_jax.parallel.memory import gb, tree_bytes
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 
-LARGEST = 2**31 - 1  # positions and rows are 32-bit numbers
+INT32_MAX = 2**31 - 1  # positions and rows are 32-bit numbers
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def main(args: MemoryConfig) -> None:
     """
     config, compute = _architecture(args)
     for name, size in (("context", args.context), ("batch", args.batch)):
-        if not 1 <= size <= LARGEST:
-            raise HymbaError(f"{name} is {size}, not between 1 and {LARGEST}, a 32-bit number")
+        if not 1 <= size <= INT32_MAX:
+            raise HymbaError(f"{name} is {size}, not between 1 and {INT32_MAX}, a 32-bit number")
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
     cache = cache_bytes(config, args.context, args.dtype, state_dtype)

@@ -97,8 +97,8 @@ def inference_advice(batch: int, params: int, memory: Memory, available: float) 
     """
     fitting = int((available - params) * batch // (memory.total - params))
     if fitting >= 1:
-        one = _gb((memory.total - params) / batch)
-        yield f"--batch {fitting}: a sequence takes {one} besides {_gb(params)} of parameters"
+        per_sequence = _gb((memory.total - params) / batch)
+        yield f"--batch {fitting}: a sequence takes {per_sequence}, parameters {_gb(params)}"
     else:
         yield "a shorter --context, compute.dtype bfloat16, or a chip with more memory"
 

@@ -31,8 +31,8 @@ def hbm_bytes(program: Program, line: Instruction) -> int:
     if line.op in _FREE or line.op.endswith("-done"):
         return 0
     if line.op in ("copy-start", "slice-start"):
-        one, other = line.results[:2]  # one of them is where the other one goes
-        return (one.in_hbm + other.in_hbm) * min(one.size, other.size)
+        source, destination = line.results[:2]  # in either order
+        return (source.in_hbm + destination.in_hbm) * min(source.size, destination.size)
     inputs = [array for name in line.operands for array in program.arrays[name]]
     in_hbm = any(array.in_hbm for array in (*inputs, *line.results))
     if line.op == "custom-call" and not (in_hbm and inputs):

@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from hymba_jax.config.field_types import describe, fits, plain, shown
 from hymba_jax.errors import HymbaError
 
-LARGEST = 2**31 - 1  # of int32
+INT32_MAX = 2**31 - 1  # of int32
 MAX_SAMPLES = 2**20
 
 _ESCAPE = re.compile(
@@ -140,9 +140,9 @@ def _divides(value: float) -> bool:
 
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: 1 <= v <= LARGEST, f"between 1 and {LARGEST}"),
+    "max_new_tokens": (lambda v: 1 <= v <= INT32_MAX, f"between 1 and {INT32_MAX}"),
     "temperature": (lambda v: v == 0 or _divides(v), "0 or between 1e-30 and 1e30"),
-    "top_k": (lambda v: 0 <= v <= LARGEST, f"between 0 and {LARGEST}"),
+    "top_k": (lambda v: 0 <= v <= INT32_MAX, f"between 0 and {INT32_MAX}"),
     "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "min_p": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "repetition_penalty": (_divides, "between 1e-30 and 1e30"),
@@ -152,5 +152,5 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "seed": (lambda v: 0 <= v < 2**32, f"between 0 and {2**32 - 1}"),
     "stop": (all, "a list of non-empty strings"),
-    "stop_tokens": (lambda v: all(0 <= t <= LARGEST for t in v), f"between 0 and {LARGEST}"),
+    "stop_tokens": (lambda v: all(0 <= t <= INT32_MAX for t in v), f"between 0 and {INT32_MAX}"),
 }

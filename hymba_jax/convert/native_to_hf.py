@@ -101,11 +101,11 @@ def _write_tokenizer(checkpoint: NativeCheckpoint, directory: Path, report: Repo
 
 
 def _is_same_tokenizer(*directories: Path) -> bool:
-    one, other = (Tokenizer.load(directory) for directory in directories)
-    return (one.model.to_str(), one.named_tokens, one.chat_templates) == (
-        other.model.to_str(),
-        other.named_tokens,
-        other.chat_templates,
+    first, second = (Tokenizer.load(directory) for directory in directories)
+    return (first.model.to_str(), first.named_tokens, first.chat_templates) == (
+        second.model.to_str(),
+        second.named_tokens,
+        second.chat_templates,
     )
 
 

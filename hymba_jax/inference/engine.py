@@ -368,7 +368,7 @@ def _programs(
         return nnx.merge(graph, params).meta_state()
 
     def init_prefill(params: Params, meta: MetaState, batch: int, context: int) -> Prefilled:
-        cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).start(meta)
+        cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).initialize(meta)
         return Prefilled(cache, jnp.zeros((batch, config.hidden_size), compute.dtype))
 
     def extend(

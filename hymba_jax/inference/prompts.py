@@ -22,7 +22,7 @@ def encode_prompts(
     tokenizer: Tokenizer,
     vocab_size: int,
     context: int,
-    room: int,
+    max_new_tokens: int,
     *,
     parse_special: bool = False,
 ) -> list[list[int]]:
@@ -31,7 +31,7 @@ def encode_prompts(
     Args:
       vocab_size: of the model.
       context: tokens that a prompt and what follows it may have.
-      room: tokens that must still fit behind each.
+      max_new_tokens: tokens that must still fit behind each.
       parse_special: whether the names of control tokens in a prompt are these tokens.
 
     Raises:
@@ -52,7 +52,7 @@ def encode_prompts(
         if outside := [token for token in tokens if not 0 <= token < vocab_size]:
             token = shown(outside[0])
             raise HymbaError(f"{name}: token {token} is outside the vocabulary of {vocab_size}")
-        if len(tokens) + room > context:
+        if len(tokens) + max_new_tokens > context:
             raise HymbaError(
                 f"{name}: {len(tokens)} tokens, and the model's context is {context} with what "
                 "is to follow: shorten it"

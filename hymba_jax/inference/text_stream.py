@@ -19,25 +19,25 @@ class TextStream:
 
     Attributes:
       stopped: a stop string has been met; neither it nor what follows is given.
-      settled: how many of the tokens, from the first on, are sure to be part of the completion:
-        those whose text begins before a stop string, or before what may become one.
+      num_final_tokens: number of leading tokens that are certainly part of the completion: those
+        whose text begins before a stop string, or before what may become one.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
     ) -> None:
         self.stopped = False
-        self.settled = 0
-        self._starts: list[int] = []  # where in the text each token that is not settled begins
-        self._given = self._certain = 0  # characters given, and given or held back
+        self.num_final_tokens = 0
+        self._starts: list[int] = []  # where in the text each token that is not final begins
+        self._num_emitted = self._num_final = 0  # characters emitted, and those or held
         self._run: list[int] = []  # which tokens are the byte tokens that cannot be decoded yet
         self._tokenizer = tokenizer
         self._stop = stop
         self._held = ""  # text that may be the beginning of a stop string
-        self._silent = frozenset(tokenizer.special_tokens.values())
+        self._special = frozenset(tokenizer.special_tokens.values())
         self._bytes = _byte_tokens(tokenizer)
         # The last tokens, the text that they decode to, and how much of it has been taken.
-        self._window = self._tail([token for token in prompt if self._speaks(token)])
+        self._window = self._tail([token for token in prompt if self._has_text(token)])
         self._text = tokenizer.decode(self._window)
         self._taken = len(self._text)
 
@@ -45,8 +45,8 @@ class TextStream:
         """The text that is certain with one more token; often none."""
         if self.stopped:
             return ""
-        self._starts.append(self._certain)
-        if not self._speaks(token):
+        self._starts.append(self._num_final)
+        if not self._has_text(token):
             return ""
         self._window.append(token)
         if token in self._bytes:
@@ -75,9 +75,9 @@ class TextStream:
         self._window, self._text, self._taken = [], "", 0
         return self._before_stop(delta, last=True)
 
-    def _speaks(self, token: int) -> bool:
+    def _has_text(self, token: int) -> bool:
         """Whether the token is text: neither special nor beyond the vocabulary."""
-        return token not in self._silent and self._tokenizer.model.id_to_token(token) is not None
+        return token not in self._special and self._tokenizer.model.id_to_token(token) is not None
 
     def _tail(self, tokens: list[int]) -> list[int]:
         """The last tokens, from before the run of byte tokens that they may end in."""
@@ -116,12 +116,15 @@ class TextStream:
         self.stopped = found < len(text) and found <= certain
         certain = min(found, certain)
         self._held = "" if self.stopped else text[certain:]
-        self._given += certain
-        self._certain = self._given + len(self._held)
-        while self.settled < len(self._starts) and self._starts[self.settled] < self._given:
-            self.settled += 1
+        self._num_emitted += certain
+        self._num_final = self._num_emitted + len(self._held)
+        while (
+            self.num_final_tokens < len(self._starts)
+            and self._starts[self.num_final_tokens] < self._num_emitted
+        ):
+            self.num_final_tokens += 1
         if last and not self.stopped:
-            self.settled = len(self._starts)
+            self.num_final_tokens = len(self._starts)
         return text[:certain]
 
 

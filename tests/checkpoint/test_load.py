@@ -204,8 +204,8 @@ def widen(directory):
 @pytest.mark.parametrize(
     ("damage", "step", "message"),
     [
-        (lose("."), None, "{path}: no model is here, there is no config.toml"),
-        (lose("config.toml"), None, "{path}: no model is here, there is no config.toml"),
+        (lose("."), None, "{path}: no model found, config.toml is missing"),
+        (lose("config.toml"), None, "{path}: no model found, config.toml is missing"),
         (lose("checkpoints"), None, "{path}/checkpoints: no checkpoint; there is none"),
         (lose("checkpoints"), 3, "{path}/checkpoints: no checkpoint 3; there is none"),
         (lose(), 3, "{path}/checkpoints: no checkpoint 3; there are 1, 2"),

@@ -134,5 +134,5 @@ def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: step 2: the loss is ")
-    assert "look at the metrics of the steps before" in line
+    assert "check the metrics of earlier steps" in line
     assert not list((output / "checkpoints").iterdir())

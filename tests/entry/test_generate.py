@@ -349,11 +349,11 @@ def test_standard_input_that_is_no_text(refusal):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "/no/such/model"], "/no/such/model: no model is here, there is no config"),
+        (["--model", "/no/such/model"], "/no/such/model: no model found, config.toml is missing"),
         (["--step", "3"], "/checkpoints: no checkpoint 3; there is none"),
         (["--prompt", "x" * 600], "the prompt: 601 tokens, and the model's context is 512 with"),
         (["--prompt", "a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
-        (["--prompt", "\udcff"], "'\\udcff' is no text: it has bytes that are not UTF-8"),
+        (["--prompt", "\udcff"], "'\\udcff' is not valid Unicode: it has bytes that are not UTF-8"),
         (["--temperature", "-1"], "sampling: temperature is -1.0, not 0 or between"),
         (["--num-samples", "0", "--top-p", "2"], "top_p is 2.0, not in (0, 1]; num_samples is 0"),
         (["--top-p", "0.9"], "top_p 0.9 has no effect at temperature 0"),

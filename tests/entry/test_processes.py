@@ -59,10 +59,10 @@ def leg(config, output, cache, steps, devices, processes, *more, program="train.
         for where, variables in processes
     ]
     ended = ends(started)
-    assert [one.status for one in ended] == [0] * len(ended), ended
-    assert [one.stderr for one in ended] == [""] * len(ended)
+    assert [process.status for process in ended] == [0] * len(ended), ended
+    assert [process.stderr for process in ended] == [""] * len(ended)
     assert [line["step"] for line in read(output)] == [*range(1, steps + 1)]
-    return [one.stdout for one in ended]
+    return [process.stdout for process in ended]
 
 
 @pytest.mark.slow
@@ -95,10 +95,10 @@ def interrupt(config, output, cache, devices, processes, victim, number, *more):
 
 
 def assert_lost(ended, victim, output):
-    for i, one in enumerate(ended):
+    for i, process in enumerate(ended):
         if i != victim:
-            assert one.status not in (0, -signal.SIGKILL)
-            (line,) = one.stderr.splitlines()
+            assert process.status not in (0, -signal.SIGKILL)
+            (line,) = process.stderr.splitlines()
             assert line.startswith(f"error: {output}: lost process {victim}, which stopped, was ")
             assert line.endswith("with the same command to resume from step 20")
 
@@ -166,7 +166,7 @@ def test_an_output_that_is_not_shared_is_refused(config, cache, tmp_path):
             for i, (where, _) in enumerate(addresses(2))
         ]
     )
-    assert all(one.status != 0 for one in ended)
+    assert all(process.status != 0 for process in ended)
     assert ended[1].stderr.startswith(f"error: {tmp_path}/own1/run")
     assert len(ended[1].stderr.splitlines()) == 1
 
@@ -178,17 +178,17 @@ def refused(config, cache, output, *more):
     ended = ends(
         [start([*arguments, *first], 1, cache), start([*arguments, *second, *more], 1, cache)]
     )
-    assert all(one.status != 0 for one in ended)
+    assert all(process.status != 0 for process in ended)
     assert not output.exists()
     return ended
 
 
 def test_another_config_in_one_process_is_refused(config, cache, tmp_path):
     rates = ("--training.learning-rate", "1.0", "--seed", "3")
-    for one in refused(config, cache, tmp_path / "run", *rates):
-        assert one.status == 1
-        assert one.stderr == (
-            "error: the processes of the run do not agree: seed is 0 in process 0 and 3 in process "
+    for process in refused(config, cache, tmp_path / "run", *rates):
+        assert process.status == 1
+        assert process.stderr == (
+            "error: the processes of the run differ: seed is 0 in process 0 and 3 in process "
             "1; training.learning_rate is 0.003 in process 0 and 1.0 in process 1: start all with "
             "the same command, packages and data\n"
         )
@@ -200,10 +200,10 @@ def test_other_text_in_one_process_is_refused(config, cache, tmp_path):
     other.mkdir()
     for i in range(12):
         (other / f"page{i}.txt").write_text("another text. " * 40)
-    for one in refused(config, cache, tmp_path / "run", "--data.path", str(other)):
-        assert "the digest of data.path's training tokens is " in one.stderr
-        assert "the digest of its validation tokens is " in one.stderr
-        assert "tokenizer" not in one.stderr
+    for process in refused(config, cache, tmp_path / "run", "--data.path", str(other)):
+        assert "the digest of data.path's training tokens is " in process.stderr
+        assert "the digest of its validation tokens is " in process.stderr
+        assert "tokenizer" not in process.stderr
 
 
 def test_nobody_at_the_address(config, cache, tmp_path):
@@ -214,5 +214,7 @@ def test_nobody_at_the_address(config, cache, tmp_path):
     assert ended.status != 0
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: not all processes of the run met at {address} within 3 s: ")
+    assert line.startswith(
+        f"error: not all processes of the run connected at {address} within 3 s: "
+    )
     assert not (tmp_path / "run").exists()

@@ -75,7 +75,7 @@ def test_a_later_process_finds_the_programs(hymba, tmp_path):
         ([], "name a context"),
         (["--context", "32", "--prompts", "0"], "prompts is 0, not 1 to the batch_size 8"),
         (["--context", "32", "--prompts", "9"], "prompts is 9, not 1 to the batch_size 8"),
-        (["--context", "32"], "gone: no model is here"),
+        (["--context", "32"], "gone: no model found"),
     ],
 )
 def test_what_cannot_be_warmed(monkeypatch, arguments, message):

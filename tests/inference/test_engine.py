@@ -343,8 +343,8 @@ class TestCompiling:
 
         for layers, same in [("Ww", True), ("G", False)]:
             engine = Engine(make_model(layers=layers))
-            one, other = (lower_decode(engine, 1, context)[0] for context in (256, 512))
-            assert (one.as_text() == other.as_text()) == same
+            short, long = (lower_decode(engine, 1, context)[0] for context in (256, 512))
+            assert (short.as_text() == long.as_text()) == same
 
 
 @pytest.mark.usefixtures("optimised")

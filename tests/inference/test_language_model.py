@@ -76,8 +76,10 @@ def assert_same(actual, expected):
     assert [dataclasses.replace(c, log_probs=[]) for c in actual] == [
         dataclasses.replace(c, log_probs=[]) for c in expected
     ]
-    for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=TOLERANCE)
+    for completion, reference in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(
+            completion.log_probs, reference.log_probs, rtol=0, atol=TOLERANCE
+        )
 
 
 def test_the_likeliest_token_of_the_forward_pass_comes_next(hymba, greedy):
@@ -447,7 +449,7 @@ def refusal(function, *args, **kwargs):
         (["a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
         (["a", "b", [1, 259]], "prompt 3: token 259 is outside the vocabulary of 259"),
         ([[5, -1]], "the prompt: token -1 is outside the vocabulary of 259"),
-        ("\udcff", "'\\udcff' is no text: it has bytes that are not UTF-8"),
+        ("\udcff", "'\\udcff' is not valid Unicode: it has bytes that are not UTF-8"),
     ],
 )
 def test_impossible_prompts(model, prompts, message):

@@ -11,7 +11,13 @@ import pytest
 from hymba_jax.config.sampling import SamplingConfig, unescape
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import sampling
-from hymba_jax.inference.sampling import ONE, Needed, make_sampler, sample, token_weights
+from hymba_jax.inference.sampling import (
+    PROBABILITY_SCALE,
+    ActiveFilters,
+    make_sampler,
+    sample,
+    token_weights,
+)
 
 SAMPLED = SamplingConfig(temperature=1.0)
 ALL_ON = SamplingConfig(
@@ -46,8 +52,11 @@ def probabilities(logits, config, slack=0.0):
 def weights(logits, config):
     """`token_weights` for one row, as probabilities."""
     row = jax.tree.map(lambda values: values[0], make_sampler([config], [0]))
-    needed = Needed(*[jnp.array(True)] * 4)
-    return np.asarray(jax.jit(token_weights)(needed, jnp.asarray(logits, jnp.float32), row)) / ONE
+    active = ActiveFilters(*[jnp.array(True)] * 4)
+    return (
+        np.asarray(jax.jit(token_weights)(active, jnp.asarray(logits, jnp.float32), row))
+        / PROBABILITY_SCALE
+    )
 
 
 def sample_many(logits, config, count):
@@ -81,7 +90,7 @@ def test_the_filters_keep_what_sorting_keeps(kind):
         actual = weights(logits, config)
         # Where a sum or a quotient falls on the limit itself, float32 may go either way.
         surely, perhaps = (probabilities(logits, config, slack) for slack in (-1e-6, 1e-6))
-        visible = perhaps > 2 / ONE
+        visible = perhaps > 2 / PROBABILITY_SCALE
         assert not (actual[visible & (surely > 0)] == 0).any()
         assert not (actual > 0)[perhaps == 0].any()
         assert actual.argmax() == logits.argmax()

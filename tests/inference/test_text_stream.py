@@ -181,13 +181,13 @@ def test_tokens_before_a_stop_string_at_random(kind):
             sizes = [token_size(tokenizer, token) for token in tokens]
             sizes[0] = 0  # the space before the text is none of it
         before = len(text.partition(stop)[0].encode())
-        assert end.settled == sum(sum(sizes[:i]) < before for i in range(len(tokens)))
+        assert end.num_final_tokens == sum(sum(sizes[:i]) < before for i in range(len(tokens)))
         met += end.stopped
     assert 200 < met < 1300
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "settled"),
+    ("text", "stop", "num_final_tokens"),
     [
         (b"abc", ["x"], [1, 2, 3, 3]),
         (b"ab\n\nc", ["\n\n"], [1, 2, 2, 2, 2, 2]),
@@ -201,14 +201,14 @@ def test_tokens_before_a_stop_string_at_random(kind):
         (b"\xff!", ["\ufffd"], [0, 0, 0]),
     ],
 )
-def test_tokens_that_no_stop_string_can_take_back(text, stop, settled):
+def test_tokens_that_no_stop_string_can_take_back(text, stop, num_final_tokens):
     tokenizer = byte_level()
     completion, seen = TextStream(tokenizer, [], stop), []
     for byte in text:
         completion.push(byte_token(tokenizer, byte))
-        seen.append(completion.settled)
+        seen.append(completion.num_final_tokens)
     completion.finish()
-    assert [*seen, completion.settled] == settled
+    assert [*seen, completion.num_final_tokens] == num_final_tokens
 
 
 def test_byte_tokens_before_a_stop_string():
@@ -217,12 +217,12 @@ def test_byte_tokens_before_a_stop_string():
     _, *tokens = tokenizer.encode("😀中é")
     assert len(tokens) == 8  # four, three and one, which has a token of its own
     for stop, count in [("中", 4), ("中é", 4), ("é", 7), ("😀", 0), ("x", 8)]:
-        assert stream(tokenizer, [], tokens, [stop])[1].settled == count
+        assert stream(tokenizer, [], tokens, [stop])[1].num_final_tokens == count
     broken = [*tokens[:3], tokens[-1]]
     for stop, count in [("é", 3), ("\ufffdé", 2), ("\ufffd", 0)]:
-        assert stream(tokenizer, [], broken, [stop])[1].settled == count
+        assert stream(tokenizer, [], broken, [stop])[1].num_final_tokens == count
     # A run that began in the prompt.
-    assert stream(tokenizer, tokens[:4], tokens[4:], ["é"])[1].settled == 3
+    assert stream(tokenizer, tokens[:4], tokens[4:], ["é"])[1].num_final_tokens == 3
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_other_text_is_refused_on_either_side(config, tmp_path):
     for name, text in pages.items():
         page = tmp_path / "corpus" / name
         page.write_text(text[::-1])
-        with pytest.raises(HymbaError, match=r"had other (training|validation) text") as caught:
+        with pytest.raises(HymbaError, match=r"other (training|validation) data") as caught:
             train(config)
         refused.add("validation" if "validation text" in str(caught.value) else "training")
         page.write_text(text)
@@ -135,7 +135,7 @@ REFUSED = {
     "nowhere: no such file": lambda config: dataclasses.replace(
         config, data=dataclasses.replace(config.data, path="nowhere")
     ),
-    "nothing: no model is here": lambda config: dataclasses.replace(config, init_from="nothing"),
+    "nothing: no model found": lambda config: dataclasses.replace(config, init_from="nothing"),
     "sample_tokens make 104 tokens": lambda config: changed(config, sample_tokens=100),
 }
 
