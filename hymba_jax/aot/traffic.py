@@ -1,8 +1,9 @@
 """HBM bytes of a compiled program.
 
-What each instruction reads and writes, padding of tiles included, TPUs' other memories not. A slice
-or gather reads its result, an update in place reads and writes the update, a fusion reads of each
-operand what its instructions read. A kernel reads its arguments and writes its results once.
+What each instruction reads and writes, including the padding of tiles, not the other memories of
+TPUs. A slice or gather reads its result, an update in place reads and writes the update, a fusion
+reads of each operand what its instructions read. A kernel reads its arguments and writes its
+results once.
 """
 
 from hymba_jax.aot.hlo import HLOArray, Instruction, Program
@@ -100,7 +101,7 @@ def _written(program: Program, computation: str, results: list[HLOArray]) -> int
         while line.op == "bitcast":
             line = lines[line.operands[0]]
         if line.op == "parameter":
-            continue  # handed on
+            continue  # passed through
         if line.op in _UPDATES:
             total += 2 * program.arrays[line.operands[_UPDATES[line.op]]][0].size
         elif line.op == "fusion":

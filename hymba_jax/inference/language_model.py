@@ -82,13 +82,13 @@ class LanguageModel:
     the tokenizer lacks are never sampled, though the model's vocabulary may be larger.
 
     Args:
-      state_dtype: that the SSM's states are kept in; they are computed in float32.
+      state_dtype: that SSM states are stored in; they are computed in float32.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      defaults: end tokens besides the config's, and the sampling of calls that name none.
+      defaults: additional end tokens, and sampling defaults.
 
     Raises:
-      HymbaError: such a model cannot be, or does not fit into the device's memory.
+      HymbaError: an option is invalid, or the model does not fit into the device's memory.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class LanguageModel:
         Args:
           prompts: a string, or any iterable of strings and of token sequences.
           config: how to sample; if absent, and if `sampling` has no such field, as the model's
-            `defaults` say, which is greedily for most.
+            `defaults` say, which is greedy for most models.
           sampling: fields in place of those of `config`: `temperature=0.7, stop="\\n"`; and
             `parse_special`, as of `encode`.
 
         Raises:
-          HymbaError: a prompt or a sampling value that cannot be; too little memory for them; or
-            the model's logits are not finite.
+          HymbaError: an invalid prompt or sampling value; too little memory for them; or the
+            model's logits are not finite.
         """
         return collect(self.stream(prompts, config, every=STEPS, **sampling))
 
@@ -156,30 +156,32 @@ class LanguageModel:
         parse_special: bool = False,
         **sampling: Any,
     ) -> Iterator[Delta]:
-        """The same as `generate`, as it comes.
+        """`generate`, streamed.
 
         Args:
           every: tokens that are sampled between deltas, `STEPS` at most.
           parse_special: as of `encode`.
 
         Raises:
-          HymbaError: as for `generate`, or an `every` that cannot be.
+          HymbaError: as for `generate`, or an invalid `every`.
         """
         every = _as_int("every", every)
         if not 1 <= every <= STEPS:
-            raise HymbaError(f"every is {every}, not 1 to {STEPS}")
+            raise HymbaError(f"every is {every}, not between 1 and {STEPS}")
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
         for token in config.stop_tokens:
             if token >= self.config.num_embeddings or not self._in_tokenizer[token]:
-                raise HymbaError(f"stop token {token} is not in the tokenizer, so it never comes")
+                raise HymbaError(
+                    f"stop token {token} is not in the tokenizer, so it is never sampled"
+                )
         for string in config.stop:
             parts = [name for name in self.tokenizer.special_tokens if name in string]
             if parts and string not in self.tokenizer.special_tokens:
                 raise HymbaError(
-                    f"stop {string!r} has the special token {parts[0]} beside other text, which no "
-                    f"completion has: stop at {parts[0]} alone, or at the text"
+                    f"stop {string!r} combines the special token {parts[0]} with other text, "
+                    f"which no completion has: stop at {parts[0]} alone, or at the text"
                 )
         sequences = self.encode(prompts, parse_special=parse_special)
         rows = min(len(sequences) * config.num_samples, self.batch_size)
@@ -193,10 +195,10 @@ class LanguageModel:
         """The log-probability of each token of each sequence, given those before it.
 
         It is natural, and in the model's own distribution over its whole vocabulary. The
-        begin-of-text token has none, nor has the first token of a sequence given as tokens.
+        beginning-of-sequence token has none, nor has the first token of a sequence given as tokens.
 
         Raises:
-          HymbaError: a sequence that cannot be, too little memory, or logits that are not finite.
+          HymbaError: an invalid sequence, too little memory, or logits that are not finite.
         """
         encoded = self.encode(sequences, max_new_tokens=0)
         self.engine.check_memory(min(len(encoded), self.batch_size), max(map(len, encoded)))
@@ -225,9 +227,9 @@ class LanguageModel:
         Args:
           messages: each with a "role" (system, user, assistant, tool) and its "content".
           tools: that the model may call, as JSON schemas.
-          documents: for it to look things up in.
+          documents: for retrieval.
           add_generation_prompt: whether to end where an answer begins.
-          variables: whatever else the template knows.
+          variables: further template variables.
 
         Raises:
           HymbaError: the tokenizer has no chat template, or its template fails.
@@ -244,15 +246,15 @@ class LanguageModel:
     def encode(
         self, prompts: Prompts, *, max_new_tokens: int = 1, parse_special: bool = False
     ) -> list[list[int]]:
-        """The tokens of prompts; an empty one is the begin-of-text token.
+        """The tokens of prompts; an empty one is the beginning-of-sequence token.
 
         Args:
-          max_new_tokens: tokens that must still fit behind each.
+          max_new_tokens: new tokens that must fit after each prompt.
           parse_special: whether the names of control tokens in a prompt are these tokens, not
             ordinary text.
 
         Raises:
-          HymbaError: they are no prompts, or one is too long, or has a token that is none.
+          HymbaError: they are not prompts, one is too long, or one has an invalid token.
         """
         return encode_prompts(
             prompts,
@@ -316,7 +318,7 @@ class LanguageModel:
 
 
 class _CompletionStream:
-    """The deltas of what is sampled for one row, until the row is over.
+    """The deltas of one row, until it is finished.
 
     Attributes:
       max_new_tokens: tokens that may be sampled.
@@ -347,7 +349,7 @@ class _CompletionStream:
         log_probs: Float[np.ndarray, " steps"],
         stopped: np.bool,
     ) -> Delta:
-        """What is certain with these tokens, up to a stop string."""
+        """The delta that is final after these tokens, up to a stop string."""
         text = ""
         for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True):
             if token == NOT_FINITE and not self._stream.stopped:

@@ -1,4 +1,4 @@
-"""What is sampled from a model's distribution over the next token."""
+"""Sampling the next token."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from hymba_jax.config.sampling import INT32_MAX, SamplingConfig
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.types import Array, Bool, Float, Int, Key
 
-# Of JAX's generators, the one whose samples do not depend on the rows beside them.
+# The JAX generator whose samples do not depend on other rows.
 PRNG = "threefry2x32"
 PROBABILITY_SCALE = (
     2**30
@@ -50,7 +50,7 @@ def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> S
 
 
 class ActiveFilters(NamedTuple):
-    """What any row of the batch asks for; nothing else is computed."""
+    """Which filters any row uses; others are not computed."""
 
     penalty: Bool[Array, ""]
     sampling: Bool[Array, ""]
@@ -75,7 +75,8 @@ def sample(
     Args:
       logits: in float32; -inf for what cannot come next.
       seen: the tokens that the repetition penalty is for.
-      positions: where in its sequence each row's token will stand; others, other samples.
+      positions: where in its sequence each row's token will be; different positions give different
+        samples.
       allowed: the tokens that may be sampled; all of them if absent. The log-probability is that
         among all tokens.
     """

@@ -8,17 +8,18 @@ from hymba_jax.data.tokenizer import Tokenizer
 # A character has up to 4 bytes, and a token at least one: what is decoded from the last 8 tokens
 # on is the same text, but for its beginning, as if all of them were decoded.
 CONTEXT = 8
-REPLACEMENT = "\ufffd"  # what stands for bytes that are no text
+REPLACEMENT = "\ufffd"  # for undecodable bytes
 
 
 class TextStream:
-    """Turns tokens into text as they come: whole characters only, nothing of a stop string.
+    """Turns tokens into text as they come: complete characters only, without stop strings.
 
     The deltas together are what the tokenizer decodes all tokens to, after the prompt's text, up
-    to the stop string that begins first. A delta comes as soon as no further token can change it.
+    to the stop string that begins first. A delta is emitted as soon as no later token can change
+    it.
 
     Attributes:
-      stopped: a stop string has been met; neither it nor what follows is given.
+      stopped: a stop string was found; neither it nor what follows is emitted.
       num_final_tokens: number of leading tokens that are certainly part of the completion: those
         whose text begins before a stop string, or before what may become one.
     """
@@ -42,7 +43,7 @@ class TextStream:
         self._taken = len(self._text)
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token; often none."""
+        """The new text that is final after one more token; often empty."""
         if self.stopped:
             return ""
         self._starts.append(self._num_final)
@@ -76,7 +77,7 @@ class TextStream:
         return self._before_stop(delta, last=True)
 
     def _has_text(self, token: int) -> bool:
-        """Whether the token is text: neither special nor beyond the vocabulary."""
+        """Whether the token has text: it is in the vocabulary and not special."""
         return token not in self._special and self._tokenizer.model.id_to_token(token) is not None
 
     def _tail(self, tokens: list[int]) -> list[int]:
@@ -129,10 +130,9 @@ class TextStream:
 
 
 def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
-    """Tokens that are one byte each, with it, of which only a whole run can be decoded; often none.
+    """Byte-fallback tokens (as of SentencePiece) with their bytes; often empty.
 
-    A tokenizer that has them (SentencePiece's way) falls back on them for rare characters. A run
-    of them is text if all of it is valid UTF-8, else every byte becomes a replacement.
+    A run of them is decoded as UTF-8 if it is valid, else each byte becomes a replacement.
     """
     model = tokenizer.model
     numbers = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]

@@ -104,7 +104,7 @@ class TestTokenizer:
         with pytest.raises(HymbaError) as caught:
             initial.check_tokenizer(other, "bpe:270")
         assert str(caught.value) == (
-            f"{directory}: its model knows the ids of its own tokenizer, those of data.tokenizer "
+            f"{directory}: its embeddings belong to the ids of its own tokenizer, data.tokenizer "
             f"bpe:270 has different ones: use --data.tokenizer {directory}, or train without "
             "init_from"
         )

@@ -159,13 +159,13 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate(WHOLE, 1_000_000), "truncated, damaged or no safetensors file"),
-        (truncate(WHOLE, 100), "truncated, damaged or no safetensors file"),
-        (overwrite(WHOLE, b""), "truncated, damaged or no safetensors file"),
+        (truncate(WHOLE, 1_000_000), "truncated, damaged or not a safetensors file"),
+        (truncate(WHOLE, 100), "truncated, damaged or not a safetensors file"),
+        (overwrite(WHOLE, b""), "truncated, damaged or not a safetensors file"),
         (fifo(WHOLE), "is a FIFO, not a regular file"),
         (device(WHOLE), "is a device, not a regular file"),
-        (remove(WHOLE), "no weights are here"),
-        (remove("config.json"), "no checkpoint is here"),
+        (remove(WHOLE), "no weights found"),
+        (remove("config.json"), "no checkpoint found"),
         (overwrite("config.json", b"{"), "config.json: broken JSON"),
         (overwrite("config.json", b"[]"), "config.json: not a JSON object"),
         (overwrite("config.json", b"[" * 100_000), "config.json: broken JSON (nested too deeply)"),
@@ -221,7 +221,7 @@ def test_one_file(whole, tmp_path, damage, message):
 )
 def test_headers_that_the_format_forbids(content, tmp_path):
     (tmp_path / WHOLE).write_bytes(content)
-    with pytest.raises(HymbaError, match=r"truncated, damaged or no safetensors file \(.*\)"):
+    with pytest.raises(HymbaError, match=r"truncated, damaged or not a safetensors file \(.*\)"):
         TensorFile(tmp_path / WHOLE)
 
 
@@ -251,9 +251,12 @@ def test_names_with_control_characters_do_not_reach_the_terminal(whole, tmp_path
             edit_index(lambda m: m.update({EMBEDDING: "../x.safetensors"})),
             "'../x.safetensors' is no",
         ),
-        (edit_index(lambda m: m.update({EMBEDDING: "/etc/passwd"})), "'/etc/passwd' is no file of"),
+        (
+            edit_index(lambda m: m.update({EMBEDDING: "/etc/passwd"})),
+            "'/etc/passwd' is not a file in",
+        ),
         (edit_index(lambda m: m.update({EMBEDDING: TWO})), f"{EMBEDDING} is not in {TWO}"),
-        (edit_index(lambda m: m.pop(EMBEDDING)), f"{EMBEDDING} is in no place of the index"),
+        (edit_index(lambda m: m.pop(EMBEDDING)), f"{EMBEDDING} is missing from the index"),
         (edit_index(lambda m: m.update({"more": TWO})), f"more is not in {TWO}"),
         (overwrite(INDEX, b'{"weight_map": 3}'), "has no weight_map from tensors to files"),
         (
@@ -342,7 +345,7 @@ class TestTarget:
             (target / other).symlink_to(tmp_path)
         else:
             (target / other).write_text("mine")
-        with pytest.raises(HymbaError, match=f"target: holds {other}, which no conversion wrote"):
+        with pytest.raises(HymbaError, match=f"target: holds {other}, not written by a conversion"):
             convert(whole, target, overwrite=True)
         assert (target / other).exists()
 

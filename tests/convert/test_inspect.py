@@ -115,7 +115,7 @@ def test_another_dtype_is_said(tmp_path, capsys):
 def test_a_directory_without_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         inspect(tmp_path, capsys)
-    assert "no checkpoint is here" in caught.value.code
+    assert "no checkpoint found" in caught.value.code
 
 
 def test_a_flipped_bit_is_found_wherever_arrays_are_read(hf, tmp_path, capsys):

@@ -154,7 +154,7 @@ def test_what_the_context_cuts_short_is_said_once_for_each_prompt(generate, mode
     printed = generate("--prompt", "a" * 26, "b" * 5, "c" * 28, *asked)
     notes = printed.err.splitlines()
     assert notes == [
-        f"note: prompt {i}: {room} new tokens, not 20: there the model's context of 32 tokens ends"
+        f"note: prompt {i}: only {room} of 20 new tokens fit: the model's context is 32 tokens"
         for i, room in ((1, 5), (3, 3))
     ]
     line = "note: the prompt: 4 new tokens, not 9: there the model's context of 32 tokens ends\n"
@@ -351,8 +351,11 @@ def test_standard_input_that_is_no_text(refusal):
     [
         (["--model", "/no/such/model"], "/no/such/model: no model found, config.toml is missing"),
         (["--step", "3"], "/checkpoints: no checkpoint 3; there is none"),
-        (["--prompt", "x" * 600], "the prompt: 601 tokens, and the model's context is 512 with"),
-        (["--prompt", "a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
+        (["--prompt", "x" * 600], "the prompt: 601 tokens do not fit the model's context of 512"),
+        (
+            ["--prompt", "a", "x" * 600],
+            "prompt 2: 601 tokens do not fit the model's context of 512",
+        ),
         (["--prompt", "\udcff"], "'\\udcff' is not valid Unicode: it has bytes that are not UTF-8"),
         (["--temperature", "-1"], "sampling: temperature is -1.0, not 0 or between"),
         (["--num-samples", "0", "--top-p", "2"], "top_p is 2.0, not in (0, 1]; num_samples is 0"),

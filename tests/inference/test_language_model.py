@@ -281,7 +281,7 @@ def test_a_stop_string_that_is_a_control_token_ends_the_text(hymba, model, greed
 
 
 def test_a_stop_string_that_cannot_come_is_refused(model):
-    with pytest.raises(HymbaError, match="has the special token </s> beside other text"):
+    with pytest.raises(HymbaError, match="combines the special token </s> with other text"):
         model.stream("a", stop="</s>\n")
 
 
@@ -427,9 +427,9 @@ def test_log_probs_are_those_of_the_forward_pass(hymba):
 def test_a_text_as_long_as_the_context_has_log_probs_but_no_continuation(hymba):
     model = LanguageModel(hymba, TOKENIZER, context=32)
     assert len(model.log_probs("x" * 31)[0]) == 31
-    with pytest.raises(HymbaError, match="32 tokens, and the model's context is 32"):
+    with pytest.raises(HymbaError, match="32 tokens do not fit the model's context of 32"):
         model.generate("x" * 31)
-    with pytest.raises(HymbaError, match="33 tokens, and the model's context is 32"):
+    with pytest.raises(HymbaError, match="33 tokens do not fit the model's context of 32"):
         model.log_probs("x" * 32)
 
 
@@ -445,8 +445,8 @@ def refusal(function, *args, **kwargs):
     ("prompts", "message"),
     [
         ([], "there are no prompts"),
-        ("x" * 512, "the prompt: 513 tokens, and the model's context is 512"),
-        (["a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
+        ("x" * 512, "the prompt: 513 tokens do not fit the model's context of 512"),
+        (["a", "x" * 600], "prompt 2: 601 tokens do not fit the model's context of 512"),
         (["a", "b", [1, 259]], "prompt 3: token 259 is outside the vocabulary of 259"),
         ([[5, -1]], "the prompt: token -1 is outside the vocabulary of 259"),
         ("\udcff", "'\\udcff' is not valid Unicode: it has bytes that are not UTF-8"),
@@ -468,7 +468,10 @@ def test_impossible_prompts(model, prompts, message):
             "sampling: top_p is 0.0, not in (0, 1]; num_samples is 0, not between 1 and 1048576",
         ),
         ({"top_p": 0.9}, "sampling: top_p 0.9 has no effect at temperature 0"),
-        ({"stop_tokens": (5, 259)}, "stop token 259 is not in the tokenizer, so it never comes"),
+        (
+            {"stop_tokens": (5, 259)},
+            "stop token 259 is not in the tokenizer, so it is never sampled",
+        ),
     ],
 )
 def test_impossible_sampling_values(model, values, message):
@@ -483,7 +486,7 @@ def test_sampling_values_that_do_not_exist(model):
 
 @pytest.mark.parametrize("every", [-1, 0, 17])
 def test_impossible_distances_between_deltas(model, every):
-    assert refusal(model.stream, "a", every=every) == f"every is {every}, not 1 to 16"
+    assert refusal(model.stream, "a", every=every) == f"every is {every}, not between 1 and 16"
 
 
 @pytest.mark.parametrize(
