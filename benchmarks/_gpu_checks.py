@@ -42,7 +42,7 @@ VALUES, GRADIENTS = 5e-4, 3e-4
 
 
 class Sizes(NamedTuple):
-    """Of a scan."""
+    """Sizes of a scan."""
 
     batch: int
     length: int
@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Of an attention."""
+    """Sizes of an attention call."""
 
     query: int
     key: int

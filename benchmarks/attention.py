@@ -92,7 +92,7 @@ def make_inputs(options: Options, queries: int, keys: int) -> tuple[Array, tuple
 def costs(
     options: Options, name: str, queries: int, keys: int, kv_start: int | None, has_window: bool
 ) -> Row:
-    """Time, temporaries, and floating-point operations a second that the mask asks for."""
+    """Time, temporaries, and FLOP/s of the unmasked scores."""
     window = options.window if has_window else None
     doutput, inputs = make_inputs(options, queries, keys)
     function = partial(

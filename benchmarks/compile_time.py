@@ -1,4 +1,5 @@
-"""What tracing, lowering and compiling a training step of the 1.5B costs, layers rolled or not.
+"""What tracing, lowering and compiling a training step of the 1.5B costs, with scanned and unrolled
+layers.
 
     python benchmarks/compile_time.py
 
@@ -32,7 +33,7 @@ class Args:
 
     Attributes:
       preset: the architecture; its depth is varied.
-      batch_size: sequences a step.
+      batch_size: sequences per step.
       sequence_length: tokens a sequence.
       remat: what the backward pass recomputes.
       unrolled: also compile with every layer by itself, which takes minutes.

@@ -244,7 +244,7 @@ def decode_bytes(engine: Engine, batch: int, context: int) -> int:
 
 
 def best_read_rate(engine: Engine) -> float:
-    """Bytes of parameters a second, read in the faster of two ways."""
+    """Bytes of parameters per second, read in the faster of two ways."""
 
     def sums(params: Any) -> list[jax.Array]:
         return [leaf.sum() for leaf in jax.tree.leaves(params)]

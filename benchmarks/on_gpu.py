@@ -1,9 +1,9 @@
-"""All that is to be known of a GPU, the most valuable first, in the minutes that there are.
+"""GPU checks and benchmarks, the most important first, within a time limit.
 
 python benchmarks/on_gpu.py --minutes 9 --json gpu/results.json
 
 Each step runs in a process group of its own and is killed at its limit, so that whatever goes
-wrong in one costs the others nothing but time. FILE is written anew whenever a step has found
+wrong in one costs the others nothing but time. FILE is rewritten whenever a step has found
 something: for each step its status (passed, failed, timed out, skipped), seconds, and the rows that
 it has found; the end of its output where it did not pass. Beside FILE: a profile of each speed,
 NAME.xplane.pb.gz, 16 MB at most. The exit status is 1 if a step failed or timed out.

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_program(config, output):
     assert [path.name for path in output.iterdir()] == ["checkpoints"]
 
 
-def test_stopping_by_hand_says_how_to_go_on(config, output, monkeypatch, capsys):
+def test_interrupting_says_how_to_resume(config, output, monkeypatch, capsys):
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
 

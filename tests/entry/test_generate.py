@@ -80,7 +80,7 @@ def test_one_prompt_in_a_process_of_its_own(directory, model, cache):
     assert result.stdout == continued(model, PROMPTS[:1])
 
 
-def test_one_prompt_is_continued_as_it_comes(generate, model, monkeypatch):
+def test_one_prompt_is_streamed(generate, model, monkeypatch):
     written = []
 
     class Terminal(io.StringIO):

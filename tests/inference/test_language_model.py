@@ -247,7 +247,7 @@ def test_logits_that_are_not_finite(wide):
         assert before.tokens == free.tokens[: place - len(prompt) + 1]
 
 
-def test_no_tokens_are_the_beginning_of_a_text(model):
+def test_an_empty_prompt_is_bos(model):
     assert model.generate([[]], max_new_tokens=5) == model.generate("", max_new_tokens=5)
 
 
@@ -258,7 +258,7 @@ def test_fields_stand_in_for_those_of_the_config(model, greedy):
 
 
 @pytest.mark.parametrize("place", [0, 1, 9, 17])
-def test_a_stop_token_ends_the_text_and_is_no_part_of_it(model, greedy, place):
+def test_a_stop_token_ends_the_completion_and_is_no_part_of_it(model, greedy, place):
     stop = greedy.tokens[place]
     expected = greedy.tokens[: greedy.tokens.index(stop)]
     (completion,) = model.generate(PROMPTS[0], max_new_tokens=30, stop_tokens=(7, stop))
@@ -268,7 +268,7 @@ def test_a_stop_token_ends_the_text_and_is_no_part_of_it(model, greedy, place):
     assert completion.finish_reason == "stop"
 
 
-def test_a_stop_string_that_is_a_control_token_ends_the_text(hymba, model, greedy):
+def test_a_stop_string_that_is_a_control_token_ends_the_completion(hymba, model, greedy):
     stop = greedy.tokens[9]
     tokenizer = byte_tokenizer().model
     name = tokenizer.id_to_token(stop)
@@ -314,7 +314,7 @@ def test_no_token_to_begin_with(hymba):
         model.encode("")
 
 
-def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
+def test_the_end_of_sequence_token_ends_the_completion(hymba, greedy):
     model = LanguageModel(hymba, TOKENIZER)
     model.config = dataclasses.replace(model.config, eos_token_id=greedy.tokens[12])
     (completion,) = model.generate(PROMPTS[0], max_new_tokens=30)
@@ -323,7 +323,7 @@ def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
 
 
 @pytest.mark.parametrize("every", [1, 5, 16])
-def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, plain, every):
+def test_a_stop_string_ends_the_completion_wherever_tokens_are_cut(model, plain, every):
     prompt, free = plain
     text, stop = free.text[:2], free.text[2:5]
     deltas = [*model.stream(prompt, max_new_tokens=40, every=every, stop=("never", stop))]
@@ -334,7 +334,7 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, plain, every
     assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["stop"]
 
 
-def test_a_stopped_text_leaves_the_others_alone(model, greedy):
+def test_stopping_does_not_affect_other_rows(model, greedy):
     prompts = [PROMPTS[2], PROMPTS[0], PROMPTS[3]]
     free = model.generate(prompts, max_new_tokens=30)
     stop = next(token for token in greedy.tokens if token not in free[0].tokens)
@@ -344,7 +344,7 @@ def test_a_stopped_text_leaves_the_others_alone(model, greedy):
     assert all(completions[i] == free[i] for i in others)
 
 
-def test_the_context_ends_a_text(hymba, greedy):
+def test_the_context_ends_a_completion(hymba, greedy):
     model, text = LanguageModel(hymba, TOKENIZER, context=32), begin(PROMPTS[0]) + greedy.tokens
     for room in (1, 2, 20):
         (completion,) = model.generate([text[: 32 - room]], max_new_tokens=30)
@@ -359,7 +359,7 @@ def test_the_context_ends_a_text(hymba, greedy):
 
 
 @pytest.mark.parametrize("every", [1, 3, 16])
-def test_pieces_make_up_the_whole(model, greedy, every):
+def test_deltas_make_up_the_completion(model, greedy, every):
     asked = (PROMPTS[:3], dataclasses.replace(SAMPLED, num_samples=2))
     whole = model.generate(*asked, stop_tokens=(greedy.tokens[5],))
     deltas = [*model.stream(*asked, every=every, stop_tokens=(greedy.tokens[5],))]
@@ -375,7 +375,7 @@ def test_pieces_make_up_the_whole(model, greedy, every):
         assert len(own) in (1 + -(-(sampled - 1) // every), -(-sampled // every))
 
 
-def test_the_first_piece_comes_before_the_rest_is_sampled(model, monkeypatch):
+def test_the_first_delta_comes_before_the_rest_is_sampled(model, monkeypatch):
     monkeypatch.setattr(model.engine, "decode", None)
     deltas = model.stream("the", SAMPLED)
     assert next(deltas).finish_reason is None

@@ -11,23 +11,23 @@ from slow import slow_but
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.inference.text_stream import TextStream
 
-RELEASED = Path(__file__).parents[3] / "shared" / "released"
+HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 
 TEXT = "Hello world,\n  é ü \u20ac e\u0301 中文 👨\u200d👩\u200d👧 \ufffd\ufffd 😀😀!\n\n"
 # Bytes of which characters begin, go on, or cannot be.
 BYTES = b"\xe2\x82\xac\xf0\x9f\x98\x80\xed\xa0\xff\xc0\xef\xbf\xbd\xc3A\n "
 
 
-@pytest.fixture(scope="module", params=["bytes", "bpe", "byte fallback", "words", "released"])
+@pytest.fixture(scope="module", params=["bytes", "bpe", "byte fallback", "words", "hf"])
 def tokenizer(request):
-    if request.param == "released" and not RELEASED.is_dir():
-        pytest.skip("the released files are not here")
+    if request.param == "hf" and not HF_FILES.is_dir():
+        pytest.skip("the HF files are not available")
     return {
         "bytes": lambda: build_tokenizer("bytes", []),
         "bpe": lambda: build_tokenizer("bpe:400", [TEXT] * 9),
         "byte fallback": byte_fallback,
         "words": words,
-        "released": lambda: Tokenizer.load(RELEASED),
+        "hf": lambda: Tokenizer.load(HF_FILES),
     }[request.param]()
 
 
@@ -104,7 +104,7 @@ def random_tokens(tokenizer, rng, count):
     return [rng.choice(rng.choices(kinds, [9, 9, 2, 2])[0]) for _ in range(rng.randrange(count))]
 
 
-def test_pieces_are_the_text(tokenizer):
+def test_deltas_join_to_the_text(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         prompt, tokens = (random_tokens(tokenizer, rng, count) for count in (14, 30))
@@ -112,7 +112,7 @@ def test_pieces_are_the_text(tokenizer):
         assert "".join(deltas) == decoded(tokenizer, prompt, tokens), (prompt, tokens)
 
 
-def test_a_text_cut_in_two_anywhere(tokenizer):
+def test_prompt_and_completion_split_anywhere(tokenizer):
     tokens = tokenizer.encode(TEXT)
     for cut in range(len(tokens)):
         prompt = [tokenizer.bos_id, *tokens[:cut]]

@@ -60,7 +60,7 @@ CONFIGS = {
     ),
     "a kernel longer than the window": changed({"window": 2}, {"conv_kernel": 7}, layers="W Ll"),
     # The longest row ends in padding that stands where the base would change.
-    "window longer than the text, dynamic base": changed(
+    "window longer than the sequence, dynamic base": changed(
         {"window": 100, "rope_type": "dynamic_ntk", "rope_original_positions": LENGTH + 3},
         layers="Ww L",
     ),
@@ -147,13 +147,13 @@ chunk_lengths = st.lists(
     st.one_of(st.sampled_from([0, 1, 2, 3, 16]), st.integers(0, 16)), min_size=ROWS, max_size=ROWS
 )
 steps = st.just([1] * ROWS)
-cuttings = st.lists(st.one_of(chunk_lengths, chunk_lengths, steps), min_size=3, max_size=12)
+chunkings = st.lists(st.one_of(chunk_lengths, chunk_lengths, steps), min_size=3, max_size=12)
 
 
 @pytest.mark.parametrize("name", slow_but([*CASES, *CONFIGS], *QUICK))
 @settings(derandomize=True, deadline=None, max_examples=8, database=None)
-@given(chunking=cuttings)
-def test_any_cutting_equals_the_full_forward(name, chunking):
+@given(chunking=chunkings)
+def test_any_chunking_equals_the_full_forward(name, chunking):
     prefiller = prefiller_of(name)
     logits, cache = prefiller.prefill(chunking)
     error = np.abs(logits - prefiller.full).max() / np.ptp(prefiller.full)
@@ -165,8 +165,8 @@ CHUNKING = [(16, 9, 0), (0, 1, 1), (3, 0, 16), (1, 1, 1), (16, 16, 2)]
 
 
 @pytest.mark.parametrize("name", slow_but(["tiny-ntk", *QUICK], *QUICK))
-def test_padding_leaves_no_trace(name):
-    """To the last bit, in the outputs and in what is remembered of them."""
+def test_padding_does_not_affect_outputs_or_state(name):
+    """To the last bit, in the outputs and in their state."""
     first, second = (prefiller_of(name).prefill(CHUNKING, padding=token) for token in (0, 7))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -205,7 +205,7 @@ def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
         assert layer.kv is None or layer.kv.key.dtype == layer.kv.value.dtype == dtype
 
 
-def test_two_bytes_a_value_stay_close():
+def test_bfloat16_state_is_accurate():
     """A state in bfloat16 moves the logits by no more than weights in bfloat16 do, as a root mean
     square. A state that were not carried on would move them by as much as they are."""
     prefiller = prefiller_of("more meta tokens than the window")
@@ -221,7 +221,7 @@ def state_shapes(config, batch, context, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize(("context", "ring"), [(4, 4), (5, 5), (48, 5)])
-def test_no_more_room_than_a_layer_can_use(context, ring):
+def test_cache_slots_per_layer(context, ring):
     config = changed(layers="Gg Ww M A Ll", ssm={"conv_kernel": 3})
     layers = state_shapes(config, 2, context).layers
     slots = [layer.kv and (layer.kv.key.shape[2], layer.kv.value.shape[2]) for layer in layers]
@@ -234,7 +234,7 @@ def test_no_more_room_than_a_layer_can_use(context, ring):
     assert layers[0].ssm.ssm_state.shape == (2, 4, 32)
 
 
-def test_the_released_size_is_that_of_the_paper():
+def test_cache_size_of_the_1_5b():
     """78.6 MB at 8192 tokens, in two bytes a value (SSM state and inputs are 3.9 of them)."""
     cache = state_shapes(PRESETS["hymba-1.5b"], 1, 8192)
     attention = (3 * 8192 + 14 * 1024) * 5 * (64 + 128)

@@ -25,7 +25,7 @@ def is_counter(leaf):
 
 @pytest.fixture(autouse=True)
 def arithmetic(monkeypatch):
-    """In place of the model: losses that depend on the batch alone, in whole numbers."""
+    """In place of the model: losses that depend on the batch alone, as integers."""
 
     def compile_train_step(*_):
         def step(state, batch):
@@ -113,7 +113,7 @@ def test_fewer_steps_than_were_done_are_refused(config):
     assert (Path(config.output) / "config.toml").read_text() == before
 
 
-def test_other_text_is_refused_on_either_side(config, tmp_path):
+def test_other_data_is_refused(config, tmp_path):
     train(config)
     pages = {path.name: path.read_text() for path in (tmp_path / "corpus").glob("*.txt")}
     refused = set()
