@@ -263,7 +263,7 @@ def caches(recorder: Recorder) -> None:
 
 
 def _logits_in_chunks(golden: Golden, widths: list[int]) -> np.ndarray:
-    """Logits of the first tokens of every row, read so many at a time."""
+    """Logits of the first tokens of every row, prefilled in chunks of these widths."""
     graph, params = golden.model(scan_layers=False)
     tokens = golden.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
 
@@ -304,7 +304,7 @@ def _compare(
     expected: Mapping[str, np.ndarray],
     bounds: Mapping[str, Any],
 ) -> None:
-    """Adds to the row which array is the furthest off, as a part of its bound.
+    """Adds to the row the array with the largest error relative to its bound.
 
     Raises:
       AssertionError: that is above 1, or names differ.
@@ -319,7 +319,7 @@ def _compare(
     worst = max(parts, key=lambda name: np.inf if np.isnan(parts[name]) else parts[name])
     row |= {"furthest off": worst, "of bound": parts[worst]}
     if not parts[worst] <= 1:
-        raise AssertionError(f"{worst} is {parts[worst]:.3g} of its bound off")
+        raise AssertionError(f"{worst} has an error of {parts[worst]:.3g} times its bound")
 
 
 def _of_largest(part: float, expected: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def pairs_seen(queries: int, keys: int, kv_start: int, window: int, meta: int) -
 def attend(
     query: Array, key: Array, value: Array, meta_key: Array, meta_value: Array, **options: Any
 ) -> Array:
-    """`attention`, of arrays by place."""
+    """`attention` with positional arguments."""
     return attention(query, key, value, meta_key=meta_key, meta_value=meta_value, **options)
 
 

@@ -40,7 +40,7 @@ from _isolated import run_isolated  # noqa: E402
 from hymba_jax.files import replace_text  # noqa: E402
 
 JAX = "0.12"  # what kernels and limits were tried with
-LEAST = 10.0  # seconds below which no step is begun: starting JAX takes as long
+MIN_STEP_SECONDS = 10.0  # seconds below which no step is begun: starting JAX takes as long
 TAIL = 4000  # characters kept of the output of a step that did not pass
 LARGEST_CACHE = 16 * 2**20  # bytes
 
@@ -184,7 +184,7 @@ def run_steps(
         left = deadline - time.monotonic()
         if results[0]["status"] in ("failed", "timed out"):
             result |= {"status": "skipped", "reason": f"the step {steps[0].name} did not pass"}
-        elif left < LEAST:
+        elif left < MIN_STEP_SECONDS:
             result |= {"status": "skipped", "reason": "no time is left"}
         else:
             _run_step(step, min(step.limit, left), command, environment, file, result, write)
