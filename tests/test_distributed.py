@@ -88,7 +88,7 @@ def test_a_port_that_is_taken_is_one_line():
 def test_one_of_three_is_too_little(monkeypatch, config):
     monkeypatch.setattr(processes, "watch_stderr", lambda *_: None)
     with (
-        pytest.raises(HymbaError, match=r"cannot be found .*: give distributed.coordinator, num"),
+        pytest.raises(HymbaError, match=r"cannot connect the processes .*: give distributed.coord"),
         started(config, "runs/mine"),
     ):
         pass

@@ -35,7 +35,7 @@ def check_output(output: str, init_from: str) -> None:
         if here == there or here in there.parents or there in here.parents:
             raise HymbaError(
                 f"{directory}: is, contains or lies inside the init_from directory {init_from}: "
-                f"choose another output"
+                "choose another output"
             )
     if (directory / PARAMS).exists():
         raise HymbaError(
@@ -47,7 +47,7 @@ def check_output(output: str, init_from: str) -> None:
         if found:
             raise HymbaError(
                 f"{directory}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it was not "
-                f"written by hymba_jax: choose another output"
+                "written by hymba_jax: choose another output"
             )
 
 
@@ -63,7 +63,7 @@ def read_run(output: str) -> RunConfig | None:
     if not (directory / CONFIG_FILE).is_file():
         raise HymbaError(
             f"{directory}: has {FOLDER} but no {CONFIG_FILE}, so it was not written by hymba_jax: "
-            f"choose another output"
+            "choose another output"
         )
     return RunConfig.from_toml(directory / CONFIG_FILE)
 
@@ -79,7 +79,7 @@ def check_resumes(previous: RunConfig, config: RunConfig) -> None:
     if changed:
         raise HymbaError(
             f"{config.output}: holds a run with different settings ({'; '.join(changed)}): choose "
-            f"another output, or undo the changes"
+            "another output, or undo the changes"
         )
 
 

@@ -142,7 +142,7 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     if others := not_written(target):
         raise HymbaError(
             f"{target}: holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}, not "
-            f"written by a conversion: choose another target, or move them away"
+            "written by a conversion: choose another target, or move them away"
         )
 
 

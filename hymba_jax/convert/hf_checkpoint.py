@@ -128,7 +128,7 @@ class HFCheckpoint:
             if part.dtype != copy.dtype or not np.array_equal(bits(part), bits(copy)):
                 raise ConversionError(
                     f"{self.directory}: {HEAD} differs from {EMBEDDING}, though {HF_CONFIG} "
-                    f"ties them: set tie_word_embeddings to false there to "
+                    "ties them: set tie_word_embeddings to false there to "
                     f"keep both, or remove {HEAD} from the weights"
                 )
         return part
@@ -149,7 +149,7 @@ def _wrapper_problem(names: Iterable[str]) -> str:
             if wrapper in name.split("."):
                 return (
                     f"{name} and others have the prefix {wrapper!r} of {cause} in their "
-                    f"names: save the unwrapped model, or remove the prefix from the names"
+                    "names: save the unwrapped model, or remove the prefix from the names"
                 )
     return ""
 

@@ -274,7 +274,7 @@ def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> No
         if digest != now:
             raise HymbaError(
                 f"{output}: was trained on other {side} data than data.path holds now: restore "
-                f"that data, or choose another output"
+                "that data, or choose another output"
             )
     if saved.step > steps:
         raise HymbaError(

@@ -125,7 +125,7 @@ def _named(path: Path) -> Iterator[None]:
     except OSError as error:
         raise HymbaError(
             f"{path}: cannot be written ({error.strerror}): check that the disk is "
-            f"writable and not full, then run the same command again"
+            "writable and not full, then run the same command again"
         ) from error
 
 

@@ -158,6 +158,6 @@ def _check_finite(step: int, metrics: dict[str, Any]) -> None:
         at = "" if rate is None else f", at learning rate {rate:.2g}"
         raise HymbaError(
             f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}{at}: check "
-            f"the metrics of earlier steps; a lower training.learning_rate, a longer warm-up "
+            "the metrics of earlier steps; a lower training.learning_rate, a longer warm-up "
             "or a lower training.clip_norm may help"
         )

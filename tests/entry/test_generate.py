@@ -157,7 +157,7 @@ def test_what_the_context_cuts_short_is_said_once_for_each_prompt(generate, mode
         f"note: prompt {i}: only {room} of 20 new tokens fit: the model's context is 32 tokens"
         for i, room in ((1, 5), (3, 3))
     ]
-    line = "note: the prompt: 4 new tokens, not 9: there the model's context of 32 tokens ends\n"
+    line = "note: the prompt: only 4 of 9 new tokens fit: the model's context is 32 tokens\n"
     printed = generate("--prompt", "a" * 27, "--context", 32, "--format", "json")
     assert printed.err == line
     assert json.loads(printed.out)["context_full"] is True
