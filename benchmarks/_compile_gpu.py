@@ -23,8 +23,8 @@ from _scan_passes import (
     compile_scans,
     equations,
     exponentials,
-    least_bytes,
-    least_exponentials,
+    min_bytes,
+    min_exponentials,
     size,
 )
 from jax.experimental import topologies
@@ -52,7 +52,7 @@ def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> R
     try:
         with _captured() as log:
             lowered.compile()
-    except Exception as error:  # a row of the report
+    except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:60]}
     (registers,) = set(re.findall(r"Used (\d+) registers", log[0]))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log[0]))
@@ -73,7 +73,7 @@ def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> R
         if e.primitive.name in ("transpose", "broadcast_in_dim", "reduce_sum")
         for v in (*e.invars, *e.outvars)
     )
-    moved = around + blocks * sum(_moved(e, mesh) * times for e, times in in_kernel)
+    moved = around + blocks * sum(_hbm_bytes(e, mesh) * times for e, times in in_kernel)
     taken = blocks * exponentials(body)
     batch, length, _ = traced.jaxpr.jaxpr.invars[0].aval.shape
     return {
@@ -82,14 +82,14 @@ def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> R
         "spilled": spilled,
         "shared KiB": shared / 2**10,
         "waves": 4 * blocks / SCHEDULERS,
-        "MB moved": moved / 1e6,
-        "of least": moved / least_bytes(jaxpr),
+        "HBM MB": moved / 1e6,
+        "HBM vs minimum": moved / min_bytes(jaxpr),
         "1e6 exp": taken / 1e6,
-        "of least exp": taken / least_exponentials(length, batch),
+        "exponentials vs minimum": taken / min_exponentials(length, batch),
     }
 
 
-def _moved(equation: Any, mesh: Any) -> float:
+def _hbm_bytes(equation: Any, mesh: Any) -> float:
     """Bytes that an equation moves between global memory and a block."""
     name, params = equation.primitive.name, equation.params
     if name == "copy_gmem_to_smem":

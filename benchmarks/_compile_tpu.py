@@ -20,8 +20,8 @@ from _scan_passes import (
     compile_scans,
     equations,
     exponentials,
-    least_bytes,
-    least_exponentials,
+    min_bytes,
+    min_exponentials,
     size,
 )
 from jax.experimental import topologies
@@ -54,7 +54,7 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     traced = jax.jit(function, in_shardings=sharding).trace(*inputs)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    except Exception as error:  # a row of the report
+    except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:60]}
     dumped = set(dump.iterdir()) - before
     (file,) = (f for f in dumped if re.search(r"selective_scan.*-\d+-post-ra\.txt", f.name))
@@ -65,7 +65,7 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     grid_mapping = kernel.params["grid_mapping"]
     costs: Any = compiled.cost_analysis()
     moved = costs["bytes accessed"] + sum(
-        _moved(block, grid_mapping.grid) for block in grid_mapping.block_mappings
+        _hbm_bytes(block, grid_mapping.grid) for block in grid_mapping.block_mappings
     )
 
     taken = math.prod(grid_mapping.grid) * exponentials(kernel.params["jaxpr"])
@@ -75,10 +75,10 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
         "VMEM MiB": vmem / 2**20,
         "of limit": vmem / kernel.params["compiler_params"].vmem_limit_bytes,
         "spilled": spilled,
-        "MB moved": moved / 1e6,
-        "of least": moved / least_bytes(jaxpr),
+        "HBM MB": moved / 1e6,
+        "HBM vs minimum": moved / min_bytes(jaxpr),
         "1e6 exp": taken / 1e6,
-        "of least exp": taken / least_exponentials(length, batch),
+        "exponentials vs minimum": taken / min_exponentials(length, batch),
     }
 
 
@@ -90,7 +90,7 @@ def vmem_allocations(file: Path) -> tuple[int, int]:
     return total, sum(size for size, tag in sizes if tag.startswith("spilled"))
 
 
-def _moved(block: Any, grid: tuple[int, ...]) -> int:
+def _hbm_bytes(block: Any, grid: tuple[int, ...]) -> int:
     """Bytes of the blocks that are brought in or out: one whenever the index changes."""
     points = np.indices(grid).reshape(len(grid), -1)
     indices = np.stack(jax.vmap(jaxpr_as_fun(block.index_map_jaxpr))(*points), axis=1)

@@ -42,7 +42,7 @@ VALUES, GRADIENTS = 5e-4, 3e-4
 
 
 class Sizes(NamedTuple):
-    """Of a scan."""
+    """Sizes of a scan."""
 
     batch: int
     length: int
@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Of an attention."""
+    """Sizes of an attention call."""
 
     query: int
     key: int
@@ -224,17 +224,17 @@ def golden(recorder: Recorder, names: str) -> None:
     """Logits, loss and the gradient of every parameter against the HF implementation."""
     for name in (QUICK,) if recorder.dry_run else names.split(","):
         with recorder.case(f"{name}: logits, loss and gradients") as row:
-            one = load(name)
-            graph, params = one.model(scan_layers=True)
+            golden = load(name)
+            graph, params = golden.model(scan_layers=True)
             step = jax.value_and_grad(partial(_loss_and_logits, graph), has_aux=True)
-            (loss, logits), gradients = jax.jit(step)(params, one.tokens)
-            actual = to_hf(gradients, one.config, scan_layers=True)
-            strides = one.meta["grad_stride"] or {}
+            (loss, logits), gradients = jax.jit(step)(params, golden.tokens)
+            actual = to_hf(gradients, golden.config, scan_layers=True)
+            strides = golden.meta["grad_stride"] or {}
             actual = {n: a.reshape(-1)[:: strides.get(n, 1)] for n, a in actual.items()}
-            expected = {n: a.reshape(-1) for n, a in one.gradients.items()}
+            expected = {n: a.reshape(-1) for n, a in golden.gradients.items()}
             bounds = _of_largest(GRADIENTS, expected) | dict.fromkeys(("logits", "loss"), VALUES)
             actual |= {"logits": logits, "loss": loss}
-            expected |= {"logits": one.arrays["logits"], "loss": np.asarray(one.meta["loss"])}
+            expected |= {"logits": golden.arrays["logits"], "loss": np.asarray(golden.meta["loss"])}
             _compare(row, actual, expected, bounds)
 
 
@@ -248,24 +248,24 @@ def caches(recorder: Recorder) -> None:
     """Prefill in chunks and decoding against the HF implementation's full forward pass."""
     name = QUICK if recorder.dry_run else "tiny-ntk"
     with recorder.case(f"{name}: logits of chunks of 16 tokens and of single ones") as row:
-        one = load(name)
-        logits = _logits_in_chunks(one, [16, 1, 1, 16, 1])
-        expected = {"logits": one.arrays["logits"][:, : logits.shape[1]]}
+        golden = load(name)
+        logits = _logits_in_chunks(golden, [16, 1, 1, 16, 1])
+        expected = {"logits": golden.arrays["logits"][:, : logits.shape[1]]}
         _compare(row, {"logits": logits}, expected, {"logits": VALUES})
     with recorder.case(f"{name}-decode: greedy tokens") as row:
-        one = load(name)
+        golden = load(name)
         decoded = dict(np.load(GOLDEN / f"{name}-decode" / "golden.npz"))
         right = decoded["full_tokens"][0].tolist()
-        tokens = _greedy(one, decoded["prompt"][0].tolist(), len(right))
+        tokens = _greedy(golden, decoded["prompt"][0].tolist(), len(right))
         row["tokens"] = len(tokens)
         if tokens != right:
             raise AssertionError(f"{tokens}, not {right}")
 
 
-def _logits_in_chunks(one: Golden, widths: list[int]) -> np.ndarray:
-    """Logits of the first tokens of every row, read so many at a time."""
-    graph, params = one.model(scan_layers=False)
-    tokens = one.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
+def _logits_in_chunks(golden: Golden, widths: list[int]) -> np.ndarray:
+    """Logits of the first tokens of every row, prefilled in chunks of these widths."""
+    graph, params = golden.model(scan_layers=False)
+    tokens = golden.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
 
     @partial(jax.jit, static_argnames="is_start")
     def extend(params: Any, chunk: Any, cache: Any, meta: Any, *, is_start: bool) -> Any:
@@ -276,7 +276,7 @@ def _logits_in_chunks(one: Golden, widths: list[int]) -> np.ndarray:
 
     meta = jax.jit(lambda params: nnx.merge(graph, params).meta_state())(params)
     rows, length = tokens.shape
-    cache = nnx.merge(graph, params).init_state(rows, length).start(meta)
+    cache = nnx.merge(graph, params).init_state(rows, length).initialize(meta)
     logits = []
     for i, width in enumerate(widths):
         start = sum(widths[:i])
@@ -286,9 +286,9 @@ def _logits_in_chunks(one: Golden, widths: list[int]) -> np.ndarray:
     return np.concatenate(logits, axis=1)
 
 
-def _greedy(one: Golden, prompt: list[int], count: int) -> list[int]:
+def _greedy(golden: Golden, prompt: list[int], count: int) -> list[int]:
     """The likeliest tokens after a prompt, by the engine that generates text."""
-    engine = Engine(nnx.merge(*one.model(scan_layers=False)))
+    engine = Engine(nnx.merge(*golden.model(scan_layers=False)))
     prefilled = engine.prefill([prompt], len(prompt) + count)
     state, sampled = engine.insert(prefilled, [Request(prompt, SamplingConfig(), 0, count)])
     tokens = [*np.asarray(sampled.tokens)[0]]
@@ -304,7 +304,7 @@ def _compare(
     expected: Mapping[str, np.ndarray],
     bounds: Mapping[str, Any],
 ) -> None:
-    """Adds to the row which array is the furthest off, as a part of its bound.
+    """Adds to the row the array with the largest error relative to its bound.
 
     Raises:
       AssertionError: that is above 1, or names differ.
@@ -319,7 +319,7 @@ def _compare(
     worst = max(parts, key=lambda name: np.inf if np.isnan(parts[name]) else parts[name])
     row |= {"furthest off": worst, "of bound": parts[worst]}
     if not parts[worst] <= 1:
-        raise AssertionError(f"{worst} is {parts[worst]:.3g} of its bound off")
+        raise AssertionError(f"{worst} has an error of {parts[worst]:.3g} times its bound")
 
 
 def _of_largest(part: float, expected: Mapping[str, np.ndarray]) -> dict[str, Any]:

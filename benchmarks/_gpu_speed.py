@@ -1,7 +1,7 @@
 """The steps of `on_gpu.py` that ask how fast it is: medians of calls after those that warm up.
 
-Compiling is timed apart. What a program needs more memory for than the device has is not run.
-Shares (`of bandwidth`, `of exponentials`, `mfu`) are of the data sheet's rates.
+Compiling is timed apart. Programs that exceed the device's memory are skipped. Shares (`of
+bandwidth`, `of exponentials`, `mfu`) are of the data sheet's rates.
 """
 
 import dataclasses
@@ -54,10 +54,10 @@ from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Bytes a second to and from HBM, from the data sheets, by JAX's name of the device.
+# Bytes per second to and from HBM, from the data sheets, by JAX's name of the device.
 BANDWIDTH = {chip.kind: chip.bandwidth for chip in CHIPS.values()} | {"NVIDIA H200": 4800e9}
-# Exponentials a second of a Hopper GPU: 16 a clock and multiprocessor, of which it has 132, at the
-# highest clock.
+# Exponentials per second of a Hopper GPU: 16 a clock and multiprocessor, of which it has 132, at
+# the highest clock.
 EXPONENTIALS = 16 * 132 * 1.98e9
 ROOM = 256  # tokens of a cache that are left to decode
 TINY = HymbaConfig(
@@ -196,7 +196,7 @@ def train(recorder: Recorder, config: str) -> None:
         _check_memory(row, step)
     if recorder.failed:
         return
-    with recorder.case("draw parameters"):
+    with recorder.case("initialize parameters"):
         state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
         jax.block_until_ready(state)
     if recorder.failed:

@@ -1,4 +1,4 @@
-"""A step of `on_gpu.py` in its own process: what it finds is written down as it comes.
+"""A step of `on_gpu.py` in its own process: results are written as they arrive.
 
 python benchmarks/_gpu_step.py MODULE:FUNCTION[:ARGUMENT] --limit SECONDS --rows FILE --profile FILE
 """
@@ -24,7 +24,7 @@ from jax.profiler import ProfileData, ProfileOptions
 
 type Row = dict[str, Any]
 
-LARGEST_PROFILE = 16 * 2**20  # bytes, compressed: what a borrowed machine gives back of a file
+LARGEST_PROFILE = 16 * 2**20  # bytes, compressed: the largest file that is copied back
 BUSIEST = 12  # operations listed of a profile
 
 

@@ -1,4 +1,4 @@
-"""A program in a process group of its own, which ends in time and takes nothing else with it."""
+"""A program in a process group of its own, with a time limit."""
 
 import os
 import signal

@@ -90,12 +90,12 @@ def exponentials(jaxpr: Any) -> int:
     )
 
 
-def least_exponentials(length: int, batch: int) -> int:
+def min_exponentials(length: int, batch: int) -> int:
     """The decays, a softplus's exponential and a gate's."""
     return batch * length * CHANNELS * (STATE + 2)
 
 
-def least_bytes(jaxpr: Any) -> int:
+def min_bytes(jaxpr: Any) -> int:
     """Every input read once, every output written once."""
     return sum(size(v.aval) for v in (*jaxpr.invars, *jaxpr.outvars))
 

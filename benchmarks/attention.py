@@ -61,7 +61,7 @@ def pairs_seen(queries: int, keys: int, kv_start: int, window: int, meta: int) -
 def attend(
     query: Array, key: Array, value: Array, meta_key: Array, meta_value: Array, **options: Any
 ) -> Array:
-    """`attention`, of arrays by place."""
+    """`attention` with positional arguments."""
     return attention(query, key, value, meta_key=meta_key, meta_value=meta_value, **options)
 
 
@@ -92,7 +92,7 @@ def make_inputs(options: Options, queries: int, keys: int) -> tuple[Array, tuple
 def costs(
     options: Options, name: str, queries: int, keys: int, kv_start: int | None, has_window: bool
 ) -> Row:
-    """Time, temporaries, and floating-point operations a second that the mask asks for."""
+    """Time, temporaries, and FLOP/s of the unmasked scores."""
     window = options.window if has_window else None
     doutput, inputs = make_inputs(options, queries, keys)
     function = partial(

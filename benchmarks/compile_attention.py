@@ -122,7 +122,7 @@ def rows(
 def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) -> Row:
     try:
         compiled = _compile(topology, "cuda", function, inputs)
-    except Exception as error:  # a row of the report
+    except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:40]}
     calls = re.findall(
         r'__cudnn\$fmha(\w*)Softmax(?:Backward)?".*"mask_type": "(\w+)"', compiled.as_text()
@@ -138,7 +138,7 @@ def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) ->
 def compile_for_tpu(topology: Any, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
     try:
         compiled = _compile(topology, "tpu", function, inputs)
-    except Exception as error:  # a row of the report
+    except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:40]}
     kernels = [f for f in dump.iterdir() if re.search(r"splash.*-\d+-post-ra\.txt", f.name)]
     allocations = [vmem_allocations(file) for file in kernels]

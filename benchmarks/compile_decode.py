@@ -41,7 +41,7 @@ from hymba_jax.aot.traffic import hbm_bytes
 from hymba_jax.config import PRESETS, DType
 from hymba_jax.parallel.mesh import bytes_per_device
 
-STEP = 8  # batches between which the largest is looked for
+STEP = 8  # granularity of the search for the largest batch
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def main(options: Options) -> None:
     for target, rows in tables.items():
         decode = [row for row in rows if row["program"] == "decode"]
         report(f"Hymba-1.5B compiled for {target}, {options.dtype}: memory, GB", _memory(rows))
-        report(f"what a decoded token moves on {target}, GB", _traffic(decode))
+        report(f"HBM traffic per decoding step on {target}, GB", _traffic(decode))
     if options.json is not None:
         write_json([row for rows in tables.values() for row in rows], options.json)
 
@@ -126,7 +126,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         lowered = traced.program.lower()
         try:
             compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:  # a row of the report
+        except jax.errors.JaxRuntimeError as error:  # reported as a row
             refused = refused_memory(error, bytes_per_device(traced.arguments))
             if refused is None:
                 raise
@@ -144,8 +144,8 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         "arguments": memory.arguments / 1e9,
         "donated": compiled.memory_analysis().alias_size_in_bytes / 1e9,
         "temporaries": memory.temporaries / 1e9,
-        "a step": sum(hbm_bytes(program, line) for line in body) / 1e9,
-        "least": (bytes_per_device(traced.read) + bytes_per_device(traced.written)) / 1e9,
+        "HBM GB per step": sum(hbm_bytes(program, line) for line in body) / 1e9,
+        "minimum": (bytes_per_device(traced.read) + bytes_per_device(traced.written)) / 1e9,
         "copies": len(copies),
         "copied": sum(copies) / 1e9,
         "copies around": len(copies_around),
@@ -163,7 +163,16 @@ def _memory(rows: Sequence[Row]) -> list[Row]:
 
 
 def _traffic(rows: Sequence[Row]) -> list[Row]:
-    names = ("state dtype", "batch", "tokens", "fits", "a step", "least", "copies", "copied")
+    names = (
+        "state dtype",
+        "batch",
+        "tokens",
+        "fits",
+        "HBM GB per step",
+        "minimum",
+        "copies",
+        "copied",
+    )
     return [{name: row.get(name, "") for name in names} for row in rows]
 
 

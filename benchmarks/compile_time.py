@@ -1,4 +1,5 @@
-"""What tracing, lowering and compiling a training step of the 1.5B costs, layers rolled or not.
+"""What tracing, lowering and compiling a training step of the 1.5B costs, with scanned and unrolled
+layers.
 
     python benchmarks/compile_time.py
 
@@ -32,7 +33,7 @@ class Args:
 
     Attributes:
       preset: the architecture; its depth is varied.
-      batch_size: sequences a step.
+      batch_size: sequences per step.
       sequence_length: tokens a sequence.
       remat: what the backward pass recomputes.
       unrolled: also compile with every layer by itself, which takes minutes.
@@ -50,7 +51,7 @@ class Args:
 def main(args: Args) -> None:
     config = PRESETS[args.preset]
     third = dataclasses.replace(config, layers=hymba_pattern(round(config.num_layers / 3)))
-    compile_step(third, args, scan_layers=True)  # the first pays for starting the compiler
+    compile_step(third, args, scan_layers=True)  # the first call includes start-up
     rows = [
         compile_step(third, args, scan_layers=True),
         compile_step(config, args, scan_layers=True),
@@ -58,7 +59,7 @@ def main(args: Args) -> None:
     if args.unrolled:
         rows.append(compile_step(config, args, scan_layers=False))
     for row in rows:
-        row["of the third"] = float(row["total s"]) / float(rows[0]["total s"])
+        row["relative to a third"] = float(row["total s"]) / float(rows[0]["total s"])
     report(f"compiling a training step, {args.preset}", rows, args.json)
 
 

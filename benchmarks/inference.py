@@ -17,7 +17,7 @@ decode: `Engine.decode` of 16 tokens a sequence, greedily, with `context` - 64 o
     GB/s is what a token must read: every parameter once (of the embedding, all rows, which are the
     output's kernel), and the cache's filled slots for each layer that reads them, and the states
     read and written.
-    `of reading` is its share of the best rate, in the same process, of two ways to read all
+    `of read bandwidth` is its share of the best rate, in the same process, of two ways to read all
     parameters once: the sum of each array, and a vector times each kernel.
 
 A second table has the time of a decoded token at the longest context over that at the shortest.
@@ -96,8 +96,10 @@ def main(options: Options) -> None:
     for i, (shape, batch, context) in enumerate(combinations):
         progress.print(f"{i + 1} of {len(combinations)}: {shape}, {batch} x {context}")
         start = time.perf_counter()
-        one = dataclasses.replace(options, shape=(shape,), batch=(batch,), context=(context,))
-        rows.append(_in_child(one))
+        child_options = dataclasses.replace(
+            options, shape=(shape,), batch=(batch,), context=(context,)
+        )
+        rows.append(_in_child(child_options))
         progress.print(f"  {time.perf_counter() - start:.0f} s")
     names = ("shape", "batch", "context")
     for title in ("prefill", "decode"):
@@ -121,7 +123,7 @@ def main(options: Options) -> None:
 def ratios(rows: Sequence[Row], short: int, long: int) -> list[Row]:
     """How much longer a decoded token takes with more context."""
     times = {
-        (row["shape"], row["batch"], row["context"]): float(row["decode ms a token"])
+        (row["shape"], row["batch"], row["context"]): float(row["decode ms per token"])
         for row in rows
     }
     return [
@@ -161,12 +163,12 @@ def measure_row(options: Options) -> None:
     repeats = 1 if batch * context > LONG else options.repeats
 
     token_ms = decode_ms(engine, batch, context, repeats)
-    read_ms = first_ms = math.nan
+    prefill_ms = first_ms = math.nan
     if batch * context * config.hidden_size <= options.longest:
         # Two chunks compile all that longer prompts need, with the same cache.
         warm = [prompt[: 2 * engine.max_chunk] for prompt in prompts]
         jax.block_until_ready(engine.prefill(warm, context))
-        read_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
+        prefill_ms = median_ms(lambda: engine.prefill(prompts, context), warmup=0, repeats=repeats)
         first_ms = median_ms(
             lambda: model.generate(shorter, max_new_tokens=1), warmup=0, repeats=repeats
         )
@@ -177,19 +179,19 @@ def measure_row(options: Options) -> None:
         "shape": shape,
         "batch": batch,
         "context": context,
-        "prefill s": read_ms / 1e3,
-        "prefill tokens/s": 1e3 * batch * context / read_ms,
-        "prefill GFLOP/s": flops / read_ms / 1e6,
+        "prefill s": prefill_ms / 1e3,
+        "prefill tokens/s": 1e3 * batch * context / prefill_ms,
+        "prefill GFLOP/s": flops / prefill_ms / 1e6,
         "prefill matmul GFLOP/s": matmul_rate / 1e9,
-        "prefill of matmul rate": 1e3 * flops / read_ms / matmul_rate,
+        "prefill of matmul rate": 1e3 * flops / prefill_ms / matmul_rate,
         "prefill first token s": first_ms / 1e3,
         "prefill peak GB": peak / 1e9,
-        "decode ms a token": token_ms,
+        "decode ms per token": token_ms,
         "decode tokens/s": 1e3 * batch / token_ms,
         "decode GB": needed / 1e9,
         "decode GB/s": needed / token_ms / 1e6,
-        "decode reading GB/s": read_rate / 1e9,
-        "decode of reading": 1e3 * needed / token_ms / read_rate,
+        "read bandwidth GB/s": read_rate / 1e9,
+        "decode of read bandwidth": 1e3 * needed / token_ms / read_rate,
     }
     if options.json is not None:
         write_json([row], options.json)
@@ -242,7 +244,7 @@ def decode_bytes(engine: Engine, batch: int, context: int) -> int:
 
 
 def best_read_rate(engine: Engine) -> float:
-    """Bytes of parameters a second, read in the faster of two ways."""
+    """Bytes of parameters per second, read in the faster of two ways."""
 
     def sums(params: Any) -> list[jax.Array]:
         return [leaf.sum() for leaf in jax.tree.leaves(params)]

@@ -1,9 +1,9 @@
-"""All that is to be known of a GPU, the most valuable first, in the minutes that there are.
+"""GPU checks and benchmarks, the most important first, within a time limit.
 
 python benchmarks/on_gpu.py --minutes 9 --json gpu/results.json
 
 Each step runs in a process group of its own and is killed at its limit, so that whatever goes
-wrong in one costs the others nothing but time. FILE is written anew whenever a step has found
+wrong in one costs the others nothing but time. FILE is rewritten whenever a step has found
 something: for each step its status (passed, failed, timed out, skipped), seconds, and the rows that
 it has found; the end of its output where it did not pass. Beside FILE: a profile of each speed,
 NAME.xplane.pb.gz, 16 MB at most. The exit status is 1 if a step failed or timed out.
@@ -40,7 +40,7 @@ from _isolated import run_isolated  # noqa: E402
 from hymba_jax.files import replace_text  # noqa: E402
 
 JAX = "0.12"  # what kernels and limits were tried with
-LEAST = 10.0  # seconds below which no step is begun: starting JAX takes as long
+MIN_STEP_SECONDS = 10.0  # seconds below which no step is begun: starting JAX takes as long
 TAIL = 4000  # characters kept of the output of a step that did not pass
 LARGEST_CACHE = 16 * 2**20  # bytes
 
@@ -184,7 +184,7 @@ def run_steps(
         left = deadline - time.monotonic()
         if results[0]["status"] in ("failed", "timed out"):
             result |= {"status": "skipped", "reason": f"the step {steps[0].name} did not pass"}
-        elif left < LEAST:
+        elif left < MIN_STEP_SECONDS:
             result |= {"status": "skipped", "reason": "no time is left"}
         else:
             _run_step(step, min(step.limit, left), command, environment, file, result, write)

@@ -1,4 +1,4 @@
-"""Drawing a token: by sorting the vocabulary, and from its 64 likeliest only.
+"""Sampling a token: by sorting the vocabulary, and from its 64 most likely tokens only.
 
 python benchmarks/sampling.py [--vocab 32001 --batches 1 8] [--json FILE]
 """
@@ -52,9 +52,9 @@ def from_sorted(
     chances = jax.nn.softmax(falling)
     kept = (jnp.cumsum(chances, axis=1) - chances < top_p) & (chances >= min_p * chances[:, :1])
     keys = jax.vmap(jax.random.fold_in)(sampler.key, positions)
-    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, falling, -jnp.inf))
-    drawn = jnp.where(sampler.temperature > 0, drawn, 0)
-    new = jnp.take_along_axis(tokens, drawn[:, None], axis=1)
+    sampled = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, falling, -jnp.inf))
+    sampled = jnp.where(sampler.temperature > 0, sampled, 0)
+    new = jnp.take_along_axis(tokens, sampled[:, None], axis=1)
     return new[:, 0], jnp.take_along_axis(jax.nn.log_softmax(logits), new, axis=1)[:, 0]
 
 

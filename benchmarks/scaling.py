@@ -76,8 +76,8 @@ def count(args: Args) -> Iterator[Row]:
                 "scaling": scaling,
                 "chips": chips,
                 "TFLOP": work.flops / 1e12,
-                "GB moved": work.hbm_bytes / 1e9,
-                "GB sent": work.collective_bytes / 1e9,
+                "HBM GB": work.hbm_bytes / 1e9,
+                "collective GB": work.collective_bytes / 1e9,
                 "GB of parameters": 4 * program.num_params / 1e9,
                 "sequences at a time": batch // chips,
             }
@@ -92,22 +92,22 @@ def slice_of(chips: int) -> str:
 
 def draw(rows: list[Row], picture: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-    for place, scaling in zip(axes, ("strong", "weak"), strict=True):
+    for axis, scaling in zip(axes, ("strong", "weak"), strict=True):
         # The largest slice's strong step is its weak one.
         largest = max(row["chips"] for row in rows)
         points = [row for row in rows if scaling == row["scaling"] or row["chips"] == largest]
         chips = [row["chips"] for row in points]
         for name, label in {
             "TFLOP": "TFLOP computed",
-            "GB moved": "GB to and from memory",
-            "GB sent": "GB sent to other chips",
+            "HBM GB": "GB to and from memory",
+            "collective GB": "GB sent to other chips",
         }.items():
             values = [row[name] or math.nan for row in points]  # one chip sends nothing
-            place.plot(chips, values, "o-", label=label)
-        place.set_xscale("log", base=2)
-        place.set_xticks(chips, map(str, chips))
-        place.set_yscale("log")
-        place.set_xlabel("TPU v5e chips")
+            axis.plot(chips, values, "o-", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(chips, map(str, chips))
+        axis.set_yscale("log")
+        axis.set_xlabel("TPU v5e chips")
     axes[0].set_title("the same batch", fontsize="medium")
     axes[1].set_title("a sequence a chip", fontsize="medium")
     axes[0].set_ylabel("of a chip, a training step")

@@ -8,7 +8,7 @@ Where each idea of the paper is:
 | meta tokens                              | `model/hymba.py`, `model/block.py`              |
 | sliding windows, sharing between layers  | `config/layer_pattern.py`, `model/attention.py` |
 | Mamba with inner norms                   | `model/ssm.py`, `ops/selective_scan/`           |
-| the sizes of the family, the roadmap     | `config/model.py`                               |
+| the sizes of the family, its ablations   | `config/model.py`                               |
 | names and layouts of HF checkpoints      | `convert/mapping.py`                            |
 | training                                 | `training/loop.py`, from top to bottom          |
 """
@@ -24,7 +24,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, imported when it is used, as it takes JAX and Orbax with it; and `__version__`."""
+    """`load`, imported lazily, as it imports JAX and Orbax; and `__version__`."""
     if name == "load":
         from hymba_jax.inference import load
 

@@ -21,9 +21,9 @@ commands:
   tokenize   tokenizes a corpus once, for any number of runs
   train      trains a model
   generate   generates completions with a trained model
-  chat       talks with a model that was trained to
-  warmup     compiles what generating will need
-  memory     shows the memory that a model and its cache need, and its training
+  chat       chats with a model that has a chat template
+  warmup     compiles the programs of generation in advance
+  memory     shows the memory footprint of a model, its cache and its training
   compile    compiles a run ahead of time, no device needed, and shows what it will cost
   convert    converts a Hugging Face checkpoint to a native model, and back
   inspect    shows what a checkpoint of either kind holds
@@ -94,7 +94,7 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
 
 def generate(args: Sequence[str], prog: str) -> None:
     """Runs `hymba generate ...`."""
-    with _inference():
+    with _inference_command():
         from hymba_jax.inference import generate
         from hymba_jax.inference.generation_config import with_defaults
 
@@ -104,7 +104,7 @@ def generate(args: Sequence[str], prog: str) -> None:
 
 def chat(args: Sequence[str], prog: str) -> None:
     """Runs `hymba chat ...`."""
-    with _inference():
+    with _inference_command():
         from hymba_jax.inference import chat
         from hymba_jax.inference.generation_config import with_defaults
 
@@ -115,7 +115,7 @@ def chat(args: Sequence[str], prog: str) -> None:
 
 def warmup(args: Sequence[str], prog: str) -> None:
     """Runs `hymba warmup ...`."""
-    with _inference():
+    with _inference_command():
         from hymba_jax.inference import warmup
 
         warmup.main(tyro.cli(warmup.WarmupConfig, args=args, prog=prog))
@@ -139,7 +139,7 @@ def compile(args: Sequence[str], prog: str) -> None:
 
 def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -> None:
     """Runs `hymba convert ...`, which convert_torch.py is too."""
-    with _checkpoints():
+    with _checkpoint_command():
         from hymba_jax.convert import convert
 
         args = sys.argv[1:] if args is None else args
@@ -153,15 +153,15 @@ def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -
 
 def inspect(args: Sequence[str], prog: str) -> None:
     """Runs `hymba inspect ...`."""
-    with _checkpoints():
+    with _checkpoint_command():
         from hymba_jax.convert import inspect
 
         inspect.main(tyro.cli(inspect.InspectConfig, args=args, prog=prog))
 
 
 @contextmanager
-def _checkpoints() -> Iterator[None]:
-    """What all commands that read checkpoints share."""
+def _checkpoint_command() -> Iterator[None]:
+    """Set-up and error handling of commands that read checkpoints."""
     with _one_line_errors():
         prepare_host()
         from hymba_jax.checkpoint.checkpoints import silence_orbax
@@ -171,9 +171,9 @@ def _checkpoints() -> Iterator[None]:
 
 
 @contextmanager
-def _inference() -> Iterator[None]:
-    """What all commands that run a model share."""
-    with _checkpoints():
+def _inference_command() -> Iterator[None]:
+    """Set-up and error handling of commands that run a model."""
+    with _checkpoint_command():
         from hymba_jax.inference.warmup import use_compilation_cache
 
         use_compilation_cache()
@@ -182,10 +182,10 @@ def _inference() -> Iterator[None]:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Prints what a person can fix as one line, and exits with status 1.
+    """Prints a HymbaError or OSError as one line and exits with status 1.
 
-    Where the reader of the output has gone (`| head`) it ends without a word, as if by SIGPIPE.
-    What the output's encoding lacks is written as an escape.
+    If the reader of the output has gone (`| head`), exits silently, as after SIGPIPE. Characters
+    that the output's encoding lacks are escaped.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -203,16 +203,16 @@ def _one_line_errors() -> Iterator[None]:
         _drop_output()
         sys.exit(CLOSED_PIPE)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror or error}")
+        file = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {file}{error.strerror or error}")
     except SystemExit as exit:
-        if isinstance(exit.__context__, BrokenPipeError):  # rich's way
+        if isinstance(exit.__context__, BrokenPipeError):  # raised by rich
             sys.exit(CLOSED_PIPE)
         raise
 
 
 def _flush() -> None:
-    """Writes out what standard output holds back."""
+    """Flushes standard output."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -221,7 +221,7 @@ def _flush() -> None:
 
 
 def _drop_output() -> None:
-    """Lets what standard output still holds go nowhere, so that Python's end does not complain."""
+    """Drops what is still buffered, so that Python's exit does not fail on it."""
     with suppress(io.UnsupportedOperation):  # not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -229,7 +229,7 @@ def _drop_output() -> None:
 def _with_leading_dashes(args: Sequence[str], *names: str) -> list[str]:
     """The arguments with a value such as `-x` right after one of these options attached to it.
 
-    By itself it would be read as an option, of which there are none with one dash but -h.
+    On its own it would be parsed as an option; -h is the only one with a single dash.
     """
     attached: list[str] = []
     for argument in args:

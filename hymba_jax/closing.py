@@ -7,14 +7,14 @@ from hymba_jax.errors import HymbaError
 
 
 class Closing(ABC):
-    """A context that is closed at its end.
+    """A context manager whose `close` can fail.
 
-    Where it ends with an error, that is the one to tell: another of closing it is dropped.
+    If the body raised an error, that one is kept, and one from `close` is dropped.
     """
 
     @abstractmethod
     def close(self) -> None:
-        """Ends what is under way. Raises HymbaError where that cannot be."""
+        """Ends what is under way. Raises HymbaError if that fails."""
 
     def __enter__[T](self: T) -> T:
         return self

@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal one line that lives, elsewhere plain lines."""
+"""Output of a run: on a terminal a live status line, elsewhere plain lines."""
 
 from datetime import timedelta
 from types import TracebackType
@@ -11,7 +11,7 @@ class Display:
     """Lines on the standard output, as a context.
 
     Args:
-      plain: on a terminal, too.
+      plain: no live line, even on a terminal.
       quiet: shows nothing.
     """
 
@@ -24,11 +24,11 @@ class Display:
         self._status = self._console.status("")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line permanently."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def begin(self, what: str) -> None:
-        """Names what is being done now, for something that takes a while."""
+        """Announces a step that takes a while."""
         self.update(what)
         self.log(f"{what}…")
 
@@ -37,7 +37,7 @@ class Display:
         self._status.update(Text(line))
 
     def log(self, line: str) -> None:
-        """A line that stays where there is no live line to say it."""
+        """Prints a line permanently if there is no live line to show it."""
         if not self._console.is_terminal:
             self.say(line)
 

@@ -1,4 +1,4 @@
-"""The one exception that is for people."""
+"""The exception for errors that the user can fix."""
 
 import re
 
@@ -7,10 +7,10 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class HymbaError(Exception):
-    """Something a person can fix: what was wrong, where, and what to do, in one line.
+    """An error that the user can fix: what is wrong, where, and what to do, in one line.
 
     Commands print it and exit with status 1, without a traceback. Names from files and command
-    lines may be part of it: what would break the line or reach the terminal is escaped.
+    lines may be part of it, so control characters are escaped.
     """
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Files: paths as people write them, reading what may be broken, writing whole or not at all."""
+"""Files: expanding user paths, reading untrusted files, atomic writes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
 def resolve_path(path: PathLike) -> Path:
-    """A path as a person writes it: `~` and `~user` are expanded, all else stays.
+    """The path with `~` and `~user` expanded, otherwise unchanged.
 
     Every command resolves its paths here, and before any work.
 
@@ -44,7 +44,7 @@ def read_text(path: PathLike) -> str:
     """The text of a regular file in UTF-8, without a byte order mark.
 
     Raises:
-      HymbaError: it is no regular file, or no UTF-8.
+      HymbaError: it is not a regular file, or not UTF-8.
       OSError: it cannot be read.
     """
     with open_regular(path) as file:
@@ -59,7 +59,7 @@ def open_regular(path: PathLike) -> Any:
     """A file opened for reading bytes; devices and FIFOs, which may never end, are refused.
 
     Raises:
-      HymbaError: it is no regular file.
+      HymbaError: it is not a regular file.
       OSError: it cannot be opened.
     """
     # Opening a FIFO would wait for its writer.
@@ -86,7 +86,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      HymbaError: it is not there, is no JSON, or is another JSON value.
+      HymbaError: it does not exist, is not JSON, or is another JSON value.
       OSError: it cannot be read.
     """
     try:
@@ -101,7 +101,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError where it is none, or is nested too deeply."""
+    """The value of a JSON text. Raises ValueError if it is invalid or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -112,7 +112,7 @@ def read_toml(path: PathLike) -> dict[str, Any]:
     """The table in a TOML file.
 
     Raises:
-      HymbaError: it is not there, or is no TOML.
+      HymbaError: it does not exist, or is not TOML.
       OSError: it cannot be read.
     """
     try:
@@ -126,16 +126,16 @@ def read_toml(path: PathLike) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that whoever reads it, even after a crash, finds the old or the new text.
+    """Writes a file atomically: a reader, even after a crash, finds the old or the new text.
 
-    A file keeps its permissions and a symbolic link stays one: what it points to is replaced. To
-    a device or a FIFO, which cannot be replaced, the text is written.
+    Permissions are kept, and a symbolic link is followed. Devices and FIFOs are written to
+    directly.
     """
     mode = path.stat().st_mode if path.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
         path.write_text(text, encoding="utf-8")
         return
-    path = path.resolve()  # not before: that of /dev/stdout may be a pipe's, which has no name
+    path = path.resolve()  # only now: /dev/stdout may resolve to a pipe, which has no name
     beside = _beside(path)
     try:
         with beside.open("x", encoding="utf-8") as file:
@@ -151,11 +151,10 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def written_beside(directory: Path) -> Iterator[Path]:
-    """A new directory to write to, which at the end of the context becomes `directory`.
+    """A new directory, which replaces `directory` when the context ends.
 
-    An exception leaves nothing of it or of the directories above it that were not there, and
-    whatever was at `directory` as it was. A symbolic link to a directory stays one: what it points
-    to is replaced.
+    On an exception it is removed, with the parents that were created for it, and an existing
+    `directory` is unchanged. A symbolic link is followed.
     """
     directory = directory.resolve()
     beside, before = _beside(directory), _beside(directory)
@@ -178,17 +177,17 @@ def written_beside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         for path in above:
             if not directory.exists():
-                with suppress(OSError):  # somebody else has put something there
+                with suppress(OSError):  # not empty: another process wrote there
                     path.rmdir()
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same directory that nobody else has."""
+    """An unused name in the same directory."""
     return path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.partial")
 
 
 def _sync(directory: Path) -> None:
-    """Waits until a directory is on the disk, so that its new name cannot get there first."""
+    """Flushes a directory tree to the disk, before it is renamed."""
     for path in (directory, *directory.rglob("*")):
         file = os.open(path, os.O_RDONLY)
         try:

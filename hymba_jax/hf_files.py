@@ -1,7 +1,7 @@
-"""The files of an HF (Hugging Face) checkpoint beside its weights, and where we keep them.
+"""The files of an HF (Hugging Face) checkpoint beside its weights, and where they are kept.
 
-A converted model has them in its own directory. A training run that started from one has them in a
-folder: its own tokenizer files are written by the run.
+A converted model keeps them in its own directory; a run that started from one in a subfolder, since
+the run writes its own tokenizer files.
 """
 
 import re
@@ -15,7 +15,7 @@ from hymba_jax.files import read_json, resolve_path, written_beside
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 COPIES_FILE = "hf_copies.json"
-"""Tensors of an HF checkpoint that are not kept since they equal another: name to name."""
+"""Tied tensors of an HF checkpoint, which are stored once: name to name."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -31,7 +31,7 @@ _CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 
 def download_advice(directory: Path) -> str:
-    """What to do if this path that is not there is a name on Hugging Face; else nothing."""
+    """Advice if a missing path looks like the name of a Hugging Face model; else empty."""
     name = str(directory)
     if directory.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return ""
@@ -49,7 +49,7 @@ def hf_directory(directory: Path) -> Path:
 
 
 def companion_files(directory: Path, names: tuple[str, ...]) -> list[Path]:
-    """Those of these files that are there."""
+    """The existing files among these."""
     return [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
 
 
@@ -61,9 +61,8 @@ def keep_hf_files(init_from: str, output: str) -> None:
       output: the run directory.
     """
     source, run = resolve_path(init_from), resolve_path(output)
-    shutil.rmtree(
-        run / _KEPT, ignore_errors=True
-    )  # of a run that ended before its first checkpoint
+    # Left by a run that ended before its first checkpoint.
+    shutil.rmtree(run / _KEPT, ignore_errors=True)
     if not init_from or not (hf_directory(source) / HF_CONFIG).is_file():
         return
     names = (HF_CONFIG, COPIES_FILE, *TOKENIZER_FILES, *OTHER_FILES)

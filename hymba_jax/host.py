@@ -1,4 +1,4 @@
-"""How the process uses its host's memory and vectors where JAX computes on the CPU."""
+"""Memory allocation and vector width of the host, where JAX runs on the CPU."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,10 @@ _VECTOR_WIDTH = "--xla_cpu_prefer_vector_width"
 
 
 def prepare_host() -> None:
-    """Keeps freed memory and uses the widest vectors, unless JAX has an accelerator.
+    """Keeps freed memory and enables the widest vectors, unless JAX has an accelerator.
 
-    Call it before JAX starts its threads. An accelerator's host threads would only wait for one
-    another's memory.
+    Call it before JAX starts its threads. With an accelerator, the host's threads would contend for
+    the single arena.
     """
     if not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")):
         _keep_freed_memory()
@@ -27,7 +27,7 @@ def prepare_host() -> None:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process can have: the host's, or fewer where its cgroup says so."""
+    """Bytes of memory available to this process: the host's, or its cgroup's limit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
@@ -36,11 +36,11 @@ def host_memory() -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Keeps what is freed for what comes next, instead of giving it back to the kernel.
+    """Keeps freed memory in the process instead of returning it to the kernel.
 
-    XLA:CPU allocates a step's temporaries again in each step. Given back and mapped again, every
-    page of them is zeroed and faulted in each time, a sixth of a training step of
-    `configs/tiny.toml` (`benchmarks/train_step.py`, with and without `--no-prepare`). glibc only.
+    XLA:CPU allocates a step's temporaries anew in every step. If they were returned, every page
+    would be zeroed and faulted in again, a sixth of a training step of `configs/tiny.toml`
+    (`benchmarks/train_step.py`, with and without `--no-prepare`). glibc only.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -52,7 +52,7 @@ def _keep_freed_memory() -> None:
 def _use_widest_vectors() -> None:
     """512 bits where the CPU has them; XLA's default is 256.
 
-    XLA aborts at a flag that it does not know, so only releases get it that were tried.
+    XLA aborts on unknown flags, so it is set only for releases that were tested.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if version("jaxlib").startswith("0.12.") and _VECTOR_WIDTH not in flags:

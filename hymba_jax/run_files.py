@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, told without JAX and Orbax."""
+"""The checkpoints of a run, found without importing JAX and Orbax."""
 
 import os
 import re
@@ -11,7 +11,7 @@ _STEP = re.compile("0|[1-9][0-9]*")
 
 
 def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:
-    """Steps that have a whole checkpoint, oldest first."""
+    """Steps with a complete checkpoint, oldest first."""
     directory = resolve_path(run_directory) / FOLDER
     if not directory.is_dir():
         return []

@@ -4,8 +4,8 @@
 |------------|-------------------|----------------------------------------------------------|
 | batch      | B                 | sequences                                                |
 | length     | L or S            | positions of whatever the function is given              |
-| queries    |                   | positions that ask in attention                          |
-| keys       |                   | positions that are asked                                 |
+| queries    |                   | query positions                                          |
+| keys       |                   | key positions                                            |
 | hidden     | H                 | width of the residual stream                             |
 | heads      | Nq                | query heads                                              |
 | kv_heads   | Nk                | key/value heads                                          |
@@ -14,8 +14,8 @@
 | channels   | E                 | SSM channels                                             |
 | state      | N                 | SSM state size per channel                               |
 | dt_rank    | R                 | width of the time step before `dt_proj`                  |
-| chunks     |                   | chunks of a length, as scans take it                     |
-| steps      |                   | positions of a chunk                                     |
+| chunks     |                   | chunks of a sequence                                     |
+| steps      |                   | positions in a chunk                                     |
 | kernel     | K                 | taps of the causal convolution                           |
 | slots      |                   | positions that a cache of keys and values holds          |
 | meta_tokens | M                | learned tokens before every sequence                     |

@@ -1,4 +1,5 @@
-"""The outputs of the HF implementation in tests/golden, and our model with the same weights."""
+"""The outputs of the HF implementation in tests/golden, and the native model with the same
+weights."""
 
 import json
 import lzma

@@ -120,7 +120,7 @@ class ShardedStep:
     ):
         self.config, self.length = config, LENGTHS[config]
         self.mesh = make_mesh(devices, parallel)
-        # All that changes how a step computes, and not what, in one of the cases.
+        # One case has all options of how a step computes.
         is_mixed = self.mesh.axis_sizes.count(2) == 3
         self.compute = ComputeConfig(remat="block" if is_mixed else "none")
         self.training = TrainingConfig(

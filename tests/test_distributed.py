@@ -29,7 +29,7 @@ LAUNCHERS = ("SLURM_", "OMPI_", "MEGASCALE_", "TPU_WORKER_HOSTNAMES")
         ({"num_processes": 0}, "num_processes is 0, not at least 1"),
         ({"num_processes": 2, "process_id": 2}, "process_id is 2, not from 0 to 1"),
         ({"num_processes": 2, "process_id": -1}, "process_id is -1, not from 0 to 1"),
-        ({"process_id": 1}, "process_id is 1, of how many num_processes does not say"),
+        ({"process_id": 1}, "process_id is 1, but num_processes is not given"),
         ({"start_timeout": 0}, "start_timeout is 0, not at least 1"),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_port_that_is_taken_is_one_line():
         port = server.getsockname()[1]
         config = DistributedConfig(f"127.0.0.1:{port}", num_processes=2, process_id=0)
         with (
-            pytest.raises(HymbaError, match=f"cannot listen at port {port} .*: choose another$"),
+            pytest.raises(HymbaError, match=f"cannot listen on port {port} .*: choose another$"),
             started(config, "runs/mine"),
         ):
             pass
@@ -88,7 +88,7 @@ def test_a_port_that_is_taken_is_one_line():
 def test_one_of_three_is_too_little(monkeypatch, config):
     monkeypatch.setattr(processes, "watch_stderr", lambda *_: None)
     with (
-        pytest.raises(HymbaError, match=r"cannot be found .*: give distributed.coordinator, num"),
+        pytest.raises(HymbaError, match=r"cannot connect the processes .*: give distributed.coord"),
         started(config, "runs/mine"),
     ):
         pass
@@ -111,8 +111,8 @@ FIRST = ". absl::Status: UNAVAILABLE: Failed to send RPC to coordination service
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (LATE, "not all processes of the run met at host:1 within 9 s: "),
-        (TWICE, "another process met the others at host:1 in place of this one: "),
+        (LATE, "not all processes of the run connected at host:1 within 9 s: "),
+        (TWICE, "another process has connected at host:1 with this process's id: "),
         (SILENT.format(who="1"), "{run}: lost process 1, which "),
         (SILENT.format(who="1\n3"), "{run}: lost process 1, 3, which "),
         (FIRST, "{run}: lost process 0, which "),

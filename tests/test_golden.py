@@ -43,7 +43,7 @@ def run(case, **compute):
 reference_run = functools.cache(run)
 
 
-class TestReleasedCode:
+class TestHFImplementation:
     @pytest.mark.parametrize("case", QUICK)
     def test_logits_and_loss(self, case):
         golden = load(case)
@@ -88,7 +88,7 @@ class TestReleasedCode:
     ],
     ids=lambda compute: "-".join(f"{key}={value}" for key, value in compute.items()),
 )
-def test_ways_of_computing_agree(case, compute):
+def test_compute_options_agree(case, compute):
     """To float32 rounding, a tenth of the bounds above: they are the same sums in another order."""
     loss, logits, gradients = run(case, **compute)
     expected_loss, expected_logits, expected_gradients = reference_run(case)

@@ -45,8 +45,8 @@ def test_equal_neighbours_merge(written, shortest):
         ("0*G", "'0\\*G' is not a layer group"),
         ("G*2", "is not a layer group"),
         ("w", "'w' in 'w' reuses keys and values"),
-        ("Wg", "no global attention stands directly before it"),
-        ("Gw", "no window attention stands directly before it"),
+        ("Wg", "the layer before it has no global attention"),
+        ("Gw", "the layer before it has no window attention"),
         ("WMw", "'w' in 'WMw' reuses"),
         ("W w", "'w' in 'w' reuses"),
     ],
@@ -57,7 +57,7 @@ def test_impossible_patterns(pattern, message):
 
 
 def test_the_paper_at_its_own_depths():
-    """Global and sharing layers of the released config.json (32), and the same rule at 24."""
+    """Global and sharing layers of the HF config.json (32), and the same rule at 24."""
     assert hymba_pattern(32) == "G 7*Ww G Www 6*Ww G"
     assert hymba_pattern(24) == "G 5*Ww G Www 4*Ww G"
     assert [hymba_pattern(depth) for depth in (1, 2, 3)] == ["G", "2*G", "G W G"]

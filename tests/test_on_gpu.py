@@ -88,7 +88,7 @@ def test_a_step_that_hangs_is_killed_with_its_children(run, tmp_path):
 
 
 def test_what_the_time_does_not_reach_is_skipped(run, on_gpu):
-    results = run("first", "last", seconds=on_gpu.LEAST - 1)
+    results = run("first", "last", seconds=on_gpu.MIN_STEP_SECONDS - 1)
     assert [result["status"] for result in results.values()] == ["skipped", "skipped"]
     assert results["last"]["reason"] == "no time is left"
 

@@ -77,7 +77,7 @@ def test_parameters_agree(results):
         assert difference.max() < 3e-3
 
 
-def test_each_device_draws_and_keeps_its_part(on_one):
+def test_each_device_initializes_its_own_shard(on_one):
     step = ShardedStep(ODD, jax.devices()[:8], CASES["2x2x2-odd"][1])
     initial = step.initialize()
     expected, _ = on_one(ODD)
@@ -125,7 +125,7 @@ def test_no_stack_of_layers_is_gathered_at_once(step):
     assert not [c for c in gathered(step) if STACKED in c.shape]
 
 
-def test_the_program_is_the_one_that_was_looked_at(step):
+def test_program_matches_its_snapshot(step):
     """If it is another and better one: python tests/sharded_step.py"""
     assert step.describe() == step.snapshot.read_text()
 
@@ -149,9 +149,12 @@ def test_meshes(config, expected):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 0}, "parallel config: data is 0, neither at least 1 nor -1 for the rest"),
+        (
+            {"data": 0},
+            "parallel config: data is 0, not at least 1, nor -1 for all remaining devices",
+        ),
         ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
-        ({"data": -1}, "parallel config: data and fsdp are -1, which only one can be"),
+        ({"data": -1}, "parallel config: data and fsdp are -1, only one may be"),
         ({"fsdp": 3}, "data 1 x fsdp 3 x sequence 1 x tensor 1 is not the number of devices, 8"),
         ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times an integer is not the number"),
     ],
@@ -161,7 +164,7 @@ def test_meshes_that_cannot_be(sizes, message):
         make_mesh(jax.devices()[:8], ParallelConfig(**sizes))
 
 
-def test_what_the_mesh_does_not_divide_is_whole():
+def test_indivisible_axes_are_replicated():
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(fsdp=4, tensor=2))
     params = {
         "odd": nnx.Param(np.zeros((61, 40)), axes=("vocab", "hidden")),
@@ -203,7 +206,7 @@ def test_the_sharding_of_a_length_in_words(length, expected):
     assert described.split("; sharded: ")[1] == expected
 
 
-def test_a_length_that_the_mesh_does_not_divide_is_whole(on_one):
+def test_an_indivisible_length_is_replicated(on_one):
     step = ShardedStep(EVEN, jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
     start, (losses, means, _) = on_one(EVEN)
     actual = step.run(start)
@@ -213,7 +216,7 @@ def test_a_length_that_the_mesh_does_not_divide_is_whole(on_one):
     assert list(step.collectives()) == []
 
 
-def test_activations_are_split_as_told():
+def test_constrain_shards_activations():
     x = jnp.ones((8, 3, 6))
     assert constrain(x, "batch", None, "mlp") is x
     with jax.set_mesh(make_mesh(jax.devices()[:8], ParallelConfig(fsdp=4, tensor=2))):

@@ -69,7 +69,7 @@ def assert_kinds(given, *kinds):
     assert sum(map(len, kinds)) == len(given)
 
 
-def test_every_tpu_runs_the_kernels_on_its_part():
+def test_every_tpu_runs_the_kernels_on_its_shard():
     """The meta tokens' are on all devices."""
     given = [*calls(lower("tpu", "bfloat16"), "tpu_custom_call")]
     tokens = scans(given, ROWS, LENGTH), splash(given, ROWS, LENGTH, 384)
@@ -77,13 +77,13 @@ def test_every_tpu_runs_the_kernels_on_its_part():
 
 
 @pytest.mark.slow
-def test_every_gpu_runs_the_scan_on_its_part():
+def test_every_gpu_runs_the_scan_on_its_shard():
     """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
     given = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
     assert_kinds(given, scans(given, ROWS, LENGTH), scans(given, 1, GPU_CHUNK))
 
 
-def test_every_tpu_runs_the_kernels_on_its_part_of_the_length():
+def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
     """Meta tokens, a window and its own part are met; the meta tokens' own pass is sharded, too."""
     given = [*calls(lower("tpu", "bfloat16", ("fsdp", "sequence", "tensor")), "tpu_custom_call")]
     rows, length = 2 * ROWS, LENGTH // 2
@@ -91,6 +91,6 @@ def test_every_tpu_runs_the_kernels_on_its_part_of_the_length():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), splash(given, 1, 128, 128))
 
 
-def test_every_gpu_runs_the_scan_on_its_part_of_the_length():
+def test_every_gpu_runs_the_scan_on_its_shard_of_the_length():
     given = [*calls(lower("gpu", "float32", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
     assert_kinds(given, scans(given, 2 * ROWS, LENGTH // 2), scans(given, 1, GPU_CHUNK))

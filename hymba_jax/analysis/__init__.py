@@ -1,4 +1,4 @@
-"""Looking at models: what they take and what they do.
+"""Analysis of models.
 
 memory    `hymba memory`: the memory footprint of inference and training, nothing allocated
 """

@@ -20,7 +20,7 @@ from hymba_jax.parallel.memory import gb, tree_bytes
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 
-LARGEST = 2**31 - 1  # positions and rows are 32-bit numbers
+INT32_MAX = 2**31 - 1  # positions and rows are 32-bit numbers
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,10 @@ class MemoryConfig:
     Attributes:
       preset: hymba-125m, hymba-350m or hymba-1.5b.
       config: TOML file of a run or a model, in place of a preset.
-      context: tokens that a sequence may grow to.
+      context: maximum tokens per sequence.
       batch: sequences at a time.
       dtype: of parameters, keys, values and states in inference.
-      state_dtype: of the SSM's states, where it is another; generating keeps float32 ones unless
-        told otherwise.
+      state_dtype: of SSM states; dtype if absent. Generation uses float32 by default.
       param_dtype: of parameters and gradients in training; that of the config, or of a preset
         float32, if absent.
     """
@@ -50,7 +49,7 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes of a training state, by what they are for; activations are not counted."""
+    """Bytes of a training state, by purpose; activations are not counted."""
 
     params: int
     gradients: int
@@ -69,8 +68,8 @@ def main(args: MemoryConfig) -> None:
     """
     config, compute = _architecture(args)
     for name, size in (("context", args.context), ("batch", args.batch)):
-        if not 1 <= size <= LARGEST:
-            raise HymbaError(f"{name} is {size}, not between 1 and {LARGEST}, a 32-bit number")
+        if not 1 <= size <= INT32_MAX:
+            raise HymbaError(f"{name} is {size}, not between 1 and {INT32_MAX}, a 32-bit number")
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
     cache = cache_bytes(config, args.context, args.dtype, state_dtype)
@@ -95,7 +94,7 @@ def main(args: MemoryConfig) -> None:
         table.add_row(name, gb(size), gb(size * args.batch), "", end_section=name == "cache")
     for name, size in (
         ("meta tokens, global KV", meta.global_kv),
-        ("meta tokens, all else", meta.total - meta.global_kv),
+        ("meta tokens, other", meta.total - meta.global_kv),
         (f"parameters, {args.dtype}", params),
     ):
         table.add_row(name, gb(size), gb(size), "")

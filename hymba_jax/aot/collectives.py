@@ -1,4 +1,4 @@
-"""What the chips that share a compiled program send each other."""
+"""Collectives of a compiled program."""
 
 import math
 import re
@@ -12,9 +12,9 @@ class Collective(NamedTuple):
     """A collective of a program.
 
     Attributes:
-      times: it is run.
-      group: chips that take part in it together.
-      size: bytes that a chip brings to it.
+      times: executions.
+      group: participating chips.
+      size: input bytes per chip.
     """
 
     kind: str
@@ -24,7 +24,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that each chip has to send, whatever the order; all times together."""
+        """Bytes that each chip has to send in total, for any algorithm."""
         return self.times * self.size * _SENT[self.kind](self.group)
 
 
@@ -39,11 +39,11 @@ _SENT = {
 
 
 def collectives(program: Program) -> Iterator[Collective]:
-    """All of them; branches are left out."""
+    """All collectives; branches are left out."""
     for name, times in program.runs():
         channels = set()
         for line in program.computations[name]:
-            # TPUs' sums of which each chip keeps a part.
+            # Reduce-scatters, as TPUs write them.
             scatters = line.called.startswith("all-reduce-scatter")
             for inner in program.fused(line):
                 kind = inner.op.removesuffix("-start")

@@ -54,8 +54,8 @@ class CompileConfig:
             raise HymbaError("; ".join(problems))
         if self.program == "train" and (self.batch, self.context) != (None, None):
             raise HymbaError(
-                "batch and context are of prefill and decode: "
-                "a run has training.batch_size and data.sequence_length"
+                "batch and context apply to prefill and decode only: "
+                "training uses training.batch_size and data.sequence_length"
             )
 
 
@@ -88,7 +88,7 @@ def main(args: Sequence[str], prog: str) -> None:
         for change in program.advice(memory, topology.chip.memory):
             console.print(f"to make it fit, {change}")
         raise HymbaError(
-            f"it does not fit: {_gb(memory.total)} of {_gb(topology.chip.memory)} a chip"
+            f"it does not fit: {_gb(memory.total)} of {_gb(topology.chip.memory)} per chip"
         )
 
 
@@ -116,32 +116,32 @@ def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | 
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     fits = "fits" if memory.total <= chip.memory and cost else "does not fit"
-    table.add_row("arguments a chip", _gb(memory.arguments))
-    table.add_row("temporaries a chip", _gb(memory.temporaries))
-    table.add_row(f"in all, {fits} {_gb(chip.memory)}", _gb(memory.total), end_section=True)
+    table.add_row("arguments per chip", _gb(memory.arguments))
+    table.add_row("temporaries per chip", _gb(memory.temporaries))
+    table.add_row(f"total, {fits} in {_gb(chip.memory)}", _gb(memory.total), end_section=True)
     chips = program.mesh.size
-    table.add_row("model FLOPs a step and chip", _tera(program.model_flops / chips))
+    table.add_row("model FLOPs per step and chip", _tera(program.model_flops / chips))
     if cost is None:
         return table
     table.add_row("matmul FLOPs, as compiled", _tera(cost.matmul_flops))
-    table.add_row("kernel FLOPs, by the model's count", _tera(cost.work.flops - cost.matmul_flops))
-    table.add_row("HBM bytes a chip", _gb(cost.work.hbm_bytes))
+    table.add_row("kernel FLOPs, from the model", _tera(cost.work.flops - cost.matmul_flops))
+    table.add_row("HBM bytes per chip", _gb(cost.work.hbm_bytes))
     if cost.unknown_loops:
-        table.add_row("loops of unknown trip count, taken once", str(cost.unknown_loops))
+        table.add_row("loops of unknown trip count, counted once", str(cost.unknown_loops))
     table.add_section()
     for name, calls, shape in cost.kernels:
-        table.add_row(f"{calls:,} x {name} of a chip, up to", " x ".join(map(str, shape)))
+        table.add_row(f"{calls:,} x {name} per chip, largest array", " x ".join(map(str, shape)))
     table.add_section()
     for kind, (count, size) in cost.collectives.items():
-        table.add_row(f"{count:,} x {kind}, bytes sent by a chip", _gb(size))
+        table.add_row(f"{count:,} x {kind}, bytes sent per chip", _gb(size))
     table.add_section()
     seconds = cost.work.seconds(chip)
     for name, value in seconds.items():
         table.add_row(f"{name} alone", _seconds(value))
     step = max(seconds.values())
-    table.add_row("a step, at least", _seconds(step))
+    table.add_row("step time, lower bound", _seconds(step))
     mfu = program.model_flops / (chips * chip.peak_flops * step)
-    table.add_row("MFU, at most", f"{mfu:.1%}")
+    table.add_row("MFU, upper bound", f"{mfu:.1%}")
     return table
 
 

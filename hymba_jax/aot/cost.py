@@ -1,4 +1,4 @@
-"""What a compiled program has each chip do."""
+"""Cost of a compiled program per chip."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class ProgramCost(NamedTuple):
 
     Attributes:
       matmul_flops: without those of kernels.
-      unknown_loops: loops whose trip count is unknown, taken once.
+      unknown_loops: loops whose trip count is unknown, counted once.
       collectives: by kind, how many and the bytes that a chip sends for them.
     """
 
@@ -31,7 +31,7 @@ class ProgramCost(NamedTuple):
 
 
 def compile_and_analyze(program: AotProgram) -> tuple[Memory, ProgramCost | None]:
-    """Its memory, and what it does; nothing if the compiler refused it for want of memory."""
+    """Its memory, and its cost; no cost if it does not fit."""
     try:
         with jax.set_mesh(program.mesh):
             compiled = program.compile()

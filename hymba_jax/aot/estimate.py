@@ -1,4 +1,4 @@
-"""The least time that a program's step can take on a chip, from its data sheet."""
+"""A lower bound of a step's time on a chip, from its data sheet."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from hymba_jax.aot.topology import Chip
 
 
 class Work(NamedTuple):
-    """What one step has a chip do.
+    """Cost of one step on one chip.
 
     Attributes:
       flops: of matmuls and of kernels.
@@ -31,7 +31,7 @@ class Work(NamedTuple):
 
 
 def assumptions(chip: Chip) -> str:
-    """What an estimate takes for granted, in words."""
+    """Assumptions of an estimate, in words."""
     return (
         f"estimated for a chip with {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, "
         f"{chip.bandwidth / 1e9:,.0f} GB/s of HBM bandwidth and "

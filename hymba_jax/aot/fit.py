@@ -1,4 +1,4 @@
-"""A program's memory on each chip against what the chip has, and what to change if it is short."""
+"""A program's memory per chip, and how to reduce it."""
 
 import math
 import re
@@ -14,8 +14,8 @@ class Memory(NamedTuple):
 
     Attributes:
       arguments: parameters, optimizer state and batch, or parameters and caches.
-      temporaries: what the step has besides.
-      total: both, the program itself, and results that do not take an argument's place.
+      temporaries: further memory of the step.
+      total: both, with code and non-donated outputs.
     """
 
     arguments: int
@@ -33,7 +33,7 @@ def compiled_memory(compiled: Any) -> Memory:
 
 
 def refused_memory(error: Exception, arguments: int) -> Memory | None:
-    """The memory of a program that was refused for want of it; None for another reason.
+    """The memory of a program that did not fit; None if it failed for another reason.
 
     TPUs' compiler says what temporaries would take, or everything.
     """
@@ -56,34 +56,34 @@ def training_advice(
         return
     too_many = memory.temporaries / room
     if run.compute.remat == "none":
-        yield "compute.remat block: keeps one layer's activations in place of all layers'"
+        yield "compute.remat block: stores only the input of each layer"
     rows = run.training.micro_batch_size // batch_shards(mesh)
     if rows > 1:
         fewer = max(d for d in range(1, rows) if rows % d == 0 and d <= max(1, rows / too_many))
         steps = run.training.gradient_accumulation_steps * rows // fewer
         yield (
             f"training.gradient_accumulation_steps {steps}: a chip then has "
-            f"{_sequences(fewer)} at a time, not {rows}, and of {_gb(memory.temporaries)} of "
-            f"temporaries {_gb(memory.temporaries * fewer / rows)} or somewhat more"
+            f"{_sequences(fewer)} at a time, not {rows}, and temporaries shrink from "
+            f"{_gb(memory.temporaries)} to about {_gb(memory.temporaries * fewer / rows)}"
         )
     if rows // too_many < 1:
         shards = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
         yield (
             f"parallel.sequence {shards}: {_gb(memory.temporaries)} of temporaries are for "
-            f"{_sequences(rows)} a chip, and {_gb(room)} are left; chips then share the work on a "
+            f"{_sequences(rows)} per chip, {_gb(room)} are left; chips then share the work on a "
             "sequence"
         )
 
 
 def _shard_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
     """How to shard what every step needs; the largest fsdp that divides `hidden` is the best."""
-    why = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} a chip"
+    why = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} per chip"
     shards = batch_shards(mesh)
     fsdp = math.gcd(shards, hidden)
     if hidden % mesh.shape["fsdp"] or fsdp > mesh.shape["fsdp"]:
         return (
             f"parallel.data {shards // fsdp}, parallel.fsdp {fsdp}: {why}; "
-            f"a width of {hidden} is sharded over no more"
+            f"a width of {hidden} cannot be sharded further"
         )
     chips = mesh.size * math.ceil(arguments / available)
     return f"a topology of {chips} chips or more, sharded by parallel.fsdp: {why}"
@@ -97,8 +97,8 @@ def inference_advice(batch: int, params: int, memory: Memory, available: float) 
     """
     fitting = int((available - params) * batch // (memory.total - params))
     if fitting >= 1:
-        one = _gb((memory.total - params) / batch)
-        yield f"--batch {fitting}: a sequence takes {one} besides {_gb(params)} of parameters"
+        per_sequence = _gb((memory.total - params) / batch)
+        yield f"--batch {fitting}: a sequence takes {per_sequence}, parameters {_gb(params)}"
     else:
         yield "a shorter --context, compute.dtype bfloat16, or a chip with more memory"
 

@@ -1,4 +1,4 @@
-"""An optimized HLO program, read from its text as the accelerators' compilers leave it."""
+"""An optimized HLO program, parsed from the compiler's text."""
 
 import math
 import re
@@ -10,8 +10,8 @@ class HLOArray(NamedTuple):
     """An array of a program.
 
     Attributes:
-      size: bytes, as its tiles are padded.
-      in_hbm: not in another of a TPU's memories.
+      size: bytes, with the padding of tiles.
+      in_hbm: in HBM, not in another memory of a TPU.
       data_size: bytes without padding.
     """
 
@@ -29,7 +29,7 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
-      operands: names of instructions; of a parameter or a constant, what stands in their place.
+      operands: names of instructions; for parameters and constants the literal.
       called: the computation of a fusion; empty for others.
       attributes: the rest of the line.
     """
@@ -76,7 +76,7 @@ class Program:
     def runs(self) -> Iterator[tuple[str, int]]:
         """All computations outside fusions, with how often each is run.
 
-        A loop whose trip count is not known is taken once; branches are left out.
+        A loop of unknown trip count is counted once; branches are left out.
         """
         yield from self._runs(self.entry, 1)
 
@@ -118,7 +118,7 @@ class Program:
         return -(-int(limit.operands[0]) // step) if step and limit.operands[0].isdigit() else None
 
     def _step(self, loop: Instruction, place: re.Match[str] | None) -> int | None:
-        """What an iteration of a loop adds to the counter at this place of what it carries."""
+        """What an iteration of a loop adds to the counter at this position of its carry."""
         body = {line.name: line for line in self.computations[loop.computation("body")]}
         root = [*body.values()][-1]
         if place is None or root.op != "tuple":

@@ -1,4 +1,4 @@
-"""The kernels that a compiled program calls, and on how much each chip calls them."""
+"""The kernels that a compiled program calls, and the size of their arrays."""
 
 import math
 import re
@@ -14,8 +14,8 @@ class Kernel(NamedTuple):
     """A kernel of a program.
 
     Attributes:
-      calls: of one run of the program.
-      shape: of the largest array that a chip gives it or has from it.
+      calls: per run of the program.
+      shape: of its largest operand or result on a chip.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """FLOPs of the matmuls in a compiled program, two for a multiplication and its addition.
 
-What kernels compute is not in the program's text, and so not in here.
+Kernels (custom calls) are not included.
 """
 
 import math
@@ -75,6 +75,6 @@ def _window(attributes: str, axis: int) -> dict[str, int]:
 def _meetings(
     left: int, right: int, out: int, *, before: int, stride: int, spread: int, kernel_spread: int
 ) -> int:
-    """How often a tap of the kernel meets an input that is neither padding nor between inputs."""
+    """Number of kernel taps applied to real input, not to padding or dilation holes."""
     places = (o * stride + k * kernel_spread - before for o, k in product(range(out), range(right)))
     return sum(0 <= place <= (left - 1) * spread and place % spread == 0 for place in places)

@@ -1,4 +1,4 @@
-"""The programs that are compiled ahead of time: those that the other commands run, as they are."""
+"""The programs that are compiled ahead of time: exactly those that the other commands run."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -40,10 +40,10 @@ class AotProgram(NamedTuple):
 
     Attributes:
       step: what one run of it does, in words.
-      arguments: bytes of them on each chip.
+      arguments: bytes per chip.
       model_flops: FLOPs that the model needs for a step, on all chips together.
-      kernel_flops: FLOPs of kernels, on one chip; the HLO text does not tell them.
-      advice: what to change where it takes this memory of what is available.
+      kernel_flops: FLOPs of kernels, on one chip, which are not in the HLO text.
+      advice: what to change, given its memory and what is available.
     """
 
     mesh: Mesh
@@ -61,7 +61,7 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgra
     """The step that `hymba train` runs on these devices.
 
     Raises:
-      HymbaError: the run cannot be sharded over them so.
+      HymbaError: the run cannot be sharded over them as configured.
     """
     training, length = run.training, run.data.sequence_length
     mesh = make_mesh(devices, run.parallel)
@@ -124,7 +124,7 @@ def inference_program(
         step = f"prefill of {batch} prompts of {context} tokens"
         model, kernels = flops(context, predicted=0), head_flops(run.model, context)
     else:
-        step = f"decoding {batch} sequences of {context} tokens, a token of each a step"
+        step = f"decoding {batch} sequences of {context} tokens, one token each per step"
         before = flops(context - 1, predicted=0)
         model, kernels = flops(context, predicted=1) - before, 0.0
     return AotProgram(

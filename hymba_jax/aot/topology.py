@@ -15,13 +15,13 @@ from hymba_jax.training.mfu import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
-    """A chip's facts, from its vendor's data sheet.
+    """Data-sheet numbers of a chip.
 
     Attributes:
       kind: JAX's name of the device.
       memory: bytes of HBM.
-      bandwidth: bytes a second to and from it.
-      interconnect: bytes a second that the chip can send to others, over all its links.
+      bandwidth: bytes per second to and from HBM.
+      interconnect: bytes per second that the chip can send to others, over all its links.
     """
 
     kind: str
@@ -48,7 +48,7 @@ CHIPS = {
 GPUS_PER_HOST = 8
 MAX_CHIPS = 2**14  # several times the largest slice that there is
 
-# What XLA wants to know of an H100 (SXM, 80 GB).
+# XLA's target description of an H100 (SXM, 80 GB).
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -118,17 +118,14 @@ def parse_topology(name: str) -> Topology:
         raise HymbaError(f"topology {shown(name)}: no slice has more than {MAX_CHIPS} chips")
     if not chip.is_tpu and (len(sizes) > 1 or count > GPUS_PER_HOST):
         raise HymbaError(
-            f"topology {name}: GPUs of one machine are compiled for, "
-            f"{named[1]}:1 to {named[1]}:{GPUS_PER_HOST}"
+            f"topology {name}: only the GPUs of one host are supported, "
+            f"{named[1]}:1 to  {named[1]}:{GPUS_PER_HOST}"
         )
     return Topology(name, chip)
 
 
 def without_a_tpu(options: str = "") -> None:
-    """Lets libtpu compile without looking for a TPU, or for others that do.
-
-    It reads this once, and its options.
-    """
+    """Lets libtpu compile without a TPU. Its options are read once."""
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",

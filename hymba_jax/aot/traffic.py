@@ -1,8 +1,9 @@
 """HBM bytes of a compiled program.
 
-What each instruction reads and writes, padding of tiles included, TPUs' other memories not. A slice
-or gather reads its result, an update in place reads and writes the update, a fusion reads of each
-operand what its instructions read. A kernel reads its arguments and writes its results once.
+What each instruction reads and writes, including the padding of tiles, not the other memories of
+TPUs. A slice or gather reads its result, an update in place reads and writes the update, a fusion
+reads of each operand what its instructions read. A kernel reads its arguments and writes its
+results once.
 """
 
 from hymba_jax.aot.hlo import HLOArray, Instruction, Program
@@ -31,8 +32,8 @@ def hbm_bytes(program: Program, line: Instruction) -> int:
     if line.op in _FREE or line.op.endswith("-done"):
         return 0
     if line.op in ("copy-start", "slice-start"):
-        one, other = line.results[:2]  # one of them is where the other one goes
-        return (one.in_hbm + other.in_hbm) * min(one.size, other.size)
+        source, destination = line.results[:2]  # in either order
+        return (source.in_hbm + destination.in_hbm) * min(source.size, destination.size)
     inputs = [array for name in line.operands for array in program.arrays[name]]
     in_hbm = any(array.in_hbm for array in (*inputs, *line.results))
     if line.op == "custom-call" and not (in_hbm and inputs):
@@ -100,7 +101,7 @@ def _written(program: Program, computation: str, results: list[HLOArray]) -> int
         while line.op == "bitcast":
             line = lines[line.operands[0]]
         if line.op == "parameter":
-            continue  # handed on
+            continue  # passed through
         if line.op in _UPDATES:
             total += 2 * program.arrays[line.operands[_UPDATES[line.op]]][0].size
         elif line.op == "fusion":

@@ -1,9 +1,8 @@
-"""Checkpoints through Orbax: written behind the run's back, committed by a rename.
+"""Checkpoints through Orbax: written asynchronously, committed by a rename.
 
 A checkpoint has three parts: `params` and `optimizer`, which are trees of arrays, and `loop`, JSON
-with what the loop itself needs. Nothing else in a run has a state: every random number comes from
-the run's seed and a step. Each part has checksums of its values, and what does not match them is
-never used.
+with what the loop itself needs. Nothing else in a run has a state: randomness comes from the seed
+and the step. Each part has checksums, and data that does not match them is never used.
 """
 
 import json
@@ -36,10 +35,11 @@ OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
 
 
 def silence_orbax() -> None:
-    """Leaves it to this module's exceptions to say what went wrong; for programs, not libraries.
+    """Silences Orbax's own messages, as errors are reported as exceptions; for commands, not
+    libraries.
 
-    Where many arrays cannot be read or written, Orbax raises one error and drops the others, which
-    Python would print one by one as errors that nobody handles.
+    If many arrays cannot be read or written, Orbax raises one error and drops the others, which
+    Python would report as unhandled.
     """
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -71,10 +71,10 @@ class LoopState(NamedTuple):
 
 
 class Checkpoints(Closing):
-    """The checkpoints of a run, as a context: leaving it waits until the last one is written.
+    """The checkpoints of a run, as a context manager: exiting waits for the last write.
 
     Args:
-      run_directory: holds them in its folder `checkpoints`, one directory a step.
+      run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
     """
 
@@ -89,7 +89,7 @@ class Checkpoints(Closing):
             )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, LoopState]:
-        """The newest checkpoint, placed as `abstract` says.
+        """The newest checkpoint, with the shardings of `abstract`.
 
         Raises:
           HymbaError: it cannot be read, is damaged, or holds another model.
@@ -108,7 +108,7 @@ class Checkpoints(Closing):
         counts = {int(count) for _, count in optax.tree.get_all_with_path(state.optimizer, "count")}
         if {step, loop.step} | counts != {step}:
             raise HymbaError(
-                f"{path}: damaged, its parts are of different steps ({LOOP}/metadata of "
+                f"{path}: damaged, its parts belong to different steps ({LOOP}/metadata of "
                 f"{loop.step}, {OPTIMIZER} of {', '.join(map(str, sorted(counts)))}){_ADVICE}"
             )
         return state, loop
@@ -135,7 +135,7 @@ class Checkpoints(Closing):
 
     def check(self) -> None:
         """Raises HymbaError if a checkpoint could not be written in the meantime."""
-        # The manager's own check_for_errors misses what its last thread met; waiting does not.
+        # The manager's own check_for_errors misses an error of its last thread; waiting does not.
         if not self._manager.is_saving_in_progress():
             with one_line(self.directory, _UNWRITABLE):
                 self._manager.wait_until_finished()
@@ -164,7 +164,7 @@ def load_params(
     stored = {dotted(keys): leaf for keys, leaf in jax.tree.leaves_with_path(metadata.tree)}
 
     def as_stored(keys: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Where the stored tree has no such array, Orbax says so.
+        # Orbax's placeholder for an array that the stored tree lacks.
         return like.update(dtype=getattr(stored.get(dotted(keys)), "dtype", like.dtype))
 
     with one_line(path, unreadable), ocp.StandardCheckpointer() as checkpointer:
@@ -173,7 +173,7 @@ def load_params(
     arrays, tree = jax.tree.flatten(params)
     del params
     for i, like in enumerate(jax.tree.leaves(abstract)):
-        arrays[i] = arrays[i].astype(like.dtype)  # one after the other, to hold few of them twice
+        arrays[i] = arrays[i].astype(like.dtype)  # one by one, so that few arrays exist twice
     return jax.tree.unflatten(tree, arrays)
 
 
@@ -211,7 +211,7 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
 
 def _read_metadata(path: Path, unreadable: str) -> Any:
     """Orbax's description of a stored tree, from which the tree can be restored."""
-    # What Orbax says of a broken JSON file does not name it; without the first it guesses.
+    # Orbax's error for a broken JSON file does not name it; without the first it guesses.
     for file in (path / "_METADATA", path / "_sharding", *path.glob("array_metadatas/*")):
         if file.name == "_METADATA" or file.is_file():
             read_json(file)
@@ -224,14 +224,14 @@ def _loop_checksum(loop: LoopState) -> int:
 
 
 def _read_loop(path: Path, fields: Any) -> LoopState:
-    """The loop's part of a checkpoint. Raises HymbaError if it is not as it was written."""
+    """The loop's part of a checkpoint. Raises HymbaError if it is damaged."""
     try:
         checksum = fields.pop(_CHECKSUM)
         loop = LoopState(**fields)
     except (AttributeError, KeyError, TypeError) as error:
         raise HymbaError(f"{path}: damaged, or another program wrote it{_ADVICE}") from error
     if checksum != _loop_checksum(loop):
-        raise HymbaError(f"{path}: damaged, its checksum is of other values{_ADVICE}")
+        raise HymbaError(f"{path}: damaged, its checksum does not match{_ADVICE}")
     return loop
 
 
@@ -243,7 +243,7 @@ _UNREADABLE = (
 )
 _UNWRITABLE = (
     "a checkpoint cannot be written; "
-    "fix the disk and run the same command to resume from the last whole one"
+    "fix the disk and run the same command to resume from the last complete one"
 )
 
 
@@ -259,7 +259,7 @@ def one_line(path: Path, what: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The part of an error that says what happened: what it came from, to the innermost."""
+    """The part of an error that says what happened: its innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = "" if isinstance(error, KeyError) else str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Checksums of arrays by their values: the same on any mesh, and whoever wrote or reads them.
+"""Checksums of arrays by value, independent of mesh and processes.
 
 An array's checksum is the sum, modulo 2**32, of a hash of each element's bits and its index in C
 order. A sum has no order, so shards and chunks can be summed apart. At a given index different bits
@@ -28,13 +28,13 @@ _LISTED = 3  # damaged arrays that a message names
 
 
 def tree_checksums(tree: Any) -> Checksums:
-    """The checksum of every array; where several processes hold the arrays, all of them call."""
+    """The checksum of every array; all processes that hold a part of the arrays must call it."""
     sums = {dotted(path): _checksum(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 def checksums_metadata(checksums: Checksums) -> dict[str, Any]:
-    """What Orbax is to keep as the custom metadata of a tree, in its file `_METADATA`."""
+    """The custom metadata of a tree that Orbax stores in its file `_METADATA`."""
     return {_KEY: checksums}
 
 
@@ -47,7 +47,7 @@ def check_tree(path: Path, tree: Any, metadata: Mapping[str, Any] | None) -> Non
       metadata: Orbax's custom metadata of the stored tree.
 
     Raises:
-      HymbaError: there are no checksums, or they are of other values.
+      HymbaError: there are no checksums, or they do not match.
     """
     expected = (metadata or {}).get(_KEY)
     if not isinstance(expected, dict):
@@ -57,8 +57,8 @@ def check_tree(path: Path, tree: Any, metadata: Mapping[str, Any] | None) -> Non
     if damaged:
         more = f" and {len(damaged) - _LISTED} more" if len(damaged) > _LISTED else ""
         raise HymbaError(
-            f"{path}: damaged, other values were written (checksums of "
-            f"{', '.join(damaged[:_LISTED])}{more}): use another copy"
+            f"{path}: damaged, checksums do not match "
+            f"({', '.join(damaged[:_LISTED])}{more}): use another copy"
         )
 
 

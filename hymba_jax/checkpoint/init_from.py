@@ -51,12 +51,12 @@ class InitialModel:
     def tokenizer_for(self, data: DataConfig) -> Tokenizer | None:
         """Its own tokenizer, where data.tokenizer would train another; else None.
 
-        Another tokenizer's ids would have other meanings than the embeddings.
+        Another tokenizer's ids would not be those of the embeddings.
         """
         return None if data.bpe_size is None else self.tokenizer
 
     def check_tokenizer(self, tokenizer: Tokenizer, name: str) -> None:
-        """Raises HymbaError if a tokenizer gives ordinary text other ids than the model's own.
+        """Raises HymbaError if a tokenizer encodes ordinary text differently than the model's own.
 
         It may have more tokens: embeddings are kept for those that were there.
 
@@ -67,15 +67,15 @@ class InitialModel:
             return
         own, vocabulary = self.tokenizer, tokenizer.model.get_vocab()
         added = own.model.get_vocab().items() - vocabulary.items()
-        if added or _splitting(own) != _splitting(tokenizer):
+        if added or _tokenization(own) != _tokenization(tokenizer):
             raise HymbaError(
-                f"{self.directory}: its model knows the ids of its own tokenizer, those of "
-                f"data.tokenizer {name} have other meanings: use --data.tokenizer "
+                f"{self.directory}: its embeddings belong to the ids of its own tokenizer, "
+                f"data.tokenizer {name} has different ones: use --data.tokenizer "
                 f"{self.directory}, or train without init_from"
             )
 
     def describe(self, config: HymbaConfig) -> str:
-        """That a run starts from it, and how the run's model differs."""
+        """A line that names the model, and how the run's differs."""
         differences = "; ".join(self._differences(config.resolved()))
         return f"initialized from {self.directory}" + (differences and f": {differences}")
 
@@ -111,7 +111,7 @@ class InitialModel:
 
 
 def read_initial_model(directory: str) -> InitialModel:
-    """What `init_from` names.
+    """The model in the directory that `init_from` names.
 
     Raises:
       HymbaError: there is no model, or its config or tokenizer cannot be read.
@@ -122,12 +122,12 @@ def read_initial_model(directory: str) -> InitialModel:
     return InitialModel(directory, config.resolved(), compute.scan_layers, tokenizer)
 
 
-def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What of a tokenizer decides the ids of ordinary text."""
+def _tokenization(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The part of a tokenizer that determines the ids of ordinary text."""
     parts = json.loads(tokenizer.model.to_str())
     return {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
 
 
 def _same_shapes(*configs: HymbaConfig) -> bool:
-    one, other = (param_shapes(config, scan_layers=False) for config in configs)
-    return one == other
+    first, second = (param_shapes(config, scan_layers=False) for config in configs)
+    return first == second

@@ -21,8 +21,8 @@ def load_model(
     """The model on one device, its layers stacked as the directory has them.
 
     Args:
-      dtype: of parameters and activations; what the model was trained to compute in, but float32
-        on CPUs, which are slow in all else.
+      dtype: of parameters and activations; by default that of the training, but float32 on CPUs,
+        where it is fastest.
       step: which checkpoint of a run; the newest if absent.
 
     Raises:

@@ -14,7 +14,7 @@ from hymba_jax.hf_files import HF_CONFIG, download_advice
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[HymbaConfig, ComputeConfig]:
-    """The model of a file and how it computes, whatever run the file may be of.
+    """The model of a file and how it computes, ignoring the rest of the run.
 
     A vocab_size of "auto" becomes a number as in `with_vocabulary`.
 
@@ -63,7 +63,7 @@ def read_model_directory(
     advice = download_advice(directory)
     if (directory / HF_CONFIG).is_file():
         advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"
-    raise HymbaError(f"{directory}: no model is here, there is no {CONFIG_FILE}{advice}")
+    raise HymbaError(f"{directory}: no model found, {CONFIG_FILE} is missing{advice}")
 
 
 def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:

@@ -1,4 +1,4 @@
-"""The run directory: complete in itself, with config, tokenizer, metrics and checkpoints."""
+"""The run directory: self-contained, with config, tokenizer, metrics and checkpoints."""
 
 import dataclasses
 import time
@@ -24,18 +24,18 @@ _FOREIGN = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"),
     *("tokenizer.json", "tokenizer_config.json", "metrics.jsonl"),
 )
-_SEEN_WITHIN = 10  # seconds: file systems of a network may cache what was not there
+_VISIBILITY_TIMEOUT = 10  # seconds: file systems of a network may cache what was not there
 
 
 def check_output(output: str, init_from: str) -> None:
-    """Raises HymbaError if what a run writes would be mixed with what is in the directory."""
+    """Raises HymbaError if the output would be mixed with other files in the directory."""
     directory = resolve_path(output)
     if init_from:
         there, here = resolve_path(init_from).resolve(), directory.resolve()
         if here == there or here in there.parents or there in here.parents:
             raise HymbaError(
-                f"{directory}: is, holds or lies in the directory of init_from, {init_from}, whose "
-                "model it would be mixed with: choose another output"
+                f"{directory}: is, contains or lies inside the init_from directory {init_from}: "
+                "choose another output"
             )
     if (directory / PARAMS).exists():
         raise HymbaError(
@@ -46,8 +46,8 @@ def check_output(output: str, init_from: str) -> None:
         found = sorted({path.name for pattern in _FOREIGN for path in directory.glob(pattern)})
         if found:
             raise HymbaError(
-                f"{directory}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it is no run of "
-                "this program and would be mixed with one: choose another output"
+                f"{directory}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it was not "
+                "written by hymba_jax: choose another output"
             )
 
 
@@ -62,7 +62,7 @@ def read_run(output: str) -> RunConfig | None:
         return None
     if not (directory / CONFIG_FILE).is_file():
         raise HymbaError(
-            f"{directory}: has {FOLDER} but no {CONFIG_FILE}, so it is no run of this program: "
+            f"{directory}: has {FOLDER} but no {CONFIG_FILE}, so it was not written by hymba_jax: "
             "choose another output"
         )
     return RunConfig.from_toml(directory / CONFIG_FILE)
@@ -70,16 +70,16 @@ def read_run(output: str) -> RunConfig | None:
 
 def check_resumes(previous: RunConfig, config: RunConfig) -> None:
     """Raises HymbaError if a config changes what a run that it resumes cannot change."""
-    before = dict(_lasting(previous))
+    before = dict(_fixed_on_resume(previous))
     changed = [
         f"{name} was {before[name]!r}, is {value!r}"
-        for name, value in _lasting(config)
-        if value != before[name] and value != "auto"  # which is what the run has found
+        for name, value in _fixed_on_resume(config)
+        if value != before[name] and value != "auto"  # "auto" was resolved by the run
     ]
     if changed:
         raise HymbaError(
-            f"{config.output}: holds another run, which this config does not resume "
-            f"({'; '.join(changed)}): choose another output, or undo the change"
+            f"{config.output}: holds a run with different settings ({'; '.join(changed)}): choose "
+            "another output, or undo the changes"
         )
 
 
@@ -94,7 +94,7 @@ def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
 def check_processes(settings: Mapping[str, Any], output: str) -> None:
     """Raises HymbaError unless all processes have one config, packages, and see one run directory.
 
-    Where output and data are may have another name in each process: what is there is compared.
+    Output and data may be mounted elsewhere in each process: contents are compared.
 
     Args:
       settings: values of the config by their dotted names.
@@ -121,7 +121,7 @@ def check_data(data: Data) -> None:
 def check_written(output: str) -> None:
     """Raises HymbaError unless all processes see what the first of them wrote."""
     barrier("the run directory")
-    deadline = time.monotonic() + _SEEN_WITHIN
+    deadline = time.monotonic() + _VISIBILITY_TIMEOUT
     while not (Path(output) / CONFIG_FILE).is_file():
         if time.monotonic() > deadline:
             raise HymbaError(
@@ -131,10 +131,10 @@ def check_written(output: str) -> None:
         time.sleep(0.1)
 
 
-def _lasting(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """What a resumed run cannot change: the arrays and their layout, and the order of the data.
+def _fixed_on_resume(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """The settings that cannot change on resuming: shapes and layout, and the order of the data.
 
-    The place of the corpus may change: its tokens are compared, by their digest.
+    The corpus may move: its tokens are compared, by their digest.
     """
     yield "seed", config.seed
     yield "training.batch_size", config.training.batch_size

@@ -10,7 +10,7 @@ LOCK = "run.lock"  # inside the run directory, while a run writes there
 
 
 def locked(directory: Path, warn: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Makes a run directory and holds its lock; what it made and is left empty is removed again.
+    """Makes a run directory and holds its lock; empty directories that it made are removed again.
 
     Args:
       warn: is told where the file system has no locks; the directory is then used without one.

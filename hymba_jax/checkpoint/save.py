@@ -14,7 +14,7 @@ from hymba_jax.model import Hymba
 
 
 def save_model(directory: str | os.PathLike[str], model: Hymba, tokenizer: Tokenizer) -> None:
-    """Writes config, parameters and tokenizer; all of them, or there is no such directory.
+    """Writes config, parameters and tokenizer, atomically.
 
     Raises:
       HymbaError: the directory exists already, or the parameters cannot be written.

@@ -56,7 +56,7 @@ def abstract_train_state(
 def _moment_shardings(
     moments: optax.OptState, params: Params, otherwise: NamedSharding
 ) -> optax.OptState:
-    """Of each array of an optimizer's state: that of its parameter, if it has one.
+    """Shardings of an optimizer's state: for each array that of its parameter, if it has one.
 
     Optimizers keep trees of the parameters' structure, of which they may mask some: an array
     belongs to the parameter at whose path its own path ends, if both have one shape.

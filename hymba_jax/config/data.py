@@ -13,7 +13,7 @@ MIN_VOCAB_SIZE = 259
 """Every byte, and the three special tokens."""
 
 MAX_VOCAB_SIZE = 2**20
-"""Several times the largest that is in use; training one takes memory and time with its size."""
+"""Several times the largest in use; training a tokenizer takes time and memory with its size."""
 
 DATA_BOUNDS = {
     "sequence_length": Bounds(1, 2**23, "no model has so many positions"),
@@ -21,7 +21,7 @@ DATA_BOUNDS = {
         1 / 256,
         255 / 256,
         "nothing would be left to train on",
-        "documents are chosen in 256ths",
+        "documents are chosen in steps of 1/256",
     ),
 }
 
@@ -35,7 +35,7 @@ class DataConfig:
 
     path: str = ""
     """Directory of text files and/or .jsonl files, one .jsonl file, or what `hymba tokenize` wrote;
-    nothing: the running Python's standard library sources."""
+    if empty, the sources of Python's standard library."""
 
     text_field: str = "text"
     """Field of a JSON line that holds the document."""

@@ -8,17 +8,18 @@ from hymba_jax.errors import HymbaError
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How this process finds the others of its run: no part of the run itself.
+    """How this process finds the others of its run; not part of the run's config.
 
-    SLURM, Open MPI and TPU pods say where the others are; elsewhere all of the first three are
-    given, or none for a process that is alone.
+    Detected under SLURM, Open MPI and on TPU pods; elsewhere give all of the first three, or none
+    for a single process.
 
     Attributes:
-      coordinator: HOST:PORT at which the processes meet: of process 0, a port free there.
-      num_processes: of the run.
+      coordinator: HOST:PORT of process 0, with a port that is free there.
+      num_processes: number of processes in the run.
       process_id: number of this process, counted from 0.
-      start_timeout: seconds to wait until all have started.
-      heartbeat_timeout: seconds of silence after which a process is lost, and the others end.
+      start_timeout: seconds to wait for all processes to start.
+      heartbeat_timeout: seconds without a heartbeat after which a process is considered lost and
+        the others end.
 
     Raises:
       HymbaError: naming every invalid value.
@@ -43,7 +44,7 @@ class DistributedConfig:
             yield f"num_processes is {self.num_processes}, not at least 1"
         elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 1):
             if self.num_processes is None:
-                yield f"process_id is {self.process_id}, of how many num_processes does not say"
+                yield f"process_id is {self.process_id}, but num_processes is not given"
             else:
                 yield f"process_id is {self.process_id}, not from 0 to {self.num_processes - 1}"
         for name in ("start_timeout", "heartbeat_timeout"):
@@ -52,5 +53,5 @@ class DistributedConfig:
 
     @property
     def is_given(self) -> bool:
-        """Whether it says anything of other processes."""
+        """Whether it describes other processes."""
         return bool(self.coordinator) or (self.num_processes, self.process_id) != (None, None)

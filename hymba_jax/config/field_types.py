@@ -16,12 +16,12 @@ INT64 = 2**63  # what TOML has room for, and NumPy
 
 
 class Bounds(NamedTuple):
-    """The values that a number may have.
+    """Bounds of a number.
 
     Attributes:
-      at_least, at_most: the smallest and the largest.
-      above: what a larger one would be, or would do, as an end of a sentence.
-      below: the same for a smaller one, where it does not go without saying.
+      at_least, at_most: the smallest and the largest valid number.
+      above: why a larger one is invalid, as the end of a sentence.
+      below: the same for a smaller one, if it is not obvious.
     """
 
     at_least: float
@@ -31,14 +31,14 @@ class Bounds(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """The value, a scalar of NumPy or JAX as the Python number that it equals."""
+    """The value, with NumPy and JAX scalars as Python numbers."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of this type.
 
-    Whole numbers are numbers, and NumPy's scalars are what they equal; booleans are no numbers.
+    An integer is also a float, and NumPy scalars are what they equal; booleans are neither.
     """
     value = plain(value)
     if isinstance(kind, TypeAliasType):
@@ -73,10 +73,9 @@ _NAMES: dict[Any, str] = {
 
 
 def misfit(value: Any, kind: Any) -> str | None:
-    """What is wrong with a value for a field of this type, in words; None where nothing is.
+    """What is wrong with a value for a field of this type, in words; None if it is valid.
 
-    Besides being of the type, numbers are finite, whole ones have at most 64 bits, and strings can
-    be written as UTF-8.
+    Numbers must be finite, integers fit into 64 bits, and strings be valid Unicode.
     """
     value = plain(value)
     if not fits(value, kind):
@@ -128,7 +127,7 @@ def leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def shown(value: Any) -> str:
-    """A value of any type for a message: short, whatever was given."""
+    """A value of any type for a message: abbreviated."""
     return _SHORT.repr(value)
 
 

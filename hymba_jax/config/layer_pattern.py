@@ -4,8 +4,8 @@ A model's layers are written as a pattern, the way the paper draws them (Fig. 2)
 
     G 7*Ww G Www 6*Ww G
 
-Each letter is a layer. Each word is a layer group: layers that stand together, the first of which
-needs nothing from outside. `7*` repeats a group, and repeated groups are compiled once.
+Each letter is a layer. Each word is a layer group: consecutive layers, the first of which has its
+own keys and values. `7*` repeats a group, and repeated groups are compiled once.
 
 | letter | attention heads           | SSM heads |
 |--------|---------------------------|-----------|
@@ -15,7 +15,7 @@ needs nothing from outside. `7*` repeats a group, and repeated groups are compil
 | L      | sliding window ("local")  | no        |
 | M      | none                      | yes       |
 
-A small letter reuses the keys and values of the layer before it (paper, section 2.3).
+A lower-case letter reuses the keys and values of the layer before it (paper, section 2.3).
 """
 
 import itertools
@@ -30,12 +30,13 @@ type Attention = Literal["global", "window"]
 type SSMKind = Literal["mamba"]
 
 MAX_LAYERS = 4096
-"""No model is nearly as deep, and a program has to be compiled for each group."""
+"""Far deeper than any model; each group is compiled separately."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: which heads it has, and whether it reuses the keys and values before it."""
+    """One layer: which heads it has, and whether it reuses the keys and values of the layer
+    before."""
 
     attention: Attention | None
     ssm: SSMKind | None
@@ -44,7 +45,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """`repeats` equal groups in a row, each of layers that share nothing with the outside."""
+    """`repeats` equal groups in a row, whose layers share keys and values only within a group."""
 
     layers: tuple[LayerSpec, ...]
     repeats: int
@@ -102,8 +103,8 @@ def _parse_group(letters: str) -> tuple[LayerSpec, ...]:
     for before, layer, letter in zip((None, *layers), layers, letters, strict=False):
         if layer.reuses_kv and (before is None or before.attention != layer.attention):
             raise ValueError(
-                f"{letter!r} in {letters!r} reuses keys and values, but no {layer.attention} "
-                "attention stands directly before it: a sharing group cannot cross another kind"
+                f"{letter!r} in {letters!r} reuses keys and values, but the layer before it has no "
+                f"{layer.attention} attention: only adjacent layers of one kind can share them"
             )
     return layers
 
@@ -113,7 +114,7 @@ def _known_letters() -> str:
 
 
 def format_pattern(groups: Sequence[GroupSpec]) -> str:
-    """The pattern of these layer groups; `parse_pattern` undoes it."""
+    """The pattern of these layer groups, the inverse of `parse_pattern`."""
     words = []
     for group in groups:
         letters = "".join(_SPECS[layer] for layer in group.layers)

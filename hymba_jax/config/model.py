@@ -29,10 +29,10 @@ _LENGTH = Bounds(1, 2**23, "RoPE counts positions in float32, which is exact up 
 _TOKEN = Bounds(0, 2**24 - 1, "no tokenizer has so many tokens")
 
 ATTENTION_BOUNDS = {
-    "num_heads": Bounds(1, 2**15, "the widest layers have no more of 4 channels each"),
-    "num_kv_heads": Bounds(1, 2**15, "the widest layers have no more of 4 channels each"),
-    "head_dim": Bounds(1, 2**12, "no kernel has heads so wide"),
-    "value_dim": Bounds(1, 2**12, "no kernel has heads so wide"),
+    "num_heads": Bounds(1, 2**15, "the widest layer has no more heads of 4 channels"),
+    "num_kv_heads": Bounds(1, 2**15, "the widest layer has no more heads of 4 channels"),
+    "head_dim": Bounds(1, 2**12, "no kernel supports wider heads"),
+    "value_dim": Bounds(1, 2**12, "no kernel supports wider heads"),
     "window": _LENGTH,
     "rope_theta": Bounds(
         1,
@@ -44,8 +44,8 @@ ATTENTION_BOUNDS = {
 }
 SSM_BOUNDS = {
     "expand": Bounds(1, 2**6, "a single layer would take hundreds of gigabytes"),
-    "state_size": Bounds(1, 2**12, "no kernel keeps so many states a channel"),
-    "conv_kernel": Bounds(1, 2**10, "attention is for what is further away"),
+    "state_size": Bounds(1, 2**12, "no kernel supports more states per channel"),
+    "conv_kernel": Bounds(1, 2**10, "longer ranges are for attention"),
     "dt_rank": _WIDTH,
 }
 MODEL_BOUNDS = {
@@ -57,8 +57,8 @@ MODEL_BOUNDS = {
     "norm_eps": Bounds(
         1e-20,
         0.1,
-        "it would outweigh the mean square that it is added to, which is about 1",
-        "the norm's gradient has its power of -3/2, which float32 cannot hold",
+        "it would dominate the mean square, which is about 1",
+        "the norm's gradient contains norm_eps^(-3/2), which overflows float32",
     ),
     "bos_token_id": _TOKEN,
     "eos_token_id": _TOKEN,
@@ -67,7 +67,7 @@ MODEL_BOUNDS = {
 
 
 class ConfigError(HymbaError):
-    """A configuration that describes nothing that can be built; lists every reason."""
+    """An invalid architecture; lists every problem."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +126,22 @@ class HymbaConfig:
     """The architecture; the defaults are those of the HF checkpoint, 1.5B.
 
     Attributes:
-      vocab_size: rows of the embedding. "auto", which a run has unless it names a number, is the
-        size of the run's tokenizer, and the saved config has the number. A number has to hold the
-        tokenizer; what is beyond it is padding. The HF checkpoints, and the presets where there
-        is no tokenizer, have 32001.
+      vocab_size: rows of the embedding. "auto" (the default in a run) is the size of the run's
+        tokenizer; the saved config has the number. A larger number pads the embedding. HF
+        checkpoints, and presets without a tokenizer, have 32001.
       hidden_size: width of the residual stream.
       mlp_size: inner width of the MLP.
       layers: the layers' pattern, see `hymba_jax.config.layer_pattern`; kept in its shortest form.
-      num_meta_tokens: learned tokens before every text.
-      max_positions: longest text, in tokens; meta tokens not counted.
+      num_meta_tokens: learned tokens before every sequence.
+      max_positions: maximum length of a sequence in tokens, without meta tokens.
       fusion: how the outputs of the two kinds of head are joined: the mean of the paper's
         equation 2, or concatenation (row 11 of its Tab. 1).
       mlp_activation: "silu" gates (SwiGLU); "relu2" has no gate.
       tie_embeddings: the output projection is the embedding.
       norm_eps: added to the mean square in every RMSNorm.
-      bos_token_id: the tokenizer's begin-of-text token.
-      eos_token_id: its end-of-text token.
-      pad_token_id: its padding token, which nothing is computed from.
+      bos_token_id: the tokenizer's beginning-of-sequence (BOS) token.
+      eos_token_id: its end-of-sequence (EOS) token.
+      pad_token_id: its padding token, which is never attended to.
 
     Raises:
       ConfigError: naming every invalid value.
@@ -214,7 +213,7 @@ class HymbaConfig:
     @property
     def ntk_exponent(self) -> float:
         """The power to which the ntk forms raise their factor of the base."""
-        return self.head_dim / max(self.head_dim - 2, 1)  # two channels rotate alike at any base
+        return self.head_dim / max(self.head_dim - 2, 1)  # with 2 channels the base has no effect
 
     @property
     def head_dim(self) -> int:
@@ -282,7 +281,7 @@ class HymbaConfig:
             yield from self._head_problems([spec for group in groups for spec in group.layers])
 
     def _head_problems(self, specs: list[LayerSpec]) -> Iterator[str]:
-        """What is wrong with the heads; nothing is if no layer has attention."""
+        """What is wrong with the heads; empty if no layer has attention."""
         heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
         if not any(spec.attention for spec in specs) or min(heads, kv_heads, self.channels) < 1:
             return
@@ -309,7 +308,7 @@ class HymbaConfig:
         if original >= 2 * self.max_positions:
             yield (
                 f"rope_original_positions {original} is not below twice max_positions "
-                f'{self.max_positions}, so "ntk" has no base: rope_type "auto" or "default" has one'
+                f'{self.max_positions}, so "ntk" has no base: use rope_type "auto" or "default"'
             )
         elif not self.rope_base >= 1:
             yield (
@@ -328,7 +327,7 @@ class ComputeConfig:
       param_dtype: of the stored parameters; the SSM's A_log, D and time-step bias stay float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
         input of each block, "dots" the results of matmuls.
-      scan_layers: roll repeated layer groups into a scan over stacked parameters.
+      scan_layers: apply repeated layer groups by a scan over stacked parameters.
     """
 
     dtype: DType = "float32"
@@ -339,7 +338,7 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         problems = [*type_problems(self)]
         if problems:
-            raise ConfigError("cannot compute so: " + "; ".join(problems))
+            raise ConfigError("compute config: " + "; ".join(problems))
 
 
 def _either(value: int | Auto, default: int) -> int:

@@ -10,13 +10,13 @@ from hymba_jax.errors import HymbaError
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The axes of the mesh of devices. One may be -1: all devices that the others leave it.
+    """The axes of the device mesh. One may be -1: all remaining devices.
 
     Attributes:
-      data: shards of a batch, each of whose devices together hold all parameters.
-      fsdp: shards of such a shard, and of every parameter and its optimizer state.
-      sequence: shards of each sequence, which begins with the meta tokens.
-      tensor: shards of the width of each layer, which work on the same sequences.
+      data: data-parallel groups, each of which holds all parameters.
+      fsdp: shards of a group's batch, and of every parameter and its optimizer state.
+      sequence: shards of each sequence, meta tokens included.
+      tensor: shards of each layer's width, which work on the same sequences.
 
     Raises:
       HymbaError: naming every invalid size.
@@ -36,16 +36,16 @@ class ParallelConfig:
         sizes = asdict(self)
         for name, size in sizes.items():
             if size < 1 and size != -1:
-                yield f"{name} is {size}, neither at least 1 nor -1 for the rest"
+                yield f"{name} is {size}, not at least 1, nor -1 for all remaining devices"
         rest = [name for name, size in sizes.items() if size == -1]
         if len(rest) > 1:
-            yield f"{' and '.join(rest)} are -1, which only one can be"
+            yield f"{' and '.join(rest)} are -1, only one may be"
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each axis on so many devices.
 
         Raises:
-          HymbaError: they cannot be arranged so.
+          HymbaError: the sizes do not fit the number of devices.
         """
         sizes = asdict(self)
         product = math.prod(size for size in sizes.values() if size != -1)

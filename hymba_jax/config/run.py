@@ -11,9 +11,8 @@ A file holds the fields of `RunConfig` by their names, those of its parts in tab
     [training]
     steps = 1000
 
-What it leaves out keeps its default, for the model that of the preset if one is named: but for
-vocab_size, which is then that of the run's tokenizer. On the command line any field can be
-overridden: `--training.steps 100`.
+Omitted fields have their defaults, or those of the preset if one is named; vocab_size then follows
+the run's tokenizer. The command line overrides any field: `--training.steps 100`.
 """
 
 import dataclasses
@@ -38,18 +37,18 @@ RUN_BOUNDS = {"seed": Bounds(0, 2**32 - 1, "JAX takes 32 bits of it")}
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a training run.
+    """All options of a training run.
 
     Attributes:
       output: the run directory: config, tokenizer, metrics and checkpoints.
       seed: random seed of the initial parameters, the order of the data and the sample.
-      init_from: directory of a model or a run whose newest parameters initialize the run; they are
-        random if it is empty. Named on the command line, its model and its tokenizer are the
-        defaults of the run's. A run that resumes ignores it.
+      init_from: directory of a model or a run whose newest parameters initialize this run; random
+        if empty. On the command line, its model and tokenizer become the defaults. Ignored when
+        resuming.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 
     Raises:
-      HymbaError: the parts do not fit one another.
+      HymbaError: the options contradict each other.
     """
 
     output: str = "runs/hymba"
@@ -88,7 +87,7 @@ class RunConfig:
 
         Raises:
           HymbaError: it isn't there or isn't TOML; it has unknown fields or values of a wrong
-            type (all are named); or the values fit no run.
+            type (all are named); or the values are invalid.
         """
         base, table = read_table(path, base or cls())
         return override_from(path, base, table)
@@ -99,7 +98,7 @@ class RunConfig:
 
 
 def read_table(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
-    """The config that a file starts from, and the file's fields, all of which it has.
+    """The config that a file is based on, and the file's fields, which are checked.
 
     Raises:
       HymbaError: as for `RunConfig.from_toml`.

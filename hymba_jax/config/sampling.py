@@ -1,4 +1,4 @@
-"""How completions are sampled, as people ask for it: in Python and as options of commands."""
+"""How completions are sampled, from Python and on the command line."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from hymba_jax.config.field_types import describe, fits, plain, shown
 from hymba_jax.errors import HymbaError
 
-LARGEST = 2**31 - 1  # of int32
+INT32_MAX = 2**31 - 1  # of int32
 MAX_SAMPLES = 2**20
 
 _ESCAPE = re.compile(
@@ -36,7 +36,7 @@ def unescape(text: str) -> str:
             except UnicodeDecodeError:
                 pass  # beyond Unicode
         raise HymbaError(
-            f"stop {text!r}: {escape[0]} is no escape; there are \\n, \\r, \\t, \\\\, \\xHH, "
+            f"stop {text!r}: {escape[0]} is not an escape; valid are \\n, \\r, \\t, \\\\, \\xHH, "
             "\\uHHHH and \\UHHHHHHHH, and a backslash is written \\\\"
         )
 
@@ -56,11 +56,11 @@ _ESCAPED = PrimitiveConstructorSpec(
 class SamplingConfig:
     r"""How the completions of a prompt are sampled.
 
-    NumPy's scalars are numbers, `stop` may be one string, and `stop` and `stop_tokens` any
-    sequence; they are kept as Python's numbers and as tuples.
+    NumPy scalars and arrays are accepted and stored as Python numbers and tuples; `stop` may be a
+    single string.
 
     Attributes:
-      max_new_tokens: where to stop, if the completion does not end before.
+      max_new_tokens: maximum length of the completion.
       temperature: 0 takes the likeliest token each time, 1 samples from the model's distribution.
       top_k: sample from this many of the likeliest tokens; 0 is all. This, top_p, min_p and
         several samples need a temperature above 0: without one they would have no effect and are
@@ -70,7 +70,7 @@ class SamplingConfig:
       min_p: sample from the tokens with at least this share of the likeliest one's probability
         (arXiv 2407.01082); 0 is all.
       repetition_penalty: makes tokens that are in the prompt or the completion already less likely
-        (arXiv 1909.05858); 1 does not.
+        (arXiv 1909.05858); 1 disables it.
       num_samples: completions of each prompt.
       seed: the same seed gives the same completion.
       stop: strings that end a completion and are no part of it. On the command line \n, \r, \t,
@@ -106,7 +106,7 @@ class SamplingConfig:
             possible, limit = LIMITS[name]
             if items := get_args(kind):
                 right = type(value) is tuple and all(fits(item, items[0]) for item in value)
-                wanted = f"a list, each of it {describe(items[0])}"
+                wanted = f"a list, each {describe(items[0])}"
             else:
                 right, wanted = fits(value, kind), describe(kind)
             if not right:
@@ -140,9 +140,9 @@ def _divides(value: float) -> bool:
 
 
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda v: 1 <= v <= LARGEST, f"between 1 and {LARGEST}"),
+    "max_new_tokens": (lambda v: 1 <= v <= INT32_MAX, f"between 1 and {INT32_MAX}"),
     "temperature": (lambda v: v == 0 or _divides(v), "0 or between 1e-30 and 1e30"),
-    "top_k": (lambda v: 0 <= v <= LARGEST, f"between 0 and {LARGEST}"),
+    "top_k": (lambda v: 0 <= v <= INT32_MAX, f"between 0 and {INT32_MAX}"),
     "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "min_p": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "repetition_penalty": (_divides, "between 1e-30 and 1e30"),
@@ -151,6 +151,6 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"between 1 and {MAX_SAMPLES}: all completions are kept in memory",
     ),
     "seed": (lambda v: 0 <= v < 2**32, f"between 0 and {2**32 - 1}"),
-    "stop": (all, "free of empty strings"),
-    "stop_tokens": (lambda v: all(0 <= t <= LARGEST for t in v), f"between 0 and {LARGEST}"),
+    "stop": (all, "a list of non-empty strings"),
+    "stop_tokens": (lambda v: all(0 <= t <= INT32_MAX for t in v), f"between 0 and {INT32_MAX}"),
 }

@@ -12,7 +12,7 @@ from hymba_jax.errors import HymbaError
 
 
 def misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
-    """What in the table is no field of `base`, or no value for its field."""
+    """Fields of the table that `base` does not have, and values of the wrong type."""
     types = {item.name: item.type for item in dataclasses.fields(base)}
     for name, value in table.items():
         dotted = where + name
@@ -30,10 +30,10 @@ def misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
 
 
 def override_from[T](path: str | os.PathLike[str], base: T, table: dict[str, Any]) -> T:
-    """The same with the values of a table, which `path` holds.
+    """`base` with the values of a table, read from `path`.
 
     Raises:
-      HymbaError: naming the file, where the values fit no such config.
+      HymbaError: naming the file, if the values are invalid.
     """
     try:
         return _override(base, table)
@@ -42,7 +42,7 @@ def override_from[T](path: str | os.PathLike[str], base: T, table: dict[str, Any
 
 
 def _override[T](base: T, table: dict[str, Any]) -> T:
-    """The same with the table's values."""
+    """`base` with the table's values."""
     changes = {
         name: _override(getattr(base, name), value) if isinstance(value, dict) else value
         for name, value in table.items()
@@ -51,14 +51,14 @@ def _override[T](base: T, table: dict[str, Any]) -> T:
 
 
 def toml_lines(config: Any, where: str) -> Iterator[str]:
-    """Lines that say every field of a config, the table named `where`."""
+    """TOML lines of all fields of a config, in the table named `where`."""
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     tables = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
     if where:
         yield f"\n[{where}]"
     for name, value in values.items():
         if name not in tables:
-            text = json.dumps(value, ensure_ascii=False)  # which TOML reads, but for one character
+            text = json.dumps(value, ensure_ascii=False)  # valid TOML but for one character
             yield f"{name} = {text.replace('\x7f', '\\u007f')}"
     for name, value in tables.items():
         yield from toml_lines(value, f"{where}.{name}" if where else name)

@@ -1,4 +1,4 @@
-"""How long, how fast and how often a run trains."""
+"""Optimizer, schedule, and how often to log, validate and save."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,25 +35,25 @@ TRAINING_BOUNDS = {
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The optimizer, the schedule, and when to look and save.
+    """The optimizer, the schedule, and how often to log, validate and save.
 
     Attributes:
-      steps: updates of the whole run.
-      batch_size: sequences an update sees.
+      steps: number of optimizer updates.
+      batch_size: sequences per update.
       gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
         save memory.
-      learning_rate: of the constant stage.
-      min_learning_rate: of the last update.
+      learning_rate: of the constant phase.
+      min_learning_rate: learning rate of the last update.
       warmup_fraction: fraction of the steps in which the rate rises linearly.
       decay_fraction: fraction of the steps, at the end, in which it falls linearly.
-      weight_decay: decay of matrices, multiplied by the learning rate.
-      beta1: decay of the mean of the gradients.
-      beta2: decay of the mean of their squares.
-      clip_norm: the gradient is scaled down to this norm where it is longer.
+      weight_decay: of AdamW, multiplied by the learning rate; applied to matrices only.
+      beta1: decay of AdamW's first moment.
+      beta2: decay of AdamW's second moment.
+      clip_norm: maximum norm of the gradient, which is scaled down to it.
       log_every: steps between lines of metrics; a validation or a checkpoint adds one.
       validate_every: steps between validations.
-      validation_batches: batches of `batch_size` sequences of held-out text in each; the last
-        validation reads all of it.
+      validation_batches: batches of `batch_size` sequences per validation; the last validation uses
+        all held-out text.
       checkpoint_every: steps between checkpoints; the last step has one too.
       keep_checkpoints: checkpoints kept, newest first.
       sample_prompt: prompt of the sample that is written at the end of the run.
@@ -100,9 +100,7 @@ class TrainingConfig:
             )
         warmup, decay = self.warmup_fraction, self.decay_fraction
         if warmup + decay > 1:
-            yield (
-                f"warmup_fraction {warmup} and decay_fraction {decay} are not parts of a whole run"
-            )
+            yield (f"warmup_fraction {warmup} and decay_fraction {decay} add up to more than 1")
         accumulation = self.gradient_accumulation_steps
         if accumulation > 0 and self.batch_size % accumulation:
             yield (

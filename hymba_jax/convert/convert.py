@@ -37,17 +37,17 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 class ConvertConfig:
     """Converts an HF checkpoint to a native one, or a native one to an HF one.
 
-    The direction follows from what SOURCE is. Every tensor keeps its bits.
+    The direction is inferred from SOURCE. Without --dtype, the conversion is bit-exact.
 
     Attributes:
       source: directory of an HF checkpoint (config.json, .safetensors or pytorch_model.bin,
         tokenizer), of a training run, or of a standalone model.
       target: directory to write.
-      dtype: of every tensor, in place of its own.
+      dtype: cast all tensors to this dtype.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.
       step: which checkpoint of a run; the newest if absent.
       verify: .npz file with input_ids and the logits to compare those of the written model with.
-      tolerance: the largest difference of a logit that passes.
+      tolerance: maximum difference of logits.
       overwrite: replaces what an earlier conversion wrote to TARGET, and never anything else.
     """
 
@@ -65,13 +65,13 @@ def main(args: ConvertConfig) -> None:
     """Converts, and prints a report.
 
     Raises:
-      HymbaError: the source is no complete checkpoint, the target cannot be written, or the logits
-        of what was written differ from the expected ones.
+      HymbaError: the source is not a complete checkpoint, the target cannot be written, or the
+        logits of what was written differ from the expected ones.
     """
     source, target = resolve_path(args.source), resolve_path(args.target)
     max_shard_bytes = parse_size(args.max_shard_size)
     if not 0 <= args.tolerance < math.inf:
-        raise HymbaError(f"tolerance is {args.tolerance}, not a number from 0 on")
+        raise HymbaError(f"tolerance is {args.tolerance}, not a number >= 0")
     _check_target(source, target, args.overwrite)
     checkpoint = open_checkpoint(source, args.step)
     checkpoint.check()
@@ -87,7 +87,7 @@ def main(args: ConvertConfig) -> None:
             else:
                 write_native(checkpoint, beside, args.dtype, report)
             write_manifest(beside)
-            _check_target(source, target, args.overwrite)  # once more: much time has passed
+            _check_target(source, target, args.overwrite)  # again: the conversion took a while
             display.begin("waiting for the disk")
         report.finish()
         display.say(f"done: {target}")
@@ -109,8 +109,8 @@ def open_checkpoint(directory: Path, step: int | None = None) -> NativeCheckpoin
         return NativeCheckpoint(directory, step)
     if not (directory / HF_CONFIG).is_file():
         raise HymbaError(
-            f"{directory}: no checkpoint is here: there is neither {CONFIG_FILE}, of a native one, "
-            f"nor {HF_CONFIG}, of an HF one{download_advice(directory)}"
+            f"{directory}: no checkpoint found, neither {CONFIG_FILE} (native) "
+            f"nor {HF_CONFIG} (HF){download_advice(directory)}"
         )
     if step is not None:
         raise HymbaError(f"{directory}: an HF checkpoint has no steps")
@@ -138,16 +138,16 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise HymbaError(f"{target}: exists already, choose another target or --overwrite")
     if not target.is_dir():
-        raise HymbaError(f"{target}: is no directory, choose another target")
+        raise HymbaError(f"{target}: is not a directory, choose another target")
     if others := not_written(target):
         raise HymbaError(
-            f"{target}: holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}, which "
-            "no conversion wrote: choose another target, or move that away"
+            f"{target}: holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}, not "
+            "written by a conversion: choose another target, or move them away"
         )
 
 
 def _check_space(target: Path, tensors: dict[str, TensorInfo], dtype: str | None) -> None:
-    """Raises HymbaError where the disk has not the space for the tensors."""
+    """Raises HymbaError if the disk lacks space for the tensors."""
     needed = sum(info._replace(dtype=dtype or info.dtype).nbytes for info in tensors.values())
     place = target.absolute().parent
     while not place.exists():

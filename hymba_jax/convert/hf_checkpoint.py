@@ -53,7 +53,7 @@ class HFCheckpoint:
 
     Raises:
       HymbaError: a file is missing, broken or truncated, or describes another architecture; all
-        files that are so are named.
+        such files are named.
     """
 
     def __init__(self, directory: Path):
@@ -119,16 +119,16 @@ class HFCheckpoint:
         """A part of a tensor.
 
         Raises:
-          ConversionError: it is of an embedding that is not equal to the output projection,
-            though config.json says so.
+          ConversionError: the embedding differs from the output projection, though config.json ties
+            them.
         """
         part = self._read(name, index)
         if name == EMBEDDING and self.has_tied_copy:
             copy = self._read(HEAD, index)
             if part.dtype != copy.dtype or not np.array_equal(bits(part), bits(copy)):
                 raise ConversionError(
-                    f"{self.directory}: {HEAD} differs from {EMBEDDING}, which "
-                    f"{HF_CONFIG} says it is: set tie_word_embeddings to false there to "
+                    f"{self.directory}: {HEAD} differs from {EMBEDDING}, though {HF_CONFIG} "
+                    "ties them: set tie_word_embeddings to false there to "
                     f"keep both, or remove {HEAD} from the weights"
                 )
         return part
@@ -148,8 +148,8 @@ def _wrapper_problem(names: Iterable[str]) -> str:
         for name in names:
             if wrapper in name.split("."):
                 return (
-                    f"{name} and others have the part {wrapper!r} in their names, which {cause} "
-                    "puts there: save the model inside it, or remove the part from the names"
+                    f"{name} and others have the prefix {wrapper!r} of {cause} in their "
+                    "names: save the unwrapped model, or remove the prefix from the names"
                 )
     return ""
 
@@ -165,7 +165,7 @@ def _open_all(directory: Path) -> list[Weights]:
     if (directory / TORCH_INDEX).exists():
         return _open_shards(directory / TORCH_INDEX, TorchFile)
     raise HymbaError(
-        f"{directory}: no weights are here: there is no {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or "
+        f"{directory}: no weights found: there is no {WEIGHTS}, {INDEX}, {TORCH_WEIGHTS} or "
         f"{TORCH_INDEX}"
     )
 
@@ -179,7 +179,7 @@ def _open_shards(index: Path, kind: type[TensorFile] | type[TorchFile]) -> list[
     problems = []
     for name in sorted(set(places.values())):
         if Path(name).name != name:
-            problems.append(f"{name!r} is no file of this directory")
+            problems.append(f"{name!r} is not a file in this directory")
         elif not (index.parent / name).exists():
             problems.append(f"{name} is missing")
         else:
@@ -202,5 +202,5 @@ def _index_problems(places: dict[str, str], files: dict[str, Weights]) -> list[s
         for name, file in places.items()
         if name not in files[file].tensors
     ]
-    problems += [f"{name} is in no place of the index" for name in held if name not in places]
+    problems += [f"{name} is missing from the index" for name in held if name not in places]
     return problems

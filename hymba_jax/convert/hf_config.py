@@ -32,8 +32,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:
 def read_architecture(directory: Path, hf: Mapping[str, Any]) -> HymbaConfig:
     """The architecture of an HF directory, whose tokenizer decides what config.json leaves open.
 
-    That is the begin-of-text token where it is null, and of several end tokens the one that ends
-    a sequence.
+    That is the beginning-of-sequence token where it is null, and of several end tokens the one that
+    ends a sequence.
 
     Args:
       hf: its config.json.
@@ -90,11 +90,11 @@ def _value_problems(hf: Mapping[str, Any]) -> Iterator[str]:
             yield f"eos_token_id {token} is outside the vocabulary of {vocab_size}"
     dtypes = [hf[key] for key in ("dtype", "torch_dtype") if hf.get(key) is not None]
     if len({*dtypes}) > 1:
-        yield f"dtype is {dtypes[0]!r}, torch_dtype is {dtypes[1]!r}: they contradict"
+        yield f"dtype is {dtypes[0]!r}, torch_dtype is {dtypes[1]!r}: they differ"
 
 
 def _architecture(hf: Mapping[str, Any], rope: Rope) -> HymbaConfig:
-    """The architecture, of values that have no problem by themselves."""
+    """The architecture, from values that are valid individually."""
     defaults = HymbaConfig()
     attention = AttentionConfig(
         num_heads=hf["num_attention_heads"],
@@ -177,7 +177,7 @@ def config_to_hf(config: HymbaConfig) -> dict[str, Any]:
 
 
 def changed(hf: Mapping[str, Any], before: HymbaConfig, after: HymbaConfig) -> dict[str, Any]:
-    """The config.json of one architecture with what is different in another.
+    """The config.json of one architecture with the differences of another applied.
 
     Raises:
       ConfigError: the HF implementation has no such architecture.
@@ -192,7 +192,7 @@ def changed(hf: Mapping[str, Any], before: HymbaConfig, after: HymbaConfig) -> d
 
 
 def with_dtype(hf: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The same config.json, which says that the weights are of this dtype."""
+    """The same config.json, with this dtype of the weights."""
     spellings = [key for key in ("dtype", "torch_dtype") if key in hf]
     # transformers 5 writes the first, transformers 4 the second, which both read.
     return {**hf, **dict.fromkeys(spellings or ["torch_dtype"], dtype)}
@@ -257,7 +257,7 @@ def _sharing_problems(hf: Mapping[str, Any], depth: int) -> Iterator[str]:
         yield f"kv_reuse_group {groups}: {'; '.join(problems)}"
     every, grouped = _reusing_every(hf, depth), _reusing_in_groups(hf)
     if every and grouped and every != grouped:
-        yield "kv_reuse_every_i_layer and kv_reuse_group contradict, keep the right one"
+        yield "kv_reuse_every_i_layer and kv_reuse_group contradict each other, keep one"
 
 
 def _sharing_groups(specs: tuple[LayerSpec, ...]) -> list[list[int]]:

@@ -54,7 +54,7 @@ def read_rope(hf: Mapping[str, Any]) -> tuple[Rope, list[str]]:
     for places in given.values():
         if any(value != next(iter(places.values())) for value in places.values()):
             listed = ", ".join(f"{place} is {value!r}" for place, value in places.items())
-            problems.append(f"{listed}: they contradict, keep the right one")
+            problems.append(f"{listed}: they contradict each other, keep one")
 
     values = {key: next(iter(places.values()), None) for key, places in given.items()}
     kind, original = values["rope_type"], values["orig_max_position_embeddings"]

@@ -24,7 +24,8 @@ from hymba_jax.model.abstract import ParamPath
 def write_native(
     checkpoint: HFCheckpoint, directory: Path, dtype: str | None, report: Report
 ) -> None:
-    """Writes config and parameters of a checked checkpoint, and what comes along, the config last.
+    """Writes config and parameters of a checked checkpoint, and the accompanying files; the config
+    last.
 
     Args:
       dtype: of every parameter; each keeps its own if absent.

@@ -15,8 +15,8 @@ def write_hf_tokenizer(tokenizer: Tokenizer, config: HymbaConfig, directory: Pat
     """Writes tokenizer.json and tokenizer_config.json.
 
     `AutoTokenizer` then gives a prompt the ids that it has here, where the model is given the
-    begin-of-text token by id. Only names of special tokens in a prompt differ: they are ordinary
-    text here, and tokens there.
+    beginning-of-sequence token by id. Only names of special tokens in a prompt differ: they are
+    ordinary text here, and tokens there.
     """
     tokenizer.save(directory)
     file, config_file = directory / "tokenizer.json", directory / "tokenizer_config.json"

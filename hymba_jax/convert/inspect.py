@@ -41,8 +41,8 @@ class InspectConfig:
     """Prints what a checkpoint holds: an HF one, a standalone model or a training run.
 
     Of HF checkpoints only headers are read; the arrays of native ones are compared with their
-    checksums. The exit status is 1 where something is missing, damaged or does not fit, also what
-    transformers needs to load an HF checkpoint.
+    checksums. The exit status is 1 where something is missing, damaged or does not fit, or if
+    transformers could not load an HF checkpoint.
 
     Attributes:
       path: directory of the checkpoint.
@@ -85,7 +85,7 @@ def main(args: InspectConfig) -> None:
 
 
 def count_by_part(config: HymbaConfig) -> Counter[str]:
-    """Parameters of an architecture, by what they are for."""
+    """Parameters of an architecture, by purpose."""
     counts: Counter[str] = Counter()
     for path, shape in param_shapes(config, scan_layers=False).items():
         counts[_part(path)] += math.prod(shape)

@@ -67,7 +67,7 @@ def _read_sharded(read: Read, layers: list[HFSlice], like: jax.ShapeDtypeStruct)
     """A parameter, or the stacked ones of several layers, in the dtype and sharding of `like`."""
 
     def read_shard(index: Index | None) -> np.ndarray:
-        assert index is not None  # JAX gives one to every device that it asks for
+        assert index is not None  # never None for addressable devices
         if layers[0].stack_index is None:
             shard = _read_slice(read, layers[0], index)
         else:

@@ -11,16 +11,16 @@ _MANIFEST = ".hymba_convert.json"
 
 
 def write_manifest(directory: Path) -> None:
-    """Lists in a new directory all files that it holds, as they are now."""
+    """Lists in a new directory all its files, with size and mtime."""
     text = json.dumps({"files": _files(directory)}, indent=1) + "\n"
     (directory / _MANIFEST).write_text(text, encoding="utf-8")
 
 
 def not_written(directory: Path) -> list[str]:
-    """The files in a directory that no conversion wrote, or that were written again since.
+    """The files in a directory that were not written by a conversion, or were modified since.
 
     Raises:
-      HymbaError: what it wrote cannot be read.
+      HymbaError: the manifest cannot be read.
     """
     manifest = directory / _MANIFEST
     written = read_json(manifest).get("files") if manifest.exists() else {}
@@ -31,7 +31,7 @@ def not_written(directory: Path) -> list[str]:
 
 
 def _files(directory: Path) -> dict[str, list[Any]]:
-    """Size, and time of the last change in ns, of all that is no directory, by path from here."""
+    """Size and mtime (ns) of all files, by relative path."""
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_symlink() or not path.is_dir():

@@ -21,7 +21,7 @@ from hymba_jax.types import Array
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED_COPY = {HEAD: EMBEDDING}
-"""A tensor that a checkpoint may hold twice: name to name."""
+"""Tied tensors, which a checkpoint may hold twice: name to name."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -62,8 +62,8 @@ class Layout(NamedTuple):
 
 VECTOR = Layout((0,))
 SAME = Layout((0, 1))
-TRANSPOSED = Layout((1, 0))  # linear weights are (out, in) there
-CONV = Layout((1, None, 0))  # (channels, 1, kernel) there
+TRANSPOSED = Layout((1, 0))  # linear weights are (out, in) in HF
+CONV = Layout((1, None, 0))  # (channels, 1, kernel) in HF
 
 
 class Rule(NamedTuple):
@@ -106,7 +106,7 @@ _GATE_RULE = Rule("moe.experts.0.gate_proj.weight", ("mlp.gate_proj.kernel",), T
 
 
 def rules(config: HymbaConfig) -> tuple[tuple[Rule, ...], tuple[tuple[Rule, ...], ...]]:
-    """The rules for what is outside the layers, and for each layer.
+    """The rules for parameters outside the layers, and for each layer.
 
     Raises:
       HymbaError: the HF implementation has no such architecture.
@@ -179,28 +179,28 @@ def hf_slices(
 
     Raises:
       HymbaError: the HF implementation has no such architecture.
-      ConversionError: naming parameters that no rule takes, or more than one; and names that two
-        rules give.
+      ConversionError: naming parameters that are not matched by exactly one rule, and tensors that
+        several rules produce.
     """
     found, problems = [], []
     rows: Counter[str] = Counter()
     placed = [*_placed_rules(config, scan_layers)]
     names = Counter(name for name, _, _ in placed)
-    problems += [f"{count} rules give {name}" for name, count in names.items() if count > 1]
+    problems += [f"{count} rules produce {name}" for name, count in names.items() if count > 1]
     for name, layout, places in placed:
         for path, index in places:
             if path not in shapes:
-                problems.append(f"{name} has no parameter {dotted(path)} to go to")
+                problems.append(f"{name} has no parameter {dotted(path)} in this model")
                 continue
             shape = shapes[path] if index is None else shapes[path][1:]
             start, rows[name] = rows[name], rows[name] + layout.hf_shape(shape)[0]
             found.append(HFSlice(path, index, shape, name, start, rows[name], layout))
     takers = Counter((part.path, part.stack_index) for part in found)
     problems += [
-        f"{count} rules take {dotted(path)}" for (path, _), count in takers.items() if count > 1
+        f"{count} rules match {dotted(path)}" for (path, _), count in takers.items() if count > 1
     ]
     taken = {part.path for part in found}
-    problems += [f"no rule takes {dotted(path)}" for path in shapes if path not in taken]
+    problems += [f"no rule matches {dotted(path)}" for path in shapes if path not in taken]
     if problems:
         raise ConversionError("the table does not fit the model: " + "; ".join(problems))
     return found

@@ -53,7 +53,8 @@ class NativeCheckpoint:
         )
 
     def damage(self) -> list[str]:
-        """Reads all arrays, a run's optimizer state too; what differs from what was written."""
+        """Reads all arrays, also a run's optimizer state, and names those whose checksums
+        differ."""
         optimizer = self.stored.path.parent / OPTIMIZER
         others = [StoredParams(optimizer)] if optimizer.is_dir() else []
         return [problem for stored in (self.stored, *others) for problem in stored.damage()]

@@ -38,7 +38,7 @@ def write_hf(
     max_shard_bytes: int,
     report: Report,
 ) -> None:
-    """Writes the weights of a checked checkpoint, the files that come along and, last, config.json.
+    """Writes the weights of a checked checkpoint, the accompanying files and, last, config.json.
 
     Args:
       dtype: of every tensor; each keeps its own if absent.
@@ -95,17 +95,17 @@ def _write_tokenizer(checkpoint: NativeCheckpoint, directory: Path, report: Repo
             for file in files:
                 shutil.copyfile(file, directory / file.name)
             return
-        report.display.say("the tokenizer is another than that of the model it started from")
+        report.display.say("the tokenizer differs from that of the initial model")
     if (own / "tokenizer.json").is_file():
         write_hf_tokenizer(Tokenizer.load(own), checkpoint.config, directory)
 
 
 def _is_same_tokenizer(*directories: Path) -> bool:
-    one, other = (Tokenizer.load(directory) for directory in directories)
-    return (one.model.to_str(), one.named_tokens, one.chat_templates) == (
-        other.model.to_str(),
-        other.named_tokens,
-        other.chat_templates,
+    first, second = (Tokenizer.load(directory) for directory in directories)
+    return (first.model.to_str(), first.named_tokens, first.chat_templates) == (
+        second.model.to_str(),
+        second.named_tokens,
+        second.chat_templates,
     )
 
 
@@ -126,7 +126,7 @@ def _tensors(
 def _settings(
     checkpoint: NativeCheckpoint, tensors: dict[str, TensorInfo], dtype: str | None
 ) -> dict[str, object] | None:
-    """The content of config.json; None where it is that of the file that was kept."""
+    """The content of config.json; None if unchanged from the original file."""
     kept = hf_directory(checkpoint.directory) / HF_CONFIG
     if not kept.is_file():
         sizes: Counter[str] = Counter()

@@ -127,7 +127,7 @@ class StoredParams:
         """The array of this dotted path; from any thread.
 
         Raises:
-          HymbaError: it cannot be read, or is not as it was written.
+          HymbaError: it cannot be read, or is damaged.
         """
         spec = _spec(self.path, name) if self._is_ocdbt else _spec(self.path / name)
         with one_line(self.path, _UNREADABLE):
@@ -136,7 +136,7 @@ class StoredParams:
         return array
 
     def damage(self) -> list[str]:
-        """Reads all arrays; what cannot be read or is not as it was written, in words."""
+        """Reads all arrays; what cannot be read or is damaged, in words."""
         problems = []
         for name in self.tensors:
             try:
@@ -151,5 +151,5 @@ def _spec(directory: Path, name: str | None = None) -> dict[str, Any]:
     store: dict[str, Any] = {"driver": "file", "path": f"{directory}/"}
     if name is not None:
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
-    # Else an array whose file is missing would be read as zeros.
+    # Otherwise an array whose file is missing would be read as zeros.
     return {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}

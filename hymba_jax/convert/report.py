@@ -1,4 +1,4 @@
-"""What a conversion tells: progress while it works, and at the end what a person should know."""
+"""Progress and summary of a conversion."""
 
 import threading
 import time
@@ -49,18 +49,16 @@ class Report:
         self.display.update(f"{in_gb(self.done)} of {in_gb(self.total)}, {left} left")
 
     def finish(self) -> None:
-        """Says what a person should know of the result."""
+        """Prints the summary."""
         seconds = time.perf_counter() - self.start
-        self.display.say(
-            f"{in_gb(self.done)} in {seconds:.1f} s, {in_gb(self.done / seconds)} a second"
-        )
+        self.display.say(f"{in_gb(self.done)} in {seconds:.1f} s, {in_gb(self.done / seconds)}/s")
         for (before, after), count in self.dtypes.items():
-            change = before if before == after else f"from {before} to {after}, as asked for"
+            change = before if before == after else f"cast from {before} to {after}, as requested"
             self.display.say(f"{count:,} numbers in {change}")
         for name, count in self.not_finite.items():
             self.display.say(f"warning: {name} has {count:,} numbers that are NaN or infinite")
 
 
 def in_gb(size: int | float) -> str:
-    """Bytes for people: 3.05 GB, or 12.3 MB where they are few."""
+    """Bytes as text: 3.05 GB, or 12.3 MB if few."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -18,8 +18,8 @@ from hymba_jax.files import open_regular
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _ALIGNMENT = 8  # bytes
-# Bytes after which a file is opened again: the library maps the whole file into memory, where what
-# was read of it stays. Opening takes a millisecond.
+# Bytes after which a file is reopened: the library maps the file, and read pages stay resident.
+# Opening takes a millisecond.
 _MAX_MAPPED = 64 * 10**6
 
 
@@ -46,7 +46,7 @@ class TensorFile:
       tensors: what the file holds, by name.
 
     Raises:
-      HymbaError: it is no regular file, or no complete safetensors file.
+      HymbaError: it is not a regular file, or not a complete safetensors file.
     """
 
     def __init__(self, path: Path):
@@ -76,7 +76,7 @@ class TensorFile:
             return safe_open(self.path, framework="np")
         except SafetensorError as error:
             raise HymbaError(
-                f"{self.path}: truncated, damaged or no safetensors file ({error}): get it again"
+                f"{self.path}: truncated, damaged or not a safetensors file ({error}): get it again"
             ) from error
 
 
@@ -127,10 +127,9 @@ class TensorFileWriter:
 
 
 def drop_cached(path: Path, start: int = 0, size: int = 0) -> None:
-    """Has the kernel keep no copy of what the disk has of a file, or of `size` bytes of it.
+    """Drops the page cache of a file, or of `size` bytes of it.
 
-    Several GB of copies would fill the memory, which takes longer than the disk where a virtual
-    machine's host has to provide it first.
+    Several GB of it would fill the memory, which on virtual machines is slower than the disk.
     """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:

@@ -11,7 +11,7 @@ from hymba_jax.files import open_regular
 
 
 class TorchFile:
-    """A file that `torch.save` wrote, to read from; its tensors stay on the disk until then.
+    """A file that `torch.save` wrote, to read from; its tensors are memory-mapped.
 
     Attributes:
       tensors: what the file holds, by name.
@@ -41,7 +41,7 @@ class TorchFile:
         if not isinstance(held, dict) or not all(
             isinstance(name, str) and torch.is_tensor(value) for name, value in held.items()
         ):
-            raise HymbaError(f"{path}: holds more than tensors by name, so it is no checkpoint")
+            raise HymbaError(f"{path}: holds more than tensors by name, so it is not a checkpoint")
         self._bits = {2: torch.int16, 4: torch.int32}
         self._held: dict[str, Any] = held
         self.tensors = {

@@ -1,4 +1,4 @@
-"""Whether a model computes what it should: its logits compared with expected ones from a file."""
+"""Compares a model's logits with expected ones from a file."""
 
 import math
 import zipfile

@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 from hymba_jax.types import UInt
 
 IGNORED_TARGET = -100
-"""Target of a position that no loss counts."""
+"""Target of positions that losses ignore."""
 
 type Tokens = Any
 """int32, (batch, length): of NumPy in the pipeline, of JAX in a step, or abstract."""
@@ -37,10 +37,10 @@ class Batch(NamedTuple):
 
 
 def make_row(tokens: UInt[np.ndarray, " window"], length: int) -> Batch:
-    """One row, (length,) each field, that predicts every token but the first from those before.
+    """One row, (length,) each field, of inputs and next-token targets.
 
     Args:
-      tokens: at most length + 1; the positions that they do not reach are padding.
+      tokens: at most length + 1; the rest of the row is padding.
     """
     inputs, targets = np.zeros(length, np.int32), np.full(length, IGNORED_TARGET, np.int32)
     predicted = tokens[1:]

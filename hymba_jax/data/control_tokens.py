@@ -1,10 +1,10 @@
-"""Control tokens: added tokens, which no text of a user may become.
+"""Control tokens: added tokens, as which user text must never be encoded.
 
 A tokenizer recognises its added tokens by name wherever they occur ("<s>", "<|im_start|>"). In a
-chat template that is wanted, in a prompt or a document it is not. Instead of cutting texts at
-tokens, which would tokenize the parts otherwise than the whole, the tokenizer gets a twin with the
-same ids in which the control tokens have secret names: whatever a user writes is ordinary text to
-the twin, and a control token is written by its secret name.
+chat template that is wanted, in a prompt or a document it is not. Splitting texts at control tokens
+would change how the rest is tokenized. Instead, a second tokenizer with the same ids has secret
+names for the control tokens: user text is ordinary to it, and control tokens are written by their
+secret names.
 """
 
 import json
@@ -34,12 +34,12 @@ class Match(NamedTuple):
 class ControlTokens:
     """The control tokens of a tokenizer.
 
-    All added tokens are, whether they are marked as special or not, except those of white space
-    alone: they are how the tokenizer writes indentation.
+    These are all added tokens, special or not, except white space, which is how the tokenizer
+    writes indentation.
 
     Attributes:
       ids: by name.
-      ordinary: the twin of the tokenizer that encodes every text as ordinary text.
+      ordinary: the second tokenizer, which encodes every text as ordinary text.
     """
 
     def __init__(self, model: tokenizers.Tokenizer) -> None:
@@ -72,9 +72,9 @@ class ControlTokens:
         self._neutral_letter, self._neutral_mark = self._neutral_characters()
 
     def encode(self, text: str, origins: bytes) -> list[int]:
-        """Token ids of a text whose control tokens count where the template wrote them.
+        """Token ids of a text.
 
-        Elsewhere a name is ordinary text, and all is tokenized as if it always had been.
+        Names of control tokens are control tokens only where the template wrote them.
 
         Args:
           origins: who wrote each character: TEMPLATE, ROLE or USER.
@@ -94,10 +94,12 @@ class ControlTokens:
             forged = [match for match in matches if not _is_templates(origins, match)]
             if not forged:
                 return matches
-            # Without them there may be others, that began inside of them.
+            # Removing them may reveal others that overlapped.
             before, visible = visible, self._hidden(visible, origins, forged)
             if visible == before:
-                raise HymbaError("the tokenizer's normalizer does not let control tokens be hidden")
+                raise HymbaError(
+                    "the tokenizer's normalizer makes it impossible to escape control tokens"
+                )
 
     def _matches(self, text: str) -> Iterator[Match]:
         encoding = self._matcher.encode(text, add_special_tokens=False)
@@ -111,9 +113,9 @@ class ControlTokens:
             yield Match(number, start, end)
 
     def _hidden(self, text: str, origins: bytes, matches: list[Match]) -> str:
-        """The text with something else in place of what users wrote in these matches.
+        """The text with user-written names of control tokens replaced.
 
-        Letters stay letters and marks stay marks: a token may want either beside it.
+        Letters become letters and marks become marks, as neighbouring tokens may depend on it.
         """
         characters = list(text)
         for match in matches:
@@ -151,9 +153,9 @@ def _secret() -> str:
 
 
 def _renamed(model: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
-    """The tokenizer with other names for some of its added tokens, and the same ids.
+    """The tokenizer with some added tokens renamed; ids are unchanged.
 
-    They are other names in the vocabulary as well, from which a model may take whole words.
+    They are renamed in the vocabulary as well, from which a model may take whole words.
     """
     content = json.loads(model.to_str())
     content |= {"truncation": None, "padding": None, "post_processor": None}

@@ -48,7 +48,7 @@ _WORD = (
 
 
 class Tokenizer:
-    """A vocabulary with an end-of-text and, in most cases, a begin-of-text token.
+    """A vocabulary with an end-of-sequence (EOS) and, in most cases, a beginning-of-sequence token.
 
     Args:
       bos, eos: names of the tokens before and after each document.
@@ -60,8 +60,8 @@ class Tokenizer:
       model: the underlying `tokenizers.Tokenizer`.
       vocab_size: the largest token id plus one.
       bos_id, eos_id: ids of the tokens before and after each document.
-      bos_ids: what begins a document: the id of the token before it, or nothing.
-      special_tokens: the id of each special token, by name; their text is not shown.
+      bos_ids: `[bos_id]`, or empty if there is none.
+      special_tokens: the id of each special token, by name; omitted when decoding.
       control: the control tokens: the special ones, and all others that were added.
       chat_templates: by name.
 
@@ -79,7 +79,7 @@ class Tokenizer:
     ) -> None:
         named = {**(named_tokens or {}), **({"bos_token": bos} if bos else {}), "eos_token": eos}
         with _one_line("the tokenizer failed"):
-            # An HF file may ask for truncation or padding, or not mark its tokens as special.
+            # HF files may configure truncation or padding, or not mark special tokens.
             model.no_truncation()
             model.no_padding()
             model.add_special_tokens([marked_special(model, name) for name in named.values()])
@@ -117,7 +117,7 @@ class Tokenizer:
           parse_special: whether the names of control tokens are these tokens, not ordinary text.
 
         Raises:
-          HymbaError: it is no text, or the tokenizer cannot encode it.
+          HymbaError: it is not valid Unicode, or the tokenizer cannot encode it.
         """
         _check_text(text)
         model = self.model if parse_special else self.control.ordinary
@@ -131,7 +131,7 @@ class Tokenizer:
           origins: who wrote each character, as `control_tokens.py` has it.
 
         Raises:
-          HymbaError: it is no text, or the tokenizer cannot encode it.
+          HymbaError: it is not valid Unicode, or the tokenizer cannot encode it.
         """
         _check_text(text)
         with _one_line("the tokenizer failed"):
@@ -161,7 +161,7 @@ class Tokenizer:
         """Raises HymbaError if the model cannot work with the tokenizer.
 
         Args:
-          name: of the tokenizer, for people.
+          name: of the tokenizer, for messages.
         """
         problems = []
         if self.vocab_size > model.num_embeddings:
@@ -176,7 +176,7 @@ class Tokenizer:
             raise HymbaError(f"tokenizer {name} does not fit: " + "; ".join(problems))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, each of them whole or not at all."""
+        """Writes tokenizer.json and tokenizer_config.json, each atomically."""
         directory = resolve_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config: dict[str, object] = {"bos_token": None, **self.named_tokens}
@@ -229,9 +229,9 @@ class Tokenizer:
 
 
 def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of this name; a BPE is trained on `texts`, always to the same result.
+    """The tokenizer of this name; a BPE is trained on `texts`, deterministically.
 
-    A BPE gets fewer tokens than asked for where the text holds no more repeated pairs.
+    A BPE has fewer tokens than requested if the text has too few repeated pairs.
 
     Args:
       name: `bytes`, `bpe:SIZE`, or the path of a tokenizer.json or of a directory that holds one.
@@ -275,8 +275,8 @@ def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:
 def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str | None]:
     """Names of the special tokens that the files beside a tokenizer.json give, by role.
 
-    As in the transformers library: a special_tokens_map.json is of an older form, and counts more
-    where the tokenizer_config.json is of that form too.
+    As in the transformers library: a special_tokens_map.json is the older format, and takes
+    precedence if the tokenizer_config.json has that format too.
     """
     map_file = path.with_name("special_tokens_map.json")
     sources = [(path.with_name("tokenizer_config.json"), config)]
@@ -363,7 +363,7 @@ def _is_named_template(item: object) -> bool:
 
 def _check_text(text: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise HymbaError(f"{text!a} is no text: it has bytes that are not UTF-8")
+        raise HymbaError(f"{text!a} is not valid Unicode: it has bytes that are not UTF-8")
 
 
 @contextmanager
@@ -373,7 +373,7 @@ def _one_line(what: str, advice: str = "") -> Iterator[None]:
         yield
     except (HymbaError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # PanicException is no Exception
+    except BaseException as error:  # PanicException does not derive from Exception
         reason = f"{what} ({_first_line(error)})"
         raise HymbaError(f"{reason}: {advice}" if advice else reason) from error
 

@@ -3,9 +3,9 @@
 | file                   | subject                                                           |
 |------------------------|-------------------------------------------------------------------|
 | `language_model.py`    | text in, text out                                                 |
-| `prompts.py`           | what may be a prompt, as tokens                                   |
+| `prompts.py`           | prompts to tokens                                                 |
 | `engine.py`            | the compiled programs: prefill, insert, decode                    |
-| `sampling.py`          | which token comes next                                            |
+| `sampling.py`          | sampling the next token                                           |
 | `text_stream.py`       | tokens to text as they come; stop strings                         |
 | `loading.py`           | a model with its tokenizer from a directory                       |
 | `generation_config.py` | the `generation_config.json` of an HF checkpoint                  |

@@ -20,7 +20,7 @@ HELP = "/reset forgets the conversation, /exit leaves, anything else is said to 
 
 
 def _without(kind: type[Any], *names: str) -> Callable[..., Any]:
-    """Makes a `kind`, and tells the command line of all its fields but those."""
+    """A constructor of `kind` that hides those fields from the command line."""
 
     # Not a `def`: checking types at run time wraps those, and tyro looks into what is wrapped.
     make: Any = lambda **fields: kind(**fields)  # noqa: E731
@@ -34,14 +34,14 @@ def _without(kind: type[Any], *names: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Talks with a model that was trained to.
+    """Chats with a model whose tokenizer has a chat template.
 
     An answer ends where the tokenizer's chat template ends one, at the end-of-sequence token, or
     at `stop` and `stop_tokens`.
 
     Attributes:
       sampling: how answers are sampled; each with a seed of its own, one above that before it.
-      system: what the model is told before the conversation.
+      system: system message, before the conversation.
 
     Raises:
       HymbaError: there would be several answers.
@@ -76,7 +76,7 @@ def run(model: LanguageModel, config: ChatConfig) -> None:
     chat = Chat(model, config)
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401  input() then edits lines and keeps a history
-    _note(f"{config.choice.model}: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says more")
+    _note(f"{config.choice.model}: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help for more")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -86,7 +86,7 @@ def run(model: LanguageModel, config: ChatConfig) -> None:
                 _note("")  # the shell's prompt gets a line of its own
             return
         except UnicodeDecodeError as error:
-            raise HymbaError(f"the input is no text: {error}") from error
+            raise HymbaError(f"the input is not valid UTF-8: {error}") from error
         if line == "/exit":
             return
         if line == "/help":
@@ -104,7 +104,7 @@ class Chat:
     """A conversation.
 
     Attributes:
-      history: messages and answers, as far as the model still sees them.
+      history: messages and answers that still fit the context.
     """
 
     def __init__(self, model: LanguageModel, config: ChatConfig) -> None:
@@ -119,10 +119,10 @@ class Chat:
         )
 
     def say(self, message: str) -> None:
-        """Writes the answer, as far as it is not interrupted, and adds both to the history.
+        """Writes the answer, as far as it is not interrupted, and appends both to the history.
 
         Raises:
-          HymbaError: the message is too long, or the template refuses it; it is forgotten.
+          HymbaError: the message is too long, or the template refuses it; it is dropped.
         """
         answer = ""
         try:
@@ -131,14 +131,14 @@ class Chat:
                 answer += delta.text
                 print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
-            pass  # what has been said stands
+            pass  # the partial answer is kept
         print()
         self.history += [_message("user", message), _message("assistant", answer)]
         seed = (self._sampling.seed + 1) % 2**32
         self._sampling = dataclasses.replace(self._sampling, seed=seed)
 
     def _prompt(self, message: str) -> list[int]:
-        """The conversation with `message`; drops from its history what has no room."""
+        """The conversation with `message`; drops old messages that do not fit."""
         context = self._model.engine.max_context
         # A message may leave less room for its answer, the history may not.
         room = min(self._sampling.max_new_tokens, context // 2)
@@ -151,11 +151,11 @@ class Chat:
             kept = kept[2:]
         if len(prompt) >= context:
             raise HymbaError(
-                f"the message is too long: it makes a prompt of {len(prompt)} tokens, "
-                f"and the model's context is {context} with the answer"
+                f"the message is too long: a prompt of {len(prompt)} tokens leaves no room for "
+                f"an answer in the model's context of {context}"
             )
         if len(kept) < len(self.history):
-            _note("(the beginning of the conversation has no room any more and is forgotten)")
+            _note("(the oldest messages no longer fit the context and were dropped)")
             self.history = kept
         return prompt
 

@@ -1,9 +1,8 @@
 """Conversations as the text, and the tokens, that a chat model completes.
 
-A template is a Jinja program that comes with a tokenizer. It writes control tokens by their names,
-which it may put together from parts ("<|" + role + "|>"); in a message such a name is ordinary
-text. So that the two cannot be confused, it is known of each character whether the template wrote
-it (`traced_text.py`).
+A template is a Jinja program that comes with a tokenizer. It writes control tokens by name,
+possibly assembled ("<|" + role + "|>"); the same name in a message is ordinary text. To tell them
+apart, every character is traced to the template or a message (`traced_text.py`).
 """
 
 import secrets
@@ -41,9 +40,9 @@ def encode(
 
     Args:
       tools: that the model may call, as JSON schemas.
-      documents: for it to look things up in.
+      documents: for retrieval.
       add_generation_prompt: whether to end where an answer begins.
-      variables: whatever else the template knows.
+      variables: further template variables.
 
     Raises:
       HymbaError: the tokenizer has no chat template, or its template fails.
@@ -63,8 +62,8 @@ def answer_end(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Stop strings and stop tokens: what the template writes after an answer.
 
     That is a control token (ChatML's "<|im_end|>"), or else the text up to the user's next message
-    (the HF checkpoint's "\\n<extra_id_1>User"); besides, the name of the end-of-text token, which
-    models that were trained on it as text do write.
+    (the HF checkpoint's "\\n<extra_id_1>User"); besides, the name of the end-of-sequence token,
+    which models that were trained on it as text do write.
 
     Raises:
       HymbaError: the tokenizer has no chat template, or its template fails.
@@ -96,7 +95,7 @@ def render(
 ) -> Traced:
     """The conversation as text, rendered as the transformers library does.
 
-    The template can reach nothing but its arguments, and its time and result are limited.
+    The template is sandboxed, with limited time and output.
 
     Args:
       named_tokens: names of special tokens, such as {"bos_token": "<s>"}.
@@ -122,7 +121,7 @@ def render(
             characters += len(part)
             if characters > MAX_CHARACTERS:
                 raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
-    except Exception as error:  # a template can raise whatever Python's operators raise
+    except Exception as error:  # templates can raise anything
         reason = " ".join(str(error)[:MAX_REASON].split()) or type(error).__name__
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
@@ -139,7 +138,7 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -
 
 
 def _traced_message(message: Message) -> dict[str, Any]:
-    """The message for a template, which expects that what is not there is not null either."""
+    """The message with null entries removed, as templates expect."""
     if not isinstance(message, Mapping):
         raise HymbaError(f'a message is {message!r}, not a mapping with "role" and "content"')
     return {

@@ -31,10 +31,10 @@ from hymba_jax.types import Array, Bool, Float, Int
 MIN_CHUNK = 32
 MAX_CHUNK = 1024
 MIN_CONTEXT = 256
-MIN_STOP_TOKENS = 4  # stop tokens that there is room for, at least
+MIN_STOP_TOKENS = 4  # minimum capacity for stop tokens
 STEPS = 16  # tokens that a row samples at most before they are looked at
 NO_TOKEN = -1
-NOT_FINITE = -2  # in place of a token, where the model's logits are NaN or infinite
+NOT_FINITE = -2  # marks a row whose logits are NaN or infinite
 LOGIT_POSITIONS = 128  # positions whose logits are in memory at once
 
 
@@ -43,10 +43,10 @@ class Request(NamedTuple):
 
     Attributes:
       prompt: its tokens, for the repetition penalty.
-      sampling: how tokens are sampled; what it says of stopping and of their number is not read.
-      sample: which of a prompt's samples it is.
-      max_new_tokens: after which it stops.
-      stop_tokens: before which it stops.
+      sampling: how tokens are sampled; its stop criteria and max_new_tokens are ignored.
+      sample: index among the prompt's samples.
+      max_new_tokens: maximum number of tokens.
+      stop_tokens: tokens that end it and are not part of it.
     """
 
     prompt: Sequence[int]
@@ -57,16 +57,16 @@ class Request(NamedTuple):
 
 
 class StopCriteria(NamedTuple):
-    """When rows stop: after so many tokens, or at one of these (NO_TOKEN fills up)."""
+    """When rows stop: after so many tokens, or at one of these (padded with NO_TOKEN)."""
 
     max_new_tokens: Int[Array, "batch"]
     stop_tokens: Int[Array, "batch stop_tokens"]
 
 
 class SampledTokens(NamedTuple):
-    """Tokens by row and step with their log-probabilities, and which rows have stopped since.
+    """Sampled tokens by row and step, with log-probabilities, and which rows have stopped.
 
-    NO_TOKEN where a row has stopped, NOT_FINITE where it stops because nothing can be sampled.
+    NO_TOKEN after a row has stopped, NOT_FINITE if its logits were not finite.
     """
 
     tokens: Int[Array, "batch steps"]
@@ -78,9 +78,9 @@ class DecodeState(NamedTuple):
     """A running batch.
 
     Attributes:
-      token: the newest of each row, which is not in the cache yet.
+      token: the last sampled token of each row, not in the cache yet.
       num_sampled: tokens sampled so far.
-      stopped: the row has come to its end; its rows of the cache no longer change.
+      stopped: rows that are complete; their cache no longer changes.
       seen: the tokens in each sequence, for the repetition penalty.
     """
 
@@ -94,7 +94,7 @@ class DecodeState(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """A batch of prompts that have been prefilled.
+    """A batch of prefilled prompts.
 
     Attributes:
       last: the last layer's output at the last token of each row.
@@ -105,7 +105,7 @@ class Prefilled(NamedTuple):
 
 
 class PaddedChunk(NamedTuple):
-    """A chunk of each prompt of a batch; rows are padded behind their end."""
+    """A chunk of each prompt of a batch, padded on the right."""
 
     tokens: Int[np.ndarray | Array, "batch length"]
     lengths: Int[np.ndarray | Array, "batch"]
@@ -115,18 +115,18 @@ class Engine:
     """A model's parameters on the device, and the programs that prefill and decode with them.
 
     Args:
-      model: its kernels are copied into the form that is read fastest a token at a time.
-      state_dtype: that the SSM's states are kept in between tokens.
+      model: its projections are fused for decoding (`fuse_projections`).
+      state_dtype: that SSM states are stored in between tokens.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      max_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of it.
+      max_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of prefill.
       allowed: the tokens that may be sampled; all of them if absent.
 
     Attributes:
       max_context: tokens that a sequence may have.
-      programs: what is compiled, for whoever compiles or counts it.
+      programs: the compiled programs, for warm-up and tests.
 
     Raises:
-      HymbaError: the context is none that the model has.
+      HymbaError: the model does not support the context.
     """
 
     def __init__(
@@ -197,11 +197,11 @@ class Engine:
         return self.programs.init_state(self.params, self.meta_state, *self._sizes(rows, context))
 
     def init_prefill(self, rows: int, context: int) -> Prefilled:
-        """A batch of empty prompts, filled up to a bucket."""
+        """A batch of empty prompts, padded to a bucket."""
         return self.programs.init_prefill(self.params, self.meta_state, *self._sizes(rows, context))
 
     def prefill(self, prompts: Sequence[Sequence[int]], context: int) -> Prefilled:
-        """Prefills prompts; the batch is filled up to a bucket with empty ones.
+        """Prefills prompts; the batch is padded to a bucket with empty ones.
 
         Args:
           context: tokens that the longest sequence may grow to.
@@ -214,7 +214,7 @@ class Engine:
         return state
 
     def repeat(self, prefilled: Prefilled, rows: Sequence[int]) -> Prefilled:
-        """These rows of what was prefilled, in this order, filled up to a bucket."""
+        """These rows of what was prefilled, in this order, padded to a bucket."""
         order = np.zeros(bucket(len(rows)), np.int32)
         order[: len(rows)] = rows
         return self.programs.repeat(prefilled, order)
@@ -229,8 +229,8 @@ class Engine:
         """Samples the first token of each request: a new batch, or rows that join a running one.
 
         Args:
-          prefilled: row i of it is for request i; further rows are padding. It is used up.
-          state: the running batch, whose cache has the same context. It is used up.
+          prefilled: row i of it is for request i; further rows are padding. Donated.
+          state: the running batch, whose cache has the same context. Donated.
           rows: of the running batch, one for each request; what they held is replaced.
 
         Returns:
@@ -328,8 +328,8 @@ def bucket(size: int, smallest: int = 1) -> int:
 def _max_context(config: HymbaConfig, context: int | None) -> int:
     """Tokens that a sequence may have.
 
-    A base that follows the length of the sequence rotates every key again when it grows, so that no
-    cache can equal the full forward pass from there on.
+    With a length-dependent base, growing rotates all keys again, so that no cache equals the full
+    forward pass beyond this.
     """
     largest, reason = config.max_positions, "max_positions"
     if config.attention.rope_type == "dynamic_ntk":
@@ -368,7 +368,7 @@ def _programs(
         return nnx.merge(graph, params).meta_state()
 
     def init_prefill(params: Params, meta: MetaState, batch: int, context: int) -> Prefilled:
-        cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).start(meta)
+        cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).initialize(meta)
         return Prefilled(cache, jnp.zeros((batch, config.hidden_size), compute.dtype))
 
     def extend(

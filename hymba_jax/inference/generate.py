@@ -30,16 +30,16 @@ class GenerateConfig:
     """Generates completions of prompts with a trained model.
 
     Attributes:
-      prompt: without any, and without a file, one that is empty. One that begins with a dash comes
-        right after the option, with two dashes as --prompt=--x.
-      file: more prompts, one a line, or for *.jsonl the field "prompt" of each line; - is standard
-        input.
-      output: file to write to, whole or not at all; standard output if absent.
+      prompt: without any, and without a file, one empty prompt. One that begins with a dash comes
+        right after the option, one with two dashes as --prompt=--x.
+      file: more prompts, one per line, or for *.jsonl the field "prompt" of each line; - is
+        standard input.
+      output: file, written atomically; standard output if absent.
       format: "text" is each prompt with its completion, each after a line "--- prompt 1, sample 1
         ---" where there are several; "json" is a line for each completion with its tokens and
         their log-probabilities, and the other fields of a prompt from a *.jsonl file.
-      parse_special: names of control tokens in prompts, such as <s>, are these tokens; else they
-        are ordinary text.
+      parse_special: parse names of control tokens in prompts, such as <s>; else they are ordinary
+        text.
     """
 
     choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
@@ -62,7 +62,7 @@ class PromptRecord:
 
 
 def main(config: GenerateConfig) -> None:
-    """Writes the completions to the output, and to standard error which the context cut short.
+    """Writes the completions to the output, and notes on truncated ones to standard error.
 
     Raises:
       HymbaError: there is no such model or file, or the model cannot do what is asked.
@@ -189,10 +189,10 @@ def _lines(
 def _shortened(
     completions: Sequence[Completion], sampling: SamplingConfig, context: int, count: int
 ) -> Iterator[str]:
-    """What to say of each prompt of which a completion ended because the context did."""
+    """Notes on prompts whose completions ended because the context was full."""
     tokens = {c.index: len(c.tokens) for c in completions if c.context_full}
     for index, room in tokens.items():
         yield (
-            f"note: {prompt_name(index, count)}: {room} new tokens, not "
-            f"{sampling.max_new_tokens}: there the model's context of {context} tokens ends"
+            f"note: {prompt_name(index, count)}: only {room} of "
+            f"{sampling.max_new_tokens} new tokens fit: the model's context is {context} tokens"
         )

@@ -1,8 +1,7 @@
 """What the generation_config.json of an HF checkpoint says: end tokens and how to sample.
 
 As in transformers, every one of the end tokens ends a sequence, and the sampling settings are the
-defaults of the model. Here they are used together or not at all: where any sampling setting is
-given, none of them is taken from the file.
+defaults of the model. If any sampling option is given explicitly, none is taken from the file.
 """
 
 import argparse
@@ -29,7 +28,7 @@ _TYPES: dict[str, Any] = {
 SAMPLING = frozenset(_TYPES) - {"do_sample"}
 _TOP_K = 50  # of transformers, where the file says nothing
 
-# What changes no token. Lengths are not taken from the file either: max_new_tokens has a default.
+# Keys that affect no token. Lengths are not taken either: max_new_tokens has a default.
 _HARMLESS = frozenset(
     {
         *("_from_model_config", "bos_token_id", "cache_implementation", "disable_compile"),
@@ -56,7 +55,7 @@ class GenerationDefaults:
     unsupported: tuple[str, ...] = ()
 
     def applies(self, given: Iterable[str]) -> bool:
-        """Whether `sampling` is to be used where these fields are given by a person."""
+        """Whether `sampling` is to be used when these fields are given explicitly."""
         return bool(self.sampling) and not SAMPLING & {*given}
 
 
@@ -96,7 +95,7 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
 
 
 def with_defaults(args: Sequence[str]) -> list[str]:
-    """A command line with the sampling options of its `--model`, unless it has some; says so.
+    """The command line with its model's default sampling options, unless it has some; reports them.
 
     Raises:
       HymbaError: as for `read_generation_defaults`.

@@ -79,16 +79,16 @@ class LanguageModel:
     """A model that generates completions of prompts, many at a time.
 
     A completion depends on its prompt and its seed, never on the prompts beside it. Tokens that
-    the tokenizer lacks are never sampled, though the model's vocabulary may have room for them.
+    the tokenizer lacks are never sampled, though the model's vocabulary may be larger.
 
     Args:
-      state_dtype: that the SSM's states are kept in; they are computed in float32.
+      state_dtype: that SSM states are stored in; they are computed in float32.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      defaults: end tokens besides the config's, and the sampling of calls that name none.
+      defaults: additional end tokens, and sampling defaults.
 
     Raises:
-      HymbaError: such a model cannot be, or does not fit into the device's memory.
+      HymbaError: an option is invalid, or the model does not fit into the device's memory.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class LanguageModel:
         context: int | None = None,
         defaults: GenerationDefaults | None = None,
     ):
-        batch_size = _whole("batch_size", batch_size)
+        batch_size = _as_int("batch_size", batch_size)
         if batch_size < 1:
             raise HymbaError(f"batch_size is {shown(batch_size)}, not at least 1")
         self.config = model.config
         self.tokenizer = tokenizer
-        self._known = _known_tokens(tokenizer, model.config.num_embeddings)
+        self._in_tokenizer = _tokens_in_tokenizer(tokenizer, model.config.num_embeddings)
         self.engine = Engine(
             model,
             state_dtype=state_dtype,
-            context=None if context is None else _whole("context", context),
-            allowed=self._known,
+            context=None if context is None else _as_int("context", context),
+            allowed=self._in_tokenizer,
         )
         self.batch_size = batch_size
         self.defaults = defaults or GenerationDefaults()
@@ -137,13 +137,13 @@ class LanguageModel:
         Args:
           prompts: a string, or any iterable of strings and of token sequences.
           config: how to sample; if absent, and if `sampling` has no such field, as the model's
-            `defaults` say, which is greedily for most.
+            `defaults` say, which is greedy for most models.
           sampling: fields in place of those of `config`: `temperature=0.7, stop="\\n"`; and
             `parse_special`, as of `encode`.
 
         Raises:
-          HymbaError: a prompt or a sampling value that cannot be; too little memory for them; or
-            the model's logits are not finite.
+          HymbaError: an invalid prompt or sampling value; too little memory for them; or the
+            model's logits are not finite.
         """
         return collect(self.stream(prompts, config, every=STEPS, **sampling))
 
@@ -156,30 +156,32 @@ class LanguageModel:
         parse_special: bool = False,
         **sampling: Any,
     ) -> Iterator[Delta]:
-        """The same as `generate`, as it comes.
+        """`generate`, streamed.
 
         Args:
           every: tokens that are sampled between deltas, `STEPS` at most.
           parse_special: as of `encode`.
 
         Raises:
-          HymbaError: as for `generate`, or an `every` that cannot be.
+          HymbaError: as for `generate`, or an invalid `every`.
         """
-        every = _whole("every", every)
+        every = _as_int("every", every)
         if not 1 <= every <= STEPS:
-            raise HymbaError(f"every is {every}, not 1 to {STEPS}")
+            raise HymbaError(f"every is {every}, not between 1 and {STEPS}")
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
         for token in config.stop_tokens:
-            if token >= self.config.num_embeddings or not self._known[token]:
-                raise HymbaError(f"stop token {token} is not in the tokenizer, so it never comes")
+            if token >= self.config.num_embeddings or not self._in_tokenizer[token]:
+                raise HymbaError(
+                    f"stop token {token} is not in the tokenizer, so it is never sampled"
+                )
         for string in config.stop:
             parts = [name for name in self.tokenizer.special_tokens if name in string]
             if parts and string not in self.tokenizer.special_tokens:
                 raise HymbaError(
-                    f"stop {string!r} has the special token {parts[0]} beside other text, which no "
-                    f"completion has: stop at {parts[0]} alone, or at the text"
+                    f"stop {string!r} combines the special token {parts[0]} with other text, "
+                    f"which no completion has: stop at {parts[0]} alone, or at the text"
                 )
         sequences = self.encode(prompts, parse_special=parse_special)
         rows = min(len(sequences) * config.num_samples, self.batch_size)
@@ -193,12 +195,12 @@ class LanguageModel:
         """The log-probability of each token of each sequence, given those before it.
 
         It is natural, and in the model's own distribution over its whole vocabulary. The
-        begin-of-text token has none, nor has the first token of a sequence given as tokens.
+        beginning-of-sequence token has none, nor has the first token of a sequence given as tokens.
 
         Raises:
-          HymbaError: a sequence that cannot be, too little memory, or logits that are not finite.
+          HymbaError: an invalid sequence, too little memory, or logits that are not finite.
         """
-        encoded = self.encode(sequences, room=0)
+        encoded = self.encode(sequences, max_new_tokens=0)
         self.engine.check_memory(min(len(encoded), self.batch_size), max(map(len, encoded)))
         batches = itertools.batched(encoded, self.batch_size)
         all_scores = [scores for batch in batches for scores in self.engine.score(batch)]
@@ -225,9 +227,9 @@ class LanguageModel:
         Args:
           messages: each with a "role" (system, user, assistant, tool) and its "content".
           tools: that the model may call, as JSON schemas.
-          documents: for it to look things up in.
+          documents: for retrieval.
           add_generation_prompt: whether to end where an answer begins.
-          variables: whatever else the template knows.
+          variables: further template variables.
 
         Raises:
           HymbaError: the tokenizer has no chat template, or its template fails.
@@ -242,24 +244,24 @@ class LanguageModel:
         )
 
     def encode(
-        self, prompts: Prompts, *, room: int = 1, parse_special: bool = False
+        self, prompts: Prompts, *, max_new_tokens: int = 1, parse_special: bool = False
     ) -> list[list[int]]:
-        """The tokens of prompts; an empty one is the begin-of-text token.
+        """The tokens of prompts; an empty one is the beginning-of-sequence token.
 
         Args:
-          room: tokens that must still fit behind each.
+          max_new_tokens: new tokens that must fit after each prompt.
           parse_special: whether the names of control tokens in a prompt are these tokens, not
             ordinary text.
 
         Raises:
-          HymbaError: they are no prompts, or one is too long, or has a token that is none.
+          HymbaError: they are not prompts, one is too long, or one has an invalid token.
         """
         return encode_prompts(
             prompts,
             self.tokenizer,
             self.config.num_embeddings,
             self.engine.max_context,
-            room,
+            max_new_tokens,
             parse_special=parse_special,
         )
 
@@ -280,30 +282,31 @@ class LanguageModel:
     ) -> Iterator[Delta]:
         """Prefills a batch of prompts and decodes until each row has stopped."""
         engine, indices = self.engine, list(dict.fromkeys(i for i, _ in rows))
-        writers = [
-            _Writer(self, i, sample, prompt_name(i, len(prompts)), prompts[i], config)
+        streams = [
+            _CompletionStream(self, i, sample, prompt_name(i, len(prompts)), prompts[i], config)
             for i, sample in rows
         ]
         context = max(
-            len(prompts[i]) + writer.room for (i, _), writer in zip(rows, writers, strict=True)
+            len(prompts[i]) + stream.max_new_tokens
+            for (i, _), stream in zip(rows, streams, strict=True)
         )
         prefilled = engine.prefill([prompts[i] for i in indices], context)
         if len(indices) < len(rows):
             prefilled = engine.repeat(prefilled, [indices.index(i) for i, _ in rows])
         stop_tokens = self._stop_tokens(config)
         requests = [
-            Request(prompts[i], config, sample, writer.room, stop_tokens)
-            for (i, sample), writer in zip(rows, writers, strict=True)
+            Request(prompts[i], config, sample, stream.max_new_tokens, stop_tokens)
+            for (i, sample), stream in zip(rows, streams, strict=True)
         ]
         state, sampled = engine.insert(prefilled, requests)
         while True:
-            for writer, *news in zip(writers, *jax.device_get(sampled), strict=False):
-                if not writer.over:
-                    yield writer.take(*news)
-            over = [i for i, writer in enumerate(writers) if writer.over]
-            if len(over) == len(writers):
+            for stream, *news in zip(streams, *jax.device_get(sampled), strict=False):
+                if not stream.finished:
+                    yield stream.push(*news)
+            finished = [i for i, stream in enumerate(streams) if stream.finished]
+            if len(finished) == len(streams):
                 return
-            state = engine.stop(state, over)
+            state = engine.stop(state, finished)
             state, sampled = engine.decode(state, every)
 
     def _stop_tokens(self, config: SamplingConfig) -> list[int]:
@@ -314,11 +317,11 @@ class LanguageModel:
         return sorted({*ends, *config.stop_tokens, *strings})
 
 
-class _Writer:
-    """The deltas of what is sampled for one row, until the row is over.
+class _CompletionStream:
+    """The deltas of one row, until it is finished.
 
     Attributes:
-      room: tokens that may be sampled.
+      max_new_tokens: tokens that may be sampled.
     """
 
     def __init__(
@@ -331,22 +334,22 @@ class _Writer:
         config: SamplingConfig,
     ):
         context = model.engine.max_context - len(prompt)
-        self.room = min(config.max_new_tokens, context)
-        self.over = False
+        self.max_new_tokens = min(config.max_new_tokens, context)
+        self.finished = False
         self._shortened = context < config.max_new_tokens
         self._place = index, sample
         self._name, self._length = name, len(prompt)
         self._stream = TextStream(model.tokenizer, prompt, config.stop)
         self._sampled: list[tuple[int, float]] = []  # tokens with their log-probabilities
-        self._given = 0  # how many of them
+        self._num_emitted = 0  # how many of them
 
-    def take(
+    def push(
         self,
         tokens: Int[np.ndarray, " steps"],
         log_probs: Float[np.ndarray, " steps"],
         stopped: np.bool,
     ) -> Delta:
-        """What is certain with these tokens, up to a stop string."""
+        """The delta that is final after these tokens, up to a stop string."""
         text = ""
         for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True):
             if token == NOT_FINITE and not self._stream.stopped:
@@ -355,14 +358,14 @@ class _Writer:
                 break
             self._sampled.append((token, log_prob))
             text += self._stream.push(token)
-        self.over = bool(stopped) or self._stream.stopped
+        self.finished = bool(stopped) or self._stream.stopped
         reason: FinishReason | None = None
-        if self.over:
+        if self.finished:
             text += self._stream.finish()
-            ended = self._stream.stopped or len(self._sampled) < self.room
+            ended = self._stream.stopped or len(self._sampled) < self.max_new_tokens
             reason = "stop" if ended else "length"
-        new = self._sampled[self._given : self._stream.settled]
-        self._given += len(new)
+        new = self._sampled[self._num_emitted : self._stream.num_final_tokens]
+        self._num_emitted += len(new)
         return Delta(
             *self._place,
             text,
@@ -387,13 +390,13 @@ def collect(deltas: Iterable[Delta]) -> list[Completion]:
     return [done[place] for place in sorted(done)]
 
 
-def _known_tokens(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
+def _tokens_in_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarray, " vocab"]:
     """Which rows of the model's vocabulary the tokenizer has a token for."""
     numbers = np.array([*tokenizer.model.get_vocab().values()])
     return np.isin(np.arange(vocab_size), numbers)
 
 
-def _whole(name: str, value: Any) -> int:
+def _as_int(name: str, value: Any) -> int:
     if not fits(value, int):
         raise HymbaError(f"{name} is {shown(value)}, not an integer")
     return operator.index(value)

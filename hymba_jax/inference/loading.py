@@ -27,8 +27,8 @@ def load(
     sequence and how to sample unless told otherwise, see `LanguageModel.defaults`.
 
     Args:
-      dtype: of parameters, activations and cache; what the model was trained to compute in, but
-        float32 on CPUs, which are slow in all else.
+      dtype: of parameters, activations and cache; by default that of the training, but float32 on
+        CPUs, where it is fastest.
       state_dtype: that the SSM's states are kept in between tokens.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
@@ -38,7 +38,7 @@ def load(
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
         into the device's memory.
     """
-    config = read_model_directory(directory)[0]  # first: it says where there is no model at all
+    config = read_model_directory(directory)[0]  # first: it reports a missing model
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(config, str(directory))
     return LanguageModel(
@@ -72,6 +72,6 @@ class ModelChoice:
     context: int | None = None
 
     def load(self) -> LanguageModel:
-        """The model. Raises HymbaError where there is none."""
+        """The model. Raises HymbaError if there is none."""
         options = {name: value for name, value in vars(self).items() if name != "model"}
         return load(self.model, **options)

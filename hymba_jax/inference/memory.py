@@ -1,4 +1,4 @@
-"""The memory footprint of a sequence's state and of the meta tokens', by what it is for."""
+"""The memory footprint of a sequence's state and of the meta tokens', by purpose."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from hymba_jax.parallel.memory import tree_bytes
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """Bytes of one sequence's cache, by what they are for."""
+    """Bytes of one sequence's cache, by purpose."""
 
     global_kv: int
     window_kv: int
@@ -43,7 +43,7 @@ def cache_bytes(config: HymbaConfig, context: int, dtype: DType, state_dtype: DT
 
 
 def meta_state_bytes(config: HymbaConfig, dtype: DType) -> CacheBytes:
-    """The state after the meta tokens, all of them in every layer; held once for all sequences."""
+    """The state after the meta tokens, stored once for all sequences."""
     length = config.num_meta_tokens
     window = max(config.attention.window, length)
     attention = dataclasses.replace(config.attention, window=window)

@@ -1,4 +1,4 @@
-"""Prompts as people give them, as tokens."""
+"""Prompts of any accepted type, as tokens."""
 
 import operator
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,11 @@ from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 
 type Prompt = str | Iterable[SupportsIndex]
-"""A text, which the begin-of-text token is put before, or tokens as they are."""
+"""A string, which is prefixed with the beginning-of-sequence token, or token ids, used
+unchanged."""
 
 type Prompts = str | Iterable[Prompt]
-"""One text, or several prompts: any iterable, also a generator or rows of a NumPy array."""
+"""One string, or an iterable of prompts, also a generator or rows of a NumPy array."""
 
 
 def encode_prompts(
@@ -22,20 +23,20 @@ def encode_prompts(
     tokenizer: Tokenizer,
     vocab_size: int,
     context: int,
-    room: int,
+    max_new_tokens: int,
     *,
     parse_special: bool = False,
 ) -> list[list[int]]:
-    """The tokens of `Prompts`; an empty prompt is the begin-of-text token.
+    """The tokens of `Prompts`; an empty prompt is the beginning-of-sequence token.
 
     Args:
       vocab_size: of the model.
       context: tokens that a prompt and what follows it may have.
-      room: tokens that must still fit behind each.
+      max_new_tokens: new tokens that must fit after each prompt.
       parse_special: whether the names of control tokens in a prompt are these tokens.
 
     Raises:
-      HymbaError: they are no prompts, or one is too long, or has a token that is none.
+      HymbaError: they are not prompts, one is too long, or one has an invalid token.
     """
     prompts = _as_list(prompts)
     sequences = []
@@ -43,7 +44,7 @@ def encode_prompts(
         name = prompt_name(i, len(prompts))
         if isinstance(prompt, str):
             tokens = tokenizer.encode(prompt, parse_special=parse_special)
-            if tokens[:1] != tokenizer.bos_ids:  # which a parsed one may begin with
+            if tokens[:1] != tokenizer.bos_ids:  # a prompt with parse_special may begin with them
                 tokens = [*tokenizer.bos_ids, *tokens]
         else:
             tokens = [*_tokens(name, prompt)] or tokenizer.bos_ids
@@ -52,17 +53,17 @@ def encode_prompts(
         if outside := [token for token in tokens if not 0 <= token < vocab_size]:
             token = shown(outside[0])
             raise HymbaError(f"{name}: token {token} is outside the vocabulary of {vocab_size}")
-        if len(tokens) + room > context:
+        if len(tokens) + max_new_tokens > context:
             raise HymbaError(
-                f"{name}: {len(tokens)} tokens, and the model's context is {context} with what "
-                "is to follow: shorten it"
+                f"{name}: {len(tokens)} tokens do not fit the model's context of {context} "
+                "together with the new tokens: shorten it"
             )
         sequences.append(tokens)
     return sequences
 
 
 def prompt_name(index: int, count: int) -> str:
-    """What errors call one of so many prompts."""
+    """The name of one of so many prompts in messages."""
     return f"prompt {index + 1}" if count > 1 else "the prompt"
 
 
@@ -80,7 +81,7 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _tokens(name: str, prompt: Any) -> Iterable[int]:
-    """The tokens of a prompt that is no string."""
+    """The tokens of a prompt that is not a string."""
     if isinstance(prompt, bytes | bytearray | Mapping) or not _is_iterable(prompt):
         raise HymbaError(
             f"{name} is {_kind(prompt)}, neither a string nor a list of tokens "

@@ -1,4 +1,4 @@
-"""What is sampled from a model's distribution over the next token."""
+"""Sampling the next token."""
 
 import functools
 from collections.abc import Sequence
@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hymba_jax.config.sampling import LARGEST, SamplingConfig
+from hymba_jax.config.sampling import INT32_MAX, SamplingConfig
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.types import Array, Bool, Float, Int, Key
 
-# Of JAX's generators, the one whose samples do not depend on the rows beside them.
+# The JAX generator whose samples do not depend on other rows.
 PRNG = "threefry2x32"
-ONE = 2**30  # a probability of 1, where probabilities are integers: see `token_weights`
+PROBABILITY_SCALE = (
+    2**30
+)  # a probability of 1, where probabilities are integers: see `token_weights`
 
 
 class Sampler(NamedTuple):
@@ -47,8 +49,8 @@ def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> S
     )
 
 
-class Needed(NamedTuple):
-    """What any row of the batch asks for; nothing else is computed."""
+class ActiveFilters(NamedTuple):
+    """Which filters any row uses; others are not computed."""
 
     penalty: Bool[Array, ""]
     sampling: Bool[Array, ""]
@@ -73,17 +75,18 @@ def sample(
     Args:
       logits: in float32; -inf for what cannot come next.
       seen: the tokens that the repetition penalty is for.
-      positions: where in its sequence each row's token will stand; others, other samples.
+      positions: where in its sequence each row's token will be; different positions give different
+        samples.
       allowed: the tokens that may be sampled; all of them if absent. The log-probability is that
         among all tokens.
     """
-    needed = Needed(
+    active = ActiveFilters(
         penalty=jnp.any(sampler.repetition_penalty != 1),
         sampling=jnp.any(sampler.temperature > 0),
         top_k=jnp.any(sampler.top_k > 0),
         top_p=jnp.any(sampler.top_p < 1),
     )
-    row = functools.partial(_sample_row, needed, allowed)
+    row = functools.partial(_sample_row, active, allowed)
     rows = (logits, seen, positions, sampler)
     if target_platform() == "cpu":  # one after another: a row fits into a cache
         return jax.lax.map(lambda values: row(*values), rows)
@@ -91,7 +94,7 @@ def sample(
 
 
 def _sample_row(
-    needed: Needed,
+    active: ActiveFilters,
     allowed: Bool[Array, " vocab"] | None,
     logits: Float[Array, " vocab"],
     seen: Bool[Array, " vocab"],
@@ -101,18 +104,18 @@ def _sample_row(
     """`sample` for one row, whose values `sampler` holds."""
     possible = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     penalised = jax.lax.cond(
-        needed.penalty,
+        active.penalty,
         lambda: _penalise(possible, seen, sampler.repetition_penalty),
         lambda: possible,
     )
     likeliest = _argmax(penalised)
 
     def sampled() -> Int[Array, ""]:
-        weights = token_weights(needed, penalised, sampler)
+        weights = token_weights(active, penalised, sampler)
         token = _sample_token(weights, jax.random.fold_in(sampler.key, position))
         return jnp.where(sampler.temperature > 0, token, likeliest)
 
-    token = jax.lax.cond(needed.sampling, sampled, lambda: likeliest)
+    token = jax.lax.cond(active.sampling, sampled, lambda: likeliest)
     below = logits - jnp.max(logits)
     return token, below[token] - jnp.log(_sum(jnp.exp(below)))
 
@@ -127,9 +130,9 @@ def _penalise(
 
 
 def token_weights(
-    needed: Needed, logits: Float[Array, " vocab"], sampler: Sampler
+    active: ActiveFilters, logits: Float[Array, " vocab"], sampler: Sampler
 ) -> Int[Array, " vocab"]:
-    """What a row's temperature and filters leave of its distribution: each token's share of `ONE`.
+    """Each token's weight after temperature and filters, in units of 1 / PROBABILITY_SCALE.
 
     Probabilities are integers because their sums do not depend on the order of adding, as a
     float's last bits would. Their error is that of float32: half of 2**-30.
@@ -139,40 +142,43 @@ def token_weights(
     gap = (jnp.max(logits) - logits) / temperature
     order = jax.lax.bitcast_convert_type(gap, jnp.int32)  # sorts as the floats do: none is below 0
 
-    count = jnp.where(sampler.top_k > 0, sampler.top_k, LARGEST)
+    count = jnp.where(sampler.top_k > 0, sampler.top_k, INT32_MAX)
     limit = jax.lax.cond(
-        needed.top_k,
+        active.top_k,
         lambda: _threshold(order, jnp.ones_like(order), count, bits=31),
-        lambda: jnp.int32(LARGEST),
+        lambda: jnp.int32(INT32_MAX),
     )
     odds = jnp.exp(-gap)
     left = jnp.where(order <= limit, odds, 0)
-    weights = jnp.round(left * (ONE / _sum(left))).astype(jnp.int32)
+    weights = jnp.round(left * (PROBABILITY_SCALE / _sum(left))).astype(jnp.int32)
 
-    share = jnp.maximum(1, jnp.ceil(sampler.top_p * ONE).astype(jnp.int32))
-    share = jnp.where(sampler.top_p < 1, share, LARGEST)
+    share = jnp.maximum(1, jnp.ceil(sampler.top_p * PROBABILITY_SCALE).astype(jnp.int32))
+    share = jnp.where(sampler.top_p < 1, share, INT32_MAX)
     limit = jax.lax.cond(
-        needed.top_p,
+        active.top_p,
         lambda: _threshold(order, weights, share, bits=31),
-        lambda: jnp.int32(LARGEST),
+        lambda: jnp.int32(INT32_MAX),
     )
     return jnp.where((order <= limit) & (odds >= sampler.min_p), weights, 0)
 
 
 def _sample_token(weights: Int[Array, " vocab"], key: Key[Array, ""]) -> Int[Array, ""]:
-    """A token, each as often as its weight says: where a dart falls on a line of them all."""
+    """Samples a token in proportion to its weight, by the inverse CDF."""
     # The high half of the product is spread evenly below the sum. `jax.random.randint` takes a
     # remainder of 32 bits, which favours small numbers where the sum is this large.
     total = jnp.sum(weights, dtype=jnp.uint32)
-    dart = jax.lax.mulhi(jax.random.bits(key, (), jnp.uint32), total).astype(jnp.int32)
+    offset = jax.lax.mulhi(jax.random.bits(key, (), jnp.uint32), total).astype(jnp.int32)
     numbers = jnp.arange(len(weights), dtype=jnp.int32)
-    return _threshold(numbers, weights, dart + 1, bits=(len(weights) - 1).bit_length())
+    return _threshold(numbers, weights, offset + 1, bits=(len(weights) - 1).bit_length())
 
 
 def _threshold(
-    order: Int[Array, " vocab"], weights: Int[Array, " vocab"], enough: Int[Array, ""], bits: int
+    order: Int[Array, " vocab"],
+    weights: Int[Array, " vocab"],
+    target_sum: Int[Array, ""],
+    bits: int,
 ) -> Int[Array, ""]:
-    """Where the weights of tokens, in `order`, sum to `enough`; above all of it if they never do.
+    """Where the weights, in `order`, sum to `target_sum`; above all values if they never do.
 
     Found bit by bit, which costs a tenth of a sort.
     """
@@ -180,9 +186,9 @@ def _threshold(
     def narrow(i: Int[Array, ""], found: Int[Array, ""]) -> Int[Array, ""]:
         further = found | (1 << (bits - 1 - i))
         before = jnp.sum(jnp.where(order < further, weights, 0), dtype=jnp.int32)
-        return jnp.where(before < enough, further, found)
+        return jnp.where(before < target_sum, further, found)
 
-    return jax.lax.fori_loop(0, bits, narrow, jnp.zeros_like(enough))
+    return jax.lax.fori_loop(0, bits, narrow, jnp.zeros_like(target_sum))
 
 
 def _argmax(logits: Float[Array, " vocab"]) -> Int[Array, ""]:

@@ -1,4 +1,4 @@
-"""Where chat templates run: nothing within reach, little time, and origins kept.
+"""The sandbox of chat templates: no access, limited time and size, traced strings.
 
 A template comes with a model, from anyone. It reaches nothing but its arguments (Jinja's sandbox);
 it has a bounded time and size, which Jinja's sandbox does not give; and the strings that it works
@@ -22,12 +22,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hymba_jax.inference.traced_text import Traced, blend, concat, traced
 
-SECONDS = 5.0  # of a processor's time for one rendering; a usual one takes milliseconds
-MAX_CHARACTERS = 10_000_000  # of a text, or items of a list: more than any model reads
-MAX_MADE = 20 * MAX_CHARACTERS  # in all that a rendering makes on its way
-MAX_BITS = 1000  # of a number
+SECONDS = 5.0  # CPU seconds per rendering, which usually takes milliseconds
+MAX_CHARACTERS = 10_000_000  # of a string, or items of a list: more than any model reads
+MAX_MADE = 20 * MAX_CHARACTERS  # in total, intermediate results included
+MAX_BITS = 1000  # of an integer
 
-_WIDE = re.compile(r"%(\(\w*\))?[-+ #0]*[\d.]*\d{6}|{[^{}]*:[^{}]*\d{6}")  # a field in a format
+_WIDE = re.compile(r"%(\(\w*\))?[-+ #0]*[\d.]*\d{6}|{[^{}]*:[^{}]*\d{6}")  # a wide format field
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -60,7 +60,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateError(f"it takes more than {SECONDS:g} seconds")
 
     def made[T](self, value: T) -> T:
-        """The value, counted; raises TemplateError where there is too much of it."""
+        """Counts a result; raises TemplateError if too much was produced."""
         self.check()
         if isinstance(value, str | list | tuple | dict):
             self._left -= len(value)
@@ -120,7 +120,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.made(traced(d).join(map(str, value)))
 
     def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # with it what the function is to be passed
+        @functools.wraps(function)  # keeps the attributes by which Jinja passes arguments
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check_arguments(args, kwargs)
             args = tuple(traced(value) if isinstance(value, str) else value for value in args)
@@ -129,7 +129,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _check_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Whatever a number asks for, an indentation or a width, is bounded by it."""
+        """Limits every numeric argument, such as an indentation or a width."""
         self.check()
         for value in (*args, *kwargs.values()):
             if isinstance(value, int):
@@ -185,7 +185,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, where Jinja's own filter escapes what HTML would misread."""
+    """JSON without HTML escapes, unlike Jinja's own filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

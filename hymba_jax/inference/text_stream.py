@@ -8,45 +8,46 @@ from hymba_jax.data.tokenizer import Tokenizer
 # A character has up to 4 bytes, and a token at least one: what is decoded from the last 8 tokens
 # on is the same text, but for its beginning, as if all of them were decoded.
 CONTEXT = 8
-REPLACEMENT = "\ufffd"  # what stands for bytes that are no text
+REPLACEMENT = "\ufffd"  # for undecodable bytes
 
 
 class TextStream:
-    """Turns tokens into text as they come: whole characters only, nothing of a stop string.
+    """Turns tokens into text as they come: complete characters only, without stop strings.
 
     The deltas together are what the tokenizer decodes all tokens to, after the prompt's text, up
-    to the stop string that begins first. A delta comes as soon as no further token can change it.
+    to the stop string that begins first. A delta is emitted as soon as no later token can change
+    it.
 
     Attributes:
-      stopped: a stop string has been met; neither it nor what follows is given.
-      settled: how many of the tokens, from the first on, are sure to be part of the completion:
-        those whose text begins before a stop string, or before what may become one.
+      stopped: a stop string was found; neither it nor what follows is emitted.
+      num_final_tokens: number of leading tokens that are certainly part of the completion: those
+        whose text begins before a stop string, or before what may become one.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
     ) -> None:
         self.stopped = False
-        self.settled = 0
-        self._starts: list[int] = []  # where in the text each token that is not settled begins
-        self._given = self._certain = 0  # characters given, and given or held back
+        self.num_final_tokens = 0
+        self._starts: list[int] = []  # where in the text each token that is not final begins
+        self._num_emitted = self._num_final = 0  # characters emitted, and those or held
         self._run: list[int] = []  # which tokens are the byte tokens that cannot be decoded yet
         self._tokenizer = tokenizer
         self._stop = stop
         self._held = ""  # text that may be the beginning of a stop string
-        self._silent = frozenset(tokenizer.special_tokens.values())
+        self._special = frozenset(tokenizer.special_tokens.values())
         self._bytes = _byte_tokens(tokenizer)
         # The last tokens, the text that they decode to, and how much of it has been taken.
-        self._window = self._tail([token for token in prompt if self._speaks(token)])
+        self._window = self._tail([token for token in prompt if self._has_text(token)])
         self._text = tokenizer.decode(self._window)
         self._taken = len(self._text)
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token; often none."""
+        """The new text that is final after one more token; often empty."""
         if self.stopped:
             return ""
-        self._starts.append(self._certain)
-        if not self._speaks(token):
+        self._starts.append(self._num_final)
+        if not self._has_text(token):
             return ""
         self._window.append(token)
         if token in self._bytes:
@@ -75,9 +76,9 @@ class TextStream:
         self._window, self._text, self._taken = [], "", 0
         return self._before_stop(delta, last=True)
 
-    def _speaks(self, token: int) -> bool:
-        """Whether the token is text: neither special nor beyond the vocabulary."""
-        return token not in self._silent and self._tokenizer.model.id_to_token(token) is not None
+    def _has_text(self, token: int) -> bool:
+        """Whether the token has text: it is in the vocabulary and not special."""
+        return token not in self._special and self._tokenizer.model.id_to_token(token) is not None
 
     def _tail(self, tokens: list[int]) -> list[int]:
         """The last tokens, from before the run of byte tokens that they may end in."""
@@ -116,20 +117,22 @@ class TextStream:
         self.stopped = found < len(text) and found <= certain
         certain = min(found, certain)
         self._held = "" if self.stopped else text[certain:]
-        self._given += certain
-        self._certain = self._given + len(self._held)
-        while self.settled < len(self._starts) and self._starts[self.settled] < self._given:
-            self.settled += 1
+        self._num_emitted += certain
+        self._num_final = self._num_emitted + len(self._held)
+        while (
+            self.num_final_tokens < len(self._starts)
+            and self._starts[self.num_final_tokens] < self._num_emitted
+        ):
+            self.num_final_tokens += 1
         if last and not self.stopped:
-            self.settled = len(self._starts)
+            self.num_final_tokens = len(self._starts)
         return text[:certain]
 
 
 def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
-    """Tokens that are one byte each, with it, of which only a whole run can be decoded; often none.
+    """Byte-fallback tokens (as of SentencePiece) with their bytes; often empty.
 
-    A tokenizer that has them (SentencePiece's way) falls back on them for rare characters. A run
-    of them is text if all of it is valid UTF-8, else every byte becomes a replacement.
+    A run of them is decoded as UTF-8 if it is valid, else each byte becomes a replacement.
     """
     model = tokenizer.model
     numbers = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]

@@ -1,9 +1,8 @@
-"""Strings that remember, for each character, who wrote it.
+"""Strings that carry the origin of each character.
 
 A chat template is a program that works on what users wrote: it strips, splits and joins it. A
-`Traced` string behaves as any other and keeps its origins through all that, so that in the end it
-is known of each character whether it is the template's (`hymba_jax/data/control_tokens.py` says
-what for).
+`Traced` string behaves like any other and keeps the origins through all that, so that the result
+tells which characters the template wrote (`hymba_jax/data/control_tokens.py` uses it).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -137,9 +136,9 @@ def concat(pieces: Iterable[str]) -> Traced:
 
 
 def blend(result: Any, sources: Any) -> Any:
-    """What an operation that knows nothing of origins made of `sources`.
+    """The result of an operation on `sources` that does not track origins.
 
-    A string is a user's as a whole if any part of its sources is.
+    All of a string is a user's if any source has a user's character.
     """
     if not isinstance(result, str) or isinstance(result, Traced):
         return result

@@ -1,4 +1,4 @@
-"""`hymba warmup`: compiles what generating will need, before anyone waits for it."""
+"""`hymba warmup`: compiles the programs of generation in advance."""
 
 import os
 import time
@@ -19,12 +19,12 @@ from hymba_jax.inference.loading import ModelChoice
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Compiles a model's programs for one size of cache, and keeps them for later commands.
+    """Compiles a model's programs for one context, and caches them for later commands.
 
-    Those commands need the same `context`, `dtype` and `state_dtype` to find them.
+    Those need the same `context`, `dtype` and `state_dtype`.
 
     Attributes:
-      prompts: the most at a time; every power of two up to it is compiled.
+      prompts: largest batch; every power of two up to it is compiled.
 
     Raises:
       HymbaError: no context is named, or no possible number of prompts.
@@ -43,7 +43,7 @@ class WarmupConfig:
 
 
 def main(config: WarmupConfig) -> None:
-    """Says what it compiles and how long that takes.
+    """Prints each compilation and its time.
 
     Raises:
       HymbaError: there is no such model.
@@ -61,7 +61,7 @@ def main(config: WarmupConfig) -> None:
 
 
 def prompt_lengths(engine: Engine) -> Iterator[int]:
-    """Lengths of prompts that between them need every program of prefill."""
+    """Prompt lengths that together use every program of prefill."""
     longest, chunk = engine.max_context - 1, engine.max_chunk  # leaves room for a token
     widths = [1 << i for i in range(MIN_CHUNK.bit_length() - 1, chunk.bit_length())]
     for start in (0, chunk):

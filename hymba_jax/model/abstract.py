@@ -13,10 +13,10 @@ from hymba_jax.model.sharding import state_shardings
 from hymba_jax.parallel.mesh import AnyMesh
 
 type ParamPath = tuple[Any, ...]
-"""Names and numbers from the model to one of its parameters."""
+"""Path of a parameter in the model: names and indices."""
 
 type Params = dict[Any, Any]
-"""Nested dictionaries of arrays: NNX variables without their wrapping, which costs time a step."""
+"""Nested dictionaries of arrays: NNX's wrappers would cost time in every step."""
 
 
 def abstract_model(
@@ -48,7 +48,7 @@ def abstract_params(
 def _unstacked(
     params: dict[ParamPath, jax.ShapeDtypeStruct], config: HymbaConfig
 ) -> dict[ParamPath, jax.ShapeDtypeStruct]:
-    """Each layer's own parameters, of those of a model that stacks them."""
+    """The parameters of each layer, from those of a model that stacks them."""
     unstacked = {path: like for path, like in params.items() if path[0] != "groups"}
     for target, source in zip(
         layer_paths(config, scan_layers=False),

@@ -54,12 +54,12 @@ class Attention(nnx.Module):
         meta: KVCache | None = None,
         shared: AttendedKV | None = None,
     ) -> tuple[Float[Array, "batch length attention_channels"], AttendedKV]:
-        """The heads' outputs side by side, and the keys and values that they saw.
+        """The concatenated heads' outputs, and the keys and values that they attended to.
 
         Args:
           cache: of the tokens before x; None where there are none.
-          meta: of the meta tokens; None where x is these.
-          shared: what the layer before saw, for a layer that reuses its keys and values.
+          meta: of the meta tokens; None where x are the meta tokens.
+          shared: keys and values of the layer before, for a layer that reuses them.
         """
         query = self.query(x, context.rope)
         if not self.reuses_kv:
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         self, query: Float[Array, "batch length heads head_dim"], kv: AttendedKV, context: Context
     ) -> Float[Array, "batch length heads value_dim"]:
         if kv.meta is None:
-            return attention(query, *kv.new, window=None)  # meta tokens never lose each other
+            return attention(query, *kv.new, window=None)  # meta tokens are not windowed
         if kv.cache is not None and context.start is not None and query.shape[1] == 1:
             output = attention_step(
                 query[:, 0],
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         )
 
     def flops(self, length: int) -> float:
-        """Of a sequence's scores and weighted sums: each query with the keys that it sees."""
+        """FLOPs of one sequence's scores and weighted sums, each query with its unmasked keys."""
         seen = np.arange(1, length + 1)
         if self.window is not None:
             seen = np.minimum(seen, self.window + 1)
@@ -127,7 +127,8 @@ class Attention(nnx.Module):
     def weights(
         self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None = None
     ) -> Float[Array, "batch heads length length"]:
-        """The attention maps of whole sequences, for looking at; the forward pass never holds them.
+        """The attention maps of whole sequences, for inspection; the forward pass does not store
+        them.
 
         Args:
           x: begins with the meta tokens.

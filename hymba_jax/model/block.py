@@ -25,7 +25,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 class WithMeta(NamedTuple):
-    """Something of the meta tokens, which are computed once, and of the sequences behind them.
+    """A value for the meta tokens, computed once, and one for the sequences that follow them.
 
     Attributes:
       meta: None in a model without meta tokens.
@@ -54,11 +54,11 @@ class Block(nnx.Module):
         meta: KVCache | None,
         shared: AttendedKV | None,
     ) -> LayerOutput:
-        """The layer's output for positions that continue from a state.
+        """The layer's output for positions that follow a state.
 
         Args:
-          meta: keys and values of the meta tokens; None where x is these.
-          shared: what the layer before saw, for a layer that reuses its keys and values.
+          meta: keys and values of the meta tokens; None where x are the meta tokens.
+          shared: keys and values of the layer before, for a layer that reuses them.
         """
         mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, state, meta, shared)
         x = constrain(x + mixed, "batch", "length", None)
@@ -94,10 +94,10 @@ def run_full_forward(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any
 
 
 class LayerGroup(nnx.Module):
-    """Layers that stand together; keys and values pass between them and no further.
+    """Consecutive layers; keys and values are shared only among them.
 
     Args:
-      keys: one random key a layer.
+      keys: one PRNG key per layer.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LayerGroup(nnx.Module):
         states: Sequence[LayerState],
         metas: Sequence[KVCache | None],
     ) -> list[LayerOutput]:
-        """Each layer's output for positions that continue from a state."""
+        """Each layer's output for positions that follow a state."""
         shared, outputs = None, []
         for block, state, meta in zip(self.blocks, states, metas, strict=True):
             outputs.append(run_block(*nnx.split(block), x, context, state, meta, shared))
@@ -129,7 +129,8 @@ class LayerGroup(nnx.Module):
     def full_forward(self, x: WithMeta, context: WithMeta) -> list[WithMeta]:
         """Each layer's output for sequences that start from the state after the meta tokens.
 
-        Both pass a layer one after the other, so that its parameters are gathered once.
+        Meta tokens and sequences go through a layer in turn, so that its parameters are gathered
+        once.
         """
         run: Callable[..., WithMeta] = run_full_forward
         if self.remat != "none":
@@ -145,10 +146,10 @@ class LayerGroup(nnx.Module):
 
 
 class ScannedLayers(nnx.Module):
-    """Equal groups whose parameters are stacked in front, applied by one scan.
+    """Equal groups whose parameters are stacked along a leading axis, applied by one scan.
 
     Args:
-      keys: random keys, (groups, layers of a group).
+      keys: PRNG keys, (groups, layers of a group).
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class ScannedLayers(nnx.Module):
         self.group = make_groups(keys)
 
     def full_forward(self, x: WithMeta, context: WithMeta, *, keep_all: bool) -> list[WithMeta]:
-        """The last layer's output, after those of the others if they are to be kept."""
+        """The last layer's output, preceded by those of the others if they are to be kept."""
         graph, params = nnx.split(self.group)
 
         def run_group(x: WithMeta, group_params: nnx.State) -> tuple[WithMeta, list[WithMeta]]:

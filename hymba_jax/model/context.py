@@ -1,4 +1,4 @@
-"""What every layer knows of the positions that it is given."""
+"""Positions of a batch, as every layer sees them."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,13 @@ from hymba_jax.types import Array, Int
 
 
 class Context(NamedTuple):
-    """Of a batch of meta tokens, or of tokens.
+    """Positions of a batch of tokens, or of the meta tokens.
 
     Attributes:
-      rope: the positions' rotation.
-      start: tokens of each row before these, whose keys and values are in the cache; None where
-        there is no cache.
-      lengths: valid positions of each row, where padding stands behind them.
-      segment_ids: the document of each position, where rows have several.
+      rope: rotary cos and sin of the positions.
+      start: tokens of each row that are in the cache already; None without a cache.
+      lengths: valid positions of each row; the rest is padding.
+      segment_ids: the document of each position; None if each row is one document.
     """
 
     rope: Rope

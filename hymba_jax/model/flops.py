@@ -1,6 +1,6 @@
-"""How much arithmetic an architecture needs, whatever an implementation does.
+"""Model FLOPs of an architecture, independent of the implementation.
 
-What counts is defined by the model and its layers: `Hymba.flops`, `Attention.flops`, `SSM.flops`.
+They are defined by the model and its layers: `Hymba.flops`, `Attention.flops`, `SSM.flops`.
 """
 
 import functools
@@ -11,16 +11,16 @@ from hymba_jax.model.hymba import Hymba
 
 @functools.lru_cache
 def forward_flops(config: HymbaConfig, length: int, *, predicted: int) -> float:
-    """FLOPs of one sequence's forward pass, of which `predicted` positions have logits."""
+    """FLOPs of one sequence's forward pass, with logits at `predicted` positions."""
     return Hymba.abstract(config, ComputeConfig()).flops(length, predicted=predicted)
 
 
 @functools.lru_cache
 def head_flops(config: HymbaConfig, length: int) -> float:
-    """Those of them that are no matmuls with parameters: attention's and the SSM's own."""
+    """Those of `forward_flops` that are not matmuls with parameters: attention and SSM."""
     return Hymba.abstract(config, ComputeConfig()).head_flops(length)
 
 
 def training_flops(config: HymbaConfig, length: int) -> float:
-    """Of a sequence's loss and gradient: three times the forward pass, nothing computed twice."""
+    """FLOPs of a sequence's loss and gradient: three forward passes, without recomputation."""
     return 3 * forward_flops(config, length, predicted=length)

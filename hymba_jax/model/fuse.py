@@ -1,8 +1,7 @@
 """Matmuls of one input with several kernels as one matmul, for inference.
 
 With one token at a time the fixed cost of a matmul counts: one large matmul reads its kernel up to
-a third faster than several small ones. In training kernels stay apart, as each is sharded along
-axes of its own.
+a third faster than several small ones. In training they are separate, as each has its own sharding.
 """
 
 from collections.abc import Sequence
@@ -15,19 +14,19 @@ from hymba_jax.model.layers import Linear
 from hymba_jax.types import Array, Float
 
 
-class Part(nnx.Module):
-    """Some outputs of a linear map; what several of them share is computed once."""
+class FusedSlice(nnx.Module):
+    """A slice of a fused linear map, whose output is computed once."""
 
-    def __init__(self, whole: Linear, start: int, stop: int):
-        self.whole = whole
+    def __init__(self, fused: Linear, start: int, stop: int):
+        self.fused = fused
         self.start, self.stop = start, stop
 
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
-        return self.whole(x)[..., self.start : self.stop]
+        return self.fused(x)[..., self.start : self.stop]
 
 
 def fuse_projections(model: Hymba) -> Hymba:
-    """The same model, changed in place: each mixer begins with one matmul, and so does each MLP.
+    """The same model, changed in place: the input projections of a mixer or an MLP are one matmul.
 
     Args:
       model: with `scan_layers=False`.
@@ -40,14 +39,14 @@ def fuse_projections(model: Hymba) -> Hymba:
 
 
 def _fuse(modules: Sequence[nnx.Module | None], names: Sequence[str]) -> None:
-    """Makes one linear map of those that these modules have by these names."""
-    places = [(module, name) for module in modules for name in names if hasattr(module, name)]
-    parts = [getattr(module, name) for module, name in places]
-    whole = nnx.clone(parts[0])
-    kernel = jnp.concatenate([part.kernel[...] for part in parts], axis=1)
-    whole.kernel = nnx.Param(kernel, axes=("hidden", "projections"))
+    """Fuses the linear maps that these modules have by these names into one."""
+    owners = [(module, name) for module in modules for name in names if hasattr(module, name)]
+    linears = [getattr(module, name) for module, name in owners]
+    fused = nnx.clone(linears[0])
+    kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)
+    fused.kernel = nnx.Param(kernel, axes=("hidden", "projections"))
     start = 0
-    for (module, name), part in zip(places, parts, strict=True):
-        stop = start + part.kernel.shape[1]
-        setattr(module, name, Part(whole, start, stop))
+    for (module, name), linear in zip(owners, linears, strict=True):
+        stop = start + linear.kernel.shape[1]
+        setattr(module, name, FusedSlice(fused, start, stop))
         start = stop

@@ -47,7 +47,7 @@ class Hymba(nnx.Module):
         layer_keys = jax.random.split(rngs.params(), config.num_layers)
         self.groups: nnx.List[ScannedLayers | LayerGroup] = nnx.List()
         start = 0
-        for group in _held_groups(config, compute.scan_layers):
+        for group in _layer_groups(config, compute.scan_layers):
             keys = layer_keys[start : start + group.num_layers]
             if group.repeats > 1:
                 keys = keys.reshape(group.repeats, len(group.layers))
@@ -74,9 +74,9 @@ class Hymba(nnx.Module):
         """Logits in float32 for the token after each token.
 
         Args:
-          segment_ids: the document of each token, if rows have several, one behind another. A
-            document starts where the id differs from the one before, from the meta tokens' state
-            as every row does: it is computed as if it were alone.
+          segment_ids: the document of each token, where rows contain several. A document starts
+            where the id changes; it starts from the meta tokens' state and is computed as if it
+            were alone.
 
         Raises:
           ValueError: with segment_ids, the rotation depends on the length of each document.
@@ -88,7 +88,7 @@ class Hymba(nnx.Module):
     ) -> list[Float[Array, "batch positions hidden"]]:
         """The first layer's input and each layer's output, before the final norm.
 
-        The meta tokens' are in front of each row's.
+        Those of the meta tokens come first in each row.
         """
         states = self._full_forward(tokens, None, keep_all=True)
         return [
@@ -154,7 +154,7 @@ class Hymba(nnx.Module):
         """A state of zeros, for sequences of up to `context` tokens.
 
         Args:
-          state_dtype: that the SSM's states are kept in; they are computed in float32.
+          state_dtype: that SSM states are stored in; they are computed in float32.
         """
         layers = tuple(
             block.mixer.init_state(batch, context, self.compute.dtype, state_dtype)
@@ -171,13 +171,13 @@ class Hymba(nnx.Module):
         *,
         is_start: bool = False,
     ) -> tuple[Float[Array, "batch length hidden"], ModelState]:
-        """The last layer's output for tokens that continue from a state, and the state after them.
+        """The last layer's output for tokens that follow a state, and the state after them.
 
         Equal to the full forward pass at those positions, whatever chunks a sequence comes in.
 
         Args:
-          lengths: valid tokens of each row; those after them leave no trace.
-          is_start: no row has tokens in its state yet, which saves looking for them.
+          lengths: valid tokens of each row; the rest is padding and does not affect the state.
+          is_start: every row's state is empty, so that the cache need not be attended to.
         """
         start, num_meta_tokens = state.lengths, self.config.num_meta_tokens
         positions = num_meta_tokens + start[:, None] + jnp.arange(tokens.shape[1])[None]
@@ -189,7 +189,7 @@ class Hymba(nnx.Module):
             states, metas = zip(*(next(before) for _ in group.blocks), strict=True)
             seen = [layer._replace(kv=None) for layer in states] if is_start else states
             outputs = group(x, context, seen, [layer.kv for layer in metas])
-            # Written after the last reading, so that it happens in place.
+            # Updated after its last use, so that XLA updates it in place.
             x, kv = jax.lax.optimization_barrier((outputs[-1].x, [layer.kv for layer in states]))
             layers += [
                 layer._replace(kv=cache).update(output, start, lengths)
@@ -199,7 +199,7 @@ class Hymba(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """The tokens' embeddings, in the compute dtype."""
-        embedding = gather_param(self.embedding)  # not rounded: its gradients add up unrounded
+        embedding = gather_param(self.embedding)  # not cast: gradients are summed in float32
         return constrain(embedding[tokens].astype(self.compute.dtype), "batch", "length", None)
 
     def embed_meta(self) -> Float[Array, "1 meta_tokens hidden"]:
@@ -208,11 +208,11 @@ class Hymba(nnx.Module):
         return constrain(meta[None], None, "length", None)
 
     def flops(self, length: int, *, predicted: int) -> float:
-        """FLOPs of a sequence's forward pass, whatever an implementation does.
+        """FLOPs of a sequence's forward pass, independent of the implementation.
 
-        Each token meets every kernel: 2 for a multiplication and its addition. Heads count their
-        own. Norms, rotation and softmax are left out, and so is all that meta tokens compute: no
-        sequence computes it again.
+        Every token is multiplied with every kernel: 2 FLOPs per multiply-add. Heads define their
+        own. Norms, rotation and softmax are left out, and so are the meta tokens, which are
+        computed once.
 
         Args:
           length: tokens of the sequence.
@@ -227,7 +227,7 @@ class Hymba(nnx.Module):
         return 2.0 * (kernels * length + vocabulary) + self.head_flops(length)
 
     def head_flops(self, length: int) -> float:
-        """Those of `flops` that are no matmuls with parameters: attention's and the SSM's own."""
+        """Those of `flops` that are not matmuls with parameters: attention and SSM."""
         return sum(
             repeats * block.mixer.flops(length)
             for group, repeats in self._repeated()
@@ -246,8 +246,8 @@ class Hymba(nnx.Module):
         return constrain(logits, "batch", "length", "vocab")
 
     def _repeated(self) -> list[tuple[LayerGroup, int]]:
-        """Each group, and how many equal ones it stands for."""
-        repeats = [group.repeats for group in _held_groups(self.config, self.compute.scan_layers)]
+        """Each group with its repeat count."""
+        repeats = [group.repeats for group in _layer_groups(self.config, self.compute.scan_layers)]
         groups = (g.group if isinstance(g, ScannedLayers) else g for g in self.groups)
         return list(zip(groups, repeats, strict=True))
 
@@ -258,7 +258,7 @@ class Hymba(nnx.Module):
     def _unrolled(self) -> list[LayerGroup]:
         groups = [group for group in self.groups if isinstance(group, LayerGroup)]
         if len(groups) != len(self.groups):
-            raise ValueError("a model that scans its layers keeps no state: see scan_layers")
+            raise ValueError("a model with scan_layers has no state: use unstack_layers")
         return groups
 
 
@@ -267,16 +267,16 @@ def _meta_positions(config: HymbaConfig) -> Int[Array, "1 meta_tokens"]:
 
 
 class LayerPath(NamedTuple):
-    """Where a layer's parameters are: the path of its block, and which of its stack it is."""
+    """Path of a layer's parameters: that of its block, and its index in the stack."""
 
     block: tuple[str | int, ...]
     repeat: int | None
 
 
 def layer_paths(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPath]:
-    """The place of each layer among the parameters, first layer first."""
+    """The path of each layer's parameters, first layer first."""
     places = []
-    for i, group in enumerate(_held_groups(config, scan_layers)):
+    for i, group in enumerate(_layer_groups(config, scan_layers)):
         for repeat in range(group.repeats):
             for j in range(len(group.layers)):
                 if group.repeats > 1:
@@ -331,7 +331,7 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def _held_groups(config: HymbaConfig, scan_layers: bool) -> tuple[GroupSpec, ...]:
+def _layer_groups(config: HymbaConfig, scan_layers: bool) -> tuple[GroupSpec, ...]:
     """The groups as the model holds them: repeated ones stacked, or each by itself."""
     if scan_layers:
         return config.groups

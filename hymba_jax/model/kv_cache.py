@@ -1,9 +1,8 @@
-"""Keys and values, and the cache of those that later tokens see.
+"""Keys and values, and their cache.
 
-A cache has a size known when it is made, and no more slots than its layer can use: every position
-of the context in a global layer, the last `window` positions in the others, none in a layer that
-reuses its neighbour's. The meta tokens' keys and values are the same for every sequence, and held
-once whatever the batch (paper, section 2.4).
+A cache has a fixed number of slots: the whole context in a global layer, the last `window`
+positions in the others, none in a layer that reuses its neighbour's. The meta tokens' keys and
+values are the same for every sequence and stored once for the batch (paper, section 2.4).
 """
 
 from typing import NamedTuple
@@ -14,29 +13,29 @@ from hymba_jax.types import Array, Float, Int
 
 
 class KeyValue(NamedTuple):
-    """Of some positions: keys after rotation, and values."""
+    """Keys (rotated) and values of some positions."""
 
     key: Float[Array, "batch length kv_heads head_dim"]
     value: Float[Array, "batch length kv_heads value_dim"]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far: those of token t stand in slot t % slots."""
+    """Keys and values of the tokens so far: token t is in slot t % slots."""
 
     key: Float[Array, "batch kv_heads slots head_dim"]
     value: Float[Array, "batch kv_heads slots value_dim"]
 
     @classmethod
     def of(cls, kv: KeyValue) -> "KVCache":
-        """A cache of these positions, all its slots filled."""
+        """A cache whose slots are filled with these positions."""
         return cls(*(a.swapaxes(1, 2) for a in kv))
 
     def update(
         self, new: KeyValue, start: Int[Array, "batch"], lengths: Int[Array, "batch"]
     ) -> "KVCache":
-        """With the first `lengths` positions of `new`, which follow `start` tokens.
+        """The cache after the first `lengths` positions of `new`, which follow `start` tokens.
 
-        Where more positions than slots are new, the last ones stay.
+        If these are more than its slots, the last ones are kept.
         """
         batch, length, kv_heads = new.key.shape[:3]
         slots = self.key.shape[2]
@@ -53,8 +52,8 @@ class KVCache(NamedTuple):
         )
 
     def in_order(self, end: Int[Array, "batch"]) -> KeyValue:
-        """The last `slots` positions before `end`, oldest first; those before the first token are
-        zero, or left from another sequence."""
+        """The last `slots` positions before `end`, oldest first; slots before the first token are
+        zero or stale."""
         slots = self.key.shape[2]
         order = (end[:, None] + jnp.arange(slots)[None]) % slots
         rows = (jnp.arange(order.shape[0])[:, None], slice(None), order)
@@ -62,12 +61,12 @@ class KVCache(NamedTuple):
 
 
 class AttendedKV(NamedTuple):
-    """All keys and values that a layer's queries see, which the layers that reuse them see, too.
+    """Keys and values that a layer attends to, passed on to layers that reuse them.
 
     Attributes:
       new: of the positions that the layer is given.
-      cache: of the tokens before; None where there are none.
-      meta: of the meta tokens, as a batch of one; None while these are computed themselves.
+      cache: of the tokens before; None if there are none.
+      meta: of the meta tokens, batch 1; None while the meta tokens themselves are computed.
     """
 
     new: KeyValue

@@ -1,4 +1,4 @@
-"""The two parts every block is made of: a linear map and a norm.
+"""The two building blocks of every layer: a linear map and a norm.
 
 Parameters name their logical axes in the metadata `axes`; `parallel/mesh.py` has the one
 table from those to the axes of a device mesh.
@@ -51,7 +51,7 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis; the mean square in float32.
 
     Args:
-      shape: of the scale; one number a feature, or (heads, features) for a norm per head.
+      shape: of the scale; (features,), or (heads, features) for a norm per head.
     """
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, dtype: DTypeLike):

@@ -25,7 +25,7 @@ class Rope(NamedTuple):
 
 
 def has_fixed_rope(config: HymbaConfig, total: int) -> bool:
-    """Whether up to so many positions are rotated alike, however long their sequence is."""
+    """Whether the rotation of so many positions does not depend on the sequence's length."""
     return config.rope_type != "dynamic_ntk" or total <= config.attention.rope_original_positions
 
 
@@ -35,7 +35,7 @@ def make_rope(
     """The rotation for these positions of a sequence.
 
     Args:
-      positions: absolute, counted from the first meta token; one row where all are alike.
+      positions: absolute, counted from the first meta token; one row if all rows are equal.
       total: length of the whole sequence, meta tokens included; only "dynamic_ntk" reads it.
     """
     frequencies = inverse_frequencies(config, total)
@@ -48,8 +48,8 @@ def inverse_frequencies(
 ) -> Float[Array, " half_dim"]:
     """Radians by which a position rotates each pair of channels.
 
-    The ntk forms enlarge the base so that `max_positions` (or the present length) rotates the
-    slowest pair no further than `rope_original_positions` did.
+    The ntk forms enlarge the base so that at `max_positions` (or the current length) the slowest
+    pair has rotated no further than at `rope_original_positions` before.
     """
     base: float | Array = config.rope_base
     if config.rope_type == "dynamic_ntk":

@@ -20,7 +20,7 @@ from hymba_jax.parallel.mesh import (
 
 
 def axis_sizes(config: HymbaConfig) -> dict[str, int]:
-    """What the mesh has to divide, to shard a model's parameters along each logical axis."""
+    """Size of each logical axis, which its mesh axes have to divide."""
     widths = [config.mixer_channels(spec) for spec in config.layer_specs]
     return {
         "hidden": config.hidden_size,
@@ -65,7 +65,7 @@ def state_shardings(state: Any, config: HymbaConfig, mesh: AnyMesh) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return replicated(mesh)
         axes = leaf.get_metadata("axes")
-        stacked = len(leaf.get_raw_value().shape) - len(axes)  # stacked layers stand in front
+        stacked = len(leaf.get_raw_value().shape) - len(axes)  # stacked layers come first
         return NamedSharding(mesh, partition([*[None] * stacked, *axes], sizes, mesh))
 
     return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -14,7 +14,7 @@ from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.types import Array, Float
 
-DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps at the start of training: Mamba, section 3.6
+DT_MIN, DT_MAX = 1e-3, 1e-1  # initial time steps: Mamba, section 3.6
 
 
 class SSMState(NamedTuple):
@@ -24,9 +24,9 @@ class SSMState(NamedTuple):
     ssm_state: Float[Array, "batch state channels"]
 
     def of_rows(self, batch: int) -> "SSMState":
-        """A batch that starts from this state.
+        """The state broadcast to a batch.
 
-        In float32 where it is the same for all rows, whose gradients are summed.
+        In float32 where all rows share it, as their gradients are summed.
         """
         if len(self.ssm_state) == batch:
             return self
@@ -43,8 +43,8 @@ class SSMState(NamedTuple):
 class SSM(nnx.Module):
     """conv, silu, selective scan, gate.
 
-    A_log, D and dt_bias are float32 whatever the parameters are: the recurrence multiplies their
-    rounding over the whole sequence.
+    A_log, D and dt_bias are always float32: their rounding errors would accumulate over the
+    sequence.
     """
 
     def __init__(self, config: HymbaConfig, compute: ComputeConfig, rngs: nnx.Rngs):
@@ -120,8 +120,8 @@ class SSM(nnx.Module):
         """A state of zeros.
 
         Args:
-          dtype: of the convolution's inputs.
-          state_dtype: that the recurrence's state is kept in; it is computed in float32.
+          dtype: of the convolution's state.
+          state_dtype: that the SSM state is stored in; it is computed in float32.
         """
         taps, channels = self.conv_kernel.shape[-2:]
         return SSMState(
@@ -130,11 +130,11 @@ class SSM(nnx.Module):
         )
 
     def flops(self, length: int) -> float:
-        """Of a sequence's convolution and scan.
+        """FLOPs of one sequence's convolution and scan.
 
-        Each tap takes 2 a channel, each position of the scan 9 a state and channel: delta A, its
-        exponential, times h; delta x, times B, their sum; times C, the sum over states; what D and
-        the gate add.
+        Per position and channel, 2 per tap of the convolution, and 9 per state of the scan: delta
+        A, its exponential, times h; delta x, times B, their sum; times C, the sum over states; D
+        and gate.
         """
         taps, channels = self.conv_kernel.shape[-2:]
         return float(length * channels * (9 * self.sizes[1] + 2 * taps))

@@ -1,4 +1,4 @@
-"""What layers keep between tokens, which each kind of head defines in its own file.
+"""The state of a model between tokens. Each kind of head defines its own.
 
 | layer                    | keys and values                 | SSM                         |
 |--------------------------|---------------------------------|-----------------------------|
@@ -20,7 +20,7 @@ from hymba_jax.types import Array, Float, Int
 
 
 class LayerOutput(NamedTuple):
-    """A mixer's output, or its block's, and what its layer's next state is made of."""
+    """The output of a mixer or block, with what the layer's next state is made from."""
 
     x: Float[Array, "batch length hidden"]
     kv: AttendedKV | None
@@ -28,11 +28,11 @@ class LayerOutput(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """A layer's state; None where it has no such heads, or sees its neighbour's.
+    """A layer's state; None for heads that it does not have, and for reused keys and values.
 
     Attributes:
       kv: keys and values of the tokens so far; of the meta tokens, in their own state.
-      ssm: after the last of them.
+      ssm: state after the last of them.
     """
 
     kv: KVCache | None = None
@@ -51,17 +51,17 @@ class LayerState(NamedTuple):
 
 
 type MetaState = tuple[LayerState, ...]
-"""Of each layer, the state after the meta tokens, as a batch of one."""
+"""State of each layer after the meta tokens, with batch 1."""
 
 
 class ModelState(NamedTuple):
-    """Of each layer, the state of a batch of sequences, and the sequences' lengths in tokens."""
+    """State of each layer for a batch of sequences, and the number of tokens of each."""
 
     layers: tuple[LayerState, ...]
     lengths: Int[Array, "batch"]
 
-    def start(self, meta: MetaState) -> "ModelState":
-        """As it is before the first token of each sequence."""
+    def initialize(self, meta: MetaState) -> "ModelState":
+        """The state before the first token of each sequence."""
         layers = (
             layer._replace(ssm=layer.ssm and start.ssm and layer.ssm.update(start.ssm))
             for layer, start in zip(self.layers, meta, strict=True)

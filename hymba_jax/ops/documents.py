@@ -1,7 +1,6 @@
-"""Documents packed one behind another in a row, each computed as if it stood alone.
+"""Documents packed into a row, each computed as if it were alone.
 
-A document starts where its id differs from the id before. It starts from the state that the row's
-first document starts from: the caller's initial state, not zero.
+A document starts where `segment_ids` change, from the row's initial state, not from zero.
 """
 
 from typing import NamedTuple
@@ -13,10 +12,10 @@ from hymba_jax.types import Array, Bool, Float, Int
 
 
 class Documents(NamedTuple):
-    """What a recurrence needs to know of the documents in its rows.
+    """What a recurrence needs to know about documents.
 
-    The state that documents start from is apart from the state before the first position, as a
-    shard of the length begins within a document.
+    The state that documents start from is separate from the one before the first position, as a
+    shard of the sequence may begin inside a document.
     """
 
     starts: Bool[Array, "batch length"]
@@ -24,7 +23,7 @@ class Documents(NamedTuple):
 
 
 def document_starts(segment_ids: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
-    """Where documents start, but for position 0: it continues from the initial state anyway."""
+    """Where documents start, but for position 0: it continues from the initial state."""
     before = jnp.roll(segment_ids, 1, axis=1)
     return (segment_ids != before) & (jnp.arange(segment_ids.shape[1]) > 0)[None]
 

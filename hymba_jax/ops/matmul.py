@@ -18,7 +18,7 @@ def matmul(
     dtype: DTypeLike | None = None,
     axes: tuple[str, ...] = (),
 ) -> Float[Array, "*leading outputs"]:
-    """x @ kernel, in x's dtype unless another is asked for; x and kernel have one dtype.
+    """x @ kernel, in x's dtype unless another is given; x and kernel have the same dtype.
 
     JAX's own gradient of the kernel is (dy x).T; XLA:CPU is up to five times as fast at x dy,
     which is laid out as the kernel is. On accelerators the two are the same matmul. The gradient
@@ -62,9 +62,9 @@ def matmul_transposed(
     dtype: DTypeLike,
     axes: tuple[str, ...] = (),
 ) -> Float[Array, "batch length outputs"]:
-    """x @ kernel.T, for a kernel that has another use as it is."""
+    """x @ kernel.T, for a kernel that is also used untransposed."""
     if x.shape[1] > 1:
         return matmul(x, kernel.T, dtype, axes[::-1])
-    # With few rows XLA:CPU would transpose all of the kernel first, which it need not this way.
+    # With few rows XLA:CPU would transpose the whole kernel first.
     y = dot_general(kernel, x[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=dtype)
     return y.T[:, None]

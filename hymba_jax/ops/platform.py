@@ -1,4 +1,4 @@
-"""What a function is traced for, by which an op chooses its implementation."""
+"""The platform that is traced for, by which an op chooses its implementation."""
 
 import jax
 
@@ -6,8 +6,8 @@ import jax
 def target_platform() -> str:
     """`cpu`, `tpu`, `gpu` or `older gpu` (before Hopper, without its asynchronous copies).
 
-    That of the mesh in context (`jax.set_mesh`), which may be compiled for from elsewhere, or else
-    of this process's devices.
+    That of the mesh in context (`jax.set_mesh`), which may be an ahead-of-time target, else of this
+    process's devices.
     """
     target = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if target is None else target.platform

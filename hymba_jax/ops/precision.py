@@ -1,7 +1,7 @@
-"""Matmuls that are as exact as their operands.
+"""Matmul precision: float32 operands are not rounded.
 
 By default a GPU rounds float32 operands to the 10 bits of TF32, and a TPU to the 7 of bfloat16.
-Operands of other dtypes are multiplied as they are, here as by default.
+Operands of other dtypes have the default precision.
 """
 
 from functools import partial

@@ -4,7 +4,7 @@
 |----------------|----------------------------------------------------------------------|
 | `mesh.py`      | the one table from logical axes to mesh axes, constraints, gathering |
 | `shard_map.py` | ops whose kernels XLA cannot shard                                   |
-| `memory.py`    | what a device has, and whether something fits                        |
+| `memory.py`    | device memory, and checks before allocation                          |
 | `processes.py` | how processes find one another, agree and end                        |
-| `watchdog.py`  | a lost process, in one line                                          |
+| `watchdog.py`  | reports a lost process in one line                                   |
 """

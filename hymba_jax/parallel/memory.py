@@ -1,4 +1,4 @@
-"""The memory of devices, and whether something fits before it is allocated."""
+"""Device memory, and checks before allocation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ GB = 10**9
 
 
 def device_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that each of this process's devices has; None where it does not tell.
+    """Bytes of memory of each of this process's devices; None if unknown.
 
     A CPU's devices share the memory of the host.
     """
@@ -24,9 +24,9 @@ def device_memory(devices: Sequence[jax.Device]) -> int | None:
 
 
 def check_fits(what: str, size: int, devices: Sequence[jax.Device], advice: str) -> None:
-    """Refuses what is larger than all memory of its devices, before it is allocated.
+    """Refuses an allocation larger than the memory of its devices.
 
-    What is smaller may still be too large: other arrays and temporaries are not counted.
+    Smaller ones may still fail: other arrays and temporaries are not counted.
 
     Args:
       what: the subject of the message.

@@ -1,9 +1,9 @@
 """The one table from logical axes to the axes of a device mesh.
 
 Models name logical axes and nothing else: those of a parameter in its metadata `axes`, those of
-activations in `constrain`. One rule holds for all arrays: an axis that the mesh does not divide
-is replicated on every device. Heads are counted in key/value heads, so that a device has whole
-groups of them.
+activations in `constrain`. One rule holds for all arrays: an axis whose size the mesh does not
+divide is replicated. Heads are counted in key/value heads, so that every device has complete
+groups.
 """
 
 import math
@@ -22,12 +22,12 @@ from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.types import Array
 
 type AnyMesh = Mesh | AbstractMesh
-"""A mesh of devices, or what is known of one that programs are lowered for from elsewhere."""
+"""A mesh of devices, or an abstract mesh to lower programs for."""
 
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
-    "hidden": ("fsdp",),  # of parameters as they are kept; see `gather`
+    "hidden": ("fsdp",),  # of stored parameters; see `gather`
     "vocab": ("tensor",),
     "mlp": ("tensor",),
     "channels": ("tensor",),
@@ -38,14 +38,14 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 def make_mesh(
     devices: Sequence[jax.Device] | None = None, parallel: ParallelConfig | None = None
 ) -> Mesh:
-    """A mesh of these devices, or of all there are, in an order that suits how they are linked.
+    """A mesh of these devices, or of all there are, ordered by their interconnect topology.
 
     Raises:
-      HymbaError: so many devices cannot be arranged so.
+      HymbaError: the sizes do not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = (parallel or ParallelConfig()).sizes(len(devices))
-    # On a torus a mesh axis is a physical axis, or several; part of one if it has to be.
+    # On a torus a mesh axis is made of physical axes, or of a part of one if necessary.
     arranged = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
@@ -77,7 +77,7 @@ def partition(axes: Sequence[str | None], sizes: Mapping[str, int], mesh: AnyMes
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -87,12 +87,12 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
 
 
 def batch_shards(mesh: AnyMesh) -> int:
-    """How many shards of equal size a batch has to have."""
+    """Number of shards of a batch."""
     return axis_product(MESH_AXES["batch"], mesh)
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that this process's devices hold, whoever else holds them, too."""
+    """The rows of a batch that this process's devices hold, possibly along with other processes."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     shards = [index[0] for index in indices if index is not None]
     return sorted({row for shard in shards for row in range(batch_size)[shard]})
@@ -144,13 +144,13 @@ def gather_param(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Arr
 def gather(value: Array, axes: tuple[str, ...]) -> Array:
     """A parameter with these logical axes, its shards along `hidden` gathered.
 
-    This is for just before it is used: a device holds no more gathered than it works on.
+    To be called just before use, so that only the parameters in use are gathered.
     """
     return _constrain_hidden(value, axes, is_sharded=False)
 
 
 def scatter(gradient: Array, axes: tuple[str, ...]) -> Array:
-    """The gradient of what was gathered, of which each device sums no more than its shard."""
+    """The gradient of a gathered parameter, reduce-scattered."""
     return _constrain_hidden(gradient, axes, is_sharded=True)
 
 
@@ -173,10 +173,10 @@ def _gather_param_forward(value: Array, axes: tuple[str, ...]) -> tuple[Array, N
 
 
 def _gather_param_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
-    # What is looked up in a table lies along the batch, and XLA would sum its gradients in shards
-    # of `hidden`. On a mesh that has `tensor`, too, it considers replicating all activations for
-    # that, with a warning of "involuntary full rematerialization". There the sum is whole, as for
-    # a kernel; elsewhere shards of it take fewer bytes of collectives.
+    # Embedding lookups lie along the batch, and XLA would sum their gradients in shards of
+    # `hidden`. With a `tensor` axis it warns of "involuntary full rematerialization" and may
+    # replicate all activations for that. There the sum is unsharded, as for a kernel; elsewhere
+    # sharding it takes fewer collective bytes.
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         gradient = gather(gradient, axes)
     return (scatter(gradient, axes),)

@@ -1,4 +1,4 @@
-"""Runs of several processes: how they find one another, what they agree on, how they end."""
+"""Runs of several processes: initialization, agreement and shutdown."""
 
 import hashlib
 import importlib.util
@@ -24,12 +24,12 @@ _MARGIN = 5  # seconds that JAX may need to tell the others of a lost process
 
 
 def is_launched() -> bool:
-    """Whether a launcher that JAX can ask, by environment or metadata, started several processes.
+    """Whether a launcher that JAX detects started several processes.
 
-    Where it did not, JAX is not asked either: a process that is alone has nothing to wait for.
+    Otherwise JAX is not initialized: a single process has nothing to wait for.
     """
     for count, sign in (
-        ("SLURM_NTASKS", "SLURM_STEP_NODELIST"),  # the latter is set by srun alone
+        ("SLURM_NTASKS", "SLURM_STEP_NODELIST"),  # the latter is set only by srun
         ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
         ("MEGASCALE_NUM_SLICES", "MEGASCALE_COORDINATOR_ADDRESS"),  # slices of TPUs
     ):
@@ -44,16 +44,16 @@ def is_launched() -> bool:
 
 @contextmanager
 def started(config: DistributedConfig, output: str) -> Iterator[None]:
-    """Joins the other processes of the run, before JAX touches a device; alone, it does nothing.
+    """Joins the run's processes before JAX uses a device; no-op for a single process.
 
-    An exception inside ends the process at once, and JAX then ends the others: at the usual exit it
+    An exception inside ends the process immediately, and JAX then ends the others; a normal exit
     would wait for them, and they for it.
 
     Args:
       output: the run directory.
 
     Raises:
-      HymbaError: the processes cannot be as the config or the launcher says.
+      HymbaError: the processes cannot be initialized.
     """
     if not (config.is_given or is_launched()) or config.num_processes == 1:
         yield
@@ -62,7 +62,7 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         _check_port(config.coordinator)
     where = f" at {config.coordinator}" if config.coordinator else ""
     watch_stderr(output, where, config.start_timeout)
-    # JAX would take the signal that ends a process as a request to save, which nothing here does.
+    # JAX would treat the signal that ends a process as a request to save, which is not used here.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -74,7 +74,7 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         )
     except (ValueError, RuntimeError) as error:
         raise HymbaError(
-            f"the processes of the run cannot be found ({str(error).partition('\n')[0]}): give "
+            f"cannot connect the processes of the run ({str(error).partition('\n')[0]}): give "
             "distributed.coordinator, num_processes and process_id to each"
         ) from error
     try:
@@ -88,12 +88,12 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(what: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has reached this point."""
     multihost_utils.sync_global_devices(what)
 
 
@@ -113,7 +113,7 @@ def require_agreement(settings: Mapping[str, Any]) -> None:
     padded = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
     found = [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
     raise HymbaError(
-        f"the processes of the run do not agree: {'; '.join(disagreements(found))}: start all with "
+        f"the processes of the run differ: {'; '.join(disagreements(found))}: start all with "
         "the same command, packages and data"
     )
 
@@ -137,27 +137,28 @@ def disagreements(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _check_port(coordinator: str) -> None:
-    """Raises HymbaError if the port is taken, at which XLA would crash."""
+    """Raises HymbaError if the port is taken, since XLA would crash."""
     port = int(coordinator.rpartition(":")[2])
     try:
         with socket.create_server(("", port)):
             pass
     except OSError as error:
         raise HymbaError(
-            f"distributed.coordinator is {coordinator}, and here process 0 cannot listen at port "
+            f"distributed.coordinator is {coordinator}, but process 0 cannot listen on port "
             f"{port} ({error.strerror}): choose another"
         ) from error
 
 
 def _may_be_lost_process(error: BaseException) -> bool:
-    """Whether this is how a collective can fail; JAX raises some of Gloo's words as ValueError."""
+    """Whether a failed collective can look like this; JAX raises some of Gloo's errors as
+    ValueError."""
     return isinstance(error, jax.errors.JaxRuntimeError) or (
         isinstance(error, ValueError) and "Gloo" in str(error)
     )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, and all that it came from."""
+    """An exception and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

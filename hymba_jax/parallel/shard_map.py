@@ -21,14 +21,14 @@ def shard_map(
     out_axes: Any,
     **arrays: Array | None,
 ) -> Any:
-    """function(**arrays), of which each device of the mesh in context computes its shard.
+    """function(**arrays), with each device of the mesh in context computing its shard.
 
-    The function has to compute a shard along any logical axis from that shard of the arrays, from
+    The function must compute a shard along any logical axis from that shard of the arrays, from
     arrays without the axis, or from what it fetches from other devices. A result without an axis
-    has to be the same on all devices along it. Where XLA partitions nothing, this is just the call.
+    must be equal on all devices along it. Outside a mesh this is a plain call.
 
     Args:
-      function: has no arrays but its arguments.
+      function: closes over no arrays.
       axes: the logical axes of each array.
       out_axes: those of each result, in a tree like the results'.
     """
@@ -53,8 +53,8 @@ def shard_map(
         names = {n for axis, size in others.items() for n in sharded_over(axis, size, mesh)}
         return tuple(name for name in mesh.axis_names if name in names and mesh.shape[name] > 1)
 
-    # JAX's own gradient of `shard_map` is summed over all devices that have the same shard of an
-    # array, also where none has a different shard of any: there, all have the same gradient.
+    # JAX's own gradient of `shard_map` is summed over all devices with the same shard of an array,
+    # even where they all computed the same gradient.
     @jax.custom_vjp
     def run(given: dict[str, Array]) -> Any:
         return _shard_map(lambda shards: function(**shards, **rest), (specs,), out_specs)(given)

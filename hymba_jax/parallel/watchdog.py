@@ -1,8 +1,7 @@
-"""Says in one line what JAX says in forty: that another process of the run is gone.
+"""Reports in one line that another process of the run was lost, in place of JAX's forty.
 
-JAX watches the processes of a run, and where one is lost it aborts the others from a thread of
-XLA's, which Python cannot catch. So their standard error goes through a process of its own, this
-program, which outlives them.
+JAX aborts the remaining processes from an XLA thread, which Python cannot catch. So their standard
+error is piped through this program, which outlives them.
 """
 
 import os
@@ -14,20 +13,20 @@ from pathlib import Path
 from hymba_jax.run_files import checkpoint_steps
 
 # What XLA's coordination service logs before it aborts, and what it aborts with.
-_OMEN = re.compile(rb"[EF]\d{4} .*(coordination_service|JAX distributed service detected)")
+_ABORT_LOG = re.compile(rb"[EF]\d{4} .*(coordination_service|JAX distributed service detected)")
 _STDERR = 2
-_VERDICT = "the JAX distributed service detected fatal errors"
+_ABORT_MESSAGE = "the JAX distributed service detected fatal errors"
 
 
 def watch_stderr(output: str, where: str, seconds: int) -> None:
-    """Lets this process's standard error through, but for JAX's words on a lost process.
+    """Filters this process's standard error, replacing JAX's messages about a lost process.
 
     Args:
       output: the run directory.
-      where: the address at which the processes meet, if it is known.
-      seconds: how long they wait for one another.
+      where: the coordinator's address, if it is known.
+      seconds: the timeout.
     """
-    # In a session of its own, where no interrupt reaches it: it ends when its input does.
+    # In its own session, so that interrupts do not reach it; it ends at the end of its input.
     command = watcher_command(output, where, seconds)
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert watcher.stdin is not None
@@ -45,31 +44,31 @@ def watcher_command(output: str, where: str, seconds: int) -> list[str]:
     return [sys.executable, "-I", "-c", program, output, where, str(seconds)]
 
 
-def explain(words: str, output: str, where: str, seconds: int) -> str:
+def explain(stderr_text: str, output: str, where: str, seconds: int) -> str:
     """The line for what JAX said when it aborted the process."""
     again = "start all processes again with the same command"
-    if "RegisterTask" in words and "DEADLINE_EXCEEDED" in words:
+    if "RegisterTask" in stderr_text and "DEADLINE_EXCEEDED" in stderr_text:
         return (
-            f"error: not all processes of the run met{where} within {seconds} s: look at what the "
-            f"others say, whether process 0 runs there and can be reached, then {again}"
+            f"error: not all processes of the run connected{where} within {seconds} s: check the "
+            f"output of the others, whether process 0 runs there and can be reached, then {again}"
         )
-    if "RegisterTask" in words:
+    if "RegisterTask" in stderr_text:
         return (
-            f"error: another process met the others{where} in place of this one: give each process "
-            f"an id of its own and each run a port of its own, then {again}"
+            f"error: another process has connected{where} with this process's id: give each "
+            f"process its own id and each run its own port, then {again}"
         )
     steps = checkpoint_steps(output)
     rest = f"to resume from step {steps[-1]}" if steps else "to start from scratch"
-    silent = re.search(r"stopped sending heartbeats\):\s*([\d, \n]*\d)", words)
+    silent = re.search(r"stopped sending heartbeats\):\s*([\d, \n]*\d)", stderr_text)
     if silent:
         who = "process " + ", ".join(re.findall(r"\d+", silent[1]))
-    elif "Failed to send RPC to coordination service" in words:
+    elif "Failed to send RPC to coordination service" in stderr_text:
         who = "process 0"
     else:
         who = "another process"
     return (
-        f"error: {output}: lost {who}, which stopped, was killed or cannot be reached: look at "
-        f"what it said, then {again} {rest}"
+        f"error: {output}: lost {who}, which stopped, was killed or cannot be reached: check "
+        f"its output, then {again} {rest}"
     )
 
 
@@ -78,12 +77,12 @@ def main() -> None:
     output, where, seconds = sys.argv[1:]
     held: list[bytes] = []
     for line in sys.stdin.buffer:
-        if held or _OMEN.match(line):
+        if held or _ABORT_LOG.match(line):
             held.append(line)
         else:
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
-    words = b"".join(held).decode(errors="replace")
-    if _VERDICT in words:
-        words = explain(words.partition(_VERDICT)[2], output, where, int(seconds)) + "\n"
-    sys.stderr.write(words)
+    text = b"".join(held).decode(errors="replace")
+    if _ABORT_MESSAGE in text:
+        text = explain(text.partition(_ABORT_MESSAGE)[2], output, where, int(seconds)) + "\n"
+    sys.stderr.write(text)

@@ -11,7 +11,7 @@
 | `validation.py`        | the objective on held-out text                                      |
 | `sample.py`            | text from the trained model                                         |
 | `metrics.py`           | JSON lines and TensorBoard                                          |
-| `recorder.py`          | from the metrics of a step to lines                                 |
+| `recorder.py`          | prints and writes the metrics                                       |
 | `interrupts.py`        | Ctrl-C and SIGTERM in one line                                      |
 | `mfu.py`               | model FLOPs utilization, and throughput                             |
 | `profile.py`           | traces of a few steps                                               |

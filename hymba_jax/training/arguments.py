@@ -15,15 +15,14 @@ from hymba_jax.files import resolve_path
 
 
 def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
-    """The run that a command line asks for: `--config FILE`, and fields to override.
+    """The run of a command line: `--config FILE`, and fields to override.
 
-    Beside it stands how this process finds the others of the run, which no file says.
-
-    What neither says is as in the directory of `--init-from`, if there is one.
+    With it the options of multi-process initialization, which no file contains. Other defaults
+    come from the directory of `--init-from`, if given.
 
     Raises:
-      HymbaError: what it asks for cannot be.
-      SystemExit: for --help, and for arguments that are no fields.
+      HymbaError: an option is invalid.
+      SystemExit: for --help, and for unknown options.
     """
     default = run_defaults(args)
 
@@ -44,7 +43,7 @@ def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedCon
 
 
 def _with_resolved_paths(config: RunConfig) -> RunConfig:
-    """The same with every path resolved, so that one that cannot be used is refused at once."""
+    """The same with every path resolved, so that an invalid one fails immediately."""
 
     def resolved(path: str) -> str:
         return str(resolve_path(path)) if path else path

@@ -12,8 +12,7 @@ from hymba_jax.parallel.mesh import bytes_per_device
 def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
     """Refuses a state that is larger than all the memory that its devices have.
 
-    Nothing else is refused: what gradients and activations take besides, the compiler says
-    (`hymba compile`).
+    Gradients and activations are not considered: `hymba compile` reports them.
 
     Raises:
       HymbaError: naming both sizes and what to change.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end a run in one line that says where it resumes."""
+"""Ctrl-C and SIGTERM: they end a run with one line that names the step to resume from."""
 
 import signal
 import sys
@@ -20,10 +20,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def one_line_interrupts(output: str) -> Iterator[None]:
-    """Lets the first Ctrl-C or SIGTERM unwind what is inside, and then ends the program.
+    """Unwinds the body at the first Ctrl-C or SIGTERM, then exits.
 
-    A checkpoint that is being written is finished first. A second signal ends the program at once.
-    Signals that the program was told to ignore, as in a shell's background, stay ignored.
+    A checkpoint that is being written is finished. A second signal exits immediately. Ignored
+    signals, as in a shell's background, stay ignored.
 
     Args:
       output: the run directory.

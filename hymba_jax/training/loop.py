@@ -56,13 +56,14 @@ def train(config: RunConfig, generate: Generate) -> None:
       generate: the sample, from the trained model.
 
     Raises:
-      HymbaError: the run cannot be what the config says, cannot be written, or diverged.
+      HymbaError: the config is invalid for this run, the output cannot be written, or training
+        diverged.
     """
     check_output(config.output, config.init_from)
     check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
     check_batch(config.training.micro_batch_size, mesh)
-    # A process that is lost takes the others with it, and there they could not restore a terminal.
+    # A lost process aborts the others, which then cannot restore the terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
@@ -106,7 +107,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
     def loop_state(step: int) -> LoopState:
         return LoopState(step, batches.get_state(), data.train_digest, data.validation_digest)
 
-    # Whatever is refused was refused before this, which makes the run directory.
+    # All checks are done: from here on the run directory is written.
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
         start = 0
         if previous is not None:
@@ -114,7 +115,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             _check_same_run(saved, data, training.steps, config.output)
             batches.set_state(saved.batches)
             start = saved.step
-            complete = f"complete at step {start}: more training.steps would resume it"
+            complete = f"complete at step {start}: raise training.steps to continue"
             resuming = f"resuming after step {start}"
             display.say(complete if start == training.steps else resuming)
         _write_directory(config, data.tokenizer, is_new=previous is None)
@@ -165,7 +166,8 @@ def _run_steps(
     tracer: Tracer,
     display: Display,
 ) -> TrainState:
-    """The state after these steps, of which some are validated and saved: the last is both."""
+    """The state after these steps, with validation and checkpoints on schedule and after the
+    last."""
     for step in steps:
         with recorder.waiting_for("input"):
             batch = next(batches)
@@ -182,8 +184,8 @@ def _run_steps(
                 validation = validate(state.params, last)
             recorder.flush(validation)
         if last or step % training.checkpoint_every == 0:
-            # A run that diverged stops here, before it is saved. The line of metrics ends here,
-            # too: the next one is whole in a run that resumes from this checkpoint.
+            # A diverged run stops here, before it is saved. The line of metrics ends here, too, so
+            # that a run that resumes from this checkpoint starts a new one.
             recorder.flush(log=True)
             with recorder.waiting_for("checkpoint"):
                 checkpoints.save(state, loop_state(step))
@@ -212,8 +214,8 @@ def _read_data(
         tokenizer = Tokenizer.load(config.output)
     elif initial is not None and (tokenizer := initial.tokenizer_for(config.data)) is not None:
         display.say(
-            f"keeping the tokenizer of {initial.directory}: {config.data.tokenizer} would train "
-            "another, whose ids have other meanings"
+            f"keeping the tokenizer of {initial.directory}: {config.data.tokenizer} "
+            "would train another one with different ids"
         )
     display.begin("reading and tokenizing")
     data = prepare(
@@ -231,10 +233,10 @@ def _read_data(
 def _with_vocabulary(
     config: RunConfig, before: HymbaConfig | None, tokenizer: Tokenizer, display: Display
 ) -> RunConfig:
-    """The run with a number for its vocab_size: as many embeddings as before, or as tokens.
+    """The run with its vocab_size resolved: that of the source model, or of the tokenizer.
 
     Raises:
-      HymbaError: the model cannot work with the tokenizer, or not write the sample.
+      HymbaError: the model does not fit the tokenizer, or has too few positions for the sample.
     """
     embeddings = before.num_embeddings if before else tokenizer.vocab_size
     model, training = config.model.with_vocabulary(embeddings), config.training
@@ -264,15 +266,15 @@ def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, displa
 
 
 def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> None:
-    """Raises HymbaError if a checkpoint is of other text, or of a later step than the last."""
+    """Raises HymbaError if a checkpoint is of other data, or of a later step than the last."""
     for side, digest, now in (
         ("training", saved.train_digest, data.train_digest),
         ("validation", saved.validation_digest, data.validation_digest),
     ):
         if digest != now:
             raise HymbaError(
-                f"{output}: had other {side} text than data.path holds now: bring that text back, "
-                "or choose another output"
+                f"{output}: was trained on other {side} data than data.path holds now: restore "
+                "that data, or choose another output"
             )
     if saved.step > steps:
         raise HymbaError(
@@ -291,7 +293,7 @@ def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -
 
 
 def _workload(rows: int, length: int, flops: float, mesh: Mesh) -> Workload:
-    """Of a step of so many sequences, each of which needs so many FLOPs."""
+    """The workload of a step of so many sequences, each of which needs so many FLOPs."""
     return Workload(
         tokens=rows * length,
         flops=rows * flops,

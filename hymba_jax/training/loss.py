@@ -1,8 +1,7 @@
 """Objectives: what training minimizes, and validation reports.
 
-An objective maps a model and a batch to named averages, of which `loss` is minimized and the others
-are metrics. Its averages are sums and weights, so that micro-batches and batches can be added up
-exactly however their targets are spread.
+An objective maps a model and a batch to named averages; `loss` is minimized, the others are
+metrics. Averages are pairs of sum and weight, so that micro-batches and batches combine exactly.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,11 +21,11 @@ type Scalar = Any
 
 
 class Average(NamedTuple):
-    """A mean that is not divided yet.
+    """A mean before the division.
 
     Attributes:
       total: the sum.
-      weight: over how much it is one, such as the number of tokens.
+      weight: its divisor, such as the number of tokens.
     """
 
     total: Scalar
@@ -67,7 +66,7 @@ def make_loss_fn(objective: Objective, graph: nnx.GraphDef[Hymba]) -> LossFn:
 
 
 def add_averages(several: Iterable[Averages]) -> Averages:
-    """The averages of several batches as those of one, in double precision."""
+    """The sum of several batches' averages, in double precision."""
     sums: Averages = {}
     for averages in several:
         for name, (total, weight) in averages.items():
@@ -77,5 +76,5 @@ def add_averages(several: Iterable[Averages]) -> Averages:
 
 
 def means(averages: Averages) -> dict[str, float]:
-    """The averages, divided; without those over nothing."""
+    """The means; averages with weight 0 are left out."""
     return {name: float(value.mean) for name, value in averages.items() if value.weight}

@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON line a logged step, and the same to TensorBoard."""
+"""Metrics files: one JSON line per logged step, and the same to TensorBoard."""
 
 import json
 import os
@@ -25,9 +25,8 @@ TENSORBOARD = "tensorboard"
 class MetricsWriter(Closing):
     """Appends to `metrics.jsonl` and `tensorboard/` of a run directory, as a context.
 
-    Whatever was written there after `step`, by a run that stopped, and lines that are damaged are
-    moved to `metrics.removed.jsonl`, so that the lines of a resumed run read as if it had never
-    stopped, and nothing is lost.
+    Lines after `step`, left by a run that stopped, and damaged lines are moved to
+    `metrics.removed.jsonl`, so that the lines of a resumed run read as if it had never stopped.
 
     Args:
       run_directory: where; nothing is written if absent.
@@ -80,7 +79,7 @@ class _TensorBoard(Closing):
             opened.push(self)
             self._write(
                 Event(wall_time=time.time(), file_version="brain.Event:2"),
-                # What earlier files have from this step on is hidden.
+                # Hides events of earlier files from this step on.
                 Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
             )
             opened.pop_all()
@@ -88,7 +87,7 @@ class _TensorBoard(Closing):
     def write(self, step: int, values: dict[str, float]) -> None:
         now = time.time()
         summaries = (scalar(name, value) for name, value in values.items())
-        self._write(*(Event(wall_time=now, step=step, summary=one) for one in summaries))
+        self._write(*(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
 
     def _write(self, *events: Event) -> None:
         with _named(self._path):
@@ -102,7 +101,7 @@ class _TensorBoard(Closing):
 
 
 class _Lines(Closing):
-    """A file that is appended to; every write is in the operating system's hands at its return."""
+    """A file with unbuffered appends."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -125,8 +124,8 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise HymbaError(
-            f"{path}: cannot be written ({error.strerror}): see that the disk has room and can be "
-            "written to, then run the same command again"
+            f"{path}: cannot be written ({error.strerror}): check that the disk is "
+            "writable and not full, then run the same command again"
         ) from error
 
 

@@ -20,10 +20,10 @@ class Workload(NamedTuple):
     """What one step computes, and on what.
 
     Attributes:
-      tokens: that it predicts.
-      flops: FLOPs that the model needs for them, `training_flops`.
-      devices: that it is sharded over.
-      peak_flops: FLOPs per second of all devices together; None where it is not in `PEAK_FLOPS`.
+      tokens: predicted tokens.
+      flops: model FLOPs of the step, `training_flops`.
+      devices: number of devices.
+      peak_flops: FLOPs per second of all devices together; None if not in `PEAK_FLOPS`.
     """
 
     tokens: int
@@ -32,10 +32,9 @@ class Workload(NamedTuple):
     peak_flops: float | None
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What a metric line says of steps that take this long.
+        """The values of a metric line for steps that take this long.
 
-        `mfu` is flops / (seconds x peak_flops). What is recomputed to save memory, and padding, do
-        not count: they take time and are no progress.
+        `mfu` is flops / (seconds x peak_flops). Recomputation and padding are not counted.
         """
         tokens = self.tokens / seconds
         rates = {

@@ -17,7 +17,8 @@ MATRICES = {"kernel", "embedding"}
 
 
 def is_matrix(path: tuple[Any, ...], _param: Any) -> bool:
-    """Whether the parameter at this path of a tree of dictionaries is a matrix, and so decays."""
+    """Whether the parameter at this path of a tree of dictionaries is a matrix, i.e. has weight
+    decay."""
     return path[-1].key in MATRICES
 
 
@@ -25,7 +26,7 @@ def learning_rate_schedule(config: TrainingConfig) -> Callable[[Any], Any]:
     """The learning rate of the update after `count` updates.
 
     It rises linearly to its full value at the end of the warm-up, stays, and falls linearly to
-    its least value at the last update.
+    its minimum at the last update.
     """
     rate, least = config.learning_rate, config.min_learning_rate
     warmup, decay = config.warmup_steps, config.decay_steps

@@ -10,7 +10,7 @@ from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
 
 FOLDER = "profile"  # inside the run directory
-_FIRST, _COUNT = 3, 5  # the first steps of a session differ from the others
+_FIRST, _COUNT = 3, 5  # skip the first steps of a session, which are atypical
 
 
 class Tracer(Closing):
@@ -36,7 +36,7 @@ class Tracer(Closing):
             with _one_line(self._directory):
                 jax.profiler.start_trace(self._directory)
             self._is_tracing = True
-        if step == self._steps.stop:  # those before it have been waited for, but for the last
+        if step == self._steps.stop:  # earlier steps are complete, except for the last
             self.close()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield

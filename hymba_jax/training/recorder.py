@@ -1,4 +1,4 @@
-"""Turns the metrics of each step into lines: on the display, in the files."""
+"""Prints and writes the metrics of training steps."""
 
 import math
 import time
@@ -18,17 +18,16 @@ from hymba_jax.training.step import Metrics
 
 type Stall = Literal["input", "checkpoint"]
 STALLS: tuple[Stall, ...] = ("input", "checkpoint")
-"""What devices may wait for."""
+"""Causes of stalls."""
 
 
 class Recorder:
-    """Reads each step's metrics when the next step is already under way.
+    """Reads a step's metrics once the next is under way, so that no device waits for Python.
 
-    So the device never waits for Python. `flush` reads the last ones at once.
+    `flush` reads the last ones immediately.
 
-    A line of metrics is about all steps since the line before: of a metric that is an average it
-    has the average over all of them, such as the `loss` over tokens and the `grad_norm` over steps,
-    of another, such as the `learning_rate`, the last value; and the speed of their computation.
+    A line of metrics covers the steps since the line before: averages over them (`loss` per token,
+    `grad_norm` per step), the last value of others (`learning_rate`), and the throughput.
     `tokens_seen` and `epoch` count from the start of the run.
 
     Args:
@@ -63,9 +62,9 @@ class Recorder:
         self._pending = step, metrics
 
     def collect(self) -> None:
-        """Reads the step last submitted if it is done: before the next, so that the time is right.
+        """Reads the step last submitted if it is complete, before the next begins.
 
-        Where the devices do not compute behind Python's back, the next one would count, too.
+        On synchronous back ends the next step would be included in its time.
         """
         if self._is_idle():
             self.flush()
@@ -104,7 +103,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count as training."""
+        """Excludes the time spent inside from the throughput."""
         jax.block_until_ready(self._pending)
         began = time.monotonic()
         yield
@@ -112,10 +111,10 @@ class Recorder:
 
     @contextmanager
     def waiting_for(self, what: Stall) -> Iterator[None]:
-        """Time spent inside is a stall if the devices have nothing left to do at its end.
+        """Records the time spent inside as a stall if the devices are idle at its end.
 
-        The next line of metrics has it, as `input_seconds` or `checkpoint_seconds`. That is the
-        most that it can be: the devices may have been busy at first.
+        The next line of metrics has it as `input_seconds` or `checkpoint_seconds`. It is an upper
+        bound: the devices may have been busy at first.
         """
         began = time.monotonic()
         yield
@@ -158,7 +157,7 @@ def _check_finite(step: int, metrics: dict[str, Any]) -> None:
         rate = metrics.get("learning_rate")
         at = "" if rate is None else f", at learning rate {rate:.2g}"
         raise HymbaError(
-            f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}{at}: look at "
-            "the metrics of the steps before; a lower training.learning_rate, a longer warm-up "
+            f"step {step}: the loss is {loss} and its gradient's norm {grad_norm}{at}: check "
+            "the metrics of earlier steps; a lower training.learning_rate, a longer warm-up "
             "or a lower training.clip_norm may help"
         )

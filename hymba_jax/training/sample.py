@@ -20,7 +20,7 @@ type Generate = Callable[[Hymba, Tokenizer], str]
 
 
 def check_sample(prompt: str, num_tokens: int, tokenizer: Tokenizer, max_positions: int) -> None:
-    """Raises HymbaError if a model has not as many positions as a sample takes."""
+    """Raises HymbaError if the model has too few positions for the sample."""
     length = len(tokenizer.bos_ids) + len(tokenizer.encode(prompt)) + num_tokens
     if length > max_positions:
         raise HymbaError(
@@ -36,11 +36,11 @@ def sample(
     tokenizer: Tokenizer,
     mesh: Mesh,
 ) -> str | None:
-    """What the model generates in the first process; None in the others, which take part, too."""
-    everywhere = jax.device_put(params, replicated(mesh))  # by all processes together
+    """The sample, in the main process; None in the others, which must call this, too."""
+    everywhere = jax.device_put(params, replicated(mesh))  # collective: all processes
     if not is_main_process():
         return None
-    alone = make_mesh(jax.devices()[:1])  # as whoever loads the model will run it
+    alone = make_mesh(jax.devices()[:1])  # on one device, as inference runs it
     with jax.set_mesh(alone):
         local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
         return generate(nnx.merge(graph, jax.device_put(local, replicated(alone))), tokenizer)

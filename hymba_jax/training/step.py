@@ -15,10 +15,10 @@ from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float
 
 type Metrics = dict[str, Average | Float[Array, ""]]
-"""Of the parameters before an update, and of the update, by name.
+"""Metrics of an update, by name.
 
-What the objective says, with `loss` among it; `grad_norm`, the length of the gradient before
-clipping; and `learning_rate`, that the optimizer applied, where its state says which.
+Those of the objective, `loss` among them; `grad_norm`, before clipping; and `learning_rate`, if
+the optimizer's state has it.
 """
 
 
@@ -60,7 +60,7 @@ def compile_train_step(
     state: TrainState,
     batch: Batch,
 ) -> jax.stages.Compiled:
-    """The training step, compiled now; it reuses the memory of the state it is given.
+    """The compiled training step; the state is donated.
 
     Args:
       state, batch: abstract, with their shardings; the next state has those of the state.
@@ -71,7 +71,7 @@ def compile_train_step(
 
 
 def check_batch(micro_batch_size: int, mesh: AnyMesh) -> None:
-    """Refuses batches that a mesh cannot shard.
+    """Refuses batch sizes that a mesh does not divide.
 
     Raises:
       HymbaError: a micro-batch has no equal shards for its devices.

@@ -74,19 +74,19 @@ def test_a_training_step(capsys, config, four_cpus):
         "4 devices, data 1 x fsdp 2 x sequence 1 x tensor 2; sharded: batch over 2"
     )
     assert "197 TFLOP/s" in words[-1]
-    assert table["in all, fits 16.00 GB"].endswith(" GB")
+    assert table["total, fits in 16.00 GB"].endswith(" GB")
     counts = {name: int(name.split(" x ")[0]) for name in table if " x " in name}
     # Layers, micro-batches, and what both have to do: no loop's body is counted once.
     assert sum(n for name, n in counts.items() if "all-reduce" in name) > 2 * 2
     steps = ("arithmetic alone", "memory alone", "interconnect alone")
-    assert table["a step, at least"] in [table[name] for name in steps]
+    assert table["step time, lower bound"] in [table[name] for name in steps]
 
 
 @pytest.mark.parametrize(
     ("program", "step"),
     [
         ("prefill", "prefill of 2 prompts of 200 tokens"),
-        ("decode", "decoding 2 sequences of 200 tokens, a token of each a step"),
+        ("decode", "decoding 2 sequences of 200 tokens, one token each per step"),
     ],
 )
 def test_inference(capsys, config, four_cpus, program, step):
@@ -94,7 +94,7 @@ def test_inference(capsys, config, four_cpus, program, step):
     words, table = compile_for(capsys, "--config", config, "--topology", "v6e:2x2", *sizes)
     assert words[0].endswith(f"v6e:2x2: {step}")
     assert words[1] == "one of 4 chips, as generating uses one"
-    assert "in all, fits 32.00 GB" in table
+    assert "total, fits in 32.00 GB" in table
 
 
 def refusal(capsys, *arguments):
@@ -112,9 +112,9 @@ def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     memory = Memory(10 * 10**9, 12 * 10**9, 22 * 10**9)
     monkeypatch.setattr(command, "compile_and_analyze", lambda _: (memory, None))
     message, printed = refusal(capsys, "--config", config, "--topology", "v5e:2x2")
-    assert message == "error: it does not fit: 22.00 GB of 16.00 GB a chip"
+    assert message == "error: it does not fit: 22.00 GB of 16.00 GB per chip"
     words, table = parse(printed)
-    assert table["in all, does not fit 16.00 GB"] == "22.00 GB"
+    assert table["total, does not fit in 16.00 GB"] == "22.00 GB"
     assert [line.split(":")[0] for line in words if "to make it fit" in line] == [
         "to make it fit, compute.remat block",
         "to make it fit, parallel.sequence 2",
@@ -125,7 +125,7 @@ def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     ("arguments", "message"),
     [
         (["--topology", "v5e"], "not a chip and a shape"),
-        (["--topology", "v5e:2x2", "--batch", 2], "batch and context are of prefill and decode"),
+        (["--topology", "v5e:2x2", "--batch", 2], "batch and context apply to prefill and decode"),
         (["--topology", "v5e:2x2", "--parallel.tensor", 3], "is not the number of devices, 4"),
         (
             ["--topology", "v5e:2x2", "--training.gradient-accumulation-steps", 4],
@@ -156,12 +156,12 @@ def test_with_the_compiler_of_tpus(config):
         check=True,
     )
     _, table = parse(done.stdout)
-    assert "in all, fits 16.00 GB" in table
-    assert "loops of unknown trip count, taken once" not in table
+    assert "total, fits in 16.00 GB" in table
+    assert "loops of unknown trip count, counted once" not in table
     assert any("all-gather" in name for name in table)
     # Half of 4 sequences, 16 + 112 positions, half of 128 channels; layers, micro-batches.
-    assert table["4 x selective_scan_forward of a chip, up to"] == "2 x 128 x 64"
-    assert table["4 x selective_scan_backward of a chip, up to"] == "2 x 128 x 64"
+    assert table["4 x selective_scan_forward per chip, largest array"] == "2 x 128 x 64"
+    assert table["4 x selective_scan_backward per chip, largest array"] == "2 x 128 x 64"
     assert any("splash_mha_fwd" in name for name in table)
 
 

@@ -100,7 +100,7 @@ def test_matmuls_in_nested_loops():
     assert program.unknown_loops == 0
 
 
-def test_a_loop_that_ends_when_it_likes_counts_once():
+def test_a_loop_of_unknown_trip_count_is_counted_once():
     program = compiled(
         lambda x: lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ x), x),
         (WIDTH, WIDTH),

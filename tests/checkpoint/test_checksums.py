@@ -88,10 +88,10 @@ def test_the_message_names_the_place_and_the_arrays(tmp_path):
     check_tree(tmp_path, tree, metadata)
     check_tree(tmp_path, {"b": tree["b"]}, metadata)
     tree["a"][1] = -tree["a"][1]
-    with pytest.raises(HymbaError, match=rf"^{tmp_path}: damaged.*checksums of a\.1\)"):
+    with pytest.raises(HymbaError, match=rf"^{tmp_path}: damaged.*do not match \(a\.1\)"):
         check_tree(tmp_path, tree, metadata)
     for nothing in (None, {}, {"checksums": None}):
         with pytest.raises(HymbaError, match=f"^{tmp_path}: has no checksums"):
             check_tree(tmp_path, tree, nothing)
-    with pytest.raises(HymbaError, match="checksums of b"):
+    with pytest.raises(HymbaError, match=r"do not match \(b"):
         check_tree(tmp_path, {"b": tree["b"]}, {"checksums": {}})

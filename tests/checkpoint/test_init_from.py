@@ -104,14 +104,14 @@ class TestTokenizer:
         with pytest.raises(HymbaError) as caught:
             initial.check_tokenizer(other, "bpe:270")
         assert str(caught.value) == (
-            f"{directory}: its model knows the ids of its own tokenizer, those of data.tokenizer "
-            f"bpe:270 have other meanings: use --data.tokenizer {directory}, or train without "
+            f"{directory}: its embeddings belong to the ids of its own tokenizer, data.tokenizer "
+            f"bpe:270 has different ones: use --data.tokenizer {directory}, or train without "
             "init_from"
         )
 
     def test_bytes_in_place_of_merges_are_refused(self, initial):
         tokenizer = build_tokenizer("bytes", ())
-        with pytest.raises(HymbaError, match=r"data\.tokenizer bytes have other meanings"):
+        with pytest.raises(HymbaError, match=r"data\.tokenizer bytes has different ones"):
             initial.check_tokenizer(tokenizer, "bytes")
 
     def test_its_own_in_any_form_is_used(self, initial, directory):
@@ -163,7 +163,7 @@ class TestCommandLine:
         assert run.data == DataConfig()
 
     def test_a_directory_without_model(self, tmp_path):
-        with pytest.raises(HymbaError, match="no model is here"):
+        with pytest.raises(HymbaError, match="no model found"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
         (tmp_path / "config.json").touch()
         with pytest.raises(HymbaError, match="convert the HF checkpoint first"):

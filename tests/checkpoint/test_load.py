@@ -129,7 +129,7 @@ def test_float32_parameters_can_be_rounded(run):
         np.testing.assert_array_equal(array[...], whole[path][...].astype(array[...].dtype))
 
 
-def test_a_saved_model_continues_texts_as_its_run_does(run, tmp_path):
+def test_a_saved_model_generates_as_its_run(run, tmp_path):
     saved = tmp_path / "models" / "mine"
     saved.parent.mkdir()
     save_model(saved, load_model(run), byte_tokenizer())
@@ -139,7 +139,7 @@ def test_a_saved_model_continues_texts_as_its_run_does(run, tmp_path):
     assert generate(saved) == generate(run)
 
 
-def test_layers_may_be_saved_apart(run, tmp_path):
+def test_unrolled_layers_can_be_saved(run, tmp_path):
     """As a converter has them."""
     save_model(tmp_path / "apart", unstack_layers(load_model(run)), byte_tokenizer())
     assert read_model(tmp_path / "apart" / "config.toml")[1].scan_layers is False
@@ -204,8 +204,8 @@ def widen(directory):
 @pytest.mark.parametrize(
     ("damage", "step", "message"),
     [
-        (lose("."), None, "{path}: no model is here, there is no config.toml"),
-        (lose("config.toml"), None, "{path}: no model is here, there is no config.toml"),
+        (lose("."), None, "{path}: no model found, config.toml is missing"),
+        (lose("config.toml"), None, "{path}: no model found, config.toml is missing"),
         (lose("checkpoints"), None, "{path}/checkpoints: no checkpoint; there is none"),
         (lose("checkpoints"), 3, "{path}/checkpoints: no checkpoint 3; there is none"),
         (lose(), 3, "{path}/checkpoints: no checkpoint 3; there are 1, 2"),

@@ -84,7 +84,7 @@ def test_a_directory_of_another_program_is_refused(config, tmp_path):
 @pytest.mark.parametrize("start", ["run", "run/inside", ".", "link"])
 def test_a_run_does_not_start_from_its_own_directory(config, tmp_path, start):
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    with pytest.raises(HymbaError, match="is, holds or lies in the directory of init_from"):
+    with pytest.raises(HymbaError, match="is, contains or lies inside the init_from directory"):
         check_output(config.output, str(tmp_path / start))
     check_output(config.output, str(tmp_path / "run2"))
 

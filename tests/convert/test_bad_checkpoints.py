@@ -44,8 +44,8 @@ TWO = "model-00002-of-00002.safetensors"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return write_hf(tmp_path_factory.mktemp("whole") / "hf")
+def complete_hf(tmp_path_factory):
+    return write_hf(tmp_path_factory.mktemp("complete_hf") / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def sharded(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def native(whole, tmp_path_factory):
-    return convert(whole, tmp_path_factory.mktemp("native") / "native")
+def native(complete_hf, tmp_path_factory):
+    return convert(complete_hf, tmp_path_factory.mktemp("native") / "native")
 
 
 def refusal(tmp_path, original, damage):
@@ -159,18 +159,18 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate(WHOLE, 1_000_000), "truncated, damaged or no safetensors file"),
-        (truncate(WHOLE, 100), "truncated, damaged or no safetensors file"),
-        (overwrite(WHOLE, b""), "truncated, damaged or no safetensors file"),
+        (truncate(WHOLE, 1_000_000), "truncated, damaged or not a safetensors file"),
+        (truncate(WHOLE, 100), "truncated, damaged or not a safetensors file"),
+        (overwrite(WHOLE, b""), "truncated, damaged or not a safetensors file"),
         (fifo(WHOLE), "is a FIFO, not a regular file"),
         (device(WHOLE), "is a device, not a regular file"),
-        (remove(WHOLE), "no weights are here"),
-        (remove("config.json"), "no checkpoint is here"),
+        (remove(WHOLE), "no weights found"),
+        (remove("config.json"), "no checkpoint found"),
         (overwrite("config.json", b"{"), "config.json: broken JSON"),
         (overwrite("config.json", b"[]"), "config.json: not a JSON object"),
         (overwrite("config.json", b"[" * 100_000), "config.json: broken JSON (nested too deeply)"),
-        (edit_weights(wrap("module.{}")), "which DataParallel or DistributedDataParallel puts"),
-        (edit_weights(wrap("_orig_mod.{}")), "which torch.compile puts there: save the model ins"),
+        (edit_weights(wrap("module.{}")), "of DataParallel or DistributedDataParallel in"),
+        (edit_weights(wrap("_orig_mod.{}")), "of torch.compile in their names: save the unwrapped"),
         (edit_config(model_type="llama"), "model_type is 'llama', and only 'hymba' is supported"),
         (edit_config(num_hidden_layers="ten"), "num_hidden_layers is 'ten', not an integer"),
         (edit_config(mamba_d_state=8), "mamba.A_log.0 has shape (96, 16), not (96, 8)"),
@@ -181,8 +181,8 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (edit_config(global_attn_idx=[0, 10]), "global_attn_idx names layers outside 0..9: [10]"),
     ],
 )
-def test_one_file(whole, tmp_path, damage, message):
-    assert message in refusal(tmp_path, whole, damage)
+def test_one_file(complete_hf, tmp_path, damage, message):
+    assert message in refusal(tmp_path, complete_hf, damage)
 
 
 @pytest.mark.parametrize(
@@ -221,13 +221,13 @@ def test_one_file(whole, tmp_path, damage, message):
 )
 def test_headers_that_the_format_forbids(content, tmp_path):
     (tmp_path / WHOLE).write_bytes(content)
-    with pytest.raises(HymbaError, match=r"truncated, damaged or no safetensors file \(.*\)"):
+    with pytest.raises(HymbaError, match=r"truncated, damaged or not a safetensors file \(.*\)"):
         TensorFile(tmp_path / WHOLE)
 
 
-def test_names_with_control_characters_do_not_reach_the_terminal(whole, tmp_path, capsys):
+def test_names_with_control_characters_do_not_reach_the_terminal(complete_hf, tmp_path, capsys):
     evil = "a\x1b]0;owned\x07\r\nb"
-    source = shutil.copytree(whole, tmp_path / "source")
+    source = shutil.copytree(complete_hf, tmp_path / "source")
     edit_weights(lambda weights: weights.update({evil: np.zeros(3, np.float32)}))(source)
     for command in (cli.convert, lambda args: cli.inspect(args[:1], "hymba inspect")):
         with pytest.raises(SystemExit) as caught:
@@ -251,9 +251,12 @@ def test_names_with_control_characters_do_not_reach_the_terminal(whole, tmp_path
             edit_index(lambda m: m.update({EMBEDDING: "../x.safetensors"})),
             "'../x.safetensors' is no",
         ),
-        (edit_index(lambda m: m.update({EMBEDDING: "/etc/passwd"})), "'/etc/passwd' is no file of"),
+        (
+            edit_index(lambda m: m.update({EMBEDDING: "/etc/passwd"})),
+            "'/etc/passwd' is not a file in",
+        ),
         (edit_index(lambda m: m.update({EMBEDDING: TWO})), f"{EMBEDDING} is not in {TWO}"),
-        (edit_index(lambda m: m.pop(EMBEDDING)), f"{EMBEDDING} is in no place of the index"),
+        (edit_index(lambda m: m.pop(EMBEDDING)), f"{EMBEDDING} is missing from the index"),
         (edit_index(lambda m: m.update({"more": TWO})), f"more is not in {TWO}"),
         (overwrite(INDEX, b'{"weight_map": 3}'), "has no weight_map from tensors to files"),
         (
@@ -266,22 +269,22 @@ def test_many_files(sharded, tmp_path, damage, message):
     assert message in refusal(tmp_path, sharded, damage)
 
 
-def test_many_files_are_read(sharded, whole, tmp_path):
+def test_many_files_are_read(sharded, complete_hf, tmp_path):
     native = convert(sharded, tmp_path / "native")
     back = read_hf(convert(native, tmp_path / "back"))
     assert {name: a.tobytes() for name, a in back.items()} == {
-        name: a.tobytes() for name, a in read_hf(whole).items()
+        name: a.tobytes() for name, a in read_hf(complete_hf).items()
     }
 
 
-def test_every_problem_is_listed_at_once(whole, tmp_path):
+def test_every_problem_is_listed_at_once(complete_hf, tmp_path):
     def change(weights):
         del weights["model.final_layernorm.weight"]
         weights["model.layers.3.mamba.D.0"] = np.zeros(3, np.float32)
         weights["model.layers.4.mamba.D.0"] = np.zeros(96, np.int64)
         weights["lm_head.bias"] = np.zeros(3, np.float32)
 
-    message = refusal(tmp_path, whole, edit_weights(change))
+    message = refusal(tmp_path, complete_hf, edit_weights(change))
     for words in (
         "model.final_layernorm.weight is missing",
         "lm_head.bias is not part of this model",
@@ -319,14 +322,14 @@ def test_native(native, tmp_path, damage, message):
 
 
 class TestTarget:
-    def test_an_existing_one_is_refused(self, whole, native, tmp_path):
+    def test_an_existing_one_is_refused(self, complete_hf, native, tmp_path):
         (tmp_path / "target").mkdir()
         with pytest.raises(HymbaError, match="exists already, choose another target or --overwr"):
-            convert(whole, tmp_path / "target")
+            convert(complete_hf, tmp_path / "target")
 
-    def test_a_conversion_is_overwritten_if_asked_for(self, whole, native, tmp_path):
+    def test_a_conversion_is_overwritten_if_asked_for(self, complete_hf, native, tmp_path):
         back = convert(native, tmp_path / "target")
-        convert(whole, back, overwrite=True)
+        convert(complete_hf, back, overwrite=True)
         assert load_model(back).embedding.shape == (89, 48)
         assert not (back / WHOLE).exists()
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -334,7 +337,7 @@ class TestTarget:
     @pytest.mark.parametrize(
         "other", ["dear.txt", "checkpoints/60/params/x", "params/more", "notes.py", "link"]
     )
-    def test_other_files_are_never_overwritten(self, other, whole, native, tmp_path):
+    def test_other_files_are_never_overwritten(self, other, complete_hf, native, tmp_path):
         """A training run in the directory among them."""
         target = shutil.copytree(native, tmp_path / "target")
         (target / other).parent.mkdir(parents=True, exist_ok=True)
@@ -342,17 +345,17 @@ class TestTarget:
             (target / other).symlink_to(tmp_path)
         else:
             (target / other).write_text("mine")
-        with pytest.raises(HymbaError, match=f"target: holds {other}, which no conversion wrote"):
-            convert(whole, target, overwrite=True)
+        with pytest.raises(HymbaError, match=f"target: holds {other}, not written by a conversion"):
+            convert(complete_hf, target, overwrite=True)
         assert (target / other).exists()
 
-    def test_what_was_written_again_is_not_overwritten(self, whole, native, tmp_path):
+    def test_what_was_written_again_is_not_overwritten(self, complete_hf, native, tmp_path):
         """By a fine-tuned model that was saved into it, say."""
         target = shutil.copytree(native, tmp_path / "target")
         file = target / "config.toml"
         file.write_text(file.read_text())
         with pytest.raises(HymbaError, match=r"target: holds config\.toml, which"):
-            convert(whole, target, overwrite=True)
+            convert(complete_hf, target, overwrite=True)
 
     def test_permissions_stay(self, native, tmp_path):
         target = shutil.copytree(native, tmp_path / "target")
@@ -360,23 +363,23 @@ class TestTarget:
         convert(native, target, overwrite=True)
         assert target.stat().st_mode & 0o777 == 0o700
 
-    def test_an_hf_checkpoint_of_others_is_never_overwritten(self, whole, native, tmp_path):
-        target = shutil.copytree(whole, tmp_path / "target")
+    def test_an_hf_checkpoint_of_others_is_never_overwritten(self, complete_hf, native, tmp_path):
+        target = shutil.copytree(complete_hf, tmp_path / "target")
         with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, wh"):
             convert(native, target, overwrite=True)
         assert (target / WHOLE).exists()
 
-    def test_what_appears_meanwhile_is_not_overwritten(self, whole, tmp_path, monkeypatch):
+    def test_what_appears_meanwhile_is_not_overwritten(self, complete_hf, tmp_path, monkeypatch):
         def appear(self, name, before, after):
             (tmp_path / "target").mkdir(exist_ok=True)
             (tmp_path / "target" / "mine").touch()
 
         monkeypatch.setattr("hymba_jax.convert.report.Report.converted", appear)
         with pytest.raises(HymbaError, match="target: exists already"):
-            convert(whole, tmp_path / "target")
+            convert(complete_hf, tmp_path / "target")
         assert [path.name for path in tmp_path.rglob("*")] == ["target", "mine"]
 
-    def test_a_link_to_the_target_stays_one(self, whole, native, tmp_path):
+    def test_a_link_to_the_target_stays_one(self, complete_hf, native, tmp_path):
         shutil.copytree(native, tmp_path / "real")
         (tmp_path / "link").symlink_to("real")
         convert(native, tmp_path / "link", overwrite=True)
@@ -391,17 +394,17 @@ class TestTarget:
         assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
     @pytest.mark.parametrize("place", [".", "..", "../hf"])
-    def test_the_source_is_never_overwritten(self, whole, place):
+    def test_the_source_is_never_overwritten(self, complete_hf, place):
         with pytest.raises(HymbaError, match="is or holds the source"):
-            convert(whole, whole / place, overwrite=True)
-        assert (whole / WHOLE).exists()
+            convert(complete_hf, complete_hf / place, overwrite=True)
+        assert (complete_hf / WHOLE).exists()
 
-    def test_a_failure_leaves_the_old_one(self, whole, native, tmp_path, monkeypatch):
+    def test_a_failure_leaves_the_old_one(self, complete_hf, native, tmp_path, monkeypatch):
         target = shutil.copytree(native, tmp_path / "target")
         before = (target / "config.toml").stat()
         monkeypatch.setattr("hymba_jax.convert.hf_to_native.model_toml", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            convert(whole, target, overwrite=True)
+            convert(complete_hf, target, overwrite=True)
         assert (target / "config.toml").stat() == before
         assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -411,10 +414,10 @@ def interrupt(*_args, **_options):
 
 
 @pytest.mark.parametrize("place", ["report.Report.converted", "convert.Report.finish"])
-def test_interrupted_by_hand(place, whole, native, tmp_path, monkeypatch):
+def test_interrupted_by_hand(place, complete_hf, native, tmp_path, monkeypatch):
     """While tensors are written; and at the end, when everything is."""
     monkeypatch.setattr(f"hymba_jax.convert.{place}", interrupt)
-    for source in (whole, native):
+    for source in (complete_hf, native):
         with pytest.raises(SystemExit) as caught:
             cli.convert([str(source), str(tmp_path / "target")])
         assert caught.value.code == 130
@@ -423,7 +426,7 @@ def test_interrupted_by_hand(place, whole, native, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "target", ignore_errors=True)
 
 
-def test_killed_at_the_last_moment(whole, tmp_path):
+def test_killed_at_the_last_moment(complete_hf, tmp_path):
     """The most that a kill can leave: everything is written, and nothing has its name yet."""
     script = """
 import os, sys
@@ -432,27 +435,27 @@ files._sync = lambda _: os.kill(os.getpid(), 9)
 cli.convert(sys.argv[1:])
 """
     target = tmp_path / "target"
-    command = [sys.executable, "-c", script, str(whole), str(target)]
+    command = [sys.executable, "-c", script, str(complete_hf), str(target)]
     result = subprocess.run(command, check=False, capture_output=True, timeout=300)
     assert result.returncode == -signal.SIGKILL
     assert not target.exists()
     (left,) = tmp_path.iterdir()
     assert re.fullmatch(r"target\.[0-9a-f]{8}\.partial", left.name)
-    convert(whole, target)  # its own temporary name is another
+    convert(complete_hf, target)  # its own temporary name is another
     assert {*tmp_path.iterdir()} == {left, target}
 
 
 class TestNoSpace:
-    def test_it_is_seen_before_anything_is_written(self, whole, tmp_path, monkeypatch):
+    def test_it_is_seen_before_anything_is_written(self, complete_hf, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
         with pytest.raises(HymbaError, match=r"needs 1\.2 MB, the disk has 1\.0 MB free"):
-            convert(whole, tmp_path / "some" / "target")
+            convert(complete_hf, tmp_path / "some" / "target")
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("direction", ["HF to native", "native to HF"])
-    def test_it_is_one_line_while_writing(self, direction, whole, native, tmp_path):
-        source = whole if direction == "HF to native" else native
+    def test_it_is_one_line_while_writing(self, direction, complete_hf, native, tmp_path):
+        source = complete_hf if direction == "HF to native" else native
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
@@ -476,19 +479,19 @@ class TestVerify:
         np.savez(tmp_path / "expected.npz", **kept)
         return str(tmp_path / "expected.npz")
 
-    def test_beyond_the_tolerance_the_exit_status_is_1(self, whole, tmp_path, capsys):
+    def test_beyond_the_tolerance_the_exit_status_is_1(self, complete_hf, tmp_path, capsys):
         verify = self.expected(tmp_path, logits=lambda logits: logits + 0.01)
-        command = [str(whole), str(tmp_path / "target"), "--verify", verify]
+        command = [str(complete_hf), str(tmp_path / "target"), "--verify", verify]
         with pytest.raises(SystemExit) as caught:
             cli.convert([*command, "--tolerance", "0.009"])
         assert "was written, but its logits differ" in caught.value.code
         assert ", more than the tolerance 0.009" in caught.value.code
         assert "max difference 0.01" in capsys.readouterr().out
 
-    def test_nan_never_passes(self, whole, tmp_path):
+    def test_nan_never_passes(self, complete_hf, tmp_path):
         verify = self.expected(tmp_path, logits=lambda logits: logits * np.nan)
         with pytest.raises(HymbaError, match=r"differ from those of .* by nan"):
-            convert(whole, tmp_path / "target", verify=verify)
+            convert(complete_hf, tmp_path / "target", verify=verify)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -500,25 +503,25 @@ class TestVerify:
         ],
     )
     def test_other_arrays_are_refused_before_anything_is_written(
-        self, whole, tmp_path, changes, message
+        self, complete_hf, tmp_path, changes, message
     ):
         verify = self.expected(tmp_path, **changes)
         with pytest.raises(HymbaError, match=message):
-            convert(whole, tmp_path / "target", verify=verify)
+            convert(complete_hf, tmp_path / "target", verify=verify)
         assert not (tmp_path / "target").exists()
 
     @pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
-    def test_a_tolerance_that_is_none(self, tolerance, whole, tmp_path):
+    def test_a_tolerance_that_is_none(self, tolerance, complete_hf, tmp_path):
         with pytest.raises(HymbaError, match="tolerance is"):
-            convert(whole, tmp_path / "target", tolerance=tolerance)
+            convert(complete_hf, tmp_path / "target", tolerance=tolerance)
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
             (b"text", "not a .npz file that can be read"),
-            (lambda whole: whole[: len(whole) // 2], "not a .npz file that can be read"),
+            (lambda content: content[: len(content) // 2], "not a .npz file that can be read"),
             (
-                lambda whole: whole[:600] + b"\xff" * 9 + whole[609:],
+                lambda content: content[:600] + b"\xff" * 9 + content[609:],
                 "not a .npz file that can be read",
             ),
             ({"logits": np.array([{1: 2}], object)}, "logits is of Python objects"),
@@ -563,11 +566,11 @@ class TestVerify:
                 read_expected(path, self.CONFIG)
 
 
-def test_an_hf_checkpoint_has_to_be_converted_to_be_loaded(whole):
+def test_an_hf_checkpoint_has_to_be_converted_to_be_loaded(complete_hf):
     with pytest.raises(HymbaError, match="convert the HF checkpoint first, hymba convert"):
-        load_model(whole)
+        load_model(complete_hf)
 
 
-def test_an_hf_checkpoint_has_no_steps(whole, tmp_path):
+def test_an_hf_checkpoint_has_no_steps(complete_hf, tmp_path):
     with pytest.raises(HymbaError, match="has no steps"):
-        convert(whole, tmp_path / "target", step=3)
+        convert(complete_hf, tmp_path / "target", step=3)

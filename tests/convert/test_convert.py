@@ -173,7 +173,7 @@ def test_numbers_that_are_not_finite_are_counted(tmp_path, capsys):
 
 def test_a_dtype_changes_when_asked_for_and_is_reported(hf, tmp_path, capsys):
     native = convert(hf, tmp_path / "native", dtype="bfloat16")
-    assert "numbers in from float32 to bfloat16, as asked for" in capsys.readouterr().out
+    assert "numbers in cast from float32 to bfloat16, as requested" in capsys.readouterr().out
     expected = {name: a.astype("bfloat16") for name, a in golden_weights().items()}
     back = convert(native, tmp_path / "back")
     assert_same_bits(read_hf(back), expected)
@@ -372,7 +372,7 @@ class TestModelsTrainedHere:
         byte_tokenizer().save(run / "hf_files")
         (run / "hf_files" / "tokenizer_config.json").write_text('{"bos_token": "<pad>"}')
         back = convert(run, tmp_path / "back")
-        assert "the tokenizer is another than that" in capsys.readouterr().out
+        assert "the tokenizer differs from that" in capsys.readouterr().out
         assert json.loads((back / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
         assert not (back / "special_tokens_map.json").exists()
         assert (back / "generation_config.json").exists()

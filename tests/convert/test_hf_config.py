@@ -47,7 +47,7 @@ def test_hymba_1_5b_is_the_preset():
 
 
 @pytest.mark.skipif(not BASE_1_5B.exists(), reason="Hymba-1.5B-Base's config.json is not here")
-def test_what_we_write_means_what_was_read():
+def test_config_round_trip():
     """Every key of the file that describes the architecture comes back as it was."""
     hf = json.loads(BASE_1_5B.read_text())
     written = config_to_hf(config_from_hf(hf))

@@ -115,7 +115,7 @@ def test_another_dtype_is_said(tmp_path, capsys):
 def test_a_directory_without_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         inspect(tmp_path, capsys)
-    assert "no checkpoint is here" in caught.value.code
+    assert "no checkpoint found" in caught.value.code
 
 
 def test_a_flipped_bit_is_found_wherever_arrays_are_read(hf, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_a_flipped_bit_is_found_wherever_arrays_are_read(hf, tmp_path, capsys):
     content[8] ^= 1  # the lowest bit of the third number
     file.write_bytes(content)
     capsys.readouterr()
-    message = f"{native}/params: damaged, other values were written (checksums of {name})"
+    message = f"{native}/params: damaged, checksums do not match ({name})"
     with pytest.raises(SystemExit) as caught:
         inspect(native, capsys)
     assert caught.value.code.startswith(f"error: {native}: not a complete checkpoint: {message}")
@@ -163,7 +163,7 @@ def test_a_name_on_hugging_face_is_explained(tmp_path, monkeypatch):
         "hf download nvidia/Hymba-1.5B-Base --local-dir Hymba-1.5B-Base, "
         "then convert it with hymba convert Hymba-1.5B-Base TARGET"
     ) in caught.value.code
-    with pytest.raises(HymbaError, match=r"no model is here, .* hf download nvidia/Hymba"):
+    with pytest.raises(HymbaError, match=r"no model found, .* hf download nvidia/Hymba"):
         read_model_directory("nvidia/Hymba-1.5B-Base")
-    with pytest.raises(HymbaError, match=r"no model is here, there is no config.toml$"):
+    with pytest.raises(HymbaError, match=r"no model found, config.toml is missing$"):
         read_model_directory(tmp_path / "gone")

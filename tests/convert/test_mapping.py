@@ -68,7 +68,7 @@ def test_parameters_that_the_table_does_not_know_are_named():
     shapes = param_shapes(config, scan_layers=True)
     shapes[("bias",)] = (3,)
     del shapes[("embedding",)]
-    with pytest.raises(ConversionError, match=r"no parameter embedding .* no rule takes bias"):
+    with pytest.raises(ConversionError, match=r"no parameter embedding .* no rule matches bias"):
         hf_slices(shapes, config, scan_layers=True)
 
 

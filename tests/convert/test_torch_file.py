@@ -39,7 +39,7 @@ def test_without_torch_it_is_refused(hf, tmp_path, monkeypatch):
 def test_no_other_pickle_is_opened(hf, tmp_path):
     (hf / "model.pkl").write_bytes(pickle.dumps({}))
     (hf / "model.pt").write_bytes(pickle.dumps({}))
-    with pytest.raises(HymbaError, match="no weights are here"):
+    with pytest.raises(HymbaError, match="no weights found"):
         convert(hf, tmp_path / "native")
 
 

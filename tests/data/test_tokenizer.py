@@ -15,7 +15,7 @@ from hymba_jax.data.sources import load_documents
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 
-RELEASED = Path(__file__).parents[3] / "shared" / "released"
+HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 
 AWKWARD = [
     "",
@@ -413,9 +413,9 @@ def test_words_have_a_longest_length():
     assert tokenizer.decode(tokenizer.encode(word)) == word
 
 
-@pytest.mark.skipif(not RELEASED.is_dir(), reason="released tokenizer files not here")
-def test_released_tokenizer():
-    tokenizer = Tokenizer.load(RELEASED)
+@pytest.mark.skipif(not HF_FILES.is_dir(), reason="HF tokenizer files not here")
+def test_hf_tokenizer():
+    tokenizer = Tokenizer.load(HF_FILES)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 32001)
     assert tokenizer.encode("Hello world") == [15043, 3186]  # as every Llama 2 tokenizer
     for text in [*AWKWARD, *random_texts(300)]:

@@ -35,8 +35,8 @@ def test_a_bad_value_in_a_process_of_its_own(config, output, cache):
     [
         (["--model.attention.num-heads", "3"], "not a multiple of num_heads 3"),
         (["--model.attention.window", "0"], "window is 0"),
-        (["--model.layers", "G w"], "no window attention stands directly before it"),
-        (["--model.layers", "WGw"], "a sharing group cannot cross another kind"),
+        (["--model.layers", "G w"], "the layer before it has no window attention"),
+        (["--model.layers", "WGw"], "only adjacent layers of one kind can share them"),
         (["--data.sequence-length", "65"], "longer than model.max_positions 64"),
         (["--training.sample-tokens", "61"], "sample_tokens make 65 tokens"),
         (
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_program(config, output):
     assert [path.name for path in output.iterdir()] == ["checkpoints"]
 
 
-def test_stopping_by_hand_says_how_to_go_on(config, output, monkeypatch, capsys):
+def test_interrupting_says_how_to_resume(config, output, monkeypatch, capsys):
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
 
@@ -134,5 +134,5 @@ def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: step 2: the loss is ")
-    assert "look at the metrics of the steps before" in line
+    assert "check the metrics of earlier steps" in line
     assert not list((output / "checkpoints").iterdir())

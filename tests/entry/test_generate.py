@@ -80,7 +80,7 @@ def test_one_prompt_in_a_process_of_its_own(directory, model, cache):
     assert result.stdout == continued(model, PROMPTS[:1])
 
 
-def test_one_prompt_is_continued_as_it_comes(generate, model, monkeypatch):
+def test_one_prompt_is_streamed(generate, model, monkeypatch):
     written = []
 
     class Terminal(io.StringIO):
@@ -154,10 +154,10 @@ def test_what_the_context_cuts_short_is_said_once_for_each_prompt(generate, mode
     printed = generate("--prompt", "a" * 26, "b" * 5, "c" * 28, *asked)
     notes = printed.err.splitlines()
     assert notes == [
-        f"note: prompt {i}: {room} new tokens, not 20: there the model's context of 32 tokens ends"
+        f"note: prompt {i}: only {room} of 20 new tokens fit: the model's context is 32 tokens"
         for i, room in ((1, 5), (3, 3))
     ]
-    line = "note: the prompt: 4 new tokens, not 9: there the model's context of 32 tokens ends\n"
+    line = "note: the prompt: only 4 of 9 new tokens fit: the model's context is 32 tokens\n"
     printed = generate("--prompt", "a" * 27, "--context", 32, "--format", "json")
     assert printed.err == line
     assert json.loads(printed.out)["context_full"] is True
@@ -349,18 +349,21 @@ def test_standard_input_that_is_no_text(refusal):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "/no/such/model"], "/no/such/model: no model is here, there is no config"),
+        (["--model", "/no/such/model"], "/no/such/model: no model found, config.toml is missing"),
         (["--step", "3"], "/checkpoints: no checkpoint 3; there is none"),
-        (["--prompt", "x" * 600], "the prompt: 601 tokens, and the model's context is 512 with"),
-        (["--prompt", "a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
-        (["--prompt", "\udcff"], "'\\udcff' is no text: it has bytes that are not UTF-8"),
+        (["--prompt", "x" * 600], "the prompt: 601 tokens do not fit the model's context of 512"),
+        (
+            ["--prompt", "a", "x" * 600],
+            "prompt 2: 601 tokens do not fit the model's context of 512",
+        ),
+        (["--prompt", "\udcff"], "'\\udcff' is not valid Unicode: it has bytes that are not UTF-8"),
         (["--temperature", "-1"], "sampling: temperature is -1.0, not 0 or between"),
         (["--num-samples", "0", "--top-p", "2"], "top_p is 2.0, not in (0, 1]; num_samples is 0"),
         (["--top-p", "0.9"], "top_p 0.9 has no effect at temperature 0"),
         (["--num-samples", str(10**10)], f"num_samples is {10**10}, not between 1 and 1048576"),
         (["--max-new-tokens", str(10**12)], f"max_new_tokens is {10**12}, not between 1 and"),
         (["--context", str(10**12)], f"a context of {10**12} tokens: the model's is 1 to 512"),
-        (["--stop", r"\d"], r"stop '\\d': \d is no escape; there are \n, \r, \t"),
+        (["--stop", r"\d"], r"stop '\\d': \d is not an escape; valid are \n, \r, \t"),
         (["--batch-size", "0"], "batch_size is 0, not at least 1"),
         (["--context", "513"], "a context of 513 tokens: the model's is 1 to 512"),
         (["--output", "/no/such/place/out.txt"], "there is no directory /no/such/place"),

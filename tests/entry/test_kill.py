@@ -49,9 +49,9 @@ def kill_until_done(config, output, cache, seed, at_least):
 
 @pytest.mark.parametrize(("seed", "kills"), [(0, 2), pytest.param(1, 30, marks=pytest.mark.slow)])
 def test_a_killed_run_equals_one_that_never_stopped(config, tmp_path, cache, seed, kills):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(command(config, whole), cache).returncode == 0
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert run(command(config, uninterrupted), cache).returncode == 0
     kill_until_done(config, killed, cache, seed, kills)
-    assert read_metrics(killed) == read_metrics(whole)
-    assert len(read_metrics(whole)) == STEPS
+    assert read_metrics(killed) == read_metrics(uninterrupted)
+    assert len(read_metrics(uninterrupted)) == STEPS
     assert [path.name for path in (killed / "checkpoints").iterdir()] == [str(STEPS)]

@@ -16,7 +16,7 @@ ROUNDING = {"rel": 1e-4}  # float32 sums, in another order on every number of de
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     directory = tmp_path_factory.mktemp("processes")
-    return write_config(directory, directory / "whole")
+    return write_config(directory, directory / "uninterrupted")
 
 
 def options(config, output, steps=STEPS, *more):
@@ -28,9 +28,9 @@ def options(config, output, steps=STEPS, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(config, cache):
+def uninterrupted(config, cache):
     """The metrics of a run on one device that never stopped."""
-    output = config.parent / "whole"
+    output = config.parent / "uninterrupted"
     result = run(train_py(*options(config, output)), cache)
     assert result.returncode == 0, result.stderr
     return read(output)
@@ -40,45 +40,45 @@ def read(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same(lines, whole):
+def assert_same(lines, uninterrupted):
     """Losses, gradients and what both runs validated."""
-    for actual, expected in zip(lines, whole, strict=False):
+    for actual, expected in zip(lines, uninterrupted, strict=False):
         for name in ("step", "loss", "grad_norm"):
             assert actual[name] == pytest.approx(expected[name], **ROUNDING)
-        if actual["step"] == 35:  # no leg ends there, where all held-out text is read
+        if actual["step"] == 35:  # no part of it ends there, where all held-out text is read
             assert actual["validation_loss"] == pytest.approx(
                 expected["validation_loss"], **ROUNDING
             )
 
 
-def leg(config, output, cache, steps, devices, processes, *more, program="train.py"):
-    """Trains on to a step; `processes` has the options and the environment of each."""
+def train_to(config, output, cache, steps, devices, processes, *more, program="train.py"):
+    """Trains up to a step; `processes` has the options and the environment of each."""
     arguments = options(config, output, steps, *more)
     started = [
         start([*arguments, *where], devices, cache, variables, program)
         for where, variables in processes
     ]
     ended = ends(started)
-    assert [one.status for one in ended] == [0] * len(ended), ended
-    assert [one.stderr for one in ended] == [""] * len(ended)
+    assert [process.status for process in ended] == [0] * len(ended), ended
+    assert [process.stderr for process in ended] == [""] * len(ended)
     assert [line["step"] for line in read(output)] == [*range(1, steps + 1)]
-    return [one.stdout for one in ended]
+    return [process.stdout for process in ended]
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_four_processes_and_fewer(config, whole, cache, tmp_path):
-    leg(config, tmp_path, cache, 10, 1, ALONE)
+def test_a_run_moves_between_four_processes_and_fewer(config, uninterrupted, cache, tmp_path):
+    train_to(config, tmp_path, cache, 10, 1, ALONE)
     # Rows are split in 2, so that two processes hold the same ones.
     split, counted = ("--parallel.tensor", "4"), "tests/entry/count_rows.py"
     no_warnings = {"TF_CPP_MIN_LOG_LEVEL": "2"}  # XLA's, of how it splits so small a model
     where = [(options, no_warnings) for options, _ in addresses(4)]
-    said = leg(config, tmp_path, cache, 20, 2, where, *split, program=counted)
+    said = train_to(config, tmp_path, cache, 20, 2, where, *split, program=counted)
     assert "fsdp 2 x sequence 1 x tensor 4; sharded: batch over 2" in said[0]
     assert [text.splitlines()[-1] for text in said] == ["rows read: 40"] * 4
-    leg(config, tmp_path, cache, 30, 1, addresses(4))
-    leg(config, tmp_path, cache, 40, 4, addresses(2), "--parallel.data", "2")
-    leg(config, tmp_path, cache, 50, 4, ALONE)
-    assert_same(read(tmp_path), whole)
+    train_to(config, tmp_path, cache, 30, 1, addresses(4))
+    train_to(config, tmp_path, cache, 40, 4, addresses(2), "--parallel.data", "2")
+    train_to(config, tmp_path, cache, 50, 4, ALONE)
+    assert_same(read(tmp_path), uninterrupted)
 
 
 def interrupt(config, output, cache, devices, processes, victim, number, *more):
@@ -95,30 +95,30 @@ def interrupt(config, output, cache, devices, processes, victim, number, *more):
 
 
 def assert_lost(ended, victim, output):
-    for i, one in enumerate(ended):
+    for i, process in enumerate(ended):
         if i != victim:
-            assert one.status not in (0, -signal.SIGKILL)
-            (line,) = one.stderr.splitlines()
+            assert process.status not in (0, -signal.SIGKILL)
+            (line,) = process.stderr.splitlines()
             assert line.startswith(f"error: {output}: lost process {victim}, which stopped, was ")
             assert line.endswith("with the same command to resume from step 20")
 
 
-def test_a_run_moves_between_processes_and_devices(config, whole, cache, tmp_path):
+def test_a_run_moves_between_processes_and_devices(config, uninterrupted, cache, tmp_path):
     """4 devices in 2 processes, of which one is killed; 1 device; 4 in 2 processes of SLURM's."""
     short = ("--distributed.heartbeat-timeout", "10")
     ended, _ = interrupt(config, tmp_path, cache, 2, addresses(2), 1, signal.SIGKILL, *short)
     assert ended[1].status == -signal.SIGKILL
     assert_lost(ended, 1, tmp_path)
-    (said,) = leg(config, tmp_path, cache, 30, 1, ALONE)
+    (said,) = train_to(config, tmp_path, cache, 30, 1, ALONE)
     assert "resuming after step 20" in said
     sample, counted = ("--training.sample-tokens", "4"), "tests/entry/count_rows.py"
-    said = leg(config, tmp_path, cache, 40, 2, slurm(2), *sample, program=counted)
+    said = train_to(config, tmp_path, cache, 40, 2, slurm(2), *sample, program=counted)
     assert "4 x cpu in 2 processes" in said[0]
     assert "resuming after step 30" in said[0]
     assert said[0].splitlines()[-1] == "rows read: 40"  # of 10 steps of 8
     assert said[1] == "rows read: 40\n"
     assert (tmp_path / "sample.txt").read_text().startswith("the")
-    assert_same(read(tmp_path), whole)
+    assert_same(read(tmp_path), uninterrupted)
     assert "distributed" not in (tmp_path / "config.toml").read_text()
 
 
@@ -127,7 +127,7 @@ def test_a_run_moves_between_processes_and_devices(config, whole, cache, tmp_pat
     ("victim", "number"), [(0, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)]
 )
 def test_a_process_that_ends_takes_three_with_it(
-    config, whole, cache, tmp_path, victim, number, capsys
+    config, uninterrupted, cache, tmp_path, victim, number, capsys
 ):
     """In less than a minute, with the defaults."""
     ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(4), victim, number)
@@ -139,8 +139,8 @@ def test_a_process_that_ends_takes_three_with_it(
     assert_lost(ended, victim, tmp_path)
     with capsys.disabled():
         print(f"\n{number.name} of process {victim}: all ended {seconds:.1f} s later")
-    leg(config, tmp_path, cache, STEPS, 1, addresses(4))
-    assert_same(read(tmp_path), whole)
+    train_to(config, tmp_path, cache, STEPS, 1, addresses(4))
+    assert_same(read(tmp_path), uninterrupted)
 
 
 def test_an_error_in_one_process_ends_the_other(config, cache, tmp_path):
@@ -166,7 +166,7 @@ def test_an_output_that_is_not_shared_is_refused(config, cache, tmp_path):
             for i, (where, _) in enumerate(addresses(2))
         ]
     )
-    assert all(one.status != 0 for one in ended)
+    assert all(process.status != 0 for process in ended)
     assert ended[1].stderr.startswith(f"error: {tmp_path}/own1/run")
     assert len(ended[1].stderr.splitlines()) == 1
 
@@ -178,17 +178,17 @@ def refused(config, cache, output, *more):
     ended = ends(
         [start([*arguments, *first], 1, cache), start([*arguments, *second, *more], 1, cache)]
     )
-    assert all(one.status != 0 for one in ended)
+    assert all(process.status != 0 for process in ended)
     assert not output.exists()
     return ended
 
 
 def test_another_config_in_one_process_is_refused(config, cache, tmp_path):
     rates = ("--training.learning-rate", "1.0", "--seed", "3")
-    for one in refused(config, cache, tmp_path / "run", *rates):
-        assert one.status == 1
-        assert one.stderr == (
-            "error: the processes of the run do not agree: seed is 0 in process 0 and 3 in process "
+    for process in refused(config, cache, tmp_path / "run", *rates):
+        assert process.status == 1
+        assert process.stderr == (
+            "error: the processes of the run differ: seed is 0 in process 0 and 3 in process "
             "1; training.learning_rate is 0.003 in process 0 and 1.0 in process 1: start all with "
             "the same command, packages and data\n"
         )
@@ -200,10 +200,10 @@ def test_other_text_in_one_process_is_refused(config, cache, tmp_path):
     other.mkdir()
     for i in range(12):
         (other / f"page{i}.txt").write_text("another text. " * 40)
-    for one in refused(config, cache, tmp_path / "run", "--data.path", str(other)):
-        assert "the digest of data.path's training tokens is " in one.stderr
-        assert "the digest of its validation tokens is " in one.stderr
-        assert "tokenizer" not in one.stderr
+    for process in refused(config, cache, tmp_path / "run", "--data.path", str(other)):
+        assert "the digest of data.path's training tokens is " in process.stderr
+        assert "the digest of its validation tokens is " in process.stderr
+        assert "tokenizer" not in process.stderr
 
 
 def test_nobody_at_the_address(config, cache, tmp_path):
@@ -214,5 +214,7 @@ def test_nobody_at_the_address(config, cache, tmp_path):
     assert ended.status != 0
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: not all processes of the run met at {address} within 3 s: ")
+    assert line.startswith(
+        f"error: not all processes of the run connected at {address} within 3 s: "
+    )
     assert not (tmp_path / "run").exists()

@@ -99,7 +99,7 @@ def test_another_architecture_is_refused(finished, cache):
     before = (output / "config.toml").read_text()
     result = run(train_py("--config", config, "--model.mlp-size", "48"), cache)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {output}: holds another run")
+    assert result.stderr.startswith(f"error: {output}: holds a run with different settings")
     assert "model.mlp_size was 32, is 48" in result.stderr
     assert (output / "config.toml").read_text() == before
 

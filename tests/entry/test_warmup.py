@@ -19,7 +19,7 @@ def hymba():
     return make_model(layers="W")
 
 
-def reading_programs(engine, length):
+def prefill_programs(engine, length):
     """Width of each chunk of a prompt, and whether it is the first."""
     chunks = engine.chunks([[0] * length])
     return {(chunk.tokens.shape[1], i == 0) for i, chunk in enumerate(chunks)}
@@ -27,12 +27,12 @@ def reading_programs(engine, length):
 
 @pytest.mark.parametrize("max_chunk", [32, 128])
 @pytest.mark.parametrize("context", [2, 3, 32, 33, 34, 64, 65, 66, 128, 129, 130, 161, 200, 300])
-def test_all_programs_for_reading_are_warmed(hymba, context, max_chunk):
+def test_all_prefill_programs_are_compiled(hymba, context, max_chunk):
     engine = Engine(hymba, context=context, max_chunk=max_chunk)
     lengths = [*prompt_lengths(engine)]
     assert all(1 <= length < context for length in lengths)
-    warmed = set().union(*(reading_programs(engine, length) for length in lengths))
-    needed = set().union(*(reading_programs(engine, n) for n in range(1, context)))
+    warmed = set().union(*(prefill_programs(engine, length) for length in lengths))
+    needed = set().union(*(prefill_programs(engine, n) for n in range(1, context)))
     assert warmed == needed
 
 
@@ -75,7 +75,7 @@ def test_a_later_process_finds_the_programs(hymba, tmp_path):
         ([], "name a context"),
         (["--context", "32", "--prompts", "0"], "prompts is 0, not 1 to the batch_size 8"),
         (["--context", "32", "--prompts", "9"], "prompts is 9, not 1 to the batch_size 8"),
-        (["--context", "32"], "gone: no model is here"),
+        (["--context", "32"], "gone: no model found"),
     ],
 )
 def test_what_cannot_be_warmed(monkeypatch, arguments, message):

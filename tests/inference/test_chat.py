@@ -76,7 +76,7 @@ def test_a_conversation(say):
     printed = say(model, "Hi\n\n  How are you? \n", system="Be brief.")
     assert printed.out == "Hello\nFine\n"
     assert printed.err.splitlines() == [
-        "runs/it: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help says more"
+        "runs/it: /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help for more"
     ]
     assert model.asked == [
         "[s]Be brief.[u]Hi[a]",
@@ -119,7 +119,7 @@ def test_an_error_in_a_turn_is_one_line_and_forgotten(say):
     assert model.asked[-1] == "[u]1[a]a[u]3[a]"
 
 
-FORGOTTEN = "(the beginning of the conversation has no room any more and is forgotten)"
+FORGOTTEN = "(the oldest messages no longer fit the context and were dropped)"
 
 
 def test_the_oldest_exchanges_are_forgotten_when_there_is_no_room(say):
@@ -143,8 +143,8 @@ def test_a_long_message_leaves_less_room_and_one_too_long_none(say):
     printed = say(model, f"1\n2\n{33 * 'x'}\n{32 * 'x'}\n")
     assert model.asked == ["[u]1[a]", "[u]1[a]a[u]2[a]", f"[u]{32 * 'x'}[a]"]
     assert printed.err.splitlines()[1:] == [
-        "error: the message is too long: it makes a prompt of 39 tokens, "
-        "and the model's context is 39 with the answer",
+        "error: the message is too long: a prompt of 39 tokens leaves no room for "
+        "an answer in the model's context of 39",
         FORGOTTEN,
     ]
 
@@ -182,7 +182,7 @@ def test_a_conversation_has_one_answer():
 
 def test_input_that_is_no_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
-    with pytest.raises(HymbaError, match="the input is no text"):
+    with pytest.raises(HymbaError, match="the input is not valid UTF-8"):
         chat.run(Model(), ChatConfig(CHOICE, SamplingConfig()))
 
 

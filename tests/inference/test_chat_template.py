@@ -24,8 +24,8 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference import template_sandbox
 from hymba_jax.inference.chat_template import answer_end, encode, render
 
-RELEASED = Path(__file__).parents[3] / "shared" / "released"
-needs_released = pytest.mark.skipif(not RELEASED.is_dir(), reason="the released files are not here")
+HF_FILES = Path(__file__).parents[3] / "shared" / "released"
+needs_hf_files = pytest.mark.skipif(not HF_FILES.is_dir(), reason="the HF files are not available")
 
 CHATML = TEMPLATES["chatml"]
 
@@ -72,9 +72,9 @@ def chatml():
     return byte_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
 
 
-@needs_released
-def test_the_released_template():
-    template = Tokenizer.load(RELEASED).chat_template
+@needs_hf_files
+def test_the_hf_template():
+    template = Tokenizer.load(HF_FILES).chat_template
     messages = conversation(" Hi \n", "Hello.", "Who are you?", system="Be brief.\n")
     expected = (
         "<extra_id_0>System\nBe brief.\n\n"
@@ -223,9 +223,9 @@ def test_as_the_transformers_library(tmp_path, name):
 
 
 # `apply_chat_template(..., tokenize=True)` of transformers 5.24.0 with
-# PreTrainedTokenizerFast.from_pretrained(RELEASED), with its own template (and with
+# PreTrainedTokenizerFast.from_pretrained(HF_FILES), with its own template (and with
 # AutoTokenizer too), and with TEMPLATES["llama"].
-RELEASED_IDS = {
+HF_IDS = {
     None: """529 17833 29918 333 29918 29900 29958 3924 13 3629 11473 29889 13 13 29966 17833 29918
         333 29918 29896 29958 2659 13 10994 3186 29892 372 338 29871 904 29871 243 162 155 131 13
         29966 17833 29918 333 29918 29896 29958 7900 22137 13 29966 29890 29958 12024 592 1074 829
@@ -239,18 +239,18 @@ RELEASED_IDS = {
 }
 
 
-@needs_released
-@pytest.mark.parametrize("template", RELEASED_IDS)
-def test_the_released_tokenizer_as_the_transformers_library(template):
-    tokenizer = Tokenizer.load(RELEASED)
+@needs_hf_files
+@pytest.mark.parametrize("template", HF_IDS)
+def test_the_hf_tokenizer_matches_transformers(template):
+    tokenizer = Tokenizer.load(HF_FILES)
     if template is not None:
         tokenizer.chat_templates["default"] = TEMPLATES[template]
-    assert encode(tokenizer, HELLO) == [int(token) for token in RELEASED_IDS[template].split()]
+    assert encode(tokenizer, HELLO) == [int(token) for token in HF_IDS[template].split()]
 
 
-@needs_released
-def test_released_contexts_are_variables():
-    tokenizer = Tokenizer.load(RELEASED)
+@needs_hf_files
+def test_hf_template_variables():
+    tokenizer = Tokenizer.load(HF_FILES)
     ids = encode(tokenizer, conversation("a"), tools=TOOLS, contexts=["A </s> cat", "[PAD]"])
     assert tokenizer.decode(ids) == (
         "<extra_id_0>System\n<tool> "
@@ -342,9 +342,9 @@ def test_where_an_answer_ends(chatml):
     assert answer_end(byte_tokenizer(only_the_last)) == (("</s>",), ())
 
 
-@needs_released
-def test_where_a_released_answer_ends():
-    assert answer_end(Tokenizer.load(RELEASED)) == (("</s>", "\n<extra_id_1>User"), ())
+@needs_hf_files
+def test_answer_end_of_the_hf_template():
+    assert answer_end(Tokenizer.load(HF_FILES)) == (("</s>", "\n<extra_id_1>User"), ())
 
 
 @pytest.mark.parametrize("function", [answer_end, lambda tokenizer: encode(tokenizer, [])])

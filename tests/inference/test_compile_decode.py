@@ -26,5 +26,5 @@ def test_decode_fits(target, tmp_path):
     (row,) = map(json.loads, file.read_text().splitlines())
     assert row["fits"] == "yes"
     assert row["donated"] > KEY_VALUE_GB  # the whole cache is updated where it is
-    assert row["copied"] < row["least"] / 100
-    assert row["least"] <= row["a step"] < 2.2 * row["least"]
+    assert row["copied"] < row["minimum"] / 100
+    assert row["minimum"] <= row["HBM GB per step"] < 2.2 * row["minimum"]

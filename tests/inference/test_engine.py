@@ -47,7 +47,7 @@ def tiny_engine(max_chunk=16):
 
 @functools.cache
 def prompt_of(length):
-    """The same random text for each length, behind the begin-of-text token."""
+    """The same random text for each length, behind the beginning-of-sequence token."""
     rest = np.random.default_rng(length).integers(0, 256, length - 1).tolist()
     return [TINY.bos_token_id, *rest]
 
@@ -184,14 +184,14 @@ class TestHFImplementation:
         full = log_softmax(arrays["full_logits"][0])
         cached = log_softmax(arrays["cache_logits_on_full_tokens"][0])
 
-        # The text as it grows, in one batch: each row is read so far and continued to its end.
+        # Rows prefill prefixes of increasing length and decode the rest.
         prompts = [prompt + expected[:i] for i in range(len(expected))]
         new = [len(expected) - i for i in range(len(expected))]
         engine = Engine(model)
         for i, (tokens, log_probs) in enumerate(generate(engine, prompts, new)):
             assert tokens == expected[i:]
-            of_drawn = full[np.arange(i, len(expected)), tokens]
-            np.testing.assert_allclose(log_probs, of_drawn, rtol=0, atol=1e-4)
+            of_sampled = full[np.arange(i, len(expected)), tokens]
+            np.testing.assert_allclose(log_probs, of_sampled, rtol=0, atol=1e-4)
         last = engine.prefill(prompts, len(prompts[-1])).last
         logits = np.asarray(jax.jit(lambda x: model.logits(x[None])[0])(last))[: len(prompts)]
         np.testing.assert_allclose(logits, arrays["full_logits"][0], rtol=0, atol=2e-4)
@@ -208,7 +208,7 @@ class TestRowsOfABatch:
     def alone(length, config=None, sample=0):
         return generate(tiny_engine(), [prompt_of(length)], 12, config, [sample])[0]
 
-    # The begin-of-text token alone, less than the kernel of the convolution, more than the window,
+    # BOS alone, less than the kernel of the convolution, more than the window,
     # more than a chunk.
     @settings(derandomize=True, deadline=None, max_examples=12, database=None)
     @given(
@@ -220,11 +220,11 @@ class TestRowsOfABatch:
     )
     @example([40, 1, 2, 17])
     @example([9, 9, 9])
-    def test_each_is_what_it_is_alone(self, lengths):
+    def test_results_do_not_depend_on_the_batch(self, lengths):
         together = generate(tiny_engine(), [prompt_of(length) for length in lengths], 12)
         assert_same(together, [self.alone(length) for length in lengths])
 
-    def test_draws_depend_on_seed_and_sample_alone(self):
+    def test_samples_depend_on_seed_and_sample_index_only(self):
         configs = [
             SamplingConfig(temperature=1.0, seed=1),
             SamplingConfig(temperature=0.8, top_k=20, seed=1),
@@ -247,7 +247,7 @@ class TestRowsOfABatch:
         expected = [(t[:n], p[:n]) for (t, p), n in zip(expected, new, strict=True)]
         assert_same(rows, expected)
 
-    def test_a_text_read_once_is_continued_several_times(self):
+    def test_repeat_copies_prefilled_rows(self):
         """Each row is a copy, to the bit."""
         read = tiny_engine().prefill([prompt_of(20), prompt_of(3), prompt_of(9)], 40)
         rows = tiny_engine().repeat(read, [2, 0, 0])
@@ -257,8 +257,8 @@ class TestRowsOfABatch:
                 np.testing.assert_array_equal(actual[row], expected[text])
 
 
-class TestReading:
-    def test_chunks_equal_the_whole(self):
+class TestPrefill:
+    def test_chunked_prefill_equals_one_chunk(self):
         prompts = [prompt_of(length) for length in (1, 17, 40, 64)]
         engines = tiny_engine(), tiny_engine(max_chunk=1024)
         chunked, whole = (engine.prefill(prompts, 80) for engine in engines)
@@ -308,7 +308,7 @@ class TestCompiling:
         assert [bucket(n) for n in (0, 1, 2, 3, 5, 8, 9)] == [1, 1, 2, 4, 8, 8, 16]
         assert [bucket(n, 32) for n in (0, 1, 32, 33)] == [32, 32, 32, 64]
 
-    def test_nothing_twice(self, new_programs, monkeypatch):
+    def test_nothing_is_compiled_twice(self, new_programs, monkeypatch):
         """Nothing more is compiled for prompts of the same bucket, nor for another temperature,
         another number of tokens, or tokens as they come; and the meta tokens enter one program,
         which runs once whatever is continued."""
@@ -343,8 +343,8 @@ class TestCompiling:
 
         for layers, same in [("Ww", True), ("G", False)]:
             engine = Engine(make_model(layers=layers))
-            one, other = (lower_decode(engine, 1, context)[0] for context in (256, 512))
-            assert (one.as_text() == other.as_text()) == same
+            short, long = (lower_decode(engine, 1, context)[0] for context in (256, 512))
+            assert (short.as_text() == long.as_text()) == same
 
 
 @pytest.mark.usefixtures("optimised")
@@ -505,7 +505,7 @@ class TestOnEveryScan:
         return Engine(make_model(layers="W"), max_chunk=16)
 
     @pytest.fixture(autouse=True)
-    def _layers_traced_anew(self):
+    def _retrace_layers(self):
         """A layer is traced once, with the scan that was chosen then."""
         yield
         block.run_block.clear_cache()

@@ -76,8 +76,10 @@ def assert_same(actual, expected):
     assert [dataclasses.replace(c, log_probs=[]) for c in actual] == [
         dataclasses.replace(c, log_probs=[]) for c in expected
     ]
-    for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0, atol=TOLERANCE)
+    for completion, reference in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(
+            completion.log_probs, reference.log_probs, rtol=0, atol=TOLERANCE
+        )
 
 
 def test_the_likeliest_token_of_the_forward_pass_comes_next(hymba, greedy):
@@ -245,7 +247,7 @@ def test_logits_that_are_not_finite(wide):
         assert before.tokens == free.tokens[: place - len(prompt) + 1]
 
 
-def test_no_tokens_are_the_beginning_of_a_text(model):
+def test_an_empty_prompt_is_bos(model):
     assert model.generate([[]], max_new_tokens=5) == model.generate("", max_new_tokens=5)
 
 
@@ -256,7 +258,7 @@ def test_fields_stand_in_for_those_of_the_config(model, greedy):
 
 
 @pytest.mark.parametrize("place", [0, 1, 9, 17])
-def test_a_stop_token_ends_the_text_and_is_no_part_of_it(model, greedy, place):
+def test_a_stop_token_ends_the_completion_and_is_no_part_of_it(model, greedy, place):
     stop = greedy.tokens[place]
     expected = greedy.tokens[: greedy.tokens.index(stop)]
     (completion,) = model.generate(PROMPTS[0], max_new_tokens=30, stop_tokens=(7, stop))
@@ -266,7 +268,7 @@ def test_a_stop_token_ends_the_text_and_is_no_part_of_it(model, greedy, place):
     assert completion.finish_reason == "stop"
 
 
-def test_a_stop_string_that_is_a_control_token_ends_the_text(hymba, model, greedy):
+def test_a_stop_string_that_is_a_control_token_ends_the_completion(hymba, model, greedy):
     stop = greedy.tokens[9]
     tokenizer = byte_tokenizer().model
     name = tokenizer.id_to_token(stop)
@@ -279,7 +281,7 @@ def test_a_stop_string_that_is_a_control_token_ends_the_text(hymba, model, greed
 
 
 def test_a_stop_string_that_cannot_come_is_refused(model):
-    with pytest.raises(HymbaError, match="has the special token </s> beside other text"):
+    with pytest.raises(HymbaError, match="combines the special token </s> with other text"):
         model.stream("a", stop="</s>\n")
 
 
@@ -312,7 +314,7 @@ def test_no_token_to_begin_with(hymba):
         model.encode("")
 
 
-def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
+def test_the_end_of_sequence_token_ends_the_completion(hymba, greedy):
     model = LanguageModel(hymba, TOKENIZER)
     model.config = dataclasses.replace(model.config, eos_token_id=greedy.tokens[12])
     (completion,) = model.generate(PROMPTS[0], max_new_tokens=30)
@@ -321,7 +323,7 @@ def test_the_end_of_sequence_token_ends_the_text(hymba, greedy):
 
 
 @pytest.mark.parametrize("every", [1, 5, 16])
-def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, plain, every):
+def test_a_stop_string_ends_the_completion_wherever_tokens_are_cut(model, plain, every):
     prompt, free = plain
     text, stop = free.text[:2], free.text[2:5]
     deltas = [*model.stream(prompt, max_new_tokens=40, every=every, stop=("never", stop))]
@@ -332,7 +334,7 @@ def test_a_stop_string_ends_the_text_wherever_tokens_are_cut(model, plain, every
     assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["stop"]
 
 
-def test_a_stopped_text_leaves_the_others_alone(model, greedy):
+def test_stopping_does_not_affect_other_rows(model, greedy):
     prompts = [PROMPTS[2], PROMPTS[0], PROMPTS[3]]
     free = model.generate(prompts, max_new_tokens=30)
     stop = next(token for token in greedy.tokens if token not in free[0].tokens)
@@ -342,7 +344,7 @@ def test_a_stopped_text_leaves_the_others_alone(model, greedy):
     assert all(completions[i] == free[i] for i in others)
 
 
-def test_the_context_ends_a_text(hymba, greedy):
+def test_the_context_ends_a_completion(hymba, greedy):
     model, text = LanguageModel(hymba, TOKENIZER, context=32), begin(PROMPTS[0]) + greedy.tokens
     for room in (1, 2, 20):
         (completion,) = model.generate([text[: 32 - room]], max_new_tokens=30)
@@ -357,7 +359,7 @@ def test_the_context_ends_a_text(hymba, greedy):
 
 
 @pytest.mark.parametrize("every", [1, 3, 16])
-def test_pieces_make_up_the_whole(model, greedy, every):
+def test_deltas_make_up_the_completion(model, greedy, every):
     asked = (PROMPTS[:3], dataclasses.replace(SAMPLED, num_samples=2))
     whole = model.generate(*asked, stop_tokens=(greedy.tokens[5],))
     deltas = [*model.stream(*asked, every=every, stop_tokens=(greedy.tokens[5],))]
@@ -373,7 +375,7 @@ def test_pieces_make_up_the_whole(model, greedy, every):
         assert len(own) in (1 + -(-(sampled - 1) // every), -(-sampled // every))
 
 
-def test_the_first_piece_comes_before_the_rest_is_sampled(model, monkeypatch):
+def test_the_first_delta_comes_before_the_rest_is_sampled(model, monkeypatch):
     monkeypatch.setattr(model.engine, "decode", None)
     deltas = model.stream("the", SAMPLED)
     assert next(deltas).finish_reason is None
@@ -425,9 +427,9 @@ def test_log_probs_are_those_of_the_forward_pass(hymba):
 def test_a_text_as_long_as_the_context_has_log_probs_but_no_continuation(hymba):
     model = LanguageModel(hymba, TOKENIZER, context=32)
     assert len(model.log_probs("x" * 31)[0]) == 31
-    with pytest.raises(HymbaError, match="32 tokens, and the model's context is 32"):
+    with pytest.raises(HymbaError, match="32 tokens do not fit the model's context of 32"):
         model.generate("x" * 31)
-    with pytest.raises(HymbaError, match="33 tokens, and the model's context is 32"):
+    with pytest.raises(HymbaError, match="33 tokens do not fit the model's context of 32"):
         model.log_probs("x" * 32)
 
 
@@ -443,11 +445,11 @@ def refusal(function, *args, **kwargs):
     ("prompts", "message"),
     [
         ([], "there are no prompts"),
-        ("x" * 512, "the prompt: 513 tokens, and the model's context is 512"),
-        (["a", "x" * 600], "prompt 2: 601 tokens, and the model's context is 512"),
+        ("x" * 512, "the prompt: 513 tokens do not fit the model's context of 512"),
+        (["a", "x" * 600], "prompt 2: 601 tokens do not fit the model's context of 512"),
         (["a", "b", [1, 259]], "prompt 3: token 259 is outside the vocabulary of 259"),
         ([[5, -1]], "the prompt: token -1 is outside the vocabulary of 259"),
-        ("\udcff", "'\\udcff' is no text: it has bytes that are not UTF-8"),
+        ("\udcff", "'\\udcff' is not valid Unicode: it has bytes that are not UTF-8"),
     ],
 )
 def test_impossible_prompts(model, prompts, message):
@@ -460,13 +462,16 @@ def test_impossible_prompts(model, prompts, message):
     [
         ({"max_new_tokens": 0}, "sampling: max_new_tokens is 0, not between 1 and 2147483647"),
         ({"temperature": -1.0}, "sampling: temperature is -1.0, not 0 or between"),
-        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not free of empty strings"),
+        ({"stop": ("a", "")}, "sampling: stop is ('a', ''), not a list of non-empty strings"),
         (
             {"top_p": 0.0, "num_samples": 0},
             "sampling: top_p is 0.0, not in (0, 1]; num_samples is 0, not between 1 and 1048576",
         ),
         ({"top_p": 0.9}, "sampling: top_p 0.9 has no effect at temperature 0"),
-        ({"stop_tokens": (5, 259)}, "stop token 259 is not in the tokenizer, so it never comes"),
+        (
+            {"stop_tokens": (5, 259)},
+            "stop token 259 is not in the tokenizer, so it is never sampled",
+        ),
     ],
 )
 def test_impossible_sampling_values(model, values, message):
@@ -481,7 +486,7 @@ def test_sampling_values_that_do_not_exist(model):
 
 @pytest.mark.parametrize("every", [-1, 0, 17])
 def test_impossible_distances_between_deltas(model, every):
-    assert refusal(model.stream, "a", every=every) == f"every is {every}, not 1 to 16"
+    assert refusal(model.stream, "a", every=every) == f"every is {every}, not between 1 and 16"
 
 
 @pytest.mark.parametrize(

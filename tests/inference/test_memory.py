@@ -126,7 +126,7 @@ def memory(capsys, *arguments):
     }
 
 
-def test_the_command_for_the_released_model(capsys):
+def test_the_command_for_the_1_5b(capsys):
     table = memory(capsys, "--preset", "hymba-1.5b", "--batch", 16)
     one, many, _ = table["cache"]
     assert (one, many) == (0.0786, 1.26)

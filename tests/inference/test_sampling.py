@@ -11,7 +11,13 @@ import pytest
 from hymba_jax.config.sampling import SamplingConfig, unescape
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import sampling
-from hymba_jax.inference.sampling import ONE, Needed, make_sampler, sample, token_weights
+from hymba_jax.inference.sampling import (
+    PROBABILITY_SCALE,
+    ActiveFilters,
+    make_sampler,
+    sample,
+    token_weights,
+)
 
 SAMPLED = SamplingConfig(temperature=1.0)
 ALL_ON = SamplingConfig(
@@ -46,8 +52,11 @@ def probabilities(logits, config, slack=0.0):
 def weights(logits, config):
     """`token_weights` for one row, as probabilities."""
     row = jax.tree.map(lambda values: values[0], make_sampler([config], [0]))
-    needed = Needed(*[jnp.array(True)] * 4)
-    return np.asarray(jax.jit(token_weights)(needed, jnp.asarray(logits, jnp.float32), row)) / ONE
+    active = ActiveFilters(*[jnp.array(True)] * 4)
+    return (
+        np.asarray(jax.jit(token_weights)(active, jnp.asarray(logits, jnp.float32), row))
+        / PROBABILITY_SCALE
+    )
 
 
 def sample_many(logits, config, count):
@@ -81,7 +90,7 @@ def test_the_filters_keep_what_sorting_keeps(kind):
         actual = weights(logits, config)
         # Where a sum or a quotient falls on the limit itself, float32 may go either way.
         surely, perhaps = (probabilities(logits, config, slack) for slack in (-1e-6, 1e-6))
-        visible = perhaps > 2 / ONE
+        visible = perhaps > 2 / PROBABILITY_SCALE
         assert not (actual[visible & (surely > 0)] == 0).any()
         assert not (actual > 0)[perhaps == 0].any()
         assert actual.argmax() == logits.argmax()
@@ -299,13 +308,13 @@ def test_samples_inside_a_loop():
         ({"seed": -1}, "seed is -1, not between 0 and 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296, not between 0 and 4294967295"),
         ({"seed": None}, "seed is None, not an integer"),
-        ({"stop": b"end"}, "stop is b'end', not a list, each of it a string"),
-        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each of it a string"),
-        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not free of empty strings"),
-        ({"stop": ""}, "stop is ('',), not free of empty strings"),
-        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each of it an integer"),
-        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each of it an integer"),
-        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each of it an integer"),
+        ({"stop": b"end"}, "stop is b'end', not a list, each a string"),
+        ({"stop": ["a", 1]}, "stop is ('a', 1), not a list, each a string"),
+        ({"stop": ("a\n", "")}, r"stop is ('a\n', ''), not a list of non-empty strings"),
+        ({"stop": ""}, "stop is ('',), not a list of non-empty strings"),
+        ({"stop_tokens": 2}, "stop_tokens is 2, not a list, each an integer"),
+        ({"stop_tokens": [2.0]}, "stop_tokens is (2.0,), not a list, each an integer"),
+        ({"stop_tokens": [True]}, "stop_tokens is (True,), not a list, each an integer"),
         ({"stop_tokens": (3, -2)}, "stop_tokens is (3, -2), not between 0 and 2147483647"),
     ],
 )
@@ -370,7 +379,7 @@ def test_escapes_of_the_command_line(text, stop):
 
 @pytest.mark.parametrize("text", [r"\d", "a\\", r"\x4", r"\U00110000"])
 def test_escapes_that_there_are_not(text):
-    with pytest.raises(HymbaError, match="is no escape; there are"):
+    with pytest.raises(HymbaError, match="is not an escape; valid are"):
         unescape(text)
 
 

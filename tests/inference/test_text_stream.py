@@ -11,23 +11,23 @@ from slow import slow_but
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.inference.text_stream import TextStream
 
-RELEASED = Path(__file__).parents[3] / "shared" / "released"
+HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 
 TEXT = "Hello world,\n  é ü \u20ac e\u0301 中文 👨\u200d👩\u200d👧 \ufffd\ufffd 😀😀!\n\n"
 # Bytes of which characters begin, go on, or cannot be.
 BYTES = b"\xe2\x82\xac\xf0\x9f\x98\x80\xed\xa0\xff\xc0\xef\xbf\xbd\xc3A\n "
 
 
-@pytest.fixture(scope="module", params=["bytes", "bpe", "byte fallback", "words", "released"])
+@pytest.fixture(scope="module", params=["bytes", "bpe", "byte fallback", "words", "hf"])
 def tokenizer(request):
-    if request.param == "released" and not RELEASED.is_dir():
-        pytest.skip("the released files are not here")
+    if request.param == "hf" and not HF_FILES.is_dir():
+        pytest.skip("the HF files are not available")
     return {
         "bytes": lambda: build_tokenizer("bytes", []),
         "bpe": lambda: build_tokenizer("bpe:400", [TEXT] * 9),
         "byte fallback": byte_fallback,
         "words": words,
-        "released": lambda: Tokenizer.load(RELEASED),
+        "hf": lambda: Tokenizer.load(HF_FILES),
     }[request.param]()
 
 
@@ -104,7 +104,7 @@ def random_tokens(tokenizer, rng, count):
     return [rng.choice(rng.choices(kinds, [9, 9, 2, 2])[0]) for _ in range(rng.randrange(count))]
 
 
-def test_pieces_are_the_text(tokenizer):
+def test_deltas_join_to_the_text(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         prompt, tokens = (random_tokens(tokenizer, rng, count) for count in (14, 30))
@@ -112,7 +112,7 @@ def test_pieces_are_the_text(tokenizer):
         assert "".join(deltas) == decoded(tokenizer, prompt, tokens), (prompt, tokens)
 
 
-def test_a_text_cut_in_two_anywhere(tokenizer):
+def test_prompt_and_completion_split_anywhere(tokenizer):
     tokens = tokenizer.encode(TEXT)
     for cut in range(len(tokens)):
         prompt = [tokenizer.bos_id, *tokens[:cut]]
@@ -181,13 +181,13 @@ def test_tokens_before_a_stop_string_at_random(kind):
             sizes = [token_size(tokenizer, token) for token in tokens]
             sizes[0] = 0  # the space before the text is none of it
         before = len(text.partition(stop)[0].encode())
-        assert end.settled == sum(sum(sizes[:i]) < before for i in range(len(tokens)))
+        assert end.num_final_tokens == sum(sum(sizes[:i]) < before for i in range(len(tokens)))
         met += end.stopped
     assert 200 < met < 1300
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "settled"),
+    ("text", "stop", "num_final_tokens"),
     [
         (b"abc", ["x"], [1, 2, 3, 3]),
         (b"ab\n\nc", ["\n\n"], [1, 2, 2, 2, 2, 2]),
@@ -201,14 +201,14 @@ def test_tokens_before_a_stop_string_at_random(kind):
         (b"\xff!", ["\ufffd"], [0, 0, 0]),
     ],
 )
-def test_tokens_that_no_stop_string_can_take_back(text, stop, settled):
+def test_tokens_that_no_stop_string_can_take_back(text, stop, num_final_tokens):
     tokenizer = byte_level()
     completion, seen = TextStream(tokenizer, [], stop), []
     for byte in text:
         completion.push(byte_token(tokenizer, byte))
-        seen.append(completion.settled)
+        seen.append(completion.num_final_tokens)
     completion.finish()
-    assert [*seen, completion.settled] == settled
+    assert [*seen, completion.num_final_tokens] == num_final_tokens
 
 
 def test_byte_tokens_before_a_stop_string():
@@ -217,12 +217,12 @@ def test_byte_tokens_before_a_stop_string():
     _, *tokens = tokenizer.encode("😀中é")
     assert len(tokens) == 8  # four, three and one, which has a token of its own
     for stop, count in [("中", 4), ("中é", 4), ("é", 7), ("😀", 0), ("x", 8)]:
-        assert stream(tokenizer, [], tokens, [stop])[1].settled == count
+        assert stream(tokenizer, [], tokens, [stop])[1].num_final_tokens == count
     broken = [*tokens[:3], tokens[-1]]
     for stop, count in [("é", 3), ("\ufffdé", 2), ("\ufffd", 0)]:
-        assert stream(tokenizer, [], broken, [stop])[1].settled == count
+        assert stream(tokenizer, [], broken, [stop])[1].num_final_tokens == count
     # A run that began in the prompt.
-    assert stream(tokenizer, tokens[:4], tokens[4:], ["é"])[1].settled == 3
+    assert stream(tokenizer, tokens[:4], tokens[4:], ["é"])[1].num_final_tokens == 3
 
 
 @pytest.mark.parametrize(

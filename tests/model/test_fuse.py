@@ -1,4 +1,4 @@
-"""Fewer products, the same numbers."""
+"""Fused matmuls equal separate ones."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
     ("layers", "activation"),
     [("G 2*Ww", "silu"), ("M Aa Ll", "relu2")],
 )
-def test_fused_products_are_the_same(layers, activation):
-    """To float32 rounding: the columns of a product may be added up in another order."""
+def test_fused_matmuls_equal_separate_ones(layers, activation):
+    """To float32 rounding: the columns of a matmul may be added up in another order."""
     config = HymbaConfig(
         vocab_size=50,
         hidden_size=32,
@@ -37,9 +37,9 @@ def test_fused_products_are_the_same(layers, activation):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == before
 
 
-def test_each_block_begins_with_one_product():
+def test_input_projections_are_one_matmul():
     """Five kernels read the mixer's input and two the MLP's; compiled, one each. CPUs
-    are compiled for: elsewhere a product has other names."""
+    are compiled for: other platforms name matmuls differently."""
     config = HymbaConfig(
         vocab_size=50,
         hidden_size=32,
@@ -49,7 +49,7 @@ def test_each_block_begins_with_one_product():
         num_meta_tokens=0,  # whose own pass has the same matmuls
     )
 
-    def products(model):
+    def count_matmuls(model):
         graph, params = nnx.split(model)
         run = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
         params = jax.device_put(params, jax.devices("cpu")[0])
@@ -57,7 +57,7 @@ def test_each_block_begins_with_one_product():
         kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
         return sum(shape[0] == 32 and shape != (50, 32) for shape in kernels), text.count(" dot(")
 
-    kernels, dots = products(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    kernels, dots = count_matmuls(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
     model = fuse_projections(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
-    fused_kernels, fused_dots = products(model)
+    fused_kernels, fused_dots = count_matmuls(model)
     assert kernels - fused_kernels == dots - fused_dots == 5

@@ -1,4 +1,4 @@
-"""The whole model: every design of the roadmap, causality, dtypes, and layers rolled or not."""
+"""The whole model: every design of the roadmap, causality, dtypes, and layers scanned or not."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def test_every_design_of_the_roadmap_computes(row):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_nothing_looks_ahead(scan_layers):
+def test_is_causal(scan_layers):
     graph, params = nnx.split(Hymba(CONFIG, ComputeConfig(scan_layers=scan_layers), nnx.Rngs(0)))
     model = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
     before, after = model(TOKENS), model(TOKENS.at[:, 15].add(1))
@@ -62,7 +62,7 @@ def test_nothing_looks_ahead(scan_layers):
     assert np.abs(before[:, 15:] - after[:, 15:]).max() > 1e-3
 
 
-def test_layers_start_the_same_rolled_or_not():
+def test_initialization_is_equal_scanned_or_unrolled():
     states = {
         scan_layers: dict(
             nnx.to_flat_state(
@@ -73,11 +73,11 @@ def test_layers_start_the_same_rolled_or_not():
         )
         for scan_layers in (True, False)
     }
-    rolled, unrolled = (layer_paths(CONFIG, scan_layers=choice) for choice in (True, False))
+    scanned, unrolled = (layer_paths(CONFIG, scan_layers=choice) for choice in (True, False))
     for layer in range(CONFIG.num_layers):
         name = ("mixer", "ssm", "in_proj", "kernel")
-        stack = states[True][(*rolled[layer].block, *name)]
-        repeat = rolled[layer].repeat
+        stack = states[True][(*scanned[layer].block, *name)]
+        repeat = scanned[layer].repeat
         alone = states[False][(*unrolled[layer].block, *name)][...]
         np.testing.assert_array_equal(stack[...] if repeat is None else stack[repeat], alone)
     kernels = [states[False][(*place.block, *name)][...] for place in unrolled]
@@ -136,7 +136,7 @@ class TestDocuments:
         ids = np.repeat([0, 1, 0, 1], self.lengths)
         return documents, jnp.asarray(ids)[None]
 
-    def test_each_is_what_it_is_alone(self, layers, remat):
+    def test_each_document_equals_itself_alone(self, layers, remat):
         """Logits, and what it adds to the gradient of every parameter, meta tokens included."""
         run, params = self.programs(layers, remat)
         documents, ids = self.row()
@@ -213,7 +213,7 @@ def test_parameters_name_every_axis():
         assert len(leaf.get_metadata("axes")) == leaf.get_raw_value().ndim, path
 
 
-def test_no_product_of_float32_is_rounded_by_accelerators():
+def test_float32_matmuls_have_highest_precision():
     """Forward and backward: by default GPUs and TPUs multiply fewer bits."""
     graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(CONFIG, ComputeConfig(), nnx.Rngs(0))))
     loss = jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(TOKENS)))

@@ -60,7 +60,7 @@ CONFIGS = {
     ),
     "a kernel longer than the window": changed({"window": 2}, {"conv_kernel": 7}, layers="W Ll"),
     # The longest row ends in padding that stands where the base would change.
-    "window longer than the text, dynamic base": changed(
+    "window longer than the sequence, dynamic base": changed(
         {"window": 100, "rope_type": "dynamic_ntk", "rope_original_positions": LENGTH + 3},
         layers="Ww L",
     ),
@@ -76,7 +76,7 @@ def init_state(config, batch, context, dtype, state_dtype):
     return model.init_state(batch, context, state_dtype)
 
 
-def lively_weights(config, **compute):
+def random_weights(config, **compute):
     """A model far from where training starts, so that every part of every layer matters."""
     model = Hymba(config, ComputeConfig(**compute), nnx.Rngs(0))
     rng = np.random.default_rng(1)
@@ -85,7 +85,7 @@ def lively_weights(config, **compute):
     return nnx.split(model)
 
 
-class Reader:
+class Prefiller:
     """A model that prefills sequences in chunks, and their logits by the full forward."""
 
     def __init__(self, name):
@@ -95,7 +95,7 @@ class Reader:
             graph, self.params = golden.model(scan_layers=False)
         else:
             self.config = CONFIGS[name]
-            graph, self.params = lively_weights(self.config, scan_layers=False)
+            graph, self.params = random_weights(self.config, scan_layers=False)
         rng = np.random.default_rng(2)
         self.tokens = rng.integers(0, self.config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
 
@@ -111,18 +111,18 @@ class Reader:
         self.meta = jit(lambda params: nnx.merge(graph, params).meta_state())(self.params)
 
     def start(self, dtype="float32", state_dtype="float32"):
-        return init_state(self.config, ROWS, LENGTH, dtype, state_dtype).start(self.meta)
+        return init_state(self.config, ROWS, LENGTH, dtype, state_dtype).initialize(self.meta)
 
-    def read(self, cutting, cache=None, padding=0):
+    def prefill(self, chunking, cache=None, padding=0):
         """Logits of the whole sequences and the cache after them, in chunks of at most these
         lengths a row, and single tokens for what they leave. Only the first chunk is told that
         nothing is in the cache, and a single token not even then."""
         cache = cache or self.start()
         logits = np.full_like(self.full, np.nan)
-        at, cutting = np.zeros(ROWS, np.int32), iter(cutting)
+        at, chunking = np.zeros(ROWS, np.int32), iter(chunking)
         is_start = True
         while (at < LENGTH).any():
-            lengths = np.minimum(next(cutting, [1] * ROWS), LENGTH - at).astype(np.int32)
+            lengths = np.minimum(next(chunking, [1] * ROWS), LENGTH - at).astype(np.int32)
             width = next(width for width in WIDTHS if width >= lengths.max())
             chunk = np.full((ROWS, width), padding, np.int32)
             for row, start, length in zip(range(ROWS), at, lengths, strict=True):
@@ -138,48 +138,48 @@ class Reader:
 
 
 @functools.cache
-def reader(name):
-    return Reader(name)
+def prefiller_of(name):
+    return Prefiller(name)
 
 
 # Chunks of a row: nothing, a token, less than the kernel of the convolution, more than the window.
-piece_lengths = st.lists(
+chunk_lengths = st.lists(
     st.one_of(st.sampled_from([0, 1, 2, 3, 16]), st.integers(0, 16)), min_size=ROWS, max_size=ROWS
 )
 steps = st.just([1] * ROWS)
-cuttings = st.lists(st.one_of(piece_lengths, piece_lengths, steps), min_size=3, max_size=12)
+chunkings = st.lists(st.one_of(chunk_lengths, chunk_lengths, steps), min_size=3, max_size=12)
 
 
 @pytest.mark.parametrize("name", slow_but([*CASES, *CONFIGS], *QUICK))
 @settings(derandomize=True, deadline=None, max_examples=8, database=None)
-@given(cutting=cuttings)
-def test_any_cutting_equals_the_full_forward(name, cutting):
-    one = reader(name)
-    logits, cache = one.read(cutting)
-    error = np.abs(logits - one.full).max() / np.ptp(one.full)
+@given(chunking=chunkings)
+def test_any_chunking_equals_the_full_forward(name, chunking):
+    prefiller = prefiller_of(name)
+    logits, cache = prefiller.prefill(chunking)
+    error = np.abs(logits - prefiller.full).max() / np.ptp(prefiller.full)
     assert error <= BOUND  # a NaN is not
     np.testing.assert_array_equal(cache.lengths, LENGTH)
 
 
-CUTTING = [(16, 9, 0), (0, 1, 1), (3, 0, 16), (1, 1, 1), (16, 16, 2)]
+CHUNKING = [(16, 9, 0), (0, 1, 1), (3, 0, 16), (1, 1, 1), (16, 16, 2)]
 
 
 @pytest.mark.parametrize("name", slow_but(["tiny-ntk", *QUICK], *QUICK))
-def test_padding_leaves_no_trace(name):
-    """To the last bit, in the outputs and in what is remembered of them."""
-    one, other = (reader(name).read(CUTTING, padding=token) for token in (0, 7))
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def test_padding_does_not_affect_outputs_or_state(name):
+    """To the last bit, in the outputs and in their state."""
+    first, second = (prefiller_of(name).prefill(CHUNKING, padding=token) for token in (0, 7))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_a_row_without_tokens_stays_as_it_is():
-    one = reader("more meta tokens than the window")
-    _, before = one.read(CUTTING)
+    prefiller = prefiller_of("more meta tokens than the window")
+    _, before = prefiller.prefill(CHUNKING)
     for width in WIDTHS:
-        _, after = one.extend(
-            one.params,
+        _, after = prefiller.extend(
+            prefiller.params,
             np.ones((ROWS, width), np.int32),
             before,
-            one.meta,
+            prefiller.meta,
             np.array([0, 1, 0], np.int32),
             is_start=False,
         )
@@ -192,10 +192,12 @@ def test_a_row_without_tokens_stays_as_it_is():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
-    one = reader("more meta tokens than the window")
-    before = one.start(dtype, state_dtype)
+    prefiller = prefiller_of("more meta tokens than the window")
+    before = prefiller.start(dtype, state_dtype)
     chunk, lengths = np.ones((ROWS, width), np.int32), np.ones(ROWS, np.int32)
-    _, cache = one.extend.eval_shape(one.params, chunk, before, one.meta, lengths, is_start=False)
+    _, cache = prefiller.extend.eval_shape(
+        prefiller.params, chunk, before, prefiller.meta, lengths, is_start=False
+    )
     assert jax.tree.structure(cache) == jax.tree.structure(before)
     for layer in cache.layers:
         assert layer.ssm.ssm_state.dtype == state_dtype
@@ -203,15 +205,15 @@ def test_kept_in_the_dtypes_asked_for(width, dtype, state_dtype):
         assert layer.kv is None or layer.kv.key.dtype == layer.kv.value.dtype == dtype
 
 
-def test_two_bytes_a_value_stay_close():
+def test_bfloat16_state_is_accurate():
     """A state in bfloat16 moves the logits by no more than weights in bfloat16 do, as a root mean
     square. A state that were not carried on would move them by as much as they are."""
-    one = reader("more meta tokens than the window")
-    logits, _ = one.read(CUTTING, one.start("bfloat16", "bfloat16"))
-    rounded = jax.tree.map(lambda a: a.astype("bfloat16").astype(a.dtype), one.params)
-    by_weights = np.asarray(one.forward(rounded, one.tokens)) - one.full
-    error, bound = (np.sqrt(np.mean(e**2)) for e in (logits - one.full, by_weights))
-    assert 0 < error <= bound < np.std(one.full) / 10
+    prefiller = prefiller_of("more meta tokens than the window")
+    logits, _ = prefiller.prefill(CHUNKING, prefiller.start("bfloat16", "bfloat16"))
+    rounded = jax.tree.map(lambda a: a.astype("bfloat16").astype(a.dtype), prefiller.params)
+    by_weights = np.asarray(prefiller.forward(rounded, prefiller.tokens)) - prefiller.full
+    error, bound = (np.sqrt(np.mean(e**2)) for e in (logits - prefiller.full, by_weights))
+    assert 0 < error <= bound < np.std(prefiller.full) / 10
 
 
 def state_shapes(config, batch, context, dtype="bfloat16"):
@@ -219,7 +221,7 @@ def state_shapes(config, batch, context, dtype="bfloat16"):
 
 
 @pytest.mark.parametrize(("context", "ring"), [(4, 4), (5, 5), (48, 5)])
-def test_no_more_room_than_a_layer_can_use(context, ring):
+def test_cache_slots_per_layer(context, ring):
     config = changed(layers="Gg Ww M A Ll", ssm={"conv_kernel": 3})
     layers = state_shapes(config, 2, context).layers
     slots = [layer.kv and (layer.kv.key.shape[2], layer.kv.value.shape[2]) for layer in layers]
@@ -232,7 +234,7 @@ def test_no_more_room_than_a_layer_can_use(context, ring):
     assert layers[0].ssm.ssm_state.shape == (2, 4, 32)
 
 
-def test_the_released_size_is_that_of_the_paper():
+def test_cache_size_of_the_1_5b():
     """78.6 MB at 8192 tokens, in two bytes a value (SSM state and inputs are 3.9 of them)."""
     cache = state_shapes(PRESETS["hymba-1.5b"], 1, 8192)
     attention = (3 * 8192 + 14 * 1024) * 5 * (64 + 128)
@@ -243,17 +245,17 @@ def test_the_released_size_is_that_of_the_paper():
 
 
 def test_meta_tokens_are_kept_once_for_any_batch():
-    one = reader("more meta tokens than the window")
-    for layer, spec in zip(one.meta, one.config.layer_specs, strict=True):
+    prefiller = prefiller_of("more meta tokens than the window")
+    for layer, spec in zip(prefiller.meta, prefiller.config.layer_specs, strict=True):
         assert (layer.kv is None) == spec.reuses_kv
         assert layer.ssm.ssm_state.shape[0] == 1
         if layer.kv is not None:
-            assert layer.kv.key.shape[:3] == (1, 2, one.config.num_meta_tokens)
+            assert layer.kv.key.shape[:3] == (1, 2, prefiller.config.num_meta_tokens)
 
 
 def test_unrolled_layers_are_the_stacked_ones():
     config = changed(layers="G 2*Ww")
-    stacked = nnx.merge(*lively_weights(config))
+    stacked = nnx.merge(*random_weights(config))
     unrolled = unstack_layers(stacked)
     assert len(stacked.groups) == 2
     assert len(unrolled.groups) == 3
@@ -274,5 +276,5 @@ def test_stacked_layers_keep_no_state():
     config = changed(layers="2*W")
     model = Hymba(config, ComputeConfig(scan_layers=True), nnx.Rngs(0))
     for use in (model.meta_state, lambda: model.init_state(1, 8)):
-        with pytest.raises(ValueError, match="a model that scans its layers keeps no state"):
+        with pytest.raises(ValueError, match="a model with scan_layers has no state"):
             use()

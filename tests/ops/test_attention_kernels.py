@@ -92,7 +92,7 @@ def assert_same(implementation, arrays, **kwargs):
         (296, 5, "float32"),
     ),
 )
-def test_whole_sequences(implementation, window, meta, dtype):
+def test_full_sequences(implementation, window, meta, dtype):
     """Windows of less than a block and of more, one of which loses a single key; a length that
     neither blocks nor windows divide."""
     arrays = inputs(303, 303 + meta, dtype)
@@ -105,17 +105,17 @@ def test_a_sequence_that_fits_into_the_window(implementation):
 
 
 @pytest.mark.parametrize("window", [None, 37])
-def test_splash_with_queries_at_the_end_and_keys_that_do_not_count(window):
+def test_splash_with_fewer_queries_and_invalid_keys(window):
     kv_start = jnp.asarray([0, 220])  # before the first query, and after it
     kwargs = {"window": window, "num_meta_tokens": 5, "kv_start": kv_start}
     assert_same(splash, inputs(150, 303), **kwargs)
 
 
 @pytest.mark.parametrize(("queries", "kv_start"), [(3, None), (7, [0, 4])])
-def test_cudnn_refuses_parts_of_sequences(queries, kv_start):
+def test_cudnn_refuses_partial_sequences(queries, kv_start):
     *arrays, _ = inputs(queries, 9)
     kv_start = None if kv_start is None else jnp.asarray(kv_start)
-    with pytest.raises(ValueError, match="needs a query for each key, all of them valid"):
+    with pytest.raises(ValueError, match="needs as many queries as keys, all valid"):
         cudnn(*arrays, window=None, num_meta_tokens=2, kv_start=kv_start)
 
 
@@ -124,7 +124,7 @@ def test_kernels_refuse_documents(implementation):
     *arrays, _ = inputs(9, 9)
     kwargs = {"window": 4, "segment_ids": jnp.zeros((2, 9), int)}
     message = (
-        f"attention '{implementation}' has no mask for segment_ids; choose blocks or reference"
+        f"attention '{implementation}' does not support segment_ids; choose blocks or reference"
     )
     with pytest.raises(ValueError, match=message):
         api.attention(*arrays, **kwargs, implementation=implementation)

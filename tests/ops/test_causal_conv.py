@@ -94,7 +94,7 @@ def test_zeros_left_of_the_start(marked):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7])
-def test_two_halves_equal_the_whole(cut):
+def test_two_calls_equal_one(cut):
     inputs = device(make_inputs(11, 4))
     x = inputs.pop("x")
     y, final_inputs = causal_conv(x, **inputs)

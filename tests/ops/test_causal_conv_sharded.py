@@ -21,7 +21,7 @@ from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.parallel.mesh import make_mesh
 
-# 8 parts of 3 positions, or 4 of 6 on devices that have half of the channels.
+# 8 shards of 3 positions, or 4 of 6 on devices that have half of the channels.
 LENGTH = 24
 MESHES = {
     "8": ParallelConfig(fsdp=1, sequence=8),
@@ -81,7 +81,7 @@ def test_documents_do_not_see_each_other(mesh):
         )
 
 
-def test_only_the_inputs_before_a_part_are_sent():
+def test_only_the_inputs_before_a_shard_are_sent():
     inputs = device(make_inputs(LENGTH, 4, channels=6))
     mesh = make_mesh(jax.devices("cpu")[:8], MESHES["8"])
     split = jax.NamedSharding(mesh, jax.P(None, "sequence"))
@@ -97,7 +97,7 @@ def test_only_the_inputs_before_a_part_are_sent():
 
 
 @pytest.mark.parametrize(("length", "lengths"), [(LENGTH, [24, 7]), (25, None), (16, None)])
-def test_what_cannot_be_split_is_whole(length, lengths):
+def test_indivisible_lengths_are_replicated(length, lengths):
     """Rows that end early, a length that the mesh does not divide, parts shorter than the kernel
     looks back."""
     inputs = make_inputs(length, 4)

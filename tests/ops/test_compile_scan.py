@@ -29,8 +29,8 @@ def test_kernels_compile(target, dtype, tmp_path):
         assert row["compiled"] == "yes"
         assert row["spilled"] == 0
     for name in ("inference", "training"):
-        assert 1 <= rows[name]["of least"] < 1.15
-        assert rows[name]["of least exp"] == 1
+        assert 1 <= rows[name]["HBM vs minimum"] < 1.15
+        assert rows[name]["exponentials vs minimum"] == 1
     if target == "h100":
         assert all(row["waves"] >= 1 for row in rows.values())
     else:

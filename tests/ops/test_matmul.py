@@ -1,4 +1,4 @@
-"""The product and its own gradient, against numpy in float64."""
+"""`matmul` and its custom gradient, against numpy in float64."""
 
 import jax
 import jax.numpy as jnp

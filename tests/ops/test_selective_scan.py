@@ -354,7 +354,7 @@ def test_bfloat16(scan):
 
 # Two halves are one program.
 @pytest.mark.parametrize("share", slow_but([0.01, 0.4, 0.5, 0.7], 0.5))
-def test_two_parts_equal_the_whole(scan, implementation, share):
+def test_two_calls_equal_one(scan, implementation, share):
     length = 2 * (int(1.3 * CHUNK[implementation]) + 1)
     inputs, cut = make_inputs(2, length, 6, 4), max(1, int(share * length))
     first = inputs | {k: inputs[k][:, :cut] for k in SEQUENCES}

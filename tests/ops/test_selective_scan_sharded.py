@@ -28,7 +28,7 @@ from test_selective_scan import (
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.parallel.mesh import make_mesh
 
-# 8 parts of 5 positions, or 4 of 10.
+# 8 shards of 5 positions, or 4 of 10.
 MESHES = {"sequence": {"sequence": 8}, "batch and sequence": {"data": 2, "sequence": 4}}
 SIZES = (4, 40, 3, 2)
 COLLECTIVES = r" = (.*) (?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-\w+)\S*\("
@@ -70,7 +70,7 @@ def scan(case):
 
 
 @pytest.mark.parametrize("without", [(), OPTIONAL])
-def test_state_passes_through_every_part(mesh, scan, without):
+def test_state_passes_through_every_shard(mesh, scan, without):
     inputs, weights = make_slow_inputs(without), make_weights(*SIZES)
     weights[0][:, :-5] = 0
     gradients = gradients_in_float64(inputs, weights)

@@ -74,7 +74,7 @@ def test_cudnn_is_asked_for_whole_groups_of_heads(mesh):
 
 
 @pytest.mark.parametrize(("width", "collectives"), [(6, ["all-reduce"]), (5, [])])
-def test_only_parts_are_summed(mesh, width, collectives):
+def test_only_partial_results_are_summed(mesh, width, collectives):
     """The gradient of what all widths share, and only where they are split."""
     rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
     whole = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor" if width == 6 else None))

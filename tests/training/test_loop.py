@@ -25,7 +25,7 @@ def is_counter(leaf):
 
 @pytest.fixture(autouse=True)
 def arithmetic(monkeypatch):
-    """In place of the model: losses that depend on the batch alone, in whole numbers."""
+    """In place of the model: losses that depend on the batch alone, as integers."""
 
     def compile_train_step(*_):
         def step(state, batch):
@@ -113,14 +113,14 @@ def test_fewer_steps_than_were_done_are_refused(config):
     assert (Path(config.output) / "config.toml").read_text() == before
 
 
-def test_other_text_is_refused_on_either_side(config, tmp_path):
+def test_other_data_is_refused(config, tmp_path):
     train(config)
     pages = {path.name: path.read_text() for path in (tmp_path / "corpus").glob("*.txt")}
     refused = set()
     for name, text in pages.items():
         page = tmp_path / "corpus" / name
         page.write_text(text[::-1])
-        with pytest.raises(HymbaError, match=r"had other (training|validation) text") as caught:
+        with pytest.raises(HymbaError, match=r"other (training|validation) data") as caught:
             train(config)
         refused.add("validation" if "validation text" in str(caught.value) else "training")
         page.write_text(text)
@@ -135,7 +135,7 @@ REFUSED = {
     "nowhere: no such file": lambda config: dataclasses.replace(
         config, data=dataclasses.replace(config.data, path="nowhere")
     ),
-    "nothing: no model is here": lambda config: dataclasses.replace(config, init_from="nothing"),
+    "nothing: no model found": lambda config: dataclasses.replace(config, init_from="nothing"),
     "sample_tokens make 104 tokens": lambda config: changed(config, sample_tokens=100),
 }
 

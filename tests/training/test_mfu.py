@@ -50,7 +50,7 @@ def test_flops_by_hand(tie_embeddings):
         assert forward_flops(config, 5, predicted=2) == expected
 
 
-def test_a_token_takes_about_six_operations_a_parameter():
+def test_about_six_flops_per_parameter_and_token():
     """The rule of thumb: what comes on top is attention, the scan, and a vocabulary used twice."""
     config = PRESETS["hymba-1.5b"]
     model = abstract(config, scan_layers=True)

@@ -105,7 +105,7 @@ def test_gradient_accumulation_equals_one_big_batch(one_device, state, batch):
     assert_same(micro_batches.run(state, batch), one_device.run(state, batch))
 
 
-def test_any_objective_is_a_mean_over_what_it_counts():
+def test_any_objective_is_a_weighted_mean():
     """Least squares over the inputs that are not 0, of micro-batches of unequal counts, by SGD."""
 
     def loss_fn(params, batch):

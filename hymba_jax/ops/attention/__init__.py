@@ -7,11 +7,11 @@
 | `splash`       | the TPU kernels that come with JAX                                 |
 | `cudnn`        | NVIDIA's kernels, for whole sequences in 16 bits                   |
 
-All but the first take time and memory by what the mask shows: linear in the length with a window.
-Where the mesh in context shards the length (`sharded`), all but `cudnn` can run on the shards; on
-GPUs `blocks` does. Rows of several documents are for `reference` and `blocks`, on every platform:
-the masks of `splash` and `cudnn` cannot say "its own document, or a meta token".
-`attention_step` is one new token, for decoding.
+All but the first take time and memory in proportion to the unmasked blocks: linear in the length
+with a window. Where the mesh in context shards the length (`sharded`), all but `cudnn` can run on
+the shards; on GPUs `blocks` does. Only `reference` and `blocks` support `segment_ids`: the masks of
+`splash` and `cudnn` cannot express "own document or meta token". `attention_step` is one new token,
+for decoding.
 """
 
 from hymba_jax.ops.attention.api import attention

@@ -1,4 +1,4 @@
-"""Attention behind meta tokens: one call, a back end for each platform."""
+"""Attention with meta tokens: chooses a back end."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference,
     "splash": splash,
 }
-# Splash and cuDNN have no mask for several documents in a row; `blocks` is chosen instead of them.
+# Splash and cuDNN have no mask for several documents in a row; `blocks` replaces them.
 SUPPORT_SEGMENT_IDS = ("blocks", "reference")
 
 
@@ -40,22 +40,23 @@ def attention(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """Causal attention, global or in a sliding window, with meta tokens that every query sees.
 
-    Where there are fewer queries than keys, the last query meets the last key. Where there are as
-    many, the mesh in context may shard their length.
+    If there are fewer queries than keys, they are the last positions. If there are as many, the
+    mesh in context may shard their length.
 
     Args:
       query, key: rotated already; heads are grouped over kv_heads in order.
       meta_key, meta_value: of the meta tokens, the same for all rows; none if absent.
-      window: positions before itself that a query sees, besides the meta tokens; None sees all.
-      kv_start: the first valid key of each row; those before it are not seen, whatever they hold.
-      segment_ids: the document of each query, if a row has several, one behind another. Besides
-        the meta tokens a query sees its own document's keys. A document starts where the id
-        differs from the one before; the first one with the keys before it.
-      implementation: a name in IMPLEMENTATIONS; the fastest for the platform that can do this if
-        absent, which is `blocks` on CPUs, and everywhere with `segment_ids`.
+      window: positions before itself that a query attends to, besides the meta tokens; None is all.
+      kv_start: the first valid key of each row; earlier ones are masked.
+      segment_ids: the document of each query, where rows contain several. A query attends to the
+        meta tokens and to keys of its own document. A document starts where the id changes; the
+        first one includes the keys before it.
+      implementation: a name in IMPLEMENTATIONS; by default the fastest for the platform that
+        supports the arguments: `blocks` on CPUs, and everywhere with `segment_ids`.
 
     Raises:
-      ValueError: there is no implementation of that name, or it cannot do this or run here.
+      ValueError: there is no implementation of that name, or it does not support the arguments or
+        the platform.
     """
     starts = None if segment_ids is None else document_starts(segment_ids)
     attend: Callable[..., Array] = partial(_behind_meta_tokens, partial(_attend, implementation))
@@ -79,7 +80,7 @@ def attention(
         query=query,
         key=key,
         value=value,
-        # All rows and devices add to these gradients: in float32.
+        # Gradients are summed over rows and devices: in float32.
         meta_key=None if meta_key is None else meta_key.astype(jnp.float32),
         meta_value=None if meta_value is None else meta_value.astype(jnp.float32),
         kv_start=kv_start,
@@ -119,9 +120,9 @@ def _behind_meta_tokens(
     kv_start: KVStart | None,
     **kwargs: Any,
 ) -> Array:
-    """An implementation's attention, in whose keys and values those of the meta tokens are first.
+    """Attention with the meta tokens' keys and values prepended.
 
-    One copy of both, which the implementations that lay them out in blocks make anyway.
+    This makes one copy, which blocked implementations make anyway.
     """
     if meta_key is None or meta_value is None:
         return attend(query, key, value, num_meta_tokens=0, kv_start=kv_start, **kwargs)
@@ -154,7 +155,7 @@ def _attend(
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if _is_by_query(kv_start) and name not in SUPPORT_SEGMENT_IDS:
         choices = " or ".join(SUPPORT_SEGMENT_IDS)
-        raise ValueError(f"attention {name!r} has no mask for segment_ids; choose {choices}")
+        raise ValueError(f"attention {name!r} does not support segment_ids; choose {choices}")
     return IMPLEMENTATIONS[name](
         query,
         key,
@@ -177,7 +178,7 @@ def fastest(
         return "blocks"  # the fastest of SUPPORT_SEGMENT_IDS
     if platform == "tpu":
         return "splash"
-    whole = query.shape[1] + num_meta_tokens == key.shape[1] and kv_start is None
-    if platform.endswith("gpu") and whole and query.dtype != jnp.float32:
+    is_full_sequence = query.shape[1] + num_meta_tokens == key.shape[1] and kv_start is None
+    if platform.endswith("gpu") and is_full_sequence and query.dtype != jnp.float32:
         return "cudnn"
     return "blocks"

@@ -1,9 +1,9 @@
 """Attention in plain XLA, a block of queries and a block of keys at a time, on any platform.
 
-A block of queries meets the meta tokens, and of the other keys only the blocks that some query of
-it sees: half of them without a window, a fixed number with one. Weights are never kept: the forward
-pass carries the largest score and the sum of what it has met (arXiv 2112.05682), the backward pass
-finds the weights again from the logarithm of the whole sum (arXiv 2205.14135).
+A block of queries attends to the meta tokens and to those blocks of keys that its mask reaches:
+half of them without a window, a fixed number with one. Weights are not stored: the forward pass
+keeps a running maximum and sum (arXiv 2112.05682), the backward pass recomputes the weights from
+the log-sum-exp (arXiv 2205.14135).
 """
 
 from collections.abc import Callable
@@ -35,11 +35,10 @@ def blocks(
     kv_start: KVStart | None = None,
     block: int = 256,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """`attention` in memory linear in the length and in time that the mask asks for.
+    """`attention` with memory linear in the length, and time in proportion to the unmasked blocks.
 
-    Rows share their loops, so that each takes the time of the keys that any of them sees: from the
-    first document on that a block of queries has part of. A query that sees no key has an output
-    of zero.
+    Rows share their loops: each takes the time of the longest range of keys in the batch. A query
+    without valid keys has output zero.
 
     Args:
       block: queries and keys taken at a time, at most.
@@ -49,7 +48,7 @@ def blocks(
 
 
 class _Mask(NamedTuple):
-    """What is known of the mask when compiling, and the size of the blocks."""
+    """Static properties of the mask, and the block size."""
 
     window: int | None
     num_meta_tokens: int
@@ -78,7 +77,7 @@ def _forward(
         start, q = at
         q = _by_head(q, key.shape[2])
 
-        def meet(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
+        def accumulate(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
             highest, total, output = carry
             higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
             weights = jnp.exp(scores - higher)
@@ -90,8 +89,8 @@ def _forward(
 
         zero = _zeros((*q.shape[:-1], 1))
         carry = (zero + _LOWEST, zero, _zeros((*q.shape[:-1], value.shape[-1])))
-        highest, total, output = _over_keys(meet, carry, q, key, start, kv_start, mask)
-        # The sum is at least 1, but for a query that sees nothing.
+        highest, total, output = _over_keys(accumulate, carry, q, key, start, kv_start, mask)
+        # The sum is at least 1, except for fully masked queries.
         total = jnp.maximum(total, 1e-30)
         output = _by_query((output / total).astype(value.dtype))
         return None, (output, highest + jnp.log(total))
@@ -112,7 +111,7 @@ def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[
         start, *of_queries, log_sum = at
         q, do, mean = (_by_head(x, key.shape[2]) for x in of_queries)
 
-        def meet(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
+        def accumulate(carry: _Carry, start: Array | int, scores: Array) -> _Carry:
             dq, dkey, dvalue = carry
             k, v = (_keys_at(start, x, scores.shape[-1]) for x in (key, value))
             weights = jnp.exp(scores - log_sum)
@@ -124,7 +123,7 @@ def _backward(mask: _Mask, residuals: tuple[Any, ...], doutput: Array) -> tuple[
             return dq, _add_at(start, dkey, dk), _add_at(start, dvalue, dv)
 
         carry = (_zeros(q.shape), *gradients)
-        dq, dkey, dvalue = _over_keys(meet, carry, q, key, start, kv_start, mask)
+        dq, dkey, dvalue = _over_keys(accumulate, carry, q, key, start, kv_start, mask)
         return (dkey, dvalue), _by_query(dq.astype(query.dtype))
 
     # The derivative of the weights' sum, which is always 1.
@@ -142,7 +141,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _over_keys(
-    meet: Callable[[_Carry, Array | int, Array], _Carry],
+    accumulate: Callable[[_Carry, Array | int, Array], _Carry],
     carry: _Carry,
     query: Float[Array, "batch kv_heads group block head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
@@ -150,16 +149,17 @@ def _over_keys(
     kv_start: KVStart | None,
     mask: _Mask,
 ) -> _Carry:
-    """`carry = meet(carry, start, scores)` for the meta tokens and each block of keys they see."""
+    """`carry = accumulate(carry, start, scores)` for the meta tokens and each visible block of
+    keys."""
     keys, window, meta = key.shape[1], mask.window, mask.num_meta_tokens
     positions = query_start + jnp.arange(query.shape[3])
     if kv_start is not None and kv_start.ndim == 2:
-        # The queries that fill up the first block are as its first one.
+        # Padding queries are treated like the first one.
         place = positions - keys + kv_start.shape[1]
         kv_start = kv_start[:, jnp.maximum(place, 0)]
 
     def scores(start: Array | int, last: Array | int, size: int, **limits: Any) -> Array:
-        """Of the keys from `start` on; those from `last` on were met already."""
+        """Scores of the keys from `start` on; those from `last` on are accumulated already."""
         k = _keys_at(start, key, size)
         scores = _einsum("bhgqd,bkhd->bhgqk", query, k) * query.shape[-1] ** -0.5
         at = start + jnp.arange(size)
@@ -169,7 +169,7 @@ def _over_keys(
         return lax.optimization_barrier(jnp.where(seen[:, None, None], scores, -jnp.inf))
 
     if meta:
-        carry = meet(carry, 0, scores(0, meta, meta, window=None))
+        carry = accumulate(carry, 0, scores(0, meta, meta, window=None))
     if meta == keys:
         return carry
     size = min(mask.block, keys - meta)
@@ -183,7 +183,7 @@ def _over_keys(
     def key_block(j: Array | int, carry: _Carry) -> _Carry:
         last = end - j * size
         start = jnp.maximum(last - size, meta)
-        return meet(carry, start, scores(start, last, size, window=window, kv_start=kv_start))
+        return accumulate(carry, start, scores(start, last, size, window=window, kv_start=kv_start))
 
     return lax.fori_loop(0, (end - begin + size - 1) // size, key_block, carry)
 
@@ -218,7 +218,7 @@ def _join(
 def _by_head(
     x: Float[Array, "batch block heads dim"], kv_heads: int
 ) -> Float[Array, "batch kv_heads group block dim"]:
-    """With the heads that read the same keys side by side."""
+    """Heads grouped by their key/value head."""
     batch, size, heads, dim = x.shape
     x = x.reshape(batch, size, kv_heads, heads // kv_heads, dim)
     return x.transpose(0, 2, 3, 1, 4)
@@ -232,6 +232,6 @@ def _by_query(
 
 
 def _starts(query: Array, key: Array, query_blocks: Array) -> Int[Array, "blocks"]:
-    """Where the first query of each block stands among the keys; before them, if it is padding."""
+    """Position of each block's first query among the keys; negative for padding."""
     count, size = query_blocks.shape[0], query_blocks.shape[2]
     return key.shape[1] - size * jnp.arange(count, 0, -1)

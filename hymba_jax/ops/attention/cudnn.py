@@ -1,10 +1,9 @@
 """Attention on NVIDIA GPUs, by cuDNN's fused kernels, which keep no weights.
 
-cuDNN knows causal attention, and masks that it reads from memory. The first is all that a global
-layer needs, with queries of zeros in front for the meta tokens, and what the first queries of a
-window layer do: they have not lost a key yet. After those, blocks of as many queries as the window
-is long see the meta tokens, the block before and their own, through one mask, the same for every
-block: time and memory are linear in the length.
+cuDNN supports causal masks, and masks in memory. A global layer needs only the first, with zero
+queries in place of the meta tokens, and so do the first `window` positions of a window layer. Later
+queries are computed in blocks of `window`, which attend to the meta tokens, the block before and
+their own, with one mask for all blocks: time and memory are linear in the length.
 """
 
 from functools import partial
@@ -27,22 +26,22 @@ def cudnn(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` on NVIDIA GPUs over whole sequences, in float16 or bfloat16.
 
-    Rows are one document: the masks here are the same for all rows.
+    Rows are single documents: one mask serves all rows.
 
     XLA can shard it over devices by batch.
 
     Raises:
-      ValueError: the queries are not those of all keys but the meta tokens', or `kv_start` is
-        given: cuDNN's causal mask has both begin together.
-      NotImplementedError: the numbers are float32, or a gradient is wanted of a window that is odd
-        or has an odd number of meta tokens before it.
+      ValueError: there are fewer queries than keys, or `kv_start` is given: cuDNN's causal mask has
+        both begin together.
+      NotImplementedError: for float32, and for the gradient with an odd window or an odd number of
+        meta tokens.
       RuntimeError: JAX was installed without cuDNN.
     """
     length = key.shape[1]
     if query.shape[1] + num_meta_tokens != length or kv_start is not None:
-        raise ValueError("cuDNN's attention needs a query for each key, all of them valid")
+        raise ValueError("cuDNN's attention needs as many queries as keys, all valid")
     query = jnp.pad(query, ((0, 0), (num_meta_tokens, 0), (0, 0), (0, 0)))
-    # JAX has cuDNN take only values as wide as keys. Zeros add nothing to a score.
+    # JAX requires values as wide as keys for cuDNN. Zeros do not change a score.
     scale, width = query.shape[-1] ** -0.5, value.shape[-1]
     query, key = (_pad(v, 3, width - v.shape[-1]) for v in (query, key))
     attend = partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
@@ -67,7 +66,8 @@ def cudnn(
 def _windows(
     v: Float[Array, "batch length heads width"], window: int, num_meta_tokens: int
 ) -> tuple[Float[Array, "blocks window heads width"], Float[Array, "blocks seen heads width"]]:
-    """All blocks but the first of each row, and what they see: meta tokens, one before, itself."""
+    """All blocks but the first of each row, and their keys: meta tokens, the block before, its
+    own."""
     meta, rest = v[:, None, :num_meta_tokens], v[:, num_meta_tokens:]
     rest = _pad(rest, 1, -rest.shape[1] % window)
     blocks = rest.reshape(v.shape[0], -1, window, *v.shape[2:])

@@ -1,4 +1,4 @@
-"""What Hymba's attention is: the mask, the weights, and their matmul with the values."""
+"""Reference attention: the mask, the weights, and the weighted sum of the values."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ def attention_mask(
     num_meta_tokens: int,
     kv_start: KVStart | None = None,
 ) -> Bool[Array, "#batch queries keys"]:
-    """Which keys each query sees, by absolute positions that count the meta tokens.
+    """Which keys each query attends to, by absolute positions that count the meta tokens.
 
-    Nothing after itself; with a window, the `window` positions before itself and every meta token;
-    nothing between the meta tokens and `kv_start`, of the row or of the query.
+    Causal; with a window, only the last `window` positions and every meta token; keys before
+    `kv_start`, of the row or of the query, are masked.
     """
     keys = key_positions[None, None]
     distance = query_positions[:, :, None] - keys

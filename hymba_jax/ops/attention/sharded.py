@@ -1,13 +1,13 @@
 """Attention of sequences whose length is sharded over a mesh axis.
 
-Keys and values travel, not queries: they have fewer heads. From neighbour to neighbour, each
-device is given those before its own shard that its queries see: all of them in a global layer, as
-many as the window is long in the others. The meta tokens' are on all devices. A layer that reuses
-keys and values has its own shard of them, and fetches the rest again.
+Keys and values are sent, not queries, as they have fewer heads. Each device receives, from
+neighbour to neighbour, those before its shard that its queries attend to: all of them in a global
+layer, `window` in the others. The meta tokens' are replicated. A layer that reuses keys and values
+has its own shard of them, and fetches the rest again.
 
-Keys are put together before they are met, not one shard at a time (a ring, arXiv 2310.01889): the
-same numbers are sent, and any implementation that knows `kv_start` can compute with them, given
-one for each query where rows have several documents. What it costs is memory: 16 MB a sequence of
+Keys are concatenated before attention, not processed shard by shard (ring attention, arXiv
+2310.01889): the same bytes are sent, and any implementation that supports `kv_start` can be used,
+with one for each query where rows contain several documents. It costs memory: 16 MB a sequence of
 8192 tokens for each global layer of the 1.5B in bfloat16.
 """
 
@@ -40,13 +40,13 @@ def attention_sharded(
       query, key, value: this device's shard of them.
       window: as in `attention`.
       kv_start: of whole sequences, for each row or each query of this device's shard.
-      meta: keys and values of the meta tokens, whole.
+      meta: keys and values of the meta tokens, replicated.
     """
     own, device = query.shape[1], lax.axis_index(axis_name)
     before = (lax.axis_size(axis_name) - 1) * own
     reach = before if window is None else min(window, before)
     keys, values = (jnp.concatenate([_before(axis_name, x, reach), x], 1) for x in (key, value))
-    # In front of the first position of the sequence there are zeros among those.
+    # Before the first position of the sequence these are zeros.
     first = reach - device * own + (0 if kv_start is None else kv_start)
     first = jnp.broadcast_to(jnp.maximum(0, first), query.shape[: max(1, jnp.ndim(first))])
     return attend(query, keys, values, window=window, kv_start=first, **meta)

@@ -1,7 +1,7 @@
 """Attention on TPUs, by the splash attention kernels that come with JAX.
 
-They skip the blocks that no query sees, so that a window costs time linear in the length, and keep
-no weights: the backward pass computes them again.
+They skip fully masked blocks, so that a window costs time linear in the length, and store no
+weights: the backward pass recomputes them.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from hymba_jax.types import Array, Bool, Float, Int
 
-# Queries and keys that a kernel takes at a time. Larger blocks hold more that no query of a window
-# sees; smaller ones take more instructions a score, though theirs spill less to VMEM.
+# Block sizes. Larger blocks compute more masked scores in a window; smaller ones need more
+# instructions per score, though theirs spill less to VMEM.
 _BLOCK = 512
 _LANES = 128  # what a block is a multiple of
 
@@ -36,15 +36,15 @@ def splash(
 ) -> Float[Array, "batch queries heads value_dim"]:
     """`attention` on TPUs.
 
-    Rows are one document: the kernels compare segments for equality, so that no document could
-    share the meta tokens with another.
+    Rows are single documents: the kernels compare segments for equality, so that documents could
+    not share the meta tokens.
 
     Raises:
       ValueError: compiled for a CPU outside Pallas's interpret mode.
     """
     _, queries, heads, head_dim = query.shape
     start = key.shape[1] - queries
-    # Causality hides the keys that fill up the last block.
+    # Causality masks the keys that pad the last block.
     query = _whole_blocks(query * head_dim**-0.5)
     key, value = _whole_blocks(key), _whole_blocks(value)
     mask = _WindowAndMetaTokens(start, query.shape[2], key.shape[2], window, num_meta_tokens)
@@ -72,7 +72,7 @@ def splash(
 
 @dataclass(frozen=True)
 class _WindowAndMetaTokens(Mask):
-    """What queries see: computed from positions by the kernels, never stored."""
+    """The mask, which the kernels compute from positions and never store."""
 
     start: int  # position of the first query
     queries: int
@@ -84,7 +84,7 @@ class _WindowAndMetaTokens(Mask):
     def shape(self) -> tuple[int, ...]:
         return self.queries, self.keys
 
-    # The kernels look for this and the next by name.
+    # The kernels access this and the next by name.
     @property
     def q_sequence(self) -> Int[np.ndarray, " queries"]:
         return np.arange(self.start, self.start + self.queries, dtype=np.int32)

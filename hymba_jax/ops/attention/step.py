@@ -18,9 +18,9 @@ def attention_step(
     meta_key: Float[Array, "kv_heads meta_tokens head_dim"],
     meta_value: Float[Array, "kv_heads meta_tokens value_dim"],
 ) -> Float[Array, "batch heads value_dim"]:
-    """What `attention` gives for a query that sees its own key, the past's and the meta tokens'.
+    """`attention` of a single query over its own key, the cache and the meta tokens.
 
-    There is no window: the slots hold no more than it lets the query see, in any order.
+    There is no window: the cache holds no more than the window, in any order.
 
     Args:
       query, key, value: of the new token.

@@ -33,21 +33,21 @@ def causal_conv(
 
         y_t = bias + sum over k of weight[k] x_{t - (kernel - 1) + k}
 
-    so the last tap meets the current position (the order of PyTorch's `Conv1d`). No activation.
-    The mesh in context may shard the length, unless `lengths` are given.
+    so the last tap is applied to the current position, as in PyTorch's `Conv1d`. No activation. The
+    mesh in context may shard the length, unless `lengths` are given.
 
     Args:
       x: inputs.
       weight: taps, the oldest input's first.
       bias: added to every position.
       initial_inputs: the inputs just before the first position, oldest first; zeros if absent.
-      segment_ids: the document of each position, if a row has several, one behind another. Just
-        before each, which starts where the id differs from the one before, are `initial_inputs`.
-      lengths: valid positions of each row. Those after them have y = 0, whatever they hold.
+      segment_ids: the document of each position, where rows contain several. A document starts
+        where the id changes, and `initial_inputs` precede each.
+      lengths: valid positions of each row. The rest is padding, with y = 0.
 
     Returns:
-      y in x's dtype, and the `initial_inputs` of what follows: the last `kernel - 1` inputs that
-      the last valid position's document has, its `initial_inputs` included.
+      y in x's dtype, and the `initial_inputs` of the next call: the last `kernel - 1` inputs of the
+      document of each row's last valid position, its `initial_inputs` included.
     """
     before = weight.shape[0] - 1
     documents = None

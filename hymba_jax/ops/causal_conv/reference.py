@@ -15,7 +15,7 @@ def causal_conv_reference(
     documents: Documents | None = None,
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
-    """`causal_conv` as its formula reads, summed in at least float32."""
+    """`causal_conv` as in its formula, summed in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     before, length = weight.shape[0] - 1, x.shape[1]
     positions = jnp.arange(length)[None]
@@ -38,7 +38,7 @@ def causal_conv_reference(
             shifted = jnp.where((positions - before + tap >= latest)[:, :, None], shifted, 0)
         y = y + weight[tap].astype(dtype)[None, None] * shifted
     if documents is not None:
-        # The first positions of all documents have the same before them.
+        # All documents start from the same inputs.
         for position in range(before):
             seen = document_inputs[:, position:].astype(dtype)
             of_seen = (weight[: before - position].astype(dtype)[None] * seen).sum(1, keepdims=True)
@@ -50,12 +50,12 @@ def causal_conv_reference(
         final_inputs = inputs[:, length:]
     else:
         y = jnp.where(counts[:, :, None], y, 0)
-        if length == 1:  # as in decoding, where a gather would cost more than all else
+        if length == 1:  # decoding, where a gather would dominate
             final_inputs = jnp.where(counts[:, :, None], inputs[:, 1:], inputs[:, :-1])
         else:
             final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
     if documents is not None and before:
-        # A last document shorter than these has what stood before it in front.
+        # If the last document is shorter than these, its initial inputs come first.
         start = latest[:, -1:]
         index = jnp.clip(before + last - start, 0, before - 1)
         of_before = jnp.take_along_axis(document_inputs, index[:, :, None], axis=1)

@@ -70,18 +70,18 @@ def selective_scan(
       x: input of the state-space model, after convolution and activation.
       dt: time step before bias and softplus.
       A: continuous-time decay rates, negative.
-      B: input projection, one vector a position.
-      C: output projection, one vector a position.
-      D: weight of the skip connection; none if absent.
-      z: gate before its silu; no gate if absent.
-      dt_bias: bias added to `dt`; none if absent.
+      B: input projection, one vector per position.
+      C: output projection, one vector per position.
+      D: weight of the skip connection; optional.
+      z: gate before its silu; optional.
+      dt_bias: bias added to `dt`; optional.
       initial_state: the state before the first position; zeros if absent.
-      segment_ids: the document of each position, if a row has several, one behind another. Each
-        starts, where the id differs from the one before, from `initial_state`.
-      lengths: valid positions of each row. Those after them leave the state as it is, whatever
-        they hold, and have y = 0.
-      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, and
-        for a single position no scan at all.
+      segment_ids: the document of each position, where rows contain several. A document starts
+        where the id changes, from `initial_state`.
+      lengths: valid positions of each row. The rest is padding: it has y = 0 and does not change
+        the state.
+      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, or the
+        single-step function for length 1.
 
     Returns:
       y in x's dtype, and in float32 the state after the last position: that of the last document.
@@ -97,7 +97,7 @@ def selective_scan(
     is_step = implementation is None and x.shape[1] == 1
     starts = None if segment_ids is None or is_step else document_starts(segment_ids)
     if lengths is not None:
-        # A time step of softplus(-inf) = 0 leaves the state alone.
+        # A time step of softplus(-inf) = 0 leaves the state unchanged.
         counts = jnp.arange(x.shape[1])[None] < lengths[:, None]
         x, B, C = (jnp.where(counts[:, :, None], v, 0) for v in (x, B, C))
         dt = jnp.where(counts[:, :, None], dt, -jnp.inf)

@@ -1,8 +1,8 @@
-"""The selective scan as parallel prefixes: one a chunk, chunk after chunk.
+"""The selective scan as parallel prefixes: an associative scan in each chunk, in sequence.
 
 A position maps the state h to decay h + input, and such maps compose associatively, so the states
-of a chunk take logarithmically many rounds. The gradient keeps the states at the borders of chunks
-only and recomputes those within, so that no array has a state for every position.
+of a chunk take logarithmically many rounds. The gradient keeps only the states between chunks and
+recomputes those within, so that no array has a state for every position.
 """
 
 import math
@@ -16,7 +16,7 @@ from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.types import Array, Bool, Float
 
-# Longer chunks outgrow the cache of a CPU.
+# Longer chunks exceed a CPU's cache.
 _CHUNK = 32
 
 
@@ -53,7 +53,7 @@ def selective_scan_associative(
         starts, document_state = split(documents.starts), documents.state.astype(jnp.float32)
     y, final_state = _scan(
         split(inputs),
-        split(dt, -jnp.inf),  # softplus(-inf) = 0, so the padding leaves the state as it is
+        split(dt, -jnp.inf),  # softplus(-inf) = 0, so padding leaves the state unchanged
         A,
         split(B),
         split(C),

@@ -1,4 +1,4 @@
-"""What follows the recurrence wherever it is not part of a kernel."""
+"""Skip connection and gate after the recurrence, for back ends that do not fuse them."""
 
 import jax
 
@@ -11,7 +11,8 @@ def skip_and_gate(
     D: Float[Array, "channels"] | None,
     z: Float[Array, "*positions channels"] | None,
 ) -> Float[Array, "*positions channels"]:
-    """(y + D x) silu(z) in float32, as y and x are: x has other uses, whose gradients it sums."""
+    """(y + D x) silu(z) in float32, as y and x are: x is also used elsewhere, and its gradients are
+    summed."""
     if D is not None:
         y = y + D.astype(y.dtype).reshape((1,) * (y.ndim - 1) + D.shape) * x
     if z is not None:

@@ -8,8 +8,8 @@ memory in chunks, fetched by asynchronous copies one chunk ahead; blocks of neig
 form a cluster, for which B and C are fetched once.
 
 Each chunk is three passes: softplus for all its positions at once, the recurrence, and skip and
-gate for all positions at once. The gradient keeps the states at the borders of chunks, recomputes
-those at the borders of groups of `_GROUP` steps, and then takes the groups in reverse.
+gate for all positions at once. The gradient keeps only the states between chunks, recomputes those
+at the borders of groups of `_GROUP` steps, and then takes the groups in reverse.
 """
 
 import math
@@ -44,7 +44,8 @@ _COMPILER = plgpu.CompilerParams(
 
 
 class _Inputs(NamedTuple):
-    """What the kernels read, padded to whole chunks, blocks and lanes. Or its gradients."""
+    """What the kernels read, padded to whole chunks, blocks and lanes. Also used for their
+    gradients."""
 
     x: Any  # (batch, length, channels), as are dt and z
     dt: Any
@@ -97,7 +98,7 @@ def selective_scan_pallas_gpu(
         initial_state = jnp.zeros((batch, states, channels), _f32)
     inputs = _Inputs(
         x=to_channels(to_length(x)),
-        # softplus(-inf) = 0, so the padding leaves the state as it is.
+        # softplus(-inf) = 0, so padding leaves the state unchanged.
         dt=to_channels(to_length(dt, value=-jnp.inf)),
         z=None if z is None else to_channels(to_length(z)),
         B=to_states(to_length(B)),
@@ -174,7 +175,7 @@ class _Layouts:
 
 
 class _Tile:
-    """The part of the arrays that one block of threads computes: a row, a block of channels."""
+    """The tile that one thread block computes: a row, a block of channels."""
 
     def __init__(self, block: int, states: int, blocks_in_cluster: int):
         self.block = block
@@ -186,7 +187,7 @@ class _Tile:
         self.in_cluster = blocks_in_cluster > 1
 
     def fetch(self, i: Any, gmem: dict[str, Any], smem: dict[str, Any], barrier: Any) -> None:
-        """Starts to bring chunk i of every sequence into its slot."""
+        """Starts the asynchronous copies of chunk i of every sequence into its slot."""
         steps, slot = pl.ds(i * _CHUNK, _CHUNK), lax.rem(i, 2)
         for name, into in smem.items():
             source, among = gmem[name].at[self.row, steps], None
@@ -197,13 +198,13 @@ class _Tile:
             plgpu.copy_gmem_to_smem(source, into.at[slot], barrier.at[slot], collective_axes=among)
 
     def vector(self, ref: Any) -> Array:
-        """A number a channel, for all steps of a chunk."""
+        """A number per channel, for all steps of a chunk."""
         # Less than a cache line, but read once.
         v = plgpu.load(ref.at[self.channels], layout=self.layouts.chunk_channels, optimized=False)
         return lax.broadcast_in_dim(v, (_CHUNK, self.block), (1,))
 
     def chunk(self, ref: Any) -> Array:
-        """All steps of a chunk, for what is computed a position at a time."""
+        """All steps of a chunk, for pointwise operations."""
         return plgpu.load(ref, layout=self.layouts.chunk).astype(_f32)
 
     def channel_rows(self, ref: Any, j: Any) -> list[Array]:
@@ -332,7 +333,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
     blocks, groups = _cluster_size(channels, block), _CHUNK // _GROUP
     given = {"dy": dy, "borders": borders, "dh": dh}
     operands = _present(**inputs._replace(initial_state=None)._asdict(), **given)
-    # What is summed over channels or rows leaves the kernel as one part a block.
+    # What is summed over channels or rows is written as one partial sum per block.
     by_block = (channels // block, batch, chunks, groups, _GROUP * states)
     by_row = jax.ShapeDtypeStruct((batch, channels), _f32)
     gradients = _Inputs(
@@ -518,7 +519,7 @@ def _await_members(free: Any) -> None:
 
 
 def _fetched(operands: dict[str, Array], block: int, blocks: int) -> dict[str, Any]:
-    """Room for two chunks of each sequence, and the barriers that tell what is in it."""
+    """Double buffers of each sequence, with their barriers."""
     slots = {
         name: plgpu.SMEM((2, _CHUNK, *((block,) if name in _OF_CHANNELS else v.shape[2:])), v.dtype)
         for name, v in operands.items()

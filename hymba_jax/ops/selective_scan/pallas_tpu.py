@@ -1,13 +1,13 @@
 """The selective scan as Pallas kernels for TPUs: every sequence is read once and written once.
 
-The grid goes over rows, blocks of channels and, innermost and in order, chunks of time; the state
-stays in VMEM from chunk to chunk. As in HBM, channels lie along lanes; states lie along sublanes.
-Arithmetic slots bound the scan, which takes few besides the recurrence's own: `_prepare` leaves
-in VMEM what loads spread over whole tiles, and `_fold` has sums over the states cost little. The
-loops are short, and what they carry is back in VMEM between them: no register spills.
+The grid runs over rows, blocks of channels and, innermost and sequentially, chunks of time; the
+state stays in VMEM between chunks. As in HBM, channels lie along lanes; states lie along sublanes.
+The scan is bound by arithmetic slots: `_prepare` stores operands in VMEM so that loads broadcast
+them over tiles, and `_fold` makes sums over states cheap. Loops are short and their carries go
+through VMEM, so that no register spills.
 
-The gradient keeps the states at the borders of chunks only. Its kernel takes the chunks from the
-last to the first, recomputes the states of one from its border, and walks back over them.
+The gradient keeps only the states between chunks. Its kernel takes the chunks in reverse,
+recomputes the states of each, and walks back over them.
 """
 
 import math
@@ -24,11 +24,11 @@ from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Float
 
-# Positions that a kernel holds at a time: one for each lane of the transposed B and C.
+# Positions per chunk: one for each lane of the transposed B and C.
 _CHUNK = 128
 # A tile is 8 sublanes by 128 lanes. An iteration of a loop takes 8 positions.
 _SUBLANES, _LANES = 8, 128
-# Channels and states a block: a wider one shares columns among more channels, until its states
+# Channels and states per block: a wider one shares columns among more channels, until its states
 # take too many registers, and the states of a chunk too much VMEM.
 _MAX_BLOCK, _MAX_STATES = 640, 640 * 16
 _ITERATIONS = _CHUNK // _SUBLANES
@@ -40,7 +40,7 @@ _PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=32 * 2**20
 )
 
-# What stands for an array: a part of it in VMEM, its shape, the specification of its blocks.
+# A VMEM ref, a shape or a BlockSpec of an array, depending on the stage.
 Ref = Any
 
 
@@ -61,7 +61,7 @@ class _Inputs(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """What the recurrence takes of a chunk, in VMEM, for loads to spread over whole tiles."""
+    """Operands of the recurrence in VMEM, laid out for broadcasting loads."""
 
     delta: Ref  # (tiles, positions, lanes), as is u
     u: Ref
@@ -69,8 +69,8 @@ class _Steps(NamedTuple):
     C: Ref
     starts: Ref  # or None
     document_state: Ref  # or None
-    # A for powers of two, not of e, which saves each exponential a multiplication. What a kernel
-    # has written it loads in each step, where an input would take registers throughout.
+    # A is in base 2, which saves one multiplication per exponential. What a kernel has written is
+    # loaded in each step; an input would occupy registers throughout.
     rates: Ref
 
 
@@ -198,7 +198,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
     batch, blocks, chunks = grid = _grid(inputs)
     specs, border_spec = _specs(inputs, lambda step: chunks - 1 - step)
     state, block = specs.A.block_shape
-    # What several programs read has a gradient from each of them, to be added up.
+    # What several programs read gets a gradient from each of them, to be summed.
     positions_spec = pl.BlockSpec((1, 1, state, _CHUNK), lambda b, e, t: (b, e, 0, chunks - 1 - t))
     channels_spec = pl.BlockSpec((1, 1, block), lambda b, e, t: (b, 0, e))
     shared = {
@@ -358,7 +358,7 @@ def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array
 
 
 def _dt(inputs: _Inputs, rows: Ref, valid: Array | None) -> Array:
-    # softplus(-inf) = 0, so what lies past the end leaves the state as it is.
+    # softplus(-inf) = 0, so what lies past the end leaves the state unchanged.
     return _read(inputs.dt, rows, valid, -jnp.inf) + inputs.dt_bias[...]
 
 
@@ -384,7 +384,7 @@ def _rows(i: Array) -> Ref:
 
 
 def _row(ref: Ref, at: Array) -> Array:
-    """A position's, to be spread over states: loads do that for nothing."""
+    """A position's row, broadcast over states, which loads do at no cost."""
     return ref[:, pl.ds(at, 1)][:, None]
 
 
@@ -419,13 +419,13 @@ def _put_column(ref: Ref, at: Array, terms: Array) -> None:
 
 
 def _fold(terms_ref: Ref, at: Array, terms: Array) -> None:
-    """Keeps a position's terms of a sum over states, their tiles added up. To add the sublanes
-    of a tile takes a rotation for each halving; `_unfold` adds those of 8 tiles at once."""
+    """Stores a position's terms of a sum over states, tiles added up. Adding the sublanes of a tile
+    takes a rotation for each halving; `_unfold` does it for 8 tiles at once."""
     terms_ref[:, _rows(at)] = terms.sum(1)
 
 
 def _unfold(terms_ref: Ref, i: Array | int = 0) -> Array:
-    """An iteration's sums over states, one position a row."""
+    """An iteration's sums over states, one position per row."""
     starts = (i * _SUBLANES**2 + n for n in range(_SUBLANES))
     strided = (terms_ref[:, pl.ds(start, _SUBLANES, stride=_SUBLANES)] for start in starts)
     return jnp.concatenate(list(sum(strided)), axis=1)
@@ -456,7 +456,7 @@ def _edge(inputs: _Inputs) -> tuple[int, int] | None:
 
 
 def _block(state: int, channels: int) -> int:
-    """Channels a block: whole tiles, and as many in each block."""
+    """Channels per block: whole tiles, and as many in each block."""
     state = pl.cdiv(state, _SUBLANES) * _SUBLANES
     most = max(min(_MAX_BLOCK, _MAX_STATES // state), _LANES)
     blocks = pl.cdiv(channels, most)
@@ -518,7 +518,7 @@ def _steps(inputs: _Inputs) -> _Steps:
 
 
 def _terms(inputs: _Inputs, positions: int) -> Ref:
-    """Scratch of `_fold`. Strided loads want 128 lanes."""
+    """Scratch of `_fold`. Strided loads need 128 lanes."""
     tiles = _block(inputs.A.shape[0], inputs.x.shape[2]) // _LANES
     return pltpu.VMEM((tiles, positions * _SUBLANES, _LANES), jnp.float32)
 

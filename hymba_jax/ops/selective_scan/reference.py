@@ -21,7 +21,7 @@ def selective_scan_reference(
     initial_state: Float[Array, "batch state channels"] | None = None,
     documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
-    """`selective_scan` as its formula reads. Float64 inputs are computed in float64."""
+    """`selective_scan` as in its formula. Float64 inputs are computed in float64."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     inputs, dt, A, B, C = (v.astype(dtype) for v in (x, dt, A, B, C))
     if dt_bias is not None:

@@ -1,7 +1,7 @@
 """The selective scan of a sequence whose length is sharded over a mesh axis.
 
-Twice over its own shard, each device runs whatever implementation it is given: from zero, for the
-state that the shard adds, and from the state that the shards before leave, for the outputs.
+Each device scans its shard twice with the given implementation: from zero, to find the shard's
+contribution to the state, and from the state after the preceding shards, for the outputs.
 """
 
 from collections.abc import Callable
@@ -64,12 +64,12 @@ def selective_scan_sharded(
 def _decay(
     dt: Array, A: Array, dt_bias: Array | None, has_start: Array | None
 ) -> Float[Array, "batch state channels"]:
-    """What this shard leaves of the state before it, if no document starts in it."""
+    """The decay of the incoming state over this shard, if no document starts in it."""
     dt = dt.astype(jnp.float32)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None, None]
     total = jax.nn.softplus(dt).sum(1)[:, None]
     if has_start is not None:
-        # Not used then, and so to have no gradient: another document's may be no number.
+        # Unused then, and masked in the gradient: another document's values may be NaN.
         total = jnp.where(has_start, 0, total)
     return jnp.exp(total * A.astype(jnp.float32)[None])

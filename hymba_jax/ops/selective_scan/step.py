@@ -19,7 +19,7 @@ def selective_scan_step(
     *,
     state: Float[Array, "batch state channels"],
 ) -> tuple[Float[Array, "batch channels"], Float[Array, "batch state channels"]]:
-    """`selective_scan` of one position, in time and memory that do not depend on those before it.
+    """`selective_scan` of one position, with constant time and memory.
 
     Args:
       x, dt, A, B, C, D, z, dt_bias: as there, without the length.

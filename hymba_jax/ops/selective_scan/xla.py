@@ -2,7 +2,7 @@
 
 Starting an HLO op costs XLA:CPU as much as the arithmetic of a step, unless it can compile
 the whole loop to one function, which runs on one thread. A sum over an axis prevents that, but a
-dot does not; what is no dot is added up term by term.
+dot does not; other sums are written out term by term.
 """
 
 import math
@@ -37,7 +37,7 @@ def selective_scan_xla(
     initial_state: Float[Array, "batch state channels"] | None = None,
     documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
-    """`selective_scan` that stores one state a chunk for the gradient."""
+    """`selective_scan` that stores one state per chunk for the gradient."""
     inputs, dt, A, B, C = (v.astype(jnp.float32) for v in (x, dt, A, B, C))
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None, None]
@@ -47,7 +47,7 @@ def selective_scan_xla(
     def scan_row(row: tuple[Any, ...]) -> tuple[Array, Array]:
         return _scan(A, *row)
 
-    # One after the other on a CPU, whose cache holds the states of one.
+    # Rows in sequence on CPUs: the states of one row fit into the cache.
     on_cpu = target_platform() == "cpu"
     over_rows = partial(lax.map, scan_row) if on_cpu else jax.vmap(scan_row)
     starts = document_state = None
@@ -142,7 +142,7 @@ def _scan_bwd(
         gradients = lax.fori_loop(0, end - first, back, gradients)
         return ((before, dC), gradients), None
 
-    # `before` is carried, though no chunk reads another's, so as to be allocated once.
+    # `before` is carried only so that it is allocated once: no chunk reads another's.
     before = jnp.zeros((_CHUNK, *dh.shape))
     dA, dx, ddt, dB, dC = (jnp.zeros_like(v) for v in (A, x, dt, B, C))
     ddocument = None if starts is None else jnp.zeros_like(dh)
@@ -194,8 +194,8 @@ _ROUNDER = 1.5 * 2**23 + 127
 
 def _exp2(x: Array) -> Array:
     """2**x of x <= 0. With XLA's the scan takes 1.6 times as long."""
-    # x = whole + part with |part| <= 1/2; Taylor's polynomial of 2**part errs by 1.2e-7.
-    # Below 2**-126 the exponent's bits are those of zero.
+    # x = whole + part with |part| <= 1/2; the Taylor polynomial of 2**part has error 1.2e-7. Below
+    # 2**-126 the exponent's bits are those of zero.
     x = jnp.maximum(x, -127.0)
     rounded = x + _ROUNDER
     part = x - (rounded - _ROUNDER)
