@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
@@ -21,12 +22,16 @@ from hymba_jax.checkpoint.run_directory import (
     write_run_directory,
 )
 from hymba_jax.checkpoint.run_lock import locked
-from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
+from hymba_jax.checkpoint.train_state import (
+    AbstractTrainState,
+    TrainState,
+    abstract_train_state,
+    init_state,
+)
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
-from hymba_jax.config.training import TrainingConfig
-from hymba_jax.data import Batch, Data, Tokenizer, prepare, train_iterator
+from hymba_jax.data import Batch, Data, DataConfig, Tokenizer, prepare, train_iterator
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
@@ -37,7 +42,7 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
 from hymba_jax.parallel.processes import is_main_process
 from hymba_jax.training.capacity import check_memory
-from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
@@ -49,11 +54,12 @@ from hymba_jax.training.step import Metrics, check_batch, compile_train_step, ma
 from hymba_jax.training.validation import Validate, make_validate
 
 
-def train(config: RunConfig, generate: Generate) -> None:
+def train(config: RunConfig, generate: Generate, objective: Objective = next_token_loss) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
     Args:
       generate: the sample, from the trained model.
+      objective: what training minimizes and validation reports.
 
     Raises:
       HymbaError: the config is invalid for this run, the output cannot be written, or training
@@ -67,22 +73,29 @@ def train(config: RunConfig, generate: Generate) -> None:
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
-        _train(config, generate, mesh, display)
+        _train(config, generate, objective, mesh, display)
 
 
-def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) -> None:
+def _train(
+    config: RunConfig, generate: Generate, objective: Objective, mesh: Mesh, display: Display
+) -> None:
     previous, initial = _find_start(config)
-    data = _read_data(config, previous, initial, display)
-    before = previous.model if previous else initial.config if initial else None
-    config = _with_vocabulary(config, before, data.tokenizer, display)
+    data = _read_data(config.data, config.output, previous is not None, initial, display)
+    source = previous.model if previous else initial.config if initial else None
+    model = _with_vocabulary(config.model, source, data.tokenizer, config.data.tokenizer, display)
+    config = dataclasses.replace(config, model=model)
     training, length = config.training, config.data.sequence_length
+    check_sample(
+        training.sample_prompt, training.sample_tokens, data.tokenizer, model.max_positions
+    )
+
     optimizer = make_optimizer(training)
-    abstract = abstract_train_state(config.model, config.compute, optimizer, mesh)
+    abstract = abstract_train_state(model, config.compute, optimizer, mesh)
     check_memory(abstract, mesh)
     _announce(config, abstract.num_params, data, mesh, display)
 
     display.begin("compiling")
-    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    loss_fn = make_loss_fn(objective, abstract.graph)
     train_step = compile_train_step(
         make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size),
         abstract.state,
@@ -93,48 +106,50 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             segment_ids=config.data.packing == "documents",
         ),
     )
+    limit = training.validation_batches * training.batch_size
+    validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
+
     rows = process_rows(mesh, training.batch_size)
     examples = data.train_rows(config.data)
     batches = train_iterator(examples, training.batch_size, config.seed, rows)
-    limit = training.validation_batches * training.batch_size
-    validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
-    if initial is not None:
-        display.say(initial.describe(config.model))
-        state = initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
-    elif previous is None:
-        state = init_state(config.model, config.compute, optimizer, abstract, config.seed)
+    global_batches = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
 
     def loop_state(step: int) -> LoopState:
         return LoopState(step, batches.get_state(), data.train_digest, data.validation_digest)
 
+    start, state = 0, None
+    if previous is None:
+        state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
-        start = 0
-        if previous is not None:
+        if state is None:
             state, saved = checkpoints.restore(abstract.state)
             _check_same_run(saved, data, training.steps, config.output)
             batches.set_state(saved.batches)
             start = saved.step
-            complete = f"complete at step {start}: raise training.steps to continue"
-            resuming = f"resuming after step {start}"
-            display.say(complete if start == training.steps else resuming)
+            display.say(_resuming(start, training.steps))
         _write_directory(config, data.tokenizer, is_new=previous is None)
         output = Path(config.output) if is_main_process() else None
         trace = output / PROFILE if output and config.profile else None
         with MetricsWriter(output, start) as writer, Tracer(trace, start) as tracer:
             if writer.removed:
                 display.say(writer.removed)
-            flops = training_flops(config.model, length)
-            workload = _workload(training.batch_size, length, flops, mesh)
-            epoch = len(examples) / training.batch_size
-            recorder = Recorder(training, workload, epoch, start, writer, display)
-            placed = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
+            recorder = Recorder(
+                training.steps,
+                training.log_every,
+                _workload(training.batch_size, length, training_flops(model, length), mesh),
+                len(examples) / training.batch_size,
+                start,
+                writer,
+                display,
+            )
             state = _run_steps(
                 state,
                 range(start + 1, training.steps + 1),
-                training,
+                validate_every=training.validate_every,
+                checkpoint_every=training.checkpoint_every,
                 train_step=train_step,
-                batches=placed,
+                batches=global_batches,
                 validate=validate,
                 checkpoints=checkpoints,
                 loop_state=loop_state,
@@ -155,8 +170,9 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
 def _run_steps(
     state: TrainState,
     steps: range,
-    training: TrainingConfig,
     *,
+    validate_every: int,
+    checkpoint_every: int,
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: Iterator[Batch],
     validate: Validate,
@@ -176,14 +192,14 @@ def _run_steps(
             state, metrics = train_step(state, batch)
         recorder.submit(step, metrics)
         checkpoints.check()
-        last = step == training.steps
-        if last or step % training.validate_every == 0:
-            if last:
+        is_last = step == steps[-1]
+        if is_last or step % validate_every == 0:
+            if is_last:
                 display.begin("validating on all held-out text")
             with recorder.paused():
-                validation = validate(state.params, last)
+                validation = validate(state.params, is_last)
             recorder.flush(validation)
-        if last or step % training.checkpoint_every == 0:
+        if is_last or step % checkpoint_every == 0:
             # A diverged run stops here, before it is saved. The line of metrics ends here, too, so
             # that a run that resumes from this checkpoint starts a new one.
             recorder.flush(log=True)
@@ -206,48 +222,69 @@ def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | Non
 
 
 def _read_data(
-    config: RunConfig, previous: RunConfig | None, initial: InitialModel | None, display: Display
+    config: DataConfig,
+    output: str,
+    is_resumed: bool,
+    initial: InitialModel | None,
+    display: Display,
 ) -> Data:
     """The corpus, by the tokenizer that the run has already or, for a new one, the config's."""
     tokenizer = None
-    if previous is not None:
-        tokenizer = Tokenizer.load(config.output)
-    elif initial is not None and (tokenizer := initial.tokenizer_for(config.data)) is not None:
+    if is_resumed:
+        tokenizer = Tokenizer.load(output)
+    elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:
         display.say(
-            f"keeping the tokenizer of {initial.directory}: {config.data.tokenizer} "
+            f"keeping the tokenizer of {initial.directory}: {config.tokenizer} "
             "would train another one with different ids"
         )
     display.begin("reading and tokenizing")
     data = prepare(
-        config.data,
+        config,
         tokenizer,
         lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
-        config.output,
+        output,
     )
     if initial is not None:
-        initial.check_tokenizer(data.tokenizer, config.data.tokenizer)
+        initial.check_tokenizer(data.tokenizer, config.tokenizer)
     check_data(data)
     return data
 
 
 def _with_vocabulary(
-    config: RunConfig, before: HymbaConfig | None, tokenizer: Tokenizer, display: Display
-) -> RunConfig:
-    """The run with its vocab_size resolved: that of the source model, or of the tokenizer.
+    model: HymbaConfig,
+    source: HymbaConfig | None,
+    tokenizer: Tokenizer,
+    tokenizer_name: str,
+    display: Display,
+) -> HymbaConfig:
+    """The model with its vocab_size resolved: that of the source model, or of the tokenizer.
 
     Raises:
-      HymbaError: the model does not fit the tokenizer, or has too few positions for the sample.
+      HymbaError: the model does not fit the tokenizer.
     """
-    embeddings = before.num_embeddings if before else tokenizer.vocab_size
-    model, training = config.model.with_vocabulary(embeddings), config.training
-    tokenizer.check_fits(model, config.data.tokenizer)
-    check_sample(training.sample_prompt, training.sample_tokens, tokenizer, model.max_positions)
+    model = model.with_vocabulary(source.num_embeddings if source else tokenizer.vocab_size)
+    tokenizer.check_fits(model, tokenizer_name)
     if tokenizer.vocab_size < model.num_embeddings:
         display.say(
             f"{model.num_embeddings - tokenizer.vocab_size:,} of {model.num_embeddings:,} rows of "
             f"the embedding are padding: the tokenizer has {tokenizer.vocab_size:,} tokens"
         )
-    return dataclasses.replace(config, model=model)
+    return model
+
+
+def _init_state(
+    config: RunConfig,
+    initial: InitialModel | None,
+    optimizer: optax.GradientTransformation,
+    abstract: AbstractTrainState,
+    mesh: Mesh,
+    display: Display,
+) -> TrainState:
+    """The state before the first step: of the initial model if there is one, else random."""
+    if initial is None:
+        return init_state(config.model, config.compute, optimizer, abstract, config.seed)
+    display.say(initial.describe(config.model))
+    return initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
 
 
 def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:
@@ -281,6 +318,13 @@ def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> No
             f"{output}: is at step {saved.step}, training.steps is {steps}: set more steps, or "
             "choose another output"
         )
+
+
+def _resuming(step: int, steps: int) -> str:
+    """What a run does that has done this many of its steps, in words."""
+    if step == steps:
+        return f"complete at step {step}: raise training.steps to continue"
+    return f"resuming after step {step}"
 
 
 def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:

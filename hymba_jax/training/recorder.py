@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax
 
-from hymba_jax.config.training import TrainingConfig
 from hymba_jax.display import Display, duration
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.loss import Average, Averages, add_averages, means
@@ -31,6 +30,8 @@ class Recorder:
     `tokens_seen` and `epoch` count from the start of the run.
 
     Args:
+      steps: of the whole run.
+      log_every: steps between lines.
       workload: of a step, for the speed.
       steps_per_epoch: that read each training window once; need not be whole.
       start: updates done when the run starts or resumes.
@@ -38,14 +39,16 @@ class Recorder:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        steps: int,
+        log_every: int,
         workload: Workload,
         steps_per_epoch: float,
         start: int,
         writer: MetricsWriter,
         display: Display,
     ):
-        self._config, self._writer, self._display = config, writer, display
+        self._steps, self._log_every = steps, log_every
+        self._writer, self._display = writer, display
         self._workload, self._steps_per_epoch = workload, steps_per_epoch
         self._pending: tuple[int, Metrics] | None = None
         self._begin_line(start, time.monotonic())
@@ -92,7 +95,7 @@ class Recorder:
         rates = self._workload.rates(seconds)
         line = self._line(step, values["loss"], validation, seconds, rates)
         self._display.update(line)
-        if step % self._config.log_every == 0 or validation or log:
+        if step % self._log_every == 0 or validation or log:
             (self._display.say if validation else self._display.log)(line)
             values["tokens_seen"] = step * self._workload.tokens
             values["epoch"] = round(step / self._steps_per_epoch, 4)
@@ -137,7 +140,7 @@ class Recorder:
         rates: dict[str, float],
     ) -> str:
         """The line of progress, at this many seconds a step and the rates that follow."""
-        steps = self._config.steps
+        steps = self._steps
         bits = ""
         if validation:
             bits = f"validation {validation['validation_bits_per_byte']:.4f} bits/byte  "

@@ -7,6 +7,7 @@ import pytest
 from entry.command import run, train_py
 
 from hymba_jax import cli
+from hymba_jax.checkpoint.train_state import TrainState
 
 
 def refusal(*arguments):
@@ -103,7 +104,8 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    monkeypatch.setattr("hymba_jax.training.loop.init_state", lambda *_: None)
+    empty = TrainState({}, ())
+    monkeypatch.setattr("hymba_jax.training.loop.init_state", lambda *_: empty)
     message = refusal("--config", config)
     assert message == f"error: {output}: No space left on device"
     assert not list(output.glob("*.toml*"))

@@ -122,7 +122,7 @@ def test_other_data_is_refused(config, tmp_path):
         page.write_text(text[::-1])
         with pytest.raises(HymbaError, match=r"other (training|validation) data") as caught:
             train(config)
-        refused.add("validation" if "validation text" in str(caught.value) else "training")
+        refused.add("validation" if "validation data" in str(caught.value) else "training")
         page.write_text(text)
     assert refused == {"training", "validation"}
     train(config)
