@@ -60,14 +60,12 @@ class LoopState(NamedTuple):
     Attributes:
       step: updates done.
       batches: state of the iterator of training batches.
-      train_digest: of the training tokens.
-      validation_digest: of the validation tokens.
+      digests: of the tokens of each source, by its name.
     """
 
     step: int
     batches: dict[str, Any]
-    train_digest: str
-    validation_digest: str
+    digests: dict[str, str]
 
 
 class Checkpoints(Closing):

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
@@ -95,6 +96,14 @@ def is_main_process() -> bool:
 def barrier(what: str) -> None:
     """Waits until every process has reached this point."""
     multihost_utils.sync_global_devices(what)
+
+
+def wait_for_all(what: str) -> None:
+    """Waits, for days if need be, until every process has reached this point.
+
+    Unlike `barrier` it uses no device, whose collectives give up after some minutes.
+    """
+    get_barrier_sync_fn()(key=what, timeout_ms=7 * 24 * 60 * 60 * 1000)
 
 
 def require_agreement(settings: Mapping[str, Any]) -> None:

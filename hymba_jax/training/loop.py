@@ -31,7 +31,14 @@ from hymba_jax.checkpoint.train_state import (
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
-from hymba_jax.data import Batch, Data, DataConfig, Tokenizer, prepare, train_iterator
+from hymba_jax.data import (
+    Batch,
+    Data,
+    Tokenizer,
+    open_data,
+    tokenize_sources,
+    train_iterator,
+)
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
@@ -40,7 +47,7 @@ from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
-from hymba_jax.parallel.processes import is_main_process
+from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
@@ -80,14 +87,12 @@ def _train(
     config: RunConfig, generate: Generate, objective: Objective, mesh: Mesh, display: Display
 ) -> None:
     previous, initial = _find_start(config)
-    data = _read_data(config.data, config.output, previous is not None, initial, display)
     source = previous.model if previous else initial.config if initial else None
-    model = _with_vocabulary(config.model, source, data.tokenizer, config.data.tokenizer, display)
+    fit = partial(_fit_model, config, source)
+    data = _read_data(config, previous is not None, initial, fit, display)
+    model = fit(data.tokenizer)
     config = dataclasses.replace(config, model=model)
     training, length = config.training, config.data.sequence_length
-    check_sample(
-        training.sample_prompt, training.sample_tokens, data.tokenizer, model.max_positions
-    )
 
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(model, config.compute, optimizer, mesh)
@@ -107,15 +112,14 @@ def _train(
         ),
     )
     limit = training.validation_batches * training.batch_size
-    validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
+    validate = make_validate(loss_fn, data.validation, mesh, training.micro_batch_size, limit)
 
     rows = process_rows(mesh, training.batch_size)
-    examples = data.train_rows(config.data)
-    batches = train_iterator(examples, training.batch_size, config.seed, rows)
+    batches = train_iterator(data.train, training.batch_size, rows)
     global_batches = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
 
     def loop_state(step: int) -> LoopState:
-        return LoopState(step, batches.get_state(), data.train_digest, data.validation_digest)
+        return LoopState(step, batches.get_state(), dict(data.digests))
 
     start, state = 0, None
     if previous is None:
@@ -138,7 +142,7 @@ def _train(
                 training.steps,
                 training.log_every,
                 _workload(training.batch_size, length, training_flops(model, length), mesh),
-                len(examples) / training.batch_size,
+                lambda step: data.train.progress(step * training.batch_size),
                 start,
                 writer,
                 display,
@@ -222,14 +226,18 @@ def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | Non
 
 
 def _read_data(
-    config: DataConfig,
-    output: str,
+    run: RunConfig,
     is_resumed: bool,
     initial: InitialModel | None,
+    check: Callable[[Tokenizer], object],
     display: Display,
 ) -> Data:
-    """The corpus, by the tokenizer that the run has already or, for a new one, the config's."""
-    tokenizer = None
+    """The data, by the tokenizer that the run has already or, for a new one, the config's.
+
+    Args:
+      check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
+    """
+    config, output, tokenizer = run.data, run.output, None
     if is_resumed:
         tokenizer = Tokenizer.load(output)
     elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:
@@ -237,38 +245,26 @@ def _read_data(
             f"keeping the tokenizer of {initial.directory}: {config.tokenizer} "
             "would train another one with different ids"
         )
-    display.begin("reading and tokenizing")
-    data = prepare(
-        config,
-        tokenizer,
-        lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
-        output,
-    )
+    if is_main_process():
+        tokenize_sources(config, tokenizer, output, check, display, is_resumed=is_resumed)
+    wait_for_all("tokens")
+    data = open_data(config, tokenizer, output, run.seed)
     if initial is not None:
         initial.check_tokenizer(data.tokenizer, config.tokenizer)
     check_data(data)
     return data
 
 
-def _with_vocabulary(
-    model: HymbaConfig,
-    source: HymbaConfig | None,
-    tokenizer: Tokenizer,
-    tokenizer_name: str,
-    display: Display,
-) -> HymbaConfig:
+def _fit_model(config: RunConfig, source: HymbaConfig | None, tokenizer: Tokenizer) -> HymbaConfig:
     """The model with its vocab_size resolved: that of the source model, or of the tokenizer.
 
     Raises:
-      HymbaError: the model does not fit the tokenizer.
+      HymbaError: the model does not fit the tokenizer, or has too few positions for the sample.
     """
-    model = model.with_vocabulary(source.num_embeddings if source else tokenizer.vocab_size)
-    tokenizer.check_fits(model, tokenizer_name)
-    if tokenizer.vocab_size < model.num_embeddings:
-        display.say(
-            f"{model.num_embeddings - tokenizer.vocab_size:,} of {model.num_embeddings:,} rows of "
-            f"the embedding are padding: the tokenizer has {tokenizer.vocab_size:,} tokens"
-        )
+    embeddings = source.num_embeddings if source else tokenizer.vocab_size
+    model, training = config.model.with_vocabulary(embeddings), config.training
+    tokenizer.check_fits(model, config.data.tokenizer)
+    check_sample(training.sample_prompt, training.sample_tokens, tokenizer, model.max_positions)
     return model
 
 
@@ -294,8 +290,14 @@ def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, displa
     display.say(
         f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
         f"{len(devices)} x {devices[0].device_kind}{processes}; {config.training.steps:,} steps of "
-        f"{config.training.batch_size * length:,} tokens, {data.train.num_tokens:,} tokens of text"
+        f"{config.training.batch_size * length:,} tokens, {data.num_tokens:,} tokens of text"
     )
+    tokens, rows = data.tokenizer.vocab_size, config.model.num_embeddings
+    if tokens < rows:
+        display.say(
+            f"{rows - tokens:,} of {rows:,} rows of the embedding are padding: the tokenizer has "
+            f"{tokens:,} tokens"
+        )
     for note in data.notes:
         display.say(note)
     if mesh.size > 1:
@@ -304,14 +306,11 @@ def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, displa
 
 def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> None:
     """Raises HymbaError if a checkpoint is of other data, or of a later step than the last."""
-    for side, digest, now in (
-        ("training", saved.train_digest, data.train_digest),
-        ("validation", saved.validation_digest, data.validation_digest),
-    ):
-        if digest != now:
+    for source, digest in saved.digests.items():
+        if data.digests.get(source) != digest:
             raise HymbaError(
-                f"{output}: was trained on other {side} data than data.path holds now: restore "
-                "that data, or choose another output"
+                f"{output}: the {source} has other tokens than those the run was trained on: "
+                "restore them, or choose another output"
             )
     if saved.step > steps:
         raise HymbaError(

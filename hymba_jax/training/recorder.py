@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -27,13 +27,13 @@ class Recorder:
 
     A line of metrics covers the steps since the line before: averages over them (`loss` per token,
     `grad_norm` per step), the last value of others (`learning_rate`), and the throughput.
-    `tokens_seen` and `epoch` count from the start of the run.
+    `tokens_seen` and what was read of the data count from the start of the run.
 
     Args:
       steps: of the whole run.
       log_every: steps between lines.
       workload: of a step, for the speed.
-      steps_per_epoch: that read each training window once; need not be whole.
+      data_progress: metrics of what has been read after a number of steps, such as `epoch`.
       start: updates done when the run starts or resumes.
     """
 
@@ -42,14 +42,14 @@ class Recorder:
         steps: int,
         log_every: int,
         workload: Workload,
-        steps_per_epoch: float,
+        data_progress: Callable[[int], Mapping[str, int | float]],
         start: int,
         writer: MetricsWriter,
         display: Display,
     ):
         self._steps, self._log_every = steps, log_every
         self._writer, self._display = writer, display
-        self._workload, self._steps_per_epoch = workload, steps_per_epoch
+        self._workload, self._data_progress = workload, data_progress
         self._pending: tuple[int, Metrics] | None = None
         self._begin_line(start, time.monotonic())
 
@@ -98,7 +98,7 @@ class Recorder:
         if step % self._log_every == 0 or validation or log:
             (self._display.say if validation else self._display.log)(line)
             values["tokens_seen"] = step * self._workload.tokens
-            values["epoch"] = round(step / self._steps_per_epoch, 4)
+            values |= self._data_progress(step)
             values |= rates
             values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
             self._writer.write(step, {**values, **(validation or {})})

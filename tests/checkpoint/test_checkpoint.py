@@ -46,7 +46,7 @@ def abstract(state):
 
 
 def loop(step):
-    return LoopState(step, {"next_index": step, "epochs": [1, 2]}, "abc", "def")
+    return LoopState(step, {"next_index": step, "epochs": [1, 2]}, {"a": "abc"})
 
 
 def assert_equal(actual, expected):

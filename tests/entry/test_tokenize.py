@@ -155,5 +155,5 @@ def test_train_reads_what_it_wrote(corpus, tmp_path, cache):
     result = run(train_py("--config", config, *packed, "--training.steps", "3"), cache)
     assert result.returncode == 1
     assert result.stderr.startswith(
-        f"error: {output}: was trained on other training data than data.path holds"
+        f"error: {output}: the training source corpus has other tokens than those"
     )

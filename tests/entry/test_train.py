@@ -18,9 +18,9 @@ def finished(tmp_path_factory, cache):
 def test_a_run_says_what_it_does(finished):
     output, _, result = finished
     lines = result.stdout.splitlines()
-    assert lines[0] == "reading and tokenizing…"
-    assert lines[1].startswith(f"{output}: ")
-    assert "parameters in 1 layers, 1 x cpu; 4 steps of 192 tokens" in lines[1]
+    assert lines[:2] == ["listing the files…", f"tokenizing {output.parents[1] / 'corpus'}…"]
+    assert lines[2].startswith(f"{output}: ")
+    assert "parameters in 1 layers, 1 x cpu; 4 steps of 192 tokens" in lines[2]
     assert "compiling…" in lines
     for step in range(1, 5):
         assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
@@ -34,7 +34,7 @@ def test_the_output_is_complete(finished):
     names = {path.name for path in output.iterdir()}
     assert names == {
         *("config.toml", "tokenizer.json", "tokenizer_config.json", "checkpoints"),
-        *("metrics.jsonl", "tensorboard", "sample.txt"),
+        *("metrics.jsonl", "tensorboard", "sample.txt", "tokens"),
     }
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"2", "4"}
     assert (output / "sample.txt").read_text().startswith("the")

@@ -18,7 +18,11 @@ STEPS, LOG_EVERY = 6, 2
 @pytest.fixture
 def recorder(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
-        yield Recorder(STEPS, LOG_EVERY, WORKLOAD, 8.0, 0, writer, Display())
+        yield Recorder(STEPS, LOG_EVERY, WORKLOAD, data_progress, 0, writer, Display())
+
+
+def data_progress(step):
+    return {"epoch": step / 8}
 
 
 def metrics(loss, grad_norm=1.0, tokens=1000, learning_rate=2e-3):
@@ -130,7 +134,7 @@ def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
 def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
     """Each step takes 2 s, and is done before Python continues; 1000 tokens."""
     with MetricsWriter(tmp_path, 0) as writer:
-        recorder = Recorder(STEPS, LOG_EVERY, WORKLOAD, 8.0, 0, writer, Display())
+        recorder = Recorder(STEPS, LOG_EVERY, WORKLOAD, data_progress, 0, writer, Display())
         for step in range(1, 7):
             recorder.collect()
             clock.now += 2
@@ -147,7 +151,7 @@ def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
 def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, tmp_path):
     """Each step takes 2 s, and reading its loss waits for it."""
     with MetricsWriter(tmp_path, 0) as writer:
-        recorder = Recorder(STEPS, LOG_EVERY, WORKLOAD, 8.0, 0, writer, Display())
+        recorder = Recorder(STEPS, LOG_EVERY, WORKLOAD, data_progress, 0, writer, Display())
         free = clock.now
         for step in range(1, 7):
             recorder.collect()
