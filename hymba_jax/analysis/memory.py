@@ -73,7 +73,8 @@ def main(args: MemoryConfig) -> None:
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
     cache = cache_bytes(config, args.context, args.dtype, state_dtype)
-    meta = meta_state_bytes(config, args.dtype)
+    sequence = sum(cache.values())
+    meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)
     training = training_bytes(config, param_dtype)
     table = Table(
@@ -83,20 +84,9 @@ def main(args: MemoryConfig) -> None:
     table.add_column("GB")
     for name in ("one sequence", f"{args.batch} sequences", "training"):
         table.add_column(name, justify="right")
-    kv = args.dtype
-    for name, size in (
-        (f"global KV, {kv}", cache.global_kv),
-        (f"window KV, {kv}", cache.window_kv),
-        (f"conv inputs, {kv}", cache.conv_state),
-        (f"SSM states, {state_dtype}", cache.ssm_states),
-        ("cache", cache.total),
-    ):
+    for name, size in {**cache, "cache": sequence}.items():
         table.add_row(name, gb(size), gb(size * args.batch), "", end_section=name == "cache")
-    for name, size in (
-        ("meta tokens, global KV", meta.global_kv),
-        ("meta tokens, other", meta.total - meta.global_kv),
-        (f"parameters, {args.dtype}", params),
-    ):
+    for name, size in (("meta tokens", meta), (f"parameters, {args.dtype}", params)):
         table.add_row(name, gb(size), gb(size), "")
     table.add_section()
     for name, size in (
@@ -105,10 +95,10 @@ def main(args: MemoryConfig) -> None:
         ("optimizer state, AdamW", training.optimizer),
     ):
         table.add_row(name, "", "", gb(size))
-    fixed = params + meta.total
+    fixed = params + meta
     table.add_section()
     table.add_row(
-        "in all", *map(gb, (fixed + cache.total, fixed + cache.total * args.batch, training.total))
+        "in all", *map(gb, (fixed + sequence, fixed + sequence * args.batch, training.total))
     )
     Console().print(table)
 

@@ -178,12 +178,12 @@ class Engine:
           HymbaError: parameters and caches together are larger than its memory.
         """
         rows, context = self._sizes(rows, context)
-        cache = cache_bytes(self.config, context, self.dtype, self._state_dtype).total
+        cache = cache_bytes(self.config, context, self.dtype, self._state_dtype)
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
             tree_bytes(self.params)
-            + meta_state_bytes(self.config, self.dtype).total
-            + rows * cache,
+            + sum(meta_state_bytes(self.config, self.dtype).values())
+            + rows * sum(cache.values()),
             [*self._devices()],
             "reduce batch_size, context or max_new_tokens",
         )

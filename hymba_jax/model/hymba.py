@@ -149,15 +149,15 @@ class Hymba(nnx.Module):
         )
 
     def init_state(
-        self, batch: int, context: int, state_dtype: DTypeLike = "float32"
+        self, batch: int, max_length: int, state_dtype: DTypeLike = "float32"
     ) -> ModelState:
-        """A state of zeros, for sequences of up to `context` tokens.
+        """A state of zeros, for sequences of up to `max_length` tokens.
 
         Args:
           state_dtype: that SSM states are stored in; they are computed in float32.
         """
         layers = tuple(
-            block.mixer.init_state(batch, context, self.compute.dtype, state_dtype)
+            block.mixer.init_state(batch, max_length, self.compute.dtype, state_dtype)
             for block in self.blocks()
         )
         return ModelState(layers, jnp.zeros(batch, jnp.int32))
