@@ -16,7 +16,7 @@ from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model.abstract import Params, abstract_model
-from hymba_jax.parallel.memory import gb, tree_bytes
+from hymba_jax.parallel.memory import tree_bytes
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 
@@ -130,3 +130,9 @@ def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
     if args.preset not in PRESETS:
         raise HymbaError(f"preset is {args.preset!r}, not one of {', '.join(PRESETS)}")
     return PRESETS[args.preset], ComputeConfig()
+
+
+def gb(size: int) -> str:
+    """Bytes as GB (10**9), with three significant digits."""
+    decimals = max(0, 12 - len(str(size))) if size else 0
+    return f"{size / 1e9:,.{decimals}f}"

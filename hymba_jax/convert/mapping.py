@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from hymba_jax.checkpoint.checksums import dotted
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.convert.hf_config import require_hf_form
@@ -245,8 +246,3 @@ def _placed_rules(
 
 def _path(name: str) -> ParamPath:
     return tuple(name.split("."))
-
-
-def dotted(path: ParamPath) -> str:
-    """A parameter's path as text, such as groups.0.blocks.1.mlp_norm.scale."""
-    return ".".join(map(str, path))

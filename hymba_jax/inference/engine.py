@@ -24,6 +24,7 @@ from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
 from hymba_jax.model import Hymba, fuse_projections, unstack_layers
 from hymba_jax.model.abstract import Params
+from hymba_jax.model.rope import max_fixed_positions
 from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
 from hymba_jax.types import Array, Bool, Float, Int
@@ -332,10 +333,9 @@ def _max_context(config: HymbaConfig, context: int | None) -> int:
     forward pass beyond this.
     """
     largest, reason = config.max_positions, "max_positions"
-    if config.attention.rope_type == "dynamic_ntk":
-        steady = config.attention.rope_original_positions - config.num_meta_tokens
-        if steady < largest:
-            largest, reason = steady, "dynamic_ntk rotates all keys again beyond that"
+    fixed = max_fixed_positions(config) - config.num_meta_tokens
+    if fixed < largest:
+        largest, reason = int(fixed), "dynamic_ntk rotates all keys again beyond that"
     wanted = largest if context is None else context
     if not 1 <= wanted <= largest:
         raise HymbaError(

@@ -8,7 +8,7 @@ from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax import cli
-from hymba_jax.analysis.memory import param_bytes, training_bytes
+from hymba_jax.analysis.memory import gb, param_bytes, training_bytes
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.training import TrainingConfig
@@ -17,7 +17,7 @@ from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model import Hymba
-from hymba_jax.parallel.memory import check_fits, gb
+from hymba_jax.parallel.memory import check_fits
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 
@@ -206,8 +206,8 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
         with pytest.raises(HymbaError) as error:
             ask(["a", "b", "c"], **options)
         assert str(error.value) == (
-            f"4 sequences of 256 tokens beside the model's parameters: {gb(needed)} GB, and cpu "
-            f"has {gb(needed - 1)} GB of memory: reduce batch_size, context or max_new_tokens"
+            f"4 sequences of 256 tokens beside the model's parameters: {needed / 1e6:.1f} MB, and "
+            f"cpu has {needed / 1e6:.1f} MB of memory: reduce batch_size, context or max_new_tokens"
         )
     message = "1048576 sequences of 512 tokens beside"
     with pytest.raises(HymbaError, match=message):
@@ -219,11 +219,11 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
 
 def test_the_limit_that_a_device_names():
     device = Mock(spec=jax.Device, platform="gpu", device_kind="a chip", process_index=0)
-    device.memory_stats.return_value = {"bytes_limit": 1000}
-    check_fits("this", 1000, [device], "")
-    check_fits("this", 2000, [device, device], "")
-    with pytest.raises(HymbaError, match=r"this: 0.00000100 GB, and a chip has .* shrink it"):
-        check_fits("this", 1001, [device], "shrink it")
+    device.memory_stats.return_value = {"bytes_limit": 10**9}
+    check_fits("this", 10**9, [device], "")
+    check_fits("this", 2 * 10**9, [device, device], "")
+    with pytest.raises(HymbaError, match=r"this: 1.50 GB, and a chip has 1.00 GB .* shrink it"):
+        check_fits("this", 1_500_000_000, [device], "shrink it")
 
 
 @pytest.mark.parametrize(
