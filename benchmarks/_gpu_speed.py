@@ -33,9 +33,9 @@ from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.inference.engine import (
+    DECODE_STEPS,
     MIN_STOP_TOKENS,
     NO_TOKEN,
-    STEPS,
     DecodeState,
     SampledTokens,
     StopCriteria,
@@ -263,7 +263,9 @@ def decode(recorder: Recorder, sequences: str) -> None:
         return sampled
 
     with recorder.case("decode") as row:
-        row["ms"] = median_ms(some_tokens, warmup=1, repeats=3 if recorder.dry_run else 8) / STEPS
+        row["ms"] = (
+            median_ms(some_tokens, warmup=1, repeats=3 if recorder.dry_run else 8) / DECODE_STEPS
+        )
         moved = bytes_per_device(traced.read) + bytes_per_device(traced.written)
         row |= {"tokens_per_second": 1e3 * batch / row["ms"], "GB": moved / 1e9}
         row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
@@ -290,7 +292,7 @@ def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
                 stop=StopCriteria(full(context), full(NO_TOKEN, MIN_STOP_TOKENS)),
             )
         case jax.ShapeDtypeStruct():  # the steps of a call
-            values = jnp.full(shapes.shape, STEPS, shapes.dtype)
+            values = jnp.full(shapes.shape, DECODE_STEPS, shapes.dtype)
         case _:
             values = _random(shapes)
     return jax.device_put(values, jax.tree.map(lambda a: a.sharding, shapes))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
+from hymba_jax.config.sampling import INT32_MAX
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
@@ -19,8 +20,6 @@ from hymba_jax.model.abstract import Params, abstract_model
 from hymba_jax.parallel.memory import tree_bytes
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
-
-INT32_MAX = 2**31 - 1  # positions and rows are 32-bit numbers
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hymba_jax.config.escapes import EscapedStr
 from hymba_jax.config.field_types import describe, fits, plain, shown
 from hymba_jax.errors import HymbaError
 
-INT32_MAX = 2**31 - 1  # of int32
+INT32_MAX = 2**31 - 1  # positions and tokens are 32-bit numbers
 MAX_SAMPLES = 2**20
 
 

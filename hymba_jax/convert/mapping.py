@@ -240,7 +240,7 @@ def _placed_rules(
     places = layer_paths(config, scan_layers=scan_layers)
     for i, (place, layer_rules) in enumerate(zip(places, layers, strict=True)):
         for rule in layer_rules:
-            sources = [((*place.block, *_path(name)), place.repeat) for name in rule.native]
+            sources = [((*place.path, *_path(name)), place.stack_index) for name in rule.native]
             yield f"model.layers.{i}.{rule.hf}", rule.layout, sources
 
 

@@ -267,24 +267,24 @@ def _meta_positions(config: HymbaConfig) -> Int[Array, "1 meta_tokens"]:
 
 
 class LayerPath(NamedTuple):
-    """Path of a layer's parameters: that of its block, and its index in the stack."""
+    """Path of a layer's block in the model, and the layer's index where blocks are stacked."""
 
-    block: tuple[str | int, ...]
-    repeat: int | None
+    path: tuple[str | int, ...]
+    stack_index: int | None
 
 
 def layer_paths(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPath]:
     """The path of each layer's parameters, first layer first."""
-    places = []
+    paths = []
     for i, group in enumerate(_layer_groups(config, scan_layers)):
         for repeat in range(group.repeats):
             for j in range(len(group.layers)):
                 if group.repeats > 1:
-                    place = LayerPath(("groups", i, "group", "blocks", j), repeat)
+                    path = LayerPath(("groups", i, "group", "blocks", j), repeat)
                 else:
-                    place = LayerPath(("groups", i, "blocks", j), None)
-                places.append(place)
-    return places
+                    path = LayerPath(("groups", i, "blocks", j), None)
+                paths.append(path)
+    return paths
 
 
 def stack_layers(model: Hymba) -> Hymba:
@@ -314,7 +314,7 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
         layer_paths(config, scan_layers=model.compute.scan_layers),
         strict=True,
     ):
-        sources[target.block].append(source)
+        sources[target.path].append(source)
 
     def find(path: tuple[Any, ...]) -> Array:
         for depth in range(len(path)):
@@ -324,8 +324,8 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
         return held[path][...]
 
     def take(place: LayerPath, name: tuple[Any, ...]) -> Array:
-        array = held[*place.block, *name][...]
-        return array if place.repeat is None else array[place.repeat]
+        array = held[*place.path, *name][...]
+        return array if place.stack_index is None else array[place.stack_index]
 
     flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(shapes)]
     return nnx.merge(graph, nnx.from_flat_state(flat))

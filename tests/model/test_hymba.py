@@ -76,11 +76,11 @@ def test_initialization_is_equal_scanned_or_unrolled():
     scanned, unrolled = (layer_paths(CONFIG, scan_layers=choice) for choice in (True, False))
     for layer in range(CONFIG.num_layers):
         name = ("mixer", "ssm", "in_proj", "kernel")
-        stack = states[True][(*scanned[layer].block, *name)]
-        repeat = scanned[layer].repeat
-        alone = states[False][(*unrolled[layer].block, *name)][...]
+        stack = states[True][(*scanned[layer].path, *name)]
+        repeat = scanned[layer].stack_index
+        alone = states[False][(*unrolled[layer].path, *name)][...]
         np.testing.assert_array_equal(stack[...] if repeat is None else stack[repeat], alone)
-    kernels = [states[False][(*place.block, *name)][...] for place in unrolled]
+    kernels = [states[False][(*place.path, *name)][...] for place in unrolled]
     assert len({kernel.tobytes() for kernel in map(np.asarray, kernels)}) == CONFIG.num_layers
 
 
