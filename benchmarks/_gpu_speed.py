@@ -109,7 +109,7 @@ def scan(recorder: Recorder) -> None:
                     row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
                     rate = EXPONENTIALS if _bandwidth() else None
                     row |= _share("of exponentials", exponentials, rate, row["ms"])
-        # The kernel as a layer of a training step meets it.
+        # The kernel as a training step's layer uses it.
         if name.startswith("hymba_jax"):
             dy, inputs = _scan_inputs(batches[1], length, channels, state)
             both = jax.jit(scan_with_gradient(function))
@@ -234,8 +234,8 @@ def decode(recorder: Recorder, sequences: str) -> None:
     """The engine's loop over tokens for so many sequences of 8k tokens, 1.5B in bfloat16.
 
     Only the number of tokens in the caches matters for time, so it is set: parameters and caches
-    are random, nothing is read. `GB` is what a token of every sequence must move: parameters, keys,
-    values and states read once, states written once.
+    are random, there is no prefill. `GB` is the minimal HBM traffic of a decoding step: parameters,
+    keys, values and states read once, states written once.
     """
     config = TINY if recorder.dry_run else PRESETS["hymba-1.5b"]
     batch = min(int(sequences), 2) if recorder.dry_run else int(sequences)
@@ -343,7 +343,7 @@ def _bandwidth() -> float | None:
 
 
 def _share(name: str, amount: float, rate: float | None, milliseconds: float) -> Row:
-    """The least time for an amount at a rate, as a part of the time; nothing where none knows."""
+    """The least time for an amount at a rate, as a fraction of the time; empty without a rate."""
     return {} if rate is None else {name: 1e3 * amount / rate / milliseconds}
 
 

@@ -8,8 +8,8 @@ the compiler's account. `total` is what is held while the program runs: argument
 code and outputs that are not donated arguments. Where that does not fit, the largest batch that
 does is found, in steps of `STEP`, and has a row too.
 
-Bytes a step are counted in the optimized HLO of the loop's body (`hymba_jax/aot/traffic.py`);
-branches (sampling's filters) are left out. `least` is every parameter, key, value and state read
+Bytes per step are counted in the optimized HLO of the loop's body (`hymba_jax/aot/traffic.py`);
+branches (sampling's filters) are left out. `minimum` is every parameter, key, value and state read
 once, and every state written once; layers that reuse keys and values must read them again.
 
 Copies are those of arrays of a cache's shape, into another layout or another place in HBM, in a

@@ -66,8 +66,8 @@ class Options:
 
     Attributes:
       dtype: of parameters, activations and caches.
-      repeats: timed calls of each kind; one where more than `LONG` tokens are read.
-      longest: tokens times width above which nothing is read, only decoded.
+      repeats: timed calls of each kind; one where more than `LONG` tokens are prefilled.
+      longest: tokens times width above which prefill is skipped.
       quick: one timed call of each kind, and contexts an eighth as long.
       row: measure one combination in this process and write it to `json`; what each child does.
     """
