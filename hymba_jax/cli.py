@@ -76,12 +76,12 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
         prepare_host()
         from hymba_jax import train as run
         from hymba_jax.checkpoint.checkpoints import silence_orbax
-        from hymba_jax.parallel.processes import started
+        from hymba_jax.parallel.processes import distributed_session
         from hymba_jax.training.interrupts import one_line_interrupts
 
         silence_orbax()
         with (
-            started(processes, config.output),
+            distributed_session(processes, config.output),
             _one_line_errors(),
             one_line_interrupts(config.output),
         ):

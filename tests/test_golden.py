@@ -74,7 +74,7 @@ class TestHFImplementation:
             assert error <= GRADIENT_BOUND, (name, error)
 
 
-# tiny-default-rope has a stack of four layers, tiny-shared two rolled pairs.
+# tiny-default-rope has four stacked layers, tiny-shared two scanned pairs.
 @pytest.mark.parametrize(
     "case", ["tiny-default-rope", pytest.param("tiny-shared", marks=pytest.mark.slow)]
 )

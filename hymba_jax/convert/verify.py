@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import HymbaConfig
-from hymba_jax.convert.report import in_gb
+from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular
 from hymba_jax.model import Hymba
@@ -97,8 +97,8 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if size > _MAX_BYTES:
         raise HymbaError(
-            f"{name} has shape {shape}, {in_gb(size)}: give fewer tokens, {in_gb(_MAX_BYTES)} is "
-            "the limit"
+            f"{name} has shape {shape}, {format_bytes(size)}: give fewer tokens, "
+            f"{format_bytes(_MAX_BYTES)} is the limit"
         )
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)

@@ -44,7 +44,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def started(config: DistributedConfig, output: str) -> Iterator[None]:
+def distributed_session(config: DistributedConfig, output: str) -> Iterator[None]:
     """Joins the run's processes before JAX uses a device; no-op for a single process.
 
     An exception inside ends the process immediately, and JAX then ends the others; a normal exit

@@ -354,7 +354,7 @@ class TestModelsTrainedHere:
         assert_same_bits(read_hf(tmp_path / "back"), golden_weights())
         cli.inspect([str(tmp_path / "back")], "hymba inspect")
 
-    def test_a_tokenizer_without_a_token_that_begins_texts(self, tmp_path):
+    def test_a_tokenizer_without_bos(self, tmp_path):
         tokenizer = Tokenizer(byte_tokenizer().model, None, "</s>")
         # Ends every text, which no prompt for this model does.
         tokenizer.model.post_processor = TemplateProcessing(

@@ -66,7 +66,7 @@ def train_to(config, output, cache, steps, devices, processes, *more, program="t
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_four_processes_and_fewer(config, uninterrupted, cache, tmp_path):
+def test_a_run_resumes_on_four_processes_and_fewer(config, uninterrupted, cache, tmp_path):
     train_to(config, tmp_path, cache, 10, 1, ALONE)
     # Rows are split in 2, so that two processes hold the same ones.
     split, counted = ("--parallel.tensor", "4"), "tests/entry/count_rows.py"
@@ -103,7 +103,7 @@ def assert_lost(ended, victim, output):
             assert line.endswith("with the same command to resume from step 20")
 
 
-def test_a_run_moves_between_processes_and_devices(config, uninterrupted, cache, tmp_path):
+def test_a_run_resumes_on_other_processes_and_devices(config, uninterrupted, cache, tmp_path):
     """4 devices in 2 processes, of which one is killed; 1 device; 4 in 2 processes of SLURM's."""
     short = ("--distributed.heartbeat-timeout", "10")
     ended, _ = interrupt(config, tmp_path, cache, 2, addresses(2), 1, signal.SIGKILL, *short)

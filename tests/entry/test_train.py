@@ -59,7 +59,7 @@ def test_hymba_train_is_the_same_command(finished, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_devices_do_the_same_and_one_goes_on(finished, cache, tmp_path):
+def test_several_devices_do_the_same_and_one_resumes(finished, cache, tmp_path):
     command = train_py("--config", finished[1], "--output", tmp_path, "--parallel.tensor", "2")
     devices = ("env", "XLA_FLAGS=--xla_force_host_platform_device_count=4")
     result = run(command, cache, devices)
