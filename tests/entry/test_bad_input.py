@@ -103,7 +103,8 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    monkeypatch.setattr("hymba_jax.training.loop.init_state", lambda *_: None)
+    for costly in ("compile_train_step", "init_state"):
+        monkeypatch.setattr(f"hymba_jax.training.loop.{costly}", lambda *_: None)
     message = refusal("--config", config)
     assert message == f"error: {output}: No space left on device"
     assert not list(output.glob("*.toml*"))
