@@ -31,7 +31,7 @@ def on_one():
 
 
 # Axes that other cases show, alone or mixed; up to two minutes of processor time each.
-SLOW = ("data-8", "tensor-8", "2x2x2", "2x2x2-sequence-data", "2x2x2-sequence")
+SLOW = ("data-8", "fsdp-8", "tensor-8", "2x2x2", "2x2x2-sequence-data", "2x2x2-sequence")
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 
 
@@ -206,6 +206,7 @@ def test_the_sharding_of_a_length_in_words(length, expected):
     assert described.split("; sharded: ")[1] == expected
 
 
+@pytest.mark.slow
 def test_an_indivisible_length_is_replicated(on_one):
     step = ShardedStep(EVEN, jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
     start, (losses, means, _) = on_one(EVEN)

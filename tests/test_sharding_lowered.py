@@ -91,6 +91,7 @@ def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), splash(given, 1, 128, 128))
 
 
+@pytest.mark.slow
 def test_every_gpu_runs_the_scan_on_its_shard_of_the_length():
     given = [*calls(lower("gpu", "float32", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
     assert_kinds(given, scans(given, 2 * ROWS, LENGTH // 2), scans(given, 1, GPU_CHUNK))

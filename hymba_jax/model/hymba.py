@@ -1,6 +1,7 @@
 """The whole model: meta tokens, layers, logits."""
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -62,8 +63,12 @@ class Hymba(nnx.Module):
             )
 
     @classmethod
+    @functools.cache
     def abstract(cls, config: HymbaConfig, compute: ComputeConfig) -> "Hymba":
-        """The model without values: shapes and dtypes of its parameters; nothing is computed."""
+        """The model without values: shapes and dtypes of its parameters; nothing is computed.
+
+        Traced once and shared by all callers, who must not change it.
+        """
         return nnx.eval_shape(lambda: cls(config, compute, nnx.Rngs(0)))
 
     def __call__(

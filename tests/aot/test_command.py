@@ -21,7 +21,7 @@ CONFIG = """
 vocab_size = 64
 hidden_size = 64
 mlp_size = 128
-layers = "2*W"
+layers = "2*L"
 num_meta_tokens = 16
 max_positions = 512
 attention = { num_heads = 4, num_kv_heads = 2, window = 64, rope_type = "default" }

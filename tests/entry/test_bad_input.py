@@ -104,8 +104,8 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    empty = TrainState({}, ())
-    monkeypatch.setattr("hymba_jax.training.loop.init_state", lambda *_: empty)
+    for costly, nothing in (("compile_train_step", None), ("init_state", TrainState({}, ()))):
+        monkeypatch.setattr(f"hymba_jax.training.loop.{costly}", lambda *_, value=nothing: value)
     message = refusal("--config", config)
     assert message == f"error: {output}: No space left on device"
     assert not list(output.glob("*.toml*"))

@@ -7,20 +7,18 @@ import subprocess
 import pytest
 from entry.command import environment, read_metrics, run, train_py
 
-STEPS = 40
 
-
-def command(config, output):
+def command(config, output, steps):
     return train_py(
-        *("--config", config, "--output", output, "--training.steps", str(STEPS)),
+        *("--config", config, "--output", output, "--training.steps", str(steps)),
         *("--training.keep-checkpoints", "1", "--training.sample-tokens", "0"),
     )
 
 
-def run_and_kill(config, output, cache, rng):
+def run_and_kill(config, output, steps, cache, rng):
     """Starts the run, kills it at a random moment, and gives its exit status."""
     process = subprocess.Popen(
-        [str(part) for part in command(config, output)],
+        [str(part) for part in command(config, output, steps)],
         env=environment(cache),
         stdout=subprocess.PIPE,
         text=True,
@@ -36,22 +34,24 @@ def run_and_kill(config, output, cache, rng):
     return process.returncode
 
 
-def kill_until_done(config, output, cache, seed, at_least):
+def kill_until_done(config, output, steps, cache, seed, at_least):
     rng, kills = random.Random(seed), 0
-    while (status := run_and_kill(config, output, cache, rng)) != 0:
+    while (status := run_and_kill(config, output, steps, cache, rng)) != 0:
         assert status == -signal.SIGKILL
         kills += 1
         if kills == at_least:  # enough: let it finish
-            assert run(command(config, output), cache).returncode == 0
+            assert run(command(config, output, steps), cache).returncode == 0
             break
     assert kills > 0
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(0, 2), pytest.param(1, 30, marks=pytest.mark.slow)])
-def test_a_killed_run_equals_one_that_never_stopped(config, tmp_path, cache, seed, kills):
+@pytest.mark.parametrize(
+    ("seed", "kills", "steps"), [(0, 2, 16), pytest.param(1, 30, 40, marks=pytest.mark.slow)]
+)
+def test_a_killed_run_equals_one_that_never_stopped(config, tmp_path, cache, seed, kills, steps):
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    assert run(command(config, uninterrupted), cache).returncode == 0
-    kill_until_done(config, killed, cache, seed, kills)
+    assert run(command(config, uninterrupted, steps), cache).returncode == 0
+    kill_until_done(config, killed, steps, cache, seed, kills)
     assert read_metrics(killed) == read_metrics(uninterrupted)
-    assert len(read_metrics(uninterrupted)) == STEPS
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == [str(STEPS)]
+    assert len(read_metrics(uninterrupted)) == steps
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == [str(steps)]

@@ -50,7 +50,7 @@ def test_every_design_of_the_roadmap_computes(row):
         assert np.abs(gradient[...]).max() > 0, path
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", slow_but([True, False], True))
 def test_is_causal(scan_layers):
     graph, params = nnx.split(Hymba(CONFIG, ComputeConfig(scan_layers=scan_layers), nnx.Rngs(0)))
     model = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
@@ -107,7 +107,7 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
 
 @pytest.mark.parametrize(
     ("layers", "remat"),
-    slow_but([("2*Ww", "none"), ("G 2*Ww M A", "block")], ("2*Ww", "none")),
+    slow_but([("2*W", "none"), ("G 2*Ww M A", "block")], ("2*W", "none")),
 )
 class TestDocuments:
     """Several in a row: longer than the window, shorter than the convolution, of one token."""

@@ -84,7 +84,8 @@ def assert_same(actual, expected):
 
 
 def test_metrics_are_of_the_model_before_the_update(one_device, state, batch):
-    logits = nnx.merge(one_device.abstract.graph, state.params)(jnp.asarray(batch.inputs))
+    model = nnx.merge(one_device.abstract.graph, state.params)
+    logits = jax.jit(model)(jnp.asarray(batch.inputs))
     logits = np.asarray(logits, np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     counts = batch.targets != IGNORED_TARGET
@@ -100,6 +101,7 @@ def test_training_learns_a_batch_by_heart(one_device, state, batch):
     assert last["loss"].mean < 0.2 * first["loss"].mean
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_equals_one_big_batch(one_device, state, batch):
     micro_batches = Setup(num_devices=1, accumulation=4)
     assert_same(micro_batches.run(state, batch), one_device.run(state, batch))
@@ -132,7 +134,7 @@ def test_any_objective_is_a_weighted_mean():
         assert "learning_rate" not in metrics
 
 
-def test_many_devices_equal_one(one_device, state, batch):
+def test_many_devices_and_gradient_accumulation_equal_one_big_batch(one_device, state, batch):
     actual = Setup(num_devices=4, accumulation=2).run(state, batch)
     assert actual[0].params["embedding"].sharding.num_devices == 4
     assert not actual[0].params["embedding"].sharding.is_fully_replicated
