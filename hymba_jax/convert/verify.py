@@ -122,7 +122,7 @@ def compare(model: Hymba, expected: Expected) -> Agreement:
 
 @partial(jax.jit, static_argnums=0)
 def _logits(
-    graph: nnx.GraphDef[Hymba], params: nnx.State, ids: Int[np.ndarray, "batch length"]
+    graph: nnx.GraphDef[Hymba], params: nnx.State, ids: Int[jax.Array, "batch length"]
 ) -> Float[jax.Array, "batch length vocab"]:
     return nnx.merge(graph, params)(ids)
 

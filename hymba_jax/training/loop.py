@@ -88,15 +88,19 @@ def _train(
 ) -> None:
     previous, initial = _find_start(config)
     source = previous.model if previous else initial.config if initial else None
-    fit = partial(_fit_model, config, source)
-    data = _read_data(config, previous is not None, initial, fit, display)
-    model = fit(data.tokenizer)
-    config = dataclasses.replace(config, model=model)
     training, length = config.training, config.data.sequence_length
-
     optimizer = make_optimizer(training)
-    abstract = abstract_train_state(model, config.compute, optimizer, mesh)
-    check_memory(abstract, mesh)
+
+    def plan(tokenizer: Tokenizer) -> tuple[HymbaConfig, AbstractTrainState]:
+        """The model for this tokenizer and its state, which fits the devices."""
+        model = _fit_model(config, source, tokenizer)
+        abstract = abstract_train_state(model, config.compute, optimizer, mesh)
+        check_memory(abstract, mesh)
+        return model, abstract
+
+    data = _read_data(config, previous is not None, initial, plan, display)
+    model, abstract = plan(data.tokenizer)
+    config = dataclasses.replace(config, model=model)
     _announce(config, abstract.num_params, data, mesh, display)
 
     display.begin("compiling")
