@@ -1,5 +1,6 @@
 """What `hymba memory` says, against the paper and against what is allocated."""
 
+import dataclasses
 from unittest.mock import Mock
 
 import jax
@@ -99,12 +100,13 @@ def test_an_engine_allocates_what_is_counted(context, state_dtype):
 
 def test_uses_are_told_apart():
     """Two window layers share keys and values; the window is 6, each text 4 or 100 long."""
+    config = dataclasses.replace(TINY, layers="G Ww")
     kv, layers = 4 * (8 + 16), 3  # bytes of a position's keys and values in float32
     states = {"conv_state": layers * 4 * 3 * 32, "ssm_states": layers * 4 * 4 * 32}
     expected = CacheBytes(global_kv=100 * kv, window_kv=6 * kv, **states)
-    assert cache_bytes(TINY, 100, "float32", "float32") == expected
+    assert cache_bytes(config, 100, "float32", "float32") == expected
     expected = CacheBytes(global_kv=4 * kv, window_kv=4 * kv, **states)
-    assert cache_bytes(TINY, 4, "float32", "float32") == expected
+    assert cache_bytes(config, 4, "float32", "float32") == expected
 
 
 def test_a_batch_is_so_many_sequences():
