@@ -1,5 +1,6 @@
 """What `hymba memory` says, against the paper and against what is allocated."""
 
+import dataclasses
 from unittest.mock import Mock
 
 import jax
@@ -103,6 +104,7 @@ def test_an_engine_allocates_what_is_counted(context, state_dtype):
 
 def test_uses_are_told_apart():
     """Two window layers share keys and values; the window is 6, each text 4 or 100 long."""
+    config = dataclasses.replace(TINY, layers="G Ww")
     kv, layers = 4 * (8 + 16), 3  # bytes of a position's keys and values in float32
     states = {
         "conv state, float32": layers * 4 * 3 * 32,
@@ -110,7 +112,7 @@ def test_uses_are_told_apart():
     }
     for context, slots in ((100, 6), (4, 4)):
         expected = {"global KV, float32": context * kv, "window KV, float32": slots * kv}
-        assert cache_bytes(TINY, context, "float32", "bfloat16") == expected | states
+        assert cache_bytes(config, context, "float32", "bfloat16") == expected | states
 
 
 def test_a_batch_is_so_many_sequences():
