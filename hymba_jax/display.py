@@ -1,4 +1,4 @@
-"""Output of a run: on a terminal a live status line, elsewhere plain lines."""
+"""Output of commands: a live line on a terminal, else plain lines; sizes and times as text."""
 
 from datetime import timedelta
 from types import TracebackType

@@ -83,7 +83,7 @@ def test_each_device_initializes_its_own_shard(on_one):
     expected, _ = on_one(ODD)
     for array, whole in zip(*map(jax.tree.leaves, (initial, expected)), strict=True):
         np.testing.assert_allclose(array, whole, rtol=1e-6)
-    assert jax.tree.map(lambda array: array.sharding, initial) == step.template.shardings
+    assert jax.tree.map(lambda array: array.sharding, initial) == step.abstract.shardings
     kernel = initial.params["groups"][0]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
     parts = {shard.data.shape for shard in kernel.addressable_shards}
     assert parts == {(STACKED, ODD.hidden_size // 2, ODD.mlp_size // 2)}

@@ -38,10 +38,10 @@ def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     optimizer, compute = make_optimizer(TrainingConfig()), ComputeConfig(dtype=dtype)
     batch = abstract_batch(BATCH, LENGTH, batch_sharding(mesh))
     with use_abstract_mesh(mesh):
-        template = abstract_train_state(MODEL, compute, optimizer, mesh)
-        loss_fn = make_loss_fn(next_token_loss, template.graph)
+        abstract = abstract_train_state(MODEL, compute, optimizer, mesh)
+        loss_fn = make_loss_fn(next_token_loss, abstract.graph)
         step = jax.jit(make_train_step(loss_fn, optimizer, micro_batch_size=BATCH))
-        traced = step.trace(template.state, batch)
+        traced = step.trace(abstract.state, batch)
         name = {"gpu": "cuda"}.get(platform, platform)
         return traced.lower(lowering_platforms=(name,)).as_text()
 

@@ -174,8 +174,8 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
 def test_a_training_state_takes_what_is_counted():
     counted = training_bytes(TINY, "float32")
     compute, optimizer = ComputeConfig(), make_optimizer(TrainingConfig())
-    template = abstract_train_state(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
-    state = init_state(TINY, compute, optimizer, template, seed=0)
+    abstract = abstract_train_state(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
+    state = init_state(TINY, compute, optimizer, abstract, seed=0)
     assert allocated(state.params) == counted.params == counted.gradients
     assert allocated(state.optimizer) == counted.optimizer
 
