@@ -83,13 +83,14 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
         with (
             distributed_session(processes, config.output),
             _one_line_errors(),
-            one_line_interrupts(config.output),
+            one_line_interrupts(config.output) as interrupts,
         ):
             try:
-                run.train(config)
+                run.train(config, interrupts)
             except OSError as error:
                 error.filename = error.filename or config.output
                 raise
+        interrupts.exit_if_stopped()  # only now: the processes end together
 
 
 def generate(args: Sequence[str], prog: str) -> None:

@@ -19,6 +19,10 @@ type Rows = Windows | DocumentRows
 """The rows of a source, by index, each with the same fields."""
 
 
+# Examples that a message names.
+_NAMED = 8
+
+
 class Origin(NamedTuple):
     """Where an example is from: the row of a source, in an epoch counted from 0."""
 
@@ -50,6 +54,13 @@ class Examples:
         """Where an example is from."""
         source, position = self._mixture(index)
         return Origin(source, *shuffled_row(position, len(self._rows[source]), self._seed, source))
+
+    def describe(self, start: int, stop: int) -> str:
+        """Where these examples are from, in words; of many the first few."""
+        origins = map(self.origin, range(start, min(stop, start + _NAMED)))
+        named = ", ".join(f"{origin.source} {origin.row}" for origin in origins)
+        more = f" and {stop - start - _NAMED} more" if stop - start > _NAMED else ""
+        return f"sequences {start} to {stop - 1} (rows {named}{more})"
 
     def progress(self, examples: int) -> dict[str, int | float]:
         """Metrics of what the first `examples` have read.

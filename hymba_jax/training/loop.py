@@ -40,6 +40,7 @@ from hymba_jax.data import (
     train_iterator,
 )
 from hymba_jax.data.batch import abstract_batch
+from hymba_jax.data.examples import Examples
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
@@ -49,24 +50,31 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
+from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
-from hymba_jax.training.recorder import Recorder
+from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, make_train_step
-from hymba_jax.training.validation import Validate, make_validate
+from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
 
 
-def train(config: RunConfig, generate: Generate, objective: Objective = next_token_loss) -> None:
+def train(
+    config: RunConfig,
+    generate: Generate,
+    objective: Objective = next_token_loss,
+    interrupts: Interrupts | None = None,
+) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
     Args:
       generate: the sample, from the trained model.
       objective: what training minimizes and validation reports.
+      interrupts: signals for which the run saves a checkpoint and returns early.
 
     Raises:
       HymbaError: the config is invalid for this run, the output cannot be written, or training
@@ -80,11 +88,16 @@ def train(config: RunConfig, generate: Generate, objective: Objective = next_tok
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
-        _train(config, generate, objective, mesh, display)
+        _train(config, generate, objective, interrupts or Interrupts(), mesh, display)
 
 
 def _train(
-    config: RunConfig, generate: Generate, objective: Objective, mesh: Mesh, display: Display
+    config: RunConfig,
+    generate: Generate,
+    objective: Objective,
+    interrupts: Interrupts,
+    mesh: Mesh,
+    display: Display,
 ) -> None:
     previous, initial = _find_start(config)
     source = previous.model if previous else initial.config if initial else None
@@ -106,7 +119,12 @@ def _train(
     display.begin("compiling")
     loss_fn = make_loss_fn(objective, abstract.graph)
     train_step = compile_train_step(
-        make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size),
+        make_train_step(
+            loss_fn,
+            optimizer,
+            micro_batch_size=training.micro_batch_size,
+            skip_nonfinite=training.on_nonfinite == "skip",
+        ),
         abstract.state,
         abstract_batch(
             training.batch_size,
@@ -115,31 +133,41 @@ def _train(
             segment_ids=config.data.packing == "documents",
         ),
     )
+    eval_step = compile_eval_step(
+        loss_fn,
+        abstract.state.params,
+        abstract_batch(
+            training.micro_batch_size,
+            length,
+            batch_sharding(mesh),
+            segment_ids=config.data.validation_packing == "documents",
+        ),
+    )
     limit = training.validation_batches * training.batch_size
-    validate = make_validate(loss_fn, data.validation, mesh, training.micro_batch_size, limit)
+    validate = make_validate(
+        eval_step, data.validation, mesh, training.micro_batch_size, limit, interrupts.poll
+    )
 
     rows = process_rows(mesh, training.batch_size)
     batches = train_iterator(data.train, training.batch_size, rows)
     global_batches = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
 
-    def loop_state(step: int) -> LoopState:
-        return LoopState(step, batches.get_state(), dict(data.digests))
-
-    start, state = 0, None
+    state, saved = None, None
     if previous is None:
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
     with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
         if state is None:
-            state, saved = checkpoints.restore(abstract.state)
+            state, saved = checkpoints.restore(abstract.state, display.say)
             _check_same_run(saved, data, training.steps, config.output)
             batches.set_state(saved.batches)
-            start = saved.step
-            display.say(_resuming(start, training.steps))
+            display.say(_resuming(saved, training.steps))
         _write_directory(config, data.tokenizer, is_new=previous is None)
         output = Path(config.output) if is_main_process() else None
         trace = output / PROFILE if output and config.profile else None
-        with MetricsWriter(output, start) as writer, Tracer(trace, start) as tracer:
+        start = saved.step if saved else 0
+        recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
+        with MetricsWriter(output, recorded.logged) as writer, Tracer(trace, start) as tracer:
             if writer.removed:
                 display.say(writer.removed)
             recorder = Recorder(
@@ -147,25 +175,45 @@ def _train(
                 training.log_every,
                 _workload(training.batch_size, length, training_flops(model, length), mesh),
                 lambda step: data.train.progress(step * training.batch_size),
-                start,
+                partial(_name_examples, data.train, training.batch_size),
                 writer,
                 display,
-            )
-            state = _run_steps(
-                state,
-                range(start + 1, training.steps + 1),
-                validate_every=training.validate_every,
-                checkpoint_every=training.checkpoint_every,
-                train_step=train_step,
-                batches=global_batches,
-                validate=validate,
-                checkpoints=checkpoints,
-                loop_state=loop_state,
-                recorder=recorder,
-                tracer=tracer,
-                display=display,
+                recorded,
             )
 
+            def save(state: TrainState, step: int, validation_due: bool) -> None:
+                recorded = recorder.state()
+                loop = LoopState(
+                    step,
+                    batches.get_state(),
+                    dict(data.digests),
+                    recorded.skipped,
+                    validation_due,
+                    dataclasses.asdict(recorded),
+                )
+                with recorder.waiting_for("checkpoint"):
+                    checkpoints.save(state, loop)
+
+            with interrupts.deferred():
+                state = _run_steps(
+                    state,
+                    start,
+                    training.steps,
+                    validation_due=saved is not None and saved.validation_due,
+                    validate_every=training.validate_every,
+                    save_every=training.checkpoint_every,
+                    train_step=train_step,
+                    batches=global_batches,
+                    validate=validate,
+                    save=save,
+                    checkpoints=checkpoints,
+                    interrupts=interrupts,
+                    recorder=recorder,
+                    tracer=tracer,
+                    display=display,
+                )
+    if interrupts.agreed:
+        return
     if training.sample_tokens:
         display.begin("writing a sample")
         text = sample(generate, abstract.graph, state.params, data.tokenizer, mesh)
@@ -177,42 +225,57 @@ def _train(
 
 def _run_steps(
     state: TrainState,
-    steps: range,
+    start: int,
+    steps: int,
     *,
+    validation_due: bool,
     validate_every: int,
-    checkpoint_every: int,
+    save_every: int,
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: Iterator[Batch],
     validate: Validate,
+    save: Callable[[TrainState, int, bool], None],
     checkpoints: Checkpoints,
-    loop_state: Callable[[int], LoopState],
+    interrupts: Interrupts,
     recorder: Recorder,
     tracer: Tracer,
     display: Display,
 ) -> TrainState:
-    """The state after these steps, with validation and checkpoints on schedule and after the
-    last."""
-    for step in steps:
-        with recorder.waiting_for("input"):
-            batch = next(batches)
-        recorder.collect()
-        with tracer.step(step):
-            state, metrics = train_step(state, batch)
-        recorder.submit(step, metrics)
-        checkpoints.check()
-        is_last = step == steps[-1]
-        if is_last or step % validate_every == 0:
+    """The state after the last step, or after the one at which the run was asked to stop.
+
+    Validates and saves on schedule and after the last step.
+
+    Args:
+      start: steps done already.
+      validation_due: whether the validation after them is not.
+    """
+    for step in range(start, steps + 1):
+        is_last = step == steps
+        if step > start:
+            with recorder.waiting_for("input"):
+                batch = next(batches)
+            recorder.collect()
+            with tracer.step(step):
+                state, metrics = train_step(state, batch)
+            recorder.submit(step, metrics)
+            checkpoints.check()
+            validation_due = is_last or step % validate_every == 0
+        stops = interrupts.poll()
+        if validation_due and not stops:
             if is_last:
                 display.begin("validating on all held-out text")
             with recorder.paused():
                 validation = validate(state.params, is_last)
-            recorder.flush(validation)
-        if is_last or step % checkpoint_every == 0:
-            # A diverged run stops here, before it is saved. The line of metrics ends here, too, so
-            # that a run that resumes from this checkpoint starts a new one.
-            recorder.flush(log=True)
-            with recorder.waiting_for("checkpoint"):
-                checkpoints.save(state, loop_state(step))
+            if validation is not None:
+                recorder.flush(validation)
+            validation_due = stops = validation is None
+        if step > start and (stops or is_last or step % save_every == 0):
+            if not validation_due:  # whose line of metrics waits for it
+                recorder.flush()
+            save(state, step, validation_due)  # not a run that diverged: its metrics are read
+        if stops:
+            break
+    checkpoints.wait()
     return state
 
 
@@ -323,11 +386,16 @@ def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> No
         )
 
 
-def _resuming(step: int, steps: int) -> str:
-    """What a run does that has done this many of its steps, in words."""
-    if step == steps:
-        return f"complete at step {step}: raise training.steps to continue"
-    return f"resuming after step {step}"
+def _resuming(saved: LoopState, steps: int) -> str:
+    """What a run does that resumes, in words."""
+    if saved.step == steps and not saved.validation_due:
+        return f"complete at step {steps}: raise training.steps to continue"
+    return f"resuming after step {saved.step}"
+
+
+def _name_examples(examples: Examples, batch_size: int, step: int) -> str:
+    """The data of a step, in words."""
+    return examples.describe((step - 1) * batch_size, step * batch_size)
 
 
 def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:

@@ -74,3 +74,11 @@ def test_progress_counts_sequences_and_epochs():
         "epoch/b": pytest.approx(counts["b"] / 20, abs=1e-4),
     }
     assert make(weights=(1.0, 0.0)).progress(100) == {"epoch": pytest.approx(100 / 7, abs=1e-4)}
+
+
+def test_examples_are_named_by_source_and_row():
+    examples = make()
+    rows = [examples.origin(index) for index in range(4, 12)]
+    named = ", ".join(f"{origin.source} {origin.row}" for origin in rows)
+    assert examples.describe(4, 12) == f"sequences 4 to 11 (rows {named})"
+    assert examples.describe(4, 20) == f"sequences 4 to 19 (rows {named} and 8 more)"

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_program(config, output):
 
 
 def test_interrupting_says_how_to_resume(config, output, monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("hymba_jax.training.loop.train", interrupt)
@@ -137,5 +137,5 @@ def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: step 2: the loss is ")
-    assert "check the metrics of earlier steps" in line
+    assert "check the data and the metrics of earlier steps" in line
     assert not list((output / "checkpoints").iterdir())

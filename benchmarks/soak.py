@@ -1,0 +1,261 @@
+"""Kills a small run at random moments, and compares it with one that was left alone.
+
+    python benchmarks/soak.py --kills 200
+
+Each time a SIGKILL, SIGTERM or Ctrl-C comes, after which the same command resumes. A run that ends
+has to have the same parameters, optimizer state, metrics and sample, bit for bit; then the next one
+begins, until there were as many kills. SIGTERM and Ctrl-C have to end it within 30 seconds and say
+so; the longest time is reported.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tyro
+
+from hymba_jax import (
+    cli,
+    train,  # noqa: F401, imported once for all attempts
+)
+from hymba_jax.run_files import FOLDER, checkpoint_steps
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LIMIT = 30  # seconds from a signal to the end
+TIMES = ("second", "seconds", "second_per_device")  # ends of the metrics that no two runs share
+
+CONFIG = """
+[model]
+hidden_size = 16
+mlp_size = 32
+layers = "W"
+num_meta_tokens = 4
+max_positions = 64
+
+[model.attention]
+num_heads = 2
+num_kv_heads = 1
+window = 8
+
+[data]
+path = "{corpus}"
+tokenizer = "bytes"
+sequence_length = 24
+validation_fraction = 0.25
+
+[training]
+steps = 60
+batch_size = 8
+log_every = 4
+validate_every = 7
+validation_batches = 4
+checkpoint_every = 5
+keep_checkpoints = 1
+sample_prompt = "the"
+sample_tokens = 4
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to do.
+
+    Attributes:
+      kills: signals to send.
+      seed: of the moments and the signals.
+    """
+
+    kills: int = 200
+    seed: int = 0
+
+
+def fork(function: Callable[[], None], log: Path) -> int:
+    """The id of a process that runs a function as a program, with its output in a file.
+
+    It has all that this process has imported, which takes longer than most attempts. This process
+    itself must not use JAX, whose threads do not survive.
+    """
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    status = 0
+    try:
+        function()
+    except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+        status = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Run:
+    """A run in a directory, in one attempt or many."""
+
+    def __init__(self, config: Path, output: Path):
+        self.output, self.log = output, output.with_suffix(".log")
+        self._arguments = ["--config", str(config), "--output", str(output)]
+
+    def start(self) -> int:
+        """The id of the process of an attempt."""
+        return fork(partial(cli.train, self._arguments), self.log)
+
+    def finish(self) -> float:
+        """Runs an attempt to its end; the seconds it took."""
+        began = time.monotonic()
+        expect_success(self.start(), self.log)
+        return time.monotonic() - began
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of the newest checkpoint, as Orbax reads them."""
+        found = {}
+        path = self.output / FOLDER / str(checkpoint_steps(self.output)[-1])
+        for part in ("params", "optimizer"):
+            tree = ocp.StandardCheckpointHandler().restore(path / part)
+            for name, leaf in jax.tree.leaves_with_path(tree):
+                found[f"{part}{jax.tree_util.keystr(name)}"] = np.asarray(leaf)
+        return found
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics, without times."""
+        lines = (self.output / "metrics.jsonl").read_text().splitlines()
+        return [
+            {name: value for name, value in json.loads(line).items() if not name.endswith(TIMES)}
+            for line in lines
+        ]
+
+    def sample(self) -> str:
+        return (self.output / "sample.txt").read_text()
+
+
+def compare(run: Run, other: Run) -> None:
+    """Exits with what two runs do not have in common, if there is anything."""
+    arrays, others = run.arrays(), other.arrays()
+    different = [name for name in arrays.keys() | others.keys() if not same(name, arrays, others)]
+    if run.metrics() != other.metrics():
+        different.append("metrics")
+    if run.sample() != other.sample():
+        different.append("sample")
+    if different:
+        sys.exit(f"different: {', '.join(different)}")
+
+
+def same(name: str, arrays: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> bool:
+    """Whether both have an array of this name, with the same bits."""
+    pair = [each[name].tobytes() for each in (arrays, others) if name in each]
+    return len(pair) == 2 and pair[0] == pair[1]
+
+
+def expect_success(process: int, log: Path) -> None:
+    """Waits for a process. Exits with its output if it fails."""
+    if status := wait(process, 600):
+        sys.exit(f"exit status {status}:\n{log.read_text()}")
+
+
+def wait(process: int, seconds: float) -> int | None:
+    """The exit status of a process, minus the signal that killed it; None if it runs longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.005)
+
+
+def kill(run: Run, number: signal.Signals, after: float) -> tuple[bool, float]:
+    """Sends a signal to an attempt at a time; whether it came before the end, and what it took."""
+    process = run.start()
+    status = wait(process, after)
+    if status is None:
+        os.kill(process, number)
+        began = time.monotonic()
+        status = wait(process, LIMIT)
+        seconds = time.monotonic() - began
+        if status is None:
+            os.kill(process, signal.SIGKILL)
+            raise SystemExit(
+                f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}"
+            )
+        if status == -signal.SIGKILL:
+            return True, 0.0
+        if status == 128 + number and "stopped by" in run.log.read_text():
+            return True, seconds
+    if status != 0:
+        sys.exit(f"exit status {status} after {number.name}:\n{run.log.read_text()}")
+    return False, 0.0
+
+
+def soak(directory: Path, options: Options) -> Counter[str]:
+    """Kills runs and compares them; how many of which signals came, and runs ended."""
+    config = directory / "config.toml"
+    config.write_text(CONFIG.format(output=directory, corpus=write_corpus(directory)))
+    alone = Run(config, directory / "alone")
+    alone.finish()  # which compiles
+    run = Run(config, directory / "killed")
+    typical = run.finish()
+    shutil.rmtree(run.output)
+    print(f"a run takes {typical:.1f} s", flush=True)
+    rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
+    while counts["kills"] < options.kills or run.output.exists():
+        number = rng.choice(SIGNALS)
+        enough = counts["kills"] >= options.kills
+        came, seconds = kill(run, number, 600.0 if enough else rng.uniform(0, 1.2) * typical)
+        longest = max(longest, seconds)
+        if came:
+            counts["kills"] += 1
+            counts[number.name] += 1
+            continue
+        log = directory / "compare.log"
+        expect_success(fork(partial(compare, run, alone), log), log)
+        counts["runs"] += 1
+        print(f"{counts['kills']} kills, run {counts['runs']} is equal", flush=True)
+        shutil.rmtree(run.output)
+    print(f"longest time from SIGTERM or Ctrl-C to the end: {longest:.1f} s")
+    return counts
+
+
+def write_corpus(directory: Path) -> Path:
+    """A few pages of random words."""
+    corpus = directory / "corpus"
+    corpus.mkdir()
+    words = ["a ", "red ", "hat ", "and ", "the ", "old ", "dog ", "ran. ", "Who ", "sat? "]
+    for i in range(12):
+        (corpus / f"page{i}.txt").write_text("".join(random.Random(i).choices(words, k=200)))
+    return corpus
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, args=args, description=__doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{directory}/compiled")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        counts = soak(Path(directory), options)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
