@@ -15,7 +15,7 @@ from hymba_jax.convert.report import in_gb
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular
 from hymba_jax.model import Hymba
-from hymba_jax.types import Float, Int
+from hymba_jax.types import Array, Float, Int
 
 _MAX_BYTES = 8 * 10**9  # of an array; comparing logits takes several times as much memory
 _HEADERS = {
@@ -122,8 +122,8 @@ def compare(model: Hymba, expected: Expected) -> Agreement:
 
 @partial(jax.jit, static_argnums=0)
 def _logits(
-    graph: nnx.GraphDef[Hymba], params: nnx.State, ids: Int[np.ndarray, "batch length"]
-) -> Float[jax.Array, "batch length vocab"]:
+    graph: nnx.GraphDef[Hymba], params: nnx.State, ids: Int[Array, "batch length"]
+) -> Float[Array, "batch length vocab"]:
     return nnx.merge(graph, params)(ids)
 
 
