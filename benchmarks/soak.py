@@ -21,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -36,6 +37,7 @@ from hymba_jax.run_files import FOLDER, checkpoint_steps
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LIMIT = 30  # seconds from a signal to the end
+POLL = 0.005  # seconds between looks at a process
 TIMES = ("second", "seconds", "second_per_device")  # ends of the metrics that no two runs share
 
 CONFIG = """
@@ -121,11 +123,19 @@ class Run:
         """The id of the process of an attempt."""
         return fork(partial(cli.train, self._arguments), self.log)
 
-    def finish(self) -> float:
-        """Runs an attempt to its end; the seconds it took."""
-        began = time.monotonic()
-        expect_success(self.start(), self.log)
-        return time.monotonic() - began
+    @property
+    def lines(self) -> int:
+        """How many lines the attempt has printed."""
+        return self.log.read_bytes().count(b"\n") if self.log.exists() else 0
+
+    def finish(self) -> list[float]:
+        """Runs an attempt to its end; the seconds before each of its lines."""
+        process, times = self.start(), [time.monotonic()]
+        while (status := wait(process, 0)) is None:
+            times += [time.monotonic()] * (self.lines + 1 - len(times))
+            time.sleep(POLL)
+        check(status, self.log)
+        return [after - before for before, after in pairwise(times)]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Those of the newest checkpoint, as Orbax reads them."""
@@ -167,9 +177,9 @@ def same(name: str, arrays: dict[str, np.ndarray], others: dict[str, np.ndarray]
     return len(pair) == 2 and pair[0] == pair[1]
 
 
-def expect_success(process: int, log: Path) -> None:
-    """Waits for a process. Exits with its output if it fails."""
-    if status := wait(process, 600):
+def check(status: int | None, log: Path) -> None:
+    """Exits with the output of a process that failed."""
+    if status != 0:
         sys.exit(f"exit status {status}:\n{log.read_text()}")
 
 
@@ -180,56 +190,56 @@ def wait(process: int, seconds: float) -> int | None:
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             return None
-        time.sleep(0.005)
+        time.sleep(POLL)
 
 
-def kill(run: Run, number: signal.Signals, after: float) -> tuple[bool, float]:
-    """Sends a signal to an attempt at a time; whether it came before the end, and what it took."""
+def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | None:
+    """Sends a signal to an attempt some time after it has printed so many lines.
+
+    Returns the seconds that the attempt took to end, or None if it had ended before.
+    """
+    run.log.unlink(missing_ok=True)
     process = run.start()
-    status = wait(process, after)
+    while (status := wait(process, POLL)) is None and run.lines < lines:
+        pass
+    status = wait(process, delay) if status is None else status
+    if status is not None:
+        check(status, run.log)
+        return None
+    os.kill(process, number)
+    began = time.monotonic()
+    status = wait(process, LIMIT)
+    seconds = time.monotonic() - began
     if status is None:
-        os.kill(process, number)
-        began = time.monotonic()
-        status = wait(process, LIMIT)
-        seconds = time.monotonic() - began
-        if status is None:
-            os.kill(process, signal.SIGKILL)
-            raise SystemExit(
-                f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}"
-            )
-        if status == -signal.SIGKILL:
-            return True, 0.0
-        if status == 128 + number and "stopped by" in run.log.read_text():
-            return True, seconds
-    if status != 0:
-        sys.exit(f"exit status {status} after {number.name}:\n{run.log.read_text()}")
-    return False, 0.0
+        os.kill(process, signal.SIGKILL)
+        sys.exit(f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}")
+    if status == 128 + number and "stopped by" in run.log.read_text():
+        return seconds
+    if status != -signal.SIGKILL:
+        check(status, run.log)
+    return 0.0 if status else None
 
 
 def soak(directory: Path, options: Options) -> Counter[str]:
     """Kills runs and compares them; how many of which signals came, and runs ended."""
     config = directory / "config.toml"
-    config.write_text(CONFIG.format(output=directory, corpus=write_corpus(directory)))
-    alone = Run(config, directory / "alone")
-    alone.finish()  # which compiles
-    run = Run(config, directory / "killed")
-    typical = run.finish()
-    shutil.rmtree(run.output)
-    print(f"a run takes {typical:.1f} s", flush=True)
+    config.write_text(CONFIG.format(corpus=write_corpus(directory)))
+    alone, run = Run(config, directory / "alone"), Run(config, directory / "killed")
+    gaps = alone.finish()
     rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
     while counts["kills"] < options.kills or run.output.exists():
-        number = rng.choice(SIGNALS)
         enough = counts["kills"] >= options.kills
-        came, seconds = kill(run, number, 600.0 if enough else rng.uniform(0, 1.2) * typical)
-        longest = max(longest, seconds)
-        if came:
-            counts["kills"] += 1
-            counts[number.name] += 1
+        number, line = rng.choice(SIGNALS), sys.maxsize if enough else rng.randrange(len(gaps))
+        delay = 0.0 if enough else rng.uniform(0, gaps[line])
+        seconds = kill(run, number, line, delay)
+        if seconds is not None:
+            longest = max(longest, seconds)
+            counts.update(["kills", number.name])
             continue
         log = directory / "compare.log"
-        expect_success(fork(partial(compare, run, alone), log), log)
+        check(wait(fork(partial(compare, run, alone), log), 600), log)
         counts["runs"] += 1
         print(f"{counts['kills']} kills, run {counts['runs']} is equal", flush=True)
         shutil.rmtree(run.output)

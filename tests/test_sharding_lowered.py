@@ -76,7 +76,6 @@ def test_every_tpu_runs_the_kernels_on_its_shard():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), splash(given, 1, 128, 128))
 
 
-@pytest.mark.slow
 def test_every_gpu_runs_the_scan_on_its_shard():
     """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
     given = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]

@@ -74,7 +74,12 @@ def training_program(
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     loss_fn = make_loss_fn(objective, abstract.graph)
-    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        skip_nonfinite=training.on_nonfinite == "skip",
+    )
     batch = abstract_batch(
         training.batch_size,
         length,

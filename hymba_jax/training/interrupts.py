@@ -19,7 +19,7 @@ from hymba_jax.parallel.largest import LargestOfProcesses
 from hymba_jax.run_files import checkpoint_steps
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-_PATIENCE = 5.0  # seconds that Python has to end the program, if it gets a turn
+_PATIENCE = 2.0  # seconds that Python has to end the program, if it gets a turn
 
 
 class Interrupted(KeyboardInterrupt):

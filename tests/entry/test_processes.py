@@ -7,6 +7,9 @@ import time
 import pytest
 from entry.command import run, train_py, write_config
 from entry.processes import addresses, ends, free_port, slurm, start
+from slow import slow_but
+
+from hymba_jax.run_files import checkpoint_steps
 
 STEPS = 50
 ALONE = [([], {})]
@@ -123,23 +126,39 @@ def test_a_run_resumes_on_other_processes_and_devices(config, uninterrupted, cac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "number"), [(0, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)]
-)
+@pytest.mark.parametrize("victim", [0, 2])
 def test_a_process_that_ends_takes_three_with_it(
-    config, uninterrupted, cache, tmp_path, victim, number, capsys
+    config, uninterrupted, cache, tmp_path, victim, capsys
 ):
     """In less than a minute, with the defaults."""
-    ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(4), victim, number)
-    if number == signal.SIGTERM:
-        assert ended[victim].status == 128 + number
-        assert f"stopped by SIGTERM: the same command resumes {tmp_path}" in ended[victim].stderr
-    else:
-        assert ended[victim].status == -number
+    killed = signal.SIGKILL
+    ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(4), victim, killed)
+    assert ended[victim].status == -killed
     assert_lost(ended, victim, tmp_path)
     with capsys.disabled():
-        print(f"\n{number.name} of process {victim}: all ended {seconds:.1f} s later")
+        print(f"\nprocess {victim} was killed: all ended {seconds:.1f} s later")
     train_to(config, tmp_path, cache, STEPS, 1, addresses(4))
+    assert_same(read(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "name"),
+    slow_but(
+        [(1, signal.SIGTERM, "SIGTERM"), (0, signal.SIGINT, "Ctrl-C")],
+        (1, signal.SIGTERM, "SIGTERM"),
+    ),
+)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    config, uninterrupted, cache, tmp_path, victim, number, name
+):
+    ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(2), victim, number)
+    (step,) = {step for step in checkpoint_steps(tmp_path) if step % 10}
+    assert 25 < step < STEPS
+    said = f"\nstopped by {name}: the same command resumes {tmp_path} from step {step}\n"
+    assert [(process.status, process.stderr) for process in ended] == [(128 + number, said)] * 2
+    assert seconds < 30
+    (said,) = train_to(config, tmp_path, cache, STEPS, 1, ALONE)
+    assert f"resuming after step {step}" in said
     assert_same(read(tmp_path), uninterrupted)
 
 
