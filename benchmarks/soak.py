@@ -162,13 +162,12 @@ class Run:
 def compare(run: Run, other: Run) -> None:
     """Exits with what two runs do not have in common, if there is anything."""
     arrays, others = run.arrays(), other.arrays()
-    different = [name for name in arrays.keys() | others.keys() if not same(name, arrays, others)]
-    if run.metrics() != other.metrics():
-        different.append("metrics")
-    if run.sample() != other.sample():
-        different.append("sample")
+    names = [name for name in arrays.keys() | others.keys() if not same(name, arrays, others)]
+    different = [f"{len(names)} arrays, such as {names[0]}"] if names else []
+    different += ["metrics"] * (run.metrics() != other.metrics())
+    different += ["sample"] * (run.sample() != other.sample())
     if different:
-        sys.exit(f"different: {', '.join(different)}")
+        sys.exit(f"different: {'; '.join(different)}")
 
 
 def same(name: str, arrays: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> bool:

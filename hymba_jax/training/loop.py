@@ -51,7 +51,7 @@ from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, pro
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.interrupts import Interrupts
-from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
+from hymba_jax.training.loss import LossFn, Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
@@ -118,21 +118,7 @@ def _train(
 
     display.begin("compiling")
     loss_fn = make_loss_fn(objective, abstract.graph)
-    train_step = compile_train_step(
-        make_train_step(
-            loss_fn,
-            optimizer,
-            micro_batch_size=training.micro_batch_size,
-            skip_nonfinite=training.on_nonfinite == "skip",
-        ),
-        abstract.state,
-        abstract_batch(
-            training.batch_size,
-            length,
-            batch_sharding(mesh),
-            segment_ids=config.data.packing == "documents",
-        ),
-    )
+    train_step = _compile_train_step(config, loss_fn, optimizer, abstract.state, mesh)
     eval_step = compile_eval_step(
         loss_fn,
         abstract.state.params,
@@ -217,8 +203,8 @@ def _train(
     if training.sample_tokens:
         display.begin("writing a sample")
         text = sample(generate, abstract.graph, state.params, data.tokenizer, mesh)
-        if text is not None:
-            replace_text(Path(config.output) / SAMPLE_FILE, text)
+        if output and text is not None:
+            replace_text(output / SAMPLE_FILE, text)
             display.say(text)
     display.say(f"done: {config.output}")
 
@@ -348,6 +334,30 @@ def _init_state(
         return init_state(config.model, config.compute, optimizer, abstract, config.seed)
     display.say(initial.describe(config.model))
     return initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
+
+
+def _compile_train_step(
+    config: RunConfig,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step of this run; `state` is abstract."""
+    training = config.training
+    step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        skip_nonfinite=training.on_nonfinite == "skip",
+    )
+    batch = abstract_batch(
+        training.batch_size,
+        config.data.sequence_length,
+        batch_sharding(mesh),
+        segment_ids=config.data.packing == "documents",
+    )
+    return compile_train_step(step, state, batch)
 
 
 def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of a state with the same kinds of leaves as a real one, and much smaller."""
 
 import functools
+import itertools
 import os
 import shutil
 import time
@@ -255,6 +256,26 @@ def test_another_model_or_optimizer_is_refused_and_no_damage(run):
     with pytest.raises(HymbaError, match="shape"):
         load_params(run, abstract(make_state(width=32)).params)
     assert checkpoint_steps(run) == [1, 2]
+
+
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("is_damage", [True, False])
+def test_what_another_process_found_counts_for_all(run, monkeypatch, call, is_damage):
+    """When it read the newest checkpoint, or when it compared checksums."""
+    calls = itertools.count()
+
+    def gather(own):
+        return [own, ["checkpoints/2: gone", is_damage] if next(calls) == call else None]
+
+    monkeypatch.setattr("hymba_jax.checkpoint.checkpoints.gather", gather)
+    if is_damage:
+        state, _, said = restore(run)
+        assert_equal(state, make_state(1))
+        assert said == ["checkpoints/2: gone: set aside as 2.damaged-1, step 1 is used"]
+    else:
+        with pytest.raises(HymbaError, match="checkpoints/2: gone"):
+            restore(run)
+        assert checkpoint_steps(run) == [1, 2]
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(13, "not yours")])
