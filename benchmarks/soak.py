@@ -215,7 +215,7 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
         os.kill(process, signal.SIGKILL)
         sys.exit(f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}")
     was_starting = run.lines == 0  # signals are not handled yet
-    if status == -signal.SIGKILL or was_starting and status in (-number, 128 + number):
+    if status == -signal.SIGKILL or (was_starting and status in (-number, 128 + number)):
         return 0.0
     if status == 128 + number and "stopped by" in run.log.read_text():
         return seconds
