@@ -214,11 +214,13 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
     if status is None:
         os.kill(process, signal.SIGKILL)
         sys.exit(f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}")
+    was_starting = run.lines == 0  # signals are not handled yet
+    if status == -signal.SIGKILL or (was_starting and status in (-number, 128 + number)):
+        return 0.0
     if status == 128 + number and "stopped by" in run.log.read_text():
         return seconds
-    if status != -signal.SIGKILL:
-        check(status, run.log)
-    return 0.0 if status else None
+    check(status, run.log)
+    return None
 
 
 def soak(directory: Path, options: Options) -> Counter[str]:
@@ -230,9 +232,10 @@ def soak(directory: Path, options: Options) -> Counter[str]:
     rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
     while counts["kills"] < options.kills or run.output.exists():
         enough = counts["kills"] >= options.kills
-        number, line = rng.choice(SIGNALS), sys.maxsize if enough else rng.randrange(len(gaps))
-        delay = 0.0 if enough else rng.uniform(0, gaps[line])
-        seconds = kill(run, number, line, delay)
+        # Within a quarter of a run after the start, which is all over the run as it gets on.
+        number, line = rng.choice(SIGNALS), rng.randrange(len(gaps) // 4 + 3)
+        delay = rng.uniform(0, gaps[line])
+        seconds = kill(run, number, sys.maxsize if enough else line, delay)
         if seconds is not None:
             longest = max(longest, seconds)
             counts.update(["kills", number.name])
