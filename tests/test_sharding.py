@@ -153,7 +153,7 @@ def test_meshes(config, expected):
             {"data": 0},
             "parallel config: data is 0, not at least 1, nor -1 for all remaining devices",
         ),
-        ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
+        ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, not"),
         ({"data": -1}, "parallel config: data and fsdp are -1, only one may be"),
         ({"fsdp": 3}, "data 1 x fsdp 3 x sequence 1 x tensor 1 is not the number of devices, 8"),
         ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times an integer is not the number"),

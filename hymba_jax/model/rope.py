@@ -25,7 +25,7 @@ class Rope(NamedTuple):
         return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def max_fixed_positions(config: HymbaConfig) -> float:
+def max_fixed_positions(config: HymbaConfig) -> int | float:
     """Positions, meta tokens included, up to which rotation does not depend on the length."""
     if config.rope_type != "dynamic_ntk":
         return math.inf

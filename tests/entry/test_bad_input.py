@@ -74,7 +74,7 @@ def test_an_unknown_field_in_the_file(config, output):
     [
         ("empty.txt", b"", "no files to read (left out: empty files: 1)"),
         ("binary.txt", b"\x00\xff\xfe\x01" * 100, "binary.txt"),
-        ("broken.jsonl", b'{"text": "one"}\n{"text": "two"\n', "broken.jsonl, line 2: "),
+        ("broken.jsonl", b'{"text": "one"}\n{"text": "two"\n', "broken.jsonl:2: broken JSON"),
         ("other.jsonl", b'{"body": "one"}\n', "no field 'text'"),
     ],
 )
