@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import absl.logging
 import jax
 import optax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.checkpoint.train_state import TrainState
@@ -60,7 +61,6 @@ class LoopState(NamedTuple):
 
     Attributes:
       step: steps done.
-      batches: state of the iterator of training batches.
       digests: of the tokens of each source, by its name.
       skipped: steps among them whose update was skipped.
       validation_due: whether the validation after `step` is still to be done.
@@ -68,7 +68,6 @@ class LoopState(NamedTuple):
     """
 
     step: int
-    batches: dict[str, Any]
     digests: dict[str, str]
     skipped: int = 0
     validation_due: bool = False
@@ -81,15 +80,22 @@ class Checkpoints(Closing):
     Args:
       run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
+      keep_steps: others that stay.
     """
 
-    def __init__(self, run_directory: str | os.PathLike[str], keep: int):
+    def __init__(
+        self, run_directory: str | os.PathLike[str], keep: int, keep_steps: Sequence[int] = ()
+    ):
         self.directory = (resolve_path(run_directory) / FOLDER).absolute()
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, cleanup_tmp_directories=True, enable_background_delete=True
+                    preservation_policy=AnyPreservationPolicy(
+                        [LatestN(keep), CustomSteps(keep_steps)]
+                    ),
+                    cleanup_tmp_directories=True,
+                    enable_background_delete=True,
                 ),
             )
 
