@@ -24,6 +24,7 @@ commands:
   chat       chats with a model that has a chat template
   warmup     compiles the programs of generation in advance
   memory     shows the memory footprint of a model, its cache and its training
+  schedule   shows the learning rate, data and sequence length of a run over its tokens
   compile    compiles a run ahead of time, no device needed, and shows what it will cost
   convert    converts a Hugging Face checkpoint to a native model, and back
   inspect    shows what a checkpoint of either kind holds
@@ -42,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(tokenize, train, generate, chat, warmup, memory, compile, convert, inspect),
+        *(tokenize, train, generate, chat, warmup, memory, schedule, compile, convert, inspect),
     )
     by_name = {command.__name__: command for command in commands}
     name = args[0] if args else "--help"
@@ -128,6 +129,15 @@ def memory(args: Sequence[str], prog: str) -> None:
         from hymba_jax.analysis import memory
 
         memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
+
+
+def schedule(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba schedule ...`."""
+    with _one_line_errors():
+        prepare_host()
+        from hymba_jax.training import schedule_command
+
+        schedule_command.main(args, prog)
 
 
 def compile(args: Sequence[str], prog: str) -> None:

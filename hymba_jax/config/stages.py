@@ -108,6 +108,25 @@ class Stage:
         return self.run.training.batch_size * self.run.data.sequence_length
 
     @property
+    def shares(self) -> dict[str, float]:
+        """The share of its sequences that each source has."""
+        weights = {name: each.weight for name, each in self.run.data.train_sources.items()}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
+
+    def describe(self) -> str:
+        """Its steps, data and learning rate, in words."""
+        training, (warmup, decay) = self.run.training, self.run.training.phase_steps
+        shares = (f"{name} {share:.3g}" for name, share in self.shares.items())
+        phases = [f"warm-up {warmup:,}"] * bool(warmup) + [f"decay {decay:,}"] * bool(decay)
+        falls = f" to {training.min_learning_rate:g}" if decay else ""
+        return (
+            f"{self.label}: steps {self.start + 1:,} to {self.stop:,}, "
+            f"{training.steps * self.tokens_per_step:,} tokens; {training.batch_size:,} sequences "
+            f"of {self.run.data.sequence_length:,}, {', '.join(shares)}; learning rate "
+            f"{training.learning_rate:g}{falls}, {', '.join([training.schedule, *phases])}"
+        )
+
+    @property
     def label(self) -> str:
         """What messages call it."""
         return f"stage {self.name}" if self.name else "the run"

@@ -7,6 +7,7 @@
 | `stage_program.py`     | what the steps of a stage need, compiled                            |
 | `extension.py`         | a run that goes on with more steps or stages                        |
 | `schedule.py`          | learning rates, through stages                                      |
+| `schedule_command.py`  | `hymba schedule`                                                    |
 | `loss.py`              | objectives: next-token cross entropy; averages that add up exactly  |
 | `optimizer.py`         | AdamW                                                               |
 | `step.py`              | one update of any objective, as a pure function                     |

@@ -199,7 +199,7 @@ def _run_stages(
             stage = program.stage
             recorder.begin_stage(program.records)
             if stage.name:
-                display.say(_beginning(stage, step))
+                display.say(stage.describe())
             with interrupts.deferred():
                 state = _run_steps(
                     state,
@@ -301,17 +301,6 @@ def _stages_left(stages: Sequence[Stage], saved: LoopState) -> Sequence[Stage]:
         for stage in stages
         if saved.step < stage.stop or (saved.step == stage.stop and saved.validation_due)
     ]
-
-
-def _beginning(stage: Stage, start: int) -> str:
-    """Where a run is that begins a stage, or resumes in it, in words."""
-    training, data = stage.run.training, stage.run.data
-    sources = ", ".join(name for name, source in data.sources.items() if source.weight)
-    return (
-        f"stage {stage.name}: steps {start + 1} to {stage.stop}, {training.batch_size} sequences "
-        f"of {data.sequence_length} tokens{f' of {sources}' if sources else ''}, learning rate "
-        f"{training.learning_rate:g}, {training.schedule}"
-    )
 
 
 def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | None]:

@@ -1,0 +1,170 @@
+"""`hymba schedule`: what a run does over its tokens, as a table, as text plots and as an image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from hymba_jax.config.run import RunConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import resolve_path
+from hymba_jax.training.arguments import run_defaults
+from hymba_jax.training.schedule import learning_rate_schedule
+from hymba_jax.types import Float, Int
+
+_COLUMNS = 64
+_LEVELS = " ▁▂▃▄▅▆▇█"
+_POINTS = 2000  # of a curve: more than an image has pixels
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What to draw.
+
+    Attributes:
+      image: file to write a plot to, as PNG, PDF or SVG by its suffix; none if empty.
+    """
+
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run does, at some of its steps.
+
+    Attributes:
+      tokens: before each of the steps.
+      learning_rate, sequence_length: of each.
+      shares: of the sequences, by source.
+    """
+
+    tokens: Int[np.ndarray, " points"]
+    learning_rate: Float[np.ndarray, " points"]
+    sequence_length: Int[np.ndarray, " points"]
+    shares: Mapping[str, Float[np.ndarray, " points"]]
+
+
+def main(args: Sequence[str], prog: str) -> None:
+    """Prints the schedule of a run, and draws it if wanted.
+
+    Raises:
+      HymbaError: there is no such run, or the image cannot be written.
+    """
+    choice, run = _parse(args, prog)
+    curves = schedule_curves(run, _COLUMNS)
+    console = Console(soft_wrap=True, highlight=False)
+    for stage in run.resolved_stages:
+        console.print(stage.describe())
+    for name, values in _plotted(curves).items():
+        low, high = values.min(), values.max()
+        console.print(f"{name}, {low:.3g} to {high:.3g}")
+        console.print(f"  {bars(values)}")
+    console.print(f"  0{f'{_total(run):,} tokens':>{_COLUMNS - 1}}")
+    if choice.image:
+        draw(run, resolve_path(choice.image))
+        console.print(choice.image)
+
+
+def schedule_curves(run: RunConfig, points: int) -> Curves:
+    """The schedule of a run at this many numbers of tokens, evenly spread."""
+    stages = run.resolved_stages
+    tokens = np.linspace(0, _total(run), points, endpoint=False).astype(np.int64)
+    starts = np.array([stage.tokens_before for stage in stages])
+    at = np.searchsorted(starts, tokens, side="right") - 1
+    per_step = np.array([stage.tokens_per_step for stage in stages])
+    steps = np.array([stage.start for stage in stages])[at] + (tokens - starts[at]) // per_step[at]
+    rates = learning_rate_schedule([stage.run.training for stage in stages])(steps)
+    shares = [stage.shares for stage in stages]
+    names = dict.fromkeys(name for share in shares for name in share)
+    return Curves(
+        tokens,
+        np.asarray(rates, np.float64),
+        np.array([stage.run.data.sequence_length for stage in stages])[at],
+        {name: np.array([share.get(name, 0.0) for share in shares])[at] for name in names},
+    )
+
+
+def bars(values: Float[np.ndarray, " points"]) -> str:
+    """A character per value, as high as its part of the largest."""
+    largest = values.max() or 1.0
+    return "".join(_LEVELS[round(float(value / largest) * (len(_LEVELS) - 1))] for value in values)
+
+
+def draw(run: RunConfig, path: Path) -> None:
+    """Writes a plot of a run's schedule.
+
+    Raises:
+      HymbaError: matplotlib is not installed, or does not know the file's suffix.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HymbaError(
+            'an image takes matplotlib, which is not installed: pip install "hymba_jax[plots]"'
+        ) from error
+    curves, stages = schedule_curves(run, _POINTS), run.resolved_stages
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise HymbaError(f"{path}: an image ends in .png, .pdf or .svg")
+    rate, share, length = figure.subplots(3, sharex=True)
+    rate.plot(curves.tokens, curves.learning_rate, color="tab:blue")
+    rate.set_ylabel("learning rate")
+    share.stackplot(curves.tokens, list(curves.shares.values()), labels=list(curves.shares))
+    share.set_ylabel("share of sequences")
+    share.set_ylim(0, 1)
+    share.legend(loc="upper left")
+    length.step(curves.tokens, curves.sequence_length, where="post", color="tab:green")
+    length.set_ylabel("sequence length")
+    length.set_ylim(0)
+    length.set_xlabel("tokens")
+    length.set_xlim(0, _total(run))
+    for axes in (rate, share, length):
+        for stage in stages[1:]:
+            axes.axvline(stage.tokens_before, color="gray", linestyle=":")
+    for stage in stages:
+        if stage.name:
+            rate.annotate(
+                stage.name,
+                (stage.tokens_before, 1.02),
+                xycoords=("data", "axes fraction"),
+                fontsize="small",
+            )
+    beside = path.with_name(f".{path.name}.partial{path.suffix}")
+    figure.savefig(beside, dpi=150)
+    beside.replace(path)
+
+
+def _plotted(curves: Curves) -> dict[str, Float[np.ndarray, " points"]]:
+    """The curves by what they show, without those that say nothing."""
+    shares = {f"share of {name}": share for name, share in curves.shares.items()}
+    plotted = {"learning rate": curves.learning_rate}
+    plotted |= {name: share for name, share in shares.items() if len(shares) > 1}
+    return plotted | {"sequence length": curves.sequence_length.astype(np.float64)}
+
+
+def _total(run: RunConfig) -> int:
+    """Tokens of all stages."""
+    last = run.resolved_stages[-1]
+    return last.tokens_before + last.run.training.steps * last.tokens_per_step
+
+
+def _parse(args: Sequence[str], prog: str) -> tuple[ScheduleConfig, RunConfig]:
+    default = run_defaults(args)
+
+    def arguments(
+        choice: Annotated[ScheduleConfig, tyro.conf.arg(name="")] = ScheduleConfig(),
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        config: str = "",
+    ) -> tuple[ScheduleConfig, RunConfig]:
+        """Shows the learning rate, the data and the sequence length of a run over its tokens.
+
+        Args:
+          config: TOML file; its values are the defaults of the run's options.
+        """
+        return choice, run
+
+    return tyro.cli(arguments, args=args, prog=prog)
