@@ -68,7 +68,8 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgra
     check_batch(training.micro_batch_size, mesh)
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
-    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    objective = partial(next_token_loss, z_loss=training.z_loss)
+    loss_fn = make_loss_fn(objective, abstract.graph)
     train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
     batch = abstract_batch(
         training.batch_size,

@@ -23,6 +23,7 @@ TRAINING_BOUNDS = {
     "beta1": _DECAY,
     "beta2": _DECAY,
     "clip_norm": _RATE,
+    "z_loss": _RATE._replace(at_least=0),
     "log_every": _COUNT,
     "validate_every": _COUNT,
     "validation_batches": _COUNT,
@@ -50,6 +51,8 @@ class TrainingConfig:
       beta1: decay of AdamW's first moment.
       beta2: decay of AdamW's second moment.
       clip_norm: maximum norm of the gradient, which is scaled down to it.
+      z_loss: weight of the squared logarithm of softmax's denominator in the training loss (1e-4 in
+        PaLM, arXiv 2204.02311), which keeps logits from growing; validation leaves it out.
       log_every: steps between lines of metrics; a validation or a checkpoint adds one.
       validate_every: steps between validations.
       validation_batches: batches of `batch_size` sequences per validation; the last validation uses
@@ -75,6 +78,7 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    z_loss: float = 0.0
     log_every: int = 10
     validate_every: int = 250
     validation_batches: int = 16

@@ -82,9 +82,13 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
     _announce(config, abstract.num_params, data, mesh, display)
 
     display.begin("compiling")
-    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
+    objective = partial(next_token_loss, z_loss=training.z_loss)
     train_step = compile_train_step(
-        make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size),
+        make_train_step(
+            make_loss_fn(objective, abstract.graph),
+            optimizer,
+            micro_batch_size=training.micro_batch_size,
+        ),
         abstract.state,
         abstract_batch(
             training.batch_size,
@@ -97,6 +101,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
     examples = data.train_rows(config.data)
     batches = train_iterator(examples, training.batch_size, config.seed, rows)
     limit = training.validation_batches * training.batch_size
+    loss_fn = make_loss_fn(next_token_loss, abstract.graph)  # without the z-loss
     validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
     if initial is not None:
         display.say(initial.describe(config.model))
