@@ -15,7 +15,6 @@ from hymba_jax.aot.fit import Memory, inference_advice, training_advice
 from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.run import RunConfig
-from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Engine, PaddedChunk
 from hymba_jax.model import Hymba
@@ -23,16 +22,15 @@ from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import forward_flops, head_flops, training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import (
-    batch_sharding,
     batch_shards,
     bytes_per_device,
     length_sharded_over,
     make_mesh,
     sharded_over,
 )
-from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
+from hymba_jax.training.step import check_batch, compile_train_step, run_step
 
 
 class AotProgram(NamedTuple):
@@ -57,8 +55,13 @@ class AotProgram(NamedTuple):
     advice: Callable[[Memory, float], Iterator[str]]
 
 
-def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgram:
+def training_program(
+    run: RunConfig, devices: Sequence[jax.Device], objective: Objective = next_token_loss
+) -> AotProgram:
     """The step that `hymba train` runs on these devices.
+
+    Args:
+      objective: what the run minimizes.
 
     Raises:
       HymbaError: the run cannot be sharded over them as configured.
@@ -68,15 +71,7 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgra
     check_batch(training.micro_batch_size, mesh)
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
-    objective = partial(next_token_loss, z_loss=training.z_loss)
-    loss_fn = make_loss_fn(objective, abstract.graph)
-    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
-    batch = abstract_batch(
-        training.batch_size,
-        length,
-        batch_sharding(mesh),
-        segment_ids=run.data.packing == "documents",
-    )
+    train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)

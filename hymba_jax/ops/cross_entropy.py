@@ -52,8 +52,8 @@ def cross_entropy(
 
     Args:
       x: hidden states. The kernel is rounded to their dtype, and so is the gradient of the logits;
-        all sums are in float32.
-      kernel: the output projection; its gradient is summed over positions and devices in float32.
+        matmuls and the softmax are summed in float32.
+      kernel: the output projection. Its gradient is summed over chunks and devices in float32.
       targets: the right token; any number where it is not valid.
       valid: which positions are summed.
       axes: the kernel's logical axes, `vocab` first for an embedding.
@@ -83,7 +83,9 @@ def _backward(
     gradient: tuple[Array, Array],
     cotangents: tuple[Array, Array],
 ) -> tuple[Array | None, ...]:
-    dx, dkernel = (part * cotangents[0].astype(part.dtype) for part in gradient)
+    dx, dkernel = (
+        (part.astype(jnp.float32) * cotangents[0]).astype(part.dtype) for part in gradient
+    )
     return dx, dkernel, None, None
 
 

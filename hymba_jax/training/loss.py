@@ -37,7 +37,8 @@ class Average(NamedTuple):
 type Averages = dict[str, Average]
 """By name; `loss` is among them."""
 
-type Objective = Callable[[Hymba, Batch], Averages]
+type Objective = Callable[..., Averages]
+"""Of a model and a batch; and of `z_loss`, by name, in the steps of a run with training.z_loss."""
 
 type LossFn = Callable[[Params, Batch], Averages]
 

@@ -1,34 +1,49 @@
 """One update of the parameters, as a pure function of plain trees."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from hymba_jax.checkpoint.train_state import TrainState
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data import Batch
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
+from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
-from hymba_jax.parallel.mesh import AnyMesh, batch_shards
-from hymba_jax.training.loss import Average, Averages, LossFn
+from hymba_jax.parallel.mesh import AnyMesh, batch_sharding, batch_shards
+from hymba_jax.training.loss import Average, Averages, LossFn, Objective, make_loss_fn
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float
+
+SKIPPED = "skipped"
 
 type Metrics = dict[str, Average | Float[Array, ""]]
 """Metrics of an update, by name.
 
-Those of the objective, `loss` among them; `grad_norm`, before clipping; and `learning_rate`, if
-the optimizer's state has it.
+Those of the objective, `loss` among them; `grad_norm`, before clipping; `learning_rate`, if the
+optimizer's state has it; and SKIPPED, 1 or 0, if updates may be skipped.
 """
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, micro_batch_size: int
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batch_size: int,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (next state, metrics).
 
     The batch is computed `micro_batch_size` rows at a time. Losses and gradients are sums until the
     last of them, so they are those of the batch as a whole, however its targets are spread.
+
+    Args:
+      skip_nonfinite: the state does not change if the loss or the gradient's norm is not finite.
     """
 
     def summed_loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Averages]:
@@ -43,16 +58,47 @@ def make_train_step(
             microbatch_size=micro_batch_size if micro_batch_size < rows else None,
         )
         (_, averages), grads = compute(state.params, batch)
-        weight = averages["loss"].weight
-        grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
+        weight = averages["loss"].weight.astype(jnp.float32)
+        grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = averages | {"grad_norm": Average(optax.tree.norm(grads), 1)}
+        following = TrainState(optax.apply_updates(state.params, updates), moments)
+        grad_norm = optax.tree.norm(grads)
+        metrics = averages | {"grad_norm": Average(grad_norm, 1)}
         if (rate := applied_learning_rate(moments)) is not None:
             metrics["learning_rate"] = rate
-        return TrainState(params, moments), metrics
+        if skip_nonfinite:
+            is_finite = jnp.isfinite(averages["loss"].mean) & jnp.isfinite(grad_norm)
+            following = jax.tree.map(partial(jnp.where, is_finite), following, state)
+            metrics[SKIPPED] = 1.0 - is_finite
+        return following, metrics
 
     return train_step
+
+
+def run_step(
+    run: RunConfig,
+    objective: Objective,
+    graph: nnx.GraphDef[Hymba],
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Metrics]], Batch]:
+    """The training step of a run, and the abstract batch that it takes."""
+    training = run.training
+    if training.z_loss:
+        objective = partial(objective, z_loss=training.z_loss)
+    train_step = make_train_step(
+        make_loss_fn(objective, graph),
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        skip_nonfinite=training.on_nonfinite == "skip",
+    )
+    batch = abstract_batch(
+        training.batch_size,
+        run.data.sequence_length,
+        batch_sharding(mesh),
+        segment_ids=run.data.packing == "documents",
+    )
+    return train_step, batch
 
 
 def compile_train_step(

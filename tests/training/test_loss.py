@@ -14,7 +14,7 @@ from hymba_jax.training.loss import Average, add_averages, means, next_token_los
 
 def test_a_z_loss_is_part_of_the_loss_and_not_of_the_cross_entropy():
     """From the logits of an untied model in float64, over 9 of 14 positions."""
-    config = dataclasses.replace(MODEL, layers="W", tie_embeddings=False)
+    config = dataclasses.replace(MODEL, layers="W", num_meta_tokens=0, tie_embeddings=False)
     model = Hymba(config, COMPUTE, nnx.Rngs(0))
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, MODEL.vocab_size, (2, 2, 7)).astype(np.int32)
