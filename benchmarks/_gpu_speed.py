@@ -51,6 +51,7 @@ from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.schedule import make_schedule
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -181,7 +182,8 @@ def train(recorder: Recorder, config: str) -> None:
     """The whole step of a run of configs/ with 8 sequences of its length, optimizer included."""
     run = _training_run(config, recorder.dry_run)
     device, training, length = jax.devices()[0], run.training, run.data.sequence_length
-    mesh, optimizer = make_mesh([device], run.parallel), make_optimizer(run.training)
+    mesh = make_mesh([device], run.parallel)
+    optimizer = make_optimizer(run.training, make_schedule(run.training))
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     place = batch_sharding(mesh)
     shape = (training.batch_size, length)

@@ -40,6 +40,7 @@ from hymba_jax.ops.matmul import matmul
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.schedule import make_schedule
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 
@@ -100,7 +101,8 @@ def run_row(args: Args) -> Row:
     """Of the run's training step."""
     run = with_vocabulary(RunConfig.from_toml(args.config))
     training, length = run.training, run.data.sequence_length
-    mesh, optimizer = make_mesh(), make_optimizer(run.training)
+    mesh = make_mesh()
+    optimizer = make_optimizer(run.training, make_schedule(run.training))
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
     place, loss_fn = batch_sharding(mesh), make_loss_fn(next_token_loss, abstract.graph)

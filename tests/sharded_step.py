@@ -29,6 +29,7 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.schedule import make_schedule
 from hymba_jax.training.step import compile_train_step, make_train_step
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -130,7 +131,7 @@ class ShardedStep:
             warmup_fraction=0.0,
             decay_fraction=0.0,
         )
-        self.optimizer = make_optimizer(self.training)
+        self.optimizer = make_optimizer(self.training, make_schedule(self.training))
         self.abstract = abstract_train_state(config, self.compute, self.optimizer, self.mesh)
         self.place = batch_sharding(self.mesh)
 

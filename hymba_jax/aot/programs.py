@@ -30,6 +30,7 @@ from hymba_jax.parallel.mesh import (
 )
 from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
+from hymba_jax.training.schedule import make_schedule
 from hymba_jax.training.step import check_batch, compile_train_step, run_step
 
 
@@ -69,7 +70,7 @@ def training_program(
     training, length = run.training, run.data.sequence_length
     mesh = make_mesh(devices, run.parallel)
     check_batch(training.micro_batch_size, mesh)
-    optimizer = make_optimizer(training)
+    optimizer = make_optimizer(training, make_schedule(training))
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward

@@ -141,6 +141,8 @@ def _fixed_on_resume(config: RunConfig) -> Iterator[tuple[str, Any]]:
     """
     yield "seed", config.seed
     yield "training.batch_size", config.training.batch_size
+    yield "training.optimizer", config.training.optimizer
+    yield "training.ema_decay", config.training.ema_decay
     yield "compute.param_dtype", config.compute.param_dtype
     yield "compute.scan_layers", config.compute.scan_layers
     yield from (leaf for leaf in leaves(config.data, "data.") if not _is_source_path(leaf[0]))

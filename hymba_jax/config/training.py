@@ -7,6 +7,8 @@ from typing import Literal
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.errors import HymbaError
 
+OptimizerName = Literal["adamw", "muon"]
+
 _COUNT = Bounds(1, 2**31 - 1, "the optimizer counts steps in 32 bits")
 _ROWS = Bounds(1, 2**20, "no host holds the tokens of so many sequences")
 _RATE = Bounds(1e-30, 1e30, "float32 cannot multiply by it", "float32 cannot multiply by it")
@@ -23,6 +25,9 @@ TRAINING_BOUNDS = {
     "weight_decay": _RATE._replace(at_least=0),
     "beta1": _DECAY,
     "beta2": _DECAY,
+    "muon_momentum": _DECAY,
+    "muon_update_rms": _RATE,
+    "ema_decay": _DECAY,
     "clip_norm": _RATE,
     "z_loss": _RATE._replace(at_least=0),
     "log_every": _COUNT,
@@ -35,6 +40,12 @@ TRAINING_BOUNDS = {
 }
 
 
+# Options of one optimizer alone.
+OPTIMIZER_OPTIONS: dict[OptimizerName, tuple[str, ...]] = {
+    "muon": ("muon_momentum", "muon_update_rms"),
+}
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """The optimizer, the schedule, and how often to log, validate and save.
@@ -44,13 +55,20 @@ class TrainingConfig:
       batch_size: sequences per update.
       gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
         save memory.
+      optimizer: "adamw" (arXiv 1711.05101), or "muon" (Jordan, 2024): Muon for the kernels inside
+        the model, and AdamW for embedding, output head, norms and vectors.
       learning_rate: of the constant phase.
       min_learning_rate: learning rate of the last update.
       warmup_fraction: fraction of the steps in which the rate rises linearly.
       decay_fraction: fraction of the steps, at the end, in which it falls linearly.
-      weight_decay: of AdamW, multiplied by the learning rate; applied to matrices only.
+      weight_decay: multiplied by the learning rate; applied to matrices only.
       beta1: decay of AdamW's first moment.
       beta2: decay of AdamW's second moment.
+      muon_momentum: decay of Muon's momentum.
+      muon_update_rms: root mean square of Muon's update of a kernel, times the learning rate; 0.2
+        is about that of AdamW (arXiv 2502.16982).
+      ema_decay: decay, per update, of the moving average of the parameters that
+        `hymba export --average ema` writes; 0 keeps none.
       clip_norm: maximum norm of the gradient, which is scaled down to it.
       z_loss: weight of the squared logarithm of softmax's denominator in the training loss (1e-4 in
         PaLM, arXiv 2204.02311), which keeps logits from growing; validation leaves it out.
@@ -73,6 +91,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 3e-3
     min_learning_rate: float = 1e-5
     warmup_fraction: float = 0.02
@@ -80,6 +99,9 @@ class TrainingConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    muon_momentum: float = 0.95
+    muon_update_rms: float = 0.2
+    ema_decay: float = 0.0
     clip_norm: float = 1.0
     z_loss: float = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -109,6 +131,11 @@ class TrainingConfig:
         warmup, decay = self.warmup_fraction, self.decay_fraction
         if warmup + decay > 1:
             yield (f"warmup_fraction {warmup} and decay_fraction {decay} add up to more than 1")
+        for optimizer, names in OPTIMIZER_OPTIONS.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.optimizer != optimizer and value != getattr(TrainingConfig, name):
+                    yield f"{name} is {value}, and optimizer {self.optimizer} does not use it"
         accumulation = self.gradient_accumulation_steps
         if accumulation > 0 and self.batch_size % accumulation:
             yield (

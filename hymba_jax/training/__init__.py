@@ -5,7 +5,9 @@
 | `arguments.py`         | the command line of a run                                           |
 | `loop.py`              | the run, from top to bottom                                         |
 | `loss.py`              | objectives: next-token cross entropy; averages that add up exactly  |
-| `optimizer.py`         | AdamW on a warmup-stable-decay schedule                             |
+| `optimizer.py`         | AdamW and Muon                                                      |
+| `schedule.py`          | the learning rate of each update                                    |
+| `weights.py`           | float32 master weights, and the moving average of the parameters    |
 | `step.py`              | one update of any objective, as a pure function                     |
 | `capacity.py`          | whether the training state can fit the devices' memory              |
 | `validation.py`        | the objective on held-out text                                      |

@@ -59,6 +59,7 @@ from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
+from hymba_jax.training.schedule import make_schedule
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, run_step
 from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
 
@@ -102,7 +103,7 @@ def _train(
     previous, initial = _find_start(config)
     source = previous.model if previous else initial.config if initial else None
     training, length = config.training, config.data.sequence_length
-    optimizer = make_optimizer(training)
+    optimizer = make_optimizer(training, make_schedule(training))
 
     def plan(tokenizer: Tokenizer) -> tuple[HymbaConfig, AbstractTrainState]:
         """The model for this tokenizer and its state, which fits the devices."""
