@@ -15,7 +15,8 @@ from hymba_jax import cli
 
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 COMMANDS = [
-    *("tokenize", "train", "generate", "chat", "warmup", "memory", "compile", "convert", "inspect"),
+    *("tokenize", "train", "generate", "chat", "warmup", "memory", "compile"),
+    *("export", "convert", "inspect"),
 ]
 MEMORY = ["memory", "--preset", "hymba-125m"]
 
@@ -35,7 +36,7 @@ def test_names_of_the_package():
 def test_help_names_every_command(arguments, capsys):
     cli.main(arguments)
     printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines()[5:14]] == COMMANDS
+    assert [line.split()[0] for line in printed.splitlines()[5:15]] == COMMANDS
 
 
 @pytest.mark.parametrize(
