@@ -19,12 +19,13 @@ from flax import nnx
 from jax.extend.backend import get_backend
 
 from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.inference.engine import NO_TOKEN, Engine, Request
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
-from hymba_jax.training.loss import cross_entropy
+from hymba_jax.training.loss import next_token_loss
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -239,9 +240,9 @@ def golden(recorder: Recorder, names: str) -> None:
 
 
 def _loss_and_logits(graph: Any, params: Any, tokens: Any) -> tuple[jax.Array, jax.Array]:
-    logits = nnx.merge(graph, params)(tokens)
-    loss = cross_entropy(logits[:, :-1], tokens[:, 1:])
-    return loss.mean, logits
+    model = nnx.merge(graph, params)
+    targets = jnp.full_like(tokens, IGNORED_TARGET).at[:, :-1].set(tokens[:, 1:])
+    return next_token_loss(model, Batch(tokens, targets))["loss"].mean, model(tokens)
 
 
 def caches(recorder: Recorder) -> None:

@@ -181,7 +181,8 @@ def train(recorder: Recorder, config: str) -> None:
     """The whole step of a run of configs/ with 8 sequences of its length, optimizer included."""
     run = _training_run(config, recorder.dry_run)
     device, training, length = jax.devices()[0], run.training, run.data.sequence_length
-    mesh, optimizer = make_mesh([device], run.parallel), make_optimizer(run.training)
+    mesh = make_mesh([device], run.parallel)
+    optimizer = make_optimizer(run.training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     place = batch_sharding(mesh)
     shape = (training.batch_size, length)

@@ -100,7 +100,8 @@ def run_row(args: Args) -> Row:
     """Of the run's training step."""
     run = with_vocabulary(RunConfig.from_toml(args.config))
     training, length = run.training, run.data.sequence_length
-    mesh, optimizer = make_mesh(), make_optimizer(run.training)
+    mesh = make_mesh()
+    optimizer = make_optimizer(run.training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
     place, loss_fn = batch_sharding(mesh), make_loss_fn(next_token_loss, abstract.graph)

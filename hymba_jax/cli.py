@@ -26,6 +26,7 @@ commands:
   memory     shows the memory footprint of a model, its cache and its training
   schedule   shows the learning rate, data and sequence length of a run over its tokens
   compile    compiles a run ahead of time, no device needed, and shows what it will cost
+  export     writes a run's parameters, or an average of them, as a standalone model
   convert    converts a Hugging Face checkpoint to a native model, and back
   inspect    shows what a checkpoint of either kind holds
 
@@ -43,7 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(tokenize, train, generate, chat, warmup, memory, schedule, compile, convert, inspect),
+        *(tokenize, train, generate, chat, warmup, memory),
+        *(schedule, compile, export, convert, inspect),
     )
     by_name = {command.__name__: command for command in commands}
     name = args[0] if args else "--help"
@@ -146,6 +148,14 @@ def compile(args: Sequence[str], prog: str) -> None:
         from hymba_jax.aot import command
 
         command.main(args, prog)
+
+
+def export(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba export ...`."""
+    with _checkpoint_command():
+        from hymba_jax.checkpoint import export
+
+        export.main(tyro.cli(export.ExportConfig, args=args, prog=prog))
 
 
 def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -> None:

@@ -4,6 +4,7 @@ A converted model keeps them in its own directory; a run that started from one i
 the run writes its own tokenizer files.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def companion_files(directory: Path, names: tuple[str, ...]) -> list[Path]:
     return [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
 
 
-def keep_hf_files(init_from: str, output: str) -> None:
+def keep_hf_files(init_from: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Copies the HF files of the model that a new run starts from into the run directory.
 
     Args:

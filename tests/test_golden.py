@@ -14,7 +14,8 @@ from flax import nnx
 from golden_cases import CASES, load, to_hf
 from slow import slow_but
 
-from hymba_jax.training.loss import cross_entropy
+from hymba_jax.data import IGNORED_TARGET, Batch
+from hymba_jax.training.loss import next_token_loss
 
 VALUE_BOUND = 5e-4
 GRADIENT_BOUND = 3e-4  # of the gradient's own maximum
@@ -26,9 +27,9 @@ QUICK = slow_but(CASES, "tiny-default-rope", "tiny-shared")
 
 
 def loss_and_logits(graph, params, tokens):
-    logits = nnx.merge(graph, params)(tokens)
-    loss = cross_entropy(logits[:, :-1], tokens[:, 1:])
-    return loss.mean, logits
+    model = nnx.merge(graph, params)
+    targets = jnp.full_like(tokens, IGNORED_TARGET).at[:, :-1].set(tokens[:, 1:])
+    return next_token_loss(model, Batch(tokens, targets))["loss"].mean, model(tokens)
 
 
 @functools.cache

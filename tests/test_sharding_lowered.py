@@ -3,6 +3,7 @@
 import re
 
 import jax
+import optax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
@@ -35,7 +36,8 @@ def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
     sizes = [2 if axis in axes else 1 for axis in AXES]
     mesh = AbstractMesh(tuple(sizes), AXES, (AxisType.Auto,) * 4, abstract_device=device)
-    optimizer, compute = make_optimizer(TrainingConfig()), ComputeConfig(dtype=dtype)
+    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    compute = ComputeConfig(dtype=dtype)
     batch = abstract_batch(BATCH, LENGTH, batch_sharding(mesh))
     with use_abstract_mesh(mesh):
         abstract = abstract_train_state(MODEL, compute, optimizer, mesh)

@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
+import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -88,10 +89,11 @@ def main(args: MemoryConfig) -> None:
     for name, size in (("meta tokens", meta), (f"parameters, {args.dtype}", params)):
         table.add_row(name, gb(size), gb(size), "")
     table.add_section()
+    copies = "" if param_dtype == "float32" else ", float32 parameters"
     for name, size in (
         (f"trained parameters, {param_dtype}", training.params),
         (f"gradients, {param_dtype}", training.gradients),
-        ("optimizer state, AdamW", training.optimizer),
+        (f"optimizer state, AdamW{copies}", training.optimizer),
     ):
         table.add_row(name, "", "", gb(size))
     fixed = params + meta
@@ -110,7 +112,7 @@ def param_bytes(config: HymbaConfig, dtype: DType) -> int:
 def training_bytes(config: HymbaConfig, param_dtype: DType) -> TrainingBytes:
     """What a training state allocates, and its gradients."""
     params = _params(config, param_dtype)
-    optimizer = make_optimizer(TrainingConfig())
+    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
     size = tree_bytes(params)
     return TrainingBytes(size, size, tree_bytes(jax.eval_shape(optimizer.init, params)))
 

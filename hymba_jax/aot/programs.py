@@ -28,7 +28,7 @@ from hymba_jax.parallel.mesh import (
     make_mesh,
     sharded_over,
 )
-from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
+from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import check_batch, compile_train_step, run_step
 
@@ -72,8 +72,7 @@ def training_program(
     check_batch(training.micro_batch_size, mesh)
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
-    loss_fn = make_loss_fn(objective, abstract.graph)
-    train_step, batch = run_step(run, loss_fn, optimizer, mesh)
+    train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)

@@ -378,7 +378,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = "" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-    if re.match(r"[A-Z_]+: ", text):  # TensorStore: what it was doing, to the innermost, in JSON
+    # TensorStore: what it was doing, to the innermost, in JSON.
+    if re.match(r"[A-Z_]+: ", text) or "[tensorstore_spec" in text:
         file = re.search(r'local file "([^"]+)"', text)
         text = text.partition(" [tensorstore_spec")[0].rpartition(": ")[2]
         if file and file[1] not in text:

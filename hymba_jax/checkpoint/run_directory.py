@@ -170,6 +170,8 @@ def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
     """
     fixed = {
         "seed": config.seed,
+        "training.optimizer": config.training.optimizer,
+        "training.ema_decay": config.training.ema_decay,
         "compute.param_dtype": config.compute.param_dtype,
         "compute.scan_layers": config.compute.scan_layers,
     }

@@ -325,6 +325,7 @@ class ComputeConfig:
       dtype: of activations and matmuls. Norms, rotary angles, softmax, the time step, the
         SSM state, logits and loss are float32 whatever it is.
       param_dtype: of the stored parameters; the SSM's A_log, D and time-step bias stay float32.
+        Training updates float32 copies of those that are not float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
         input of each block, "dots" the results of matmuls.
       scan_layers: apply repeated layer groups by a scan over stacked parameters.

@@ -7,6 +7,8 @@ from typing import Literal
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.errors import HymbaError
 
+OptimizerName = Literal["adamw", "muon"]
+
 _COUNT = Bounds(1, 2**31 - 1, "the optimizer counts steps in 32 bits")
 _ROWS = Bounds(1, 2**20, "no host holds the tokens of so many sequences")
 _RATE = Bounds(1e-30, 1e30, "float32 cannot multiply by it", "float32 cannot multiply by it")
@@ -30,7 +32,11 @@ TRAINING_BOUNDS = {
     "weight_decay": _RATE._replace(at_least=0),
     "beta1": _DECAY,
     "beta2": _DECAY,
+    "muon_momentum": _DECAY,
+    "muon_update_rms": _RATE,
+    "ema_decay": _DECAY,
     "clip_norm": _RATE,
+    "z_loss": _RATE._replace(at_least=0),
     "log_every": _COUNT,
     "validate_every": _COUNT,
     "validation_batches": _COUNT,
@@ -38,6 +44,12 @@ TRAINING_BOUNDS = {
     "keep_checkpoints": _COUNT,
     "sample_tokens": Bounds(0, 2**23, "no model has so many positions"),
     "sample_temperature": Bounds(0, 1e30, "float32 cannot divide by it"),
+}
+
+
+# Options of one optimizer alone.
+OPTIMIZER_OPTIONS: dict[OptimizerName, tuple[str, ...]] = {
+    "muon": ("muon_momentum", "muon_update_rms"),
 }
 
 
@@ -50,6 +62,8 @@ class TrainingConfig:
       batch_size: sequences per update.
       gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
         save memory.
+      optimizer: "adamw" (arXiv 1711.05101), or "muon" (Jordan, 2024): Muon for the kernels inside
+        the model, and AdamW for embedding, output head, norms and vectors.
       schedule: of the learning rate after the warm-up: `constant`; `linear` or `cosine`, which fall
         to min_learning_rate; or `wsd` (warmup, stable, decay), which is constant and at the end
         falls linearly.
@@ -61,10 +75,17 @@ class TrainingConfig:
       decay_fraction: of `wsd`, fraction of the steps, at the end, in which it falls; 0.2 unless
         this or `decay_steps` is set.
       decay_steps: the same as a number of steps.
-      weight_decay: of AdamW, multiplied by the learning rate; applied to matrices only.
+      weight_decay: multiplied by the learning rate; applied to matrices only.
       beta1: decay of AdamW's first moment.
       beta2: decay of AdamW's second moment.
+      muon_momentum: decay of Muon's momentum.
+      muon_update_rms: root mean square of Muon's update of a kernel, times the learning rate; 0.2
+        is about that of AdamW (arXiv 2502.16982).
+      ema_decay: decay, per update, of the moving average of the parameters that
+        `hymba export --average ema` writes; 0 keeps none.
       clip_norm: maximum norm of the gradient, which is scaled down to it.
+      z_loss: weight of the squared logarithm of softmax's denominator in the training loss (1e-4 in
+        PaLM, arXiv 2204.02311), which keeps logits from growing; validation leaves it out.
       on_nonfinite: what to do if the loss or the gradient is not finite: stop, or skip the update,
         which leaves parameters, optimizer and schedule as they were.
       log_every: steps between lines of metrics; a validation adds one.
@@ -84,6 +105,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    optimizer: OptimizerName = "adamw"
     schedule: Schedule = "wsd"
     learning_rate: float = 3e-3
     min_learning_rate: float = 1e-5
@@ -94,7 +116,11 @@ class TrainingConfig:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    muon_momentum: float = 0.95
+    muon_update_rms: float = 0.2
+    ema_decay: float = 0.0
     clip_norm: float = 1.0
+    z_loss: float = 0.0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 10
     validate_every: int = 250
@@ -122,6 +148,11 @@ class TrainingConfig:
             )
         if not out_of_bounds:
             yield from self._schedule_problems()
+        for optimizer, names in OPTIMIZER_OPTIONS.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.optimizer != optimizer and value != getattr(TrainingConfig, name):
+                    yield f"{name} is {value}, and optimizer {self.optimizer} does not use it"
         accumulation = self.gradient_accumulation_steps
         if accumulation > 0 and self.batch_size % accumulation:
             yield (

@@ -86,7 +86,15 @@ class Hymba(nnx.Module):
         Raises:
           ValueError: with segment_ids, the rotation depends on the length of each document.
         """
-        return self.logits(self._full_forward(tokens, segment_ids, keep_all=False)[-1].tokens)
+        return self._project(self.last_hidden_state(tokens, segment_ids))
+
+    def last_hidden_state(
+        self,
+        tokens: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length hidden"]:
+        """The final norm's output, which the output projection makes logits of; see `__call__`."""
+        return self.final_norm(self._full_forward(tokens, segment_ids, keep_all=False)[-1].tokens)
 
     def hidden_states(
         self, tokens: Int[Array, "batch length"]
@@ -240,15 +248,22 @@ class Hymba(nnx.Module):
         )
 
     def logits(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length vocab"]:
-        """Norm and projection on the vocabulary, in float32."""
-        x = self.final_norm(x)
-        if self.config.tie_embeddings:
-            param, project = self.embedding, matmul_transposed
-        else:
-            param, project = self.lm_head.kernel, matmul
+        """Final norm and output projection, in float32."""
+        return self._project(self.final_norm(x))
+
+    def _project(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length vocab"]:
+        param = self.output_projection
+        project = matmul_transposed if self.config.tie_embeddings else matmul
         axes = param.get_metadata("axes")
         logits = project(x, param[...].astype(x.dtype), jnp.float32, axes)
         return constrain(logits, "batch", "length", "vocab")
+
+    @property
+    def output_projection(self) -> nnx.Param[Array]:
+        """Makes logits of `last_hidden_state`: (hidden, vocab), or the embedding, transposed."""
+        return self.embedding if self.config.tie_embeddings else self.lm_head.kernel
 
     def _repeated(self) -> list[tuple[LayerGroup, int]]:
         """Each group with its repeat count."""

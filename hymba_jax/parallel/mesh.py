@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.lax import with_sharding_constraint
@@ -133,6 +134,18 @@ def constrain(x: Array, *axes: str | None) -> Array:
         return x
     sizes = {axis: size for axis, size in zip(axes, x.shape, strict=True) if axis}
     return with_sharding_constraint(x, partition(axes, sizes, jax.sharding.get_abstract_mesh()))
+
+
+def shard_first_axis(x: Array) -> Array:
+    """The same array, sharded over all devices of the mesh in context along its first axis.
+
+    That axis is padded with zeros to a multiple of the devices.
+    """
+    if not is_partitioned():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    padding = [(0, -len(x) % mesh.size), *[(0, 0)] * (x.ndim - 1)]
+    return with_sharding_constraint(jnp.pad(x, padding), PartitionSpec(mesh.axis_names))
 
 
 def gather_param(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Array:

@@ -98,6 +98,14 @@ def length_axis(length: int, *, at_least: int = 1) -> str | None:
     return length_sharded_over(length, jax.sharding.get_abstract_mesh(), at_least=at_least)
 
 
+def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the mesh in context that a logical axis of this size is sharded over, if any."""
+    if not is_partitioned():
+        return ()
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in sharded_over(axis, size, mesh) if mesh.shape[name] > 1)
+
+
 def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -9,7 +9,8 @@
 | `schedule.py`          | learning rates, through stages                                      |
 | `schedule_command.py`  | `hymba schedule`                                                    |
 | `loss.py`              | objectives: next-token cross entropy; averages that add up exactly  |
-| `optimizer.py`         | AdamW                                                               |
+| `optimizer.py`         | AdamW and Muon                                                      |
+| `weights.py`           | float32 master weights, and the moving average of the parameters    |
 | `step.py`              | one update of any objective, as a pure function                     |
 | `capacity.py`          | whether the training state can fit the devices' memory              |
 | `validation.py`        | the objective on held-out text                                      |

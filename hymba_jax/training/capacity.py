@@ -22,7 +22,7 @@ def check_memory(abstract: AbstractTrainState, mesh: Mesh) -> None:
     if available is None or needed <= available:
         return
     device = mesh.local_devices[0]
-    change = "choose a smaller model, or compute.param_dtype bfloat16"
+    change = "choose a smaller model"
     share = ""
     if device.platform == "cpu":
         share = f", its share of {host_memory() / 1e9:,.1f} GB of host memory"

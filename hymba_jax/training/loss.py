@@ -7,14 +7,12 @@ metrics. Averages are pairs of sum and weight, so that micro-batches and batches
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
-from hymba_jax.types import Array, Float, Int
+from hymba_jax.ops.cross_entropy import cross_entropy
 
 type Scalar = Any
 """A number, or an array of one: of JAX in a step, of Python after it."""
@@ -39,25 +37,34 @@ class Average(NamedTuple):
 type Averages = dict[str, Average]
 """By name; `loss` is among them."""
 
-type Objective = Callable[[Hymba, Batch], Averages]
+type Objective = Callable[..., Averages]
+"""Of a model and a batch; and of `z_loss`, by name, in the steps of a run with training.z_loss."""
 
 type LossFn = Callable[[Params, Batch], Averages]
 
 
-def next_token_loss(model: Hymba, batch: Batch) -> Averages:
-    """The objective of pretraining: cross entropy, in nats per token."""
-    return {"loss": cross_entropy(model(batch.inputs, batch.segment_ids), batch.targets)}
+def next_token_loss(model: Hymba, batch: Batch, z_loss: float = 0.0) -> Averages:
+    """The objective of pretraining: cross entropy, in nats per token.
 
+    Over the positions whose target is not IGNORED_TARGET.
 
-def cross_entropy(
-    logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]
-) -> Average:
-    """In nats per token, in float32; over the positions whose target is not IGNORED_TARGET."""
-    valid = targets != IGNORED_TARGET
-    nats = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), jnp.where(valid, targets, 0)
+    Args:
+      z_loss: weight of the z-loss, see `hymba_jax.ops.cross_entropy`. `loss` then includes it, and
+        `cross_entropy` does not.
+    """
+    kernel, valid = model.output_projection, batch.targets != IGNORED_TARGET
+    total = cross_entropy(
+        model.last_hidden_state(batch.inputs, batch.segment_ids),
+        kernel[...],
+        batch.targets,
+        valid,
+        axes=kernel.get_metadata("axes"),
+        z_loss=z_loss,
     )
-    return Average(jnp.where(valid, nats, 0.0).sum(), valid.sum())
+    averages = {"loss": Average(total.loss, valid.sum())}
+    if z_loss:
+        averages["cross_entropy"] = Average(total.nats.sum(), valid.sum())
+    return averages
 
 
 def make_loss_fn(objective: Objective, graph: nnx.GraphDef[Hymba]) -> LossFn:

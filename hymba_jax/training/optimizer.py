@@ -1,13 +1,21 @@
-"""AdamW (arXiv 1711.05101)."""
+"""The optimizers of `training.optimizer`.
 
+An optimizer is a function from the config to the direction of an update, before weight decay and
+the learning rate. To add one, write it, enter it in `DIRECTIONS`, and name it in
+`config/training.py`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hymba_jax.config.training import TrainingConfig
+from hymba_jax.config.training import OptimizerName, TrainingConfig
+from hymba_jax.parallel.mesh import shard_first_axis
 from hymba_jax.training.schedule import learning_rate_schedule
+from hymba_jax.training.weights import with_ema, with_master_weights
 from hymba_jax.types import Array, Float
 
 # The weights of matmuls: the kernels of linear maps, and the embedding, which is the
@@ -22,25 +30,83 @@ def is_matrix(path: tuple[Any, ...], _param: Any) -> bool:
     return path[-1].key in MATRICES
 
 
+def is_hidden_matrix(path: tuple[Any, ...]) -> bool:
+    """Whether it maps one vector inside the model to another: neither embedding nor output head."""
+    return path[-1].key == "kernel" and path[0].key != "lm_head"
+
+
+def adamw(config: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101)."""
+    return optax.scale_by_adam(config.beta1, config.beta2)
+
+
+def muon(config: TrainingConfig) -> optax.GradientTransformation:
+    """Muon (Jordan, 2024) for every matrix inside the model, and AdamW for the rest.
+
+    The update of a matrix is its momentum, orthogonalized by five Newton-Schulz steps, each matrix
+    of stacked layers by itself, and scaled to the root mean square `muon_update_rms`, whatever its
+    shape (arXiv 2502.16982, equation 4). At 0.2, about that of AdamW, both work at one learning
+    rate and weight decay.
+    """
+
+    def direction(momentum: Array, _: Any) -> Array:
+        return config.muon_update_rms * max(momentum.shape[-2:]) ** 0.5 * _orthogonal(momentum)
+
+    orthogonalized = optax.chain(
+        optax.trace(config.muon_momentum, nesterov=True), optax.stateless_with_tree_map(direction)
+    )
+    return optax.partition(
+        {"muon": orthogonalized, "adamw": adamw(config)},
+        lambda params: jax.tree.map_with_path(
+            lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params
+        ),
+    )
+
+
+# Without momentum, so that its state need not be kept.
+_NEWTON_SCHULZ = optax.contrib.scale_by_muon(
+    beta=0.0,
+    nesterov=False,
+    weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2),
+)
+
+
+def _orthogonal(matrices: Float[Array, "*stack inputs outputs"]) -> Array:
+    """Each matrix orthogonalized, on one device: they are collected twice, not at every step."""
+    several = matrices.reshape(-1, *matrices.shape[-2:])
+    sharded = shard_first_axis(several)
+    orthogonal, _ = _NEWTON_SCHULZ.update(sharded, _NEWTON_SCHULZ.init(sharded))
+    return orthogonal[: len(several)].reshape(matrices.shape)
+
+
+DIRECTIONS: dict[OptimizerName, Callable[[TrainingConfig], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
 def make_optimizer(
     config: TrainingConfig, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-    """Clips the gradient's norm, then AdamW that decays matrices only.
+    """Clips the gradient's norm, then updates by the config's optimizer; only matrices decay.
 
-    Its state has the learning rate of the last update, for `applied_learning_rate`.
+    Parameters that are not in float32 have master weights. The state has the learning rate of the
+    last update, for `applied_learning_rate`, and the average of the parameters, if wanted.
 
     Args:
-      schedule: the learning rate of the update after so many; the config's own if absent.
+      schedule: updates done -> the learning rate of the next one; the config's own if absent.
     """
     scale = optax.inject_hyperparams(optax.scale_by_learning_rate, hyperparam_dtype=jnp.float32)
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2),
+        DIRECTIONS[config.optimizer](config),
         optax.add_decayed_weights(
             config.weight_decay, lambda params: jax.tree.map_with_path(is_matrix, params)
         ),
         scale(schedule or learning_rate_schedule([config])),
     )
+    optimizer = with_master_weights(optimizer)
+    return with_ema(optimizer, config.ema_decay) if config.ema_decay else optimizer
 
 
 def applied_learning_rate(state: optax.OptState) -> Float[Array, ""] | None:

@@ -57,8 +57,7 @@ def compile_stage(
     run, training = stage.run, stage.run.training
     # The architecture differs between stages in what has no parameters: positions.
     graph, _ = abstract_model(run.model, run.compute, mesh)
-    loss_fn = make_loss_fn(objective, graph)
-    train_step, batch = run_step(run, loss_fn, optimizer, mesh)
+    train_step, batch = run_step(run, objective, graph, optimizer, mesh)
     validation_batch = abstract_batch(
         training.micro_batch_size,
         run.data.sequence_length,
@@ -66,7 +65,7 @@ def compile_stage(
         segment_ids=run.data.validation_packing == "documents",
     )
     validate = make_validate(
-        compile_eval_step(loss_fn, abstract.state.params, validation_batch),
+        compile_eval_step(make_loss_fn(objective, graph), abstract.state.params, validation_batch),
         data.validation_sets(run.data),
         mesh,
         training.micro_batch_size,

@@ -6,15 +6,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data import Batch
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
+from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.mesh import AnyMesh, batch_sharding, batch_shards
-from hymba_jax.training.loss import Average, Averages, LossFn
+from hymba_jax.training.loss import Average, Averages, LossFn, Objective, make_loss_fn
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float
 
@@ -56,8 +58,8 @@ def make_train_step(
             microbatch_size=micro_batch_size if micro_batch_size < rows else None,
         )
         (_, averages), grads = compute(state.params, batch)
-        weight = averages["loss"].weight
-        grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
+        weight = averages["loss"].weight.astype(jnp.float32)
+        grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         following = TrainState(optax.apply_updates(state.params, updates), moments)
         grad_norm = optax.tree.norm(grads)
@@ -74,12 +76,18 @@ def make_train_step(
 
 
 def run_step(
-    run: RunConfig, loss_fn: LossFn, optimizer: optax.GradientTransformation, mesh: AnyMesh
+    run: RunConfig,
+    objective: Objective,
+    graph: nnx.GraphDef[Hymba],
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
 ) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Metrics]], Batch]:
     """The training step of a run, and the abstract batch that it takes."""
     training = run.training
+    if training.z_loss:
+        objective = partial(objective, z_loss=training.z_loss)
     train_step = make_train_step(
-        loss_fn,
+        make_loss_fn(objective, graph),
         optimizer,
         micro_batch_size=training.micro_batch_size,
         skip_nonfinite=training.on_nonfinite == "skip",

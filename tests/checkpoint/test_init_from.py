@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
@@ -44,7 +45,7 @@ def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
     directory, model = held
     compute = ComputeConfig(scan_layers=scan_layers)
     mesh = make_mesh(jax.devices()[:8])
-    optimizer = make_optimizer(TrainingConfig())
+    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
     abstract = abstract_train_state(CONFIG, compute, optimizer, mesh)
     with jax.set_mesh(mesh):
         initial = read_initial_model(str(directory))
@@ -194,7 +195,8 @@ def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_mesh", lambda parallel: mesh)
     monkeypatch.setattr(loop, "init_state", None)  # nothing is initialized
     loop.train(run, generate=lambda *_: "")
-    abstract = abstract_train_state(config, ComputeConfig(), make_optimizer(run.training), mesh)
+    optimizer = make_optimizer(run.training)
+    abstract = abstract_train_state(config, ComputeConfig(), optimizer, mesh)
     params = load_params(run.output, abstract.state.params)
     expected = nnx.to_pure_dict(nnx.state(held))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)

@@ -15,16 +15,8 @@ from hymba_jax import cli
 
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 COMMANDS = [
-    "tokenize",
-    "train",
-    "generate",
-    "chat",
-    "warmup",
-    "memory",
-    "schedule",
-    "compile",
-    "convert",
-    "inspect",
+    *("tokenize", "train", "generate", "chat", "warmup", "memory", "schedule", "compile"),
+    *("export", "convert", "inspect"),
 ]
 MEMORY = ["memory", "--preset", "hymba-125m"]
 

@@ -1,42 +1,39 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from flax import nnx
+from training.tiny import COMPUTE, MODEL
 
-from hymba_jax.data import IGNORED_TARGET
-from hymba_jax.training.loss import Average, add_averages, cross_entropy, means
+from hymba_jax.data import IGNORED_TARGET, Batch
+from hymba_jax.model import Hymba
+from hymba_jax.training.loss import Average, add_averages, means, next_token_loss
 
 
-def test_loss_equals_a_float64_log_softmax():
+def test_a_z_loss_is_part_of_the_loss_and_not_of_the_cross_entropy():
+    """From the logits of an untied model in float64, over 9 of 14 positions."""
+    config = dataclasses.replace(MODEL, layers="W", num_meta_tokens=0, tie_embeddings=False)
+    model = Hymba(config, COMPUTE, nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, 5, (3, 7, 11)).astype(np.float32)
-    targets = rng.integers(0, 11, (3, 7)).astype(np.int32)
+    tokens, targets = rng.integers(0, MODEL.vocab_size, (2, 2, 7)).astype(np.int32)
     targets[1, 2:] = IGNORED_TARGET
 
-    exact = logits.astype(np.float64)
-    log_probs = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
-    expected = -sum(
-        log_probs[b, t, targets[b, t]]
-        for b in range(3)
-        for t in range(7)
-        if targets[b, t] != IGNORED_TARGET
-    )
-    loss = cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
-    assert int(loss.weight) == 16
-    np.testing.assert_allclose(loss.total, expected, rtol=1e-6)  # float32 rounding
+    @jax.jit
+    def run(inputs, targets):
+        return model(inputs), next_token_loss(model, Batch(inputs, targets), z_loss=0.1)
 
-
-def test_ignored_targets_leave_no_gradient():
-    logits = jnp.ones((1, 3, 5))
-    targets = jnp.array([[2, IGNORED_TARGET, 4]])
-    grad = jax.grad(lambda logits: cross_entropy(logits, targets).total)(logits)
-    assert not np.any(grad[0, 1])
-    assert np.all(np.any(grad[0, ::2], axis=-1))
-
-
-def test_loss_is_float32_from_bfloat16_logits():
-    loss = cross_entropy(jnp.ones((1, 2, 5), jnp.bfloat16), jnp.zeros((1, 2), jnp.int32))
-    assert loss.total.dtype == jnp.float32
-    np.testing.assert_allclose(loss.total, 2 * np.log(5), rtol=1e-6)
+    logits, averages = run(tokens, targets)
+    exact = np.asarray(logits, np.float64)
+    log_z = np.log(np.exp(exact).sum(-1))
+    valid = targets != IGNORED_TARGET
+    picked = np.take_along_axis(exact, np.where(valid, targets, 0)[..., None], -1)[..., 0]
+    nats, z_loss = (log_z - picked)[valid].sum(), 0.1 * (log_z[valid] ** 2).sum()
+    assert {int(average.weight) for average in averages.values()} == {9}
+    totals = {name: float(average.total) for name, average in averages.items()}
+    # Rounding of float32.
+    assert totals == pytest.approx({"loss": nats + z_loss, "cross_entropy": nats}, rel=1e-6)
 
 
 def test_averages_of_unequal_batches_add_up_to_that_of_all():

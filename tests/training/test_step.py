@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from training.tiny import COMPUTE, MODEL
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
 from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.data.batch import abstract_batch
@@ -17,7 +21,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import Average, make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.step import compile_train_step, make_train_step
+from hymba_jax.training.step import compile_train_step, make_train_step, run_step
 
 LENGTH = 8
 
@@ -134,6 +138,24 @@ def test_any_objective_is_a_weighted_mean():
         assert "learning_rate" not in metrics
 
 
+def test_the_z_loss_of_the_config_is_the_objectives():
+    given = []
+
+    def objective(model, batch, z_loss=0.0):
+        given.append(z_loss)
+        return next_token_loss(model, batch)
+
+    optimizer, mesh = optax.sgd(0.01), make_mesh(jax.devices()[:1])
+    abstract = abstract_train_state(MODEL, COMPUTE, optimizer, mesh)
+    for weight in (0.0, 1e-4):
+        training, data = TrainingConfig(z_loss=weight), DataConfig(sequence_length=LENGTH)
+        run = RunConfig(model=MODEL, data=data, training=training)
+        step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)
+        with jax.set_mesh(mesh):
+            jax.eval_shape(step, abstract.state, batch)
+    assert set(given) == {0.0, 1e-4}
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_an_update_that_is_not_finite_is_skipped(value):
     """Of the loss, or of the gradient alone, as the root of 0 has; by SGD with momentum."""
@@ -182,7 +204,8 @@ def describe(array):
 
 def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
-    state = abstract_train_state(MODEL, COMPUTE, make_optimizer(TrainingConfig()), mesh).state
+    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    state = abstract_train_state(MODEL, COMPUTE, optimizer, mesh).state
     expected = jax.tree.leaves(jax.tree.map(describe, state.params), is_leaf=is_description)
     moments = [describe(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert moments == 2 * expected
@@ -192,30 +215,37 @@ def is_description(value):
     return isinstance(value, tuple)
 
 
-def muon(learning_rate=3e-3):
-    """Muon for what has two axes of its own, and AdamW, whose states mask one another."""
-    return optax.inject_hyperparams(optax.contrib.muon)(learning_rate)
+MUON = make_optimizer(
+    TrainingConfig(optimizer="muon", ema_decay=0.9), optax.constant_schedule(1e-3)
+)
+"""The states of its two parts mask one another."""
 
 
-def test_masked_states_lie_where_their_parameters_lie():
-    mesh = make_mesh(jax.devices()[:4])
-    abstract = abstract_train_state(MODEL, COMPUTE, muon(), mesh)
+def test_masked_states_and_averages_lie_where_their_parameters_lie():
+    """Of a kernel momentum, average and master weights; of others that AdamW's second moment, too,
+    but for A_log, D and dt_bias, which are in float32."""
+    mesh = make_mesh(jax.devices()[:8])
+    compute = dataclasses.replace(COMPUTE, param_dtype="bfloat16")
+    abstract = abstract_train_state(MODEL, compute, MUON, mesh)
     params = dict(jax.tree.leaves_with_path(abstract.state.params))
-    adam = muon_mu = 0
+    found = Counter()
     for path, leaf in jax.tree.leaves_with_path(abstract.state.optimizer):
-        (owner,) = [param for end, param in params.items() if path[-len(end) :] == end] or [None]
-        if owner is None:
+        owners = [param for param in params if path[-len(param) :] == param]
+        if not owners:
             assert leaf.sharding.is_fully_replicated
             continue
-        assert describe(leaf) == describe(owner)
-        adam, muon_mu = adam + ("nu" in str(path)), muon_mu + ("mu" in str(path))
-    assert muon_mu == len(params)
-    assert 0 < adam < len(params)
+        assert leaf.dtype == jnp.float32
+        assert (leaf.shape, leaf.sharding) == (params[owners[0]].shape, params[owners[0]].sharding)
+        found[owners[0]] += 1
+    assert set(found) == set(params)
+    for path, count in found.items():
+        is_muon, is_float32 = path[-1].key == "kernel", params[path].dtype == jnp.float32
+        assert count == 4 - is_muon - is_float32, path
 
 
 def test_masked_states_are_saved_and_restored(tmp_path):
-    abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:4]))
-    state = init_state(MODEL, COMPUTE, muon(), abstract, seed=0)
+    abstract = abstract_train_state(MODEL, COMPUTE, MUON, make_mesh(jax.devices()[:4]))
+    state = init_state(MODEL, COMPUTE, MUON, abstract, seed=0)
     state = jax.tree.map(lambda leaf: leaf + 1, state)  # its counts as after the step saved
     kept = jax.device_get(state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -228,9 +258,9 @@ def test_masked_states_are_saved_and_restored(tmp_path):
 
 
 def test_a_step_of_another_optimizer_keeps_the_shapes_of_its_state(batch):
-    abstract = abstract_train_state(MODEL, COMPUTE, muon(), make_mesh(jax.devices()[:1]))
+    abstract = abstract_train_state(MODEL, COMPUTE, MUON, make_mesh(jax.devices()[:1]))
     loss_fn = make_loss_fn(next_token_loss, abstract.graph)
-    step = make_train_step(loss_fn, muon(), micro_batch_size=8)
+    step = make_train_step(loss_fn, MUON, micro_batch_size=8)
     state, metrics = jax.eval_shape(step, abstract.state, batch)
     assert jax.tree.map(describe_array, state) == jax.tree.map(describe_array, abstract.state)
     assert metrics["learning_rate"].shape == ()

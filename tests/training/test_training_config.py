@@ -30,8 +30,11 @@ def test_every_bad_value_is_named_at_once():
         {"learning_rate": 1e-50},  # 0 in float32
         {"weight_decay": float("inf")},
         {"clip_norm": float("inf")},
+        {"z_loss": -1e-4},
         {"beta2": 0.9999999999},  # 1 in float32, which Adam divides by 0 with
         {"sample_temperature": float("nan")},
+        {"ema_decay": 1.0},
+        {"muon_momentum": 0.9},  # of an optimizer that is not used
     ],
 )
 def test_impossible_values_are_refused(change):

@@ -1,0 +1,121 @@
+"""`hymba export`: the parameters of a run, or an average of them, as a standalone model."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tyro
+from flax import nnx
+
+from hymba_jax.checkpoint.checkpoints import OPTIMIZER, load_params, one_line
+from hymba_jax.checkpoint.checksums import check_tree
+from hymba_jax.checkpoint.model_file import read_model_directory
+from hymba_jax.checkpoint.save import check_absent, save_model
+from hymba_jax.data import Tokenizer
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import resolve_path
+from hymba_jax.model.abstract import Params, abstract_model
+from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.run_files import FOLDER, checkpoint_steps
+
+EMA = "ema"  # its name in the optimizer's state, and on the command line
+LAST = "last:"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes the parameters of a run's newest checkpoint, or an average, as a standalone model.
+
+    Attributes:
+      run: directory of a training run.
+      output: directory to write, which must not exist.
+      average: `ema`, the moving average of a run with training.ema_decay; or `last:N`, the mean of
+        the newest N checkpoints.
+
+    Raises:
+      HymbaError: there is no such average.
+    """
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+    average: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(f"|{EMA}|{LAST}[1-9][0-9]{{0,8}}", self.average):
+            raise HymbaError(f"average is {self.average!r}, neither {EMA} nor last:N")
+
+
+def main(args: ExportConfig) -> None:
+    """Writes the model, and prints what it is.
+
+    Raises:
+      HymbaError: there is no run, or it has no such average; or the output exists, or cannot be
+        written.
+    """
+    run, output = resolve_path(args.run).absolute(), resolve_path(args.output)
+    check_absent(output)
+    config, compute = read_model_directory(run)
+    steps = checkpoint_steps(run)
+    if not steps:
+        raise HymbaError(f"{run}: no run with a checkpoint")
+    graph, abstract = abstract_model(config, compute, make_mesh(jax.devices()[:1]))
+    if args.average == EMA:
+        what, params = f"moving average at step {steps[-1]}", _ema(run, abstract, steps[-1])
+    elif args.average:
+        steps = _last(run, steps, int(args.average.removeprefix(LAST)))
+        what, params = f"mean of steps {', '.join(map(str, steps))}", _mean(run, abstract, steps)
+    else:
+        what, params = f"step {steps[-1]}", load_params(run, abstract, steps[-1])
+    save_model(output, nnx.merge(graph, params), Tokenizer.load(run), hf_files_of=run)
+    print(f"{output}: {what} of {run}")
+
+
+def _last(run: Path, steps: list[int], count: int) -> list[int]:
+    if len(steps) < count:
+        raise HymbaError(
+            f"{run / FOLDER}: has {len(steps)} checkpoints, not {count}: average fewer, or train "
+            "with a larger training.keep_checkpoints"
+        )
+    return steps[-count:]
+
+
+def _mean(run: Path, abstract: Params, steps: list[int]) -> Params:
+    """The mean of checkpoints, summed in float32."""
+    wide = _in_float32(abstract)
+    total = load_params(run, wide, steps[0])
+    for step in steps[1:]:
+        total = jax.tree.map(jnp.add, total, load_params(run, wide, step))
+    return jax.tree.map(lambda a, like: (a / len(steps)).astype(like.dtype), total, abstract)
+
+
+def _ema(run: Path, abstract: Params, step: int) -> Params:
+    """The moving average in the optimizer's state of a checkpoint; no more of it is read."""
+    path = run / FOLDER / str(step) / OPTIMIZER
+    with one_line(path, _UNREADABLE):
+        metadata = ocp.StandardCheckpointHandler().metadata(path)
+    if EMA not in metadata.tree:
+        raise HymbaError(
+            f"{path}: has no moving average, as training.ema_decay was 0: use --average last:N"
+        )
+    wanted = {EMA: _in_float32(abstract)}
+    restore = ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    handler = ocp.PyTreeCheckpointHandler()
+    with one_line(path, _UNREADABLE), ocp.Checkpointer(handler) as checkpointer:
+        stored = checkpointer.restore(path, args=restore)
+    check_tree(path, stored, metadata.custom_metadata)
+    return jax.tree.map(lambda a, like: a.astype(like.dtype), stored[EMA], abstract)
+
+
+def _in_float32(abstract: Params) -> Params:
+    return jax.tree.map(lambda like: like.update(dtype=jnp.float32), abstract)
+
+
+_UNREADABLE = "not an optimizer state of this model that can be read"

@@ -1,0 +1,96 @@
+"""`hymba export`: what the standalone model holds, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from inference.models import TINY, byte_tokenizer
+
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params
+from hymba_jax.checkpoint.export import ExportConfig, main
+from hymba_jax.checkpoint.model_file import read_model_directory
+from hymba_jax.checkpoint.run_directory import write_run_directory
+from hymba_jax.checkpoint.train_state import TrainState
+from hymba_jax.config import ComputeConfig
+from hymba_jax.config.data import DataConfig
+from hymba_jax.config.run import RunConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import abstract_model
+from hymba_jax.parallel.mesh import make_mesh
+
+# Pytest makes errors of the warning that this ignores.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+
+CONFIG = dataclasses.replace(TINY, layers="2*W", max_positions=64)
+COMPUTE = ComputeConfig()
+
+
+def write_run(directory, states):
+    """A run with these checkpoints, of parameters and optimizer state at each step."""
+    data = DataConfig(tokenizer="bytes", sequence_length=24)
+    run = RunConfig(output=str(directory), model=CONFIG, compute=COMPUTE, data=data)
+    write_run_directory(run, byte_tokenizer())
+    with Checkpoints(directory, keep=len(states)) as checkpoints:
+        for step, (params, optimizer) in states.items():
+            state = TrainState(params, {"count": jnp.int32(step)} | optimizer)
+            checkpoints.save(state, LoopState(step, {}, "", ""))
+
+
+def times(factor, params):
+    return jax.tree.map(lambda a: np.float32(factor) * a, params)
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return nnx.to_pure_dict(nnx.state(Hymba(CONFIG, COMPUTE, nnx.Rngs(0))))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, initial):
+    directory = tmp_path_factory.mktemp("export") / "run"
+    states = {step: (times(step, initial), {}) for step in (1, 2, 4)}
+    states[4][1]["ema"] = times(-1, initial)
+    write_run(directory, states)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("average", "factor", "report"),
+    [
+        ("", 4, "step 4 of"),
+        ("last:2", 3, "mean of steps 2, 4 of"),
+        ("ema", -1, "moving average at step 4 of"),
+    ],
+)
+def test_the_model_that_is_written(run, initial, tmp_path, capsys, average, factor, report):
+    main(ExportConfig(str(run), str(tmp_path / "model"), average))
+    assert report in capsys.readouterr().out
+    assert read_model_directory(tmp_path / "model") == (CONFIG, COMPUTE)
+    like = abstract_model(CONFIG, COMPUTE, make_mesh(jax.devices()[:1]))[1]
+    written = load_params(tmp_path / "model", like)
+    jax.tree.map(np.testing.assert_array_equal, written, times(factor, initial))
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+
+
+def test_what_cannot_be_exported(run, tmp_path):
+    output = str(tmp_path / "model")
+    for source, average, message in (
+        (run, "last:4", "has 3 checkpoints, not 4"),
+        (run, "last:0", "average is 'last:0', neither ema nor last:N"),
+        (tmp_path / "none", "", "no model found"),
+    ):
+        with pytest.raises(HymbaError, match=message):
+            main(ExportConfig(str(source), output, average))
+    with pytest.raises(HymbaError, match="exists already"):
+        main(ExportConfig(str(run), str(tmp_path)))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_without_a_moving_average(initial, tmp_path):
+    write_run(tmp_path / "run", {1: (initial, {})})
+    with pytest.raises(HymbaError, match="has no moving average"):
+        main(ExportConfig(str(tmp_path / "run"), str(tmp_path / "model"), "ema"))
