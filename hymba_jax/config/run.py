@@ -28,7 +28,7 @@ from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.toml import misfits, override_from, toml_lines
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_toml, resolve_path
+from hymba_jax.files import read_toml, resolve_location
 
 CONFIG_FILE = "config.toml"  # inside a run directory
 
@@ -103,7 +103,7 @@ def read_table(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig
     Raises:
       HymbaError: as for `RunConfig.from_toml`.
     """
-    path = resolve_path(path)
+    path = resolve_location(path)
     table = read_toml(path)
     preset = table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
     if preset is not None:

@@ -7,7 +7,7 @@ from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
 
@@ -44,7 +44,7 @@ def load(
     return LanguageModel(
         load_model(directory, dtype=dtype, step=step),
         tokenizer,
-        defaults=read_generation_defaults(resolve_path(directory)),
+        defaults=read_generation_defaults(resolve_location(directory)),
         state_dtype=state_dtype,
         batch_size=batch_size,
         context=context,

@@ -11,7 +11,7 @@ from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.run import RunConfig
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location, resolve_path
 
 
 def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
@@ -46,10 +46,12 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
     """The same with every path resolved, so that an invalid one fails immediately."""
 
     def resolved(path: str) -> str:
-        return str(resolve_path(path)) if path else path
+        return str(resolve_location(path)) if path else path
 
     data = dataclasses.replace(
-        config.data, path=resolved(config.data.path), tokenizer=resolved(config.data.tokenizer)
+        config.data,
+        path=str(resolve_path(config.data.path)) if config.data.path else "",
+        tokenizer=resolved(config.data.tokenizer),
     )
     return dataclasses.replace(
         config, output=resolved(config.output), init_from=resolved(config.init_from), data=data
@@ -74,6 +76,6 @@ def _started_from(directory: str) -> RunConfig:
     """A run with the model of a directory and, if it has one, the tokenizer."""
     model, data = read_model_directory(directory)[0], DataConfig()
     data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
-    if (resolve_path(directory) / "tokenizer.json").is_file():
+    if (resolve_location(directory) / "tokenizer.json").is_file():
         data = dataclasses.replace(data, tokenizer=directory)
     return RunConfig(init_from=directory, model=model, data=data)
