@@ -187,6 +187,52 @@ def remove_tree(directory: Location) -> None:
 
 
 @contextmanager
+def on_disk(
+    directory: Location, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[Path]:
+    """A local directory itself, or a copy of one in a bucket, which is removed at the end.
+
+    A HymbaError about the copy names the bucket.
+
+    Args:
+      wanted: says of the name of each file below a directory in a bucket whether it is copied.
+
+    Raises:
+      HymbaError: the store refuses it, or there is nothing.
+      OSError: there is no space for the copy.
+    """
+    if isinstance(directory, Path):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="hymba-") as copy, about(directory, copy):
+        directory.download(Path(copy), wanted)
+        yield Path(copy)
+
+
+@contextmanager
+def about(directory: Location, copy: str) -> Iterator[None]:
+    """Lets a HymbaError about a copy of a directory name the directory."""
+    try:
+        yield
+    except HymbaError as error:
+        raise HymbaError(str(error).replace(copy, str(directory))) from error
+
+
+@contextmanager
+def written_into(directory: Location) -> Iterator[Path]:
+    """A local directory itself; for one in a bucket a local one that is uploaded at the end.
+
+    On an exception it is not.
+    """
+    if isinstance(directory, Path):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="hymba-") as local:
+        yield Path(local)
+        directory.upload(Path(local))
+
+
+@contextmanager
 def written_beside(directory: Location) -> Iterator[Path]:
     """A new local directory, which replaces `directory` when the context ends.
 
@@ -195,9 +241,8 @@ def written_beside(directory: Location) -> Iterator[Path]:
     replaced one by one.
     """
     if isinstance(directory, RemotePath):
-        with TemporaryDirectory(prefix="hymba-") as local:
-            yield Path(local)
-            directory.upload(Path(local))
+        with written_into(directory) as local:
+            yield local
         return
     directory = directory.resolve()
     beside, before = _beside(directory), _beside(directory)

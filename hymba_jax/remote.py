@@ -8,7 +8,7 @@ append, rename, link or lock, and a directory is no more than the beginning of n
 import logging
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,10 @@ STORES = ("gs", "s3")
 """Schemes of the stores that hold runs and models."""
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _WILDCARDS = frozenset("*?[]")
+
+
+class MissingObject(HymbaError):
+    """What is to be read does not exist, or the bucket."""
 
 
 class RemotePath:
@@ -181,21 +185,26 @@ class RemotePath:
             if keys := self._store.find(self._key):
                 self._store.rm(keys)
 
-    def download(self, directory: Path) -> None:
-        """Copies everything in this directory into a local one.
+    def download(self, directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Copies what is in this directory into a local one.
+
+        Args:
+          wanted: says of the name of each file below this directory whether it is copied.
 
         Raises:
           HymbaError: the store refuses it, or there is nothing.
           OSError: the local directory cannot be written.
         """
         with store_errors(self._url):
-            keys = self._store.find(self._key)
-            if not keys:
-                raise FileNotFoundError(self._url)
-            files = [directory / key.removeprefix(f"{self._key}/") for key in keys]
-            for file in files:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            self._store.get(keys, [str(file) for file in files])
+            below = {key.removeprefix(f"{self._key}/"): key for key in self._store.find(self._key)}
+        names = [name for name in below if wanted(name)]
+        if not names:
+            raise MissingObject(f"{self._url}: no such file or directory: check the path")
+        files = [directory / name for name in names]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with store_errors(self._url):
+            self._store.get([below[name] for name in names], [str(file) for file in files])
 
     def upload(self, directory: Path) -> None:
         """Copies everything in a local directory into this one, in no particular order."""
@@ -207,7 +216,7 @@ class RemotePath:
 
 def silence_stores() -> None:
     """Silences the packages' own messages, as errors are raised; for commands, not libraries."""
-    for package in ("gcsfs", "s3fs"):
+    for package in ("gcsfs", "google.auth", "s3fs"):
         logging.getLogger(package).setLevel(logging.CRITICAL)
 
 
@@ -246,7 +255,7 @@ def store_errors(url: str, verb: Literal["read", "write", "remove"] = "read") ->
         raise
     except FileNotFoundError as error:
         what = "file or directory: check the path" if verb == "read" else "bucket: create it first"
-        raise HymbaError(f"{url}: no such {what}") from error
+        raise MissingObject(f"{url}: no such {what}") from error
     except Exception as error:  # of the packages' HTTP libraries, which share no base class
         if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):  # gcsfs
             line = f"{url}: no permission to {verb} it: check your credentials"

@@ -25,6 +25,11 @@ def checkpoint_steps(run_directory: str | os.PathLike[str]) -> list[int]:
     )
 
 
+def uses_orbax(directory: Location) -> bool:
+    """Whether Orbax reads and writes arrays there itself: on disks and in gs:// buckets."""
+    return not isinstance(directory, RemotePath) or directory.scheme == "gs"
+
+
 def _is_complete(checkpoint: Location) -> bool:
     if isinstance(checkpoint, RemotePath):
         return (checkpoint / COMMITTED).is_file()

@@ -33,6 +33,7 @@ def emulators() -> Iterator[dict[str, str]]:
             "TENSORSTORE_GCS_HTTP_URL": gs,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # kinds of buckets that it has not
+            "NO_GCE_CHECK": "true",
             "AWS_ENDPOINT_URL": s3,
             "AWS_ACCESS_KEY_ID": "none",
             "AWS_SECRET_ACCESS_KEY": "none",
@@ -41,33 +42,47 @@ def emulators() -> Iterator[dict[str, str]]:
 
 
 def serve_gs() -> str:
-    """gcp-storage-emulator, with the one precondition that it lacks: creating what is not there."""
+    """gcp-storage-emulator, with the generations that it lacks and TensorStore relies on."""
     from gcp_storage_emulator import server
     from gcp_storage_emulator.handlers import objects
 
     def insert(request, response, storage, *args, **kwargs):
-        bucket, name = request.params["bucket_name"], request.query.get("name", [None])[0]
-        name = name or request.data["meta"]["name"]
-        if request.query.get("ifGenerationMatch") == ["0"] and exists(storage, bucket, name):
+        name = request.query.get("name", [None])[0] or request.data["meta"]["name"]
+        expected = request.query.get("ifGenerationMatch")
+        if expected and expected[0] != generation(request, storage, name):
             response.status = HTTPStatus.PRECONDITION_FAILED
         else:
             objects.insert(request, response, storage, *args, **kwargs)
 
-    def exists(storage, bucket, name):
+    def with_generation(handler):
+        def read(request, response, storage, *args, **kwargs):
+            name = request.params["object_id"]
+            response["x-goog-generation"] = generation(request, storage, name)
+            handler(request, response, storage, *args, **kwargs)
+
+        return read
+
+    def generation(request, storage, name):
         try:
-            return bool(storage.get_file_obj(bucket, name))
+            return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
         except objects.NotFound:
-            return False
+            return "0"
 
     def refuse(request, response, storage, *args, **kwargs):
         response.status = HTTPStatus.FORBIDDEN
 
+    changed = {
+        objects.insert: insert,
+        objects.get: with_generation(objects.get),
+        objects.download: with_generation(objects.download),
+    }
     handlers = [
-        (pattern, {m: insert if h is objects.insert else h for m, h in methods.items()})
+        (pattern, {method: changed.get(handler, handler) for method, handler in methods.items()})
         for pattern, methods in server.HANDLERS
     ]
     every_method = dict.fromkeys(("GET", "POST", "PUT", "DELETE"), refuse)
     server.HANDLERS = ((rf".*/b/{FORBIDDEN}(/.*)?", every_method), *handlers)
+    server.server.HTTPServer.request_queue_size = 100  # with 5, clients wait to connect again
     emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     emulator.start()
     return f"http://127.0.0.1:{emulator._api._httpd.server_port}"

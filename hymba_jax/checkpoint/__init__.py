@@ -4,6 +4,8 @@
 |--------------------|--------------------------------------------------------------------|
 | `train_state.py`   | parameters and optimizer state: abstract, initialized, placed      |
 | `checkpoints.py`   | saving and restoring through Orbax                                 |
+| `staged_checkpoints.py` | checkpoints in s3:// buckets, to which Orbax does not write |
+| `local_copy.py`    | a model directory in a bucket, copied to the disk                  |
 | `checksums.py`     | checksums of arrays, whatever their sharding                       |
 | `run_directory.py` | what a run writes, and whether a config resumes it                 |
 | `run_lock.py`      | one run at a time in a directory                                   |

@@ -1,5 +1,8 @@
 """Checkpoints through Orbax: written asynchronously, committed by a rename.
 
+In a gs:// bucket an object that is written last commits them. Orbax does not write to s3://
+buckets, for which there is `staged_checkpoints.py`.
+
 A checkpoint has three parts: `params` and `optimizer`, which are trees of arrays, and `loop`, JSON
 with what the loop itself needs. Nothing else in a run has a state: randomness comes from the seed
 and the step. Each part has checksums, and data that does not match them is never used.
@@ -12,23 +15,23 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import absl.logging
 import jax
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_json, resolve_path
+from hymba_jax.files import Location, matches, on_disk, read_json, resolve_location
 from hymba_jax.model.abstract import Params
-from hymba_jax.run_files import FOLDER, checkpoint_steps
+from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
@@ -76,15 +79,24 @@ class Checkpoints(Closing):
     Args:
       run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
+      on_written: is called by the thread that writes, before each is complete.
     """
 
-    def __init__(self, run_directory: str | os.PathLike[str], keep: int):
-        self.directory = (resolve_path(run_directory) / FOLDER).absolute()
+    def __init__(
+        self,
+        run_directory: str | os.PathLike[str],
+        keep: int,
+        on_written: Callable[[], None] | None = None,
+    ):
+        self.directory = (resolve_location(run_directory) / FOLDER).absolute()
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, cleanup_tmp_directories=True, enable_background_delete=True
+                    max_to_keep=keep,
+                    cleanup_tmp_directories=True,
+                    enable_background_delete=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=on_written),
                 ),
             )
 
@@ -158,7 +170,12 @@ def load_params(
     Raises:
       HymbaError: there is no such checkpoint, or it cannot be read, or holds another model.
     """
-    path = params_path(resolve_path(directory).absolute(), step)
+    path = params_path(resolve_location(directory).absolute(), step)
+    with nullcontext(path) if uses_orbax(path) else on_disk(path) as readable:
+        return _load_params(readable, abstract)
+
+
+def _load_params(path: Location, abstract: Params) -> Params:
     unreadable = "not parameters of this model that can be read"
     metadata = _read_metadata(path, unreadable)
     stored = {dotted(keys): leaf for keys, leaf in jax.tree.leaves_with_path(metadata.tree)}
@@ -183,13 +200,13 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
     Raises:
       HymbaError: they cannot be written.
     """
-    path = resolve_path(directory).absolute() / PARAMS
+    path = resolve_location(directory).absolute() / PARAMS
     checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     with one_line(path, "parameters cannot be written"), checkpointer:
         checkpointer.save(path, args=_save_args(params))
 
 
-def params_path(directory: Path, step: int | None) -> Path:
+def params_path(directory: Location, step: int | None) -> Location:
     """Where the parameters of a run's checkpoint, or of a standalone model, are.
 
     Raises:
@@ -209,21 +226,21 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(tree, custom_metadata=checksums_metadata(tree_checksums(tree)))
 
 
-def _read_metadata(path: Path, unreadable: str) -> Any:
+def _read_metadata(path: Location, unreadable: str) -> Any:
     """Orbax's description of a stored tree, from which the tree can be restored."""
     # Orbax's error for a broken JSON file does not name it; without the first it guesses.
-    for file in (path / "_METADATA", path / "_sharding", *path.glob("array_metadatas/*")):
+    for file in (path / "_METADATA", path / "_sharding", *matches(path, "array_metadatas/*")):
         if file.name == "_METADATA" or file.is_file():
             read_json(file)
     with one_line(path, unreadable):
-        return ocp.StandardCheckpointHandler().metadata(path)
+        return ocp.StandardCheckpointHandler().metadata(epath.Path(path))
 
 
 def _loop_checksum(loop: LoopState) -> int:
     return zlib.crc32(json.dumps(loop, sort_keys=True).encode())
 
 
-def _read_loop(path: Path, fields: Any) -> LoopState:
+def _read_loop(path: Location, fields: Any) -> LoopState:
     """The loop's part of a checkpoint. Raises HymbaError if it is damaged."""
     try:
         checksum = fields.pop(_CHECKSUM)
@@ -243,12 +260,12 @@ _UNREADABLE = (
 )
 _UNWRITABLE = (
     "a checkpoint cannot be written; "
-    "fix the disk and run the same command to resume from the last complete one"
+    "fix the storage and run the same command to resume from the last complete one"
 )
 
 
 @contextmanager
-def one_line(path: Path, what: str) -> Iterator[None]:
+def one_line(path: Location, what: str) -> Iterator[None]:
     """Turns whatever Orbax raises, which has many types, into one line about `path`."""
     try:
         yield

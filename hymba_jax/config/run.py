@@ -40,11 +40,11 @@ class RunConfig:
     """All options of a training run.
 
     Attributes:
-      output: the run directory: config, tokenizer, metrics and checkpoints.
+      output: the run directory: config, tokenizer, metrics and checkpoints; local, gs:// or s3://.
       seed: random seed of the initial parameters, the order of the data and the sample.
-      init_from: directory of a model or a run whose newest parameters initialize this run; random
-        if empty. On the command line, its model and tokenizer become the defaults. Ignored when
-        resuming.
+      init_from: directory of a model or a run, local, gs:// or s3://, whose newest parameters
+        initialize this run; random if empty. On the command line, its model and tokenizer become
+        the defaults. Ignored when resuming.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 
     Raises:

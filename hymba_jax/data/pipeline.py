@@ -22,7 +22,7 @@ from hymba_jax.data.token_store import ArrayShard, TokenStore
 from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location, resolve_path
 
 type Rows = Windows | DocumentRows
 
@@ -103,7 +103,7 @@ def prepare(
 def _open(directory: Path, config: DataConfig, tokenizer: Tokenizer | None) -> Data:
     """What `hymba tokenize` wrote."""
     corpus = TokenizedCorpus.open(directory)
-    named = resolve_path(config.tokenizer)
+    named = resolve_location(config.tokenizer)
     if tokenizer is None and named.exists():
         tokenizer = Tokenizer.load(named)
     if tokenizer is not None and tokenizer.fingerprint != corpus.tokenizer.fingerprint:

@@ -18,7 +18,7 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.data.documents import read_standard_library
 from hymba_jax.data.records import Document
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import file_kind, open_regular, parse_json, resolve_path
+from hymba_jax.files import file_kind, open_regular, parse_json, resolve_location, resolve_path
 
 # What is read at once, as bytes: a text file, or a line of a .jsonl file.
 _LARGEST_DOCUMENT = 1 << 30
@@ -105,7 +105,7 @@ def _read(
     path: Path, text_field: str, output: str | None, left_out: Counter[str]
 ) -> Iterator[Document]:
     if path.is_dir():
-        if output is not None and resolve_path(output).resolve() == path.resolve():
+        if output is not None and resolve_location(output).resolve() == path.resolve():
             raise HymbaError(
                 f"{path}: is data.path and output, too: choose an output of its own, which may be "
                 "a directory in it"
@@ -126,7 +126,7 @@ def _read(
 
 def _files(root: Path, output: str | None, left_out: Counter[str]) -> Iterator[Path]:
     """The regular files below a directory, links to such among them."""
-    own = None if output is None else resolve_path(output).resolve()
+    own = None if output is None else resolve_location(output).resolve()
     directories = [root]
     while directories:
         directory = directories.pop()

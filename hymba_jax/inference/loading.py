@@ -56,7 +56,7 @@ class ModelChoice:
     """The model that a command works with.
 
     Attributes:
-      model: directory of a training run, or of a standalone model.
+      model: directory of a training run, or of a standalone model; local, gs:// or s3://.
       step: which checkpoint of a run; the newest if absent.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.

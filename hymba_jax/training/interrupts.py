@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hymba_jax.errors import HymbaError
 from hymba_jax.run_files import checkpoint_steps
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -48,6 +49,10 @@ def one_line_interrupts(output: str) -> Iterator[None]:
 
 
 def _what_follows(output: str) -> str:
-    if steps := checkpoint_steps(output):
+    try:
+        steps = checkpoint_steps(output)
+    except HymbaError as error:  # a bucket that cannot be reached
+        return f"the same command resumes {output}, of which nothing is known now ({error})"
+    if steps:
         return f"the same command resumes {output} from step {steps[-1]}"
     return f"{output} has no checkpoint yet, the same command starts from scratch"

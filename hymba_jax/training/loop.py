@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -21,6 +20,7 @@ from hymba_jax.checkpoint.run_directory import (
     write_run_directory,
 )
 from hymba_jax.checkpoint.run_lock import locked
+from hymba_jax.checkpoint.staged_checkpoints import open_checkpoints
 from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
@@ -30,7 +30,7 @@ from hymba_jax.data import Batch, Data, Tokenizer, prepare, train_iterator
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import replace_text
+from hymba_jax.files import replace_text, resolve_location
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.sharding import describe_sharding
@@ -38,7 +38,6 @@ from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, pro
 from hymba_jax.parallel.processes import is_main_process
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
-from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
@@ -46,6 +45,7 @@ from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, make_train_step
+from hymba_jax.training.uploaded_metrics import open_metrics
 from hymba_jax.training.validation import Validate, make_validate
 
 
@@ -65,7 +65,9 @@ def train(config: RunConfig, generate: Generate) -> None:
     check_batch(config.training.micro_batch_size, mesh)
     # A lost process aborts the others, which then cannot restore the terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
-    lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
+    lock = (
+        locked(resolve_location(config.output), display.say) if is_main_process() else nullcontext()
+    )
     with display, lock, jax.set_mesh(mesh):
         _train(config, generate, mesh, display)
 
@@ -108,7 +110,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
         return LoopState(step, batches.get_state(), data.train_digest, data.validation_digest)
 
     # All checks are done: from here on the run directory is written.
-    with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
+    with open_checkpoints(config.output, training.keep_checkpoints) as checkpoints:
         start = 0
         if previous is not None:
             state, saved = checkpoints.restore(abstract.state)
@@ -119,9 +121,9 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
             resuming = f"resuming after step {start}"
             display.say(complete if start == training.steps else resuming)
         _write_directory(config, data.tokenizer, is_new=previous is None)
-        output = Path(config.output) if is_main_process() else None
+        output = resolve_location(config.output) if is_main_process() else None
         trace = output / PROFILE if output and config.profile else None
-        with MetricsWriter(output, start) as writer, Tracer(trace, start) as tracer:
+        with open_metrics(output, start) as writer, Tracer(trace, start) as tracer:
             if writer.removed:
                 display.say(writer.removed)
             flops = training_flops(config.model, length)
@@ -147,7 +149,7 @@ def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) 
         display.begin("writing a sample")
         text = sample(generate, abstract.graph, state.params, data.tokenizer, mesh)
         if text is not None:
-            replace_text(Path(config.output) / SAMPLE_FILE, text)
+            replace_text(resolve_location(config.output) / SAMPLE_FILE, text)
             display.say(text)
     display.say(f"done: {config.output}")
 

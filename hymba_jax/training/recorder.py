@@ -99,6 +99,8 @@ class Recorder:
             values |= rates
             values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
             self._writer.write(step, {**values, **(validation or {})})
+            if validation or log:
+                self._writer.flush()
             self._begin_line(step, now)
 
     @contextmanager

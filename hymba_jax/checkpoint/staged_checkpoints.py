@@ -1,0 +1,80 @@
+"""Checkpoints in a bucket that Orbax does not write to: staged on the disk, then uploaded.
+
+Orbax 0.12 takes an s3:// URL for a relative path, though TensorStore has a driver for it. So it
+writes each checkpoint into a temporary directory; its thread then uploads that, and at last the
+object that commits it, as Orbax does in gs:// buckets. The disk holds two checkpoints.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
+from hymba_jax.checkpoint.train_state import TrainState
+from hymba_jax.files import about, resolve_location
+from hymba_jax.remote import RemotePath
+from hymba_jax.run_files import COMMITTED, FOLDER, checkpoint_steps, uses_orbax
+
+
+def open_checkpoints(run_directory: str, keep: int) -> Checkpoints:
+    """The checkpoints of a run, on a disk or in a bucket.
+
+    Args:
+      keep: how many stay, newest first.
+    """
+    directory = resolve_location(run_directory)
+    if isinstance(directory, RemotePath) and not uses_orbax(directory):
+        return StagedCheckpoints(directory, keep)
+    return Checkpoints(directory, keep)
+
+
+class StagedCheckpoints(Checkpoints):
+    """The checkpoints of a run in a bucket, of a single process.
+
+    Args:
+      run_directory: holds them in its folder `checkpoints`.
+      keep: how many stay, newest first.
+
+    Raises:
+      HymbaError: the store refuses it.
+      OSError: there is no space on the disk; its directory is TMPDIR.
+    """
+
+    def __init__(self, run_directory: RemotePath, keep: int):
+        self._run, self._keep = run_directory, keep
+        with ExitStack() as opened:
+            self._staging = Path(opened.enter_context(TemporaryDirectory(prefix="hymba-")))
+            self._remove_partial()
+            if steps := checkpoint_steps(run_directory):
+                newest = f"{FOLDER}/{steps[-1]}"
+                (run_directory / newest).download(self._staging / newest)
+            super().__init__(self._staging, 1, on_written=self._upload)
+            self._opened = opened.pop_all()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, LoopState]:
+        with about(self._run, str(self._staging)):
+            return super().restore(abstract)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._opened.close()
+
+    def _upload(self) -> None:
+        """Uploads the checkpoint that Orbax has written, and removes those that are not kept."""
+        staged = (self._staging / FOLDER).iterdir()
+        (written,) = (path for path in staged if not path.name.isdecimal())
+        target = self._run / FOLDER / written.name.partition(".")[0]
+        target.upload(written)
+        (target / COMMITTED).write_bytes(b"")
+        for step in checkpoint_steps(self._run)[: -self._keep]:
+            old = self._run / FOLDER / str(step)
+            (old / COMMITTED).unlink()  # first: what is left after a kill is no checkpoint
+            old.rmtree()
+
+    def _remove_partial(self) -> None:
+        """Removes what a run that was killed had uploaded of a checkpoint."""
+        for checkpoint in (self._run / FOLDER).iterdir():
+            if not (checkpoint / COMMITTED).is_file():
+                checkpoint.rmtree()
