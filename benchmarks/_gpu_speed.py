@@ -33,9 +33,9 @@ from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data.batch import Batch, abstract_batch
 from hymba_jax.inference.engine import (
+    DECODE_STEPS,
     MIN_STOP_TOKENS,
     NO_TOKEN,
-    STEPS,
     DecodeState,
     SampledTokens,
     StopCriteria,
@@ -109,7 +109,7 @@ def scan(recorder: Recorder) -> None:
                     row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
                     rate = EXPONENTIALS if _bandwidth() else None
                     row |= _share("of exponentials", exponentials, rate, row["ms"])
-        # The kernel as a layer of a training step meets it.
+        # The kernel as a training step's layer uses it.
         if name.startswith("hymba_jax"):
             dy, inputs = _scan_inputs(batches[1], length, channels, state)
             both = jax.jit(scan_with_gradient(function))
@@ -234,8 +234,8 @@ def decode(recorder: Recorder, sequences: str) -> None:
     """The engine's loop over tokens for so many sequences of 8k tokens, 1.5B in bfloat16.
 
     Only the number of tokens in the caches matters for time, so it is set: parameters and caches
-    are random, nothing is read. `GB` is what a token of every sequence must move: parameters, keys,
-    values and states read once, states written once.
+    are random, there is no prefill. `GB` is the minimal HBM traffic of a decoding step: parameters,
+    keys, values and states read once, states written once.
     """
     config = TINY if recorder.dry_run else PRESETS["hymba-1.5b"]
     batch = min(int(sequences), 2) if recorder.dry_run else int(sequences)
@@ -263,7 +263,9 @@ def decode(recorder: Recorder, sequences: str) -> None:
         return sampled
 
     with recorder.case("decode") as row:
-        row["ms"] = median_ms(some_tokens, warmup=1, repeats=3 if recorder.dry_run else 8) / STEPS
+        row["ms"] = (
+            median_ms(some_tokens, warmup=1, repeats=3 if recorder.dry_run else 8) / DECODE_STEPS
+        )
         moved = bytes_per_device(traced.read) + bytes_per_device(traced.written)
         row |= {"tokens_per_second": 1e3 * batch / row["ms"], "GB": moved / 1e9}
         row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
@@ -290,7 +292,7 @@ def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
                 stop=StopCriteria(full(context), full(NO_TOKEN, MIN_STOP_TOKENS)),
             )
         case jax.ShapeDtypeStruct():  # the steps of a call
-            values = jnp.full(shapes.shape, STEPS, shapes.dtype)
+            values = jnp.full(shapes.shape, DECODE_STEPS, shapes.dtype)
         case _:
             values = _random(shapes)
     return jax.device_put(values, jax.tree.map(lambda a: a.sharding, shapes))
@@ -341,7 +343,7 @@ def _bandwidth() -> float | None:
 
 
 def _share(name: str, amount: float, rate: float | None, milliseconds: float) -> Row:
-    """The least time for an amount at a rate, as a part of the time; nothing where none knows."""
+    """The least time for an amount at a rate, as a fraction of the time; empty without a rate."""
     return {} if rate is None else {name: 1e3 * amount / rate / milliseconds}
 
 

@@ -34,7 +34,7 @@ class Recorder:
     Args:
       rows: file for the rows, one JSON object a line.
       profile: file for the step's profile, compressed.
-      dry_run: sizes are to be tiny, as nobody wants the numbers.
+      dry_run: use tiny sizes.
 
     Attributes:
       failed: a case has.
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    # Where it hangs, and where it crashes, shall stand in the log.
+    # Logs the stack traces of hangs and crashes.
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(options.limit - 2, 0.1))
     recorder = Recorder(options.rows, options.profile, dry_run=options.dry_run)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-POLL = 0.5  # seconds between looks at what a program has written
+POLL = 0.5  # seconds between polls of what a program has written
 
 
 class Ended(NamedTuple):

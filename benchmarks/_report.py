@@ -62,7 +62,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measured_apart(script: str, arguments: Sequence[str]) -> Row:
+def run_in_subprocess(script: str, arguments: Sequence[str]) -> Row:
     """The row that a script writes with `--row --json FILE`, in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "row.json")

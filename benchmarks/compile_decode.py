@@ -8,8 +8,8 @@ the compiler's account. `total` is what is held while the program runs: argument
 code and outputs that are not donated arguments. Where that does not fit, the largest batch that
 does is found, in steps of `STEP`, and has a row too.
 
-Bytes a step are counted in the optimized HLO of the loop's body (`hymba_jax/aot/traffic.py`);
-branches (sampling's filters) are left out. `least` is every parameter, key, value and state read
+Bytes per step are counted in the optimized HLO of the loop's body (`hymba_jax/aot/traffic.py`);
+branches (sampling's filters) are left out. `minimum` is every parameter, key, value and state read
 once, and every state written once; layers that reuse keys and values must read them again.
 
 Copies are those of arrays of a cache's shape, into another layout or another place in HBM, in a
@@ -134,8 +134,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
     memory = compiled_memory(compiled)
     program = Program(compiled.as_text())
     shapes = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(traced.cache)}
-    step = program.largest_loop()  # over tokens, as it carries the cache; sampling's carry less
-    body = program.computations[step] if step else []
+    body = _largest_loop(program)  # over tokens, as it carries the cache; sampling's carry less
     copies = _copies(program, body, shapes)
     copies_around = _copies(program, program.computations[program.entry], shapes)
     return {
@@ -151,6 +150,15 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         "copies around": len(copies_around),
         "copied around": sum(copies_around) / 1e9,
     }
+
+
+def _largest_loop(program: Program) -> list[Instruction]:
+    """The body of the loop that carries the most bytes; empty if there is no loop."""
+    loops = [
+        line for lines in program.computations.values() for line in lines if line.op == "while"
+    ]
+    largest = max(loops, key=lambda loop: sum(a.size for a in loop.results), default=None)
+    return program.computations[largest.computation("body")] if largest else []
 
 
 def _memory(rows: Sequence[Row]) -> list[Row]:

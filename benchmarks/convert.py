@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from _report import Row, measured_apart, report, write_json
+from _report import Row, report, run_in_subprocess, write_json
 
 from hymba_jax import cli
 from hymba_jax.config import PRESETS
@@ -123,7 +123,7 @@ def _memory(kind: str) -> int:
 
 def convert_apart(source: Path, target: Path) -> Row:
     """The same in a process of its own."""
-    return measured_apart(__file__, ["--source", str(source), "--target", str(target)])
+    return run_in_subprocess(__file__, ["--source", str(source), "--target", str(target)])
 
 
 def copy(source: Path, target: Path) -> Row:

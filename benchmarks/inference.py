@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms, write_json
+from _report import Row, median_ms, peak_bytes, report, run_in_subprocess, short_ms, write_json
 from flax import nnx
 from rich.console import Console
 from train_step import best_matmul_rate
@@ -46,7 +46,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.host import prepare_host
 from hymba_jax.inference.engine import (
-    STEPS,
+    DECODE_STEPS,
     Engine,
     Request,
     SampledTokens,
@@ -66,8 +66,8 @@ class Options:
 
     Attributes:
       dtype: of parameters, activations and caches.
-      repeats: timed calls of each kind; one where more than `LONG` tokens are read.
-      longest: tokens times width above which nothing is read, only decoded.
+      repeats: timed calls of each kind; one where more than `LONG` tokens are prefilled.
+      longest: tokens times width above which prefill is skipped.
       quick: one timed call of each kind, and contexts an eighth as long.
       row: measure one combination in this process and write it to `json`; what each child does.
     """
@@ -145,7 +145,7 @@ def _in_child(options: Options) -> Row:
         *("--context", str(options.context[0]), "--repeats", str(options.repeats)),
         *("--longest", str(options.longest), "--dtype", options.dtype),
     ]
-    return measured_apart(__file__, arguments)
+    return run_in_subprocess(__file__, arguments)
 
 
 def measure_row(options: Options) -> None:
@@ -227,7 +227,7 @@ def decode_ms(engine: Engine, batch: int, context: int, repeats: int) -> float:
         state, sampled = engine.decode(state)
         return sampled
 
-    return median_ms(step, warmup=1, repeats=repeats) / STEPS
+    return median_ms(step, warmup=1, repeats=repeats) / DECODE_STEPS
 
 
 def decode_bytes(engine: Engine, batch: int, context: int) -> int:

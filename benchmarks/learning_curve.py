@@ -15,7 +15,8 @@ import tyro
 from _report import Row, report
 
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
-from hymba_jax.data.sources import Document, load_documents
+from hymba_jax.data.corpus import standard_library
+from hymba_jax.data.manifest import VALIDATION
 from hymba_jax.training.metrics import JSON_LINES
 
 
@@ -41,7 +42,8 @@ def main(args: Args) -> None:
     tokens_per_step = run.training.batch_size * run.data.sequence_length
     bits = [line["validation_bits_per_byte"] for line in validated]
 
-    held_out = load_documents(run.data).validation
+    corpus = standard_library(run.data.validation_fraction)
+    held_out = [piece.text for piece, side in corpus.documents(corpus.files) if side == VALIDATION]
     compressors = {
         "gzip -9": bits_per_byte(held_out, lambda text: gzip.compress(text, 9)),
         "xz -9": bits_per_byte(held_out, lambda text: lzma.compress(text, preset=9)),
@@ -62,9 +64,9 @@ def main(args: Args) -> None:
     plt.savefig(args.picture, dpi=120)
 
 
-def bits_per_byte(documents: list[Document], compress: Callable[[bytes], bytes]) -> float:
+def bits_per_byte(documents: list[str], compress: Callable[[bytes], bytes]) -> float:
     """Bits a byte of the documents, each compressed by itself."""
-    texts = [document.text.encode() for document in documents]
+    texts = [document.encode() for document in documents]
     return 8 * sum(len(compress(text)) for text in texts) / sum(map(len, texts))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import tyro
-from _report import Row, measured_apart, report, write_json
+from _report import Row, report, run_in_subprocess, write_json
 
 from hymba_jax.data.batch import Batch, make_row
 from hymba_jax.data.document_rows import ROWS_PER_BLOCK, DocumentRows
@@ -84,7 +84,7 @@ def huge_corpora(folder: Path, tokens: int, documents: int) -> Iterator[Row]:
     """Opens a flat corpus and one in Megatron's format, whose tokens are holes in their files."""
     with (folder / "flat.bin").open("wb") as file:
         file.truncate(2 * tokens)
-    yield measured_apart(__file__, ["--open", str(folder / "flat.bin")])
+    yield run_in_subprocess(__file__, ["--open", str(folder / "flat.bin")])
     (folder / "flat.bin").unlink()
     size = tokens // documents
     with (folder / "huge.bin").open("wb") as file:
@@ -96,7 +96,7 @@ def huge_corpora(folder: Path, tokens: int, documents: int) -> Iterator[Row]:
         file.write(np.full(documents, size, "<i4"))
         file.write(np.arange(documents, dtype="<i8") * size * 2)
         file.write(np.arange(documents + 1, dtype="<i8"))
-    yield measured_apart(__file__, ["--open", str(folder / "huge.idx")])
+    yield run_in_subprocess(__file__, ["--open", str(folder / "huge.idx")])
     for name in ("huge.bin", "huge.idx"):
         (folder / name).unlink()
 

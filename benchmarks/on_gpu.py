@@ -240,8 +240,8 @@ def _read_rows(file: Path) -> list[Result]:
 
 def summary(result: Result) -> list[str]:
     """A step's lines on the terminal: how it ended, and each of its rows."""
-    told = result.get("reason", f"{result.get('seconds')} s")
-    lines = [f"{result['step']:22}{result['status']:10} {told}"]
+    message = result.get("reason", f"{result.get('seconds')} s")
+    lines = [f"{result['step']:22}{result['status']:10} {message}"]
     for row in result.get("rows", ()):
         values = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -257,11 +257,11 @@ def summary(result: Result) -> list[str]:
 def pack(directory: Path, file: Path) -> str:
     """Packs a folder if it is small; says what became of it."""
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    told = f"{directory}: {size / 1e6:.1f} MB of compiled programs"
+    message = f"{directory}: {size / 1e6:.1f} MB of compiled programs"
     if size > LARGEST_CACHE:
-        return f"{told}, too large to pack"
+        return f"{message}, too large to pack"
     shutil.make_archive(str(file.with_suffix("")), "tar", directory)
-    return f"{told}, packed as {file}"
+    return f"{message}, packed as {file}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a chip does in a training step as chips are added, counted in the compiled program.
+"""Cost per chip of a training step, by number of chips, counted in the compiled program.
 
 python benchmarks/scaling.py [--chips 1 2 4 ...] [--picture FILE] [--json FILE]
 
@@ -34,7 +34,7 @@ PARAMETER_SHARDS = 8
 
 @dataclass(frozen=True)
 class Args:
-    """Counts what a chip does in a training step as chips are added.
+    """Counts the cost per chip of a training step, by number of chips.
 
     Attributes:
       chips: sizes of the slices, powers of two.
@@ -51,7 +51,7 @@ class Args:
 
 def main(args: Args) -> None:
     rows = [*count(args)]
-    report("a training step on slices of TPU v5e, of each chip, as compiled", rows, args.json)
+    report("a training step on slices of TPU v5e, per chip, as compiled", rows, args.json)
     draw(rows, args.picture)
 
 
@@ -68,10 +68,10 @@ def count(args: Args) -> Iterator[Row]:
                 base.training, batch_size=batch, gradient_accumulation_steps=batch // chips
             )
             program = training_program(replace(base, training=training, parallel=parallel), devices)
-            _, measured = compile_and_analyze(program)
-            if measured is None:
+            _, cost = compile_and_analyze(program)
+            if cost is None:
                 raise SystemExit(f"{chips} chips, {scaling}: does not fit")
-            work = measured.work
+            work = cost.work
             yield {
                 "scaling": scaling,
                 "chips": chips,
@@ -98,9 +98,9 @@ def draw(rows: list[Row], picture: Path) -> None:
         points = [row for row in rows if scaling == row["scaling"] or row["chips"] == largest]
         chips = [row["chips"] for row in points]
         for name, label in {
-            "TFLOP": "TFLOP computed",
-            "HBM GB": "GB to and from memory",
-            "collective GB": "GB sent to other chips",
+            "TFLOP": "TFLOP",
+            "HBM GB": "HBM GB",
+            "collective GB": "collective GB",
         }.items():
             values = [row[name] or math.nan for row in points]  # one chip sends nothing
             axis.plot(chips, values, "o-", label=label)
@@ -108,9 +108,9 @@ def draw(rows: list[Row], picture: Path) -> None:
         axis.set_xticks(chips, map(str, chips))
         axis.set_yscale("log")
         axis.set_xlabel("TPU v5e chips")
-    axes[0].set_title("the same batch", fontsize="medium")
-    axes[1].set_title("a sequence a chip", fontsize="medium")
-    axes[0].set_ylabel("of a chip, a training step")
+    axes[0].set_title("fixed batch (strong scaling)", fontsize="medium")
+    axes[1].set_title("one sequence per chip (weak scaling)", fontsize="medium")
+    axes[0].set_ylabel("per chip and training step")
     axes[0].legend(fontsize="small")
     figure.savefig(picture, dpi=120)
 

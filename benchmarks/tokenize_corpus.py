@@ -21,10 +21,10 @@ import tyro
 from _report import Row, report
 
 from hymba_jax.data import tokenize_records
-from hymba_jax.data.documents import read_standard_library
+from hymba_jax.data.corpus import Corpus, standard_library
 from hymba_jax.data.encoder import Encoder
 from hymba_jax.data.listing import list_files
-from hymba_jax.data.tokenize_corpus import Corpus, CorpusWriter
+from hymba_jax.data.tokenize_corpus import CorpusWriter
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 
 
@@ -47,9 +47,9 @@ class Options:
 def texts_of(options: Options) -> Iterator[str]:
     """Documents of the size asked for, until there is enough text."""
     left = options.megabytes * 1_000_000
-    for document in cycle(list(read_standard_library())):
-        for start in range(0, len(document.text), options.characters):
-            text = document.text[start : start + options.characters]
+    for document in cycle(list(standard_library(0).training_texts())):
+        for start in range(0, len(document), options.characters):
+            text = document[start : start + options.characters]
             yield text
             left -= len(text.encode())
             if left <= 0:
@@ -116,9 +116,7 @@ def tokenize(tokenizer: Tokenizer, file: Path, output: Path, workers: int) -> fl
 
 
 def main(options: Options) -> None:
-    tokenizer = build_tokenizer(
-        f"bpe:{options.vocab}", (document.text for document in read_standard_library())
-    )
+    tokenizer = build_tokenizer(f"bpe:{options.vocab}", standard_library(0).training_texts())
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "corpus.jsonl")

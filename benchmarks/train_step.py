@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _report import Row, measured_apart, median_ms, peak_bytes, report, short_ms, write_json
+from _report import Row, median_ms, peak_bytes, report, run_in_subprocess, short_ms, write_json
 from flax import nnx
 
 from hymba_jax.checkpoint.model_file import with_vocabulary
@@ -91,7 +91,7 @@ def in_children(args: Args) -> list[Row]:
         "--prepare" if args.prepare else "--no-prepare",
     ]
     return [
-        measured_apart(__file__, [*shared, "--batch", str(batch), "--length", str(length)])
+        run_in_subprocess(__file__, [*shared, "--batch", str(batch), "--length", str(length)])
         for batch, length in zip(args.batch, args.length, strict=True)
     ]
 

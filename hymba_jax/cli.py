@@ -77,20 +77,21 @@ def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
         prepare_host()
         from hymba_jax import train as run
         from hymba_jax.checkpoint.checkpoints import silence_orbax
-        from hymba_jax.parallel.processes import started
+        from hymba_jax.parallel.processes import distributed_session
         from hymba_jax.training.interrupts import one_line_interrupts
 
         silence_orbax()
         with (
-            started(processes, config.output),
+            distributed_session(processes, config.output),
             _one_line_errors(),
-            one_line_interrupts(config.output),
+            one_line_interrupts(config.output) as interrupts,
         ):
             try:
-                run.train(config)
+                run.train(config, interrupts)
             except OSError as error:
                 error.filename = error.filename or config.output
                 raise
+        interrupts.exit_if_stopped()  # only now: the processes end together
 
 
 def generate(args: Sequence[str], prog: str) -> None:

@@ -1,4 +1,4 @@
-"""Output of a run: on a terminal a live status line, elsewhere plain lines."""
+"""Output of commands: a live line on a terminal, else plain lines; sizes and times as text."""
 
 from datetime import timedelta
 from types import TracebackType
@@ -57,3 +57,8 @@ class Display:
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as 1:02:03."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as text, such as 3.05 GB, or 12.3 MB if less than 1 GB."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -178,6 +178,14 @@ def replace_text(path: Location, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def rename(directory: Location, name: str) -> None:
+    """Gives a directory another name; in a bucket that copies what is in it."""
+    if isinstance(directory, RemotePath):
+        directory.rename(directory.with_name(name))
+    else:
+        directory.rename(directory.with_name(name))
+
+
 def remove_tree(directory: Location) -> None:
     """Removes a directory as far as it can, if there is one."""
     if isinstance(directory, RemotePath):
@@ -215,7 +223,7 @@ def about(directory: Location, copy: str) -> Iterator[None]:
     try:
         yield
     except HymbaError as error:
-        raise HymbaError(str(error).replace(copy, str(directory))) from error
+        raise type(error)(str(error).replace(copy, str(directory))) from error
 
 
 @contextmanager

@@ -185,6 +185,14 @@ class RemotePath:
             if keys := self._store.find(self._key):
                 self._store.rm(keys)
 
+    def rename(self, target: "RemotePath") -> None:
+        """Copies everything in the directory, then removes it; a kill can leave both."""
+        with store_errors(self._url, "write"):
+            keys = self._store.find(self._key)
+            targets = [target._key + key.removeprefix(self._key) for key in keys]
+            self._store.copy(keys, targets)
+        self.rmtree()
+
     def download(self, directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Copies what is in this directory into a local one.
 

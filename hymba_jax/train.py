@@ -5,10 +5,14 @@ from hymba_jax.data import Tokenizer
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.training import loop
+from hymba_jax.training.interrupts import Interrupts
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, interrupts: Interrupts | None = None) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
+
+    Args:
+      interrupts: signals for which the run saves a checkpoint and returns early.
 
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
@@ -24,4 +28,4 @@ def train(config: RunConfig) -> None:
         )
         return training.sample_prompt + completion.text
 
-    loop.train(config, generate)
+    loop.train(config, generate, interrupts=interrupts)

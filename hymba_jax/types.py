@@ -22,8 +22,8 @@
 | vocab      |                   | tokens in the vocabulary                                 |
 | stream     |                   | tokens of many documents, one after the other            |
 
-Tests import the package under jaxtyping's import hook, so that every annotation is checked
-at run time; ordinary use pays nothing.
+Tests import the packages that compute under jaxtyping's import hook, so that their annotations are
+checked at run time; ordinary use pays nothing.
 """
 
 from jaxtyping import Array, Bool, Float, Int, Key, UInt

@@ -1,5 +1,6 @@
 """Strict everywhere: shapes checked at run time, no silent promotion of ranks."""
 
+import gc
 import os
 import secrets
 import signal
@@ -15,13 +16,16 @@ from fsspec.registry import _registry
 from jaxtyping import install_import_hook
 from storage_emulators import emulators
 
-# All but the configs, which check their values themselves, in words for people.
-CHECKED = ("checkpoint", "convert", "data", "inference", "model", "ops", "parallel", "training")
+# The packages whose signatures have shapes; a check costs more than most functions of the others.
+CHECKED = ("data", "inference", "model", "ops", "training")
 install_import_hook([f"hymba_jax.{name}" for name in CHECKED], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a CPU a test is mostly XLA's compiling, so it need not make machine code that is fast.
 QUICK_COMPILER = jax.default_backend() == "cpu"
 jax.config.update("jax_disable_most_optimizations", QUICK_COMPILER)
+
+# JAX holds millions of objects that live as long as a worker: do not search them all the time.
+gc.set_threshold(100_000, 20, 20)
 
 # A shell's background jobs ignore interrupts, and so would the programs that these tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -131,28 +131,28 @@ class ShardedStep:
             decay_fraction=0.0,
         )
         self.optimizer = make_optimizer(self.training)
-        self.template = abstract_train_state(config, self.compute, self.optimizer, self.mesh)
+        self.abstract = abstract_train_state(config, self.compute, self.optimizer, self.mesh)
         self.place = batch_sharding(self.mesh)
 
     @cached_property
     def compiled(self) -> jax.stages.Compiled:
         with jax.set_mesh(self.mesh):
             step = make_train_step(
-                make_loss_fn(next_token_loss, self.template.graph),
+                make_loss_fn(next_token_loss, self.abstract.graph),
                 self.optimizer,
                 micro_batch_size=self.training.micro_batch_size,
             )
             batch = abstract_batch(self.training.batch_size, self.length, self.place)
-            return compile_train_step(step, self.template.state, batch)
+            return compile_train_step(step, self.abstract.state, batch)
 
     def initialize(self) -> TrainState:
         """The state before the first step."""
         with jax.set_mesh(self.mesh):
-            return init_state(self.config, self.compute, self.optimizer, self.template, seed=0)
+            return init_state(self.config, self.compute, self.optimizer, self.abstract, seed=0)
 
     def run(self, state: TrainState) -> tuple[list[float], dict, dict]:
         """The loss of each step, the means of the gradients after the first, all parameters."""
-        state = jax.device_put(state, self.template.shardings)
+        state = jax.device_put(state, self.abstract.shardings)
         rng, losses, means = np.random.default_rng(0), [], None
         for _ in range(self.training.steps):
             tokens = rng.integers(3, self.config.vocab_size, (8, self.length + 1), np.int32)
@@ -183,7 +183,7 @@ class ShardedStep:
             lines.append(f"{count:4} {collective}")
         lines += ["", "parameters, stacked layers in front:"]
         places = defaultdict(set)
-        for path, leaf in jax.tree.leaves_with_path(self.template.state.params):
+        for path, leaf in jax.tree.leaves_with_path(self.abstract.state.params):
             keys = [str(key.key) for key in path]
             name = ".".join(key for key in keys if not (key.isdigit() or key in _CONTAINERS))
             places[name].add(f"{leaf.shape} {tuple(leaf.sharding.spec)}")

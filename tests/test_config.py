@@ -101,21 +101,22 @@ def test_auto_follows_a_change_and_resolved_does_not():
         dataclasses.replace(PRESETS["hymba-125m"].resolved(), hidden_size=1024)
 
 
-# The design roadmap, Tab. 1 of the paper: 32 layers, hidden 768.
+# The design roadmap, Tab. 1 of the paper: 32 layers, hidden 768. How many of these have global
+# attention, keys and values of their own, and SSM heads.
 ROADMAP = {
-    "1 Mamba only": {"layers": "32*M"},
-    "2 four heads": {"layers": "32*G", "heads": 4},
-    "3 eight heads": {"layers": "32*G", "heads": 8},
-    "4 sixteen heads": {"layers": "32*G", "heads": 16},
-    "5 grouped queries": {"layers": "32*G", "heads": 16, "kv_heads": 4},
-    "6 attention only": {"layers": "32*A", "heads": 16},
-    "7 windows only": {"layers": "32*W", "heads": 16, "kv_heads": 4, "window": 256},
-    "8 windows and full": {"layers": "8*GWWW", "heads": 16, "kv_heads": 4, "window": 256},
-    "9 sharing": {"layers": "8*GWwW", "heads": 16, "kv_heads": 4, "window": 256},
-    "10 attention only, compressed": {"layers": "8*ALlL", "heads": 16, "kv_heads": 4},
-    "11 concatenation": {"layers": "8*GWwW", "heads": 16, "kv_heads": 4, "fusion": "concat"},
-    "12 Mamba and meta tokens": {"layers": "32*M", "meta": 128},
-    "13 meta tokens": {"layers": "8*GWwW", "heads": 16, "kv_heads": 4, "meta": 128},
+    "1 Mamba only": ({"layers": "32*M"}, (0, 0, 32)),
+    "2 four heads": ({"layers": "32*G", "heads": 4}, (32, 32, 32)),
+    "3 eight heads": ({"layers": "32*G", "heads": 8}, (32, 32, 32)),
+    "4 sixteen heads": ({"layers": "32*G", "heads": 16}, (32, 32, 32)),
+    "5 grouped queries": ({"layers": "32*G", "kv_heads": 4}, (32, 32, 32)),
+    "6 attention only": ({"layers": "32*A"}, (32, 32, 0)),
+    "7 windows only": ({"layers": "32*W", "kv_heads": 4}, (0, 32, 32)),
+    "8 windows and full": ({"layers": "8*GWWW", "kv_heads": 4}, (8, 32, 32)),
+    "9 sharing": ({"layers": "8*GWwW", "kv_heads": 4}, (8, 24, 32)),
+    "10 attention only, compressed": ({"layers": "8*ALlL", "kv_heads": 4}, (8, 24, 0)),
+    "11 concatenation": ({"layers": "8*GWwW", "kv_heads": 4, "fusion": "concat"}, (8, 24, 32)),
+    "12 Mamba and meta tokens": ({"layers": "32*M", "meta": 128}, (0, 0, 32)),
+    "13 meta tokens": ({"layers": "8*GWwW", "kv_heads": 4, "meta": 128}, (8, 24, 32)),
 }
 
 
@@ -132,7 +133,11 @@ def roadmap_config(layers, heads=16, kv_heads=None, window=256, fusion="mean", m
     )
 
 
-@pytest.mark.parametrize("row", ROADMAP)
-def test_every_row_of_the_roadmap_can_be_described(row):
-    config = roadmap_config(**ROADMAP[row])
-    assert config.num_layers == 32
+@pytest.mark.parametrize(("changes", "counts"), ROADMAP.values(), ids=ROADMAP)
+def test_every_row_of_the_roadmap_can_be_described(changes, counts):
+    specs = roadmap_config(**changes).layer_specs
+    assert len(specs) == 32
+    with_kv = [spec for spec in specs if spec.attention and not spec.reuses_kv]
+    with_ssm = [spec for spec in specs if spec.ssm]
+    is_global = [spec for spec in specs if spec.attention == "global"]
+    assert (len(is_global), len(with_kv), len(with_ssm)) == counts

@@ -11,9 +11,9 @@ from hymba_jax.parallel import processes
 from hymba_jax.parallel.processes import (
     DistributedConfig,
     disagreements,
+    distributed_session,
     is_launched,
     require_agreement,
-    started,
 )
 from hymba_jax.parallel.watchdog import explain, watcher_command
 
@@ -63,9 +63,11 @@ def test_launchers_are_known_by_their_environment(monkeypatch, variables, severa
 def test_a_process_alone_asks_nobody(monkeypatch):
     monkeypatch.setattr(processes, "is_launched", lambda: False)
     monkeypatch.setattr(processes.jax.distributed, "initialize", None)  # not to be called
-    with started(DistributedConfig(), "runs/mine"):
+    with distributed_session(DistributedConfig(), "runs/mine"):
         pass
-    with started(DistributedConfig("host:1", num_processes=1, process_id=0), "runs/mine"):
+    with distributed_session(
+        DistributedConfig("host:1", num_processes=1, process_id=0), "runs/mine"
+    ):
         pass
 
 
@@ -75,7 +77,7 @@ def test_a_port_that_is_taken_is_one_line():
         config = DistributedConfig(f"127.0.0.1:{port}", num_processes=2, process_id=0)
         with (
             pytest.raises(HymbaError, match=f"cannot listen on port {port} .*: choose another$"),
-            started(config, "runs/mine"),
+            distributed_session(config, "runs/mine"),
         ):
             pass
 
@@ -89,7 +91,7 @@ def test_one_of_three_is_too_little(monkeypatch, config):
     monkeypatch.setattr(processes, "watch_stderr", lambda *_: None)
     with (
         pytest.raises(HymbaError, match=r"cannot connect the processes .*: give distributed.coord"),
-        started(config, "runs/mine"),
+        distributed_session(config, "runs/mine"),
     ):
         pass
 

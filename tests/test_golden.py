@@ -20,8 +20,9 @@ VALUE_BOUND = 5e-4
 GRADIENT_BOUND = 3e-4  # of the gradient's own maximum
 
 load = functools.cache(load)
-# The others have the same kinds of layers, in other patterns and sizes.
-QUICK = slow_but(CASES, "tiny-default-rope", "tiny-shared", "tiny-nometa")
+# The others have the same kinds of layers, in other patterns and sizes. Without meta tokens,
+# tests/inference/test_engine.py has a quick case.
+QUICK = slow_but(CASES, "tiny-default-rope", "tiny-shared")
 
 
 def loss_and_logits(graph, params, tokens):
@@ -30,11 +31,18 @@ def loss_and_logits(graph, params, tokens):
     return loss.mean, logits
 
 
+@functools.cache
+def step_of(case, **compute):
+    """Compiled: loss, logits and gradients from parameters and tokens; and the parameters."""
+    graph, params = load(case).model(**compute)
+    loss = functools.partial(loss_and_logits, graph)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True)), params
+
+
 def run(case, **compute):
     """Loss, logits and gradients under HF names."""
     golden = load(case)
-    graph, params = golden.model(**compute)
-    step = jax.jit(jax.value_and_grad(functools.partial(loss_and_logits, graph), has_aux=True))
+    step, params = step_of(case, **compute)
     (loss, logits), gradients = step(params, golden.tokens)
     scan_layers = compute.get("scan_layers", True)
     return loss, logits, to_hf(gradients, golden.config, scan_layers=scan_layers)
@@ -74,17 +82,17 @@ class TestHFImplementation:
             assert error <= GRADIENT_BOUND, (name, error)
 
 
-# tiny-default-rope has a stack of four layers, tiny-shared two rolled pairs.
+# tiny-default-rope has four stacked layers, tiny-shared two scanned pairs.
 @pytest.mark.parametrize(
     "case", ["tiny-default-rope", pytest.param("tiny-shared", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
     "compute",
     [
-        {"scan_layers": False},
-        {"remat": "block"},
+        pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
+        pytest.param({"remat": "block"}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
-        pytest.param({"scan_layers": False, "remat": "block"}, marks=pytest.mark.slow),
+        {"scan_layers": False, "remat": "block"},
     ],
     ids=lambda compute: "-".join(f"{key}={value}" for key, value in compute.items()),
 )
@@ -99,7 +107,7 @@ def test_compute_options_agree(case, compute):
         assert error <= GRADIENT_BOUND / 10, (name, error)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", slow_but([True, False], False))
 def test_without_jit(scan_layers):
     golden = load("tiny-shared")
     graph, params = golden.model(scan_layers=scan_layers)
@@ -116,13 +124,13 @@ def test_bfloat16_compute(case):
     mean square over all logits; the loss averages over tokens and errs less.
     """
     golden = load(case)
-    graph, params = golden.model()
+    step, params = step_of(case)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params))))
     moved = jax.tree.map(
         lambda w: w * (1 + jax.random.uniform(next(keys), w.shape, minval=-(2**-8), maxval=2**-8)),
         params,
     )
-    _, moved_logits = jax.jit(functools.partial(loss_and_logits, graph))(moved, golden.tokens)
+    (_, moved_logits), _ = step(moved, golden.tokens)
     graph, params = golden.model(dtype="bfloat16")
     loss, logits = jax.jit(functools.partial(loss_and_logits, graph))(params, golden.tokens)
     assert logits.dtype == jnp.float32

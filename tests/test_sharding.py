@@ -31,7 +31,7 @@ def on_one():
 
 
 # Axes that other cases show, alone or mixed; up to two minutes of processor time each.
-SLOW = ("data-8", "tensor-8", "2x2x2", "2x2x2-sequence-data", "2x2x2-sequence")
+SLOW = ("data-8", "fsdp-8", "tensor-8", "2x2x2", "2x2x2-sequence-data", "2x2x2-sequence")
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 
 
@@ -83,7 +83,7 @@ def test_each_device_initializes_its_own_shard(on_one):
     expected, _ = on_one(ODD)
     for array, whole in zip(*map(jax.tree.leaves, (initial, expected)), strict=True):
         np.testing.assert_allclose(array, whole, rtol=1e-6)
-    assert jax.tree.map(lambda array: array.sharding, initial) == step.template.shardings
+    assert jax.tree.map(lambda array: array.sharding, initial) == step.abstract.shardings
     kernel = initial.params["groups"][0]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
     parts = {shard.data.shape for shard in kernel.addressable_shards}
     assert parts == {(STACKED, ODD.hidden_size // 2, ODD.mlp_size // 2)}
@@ -153,7 +153,7 @@ def test_meshes(config, expected):
             {"data": 0},
             "parallel config: data is 0, not at least 1, nor -1 for all remaining devices",
         ),
-        ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, neither"),
+        ({"tensor": -2, "data": 0}, "data is 0, .*; tensor is -2, not"),
         ({"data": -1}, "parallel config: data and fsdp are -1, only one may be"),
         ({"fsdp": 3}, "data 1 x fsdp 3 x sequence 1 x tensor 1 is not the number of devices, 8"),
         ({"tensor": 3}, "data 1 x sequence 1 x tensor 3 times an integer is not the number"),
@@ -206,6 +206,7 @@ def test_the_sharding_of_a_length_in_words(length, expected):
     assert described.split("; sharded: ")[1] == expected
 
 
+@pytest.mark.slow
 def test_an_indivisible_length_is_replicated(on_one):
     step = ShardedStep(EVEN, jax.devices()[:8], ParallelConfig(fsdp=1, sequence=8))
     start, (losses, means, _) = on_one(EVEN)

@@ -38,10 +38,10 @@ def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     optimizer, compute = make_optimizer(TrainingConfig()), ComputeConfig(dtype=dtype)
     batch = abstract_batch(BATCH, LENGTH, batch_sharding(mesh))
     with use_abstract_mesh(mesh):
-        template = abstract_train_state(MODEL, compute, optimizer, mesh)
-        loss_fn = make_loss_fn(next_token_loss, template.graph)
+        abstract = abstract_train_state(MODEL, compute, optimizer, mesh)
+        loss_fn = make_loss_fn(next_token_loss, abstract.graph)
         step = jax.jit(make_train_step(loss_fn, optimizer, micro_batch_size=BATCH))
-        traced = step.trace(template.state, batch)
+        traced = step.trace(abstract.state, batch)
         name = {"gpu": "cuda"}.get(platform, platform)
         return traced.lower(lowering_platforms=(name,)).as_text()
 
@@ -76,7 +76,6 @@ def test_every_tpu_runs_the_kernels_on_its_shard():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), splash(given, 1, 128, 128))
 
 
-@pytest.mark.slow
 def test_every_gpu_runs_the_scan_on_its_shard():
     """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
     given = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
@@ -91,6 +90,7 @@ def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), splash(given, 1, 128, 128))
 
 
+@pytest.mark.slow
 def test_every_gpu_runs_the_scan_on_its_shard_of_the_length():
     given = [*calls(lower("gpu", "float32", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
     assert_kinds(given, scans(given, 2 * ROWS, LENGTH // 2), scans(given, 1, GPU_CHUNK))

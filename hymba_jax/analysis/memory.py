@@ -12,15 +12,14 @@ from rich.table import Table
 
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
+from hymba_jax.config.sampling import INT32_MAX
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model.abstract import Params, abstract_model
-from hymba_jax.parallel.memory import gb, tree_bytes
+from hymba_jax.parallel.memory import tree_bytes
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
-
-INT32_MAX = 2**31 - 1  # positions and rows are 32-bit numbers
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ def main(args: MemoryConfig) -> None:
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
     cache = cache_bytes(config, args.context, args.dtype, state_dtype)
-    meta = meta_state_bytes(config, args.dtype)
+    sequence = sum(cache.values())
+    meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)
     training = training_bytes(config, param_dtype)
     table = Table(
@@ -83,20 +83,9 @@ def main(args: MemoryConfig) -> None:
     table.add_column("GB")
     for name in ("one sequence", f"{args.batch} sequences", "training"):
         table.add_column(name, justify="right")
-    kv = args.dtype
-    for name, size in (
-        (f"global KV, {kv}", cache.global_kv),
-        (f"window KV, {kv}", cache.window_kv),
-        (f"conv inputs, {kv}", cache.conv_state),
-        (f"SSM states, {state_dtype}", cache.ssm_states),
-        ("cache", cache.total),
-    ):
+    for name, size in {**cache, "cache": sequence}.items():
         table.add_row(name, gb(size), gb(size * args.batch), "", end_section=name == "cache")
-    for name, size in (
-        ("meta tokens, global KV", meta.global_kv),
-        ("meta tokens, other", meta.total - meta.global_kv),
-        (f"parameters, {args.dtype}", params),
-    ):
+    for name, size in (("meta tokens", meta), (f"parameters, {args.dtype}", params)):
         table.add_row(name, gb(size), gb(size), "")
     table.add_section()
     for name, size in (
@@ -105,10 +94,10 @@ def main(args: MemoryConfig) -> None:
         ("optimizer state, AdamW", training.optimizer),
     ):
         table.add_row(name, "", "", gb(size))
-    fixed = params + meta.total
+    fixed = params + meta
     table.add_section()
     table.add_row(
-        "in all", *map(gb, (fixed + cache.total, fixed + cache.total * args.batch, training.total))
+        "in all", *map(gb, (fixed + sequence, fixed + sequence * args.batch, training.total))
     )
     Console().print(table)
 
@@ -140,3 +129,9 @@ def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
     if args.preset not in PRESETS:
         raise HymbaError(f"preset is {args.preset!r}, not one of {', '.join(PRESETS)}")
     return PRESETS[args.preset], ComputeConfig()
+
+
+def gb(size: int) -> str:
+    """Bytes as GB (10**9), with three significant digits."""
+    decimals = max(0, 12 - len(str(size))) if size else 0
+    return f"{size / 1e9:,.{decimals}f}"

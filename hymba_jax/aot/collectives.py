@@ -12,20 +12,20 @@ class Collective(NamedTuple):
     """A collective of a program.
 
     Attributes:
-      times: executions.
+      trip_count: executions.
       group: participating chips.
       size: input bytes per chip.
     """
 
     kind: str
-    times: int
+    trip_count: int
     group: int
     size: int
 
     @property
     def bytes_sent(self) -> float:
         """Bytes that each chip has to send in total, for any algorithm."""
-        return self.times * self.size * _SENT[self.kind](self.group)
+        return self.trip_count * self.size * _SENT[self.kind](self.group)
 
 
 # Of what a chip brings, in a group of n. A sum is scattered, then gathered.
@@ -40,7 +40,7 @@ _SENT = {
 
 def collectives(program: Program) -> Iterator[Collective]:
     """All collectives; branches are left out."""
-    for name, times in program.runs():
+    for name, trip_count in program.runs():
         channels = set()
         for line in program.computations[name]:
             # Reduce-scatters, as TPUs write them.
@@ -56,7 +56,7 @@ def collectives(program: Program) -> Iterator[Collective]:
                 channels |= {channel[1]} if channel else set()
                 yield Collective(
                     "reduce-scatter" if scatters else kind,
-                    times,
+                    trip_count,
                     _group(program, inner),
                     sum(a.data_size for name in inner.operands for a in program.arrays[name]),
                 )
@@ -67,7 +67,7 @@ def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
     totals: dict[str, tuple[int, float]] = {}
     for collective in found:
         count, sent = totals.get(collective.kind, (0, 0.0))
-        totals[collective.kind] = (count + collective.times, sent + collective.bytes_sent)
+        totals[collective.kind] = (count + collective.trip_count, sent + collective.bytes_sent)
     return totals
 
 

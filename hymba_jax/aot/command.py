@@ -20,6 +20,7 @@ from hymba_jax.config.data import DATA_BOUNDS
 from hymba_jax.config.field_types import bound_problems, type_problems
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TRAINING_BOUNDS
+from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.arguments import run_defaults
 
@@ -87,9 +88,8 @@ def main(args: Sequence[str], prog: str) -> None:
     if memory.total > topology.chip.memory or cost is None:
         for change in program.advice(memory, topology.chip.memory):
             console.print(f"to make it fit, {change}")
-        raise HymbaError(
-            f"it does not fit: {_gb(memory.total)} of {_gb(topology.chip.memory)} per chip"
-        )
+        needed, available = format_bytes(memory.total), format_bytes(topology.chip.memory)
+        raise HymbaError(f"it does not fit: {needed} of {available} per chip")
 
 
 def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
@@ -116,16 +116,20 @@ def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | 
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     fits = "fits" if memory.total <= chip.memory and cost else "does not fit"
-    table.add_row("arguments per chip", _gb(memory.arguments))
-    table.add_row("temporaries per chip", _gb(memory.temporaries))
-    table.add_row(f"total, {fits} in {_gb(chip.memory)}", _gb(memory.total), end_section=True)
+    table.add_row("arguments per chip", format_bytes(memory.arguments))
+    table.add_row("temporaries per chip", format_bytes(memory.temporaries))
+    table.add_row(
+        f"total, {fits} in {format_bytes(chip.memory)}",
+        format_bytes(memory.total),
+        end_section=True,
+    )
     chips = program.mesh.size
     table.add_row("model FLOPs per step and chip", _tera(program.model_flops / chips))
     if cost is None:
         return table
     table.add_row("matmul FLOPs, as compiled", _tera(cost.matmul_flops))
     table.add_row("kernel FLOPs, from the model", _tera(cost.work.flops - cost.matmul_flops))
-    table.add_row("HBM bytes per chip", _gb(cost.work.hbm_bytes))
+    table.add_row("HBM bytes per chip", format_bytes(cost.work.hbm_bytes))
     if cost.unknown_loops:
         table.add_row("loops of unknown trip count, counted once", str(cost.unknown_loops))
     table.add_section()
@@ -133,7 +137,7 @@ def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | 
         table.add_row(f"{calls:,} x {name} per chip, largest array", " x ".join(map(str, shape)))
     table.add_section()
     for kind, (count, size) in cost.collectives.items():
-        table.add_row(f"{count:,} x {kind}, bytes sent per chip", _gb(size))
+        table.add_row(f"{count:,} x {kind}, bytes sent per chip", format_bytes(size))
     table.add_section()
     seconds = cost.work.seconds(chip)
     for name, value in seconds.items():
@@ -143,10 +147,6 @@ def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | 
     mfu = program.model_flops / (chips * chip.peak_flops * step)
     table.add_row("MFU, upper bound", f"{mfu:.1%}")
     return table
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
 
 
 def _tera(flops: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hymba_jax.config.run import RunConfig
+from hymba_jax.display import format_bytes
 from hymba_jax.parallel.mesh import AnyMesh, batch_shards
 
 
@@ -54,7 +55,7 @@ def training_advice(
     if room <= 0:
         yield _shard_more(mesh, run.model.hidden_size, memory.arguments, available)
         return
-    too_many = memory.temporaries / room
+    too_many, temporaries = memory.temporaries / room, format_bytes(memory.temporaries)
     if run.compute.remat == "none":
         yield "compute.remat block: stores only the input of each layer"
     rows = run.training.micro_batch_size // batch_shards(mesh)
@@ -64,20 +65,21 @@ def training_advice(
         yield (
             f"training.gradient_accumulation_steps {steps}: a chip then has "
             f"{_sequences(fewer)} at a time, not {rows}, and temporaries shrink from "
-            f"{_gb(memory.temporaries)} to about {_gb(memory.temporaries * fewer / rows)}"
+            f"{temporaries} to about {format_bytes(memory.temporaries * fewer / rows)}"
         )
     if rows // too_many < 1:
         shards = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
         yield (
-            f"parallel.sequence {shards}: {_gb(memory.temporaries)} of temporaries are for "
-            f"{_sequences(rows)} per chip, {_gb(room)} are left; chips then share the work on a "
-            "sequence"
+            f"parallel.sequence {shards}: {temporaries} of temporaries are for "
+            f"{_sequences(rows)} per chip, {format_bytes(room)} are left; chips then share the "
+            "work on a sequence"
         )
 
 
 def _shard_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
     """How to shard what every step needs; the largest fsdp that divides `hidden` is the best."""
-    why = f"parameters, moments and batch alone take {_gb(arguments)} of {_gb(available)} per chip"
+    taken = f"{format_bytes(arguments)} of {format_bytes(available)} per chip"
+    why = f"parameters, moments and batch alone take {taken}"
     shards = batch_shards(mesh)
     fsdp = math.gcd(shards, hidden)
     if hidden % mesh.shape["fsdp"] or fsdp > mesh.shape["fsdp"]:
@@ -97,15 +99,13 @@ def inference_advice(batch: int, params: int, memory: Memory, available: float) 
     """
     fitting = int((available - params) * batch // (memory.total - params))
     if fitting >= 1:
-        per_sequence = _gb((memory.total - params) / batch)
-        yield f"--batch {fitting}: a sequence takes {per_sequence}, parameters {_gb(params)}"
+        per_sequence = format_bytes((memory.total - params) / batch)
+        yield (
+            f"--batch {fitting}: a sequence takes {per_sequence}, parameters {format_bytes(params)}"
+        )
     else:
         yield "a shorter --context, compute.dtype bfloat16, or a chip with more memory"
 
 
 def _sequences(count: int) -> str:
     return f"{count} sequence" + "s" * (count > 1)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -127,12 +127,6 @@ class Program:
         steps = [body[name].operands[0] for name in rise.operands if body[name].op == "constant"]
         return int(steps[0]) if rise.op == "add" and steps else None
 
-    def largest_loop(self) -> str:
-        """The body of the loop that carries the most bytes; empty if there is no loop."""
-        loops = self._lines("while")
-        largest = max(loops, key=lambda loop: sum(a.size for a in loop.results), default=None)
-        return largest.computation("body") if largest else ""
-
     def _lines(self, op: str) -> Iterator[Instruction]:
         for lines in self.computations.values():
             yield from (line for line in lines if line.op == op)

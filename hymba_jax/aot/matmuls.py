@@ -52,7 +52,7 @@ def _of_convolution(program: Program, line: Instruction) -> int:
     pairs = 2 * out["b"] * out["f"] * right["i"]
     for axis in (name for name in out if name.isdigit()):
         window = _window(line.attributes, int(axis))
-        pairs *= _meetings(left[axis], right[axis], out[axis], **window)
+        pairs *= _num_valid_taps(left[axis], right[axis], out[axis], **window)
     return pairs
 
 
@@ -65,16 +65,25 @@ def _window(attributes: str, axis: int) -> dict[str, int]:
         return int(fields[name].split("x")[axis].split("_")[0]) if name in fields else int(default)
 
     return {
-        "before": value("pad", "0"),
+        "padding_low": value("pad", "0"),
         "stride": value("stride", "1"),
-        "spread": value("lhs_dilate", "1"),
-        "kernel_spread": value("rhs_dilate", "1"),
+        "lhs_dilation": value("lhs_dilate", "1"),
+        "rhs_dilation": value("rhs_dilate", "1"),
     }
 
 
-def _meetings(
-    left: int, right: int, out: int, *, before: int, stride: int, spread: int, kernel_spread: int
+def _num_valid_taps(
+    left: int,
+    right: int,
+    out: int,
+    *,
+    padding_low: int,
+    stride: int,
+    lhs_dilation: int,
+    rhs_dilation: int,
 ) -> int:
     """Number of kernel taps applied to real input, not to padding or dilation holes."""
-    places = (o * stride + k * kernel_spread - before for o, k in product(range(out), range(right)))
-    return sum(0 <= place <= (left - 1) * spread and place % spread == 0 for place in places)
+    taps = product(range(out), range(right))
+    positions = (o * stride + k * rhs_dilation - padding_low for o, k in taps)
+    last = (left - 1) * lhs_dilation
+    return sum(0 <= p <= last and p % lhs_dilation == 0 for p in positions)

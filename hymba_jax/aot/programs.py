@@ -30,7 +30,7 @@ from hymba_jax.parallel.mesh import (
     make_mesh,
     sharded_over,
 )
-from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
 
@@ -57,8 +57,13 @@ class AotProgram(NamedTuple):
     advice: Callable[[Memory, float], Iterator[str]]
 
 
-def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgram:
+def training_program(
+    run: RunConfig, devices: Sequence[jax.Device], objective: Objective = next_token_loss
+) -> AotProgram:
     """The step that `hymba train` runs on these devices.
+
+    Args:
+      objective: what the run minimizes.
 
     Raises:
       HymbaError: the run cannot be sharded over them as configured.
@@ -68,8 +73,13 @@ def training_program(run: RunConfig, devices: Sequence[jax.Device]) -> AotProgra
     check_batch(training.micro_batch_size, mesh)
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
-    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
-    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
+    loss_fn = make_loss_fn(objective, abstract.graph)
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        skip_nonfinite=training.on_nonfinite == "skip",
+    )
     batch = abstract_batch(
         training.batch_size,
         length,

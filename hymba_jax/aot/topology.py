@@ -119,7 +119,7 @@ def parse_topology(name: str) -> Topology:
     if not chip.is_tpu and (len(sizes) > 1 or count > GPUS_PER_HOST):
         raise HymbaError(
             f"topology {name}: only the GPUs of one host are supported, "
-            f"{named[1]}:1 to  {named[1]}:{GPUS_PER_HOST}"
+            f"{named[1]}:1 to {named[1]}:{GPUS_PER_HOST}"
         )
     return Topology(name, chip)
 

@@ -11,6 +11,6 @@
 | `run_lock.py`      | one run at a time in a directory                                   |
 | `model_file.py`    | the file that says what model a directory holds                    |
 | `load.py`          | a model for inference                                              |
-| `save.py`          | a standalone model                                                      |
+| `save.py`          | `save_model`: a standalone model, from Python                      |
 | `init_from.py`     | parameters of another run or model to start from                   |
 """

@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -29,8 +30,9 @@ from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotte
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import Location, matches, on_disk, read_json, resolve_location
+from hymba_jax.files import Location, matches, on_disk, read_json, rename, resolve_location
 from hymba_jax.model.abstract import Params
+from hymba_jax.parallel.processes import barrier, gather, is_main_process
 from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
@@ -61,16 +63,20 @@ class LoopState(NamedTuple):
     """The part of a checkpoint that is not arrays.
 
     Attributes:
-      step: updates done.
+      step: steps done.
       batches: state of the iterator of training batches.
-      train_digest: of the training tokens.
-      validation_digest: of the validation tokens.
+      digests: of the tokens of each source, by its name.
+      skipped: steps among them whose update was skipped.
+      validation_due: whether the validation after `step` is still to be done.
+      recorder: state of the recorder of metrics.
     """
 
     step: int
     batches: dict[str, Any]
-    train_digest: str
-    validation_digest: str
+    digests: dict[str, str]
+    skipped: int = 0
+    validation_due: bool = False
+    recorder: dict[str, Any] | None = None
 
 
 class Checkpoints(Closing):
@@ -79,19 +85,24 @@ class Checkpoints(Closing):
     Args:
       run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
-      on_written: is called by the thread that writes, before each is complete.
     """
 
-    def __init__(
-        self,
-        run_directory: str | os.PathLike[str],
-        keep: int,
-        on_written: Callable[[], None] | None = None,
-    ):
+    def __init__(self, run_directory: str | os.PathLike[str], keep: int):
         self.directory = (resolve_location(run_directory) / FOLDER).absolute()
+        self._open(self.directory, keep)
+
+    def _open(
+        self, directory: Location, keep: int, on_written: Callable[[], None] | None = None
+    ) -> None:
+        """Opens Orbax's manager.
+
+        Args:
+          directory: where it writes.
+          on_written: is called by the thread that writes, before each checkpoint is complete.
+        """
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
-                self.directory,
+                os.fspath(directory),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep,
                     cleanup_tmp_directories=True,
@@ -100,37 +111,53 @@ class Checkpoints(Closing):
                 ),
             )
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, LoopState]:
-        """The newest checkpoint, with the shardings of `abstract`.
+    def restore(
+        self, abstract: TrainState, say: Callable[[str], None]
+    ) -> tuple[TrainState, LoopState]:
+        """The newest intact checkpoint, with the shardings of `abstract`.
+
+        Damaged ones that are newer are renamed. Every process gets the same.
+
+        Args:
+          say: is told of each.
 
         Raises:
-          HymbaError: it cannot be read, is damaged, or holds another model.
+          HymbaError: none is intact, or it is of another model or optimizer.
         """
-        step = checkpoint_steps(self.directory.parent)[-1]
-        path = self.directory / str(step)
-        loop = _read_loop(
-            path / LOOP / "metadata", self._restore(step, LOOP, ocp.args.JsonRestore())
+        damaged: dict[int, str] = {}
+        for step in reversed(checkpoint_steps(self.directory.parent)):
+            try:
+                restored = self._read(step, abstract)
+            except _DamagedError as error:
+                damaged[step] = str(error)
+                continue
+            for other, problem in damaged.items():
+                say(f"{problem}: set aside as {self._set_aside(other)}, step {step} is used")
+            if damaged:
+                self._manager.reload()
+            return restored
+        raise HymbaError(
+            f"{self.directory}: no checkpoint is intact ({'; '.join(damaged.values())}): restore "
+            "one from a copy, or choose another output"
         )
-        trees = {}
-        for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
-            metadata = _read_metadata(path / part, _UNREADABLE)
-            trees[part] = self._restore(step, part, ocp.args.StandardRestore(like))
-            check_tree(path / part, trees[part], metadata.custom_metadata)
-        state = TrainState(trees[PARAMS], trees[OPTIMIZER])
-        counts = {int(count) for _, count in optax.tree.get_all_with_path(state.optimizer, "count")}
-        if {step, loop.step} | counts != {step}:
-            raise HymbaError(
-                f"{path}: damaged, its parts belong to different steps ({LOOP}/metadata of "
-                f"{loop.step}, {OPTIMIZER} of {', '.join(map(str, sorted(counts)))}){_ADVICE}"
-            )
-        return state, loop
 
-    def _restore(self, step: int, part: str, args: Any) -> Any:
-        with one_line(self.directory / str(step) / part, _UNREADABLE):
-            return self._manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
+        """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
+        return read_checkpoint(self.directory / str(step), step, abstract)
+
+    def _set_aside(self, step: int) -> str:
+        """Renames a damaged checkpoint, for all processes; its new name."""
+        path, count = self.directory / str(step), 1
+        while (aside := path.with_name(f"{step}.damaged-{count}")).exists():
+            count += 1
+        barrier("the names of damaged checkpoints")
+        if is_main_process():
+            rename(path, aside.name)
+        barrier("damaged checkpoints")
+        return aside.name
 
     def save(self, state: TrainState, loop: LoopState) -> None:
-        """Copies the state and returns; a thread writes it.
+        """Copies the state and returns; a thread writes it. Does nothing if it is saved already.
 
         Raises:
           HymbaError: this checkpoint, or one before it, cannot be written.
@@ -145,16 +172,43 @@ class Checkpoints(Closing):
                 ),
             )
 
+    def wait(self) -> None:
+        """Waits for the last write. Raises HymbaError if it failed."""
+        with one_line(self.directory, _UNWRITABLE):
+            self._manager.wait_until_finished()
+
     def check(self) -> None:
         """Raises HymbaError if a checkpoint could not be written in the meantime."""
         # The manager's own check_for_errors misses an error of its last thread; waiting does not.
         if not self._manager.is_saving_in_progress():
-            with one_line(self.directory, _UNWRITABLE):
-                self._manager.wait_until_finished()
+            self.wait()
 
     def close(self) -> None:
         with one_line(self.directory, _UNWRITABLE):
             self._manager.close()
+
+
+def read_checkpoint(
+    path: Location, step: int, abstract: TrainState
+) -> tuple[TrainState, LoopState]:
+    """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
+    trees, metadata = {}, {}
+    # Handlers, as the manager waits for all processes though one may have failed.
+    with _agreed(path):
+        loop = _read_loop(path / LOOP)
+        for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
+            metadata[part] = _read_metadata(path / part, _UNREADABLE)
+            _check_layout(path / part, like, metadata[part])
+            with one_line(path / part, _UNREADABLE):
+                trees[part] = ocp.StandardCheckpointHandler().restore(
+                    epath.Path(path / part), args=ocp.args.StandardRestore(like)
+                )
+    with _agreed(path):
+        for part, tree in trees.items():
+            check_tree(path / part, tree, metadata[part].custom_metadata)
+        state = TrainState(trees[PARAMS], trees[OPTIMIZER])
+        _check_steps(path, step, loop, state.optimizer)
+    return state, loop
 
 
 def load_params(
@@ -223,7 +277,8 @@ def params_path(directory: Location, step: int | None) -> Location:
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:
-    return ocp.args.StandardSave(tree, custom_metadata=checksums_metadata(tree_checksums(tree)))
+    metadata = checksums_metadata(tree_checksums(tree)) | {_LAYOUT: _layout(tree)}
+    return ocp.args.StandardSave(tree, custom_metadata=metadata)
 
 
 def _read_metadata(path: Location, unreadable: str) -> Any:
@@ -240,24 +295,106 @@ def _loop_checksum(loop: LoopState) -> int:
     return zlib.crc32(json.dumps(loop, sort_keys=True).encode())
 
 
-def _read_loop(path: Location, fields: Any) -> LoopState:
+def _read_loop(directory: Location) -> LoopState:
     """The loop's part of a checkpoint. Raises HymbaError if it is damaged."""
+    path = directory / "metadata"
+    with one_line(directory, _UNREADABLE):
+        fields = ocp.JsonCheckpointHandler().restore(epath.Path(directory), ocp.args.JsonRestore())
     try:
         checksum = fields.pop(_CHECKSUM)
         loop = LoopState(**fields)
     except (AttributeError, KeyError, TypeError) as error:
-        raise HymbaError(f"{path}: damaged, or another program wrote it{_ADVICE}") from error
+        raise HymbaError(f"{path}: damaged, or another program wrote it") from error
     if checksum != _loop_checksum(loop):
-        raise HymbaError(f"{path}: damaged, its checksum does not match{_ADVICE}")
+        raise HymbaError(f"{path}: damaged, its checksum does not match")
     return loop
 
 
-_CHECKSUM = "checksum"  # of the loop's state, beside it
-_ADVICE = ": remove the checkpoint to resume from the one before, or choose another output"
-_UNREADABLE = (
-    "not a checkpoint of this model that can be read; "
-    "remove it to resume from the one before, or choose another output"
+def _check_layout(path: Location, abstract: Any, metadata: Any) -> None:
+    """Raises _OtherLayoutError if a stored tree is intact, as far as is known, but has other
+    arrays."""
+    stored = (metadata.custom_metadata or {}).get(_LAYOUT)
+    if stored == _layout(metadata.tree) != _layout(abstract):
+        raise _OtherLayoutError(
+            f"{path}: holds arrays of other names, shapes or dtypes than this run's: undo the "
+            "changes of model or optimizer, or choose another output"
+        )
+
+
+def _layout(tree: Any) -> int:
+    """A checksum of names, shapes and dtypes of the arrays of a tree."""
+    arrays = [
+        (dotted(path), list(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+    return zlib.crc32(json.dumps(sorted(arrays)).encode())
+
+
+def _check_steps(path: Location, step: int, loop: LoopState, optimizer: optax.OptState) -> None:
+    """Raises HymbaError unless all parts of a checkpoint are of its step."""
+    counts = {int(count) for _, count in optax.tree.get_all_with_path(optimizer, "count")}
+    if loop.step != step or counts - {step - loop.skipped}:
+        raise HymbaError(
+            f"{path}: damaged, its parts belong to different steps ({LOOP}/metadata of "
+            f"{loop.step}, {OPTIMIZER} of {', '.join(map(str, sorted(counts)))})"
+        )
+
+
+class _DamagedError(HymbaError):
+    """A checkpoint does not hold what was saved."""
+
+
+class _OtherLayoutError(HymbaError):
+    """A checkpoint holds what was saved, which is not what this run needs."""
+
+
+@contextmanager
+def _agreed(path: Location) -> Iterator[None]:
+    """Raises in every process what one of them raises inside: _DamagedError if it is damage.
+
+    Otherwise the others would wait for that process.
+
+    Args:
+      path: where the checkpoint is read.
+    """
+    raised: HymbaError | None = None
+    try:
+        yield
+    except HymbaError as error:
+        raised = error
+    own = None if raised is None else (str(raised), _is_damage(raised, path))
+    for problem in gather(own):
+        if problem is not None:
+            message, is_damage = problem
+            raise (_DamagedError if is_damage else HymbaError)(message) from raised
+
+
+def _is_damage(error: BaseException, path: Location) -> bool:
+    """Whether an error says that files are damaged, not that this process cannot use them."""
+    others = (_OtherLayoutError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+    while not isinstance(error, others):
+        if error.__cause__ is None:
+            return isinstance(path, Path) or _is_of_content(error)
+        error = error.__cause__
+    return False
+
+
+def _is_of_content(error: BaseException) -> bool:
+    """Whether an error about files in a bucket is about what they hold, not about reaching them."""
+    kinds = (HymbaError, FileNotFoundError, KeyError, ValueError)
+    return isinstance(error, kinds) and not _UNREACHED.match(str(error))
+
+
+# What TensorStore's errors begin with.
+_UNREACHED = re.compile(
+    "ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|"
+    "UNAUTHENTICATED|UNAVAILABLE|UNKNOWN"
 )
+
+
+_LAYOUT = "layout"  # in the metadata of a tree
+_CHECKSUM = "checksum"  # of the loop's state, beside it
+_UNREADABLE = "not a checkpoint of this model that can be read"
 _UNWRITABLE = (
     "a checkpoint cannot be written; "
     "fix the storage and run the same command to resume from the last complete one"

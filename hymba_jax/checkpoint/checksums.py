@@ -63,7 +63,7 @@ def check_tree(path: Location, tree: Any, metadata: Mapping[str, Any] | None) ->
 
 
 def dotted(path: Any) -> str:
-    """The path of a leaf of a JAX tree, such as `groups.0.mixer.out_proj.kernel`."""
+    """The path of an array in a tree of them, such as `groups.0.mixer.out_proj.kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 

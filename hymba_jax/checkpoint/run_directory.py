@@ -1,6 +1,5 @@
 """The run directory: self-contained, with config, tokenizer, metrics and checkpoints."""
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -76,9 +75,9 @@ def check_resumes(previous: RunConfig, config: RunConfig) -> None:
     """Raises HymbaError if a config changes what a run that it resumes cannot change."""
     before = dict(_fixed_on_resume(previous))
     changed = [
-        f"{name} was {before[name]!r}, is {value!r}"
+        f"{name} was {before.get(name)!r}, is {value!r}"
         for name, value in _fixed_on_resume(config)
-        if value != before[name] and value != "auto"  # "auto" was resolved by the run
+        if value != before.get(name) and value != "auto"  # "auto" was resolved by the run
     ]
     if changed:
         raise HymbaError(
@@ -103,23 +102,27 @@ def check_processes(settings: Mapping[str, Any], output: str) -> None:
     Args:
       settings: values of the config by their dotted names.
     """
-    named = ("output", "data.path", "data.tokenizer")
-    settings = {name: value for name, value in settings.items() if name not in named}
+    settings = {name: value for name, value in settings.items() if not _may_differ(name)}
     steps = checkpoint_steps(output)
     settings["the newest checkpoint in output"] = steps[-1] if steps else None
     settings |= {f"package {name}": version(name) for name in _PACKAGES}
     require_agreement(settings)
 
 
+def _may_differ(name: str) -> bool:
+    """Whether processes may have different values of a setting, as it names a place."""
+    return name in ("output", "data.tokenizer") or is_source_path(name)
+
+
+def is_source_path(name: str) -> bool:
+    """Whether a setting is the path of a source: its tokens are compared instead."""
+    return name.startswith("data.") and name.endswith("path")
+
+
 def check_data(data: Data) -> None:
     """Raises HymbaError unless all processes have the same tokenizer and tokens."""
-    require_agreement(
-        {
-            "the digest of data.tokenizer": data.tokenizer.fingerprint,
-            "the digest of data.path's training tokens": data.train_digest,
-            "the digest of its validation tokens": data.validation_digest,
-        }
-    )
+    digests = {f"the digest of {source}": digest for source, digest in data.digests.items()}
+    require_agreement({"the digest of data.tokenizer": data.tokenizer.fingerprint} | digests)
 
 
 def check_written(output: str) -> None:
@@ -144,6 +147,5 @@ def _fixed_on_resume(config: RunConfig) -> Iterator[tuple[str, Any]]:
     yield "training.batch_size", config.training.batch_size
     yield "compute.param_dtype", config.compute.param_dtype
     yield "compute.scan_layers", config.compute.scan_layers
-    data = dataclasses.replace(config.data, path="")
-    yield from leaves(data, "data.")
+    yield from (leaf for leaf in leaves(config.data, "data.") if not is_source_path(leaf[0]))
     yield from leaves(config.model.resolved(), "model.")

@@ -14,7 +14,10 @@ from hymba_jax.model import Hymba
 
 
 def save_model(directory: str | os.PathLike[str], model: Hymba, tokenizer: Tokenizer) -> None:
-    """Writes config, parameters and tokenizer, atomically.
+    """Writes config, parameters and tokenizer, atomically; `hymba_jax.load` reads them.
+
+    For programs of one's own: it is how a model that was not trained by `hymba train` gets a
+    directory that all commands take.
 
     Raises:
       HymbaError: the directory exists already, or the parameters cannot be written.

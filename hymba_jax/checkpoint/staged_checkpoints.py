@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, read_checkpoint
 from hymba_jax.checkpoint.train_state import TrainState
-from hymba_jax.files import about, resolve_location
+from hymba_jax.files import on_disk, resolve_location
 from hymba_jax.remote import RemotePath
 from hymba_jax.run_files import COMMITTED, FOLDER, checkpoint_steps, uses_orbax
 
@@ -41,19 +41,17 @@ class StagedCheckpoints(Checkpoints):
     """
 
     def __init__(self, run_directory: RemotePath, keep: int):
-        self._run, self._keep = run_directory, keep
+        self.directory = self._bucket = run_directory / FOLDER
+        self._keep = keep
+        self._remove_partial()
         with ExitStack() as opened:
             self._staging = Path(opened.enter_context(TemporaryDirectory(prefix="hymba-")))
-            self._remove_partial()
-            if steps := checkpoint_steps(run_directory):
-                newest = f"{FOLDER}/{steps[-1]}"
-                (run_directory / newest).download(self._staging / newest)
-            super().__init__(self._staging, 1, on_written=self._upload)
+            self._open(self._staging, 1, self._upload)
             self._opened = opened.pop_all()
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, LoopState]:
-        with about(self._run, str(self._staging)):
-            return super().restore(abstract)
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
+        with on_disk(self._bucket / str(step)) as copy:
+            return read_checkpoint(copy, step, abstract)
 
     def close(self) -> None:
         try:
@@ -63,18 +61,17 @@ class StagedCheckpoints(Checkpoints):
 
     def _upload(self) -> None:
         """Uploads the checkpoint that Orbax has written, and removes those that are not kept."""
-        staged = (self._staging / FOLDER).iterdir()
-        (written,) = (path for path in staged if not path.name.isdecimal())
-        target = self._run / FOLDER / written.name.partition(".")[0]
+        (written,) = (path for path in self._staging.iterdir() if not path.name.isdecimal())
+        target = self._bucket / written.name.partition(".")[0]
         target.upload(written)
         (target / COMMITTED).write_bytes(b"")
-        for step in checkpoint_steps(self._run)[: -self._keep]:
-            old = self._run / FOLDER / str(step)
+        for step in checkpoint_steps(self._bucket.parent)[: -self._keep]:
+            old = self._bucket / str(step)
             (old / COMMITTED).unlink()  # first: what is left after a kill is no checkpoint
             old.rmtree()
 
     def _remove_partial(self) -> None:
         """Removes what a run that was killed had uploaded of a checkpoint."""
-        for checkpoint in (self._run / FOLDER).iterdir():
+        for checkpoint in self._bucket.iterdir():
             if not (checkpoint / COMMITTED).is_file():
                 checkpoint.rmtree()

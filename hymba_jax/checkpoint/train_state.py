@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model import Hymba
-from hymba_jax.model.abstract import Params, abstract_model, placed
+from hymba_jax.model.abstract import Params, abstract_model, with_sharding
 from hymba_jax.parallel.mesh import AnyMesh, replicated
 
 
@@ -50,7 +50,8 @@ def abstract_train_state(
     graph, params = abstract_model(config, compute, mesh)
     moments = jax.eval_shape(optimizer.init, params)
     shardings = _moment_shardings(moments, params, replicated(mesh))
-    return AbstractTrainState(graph, TrainState(params, jax.tree.map(placed, moments, shardings)))
+    moments = jax.tree.map(with_sharding, moments, shardings)
+    return AbstractTrainState(graph, TrainState(params, moments))
 
 
 def _moment_shardings(

@@ -9,6 +9,7 @@
 | `parallel.py`      | the axes of the device mesh                                        |
 | `distributed.py`   | how processes find one another                                     |
 | `sampling.py`      | what is sampled from a model                                       |
+| `escapes.py`       | escapes in the command line's strings                              |
 | `run.py`           | all of a training run, from a TOML file                            |
 | `toml.py`          | configs as TOML                                                    |
 | `field_types.py`   | what is wrong with a value, in words                               |

@@ -1,13 +1,15 @@
 """What to read, how to tokenize it and how long a sequence is."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.errors import HymbaError
 
 type Packing = Literal["concat", "documents"]
+type OnBadRecord = Literal["stop", "skip"]
+type TokenDtype = Literal["", "uint16", "uint32"]
 
 MIN_VOCAB_SIZE = 259
 """Every byte, and the three special tokens."""
@@ -26,6 +28,33 @@ DATA_BOUNDS = {
 }
 
 
+_WEIGHT = Bounds(0, 1e9, "no share needs it")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A source: text, or tokens of one tokenizer.
+
+    Attributes:
+      path: a file, a directory or a glob of text, JSON or Parquet files, compressed or not, local
+        or a URL such as gs://bucket/directory; what `hymba tokenize` wrote; or tokens in Megatron's
+        format (`NAME.bin` with `NAME.idx`), in a flat `.bin` or in a `.npy`.
+      text_field: of text, as `data.text_field`, which it is if this is empty.
+      token_dtype: of a flat `.bin`.
+    """
+
+    path: str = ""
+    text_field: str = ""
+    token_dtype: TokenDtype = ""
+
+
+@dataclass(frozen=True)
+class WeightedSourceConfig(SourceConfig):
+    """A source of training, which has `weight` over the sum of all weights of the sequences."""
+
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it becomes sequences.
@@ -34,11 +63,14 @@ class DataConfig:
     """
 
     path: str = ""
-    """Directory of text files and/or .jsonl files, one .jsonl file, or what `hymba tokenize` wrote;
-    if empty, the sources of Python's standard library."""
+    """The only source, as the path of a `[data.sources.NAME]`; if empty, and there are no such
+    tables, the sources of Python's standard library."""
 
     text_field: str = "text"
-    """Field of a JSON line that holds the document."""
+    """Field of a JSON object, or column of Parquet, that holds the document."""
+
+    on_bad_record: OnBadRecord = "stop"
+    """Whether a bad record of text is an error (`stop`) or left out and listed (`skip`)."""
 
     tokenizer: str = "bpe:4096"
     """`bytes`, `bpe:SIZE` (trained on the training documents), or the path of a tokenizer.json or
@@ -51,9 +83,19 @@ class DataConfig:
     """Rows are windows of one stream, as in the paper (`concat`), or whole documents, each computed
     as if it were alone (`documents`)."""
 
+    validation_packing: Packing = "concat"
+    """The same for validation, where `documents` scores each document from its own start."""
+
     validation_fraction: float = 0.05
-    """About this share of the documents, chosen by a hash of their names, is held out for
-    validation; `data.sources.is_held_out` has the rule."""
+    """About this share of the documents of text, chosen by a hash of each, is held out for
+    validation, unless there are sources for validation."""
+
+    sources: Mapping[str, WeightedSourceConfig] = field(default_factory=dict)
+    """Sources of training by name: tables `[data.sources.NAME]` in place of `path`."""
+
+    validation: Mapping[str, SourceConfig] = field(default_factory=dict)
+    """Sources of validation by name: tables `[data.validation.NAME]` in place of
+    `validation_fraction`."""
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]
@@ -71,6 +113,25 @@ class DataConfig:
                 f"tokenizer {shown(self.tokenizer)} needs an integer from "
                 f"{MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE} after 'bpe:'"
             )
+        yield from self._source_problems()
+
+    def _source_problems(self) -> Iterator[str]:
+        for table in ("sources", "validation"):
+            for name, source in getattr(self, table).items():
+                if not source.path:
+                    yield f"{table}.{name}.path is empty"
+        for name, source in self.sources.items():
+            weights = bound_problems(source, {"weight": _WEIGHT})
+            yield from (f"sources.{name}.{problem}" for problem in weights)
+        if self.sources and not any(source.weight for source in self.sources.values()):
+            yield "no source has a weight above 0"
+        if self.sources and self.path:
+            yield f"path is {shown(self.path)}, but there are sources: make it one of them"
+
+    @property
+    def train_sources(self) -> Mapping[str, WeightedSourceConfig]:
+        """The sources of training, of which `path` is one that is called `corpus`."""
+        return self.sources or {"corpus": WeightedSourceConfig(self.path)}
 
     @property
     def bpe_size(self) -> int | None:

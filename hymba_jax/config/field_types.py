@@ -7,10 +7,14 @@ same rules hold in Python, in TOML and on the command line.
 import dataclasses
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeAliasType, Union, get_args, get_origin
+
+TABLE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Names that people give to tables: they become names of directories and metrics, too."""
 
 INT64 = 2**63  # what TOML has room for, and NumPy
 
@@ -72,6 +76,12 @@ _NAMES: dict[Any, str] = {
 }
 
 
+def table_of(kind: Any) -> Any:
+    """The dataclass of a field's tables by name, `Mapping[str, ...]`; None for any other field."""
+    is_table = get_origin(kind) is Mapping and dataclasses.is_dataclass(get_args(kind)[1])
+    return get_args(kind)[1] if is_table else None
+
+
 def misfit(value: Any, kind: Any) -> str | None:
     """What is wrong with a value for a field of this type, in words; None if it is valid.
 
@@ -98,10 +108,26 @@ def type_problems(config: Any) -> Iterator[str]:
     for item in dataclasses.fields(config):
         value = plain(getattr(config, item.name))
         object.__setattr__(config, item.name, value)
-        if dataclasses.is_dataclass(value) and type(value) is item.type:
+        if table := table_of(item.type):
+            yield from _table_problems(item.name, value, table)
+        elif dataclasses.is_dataclass(value) and type(value) is item.type:
             yield from type_problems(value)
         elif problem := misfit(value, item.type):
             yield f"{item.name} {problem}"
+
+
+def _table_problems(name: str, tables: Any, kind: Any) -> Iterator[str]:
+    """What is wrong with a field that has tables of one dataclass by name."""
+    if not isinstance(tables, Mapping):
+        yield f"{name} is {shown(tables)}, not tables"
+        return
+    for key, table in tables.items():
+        if not (type(key) is str and TABLE_NAME.fullmatch(key)):
+            yield f"{name}.{shown(key)}: a name has letters, digits, - and _ only"
+        elif type(table) is not kind:
+            yield f"{name}.{key} is {shown(table)}, not a {kind.__name__}"
+        else:
+            yield from (f"{name}.{key}.{problem}" for problem in type_problems(table))
 
 
 def bound_problems(config: Any, bounds: Mapping[str, Bounds]) -> Iterator[str]:
@@ -120,7 +146,10 @@ def leaves(config: Any, where: str) -> Iterator[tuple[str, Any]]:
     """Every value of a config and its parts by its dotted name, which begins with `where`."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
+        if table_of(item.type):
+            for name, table in value.items():
+                yield from leaves(table, f"{where}{item.name}.{name}.")
+        elif dataclasses.is_dataclass(value):
             yield from leaves(value, f"{where}{item.name}.")
         else:
             yield where + item.name, value

@@ -1,55 +1,18 @@
 """How completions are sampled, from Python and on the command line."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
-from tyro.constructors import PrimitiveConstructorSpec
 
+from hymba_jax.config.escapes import EscapedStr
 from hymba_jax.config.field_types import describe, fits, plain, shown
 from hymba_jax.errors import HymbaError
 
-INT32_MAX = 2**31 - 1  # of int32
+INT32_MAX = 2**31 - 1  # positions and tokens are 32-bit numbers
 MAX_SAMPLES = 2**20
-
-_ESCAPE = re.compile(
-    r"\\(?:[\\nrt]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|(?P<unknown>.|$))", re.DOTALL
-)
-
-
-def unescape(text: str) -> str:
-    r"""A stop string as a command line has it: `\n` is a line break, `\\` a backslash.
-
-    There are `\n`, `\r`, `\t`, `\\`, `\xHH`, `\uHHHH` and `\UHHHHHHHH`.
-
-    Raises:
-      HymbaError: it has another escape.
-    """
-
-    def character(escape: re.Match[str]) -> str:
-        if escape["unknown"] is None:
-            try:
-                return escape[0].encode().decode("unicode_escape")
-            except UnicodeDecodeError:
-                pass  # beyond Unicode
-        raise HymbaError(
-            f"stop {text!r}: {escape[0]} is not an escape; valid are \\n, \\r, \\t, \\\\, \\xHH, "
-            "\\uHHHH and \\UHHHHHHHH, and a backslash is written \\\\"
-        )
-
-    return _ESCAPE.sub(character, text)
-
-
-_ESCAPED = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="STR",
-    instance_from_str=lambda arguments: unescape(arguments[0]),
-    is_instance=lambda value: isinstance(value, str),
-    str_from_instance=lambda value: [value],
-)
 
 
 @dataclass(frozen=True)
@@ -89,7 +52,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     num_samples: int = 1
     seed: int = 0
-    stop: tuple[Annotated[str, _ESCAPED], ...] = ()
+    stop: tuple[EscapedStr, ...] = ()
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.errors import HymbaError
@@ -50,7 +51,9 @@ class TrainingConfig:
       beta1: decay of AdamW's first moment.
       beta2: decay of AdamW's second moment.
       clip_norm: maximum norm of the gradient, which is scaled down to it.
-      log_every: steps between lines of metrics; a validation or a checkpoint adds one.
+      on_nonfinite: what to do if the loss or the gradient is not finite: stop, or skip the update,
+        which leaves parameters, optimizer and schedule as they were.
+      log_every: steps between lines of metrics; a validation adds one.
       validate_every: steps between validations.
       validation_batches: batches of `batch_size` sequences per validation; the last validation uses
         all held-out text.
@@ -75,6 +78,7 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 10
     validate_every: int = 250
     validation_batches: int = 16

@@ -21,10 +21,10 @@ from hymba_jax.convert.load_sharded import load_hf
 from hymba_jax.convert.manifest import not_written, write_manifest
 from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.convert.native_to_hf import write_hf
-from hymba_jax.convert.report import Report, in_gb
+from hymba_jax.convert.report import Report
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.verify import Expected, compare, read_expected
-from hymba_jax.display import Display
+from hymba_jax.display import Display, format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location, resolve_path, written_beside
 from hymba_jax.hf_files import HF_CONFIG, download_advice
@@ -87,7 +87,7 @@ def _convert(source: Path, target: Path, max_shard_bytes: int, args: ConvertConf
     with Display() as display:
         size = sum(info.nbytes for info in checkpoint.tensors.values())
         report = Report(display, size)
-        display.begin(f"converting {in_gb(size)}")
+        display.begin(f"converting {format_bytes(size)}")
         with written_beside(target) as beside:
             if isinstance(checkpoint, NativeCheckpoint):
                 write_hf(checkpoint, beside, args.dtype, max_shard_bytes, report)
@@ -162,8 +162,8 @@ def _check_space(target: Path, tensors: dict[str, TensorInfo], dtype: str | None
     free = shutil.disk_usage(place).free
     if free < needed:
         raise HymbaError(
-            f"{target}: needs {in_gb(needed)}, the disk has {in_gb(free)} free: make space, or "
-            "choose another target"
+            f"{target}: needs {format_bytes(needed)}, the disk has {format_bytes(free)} free: "
+            "make space, or choose another target"
         )
 
 

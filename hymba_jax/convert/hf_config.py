@@ -8,7 +8,7 @@ from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, Ro
 from hymba_jax.config.field_types import shown
 from hymba_jax.config.layer_pattern import MAX_LAYERS, GroupSpec, LayerSpec, format_pattern
 from hymba_jax.convert.hf_keys import FIXED, key_problems
-from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, Rope, read_rope
+from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, RopeSettings, read_rope
 from hymba_jax.data import Tokenizer
 from hymba_jax.files import Location
 
@@ -93,7 +93,7 @@ def _value_problems(hf: Mapping[str, Any]) -> Iterator[str]:
         yield f"dtype is {dtypes[0]!r}, torch_dtype is {dtypes[1]!r}: they differ"
 
 
-def _architecture(hf: Mapping[str, Any], rope: Rope) -> HymbaConfig:
+def _architecture(hf: Mapping[str, Any], rope: RopeSettings) -> HymbaConfig:
     """The architecture, from values that are valid individually."""
     defaults = HymbaConfig()
     attention = AttentionConfig(

@@ -22,7 +22,7 @@ _TYPES = {"rope_type": str, "rope_theta": float, "orig_max_position_embeddings":
 ROPE_KEYS = (*_TYPES,)
 
 
-class Rope(NamedTuple):
+class RopeSettings(NamedTuple):
     """As in `AttentionConfig`."""
 
     rope_type: str
@@ -30,7 +30,7 @@ class Rope(NamedTuple):
     rope_original_positions: int
 
 
-def read_rope(hf: Mapping[str, Any]) -> tuple[Rope, list[str]]:
+def read_rope(hf: Mapping[str, Any]) -> tuple[RopeSettings, list[str]]:
     """The RoPE settings, and every problem with them in words.
 
     Args:
@@ -66,7 +66,7 @@ def read_rope(hf: Mapping[str, Any]) -> tuple[Rope, list[str]]:
     if kind in ("ntk", "dynamic_ntk") and original is None:
         problems.append(f"orig_max_position_embeddings is missing, which rope_type {kind!r} needs")
     defaults = AttentionConfig()
-    rope = Rope(
+    rope = RopeSettings(
         kind,
         defaults.rope_theta if values["rope_theta"] is None else values["rope_theta"],
         defaults.rope_original_positions if original is None else original,

@@ -17,8 +17,8 @@ from hymba_jax.convert.convert import open_checkpoint
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.mapping import DTYPES
 from hymba_jax.convert.native_checkpoint import NativeCheckpoint
-from hymba_jax.convert.report import in_gb
 from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError, printable
 from hymba_jax.files import resolve_location
 from hymba_jax.hf_files import missing_for_transformers
@@ -76,7 +76,7 @@ def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str) -> None:
         table.add_row(f"parameters, {name}", f"{count:,}")
     table.add_row("parameters", f"{parts.total():,}", end_section=True)
     for dtype, (tensors, size) in _by_dtype(checkpoint.tensors).items():
-        table.add_row(Text(printable(dtype)), f"{tensors:,} tensors, {in_gb(size)}")
+        table.add_row(Text(printable(dtype)), f"{tensors:,} tensors, {format_bytes(size)}")
     problems = checkpoint.problems()
     if isinstance(checkpoint, HFCheckpoint):
         missing = missing_for_transformers(checkpoint.directory, checkpoint.settings)

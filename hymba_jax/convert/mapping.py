@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from hymba_jax.checkpoint.checksums import dotted
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.convert.hf_config import require_hf_form
@@ -239,14 +240,9 @@ def _placed_rules(
     places = layer_paths(config, scan_layers=scan_layers)
     for i, (place, layer_rules) in enumerate(zip(places, layers, strict=True)):
         for rule in layer_rules:
-            sources = [((*place.block, *_path(name)), place.repeat) for name in rule.native]
+            sources = [((*place.path, *_path(name)), place.stack_index) for name in rule.native]
             yield f"model.layers.{i}.{rule.hf}", rule.layout, sources
 
 
 def _path(name: str) -> ParamPath:
     return tuple(name.split("."))
-
-
-def dotted(path: ParamPath) -> str:
-    """A parameter's path as text, such as groups.0.blocks.1.mlp_norm.scale."""
-    return ".".join(map(str, path))

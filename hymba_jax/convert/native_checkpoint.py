@@ -5,9 +5,10 @@ from functools import cached_property
 from pathlib import Path
 
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
+from hymba_jax.checkpoint.checksums import dotted
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config.run import CONFIG_FILE
-from hymba_jax.convert.mapping import ConversionError, HFSlice, dotted, hf_slices, mismatches
+from hymba_jax.convert.mapping import ConversionError, HFSlice, hf_slices, mismatches
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.model.abstract import ParamPath, param_shapes

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from hymba_jax.checkpoint.checksums import dotted
 from hymba_jax.convert.arrays import contiguous
 from hymba_jax.convert.hf_checkpoint import INDEX
 from hymba_jax.convert.hf_config import changed, config_to_hf, read_architecture, with_dtype
 from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
-from hymba_jax.convert.mapping import TIED_COPY, dotted, hf_shapes
+from hymba_jax.convert.mapping import TIED_COPY, hf_shapes
 from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.convert.params_stream import THREADS
 from hymba_jax.convert.report import Report

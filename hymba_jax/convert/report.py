@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hymba_jax.convert.arrays import count_not_finite
-from hymba_jax.display import Display, duration
+from hymba_jax.display import Display, duration, format_bytes
 
 _SHOW_EVERY = 0.1  # seconds
 
@@ -46,19 +46,16 @@ class Report:
 
     def _show(self, seconds: float) -> None:
         left = duration(seconds * (self.total / self.done - 1))
-        self.display.update(f"{in_gb(self.done)} of {in_gb(self.total)}, {left} left")
+        self.display.update(f"{format_bytes(self.done)} of {format_bytes(self.total)}, {left} left")
 
     def finish(self) -> None:
         """Prints the summary."""
         seconds = time.perf_counter() - self.start
-        self.display.say(f"{in_gb(self.done)} in {seconds:.1f} s, {in_gb(self.done / seconds)}/s")
+        self.display.say(
+            f"{format_bytes(self.done)} in {seconds:.1f} s, {format_bytes(self.done / seconds)}/s"
+        )
         for (before, after), count in self.dtypes.items():
             change = before if before == after else f"cast from {before} to {after}, as requested"
             self.display.say(f"{count:,} numbers in {change}")
         for name, count in self.not_finite.items():
             self.display.say(f"warning: {name} has {count:,} numbers that are NaN or infinite")
-
-
-def in_gb(size: int | float) -> str:
-    """Bytes as text: 3.05 GB, or 12.3 MB if few."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import HymbaConfig
-from hymba_jax.convert.report import in_gb
+from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular
 from hymba_jax.model import Hymba
@@ -97,8 +98,8 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if size > _MAX_BYTES:
         raise HymbaError(
-            f"{name} has shape {shape}, {in_gb(size)}: give fewer tokens, {in_gb(_MAX_BYTES)} is "
-            "the limit"
+            f"{name} has shape {shape}, {format_bytes(size)}: give fewer tokens, "
+            f"{format_bytes(_MAX_BYTES)} is the limit"
         )
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
@@ -107,9 +108,9 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def compare(model: Hymba, expected: Expected) -> Agreement:
     """Runs the model on the token ids; NaN anywhere makes every difference NaN."""
     graph, params = nnx.split(model)
+    ids = expected.input_ids.astype(np.int32)
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids))
-        logits = np.asarray(run(params, expected.input_ids.astype(np.int32)), np.float64)
+        logits = np.asarray(_logits(graph, params, ids), np.float64)
     expected_logits = expected.logits.astype(np.float64)
     log_p, log_q = _log_softmax(expected_logits), _log_softmax(logits)
     return Agreement(
@@ -117,6 +118,13 @@ def compare(model: Hymba, expected: Expected) -> Agreement:
         kl_divergence=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
         top_1=float((logits.argmax(-1) == expected_logits.argmax(-1)).mean()),
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(
+    graph: nnx.GraphDef[Hymba], params: nnx.State, ids: Int[jax.Array, "batch length"]
+) -> Float[jax.Array, "batch length vocab"]:
+    return nnx.merge(graph, params)(ids)
 
 
 def _log_softmax(

@@ -1,38 +1,49 @@
 """Text in, batches of tokens out.
 
-| file                  | subject                                                               |
-|-----------------------|-----------------------------------------------------------------------|
-| `sources.py`          | documents in memory: text, JSON lines, the standard library's sources |
-| `listing.py`          | the files of a corpus: local or behind a URL                          |
-| `formats.py`          | from the bytes of a file to documents                                 |
-| `compression.py`      | gzip, zstd, xz and bzip2, told by content                             |
-| `records.py`          | a document, and a record that is none                                 |
-| `json_records.py`     | documents of JSON lines and JSON arrays                               |
-| `parquet_records.py`  | documents of Parquet                                                  |
-| `documents.py`        | documents as a stream, and what is done about bad records             |
-| `split.py`            | which documents are held out for validation                           |
-| `tokenizer.py`        | bytes, a BPE trained here, or any `tokenizer.json`                    |
-| `control_tokens.py`   | special and added tokens, which user text can never become            |
-| `encoder.py`          | tokenizing on all cores                                               |
-| `tokenize_command.py` | `hymba tokenize`                                                      |
-| `tokenize_corpus.py`  | documents to shards, resumable                                        |
-| `tokenize_records.py` | what is done of a corpus that is being tokenized                      |
-| `manifest.py`         | what a tokenized corpus says of itself                                |
-| `block_checksums.py`  | checksums of shards, checked where they are read                      |
-| `tokenized.py`        | a tokenized corpus, opened                                            |
-| `megatron.py`         | Megatron's format of token files                                      |
-| `token_store.py`      | shards of any format as one stream of tokens                          |
-| `packing.py`          | documents to one stream, the stream to windows                        |
-| `document_rows.py`    | whole documents packed into rows                                      |
-| `permutation.py`      | the order of a source's rows in each epoch                            |
-| `mixture.py`          | which source an example is from                                       |
-| `batch.py`            | rows of tokens, as training steps take them                           |
-| `pipeline.py`         | training and validation batches through Grain                         |
+| file                   | subject                                                               |
+|------------------------|-----------------------------------------------------------------------|
+| `sources.py`           | the sources of a run: text, tokenized once, or tokens                 |
+| `corpus.py`            | text with its split, such as the standard library's sources           |
+| `listing.py`           | the files of a corpus: local or behind a URL                          |
+| `formats.py`           | from the bytes of a file to documents                                 |
+| `compression.py`       | gzip, zstd, xz and bzip2, told by content                             |
+| `records.py`           | a document, and a record that is none                                 |
+| `json_records.py`      | documents of JSON lines and JSON arrays                               |
+| `parquet_records.py`   | documents of Parquet                                                  |
+| `documents.py`         | documents as a stream, and what is done about bad records             |
+| `split.py`             | which documents are held out for validation                           |
+| `tokenizer.py`         | bytes, a BPE trained here, or any `tokenizer.json`                    |
+| `control_tokens.py`    | special and added tokens, which user text can never become            |
+| `encoder.py`           | tokenizing on all cores                                               |
+| `tokenize_command.py`  | `hymba tokenize`                                                      |
+| `tokenize_corpus.py`   | documents to shards, resumable                                        |
+| `tokenize_records.py`  | what is done of a corpus that is being tokenized                      |
+| `tokenize_progress.py` | how far tokenizing is                                                 |
+| `manifest.py`          | what a tokenized corpus says of itself                                |
+| `block_checksums.py`   | checksums of shards, checked where they are read                      |
+| `tokenized.py`         | a tokenized corpus, opened                                            |
+| `megatron.py`          | Megatron's format of token files                                      |
+| `token_files.py`       | files of tokens that others wrote                                     |
+| `token_store.py`       | shards of any format as one stream of tokens                          |
+| `windows.py`           | windows of a stream as rows                                           |
+| `document_rows.py`     | whole documents packed into rows                                      |
+| `permutation.py`       | the order of a source's rows in each epoch                            |
+| `mixture.py`           | which source an example is from                                       |
+| `examples.py`          | training examples, by index                                           |
+| `batch.py`             | rows of tokens, as training steps take them                           |
+| `pipeline.py`          | training and validation batches through Grain                         |
 """
 
 from hymba_jax.config.data import DataConfig
 from hymba_jax.data.batch import IGNORED_TARGET, Batch
-from hymba_jax.data.pipeline import Data, prepare, train_iterator, validation_batches
+from hymba_jax.data.pipeline import (
+    Data,
+    ValidationSet,
+    open_data,
+    train_iterator,
+    validation_batches,
+)
+from hymba_jax.data.sources import tokenize_sources
 from hymba_jax.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -41,7 +52,9 @@ __all__ = [
     "Data",
     "DataConfig",
     "Tokenizer",
-    "prepare",
+    "ValidationSet",
+    "open_data",
+    "tokenize_sources",
     "train_iterator",
     "validation_batches",
 ]

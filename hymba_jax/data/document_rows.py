@@ -50,6 +50,19 @@ class DocumentRows:
         positions = ROWS_PER_BLOCK * length
         self._block = positions - -(-positions // SLACK)
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted, in all rows; counting documents may read all tokens."""
+        documents = self._tokens.num_documents
+        if documents is None:
+            blocks = range(0, self._tokens.num_tokens, self._block)
+            stops = (min(start + self._block, self._tokens.num_tokens) for start in blocks)
+            documents = sum(
+                len(self._tokens.document_starts(start, stop))
+                for start, stop in zip(blocks, stops, strict=True)
+            )
+        return self._tokens.num_tokens - documents
+
     def __len__(self) -> int:
         blocks, rest = divmod(self._tokens.num_tokens, self._block)
         return blocks * ROWS_PER_BLOCK + self._num_rows(rest)

@@ -1,21 +1,15 @@
-"""Documents as a stream: of any source's files, or of the running Python's standard library."""
+"""The documents of files as a stream, and what is done about bad records."""
 
-import sysconfig
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Literal
 
+from hymba_jax.config.data import OnBadRecord
 from hymba_jax.data.formats import read_records
 from hymba_jax.data.listing import File
 from hymba_jax.data.records import BrokenFile, Document, Problem
 from hymba_jax.errors import HymbaError, printable
 
-type OnBadRecord = Literal["stop", "skip"]
-
 # Problems of a file that an error lists.
 _LISTED = 20
-_NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
 
 
 class BadRecordsError(HymbaError):
@@ -59,25 +53,6 @@ def read_documents(
                 report(item)
         if count:
             raise _bad_records(file, problems, count)
-
-
-def read_standard_library() -> Iterator[Document]:
-    """The sources of the running Python's standard library in order, each in one piece.
-
-    Its tests and what else is installed are left out.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if name.parts[0] in _NOT_LIBRARY:
-            continue
-        try:
-            with tokenize.open(path) as file:  # in the encoding that the source declares
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError):
-            continue  # a handful of the library's own test inputs are broken on purpose
-        if text:
-            yield Document(name.as_posix(), text)
 
 
 def _read(file: File, text_field: str) -> Iterator[Document | Problem]:

@@ -27,7 +27,8 @@ _BATCH = 1 << 20
 _BYTES_PER_CHARACTER = 150
 _SHARE = 1 / 4
 _LONGEST = 1 << 24
-
+# Bytes of files, as they are stored, that are tokenized sooner than worker processes are started.
+_SMALL = 1 << 23
 
 type Ids = UInt[np.ndarray, " _"] | Int[np.ndarray, " _"]
 """Token ids of `token_dtype`."""
@@ -53,6 +54,11 @@ class _EncodedBatch(NamedTuple):
             [0, *self.ends[:-1]], self.ends, self.text_bytes, strict=True
         ):
             yield Encoded(self.ids[start:end], text_bytes)
+
+
+def default_workers(size: int) -> int:
+    """How many processes tokenize so many bytes of files."""
+    return len(os.sched_getaffinity(0)) if size > _SMALL else 1
 
 
 class Encoder(Closing):

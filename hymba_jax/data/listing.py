@@ -28,6 +28,11 @@ _RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
 _REMOTE_BLOCK = 1 << 20
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is a URL of any scheme, not a local path."""
+    return bool(URL.match(path))
+
+
 @dataclass(frozen=True)
 class File:
     """A file that a corpus may be read from.

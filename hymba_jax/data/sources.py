@@ -1,222 +1,299 @@
-"""Documents, read in a fixed order and split by name into training and validation.
+"""The sources of a run: text, which is tokenized once into the run directory, or tokens.
 
-The split depends on nothing but each document's name, so a document stays on its side when others
-are added.
+One process calls `tokenize_sources`; then all processes open the same tokens.
 """
 
-import hashlib
-import json
-import os
-import sysconfig
-from collections import Counter
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
-from hymba_jax.config.data import DataConfig
-from hymba_jax.data.documents import read_standard_library
-from hymba_jax.data.records import Document
+from hymba_jax.config.data import DataConfig, SourceConfig
+from hymba_jax.data import tokenize_records
+from hymba_jax.data.corpus import Corpus, standard_library
+from hymba_jax.data.listing import is_url, list_files
+from hymba_jax.data.manifest import MANIFEST
+from hymba_jax.data.token_files import digest_of, find_token_files
+from hymba_jax.data.token_store import TokenStore, open_tokens
+from hymba_jax.data.tokenize_corpus import tokenize_corpus
+from hymba_jax.data.tokenize_progress import shown_texts
+from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
+from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import file_kind, open_regular, parse_json, resolve_location, resolve_path
+from hymba_jax.files import Location, resolve_location, resolve_path
+from hymba_jax.remote import RemotePath
 
-# What is read at once, as bytes: a text file, or a line of a .jsonl file.
-_LARGEST_DOCUMENT = 1 << 30
-_TOO_LARGE = "longer than 1 GiB, the most that one document may be: split it into several"
-# What makes a directory that of a run, here or in another place.
-_RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
+TOKENS = "tokens"
+"""Directory in a run directory: a tokenized corpus for each source that is text."""
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents on either side of the split, neither side empty.
+class Tokens:
+    """The tokens of a source for training, or for validation.
 
     Attributes:
-      left_out: what below `data.path` is no document, and how often, such as `hidden entries: 2`;
-        empty if nothing was left out.
+      store: documents, one behind another.
+      digest: tells them from others: short.
+      text_bytes: UTF-8 bytes of their text; None where only decoding would tell.
     """
 
-    train: list[Document]
-    validation: list[Document]
-    left_out: str = ""
+    store: TokenStore
+    digest: str
+    text_bytes: int | None = None
 
 
-def load_documents(config: DataConfig, output: str | None = None) -> Corpus:
-    """Reads and splits the corpus of `config`.
+@dataclass(frozen=True)
+class Sources:
+    """All sources of a run, opened, by name.
 
-    Run directories in it are no part of it: neither `output`, whether it is there yet or not, nor
-    others. Nor are devices and the like, links to directories, hidden files and directories, and
-    documents without text.
+    Attributes:
+      tokenizer: what made the tokens.
+      notes: what a user should know of them, a line each.
+    """
+
+    tokenizer: Tokenizer
+    train: dict[str, Tokens]
+    validation: dict[str, Tokens]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a source is, as it is opened.
+
+    Attributes:
+      label: what messages call it.
+      source: of the config.
+      held_out: share of the documents that are for validation, if it is text.
+      directory: for its tokens, if it is text.
+    """
+
+    label: str
+    source: SourceConfig
+    held_out: float
+    directory: Location
+
+    @property
+    def path(self) -> str:
+        return self.source.path
+
+    @property
+    def is_text(self) -> bool:
+        return not (self._is_tokenized or self.token_files)
+
+    @property
+    def tokenized(self) -> Path | None:
+        """The tokenized corpus; None if it is files of tokens."""
+        if self._is_tokenized:
+            return resolve_path(self.path)
+        return resolve_path(self.directory) if self.is_text else None
+
+    @property
+    def token_files(self) -> list[Path]:
+        return find_token_files(self.path)
+
+    @property
+    def _is_tokenized(self) -> bool:
+        return bool(self.path) and not is_url(self.path) and is_tokenized(resolve_path(self.path))
+
+
+def _places(config: DataConfig, output: str) -> Iterator[tuple[bool, str, _Place]]:
+    """Of each source that is read whether it is for training, its name, and where it is."""
+    root = resolve_location(output) / TOKENS
+    held_out = 0.0 if config.validation else config.validation_fraction
+    for name, source in config.train_sources.items():
+        if source.weight:
+            label = f"data.sources.{name}" if config.sources else "data.path"
+            yield True, name, _Place(label, source, held_out, root / "train" / name)
+    for name, held_out_source in config.validation.items():
+        place = _Place(f"data.validation.{name}", held_out_source, 1.0, root / "validation" / name)
+        yield False, name, place
+
+
+# --- By one process: text to tokens ---
+
+
+def tokenize_sources(
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    output: str,
+    check: Callable[[Tokenizer], object],
+    display: Display,
+    *,
+    is_resumed: bool,
+) -> None:
+    """Tokenizes every source that is text into the run directory, unless it is there already.
+
+    What was interrupted continues. Tokens of other text or options are removed, unless a checkpoint
+    depends on them: a run that is resumed has its own tokens, and reads no text again.
 
     Args:
-      output: the run directory of the run that reads.
+      tokenizer: that of the run, if it has one already; else that of the sources that are tokens
+        or, if all are text, what `config` asks for: a BPE is trained on their training documents.
+      output: the run directory, which is no part of a source.
+      check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
+      is_resumed: whether the run has a checkpoint.
 
     Raises:
-      HymbaError: naming the file and line, where something cannot be read, and where there is no
-        text or one side of the split would be empty.
+      HymbaError: a source or the tokenizer is unusable, or they do not go together.
     """
-    left_out: Counter[str] = Counter()
-    if config.path:
-        path = resolve_path(config.path)
-        documents = list(_read(path, config.text_field, output, left_out))
-        split_names = [document.name for document in documents]
-    else:
-        path = Path(sysconfig.get_path("stdlib"))
-        documents = list(read_standard_library())
-        # By file name alone: the split for which gzip's and xz's bits per byte are known.
-        split_names = [document.name.rpartition("/")[2] for document in documents]
-    if not documents:
-        raise HymbaError(f"{path}: no text found: give a directory of text files or a .jsonl file")
+    places = [place for _, _, place in _places(config, output)]
+    texts = [place for place in places if place.is_text]
+    if not texts:
+        return
+    root = resolve_location(output) / TOKENS
+    if isinstance(root, RemotePath):
+        raise HymbaError(
+            f"{output}: text is tokenized into the run directory, which has to be local for that: "
+            f"tokenize {texts[0].path or 'a corpus'} with hymba tokenize and name what it wrote as "
+            f"{texts[0].label}, or choose a local output"
+        )
+    if is_resumed and all((place.directory / MANIFEST).exists() for place in texts):
+        display.say(f"{root}: has the tokens of the run, no text is read")
+        return
+    display.begin("listing the files")
+    corpora = {
+        resolve_path(place.directory): _corpus(place, config, output, display) for place in texts
+    }
+    tokenizer = tokenizer or _given_tokenizer(config, places)
+    if tokenizer is None:
+        training = chain.from_iterable(corpus.training_texts() for corpus in corpora.values())
+        tokenizer = build_tokenizer(config.tokenizer, shown_texts(training, display))
+    check(tokenizer)
+    for directory, corpus in corpora.items():
+        options = {"data.path": corpus.path, **corpus.options, "tokenizer": tokenizer.fingerprint}
+        if tokenize_records.difference(directory, options, corpus.files):
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenize_records.begin(directory, options, corpus.files)
+        tokenizer.save(directory)
+        display.begin(f"tokenizing {corpus.path}")
+        manifest = tokenize_corpus(corpus, tokenizer, directory, display)
+        if manifest and manifest.bad_records:
+            display.say(f"{corpus.path}: skipped {manifest.bad_records:,} bad records")
 
-    held_out = [is_held_out(name, config.validation_fraction) for name in split_names]
-    if all(held_out) or not any(held_out):
-        raise HymbaError(_empty_side(path, split_names, config.validation_fraction))
-    pairs = list(zip(documents, held_out, strict=True))
+
+def _corpus(place: _Place, config: DataConfig, output: str, display: Display) -> Corpus:
+    if not place.path:
+        return standard_library(place.held_out)
+    listing = list_files(place.path, skip=[output])
+    if listing.skipped:
+        skipped = (f"{what}: {count:,}" for what, count in sorted(listing.skipped.items()))
+        display.say(f"{place.path}: left out of the text: {', '.join(skipped)}")
     return Corpus(
-        train=[document for document, held in pairs if not held],
-        validation=[document for document, held in pairs if held],
-        left_out=", ".join(f"{what}: {count}" for what, count in sorted(left_out.items())),
+        path=place.path,
+        files=listing.files,
+        text_field=place.source.text_field or config.text_field,
+        on_bad_record=config.on_bad_record,
+        validation_fraction=place.held_out,
     )
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document called `name` belongs to validation: about this fraction of them does.
+def _given_tokenizer(config: DataConfig, places: list[_Place]) -> Tokenizer | None:
+    """The tokenizer that has not to be trained: of tokens, or by its name; None if there is none.
 
-    With b the first byte of the SHA-1 of the name, it does if an integer lies in
-    (fraction (b - 1), fraction b]. For a fraction of 1/n these are the multiples of n.
+    Raises:
+      HymbaError: it would be trained, but there are tokens that do not say what made them.
     """
-    byte = hashlib.sha1(name.encode(errors="surrogateescape")).digest()[0]
-    exact = Fraction(str(fraction))  # of the decimal that was written: rounding decides nothing
-    return byte * exact % 1 < exact
-
-
-def _empty_side(path: Path, names: list[str], fraction: float) -> str:
-    side = "training" if all(is_held_out(name, fraction) for name in names) else "validation"
-    message = f"{path}: validation_fraction {fraction} leaves no {side} document of {len(names)}: "
-    hundredths = [number / 100 for number in range(1, 100)]
-    for other in sorted(hundredths, key=lambda other: abs(other - fraction)):
-        count = sum(is_held_out(name, other) for name in names)
-        if 0 < count < len(names):
-            return message + f"set validation_fraction to {other} (it holds out {count})"
-    return message + "add documents, or split the text into more of them"
-
-
-def _read(
-    path: Path, text_field: str, output: str | None, left_out: Counter[str]
-) -> Iterator[Document]:
-    if path.is_dir():
-        if output is not None and resolve_location(output).resolve() == path.resolve():
-            raise HymbaError(
-                f"{path}: is data.path and output, too: choose an output of its own, which may be "
-                "a directory in it"
-            )
-        for file in sorted(_files(path, output, left_out)):
-            name = file.relative_to(path).as_posix()
-            documents = list(_read_file(file, name, text_field))
-            if not documents:
-                left_out["files without text"] += 1
-            yield from documents
-    elif not path.exists():
-        raise HymbaError(f"{path}: no such file or directory: check the data path")
-    elif path.suffix == ".jsonl":
-        yield from _read_file(path, path.name, text_field)
-    else:
-        raise HymbaError(f"{path}: neither a directory nor a .jsonl file: give one of these")
-
-
-def _files(root: Path, output: str | None, left_out: Counter[str]) -> Iterator[Path]:
-    """The regular files below a directory, links to such among them."""
-    own = None if output is None else resolve_location(output).resolve()
-    directories = [root]
-    while directories:
-        directory = directories.pop()
-        try:
-            entries = list(os.scandir(directory))
-        except OSError as error:
-            raise HymbaError(f"{directory}: cannot be read ({error.strerror})") from error
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                left_out["hidden entries"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                if path.resolve() == own or all((path / name).exists() for name in _RUN_FILES):
-                    left_out["run directories"] += 1
-                else:
-                    directories.append(path)
-            elif path.is_file():
-                yield path
-            elif not path.exists():  # a link to nothing, or one that leads back to itself
-                left_out["broken links"] += 1
-            elif path.is_dir():
-                left_out["links to directories"] += 1
-            else:
-                left_out[f"{file_kind(path.stat().st_mode)}s"] += 1
-
-
-def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
-    try:
-        if path.suffix == ".jsonl":
-            yield from _read_json_lines(path, name, text_field)
-        else:
-            yield from _read_text(path, name)
-    except OSError as error:
-        raise HymbaError(f"{path}: cannot be read ({error.strerror}): check the file") from error
-
-
-def _read_text(path: Path, name: str) -> Iterator[Document]:
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST_DOCUMENT:
-            raise HymbaError(f"{path}: {_TOO_LARGE}")
-        content: bytes = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    for place in places:
+        if not place.is_text and place.tokenized is not None:
+            return Tokenizer.load(place.tokenized)
+    if config.bpe_size is None:
+        return build_tokenizer(config.tokenizer, ())
+    if foreign := next((place for place in places if not place.is_text), None):
         raise HymbaError(
-            f"{path}: not UTF-8 text (byte {error.start}): convert it or take it out"
-        ) from error
-    if "\0" in text:
-        raise HymbaError(f"{path}: binary, not text (byte {content.index(0)} is zero): take it out")
-    if text:
-        yield Document(name, text)
-
-
-def _read_json_lines(path: Path, name: str, text_field: str) -> Iterator[Document]:
-    with open_regular(path) as file:
-        lines = iter(lambda: file.readline(_LARGEST_DOCUMENT + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    text = _text_of_line(line, text_field)
-                except ValueError as error:
-                    raise HymbaError(f"{path}, line {number}: {error}") from error
-                if text:
-                    yield Document(f"{name}:{number}", text)
-
-
-def _text_of_line(line: bytes, text_field: str) -> str:
-    """The document in one JSON line. Raises ValueError saying what is wrong and what to do."""
-    if len(line) > _LARGEST_DOCUMENT:
-        raise ValueError(_TOO_LARGE)
-    try:
-        value = parse_json(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text (byte {error.start}): convert the file") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"broken JSON ({error.msg}, column {error.colno}): fix or remove the line"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"unreadable JSON ({error}): fix or remove the line") from error
-    if not isinstance(value, dict):
-        raise ValueError('not a JSON object: write {"' + text_field + '": "..."}')
-    if text_field not in value:
-        fields = ", ".join(map(repr, value)) or "none"
-        raise ValueError(f"no field {text_field!r} (it has: {fields}): set text_field")
-    text = value[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} is not a string: fix the line or set text_field")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(
-            f"field {text_field!r} holds half a surrogate pair, which is no text: fix the line"
+            f"{foreign.path}: does not say what made its tokens: set data.tokenizer to the path of "
+            "that tokenizer"
         )
-    return text
+    return None
+
+
+# --- By every process ---
+
+
+def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> Sources:
+    """Opens all sources; those that are text are tokenized by then.
+
+    Args:
+      tokenizer: that of the run, if it has one already.
+
+    Raises:
+      HymbaError: tokens are damaged, of different tokenizers, or there are none on one side.
+    """
+    places = [*_places(config, output)]
+    tokenized = {
+        place.directory: TokenizedCorpus.open(place.tokenized)
+        for _, _, place in places
+        if place.tokenized is not None
+    }
+    if tokenizer is None:
+        first = next(iter(tokenized.values()), None)
+        tokenizer = first.tokenizer if first else _given_tokenizer(config, [p for *_, p in places])
+    assert tokenizer is not None  # else there was text, which is tokenized
+    train: dict[str, Tokens] = {}
+    validation: dict[str, Tokens] = {}
+    notes = []
+    for is_training, name, place in places:
+        if place.tokenized is None:
+            (train if is_training else validation)[name] = _open_files(place, tokenizer)
+            continue
+        corpus = tokenized[place.directory]
+        _check_tokenizer(place, corpus.tokenizer, tokenizer)
+        sides = _sides(corpus)
+        if is_training:
+            train[name] = _side(place, sides, "train")
+            if not config.validation and "validation" in sides:
+                validation[name] = sides["validation"]
+        else:
+            validation[name] = sides.get("validation") or _side(place, sides, "train")
+        if not place.is_text:
+            kept = "tokenizer" if config.validation else "tokenizer and validation documents"
+            notes.append(f"{place.path}: is tokenized: its {kept} are used")
+    if not validation:
+        names = ", ".join(place.path or "the standard library" for *_, place in places)
+        raise HymbaError(
+            f"{names}: no validation documents: name some in [data.validation.NAME], or hold out a "
+            "larger validation_fraction of text"
+        )
+    return Sources(tokenizer, train, validation, tuple(notes))
+
+
+def _open_files(place: _Place, tokenizer: Tokenizer) -> Tokens:
+    files = place.token_files
+    store = open_tokens(
+        files, place.source.token_dtype or None, tokenizer.eos_id, tokenizer.vocab_size
+    )
+    return Tokens(store, digest_of(files))
+
+
+def _sides(corpus: TokenizedCorpus) -> dict[str, Tokens]:
+    """The sides of a tokenized corpus that have documents."""
+    manifest = corpus.manifest
+    sides = {
+        "train": (corpus.train, manifest.train),
+        "validation": (corpus.validation, manifest.validation),
+    }
+    return {
+        side: Tokens(store, corpus.digest, info.text_bytes)
+        for side, (store, info) in sides.items()
+        if store is not None
+    }
+
+
+def _side(place: _Place, sides: dict[str, Tokens], side: str) -> Tokens:
+    if side not in sides:
+        raise HymbaError(
+            f"{place.path or 'standard library'}: {place.label} leaves no document to train on: "
+            "add documents, or hold out a smaller validation_fraction"
+        )
+    return sides[side]
+
+
+def _check_tokenizer(place: _Place, own: Tokenizer, tokenizer: Tokenizer) -> None:
+    if own.fingerprint != tokenizer.fingerprint:
+        raise HymbaError(
+            f"{place.path}: was tokenized by another tokenizer than the run's: tokenize it with "
+            "that one, or set data.tokenizer to this directory and start from scratch"
+        )

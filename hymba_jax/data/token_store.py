@@ -88,11 +88,16 @@ class TokenStore:
       num_tokens: all of them.
       num_documents: None where a shard does not know its own.
 
+    Args:
+      vocab_size: token ids are below it, which is checked where they are read; None if what wrote
+        the shards has checked that.
+
     Raises:
       HymbaError: there are no tokens.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], vocab_size: int | None = None) -> None:
+        self._vocab_size = vocab_size
         self._shards = [shard for shard in shards if shard.num_tokens]
         if not self._shards:
             names = ", ".join(str(shard.path) for shard in shards[:3])
@@ -108,8 +113,17 @@ class TokenStore:
 
         Raises:
           IndexError: the stream has no such tokens.
+          HymbaError: one of them is outside of the vocabulary.
         """
-        parts = [shard.read(a, b) for shard, _, a, b in self._ranges(start, stop)]
+        parts = []
+        for shard, _, a, b in self._ranges(start, stop):
+            tokens = shard.read(a, b)
+            if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
+                raise HymbaError(
+                    f"{shard.path}: has token {tokens.max()} among tokens {a} to {b}, the "
+                    f"tokenizer has {self._vocab_size}: it was made by another one"
+                )
+            parts.append(tokens)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " _"]:
@@ -146,7 +160,10 @@ class TokenStore:
 
 
 def open_tokens(
-    paths: Sequence[PathLike], dtype: str | None = None, eos_id: int | None = None
+    paths: Sequence[PathLike],
+    dtype: str | None = None,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> TokenStore:
     """The shards at these paths, in their order, as one stream.
 
@@ -155,11 +172,13 @@ def open_tokens(
         what a `.bin` with an `.idx` beside it is taken for.
       dtype: of flat `.bin` files, one of FLAT_DTYPES.
       eos_id: the token that ends the documents of flat files and of `.npy`, if there is one.
+      vocab_size: token ids are below it.
 
     Raises:
       HymbaError: a shard cannot be used, or all of them are empty.
     """
-    return TokenStore([_open_shard(resolve_path(path), dtype, eos_id) for path in paths])
+    shards = [_open_shard(resolve_path(path), dtype, eos_id) for path in paths]
+    return TokenStore(shards, vocab_size)
 
 
 def _open_shard(path: Path, dtype: str | None, eos_id: int | None) -> Shard:

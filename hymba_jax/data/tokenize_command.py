@@ -1,35 +1,29 @@
 """`hymba tokenize`: a corpus to shards of tokens, on all cores, of one host or of several."""
 
 import errno
-import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hymba_jax.config.data import DataConfig
+from hymba_jax.config.data import DataConfig, OnBadRecord
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.data import tokenize_records
-from hymba_jax.data.documents import OnBadRecord
-from hymba_jax.data.encoder import Encoder
+from hymba_jax.data.corpus import Corpus
 from hymba_jax.data.listing import list_files
-from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, Manifest
-from hymba_jax.data.tokenize_corpus import Corpus, CorpusWriter, Progress
+from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
+from hymba_jax.data.tokenize_corpus import tokenize_corpus
+from hymba_jax.data.tokenize_progress import shown_texts
 from hymba_jax.data.tokenized import damage
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
-from hymba_jax.display import Display, duration
+from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.file_lock import check_unlocked, locked
 from hymba_jax.files import resolve_path
 
 TOKENIZE_BOUNDS = {"workers": Bounds(0, 1024, "no host has so many cores")}
 
-# Bytes, as they are stored, that are tokenized sooner than worker processes are started.
-_SMALL = 1 << 23
-# Seconds between progress on a terminal and elsewhere.
-_UPDATE, _LOG = 0.2, 30.0
 _PART = re.compile(r"\d{1,6}/\d{1,6}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -144,19 +138,17 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     if config.tokenizer_only:
         display.say(f"{directory}: has the tokenizer, of {tokenizer.vocab_size:,} tokens")
         return
-    path = directory / MANIFEST
-    if path.exists():
+    if (directory / MANIFEST).exists():
         display.say(f"{directory}: was tokenized already")
-        _summarize(Manifest.read(path), directory, display)
-        return
-    shown = _ProgressLine(display)
-    writer = CorpusWriter(corpus, tokenizer, directory, shown.show, part, parts)
-    with Encoder(tokenizer, _workers(config.workers, writer.total_bytes)) as encoder:
-        writer.write(encoder)
-    if left := writer.remaining_units():
+    manifest = tokenize_corpus(
+        corpus, tokenizer, directory, display, workers=config.workers, part=part, parts=parts
+    )
+    if manifest is None:
+        done, total = tokenize_records.count_done(directory) or (0, 0)
+        left = total - done
         display.say(f"{directory}: part {config.part} is done, {left} groups of files are not yet")
         return
-    _summarize(writer.write_manifest(), directory, display)
+    _summarize(manifest, directory, display)
     for what, count in sorted(listing.skipped.items()):
         display.say(f"skipped {what}: {count:,}")
 
@@ -182,66 +174,9 @@ def _prepare_tokenizer(
             "without --part"
         )
     else:
-        given = build_tokenizer(name, _training_texts(corpus, display))
+        given = build_tokenizer(name, shown_texts(corpus.training_texts(), display))
     given.save(directory)
     return Tokenizer.load(directory)
-
-
-def _training_texts(corpus: Corpus, display: Display) -> Iterator[str]:
-    display.begin("training the tokenizer")
-    characters, shown = 0, 0.0
-    for document, side in corpus.documents(corpus.files):
-        if side == TRAIN:
-            yield document.text
-            characters += len(document.text)
-        if time.monotonic() - shown > _UPDATE:
-            shown = time.monotonic()
-            display.update(f"training the tokenizer: {characters / 1e6:,.0f} M characters read")
-
-
-def _workers(wanted: int, size: int) -> int:
-    """How many processes tokenize so many bytes of files."""
-    if wanted:
-        return wanted
-    return len(os.sched_getaffinity(0)) if size > _SMALL else 1
-
-
-class _ProgressLine:
-    """Shows progress: on a terminal now, elsewhere now and then."""
-
-    def __init__(self, display: Display) -> None:
-        self._display = display
-        self._begun = self._updated = self._logged = time.monotonic()
-        self._done_before: int | None = None
-
-    def show(self, progress: Progress) -> None:
-        """Shows it, unless it was shown just now."""
-        now = time.monotonic()
-        if self._done_before is None:
-            self._done_before, self._begun = progress.done_bytes, now
-        if now - self._updated < _UPDATE:
-            return
-        self._updated = now
-        line = self._line(progress, now - self._begun, self._done_before)
-        self._display.update(line)
-        if now - self._logged >= _LOG:
-            self._logged = now
-            self._display.log(line)
-
-    def _line(self, progress: Progress, seconds: float, before: int) -> str:
-        seconds = max(seconds, 1e-3)
-        done = min(progress.done_bytes, progress.total_bytes)
-        parts = [
-            f"{progress.documents / seconds:,.0f} documents/s",
-            f"{progress.text_bytes / 1e6 / seconds:,.1f} MB/s",
-            f"{progress.tokens / 1e3 / seconds:,.0f} k tokens/s",
-        ]
-        if progress.total_bytes:
-            parts.insert(0, f"{done / progress.total_bytes:.1%}")
-        if done > before:
-            left = (progress.total_bytes - done) * seconds / (done - before)
-            parts.append(f"{duration(left)} left")
-        return ", ".join(parts)
 
 
 def _summarize(manifest: Manifest, directory: Path, display: Display) -> None:

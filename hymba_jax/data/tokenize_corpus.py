@@ -11,8 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from io import BufferedReader
 from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -22,12 +20,10 @@ import numpy as np
 from hymba_jax.closing import Closing
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.block_checksums import BlockChecksums, checksums_file, file_checksum
-from hymba_jax.data.documents import OnBadRecord, read_documents
-from hymba_jax.data.encoder import Encoded, Encoder
-from hymba_jax.data.listing import File
+from hymba_jax.data.corpus import Corpus
+from hymba_jax.data.encoder import Encoded, Encoder, default_workers
 from hymba_jax.data.manifest import (
     MANIFEST,
-    SIDES,
     TRAIN,
     VALIDATION,
     Manifest,
@@ -38,118 +34,46 @@ from hymba_jax.data.manifest import (
 )
 from hymba_jax.data.megatron import MegatronWriter, megatron_files, token_dtype
 from hymba_jax.data.records import Document, Problem
-from hymba_jax.data.split import hold_out_tail, is_held_out
+from hymba_jax.data.tokenize_progress import Progress, ProgressLine, total_size
 from hymba_jax.data.tokenize_records import UnitRecord, corpus_digest, make_units, record_path
 from hymba_jax.data.tokenizer import Tokenizer
+from hymba_jax.display import Display
 from hymba_jax.files import replace_text
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What is tokenized, and how its documents are read and split.
+def tokenize_corpus(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    directory: Path,
+    display: Display,
+    *,
+    workers: int = 0,
+    part: int = 0,
+    parts: int = 1,
+) -> Manifest | None:
+    """Tokenizes a corpus, or its part, into a directory that `tokenize_records.begin` has begun.
 
-    Attributes:
-      path: as it was given.
-      files: those at the path, in order.
-      text_field: of JSON objects and Parquet, that is the text.
-      on_bad_record: what is done about bad records.
-      validation_fraction: about this share of the documents is held out; 0 holds out none.
+    Args:
+      tokenizer: that of the directory.
+      workers: processes; 0: one for each core, or one in all for little text.
+      part, parts: of the units of files every `parts`-th one, from `part` on.
+
+    Returns:
+      The manifest; None if other parts are not done yet.
+
+    Raises:
+      HymbaError: a file cannot be read, has bad records that are not to be skipped, or the
+        tokenizer fails.
+      OSError: the shards cannot be written.
     """
-
-    path: str
-    files: tuple[File, ...]
-    text_field: str = "text"
-    on_bad_record: OnBadRecord = "stop"
-    validation_fraction: float = 0.0
-
-    @property
-    def options(self) -> dict[str, str | float]:
-        """What decides the documents beside the files."""
-        return {
-            "text_field": self.text_field,
-            "on_bad_record": self.on_bad_record,
-            "validation_fraction": self.validation_fraction,
-        }
-
-    def documents(
-        self, files: Iterable[File], report: Callable[[Problem], None] | None = None
-    ) -> Iterator[tuple[Document, str]]:
-        """The documents of some of the files, each with the side that it is on.
-
-        Args:
-          report: called with each bad record that is skipped.
-
-        Raises:
-          HymbaError: as `read_documents` does.
-        """
-        documents = read_documents(files, self.text_field, self.on_bad_record, report)
-        if self.validation_fraction and (length := self._length_of_only_document()):
-            for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
-                yield piece, SIDES[held_out]
-            return
-        is_first, held_out = True, False
-        for document in documents:
-            if is_first:
-                held_out = is_held_out(document.text, self.validation_fraction)
-            is_first = not document.continues
-            yield document, SIDES[held_out]
-
-    def _length_of_only_document(self) -> int:
-        """Characters of the corpus, if it is one document of at least two; else 0."""
-        if len(self.files) > 1:
-            return 0
-        length, has_ended = 0, False
-        for document in read_documents(self.files, self.text_field, self.on_bad_record):
-            if has_ended:
-                return 0
-            length, has_ended = length + len(document.text), not document.continues
-        return length if length > 1 else 0
-
-
-class Progress:
-    """How far tokenizing is.
-
-    Attributes:
-      total_bytes: of all files, as they are stored.
-      documents, tokens, text_bytes: what was tokenized, by this process.
-    """
-
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self.documents = self.tokens = self.text_bytes = 0
-        self._bytes_before = 0  # of the files before the one that is read
-        self._stream: BufferedReader | None = None
-
-    @property
-    def done_bytes(self) -> int:
-        """Bytes of the files that were read or are done since an earlier run."""
-        stream = self._stream
-        return self._bytes_before + (0 if stream is None or stream.closed else stream.tell())
-
-    def skip(self, files: Iterable[File]) -> None:
-        """Counts files that are done."""
-        self._bytes_before += _size(files)
-
-    def following(self, files: Iterable[File]) -> Iterator[File]:
-        """The same files, whose reading is followed."""
-        for file in files:
-            yield _FollowedFile(file.name, file.path, file.size, self)
-            self._stream = None
-            self._bytes_before += file.size or 0
-
-    def begin(self, stream: BufferedReader) -> None:
-        """Follows the reading of this file now."""
-        self._stream = stream
-
-
-@dataclass(frozen=True)
-class _FollowedFile(File):
-    progress: Progress
-
-    def open(self) -> BufferedReader:
-        stream = super().open()
-        self.progress.begin(stream)
-        return stream
+    path = directory / MANIFEST
+    if path.exists():
+        return Manifest.read(path)
+    line = ProgressLine(display)
+    writer = CorpusWriter(corpus, tokenizer, directory, line.show, part, parts)
+    with Encoder(tokenizer, workers or default_workers(writer.total_bytes)) as encoder:
+        writer.write(encoder)
+    return None if writer.remaining_units() else writer.write_manifest()
 
 
 class CorpusWriter:
@@ -179,7 +103,7 @@ class CorpusWriter:
         self._own = range(part, len(self._units), parts)
         self._owns_all = parts == 1
         self._digest = corpus_digest(directory, tokenizer.fingerprint)
-        self.total_bytes = sum(_size(self._units[unit]) for unit in self._own)
+        self.total_bytes = sum(total_size(self._units[unit]) for unit in self._own)
         self._progress = Progress(self.total_bytes)
 
     def write(self, encoder: Encoder) -> None:
@@ -207,7 +131,7 @@ class CorpusWriter:
         records = [self._record(unit) for unit in range(len(self._units))]
         files, tokenizer = self._corpus.files, self._tokenizer
         manifest = Manifest(
-            sources=(Source(self._corpus.path, len(files), _size(files)),),
+            sources=(Source(self._corpus.path, len(files), total_size(files)),),
             options=self._corpus.options,
             tokenizer=TokenizerInfo(
                 fingerprint=tokenizer.fingerprint,
@@ -367,7 +291,3 @@ class _BadRecords(Closing):
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _size(files: Iterable[File]) -> int:
-    return sum(file.size or 0 for file in files)

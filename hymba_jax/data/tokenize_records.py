@@ -105,12 +105,6 @@ def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) ->
       HymbaError: the directory is of other options or files, or holds something else.
     """
     path = directory / UNITS / _CORPUS
-    # With other limits the shards would be others.
-    limits = {"unit bytes": UNIT_BYTES, "shard tokens": SHARD_TOKENS}
-    corpus = {
-        "options": {**options, **limits},
-        "files": [[file.name, file.size] for file in files],
-    }
     foreign = [entry.name for entry in directory.iterdir() if _is_foreign(entry)]
     if not path.exists():  # nor was it, while other parts may have added what looks foreign
         if foreign:
@@ -119,12 +113,24 @@ def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) ->
                 "empty or a new --output"
             )
         path.parent.mkdir(exist_ok=True)
-        replace_text(path, json.dumps(corpus) + "\n")
-    recorded = read_json(path)
-    if difference := _difference(recorded, corpus):
+        replace_text(path, json.dumps(_corpus(options, files)) + "\n")
+    if changed := difference(directory, options, files):
         raise HymbaError(
-            f"{directory}: was begun with {difference}: give the same again, or another --output"
+            f"{directory}: was begun with {changed}: give the same again, or another --output"
         )
+
+
+def difference(directory: Path, options: Mapping[str, Any], files: Sequence[File]) -> str:
+    """How what was recorded differs, in words; empty if it does not, or nothing was recorded."""
+    path = directory / UNITS / _CORPUS
+    return _difference(read_json(path), _corpus(options, files)) if path.exists() else ""
+
+
+def _corpus(options: Mapping[str, Any], files: Sequence[File]) -> dict[str, Any]:
+    """What is recorded of a corpus."""
+    # With other limits the shards would be others.
+    limits = {"unit bytes": UNIT_BYTES, "shard tokens": SHARD_TOKENS}
+    return {"options": {**options, **limits}, "files": [[file.name, file.size] for file in files]}
 
 
 def count_done(directory: Path) -> tuple[int, int] | None:

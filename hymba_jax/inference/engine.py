@@ -24,6 +24,7 @@ from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
 from hymba_jax.model import Hymba, fuse_projections, unstack_layers
 from hymba_jax.model.abstract import Params
+from hymba_jax.model.rope import max_fixed_positions
 from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
 from hymba_jax.types import Array, Bool, Float, Int
@@ -32,7 +33,7 @@ MIN_CHUNK = 32
 MAX_CHUNK = 1024
 MIN_CONTEXT = 256
 MIN_STOP_TOKENS = 4  # minimum capacity for stop tokens
-STEPS = 16  # tokens that a row samples at most before they are looked at
+DECODE_STEPS = 16  # tokens that a row samples at most before they are looked at
 NO_TOKEN = -1
 NOT_FINITE = -2  # marks a row whose logits are NaN or infinite
 LOGIT_POSITIONS = 128  # positions whose logits are in memory at once
@@ -97,11 +98,11 @@ class Prefilled(NamedTuple):
     """A batch of prefilled prompts.
 
     Attributes:
-      last: the last layer's output at the last token of each row.
+      last_hidden: the last layer's output at the last token of each row.
     """
 
     cache: ModelState
-    last: Float[Array, "batch hidden"]
+    last_hidden: Float[Array, "batch hidden"]
 
 
 class PaddedChunk(NamedTuple):
@@ -161,7 +162,7 @@ class Engine:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     @property
-    def place(self) -> str:
+    def device_description(self) -> str:
         """The devices that hold the parameters, in words."""
         devices = self._devices()
         kind = min(devices, key=lambda device: device.id).device_kind
@@ -178,12 +179,12 @@ class Engine:
           HymbaError: parameters and caches together are larger than its memory.
         """
         rows, context = self._sizes(rows, context)
-        cache = cache_bytes(self.config, context, self.dtype, self._state_dtype).total
+        cache = cache_bytes(self.config, context, self.dtype, self._state_dtype)
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
             tree_bytes(self.params)
-            + meta_state_bytes(self.config, self.dtype).total
-            + rows * cache,
+            + sum(meta_state_bytes(self.config, self.dtype).values())
+            + rows * sum(cache.values()),
             [*self._devices()],
             "reduce batch_size, context or max_new_tokens",
         )
@@ -236,10 +237,10 @@ class Engine:
         Returns:
           The running batch, and the first token of each row of `prefilled`.
         """
-        batch = len(prefilled.last)
+        batch = len(prefilled.last_hidden)
         padding = batch - len(requests)
-        nothing = Request((), SamplingConfig(), 0, 0)
-        padded = [*requests, *[nothing] * padding]
+        empty_request = Request((), SamplingConfig(), 0, 0)
+        padded = [*requests, *[empty_request] * padding]
         sampler = make_sampler(
             [request.sampling for request in padded], [request.sample for request in padded]
         )
@@ -252,9 +253,9 @@ class Engine:
         for i, request in enumerate(padded):
             stops[i, : len(request.stop_tokens)] = request.stop_tokens
             seen[i, list(request.prompt)] = True
-        counts = np.array([request.max_new_tokens for request in padded], np.int32)
-        stop = StopCriteria(jnp.asarray(counts), jnp.asarray(stops))
-        new, sampled = self.programs.first(
+        max_new_tokens = np.array([request.max_new_tokens for request in padded], np.int32)
+        stop = StopCriteria(jnp.asarray(max_new_tokens), jnp.asarray(stops))
+        new, sampled = self.programs.sample_first(
             self.params, self.allowed, *prefilled, sampler, stop, jnp.asarray(seen)
         )
         if state is None:
@@ -263,11 +264,13 @@ class Engine:
         if wider:
             known = jnp.pad(state.stop.stop_tokens, ((0, 0), (0, wider)), constant_values=NO_TOKEN)
             state = state._replace(stop=state.stop._replace(stop_tokens=known))
-        places = np.full(batch, len(state.token), np.int32)  # padding has none
-        places[: len(requests)] = rows
-        return self.programs.join(state, new, places), sampled
+        target_rows = np.full(batch, len(state.token), np.int32)  # padding has none
+        target_rows[: len(requests)] = rows
+        return self.programs.insert(state, new, target_rows), sampled
 
-    def decode(self, state: DecodeState, steps: int = STEPS) -> tuple[DecodeState, SampledTokens]:
+    def decode(
+        self, state: DecodeState, steps: int = DECODE_STEPS
+    ) -> tuple[DecodeState, SampledTokens]:
         """Samples up to `steps` more tokens for every row, fewer if all rows stop."""
         return self.programs.decode(self.params, self.meta_state, self.allowed, state, steps)
 
@@ -332,10 +335,9 @@ def _max_context(config: HymbaConfig, context: int | None) -> int:
     forward pass beyond this.
     """
     largest, reason = config.max_positions, "max_positions"
-    if config.attention.rope_type == "dynamic_ntk":
-        steady = config.attention.rope_original_positions - config.num_meta_tokens
-        if steady < largest:
-            largest, reason = steady, "dynamic_ntk rotates all keys again beyond that"
+    fixed = max_fixed_positions(config) - config.num_meta_tokens
+    if fixed < largest:
+        largest, reason = int(fixed), "dynamic_ntk rotates all keys again beyond that"
     wanted = largest if context is None else context
     if not 1 <= wanted <= largest:
         raise HymbaError(
@@ -353,8 +355,8 @@ class Programs(NamedTuple):
     repeat: Callable[..., Prefilled]
     score: Callable[..., tuple[Prefilled, Array]]
     init_state: Callable[..., DecodeState]
-    first: Callable[..., tuple[DecodeState, SampledTokens]]
-    join: Callable[..., DecodeState]
+    sample_first: Callable[..., tuple[DecodeState, SampledTokens]]
+    insert: Callable[..., DecodeState]
     decode: Callable[..., tuple[DecodeState, SampledTokens]]
 
 
@@ -378,7 +380,7 @@ def _programs(
         tokens, lengths = (jnp.asarray(a) for a in chunk)
         x, cache = model.extend(tokens, state.cache, meta, lengths, is_start=is_start)
         newest = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        return x, Prefilled(cache, jnp.where(lengths[:, None] > 0, newest, state.last))
+        return x, Prefilled(cache, jnp.where(lengths[:, None] > 0, newest, state.last_hidden))
 
     def prefill(
         params: Params, meta: MetaState, state: Prefilled, chunk: PaddedChunk, is_start: bool
@@ -427,10 +429,10 @@ def _programs(
         )
 
     def advance(
-        params: Params, allowed: Bool[Array, "vocab"], state: DecodeState, last: Array
+        params: Params, allowed: Bool[Array, "vocab"], state: DecodeState, last_hidden: Array
     ) -> tuple[DecodeState, Array, Array]:
         """Samples a token for each row that has not stopped."""
-        logits = nnx.merge(graph, params).logits(last[:, None])[:, 0]
+        logits = nnx.merge(graph, params).logits(last_hidden[:, None])[:, 0]
         finite = jnp.isfinite(logits).all(1)
         token, log_probs = sample(logits, state.seen, state.cache.lengths, state.sampler, allowed)
         ends = (token[:, None] == state.stop.stop_tokens).any(1) | ~finite
@@ -445,21 +447,21 @@ def _programs(
         )
         return state, result, log_probs
 
-    def first(
+    def sample_first(
         params: Params,
         allowed: Bool[Array, "vocab"],
         cache: ModelState,
-        last: Float[Array, "batch hidden"],
+        last_hidden: Float[Array, "batch hidden"],
         sampler: Sampler,
         stop: StopCriteria,
         seen: Bool[Array, "batch vocab"],
     ) -> tuple[DecodeState, SampledTokens]:
         zeros = jnp.zeros(len(seen), jnp.int32)
         state = DecodeState(cache, zeros, zeros, stop.max_new_tokens < 1, seen, sampler, stop)
-        state, tokens, log_probs = advance(params, allowed, state, last)
+        state, tokens, log_probs = advance(params, allowed, state, last_hidden)
         return state, SampledTokens(tokens[:, None], log_probs[:, None], state.stopped)
 
-    def join(state: DecodeState, new: DecodeState, rows: Int[Array, "batch"]) -> DecodeState:
+    def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "batch"]) -> DecodeState:
         return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), state, new)
 
     def decode(
@@ -470,7 +472,7 @@ def _programs(
         steps: Int[Array, ""],
     ) -> tuple[DecodeState, SampledTokens]:
         model = nnx.merge(graph, params)
-        shape = (len(state.token), STEPS)
+        shape = (len(state.token), DECODE_STEPS)
 
         def is_running(loop: tuple[Array, DecodeState, Array, Array]) -> Array:
             step, state, *_ = loop
@@ -480,8 +482,8 @@ def _programs(
             loop: tuple[Array, DecodeState, Array, Array],
         ) -> tuple[Array, DecodeState, Array, Array]:
             step, state, tokens, log_probs = loop
-            counts = (~state.stopped).astype(jnp.int32)
-            x, cache = model.extend(state.token[:, None], state.cache, meta, counts)
+            lengths = (~state.stopped).astype(jnp.int32)
+            x, cache = model.extend(state.token[:, None], state.cache, meta, lengths)
             state, token, log_prob = advance(params, allowed, state._replace(cache=cache), x[:, 0])
             tokens, log_probs = tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
             return step + 1, state, tokens, log_probs
@@ -497,7 +499,7 @@ def _programs(
         repeat=jax.jit(lambda prefilled, rows: jax.tree.map(lambda a: a[rows], prefilled)),
         score=jax.jit(score, static_argnames="is_start", donate_argnames="state"),
         init_state=jax.jit(init_state, static_argnames=("batch", "context")),
-        first=jax.jit(first, donate_argnames="cache"),
-        join=jax.jit(join, donate_argnames="state"),
+        sample_first=jax.jit(sample_first, donate_argnames="cache"),
+        insert=jax.jit(insert, donate_argnames="state"),
         decode=jax.jit(decode, donate_argnames="state"),
     )

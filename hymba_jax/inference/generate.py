@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
-from hymba_jax.inference.engine import STEPS
+from hymba_jax.inference.engine import DECODE_STEPS
 from hymba_jax.inference.language_model import Completion, Delta, collect
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.prompts import prompt_name
@@ -81,7 +81,9 @@ def main(config: GenerateConfig) -> None:
         deltas = model.stream(prompts, config.sampling, parse_special=special)
         completions = collect(_written_as_they_come(prompts[0], deltas))
     else:
-        deltas = model.stream(prompts, config.sampling, every=STEPS, parse_special=special)
+        deltas = model.stream(
+            prompts, config.sampling, stream_interval=DECODE_STEPS, parse_special=special
+        )
         completions = collect(_with_progress(deltas, count))
         text = "".join(_lines(records, completions, config.format))
         if output:

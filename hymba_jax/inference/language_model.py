@@ -16,7 +16,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import chat_template
-from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE, STEPS, Engine, Request
+from hymba_jax.inference.engine import DECODE_STEPS, NO_TOKEN, NOT_FINITE, Engine, Request
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.inference.text_stream import TextStream
@@ -121,9 +121,10 @@ class LanguageModel:
     def __repr__(self) -> str:
         config, engine = self.config, self.engine
         return (
-            f"LanguageModel({engine.num_params:,} parameters in {engine.dtype} on {engine.place}, "
-            f"{config.num_layers} layers, context {engine.max_context}, "
-            f"vocabulary {config.num_embeddings}, batch_size {self.batch_size})"
+            f"LanguageModel({engine.num_params:,} parameters in {engine.dtype} on "
+            f"{engine.device_description}, {config.num_layers} layers, "
+            f"context {engine.max_context}, vocabulary {config.num_embeddings}, "
+            f"batch_size {self.batch_size})"
         )
 
     def generate(
@@ -145,29 +146,31 @@ class LanguageModel:
           HymbaError: an invalid prompt or sampling value; too little memory for them; or the
             model's logits are not finite.
         """
-        return collect(self.stream(prompts, config, every=STEPS, **sampling))
+        return collect(self.stream(prompts, config, stream_interval=DECODE_STEPS, **sampling))
 
     def stream(
         self,
         prompts: Prompts,
         config: SamplingConfig | None = None,
         *,
-        every: int = 1,
+        stream_interval: int = 1,
         parse_special: bool = False,
         **sampling: Any,
     ) -> Iterator[Delta]:
         """`generate`, streamed.
 
         Args:
-          every: tokens that are sampled between deltas, `STEPS` at most.
+          stream_interval: tokens that are sampled between deltas, `DECODE_STEPS` at most.
           parse_special: as of `encode`.
 
         Raises:
-          HymbaError: as for `generate`, or an invalid `every`.
+          HymbaError: as for `generate`, or an invalid `stream_interval`.
         """
-        every = _as_int("every", every)
-        if not 1 <= every <= STEPS:
-            raise HymbaError(f"every is {every}, not between 1 and {STEPS}")
+        stream_interval = _as_int("stream_interval", stream_interval)
+        if not 1 <= stream_interval <= DECODE_STEPS:
+            raise HymbaError(
+                f"stream_interval is {stream_interval}, not between 1 and {DECODE_STEPS}"
+            )
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
@@ -189,7 +192,7 @@ class LanguageModel:
         self.engine.check_memory(
             rows, longest + min(config.max_new_tokens, self.engine.max_context - longest)
         )
-        return self._deltas(sequences, config, every)
+        return self._deltas(sequences, config, stream_interval)
 
     def log_probs(self, sequences: Prompts) -> list[Float[np.ndarray, " tokens"]]:
         """The log-probability of each token of each sequence, given those before it.
@@ -266,19 +269,19 @@ class LanguageModel:
         )
 
     def _deltas(
-        self, prompts: list[list[int]], config: SamplingConfig, every: int
+        self, prompts: list[list[int]], config: SamplingConfig, stream_interval: int
     ) -> Iterator[Delta]:
         rows = [(i, sample) for i in range(len(prompts)) for sample in range(config.num_samples)]
         rows.sort(key=lambda row: len(prompts[row[0]]))  # less padding
         for batch in itertools.batched(rows, self.batch_size):
-            yield from self._batch_deltas(batch, prompts, config, every)
+            yield from self._batch_deltas(batch, prompts, config, stream_interval)
 
     def _batch_deltas(
         self,
         rows: Sequence[tuple[int, int]],
         prompts: list[list[int]],
         config: SamplingConfig,
-        every: int,
+        stream_interval: int,
     ) -> Iterator[Delta]:
         """Prefills a batch of prompts and decodes until each row has stopped."""
         engine, indices = self.engine, list(dict.fromkeys(i for i, _ in rows))
@@ -307,7 +310,7 @@ class LanguageModel:
             if len(finished) == len(streams):
                 return
             state = engine.stop(state, finished)
-            state, sampled = engine.decode(state, every)
+            state, sampled = engine.decode(state, stream_interval)
 
     def _stop_tokens(self, config: SamplingConfig) -> list[int]:
         # A stop string that is a control token: no text stream ever sees it.

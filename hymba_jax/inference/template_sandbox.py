@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hymba_jax.inference.traced_text import Traced, blend, concat, traced
+from hymba_jax.inference.traced_text import Traced, concat, merge_origins, traced
 
 SECONDS = 5.0  # CPU seconds per rendering, which usually takes milliseconds
 MAX_CHARACTERS = 10_000_000  # of a string, or items of a list: more than any model reads
@@ -72,7 +72,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         result = super().call(__context, __obj, *args, **kwargs)
         itself = getattr(__obj, "__self__", None)  # of a method
         sources = (itself if isinstance(itself, str) else "", args, kwargs)
-        return __self.made(blend(result, sources))
+        return __self.made(merge_origins(result, sources))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
@@ -92,7 +92,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._check_format(left, right if isinstance(right, tuple) else (right,), {})
         elif len(sizes) == 2:
             self._refuse_size(sum(sizes))
-        return self.made(blend(super().call_binop(context, operator, left, right), (left, right)))
+        return self.made(
+            merge_origins(super().call_binop(context, operator, left, right), (left, right))
+        )
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return super().getattr(traced(obj) if isinstance(obj, str) else obj, attribute)
@@ -107,12 +109,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         def formatted(*args: Any, **kwargs: Any) -> str:
             self._check_format(text, args, kwargs)
-            return str(blend(plain(*args, **kwargs), (text, args, kwargs)))
+            return str(merge_origins(plain(*args, **kwargs), (text, args, kwargs)))
 
         return formatted
 
-    def _concat(self, pieces: Iterable[str]) -> Traced:
-        return self.made(concat(pieces))
+    def _concat(self, strings: Iterable[str]) -> Traced:
+        return self.made(concat(strings))
 
     def _join(self, value: Iterable[Any], d: str = "", attribute: str | None = None) -> Traced:
         if attribute is not None:
@@ -124,7 +126,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check_arguments(args, kwargs)
             args = tuple(traced(value) if isinstance(value, str) else value for value in args)
-            return self.made(blend(function(*args, **kwargs), (args, kwargs)))
+            return self.made(merge_origins(function(*args, **kwargs), (args, kwargs)))
 
         return bounded
 

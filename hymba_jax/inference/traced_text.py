@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 from hymba_jax.data.control_tokens import TEMPLATE, USER
 
-MAX_PIECES = 1_000_000  # of one string
+MAX_SUBSTRINGS = 1_000_000  # of one string
 
 
 class Traced(str):
@@ -28,7 +28,7 @@ class Traced(str):
         return self
 
     def __iter__(self) -> Iterator["Traced"]:
-        _check_pieces(len(self))
+        _check_num_substrings(len(self))
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key: SupportsIndex | slice) -> "Traced":
@@ -40,17 +40,17 @@ class Traced(str):
 
     __rmul__ = __mul__
 
-    def join(self, pieces: Iterable[str], /) -> "Traced":
+    def join(self, strings: Iterable[str], /) -> "Traced":
         joined: list[str] = []
-        for piece in pieces:
-            joined += [self, piece]
+        for string in strings:
+            joined += [self, string]
         return concat(joined[1:])
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> "Traced":
         if old not in self:
             return self
         if not old:
-            return blend(super().replace(old, new, count), (self, new))
+            return merge_origins(super().replace(old, new, count), (self, new))
         return traced(new).join(self.split(old, count))
 
     def lstrip(self, characters: str | None = None, /) -> "Traced":
@@ -69,11 +69,11 @@ class Traced(str):
         return self[: len(super().removesuffix(suffix))]
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        _check_pieces(self.count(sep or " "))
+        _check_num_substrings(self.count(sep or " "))
         return list(self._located(super().split(sep, maxsplit), len(sep or "")))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
-        _check_pieces(self.count(sep or " "))
+        _check_num_substrings(self.count(sep or " "))
         return list(self._located(super().rsplit(sep, maxsplit), len(sep or "")))
 
     def splitlines(self, keepends: bool = False) -> list[str]:
@@ -99,13 +99,13 @@ class Traced(str):
     def upper(self) -> "Traced":
         return self._converted(super().upper())
 
-    def _located(self, pieces: Iterable[str], gap: int) -> Iterator["Traced"]:
+    def _located(self, strings: Iterable[str], gap: int) -> Iterator["Traced"]:
         """Pieces of this string in their order, at least `gap` characters between them."""
         place = 0
-        for piece in pieces:
-            place = self.find(piece, place)
-            yield self[place : place + len(piece)]
-            place += len(piece) + gap
+        for string in strings:
+            place = self.find(string, place)
+            yield self[place : place + len(string)]
+            place += len(string) + gap
 
     def _converted(self, text: str) -> "Traced":
         """`text` with the origins of this string, if each character stands for one of them."""
@@ -114,9 +114,9 @@ class Traced(str):
         return Traced(text, bytes([max(self._origins)]) * len(text))
 
 
-def _check_pieces(count: int) -> None:
-    if count > MAX_PIECES:
-        raise ValueError(f"a string cannot be split into more than {MAX_PIECES:,} pieces")
+def _check_num_substrings(count: int) -> None:
+    if count > MAX_SUBSTRINGS:
+        raise ValueError(f"a string cannot be split into more than {MAX_SUBSTRINGS:,} substrings")
 
 
 def origins(text: str) -> bytes:
@@ -129,13 +129,13 @@ def traced(text: str) -> Traced:
     return text if isinstance(text, Traced) else Traced(text, bytes(len(text)))
 
 
-def concat(pieces: Iterable[str]) -> Traced:
+def concat(strings: Iterable[str]) -> Traced:
     """The strings in one."""
-    pieces = list(pieces)
-    return Traced("".join(pieces), b"".join(map(origins, pieces)))
+    strings = list(strings)
+    return Traced("".join(strings), b"".join(map(origins, strings)))
 
 
-def blend(result: Any, sources: Any) -> Any:
+def merge_origins(result: Any, sources: Any) -> Any:
     """The result of an operation on `sources` that does not track origins.
 
     All of a string is a user's if any source has a user's character.

@@ -25,10 +25,10 @@ def abstract_model(
     """The model without its parameters, and their shapes, dtypes and shardings."""
     graph, variables = nnx.split(Hymba.abstract(config, compute))
     shardings = nnx.to_pure_dict(state_shardings(variables, config, mesh))
-    return graph, jax.tree.map(placed, nnx.to_pure_dict(variables), shardings)
+    return graph, jax.tree.map(with_sharding, nnx.to_pure_dict(variables), shardings)
 
 
-def placed(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def with_sharding(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
@@ -55,11 +55,11 @@ def _unstacked(
         layer_paths(config, scan_layers=True),
         strict=True,
     ):
-        depth = len(source.block)
+        depth = len(source.path)
         for path, like in params.items():
-            if path[:depth] == source.block:
-                shape = like.shape if source.repeat is None else like.shape[1:]
-                name = (*target.block, *path[depth:])
+            if path[:depth] == source.path:
+                shape = like.shape if source.stack_index is None else like.shape[1:]
+                name = (*target.path, *path[depth:])
                 unstacked[name] = jax.ShapeDtypeStruct(shape, like.dtype)
     return unstacked
 

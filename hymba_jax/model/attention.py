@@ -1,6 +1,7 @@
 """The attention heads of a layer (paper, sections 2.1 to 2.3)."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,8 @@ class Attention(nnx.Module):
 
     It has no output projection: the mixer's serves both kinds of head.
     """
+
+    INPUT_PROJECTIONS: ClassVar[tuple[str, ...]] = ("query_proj", "key_proj", "value_proj")
 
     def __init__(
         self, config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs
@@ -97,11 +100,11 @@ class Attention(nnx.Module):
             segment_ids=context.segment_ids,
         )
 
-    def init_state(self, batch: int, context: int, dtype: DTypeLike) -> KVCache | None:
-        """An empty cache for sequences of up to `context` tokens; None if the layer needs none."""
+    def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> KVCache | None:
+        """An empty cache for up to `max_length` tokens a sequence; None if the layer needs none."""
         if self.reuses_kv:
             return None
-        slots = context if self.window is None else min(self.window, context)
+        slots = max_length if self.window is None else min(self.window, max_length)
         shape = (batch, self.num_kv_heads, slots)
         return KVCache(
             jnp.zeros((*shape, self.head_dim), dtype), jnp.zeros((*shape, self.value_dim), dtype)

@@ -4,7 +4,8 @@ With one token at a time the fixed cost of a matmul counts: one large matmul rea
 a third faster than several small ones. In training they are separate, as each has its own sharding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -32,15 +33,20 @@ def fuse_projections(model: Hymba) -> Hymba:
       model: with `scan_layers=False`.
     """
     for block in model.blocks():
-        heads = [getattr(block.mixer, name, None) for name in ("attention", "ssm")]
-        _fuse(heads, ("query_proj", "key_proj", "value_proj", "in_proj", "gate_proj"))
-        _fuse([block.mlp], ("gate_proj", "up_proj"))
+        _fuse([getattr(block.mixer, name, None) for name in ("attention", "ssm")])
+        _fuse([block.mlp])
     return model
 
 
-def _fuse(modules: Sequence[nnx.Module | None], names: Sequence[str]) -> None:
-    """Fuses the linear maps that these modules have by these names into one."""
-    owners = [(module, name) for module in modules for name in names if hasattr(module, name)]
+def _fuse(modules: Iterable[Any]) -> None:
+    """Fuses the linear maps of modules that have the same input: their `INPUT_PROJECTIONS`."""
+    owners = [
+        (module, name)
+        for module in modules
+        if module is not None
+        for name in module.INPUT_PROJECTIONS
+        if hasattr(module, name)
+    ]
     linears = [getattr(module, name) for module, name in owners]
     fused = nnx.clone(linears[0])
     kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)

@@ -1,6 +1,7 @@
 """The whole model: meta tokens, layers, logits."""
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import KVCache
 from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
-from hymba_jax.model.rope import has_fixed_rope, make_rope
+from hymba_jax.model.rope import make_rope, max_fixed_positions
 from hymba_jax.model.state import LayerState, MetaState, ModelState
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.matmul import matmul, matmul_transposed
@@ -62,8 +63,12 @@ class Hymba(nnx.Module):
             )
 
     @classmethod
+    @functools.cache
     def abstract(cls, config: HymbaConfig, compute: ComputeConfig) -> "Hymba":
-        """The model without values: shapes and dtypes of its parameters; nothing is computed."""
+        """The model without values: shapes and dtypes of its parameters; nothing is computed.
+
+        Traced once and shared by all callers, who must not change it.
+        """
         return nnx.eval_shape(lambda: cls(config, compute, nnx.Rngs(0)))
 
     def __call__(
@@ -109,7 +114,7 @@ class Hymba(nnx.Module):
         total = num_meta_tokens + length
         positions = jnp.arange(length)[None]
         if segment_ids is not None:
-            if not has_fixed_rope(self.config, total):
+            if total > max_fixed_positions(self.config):
                 raise ValueError(
                     f"segment_ids: with dynamic_ntk the rotation of {total} positions depends on "
                     "the length of each document"
@@ -149,15 +154,15 @@ class Hymba(nnx.Module):
         )
 
     def init_state(
-        self, batch: int, context: int, state_dtype: DTypeLike = "float32"
+        self, batch: int, max_length: int, state_dtype: DTypeLike = "float32"
     ) -> ModelState:
-        """A state of zeros, for sequences of up to `context` tokens.
+        """A state of zeros, for sequences of up to `max_length` tokens.
 
         Args:
           state_dtype: that SSM states are stored in; they are computed in float32.
         """
         layers = tuple(
-            block.mixer.init_state(batch, context, self.compute.dtype, state_dtype)
+            block.mixer.init_state(batch, max_length, self.compute.dtype, state_dtype)
             for block in self.blocks()
         )
         return ModelState(layers, jnp.zeros(batch, jnp.int32))
@@ -267,24 +272,24 @@ def _meta_positions(config: HymbaConfig) -> Int[Array, "1 meta_tokens"]:
 
 
 class LayerPath(NamedTuple):
-    """Path of a layer's parameters: that of its block, and its index in the stack."""
+    """Path of a layer's block in the model, and the layer's index where blocks are stacked."""
 
-    block: tuple[str | int, ...]
-    repeat: int | None
+    path: tuple[str | int, ...]
+    stack_index: int | None
 
 
 def layer_paths(config: HymbaConfig, *, scan_layers: bool) -> list[LayerPath]:
     """The path of each layer's parameters, first layer first."""
-    places = []
+    paths = []
     for i, group in enumerate(_layer_groups(config, scan_layers)):
         for repeat in range(group.repeats):
             for j in range(len(group.layers)):
                 if group.repeats > 1:
-                    place = LayerPath(("groups", i, "group", "blocks", j), repeat)
+                    path = LayerPath(("groups", i, "group", "blocks", j), repeat)
                 else:
-                    place = LayerPath(("groups", i, "blocks", j), None)
-                places.append(place)
-    return places
+                    path = LayerPath(("groups", i, "blocks", j), None)
+                paths.append(path)
+    return paths
 
 
 def stack_layers(model: Hymba) -> Hymba:
@@ -314,7 +319,7 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
         layer_paths(config, scan_layers=model.compute.scan_layers),
         strict=True,
     ):
-        sources[target.block].append(source)
+        sources[target.path].append(source)
 
     def find(path: tuple[Any, ...]) -> Array:
         for depth in range(len(path)):
@@ -324,8 +329,8 @@ def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
         return held[path][...]
 
     def take(place: LayerPath, name: tuple[Any, ...]) -> Array:
-        array = held[*place.block, *name][...]
-        return array if place.repeat is None else array[place.repeat]
+        array = held[*place.path, *name][...]
+        return array if place.stack_index is None else array[place.stack_index]
 
     flat = [(path, leaf.replace(find(path))) for path, leaf in nnx.to_flat_state(shapes)]
     return nnx.merge(graph, nnx.from_flat_state(flat))

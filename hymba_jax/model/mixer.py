@@ -1,6 +1,7 @@
 """The idea of the paper: attention heads and SSM heads in parallel on the same input (eq. 2)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,10 +14,32 @@ from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.model.ssm import SSM
-from hymba_jax.model.state import LayerOutput, LayerState
+from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState
 from hymba_jax.types import Array, Float
 
-SSM_KINDS: Mapping[SSMKind | None, type[SSM]] = {"mamba": SSM}
+
+class SSMHeads(Protocol):
+    """What a mixer asks of SSM heads of any kind; documented in `SSM`."""
+
+    INPUT_PROJECTIONS: ClassVar[tuple[str, ...]]
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        context: Context,
+        state: RecurrentState | None,
+    ) -> tuple[Float[Array, "batch length channels"], RecurrentState]: ...
+
+    def init_state(
+        self, batch: int, dtype: DTypeLike, state_dtype: DTypeLike
+    ) -> RecurrentState: ...
+
+    def flops(self, length: int) -> float: ...
+
+
+SSM_KINDS: dict[SSMKind | None, Callable[[HymbaConfig, ComputeConfig, nnx.Rngs], SSMHeads]] = {
+    "mamba": SSM
+}
 """The heads of each kind that a layer's spec may name."""
 
 
@@ -52,10 +75,10 @@ class HybridMixer(nnx.Module):
         return LayerOutput(y, kv, ssm_state)
 
     def init_state(
-        self, batch: int, context: int, dtype: DTypeLike, state_dtype: DTypeLike
+        self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
     ) -> LayerState:
         return LayerState(
-            self.attention.init_state(batch, context, dtype),
+            self.attention.init_state(batch, max_length, dtype),
             self.ssm.init_state(batch, dtype, state_dtype),
         )
 
@@ -84,9 +107,9 @@ class AttentionMixer(nnx.Module):
         return LayerOutput(self.out_proj(attention), kv, None)
 
     def init_state(
-        self, batch: int, context: int, dtype: DTypeLike, state_dtype: DTypeLike
+        self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
     ) -> LayerState:
-        return LayerState(kv=self.attention.init_state(batch, context, dtype))
+        return LayerState(kv=self.attention.init_state(batch, max_length, dtype))
 
     def flops(self, length: int) -> float:
         return self.attention.flops(length)
@@ -113,7 +136,7 @@ class SSMMixer(nnx.Module):
         return LayerOutput(self.out_proj(ssm), None, ssm_state)
 
     def init_state(
-        self, batch: int, context: int, dtype: DTypeLike, state_dtype: DTypeLike
+        self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
     ) -> LayerState:
         return LayerState(ssm=self.ssm.init_state(batch, dtype, state_dtype))
 

@@ -1,5 +1,7 @@
 """The MLP of each block."""
 
+from typing import ClassVar
+
 import jax
 from flax import nnx
 
@@ -11,6 +13,8 @@ from hymba_jax.types import Array, Float
 
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)), or down(relu(up(x)) ** 2) where the config says "relu2"."""
+
+    INPUT_PROJECTIONS: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
 
     def __init__(self, config: HymbaConfig, compute: ComputeConfig, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.mlp_size

@@ -1,5 +1,6 @@
 """Rotary position embeddings (arXiv 2104.09864), in float32 whatever the model computes in."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,9 +25,11 @@ class Rope(NamedTuple):
         return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def has_fixed_rope(config: HymbaConfig, total: int) -> bool:
-    """Whether the rotation of so many positions does not depend on the sequence's length."""
-    return config.rope_type != "dynamic_ntk" or total <= config.attention.rope_original_positions
+def max_fixed_positions(config: HymbaConfig) -> int | float:
+    """Positions, meta tokens included, up to which rotation does not depend on the length."""
+    if config.rope_type != "dynamic_ntk":
+        return math.inf
+    return config.attention.rope_original_positions
 
 
 def make_rope(

@@ -1,6 +1,6 @@
 """The SSM heads of a layer: Mamba (arXiv 2312.00752) with inner norms (paper, section 2.1)."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model.context import Context
 from hymba_jax.model.layers import Linear, rms_norm
+from hymba_jax.model.state import broadcast_to_batch
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.types import Array, Float
@@ -23,22 +24,6 @@ class SSMState(NamedTuple):
     conv_state: Float[Array, "batch kernel-1 channels"]
     ssm_state: Float[Array, "batch state channels"]
 
-    def of_rows(self, batch: int) -> "SSMState":
-        """The state broadcast to a batch.
-
-        In float32 where all rows share it, as their gradients are summed.
-        """
-        if len(self.ssm_state) == batch:
-            return self
-        rows = (jnp.broadcast_to(a.astype(jnp.float32), (batch, *a.shape[1:])) for a in self)
-        return SSMState(*rows)
-
-    def update(self, new: "SSMState") -> "SSMState":
-        """The new state in this one's dtypes, broadcast over its batch."""
-        return SSMState(
-            *(jnp.broadcast_to(b, a.shape).astype(a.dtype) for a, b in zip(self, new, strict=True))
-        )
-
 
 class SSM(nnx.Module):
     """conv, silu, selective scan, gate.
@@ -46,6 +31,8 @@ class SSM(nnx.Module):
     A_log, D and dt_bias are always float32: their rounding errors would accumulate over the
     sequence.
     """
+
+    INPUT_PROJECTIONS: ClassVar[tuple[str, ...]] = ("in_proj", "gate_proj")
 
     def __init__(self, config: HymbaConfig, compute: ComputeConfig, rngs: nnx.Rngs):
         hidden, channels, ssm = config.hidden_size, config.channels, config.ssm
@@ -90,7 +77,7 @@ class SSM(nnx.Module):
           state: the state before the first position of each document; zeros if absent.
         """
         u, gate = self.in_proj(x), self.gate_proj(x)
-        state = state and state.of_rows(len(x))
+        state = broadcast_to_batch(state, len(x))
         u, conv_state = causal_conv(
             u,
             self.conv_kernel[...],

@@ -1,22 +1,19 @@
-"""The state of a model between tokens. Each kind of head defines its own.
-
-| layer                    | keys and values                 | SSM                         |
-|--------------------------|---------------------------------|-----------------------------|
-| global                   | every position of the context   | kernel - 1 inputs, a state  |
-| sliding window           | the last `window` positions     | the same                    |
-| reuses its neighbour's   | none                            | the same                    |
+"""The state of a model between tokens; each kind of head defines its own, in its own file.
 
 A sequence starts from the state after the meta tokens, which is computed once for a set of
 parameters.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
-from hymba_jax.model.ssm import SSMState
 from hymba_jax.types import Array, Float, Int
+
+RecurrentState = Any
+"""State of SSM heads: a named tuple of arrays, each with the batch as its first axis."""
 
 
 class LayerOutput(NamedTuple):
@@ -24,7 +21,7 @@ class LayerOutput(NamedTuple):
 
     x: Float[Array, "batch length hidden"]
     kv: AttendedKV | None
-    ssm: SSMState | None
+    ssm: RecurrentState | None
 
 
 class LayerState(NamedTuple):
@@ -36,18 +33,16 @@ class LayerState(NamedTuple):
     """
 
     kv: KVCache | None = None
-    ssm: SSMState | None = None
+    ssm: RecurrentState | None = None
 
     def update(
         self, output: LayerOutput, start: Int[Array, "batch"], lengths: Int[Array, "batch"]
     ) -> "LayerState":
         """The state after the first `lengths` positions of an output, which follow `start`."""
-        kv, ssm = self.kv, self.ssm
+        kv = self.kv
         if kv is not None and output.kv is not None:
             kv = kv.update(output.kv.new, start, lengths)
-        if ssm is not None and output.ssm is not None:
-            ssm = ssm.update(output.ssm)
-        return LayerState(kv, ssm)
+        return LayerState(kv, _stored_like(self.ssm, output.ssm))
 
 
 type MetaState = tuple[LayerState, ...]
@@ -63,7 +58,26 @@ class ModelState(NamedTuple):
     def initialize(self, meta: MetaState) -> "ModelState":
         """The state before the first token of each sequence."""
         layers = (
-            layer._replace(ssm=layer.ssm and start.ssm and layer.ssm.update(start.ssm))
+            layer._replace(ssm=_stored_like(layer.ssm, start.ssm))
             for layer, start in zip(self.layers, meta, strict=True)
         )
         return ModelState(tuple(layers), jnp.zeros_like(self.lengths))
+
+
+def broadcast_to_batch(state: RecurrentState | None, batch: int) -> RecurrentState | None:
+    """The state that SSM heads start from, with a row for each sequence.
+
+    In float32 where all rows share it, as their gradients are summed.
+    """
+
+    def broadcast(array: Array) -> Array:
+        if len(array) == batch:
+            return array
+        return jnp.broadcast_to(array.astype(jnp.float32), (batch, *array.shape[1:]))
+
+    return jax.tree.map(broadcast, state)
+
+
+def _stored_like(old: RecurrentState | None, new: RecurrentState | None) -> RecurrentState | None:
+    """The new state in the old one's dtypes, broadcast over its batch."""
+    return jax.tree.map(lambda a, b: jnp.broadcast_to(b, a.shape).astype(a.dtype), old, new)

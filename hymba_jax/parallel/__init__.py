@@ -6,5 +6,6 @@
 | `shard_map.py` | ops whose kernels XLA cannot shard                                   |
 | `memory.py`    | device memory, and checks before allocation                          |
 | `processes.py` | how processes find one another, agree and end                        |
+| `largest.py`   | a number that processes share at each step                           |
 | `watchdog.py`  | reports a lost process in one line                                   |
 """

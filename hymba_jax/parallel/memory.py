@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
-
-GB = 10**9
 
 
 def device_memory(devices: Sequence[jax.Device]) -> int | None:
@@ -36,21 +35,13 @@ def check_fits(what: str, size: int, devices: Sequence[jax.Device], advice: str)
       HymbaError: it does not fit.
     """
     own = [device for device in devices if device.process_index == jax.process_index()]
-    available = device_memory(own)
-    total = None if available is None else available * len(devices)
+    of_each = device_memory(own)
+    total = None if of_each is None else of_each * len(devices)
     if total is not None and size > total:
-        kind = own[0].device_kind
-        raise HymbaError(
-            f"{what}: {gb(size)} GB, and {kind} has {gb(total)} GB of memory: {advice}"
-        )
+        available = f"{own[0].device_kind} has {format_bytes(total)} of memory"
+        raise HymbaError(f"{what}: {format_bytes(size)}, and {available}: {advice}")
 
 
 def tree_bytes(tree: Any) -> int:
     """Bytes of the arrays of a tree, or of what they would be."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def gb(size: int) -> str:
-    """Bytes as GB (10**9), with three significant digits."""
-    decimals = max(0, 12 - len(str(size))) if size else 0
-    return f"{size / GB:,.{decimals}f}"

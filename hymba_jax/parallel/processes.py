@@ -1,6 +1,5 @@
 """Runs of several processes: initialization, agreement and shutdown."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.errors import HymbaError
@@ -43,7 +43,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def started(config: DistributedConfig, output: str) -> Iterator[None]:
+def distributed_session(config: DistributedConfig, output: str) -> Iterator[None]:
     """Joins the run's processes before JAX uses a device; no-op for a single process.
 
     An exception inside ends the process immediately, and JAX then ends the others; a normal exit
@@ -62,7 +62,7 @@ def started(config: DistributedConfig, output: str) -> Iterator[None]:
         _check_port(config.coordinator)
     where = f" at {config.coordinator}" if config.coordinator else ""
     watch_stderr(output, where, config.start_timeout)
-    # JAX would treat the signal that ends a process as a request to save, which is not used here.
+    # It would take SIGTERM away from training/interrupts.py, which says why.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -97,25 +97,36 @@ def barrier(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
+def wait_for_all(what: str) -> None:
+    """Waits, for days if need be, until every process has reached this point.
+
+    Unlike `barrier` it uses no device, whose collectives give up after some minutes.
+    """
+    get_barrier_sync_fn()(key=what, timeout_ms=7 * 24 * 60 * 60 * 1000)
+
+
 def require_agreement(settings: Mapping[str, Any]) -> None:
     """Raises HymbaError, in every process, unless all have the same settings.
 
     Args:
       settings: JSON values by the names that the message calls them.
     """
+    found = gather(dict(settings))
+    if different := "; ".join(disagreements(found)):
+        raise HymbaError(
+            f"the processes of the run differ: {different}: start all with "
+            "the same command, packages and data"
+        )
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON value of every process, in their order; each must call this."""
     if jax.process_count() == 1:
-        return
-    text = np.frombuffer(json.dumps(settings, sort_keys=True).encode(), np.uint8)
-    digest = np.frombuffer(hashlib.blake2b(text.data, digest_size=16).digest(), np.uint8)
-    if len(np.unique(multihost_utils.process_allgather(digest), axis=0)) == 1:
-        return
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(text.size))
     padded = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
-    found = [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
-    raise HymbaError(
-        f"the processes of the run differ: {'; '.join(disagreements(found))}: start all with "
-        "the same command, packages and data"
-    )
+    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
 
 
 def disagreements(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -12,7 +12,8 @@
 | `sample.py`            | text from the trained model                                         |
 | `metrics.py`           | JSON lines and TensorBoard                                          |
 | `recorder.py`          | prints and writes the metrics                                       |
-| `interrupts.py`        | Ctrl-C and SIGTERM in one line                                      |
+| `spikes.py`            | loss spikes                                                         |
+| `interrupts.py`        | Ctrl-C and SIGTERM: a checkpoint, and one line                      |
 | `mfu.py`               | model FLOPs utilization, and throughput                             |
 | `profile.py`           | traces of a few steps                                               |
 """

@@ -2,15 +2,16 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import tyro
 
 from hymba_jax.checkpoint.model_file import read_model_directory
-from hymba_jax.config.data import DataConfig
+from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.data.listing import is_url
 from hymba_jax.files import resolve_location, resolve_path
 
 
@@ -48,10 +49,21 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
     def resolved(path: str) -> str:
         return str(resolve_location(path)) if path else path
 
+    def resolved_source(path: str) -> str:  # which may be any URL that fsspec knows
+        return str(resolve_path(path)) if path and not is_url(path) else path
+
+    def resolved_sources[T: SourceConfig](sources: Mapping[str, T]) -> dict[str, T]:
+        return {
+            name: dataclasses.replace(source, path=resolved_source(source.path))
+            for name, source in sources.items()
+        }
+
     data = dataclasses.replace(
         config.data,
-        path=str(resolve_path(config.data.path)) if config.data.path else "",
+        path=resolved_source(config.data.path),
         tokenizer=resolved(config.data.tokenizer),
+        sources=resolved_sources(config.data.sources),
+        validation=resolved_sources(config.data.validation),
     )
     return dataclasses.replace(
         config, output=resolved(config.output), init_from=resolved(config.init_from), data=data

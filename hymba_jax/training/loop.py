@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
@@ -21,13 +22,25 @@ from hymba_jax.checkpoint.run_directory import (
 )
 from hymba_jax.checkpoint.run_lock import locked
 from hymba_jax.checkpoint.staged_checkpoints import open_checkpoints
-from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
+from hymba_jax.checkpoint.train_state import (
+    AbstractTrainState,
+    TrainState,
+    abstract_train_state,
+    init_state,
+)
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
-from hymba_jax.config.training import TrainingConfig
-from hymba_jax.data import Batch, Data, Tokenizer, prepare, train_iterator
+from hymba_jax.data import (
+    Batch,
+    Data,
+    Tokenizer,
+    open_data,
+    tokenize_sources,
+    train_iterator,
+)
 from hymba_jax.data.batch import abstract_batch
+from hymba_jax.data.examples import Examples
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text, resolve_location
@@ -35,25 +48,33 @@ from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
-from hymba_jax.parallel.processes import is_main_process
+from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
-from hymba_jax.training.loss import make_loss_fn, next_token_loss
+from hymba_jax.training.interrupts import Interrupts
+from hymba_jax.training.loss import LossFn, Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
-from hymba_jax.training.recorder import Recorder
+from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, make_train_step
 from hymba_jax.training.uploaded_metrics import open_metrics
-from hymba_jax.training.validation import Validate, make_validate
+from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
 
 
-def train(config: RunConfig, generate: Generate) -> None:
+def train(
+    config: RunConfig,
+    generate: Generate,
+    objective: Objective = next_token_loss,
+    interrupts: Interrupts | None = None,
+) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
     Args:
       generate: the sample, from the trained model.
+      objective: what training minimizes and validation reports.
+      interrupts: signals for which the run saves a checkpoint and returns early.
 
     Raises:
       HymbaError: the config is invalid for this run, the output cannot be written, or training
@@ -69,128 +90,181 @@ def train(config: RunConfig, generate: Generate) -> None:
         locked(resolve_location(config.output), display.say) if is_main_process() else nullcontext()
     )
     with display, lock, jax.set_mesh(mesh):
-        _train(config, generate, mesh, display)
+        _train(config, generate, objective, interrupts or Interrupts(), mesh, display)
 
 
-def _train(config: RunConfig, generate: Generate, mesh: Mesh, display: Display) -> None:
+def _train(
+    config: RunConfig,
+    generate: Generate,
+    objective: Objective,
+    interrupts: Interrupts,
+    mesh: Mesh,
+    display: Display,
+) -> None:
     previous, initial = _find_start(config)
-    data = _read_data(config, previous, initial, display)
-    before = previous.model if previous else initial.config if initial else None
-    config = _with_vocabulary(config, before, data.tokenizer, display)
+    source = previous.model if previous else initial.config if initial else None
     training, length = config.training, config.data.sequence_length
     optimizer = make_optimizer(training)
-    abstract = abstract_train_state(config.model, config.compute, optimizer, mesh)
-    check_memory(abstract, mesh)
+
+    def plan(tokenizer: Tokenizer) -> tuple[HymbaConfig, AbstractTrainState]:
+        """The model for this tokenizer and its state, which fits the devices."""
+        model = _fit_model(config, source, tokenizer)
+        abstract = abstract_train_state(model, config.compute, optimizer, mesh)
+        check_memory(abstract, mesh)
+        return model, abstract
+
+    data = _read_data(config, previous is not None, initial, plan, display)
+    model, abstract = plan(data.tokenizer)
+    config = dataclasses.replace(config, model=model)
     _announce(config, abstract.num_params, data, mesh, display)
 
     display.begin("compiling")
-    loss_fn = make_loss_fn(next_token_loss, abstract.graph)
-    train_step = compile_train_step(
-        make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size),
-        abstract.state,
+    loss_fn = make_loss_fn(objective, abstract.graph)
+    train_step = _compile_train_step(config, loss_fn, optimizer, abstract.state, mesh)
+    eval_step = compile_eval_step(
+        loss_fn,
+        abstract.state.params,
         abstract_batch(
-            training.batch_size,
+            training.micro_batch_size,
             length,
             batch_sharding(mesh),
-            segment_ids=config.data.packing == "documents",
+            segment_ids=config.data.validation_packing == "documents",
         ),
     )
-    rows = process_rows(mesh, training.batch_size)
-    examples = data.train_rows(config.data)
-    batches = train_iterator(examples, training.batch_size, config.seed, rows)
     limit = training.validation_batches * training.batch_size
-    validate = make_validate(loss_fn, data, mesh, length, training.micro_batch_size, limit)
-    if initial is not None:
-        display.say(initial.describe(config.model))
-        state = initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
-    elif previous is None:
-        state = init_state(config.model, config.compute, optimizer, abstract, config.seed)
+    validate = make_validate(
+        eval_step, data.validation, mesh, training.micro_batch_size, limit, interrupts.poll
+    )
 
-    def loop_state(step: int) -> LoopState:
-        return LoopState(step, batches.get_state(), data.train_digest, data.validation_digest)
+    rows = process_rows(mesh, training.batch_size)
+    batches = train_iterator(data.train, training.batch_size, rows)
+    global_batches = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
 
+    state, saved = None, None
+    if previous is None:
+        state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
     with open_checkpoints(config.output, training.keep_checkpoints) as checkpoints:
-        start = 0
-        if previous is not None:
-            state, saved = checkpoints.restore(abstract.state)
+        if state is None:
+            state, saved = checkpoints.restore(abstract.state, display.say)
             _check_same_run(saved, data, training.steps, config.output)
             batches.set_state(saved.batches)
-            start = saved.step
-            complete = f"complete at step {start}: raise training.steps to continue"
-            resuming = f"resuming after step {start}"
-            display.say(complete if start == training.steps else resuming)
+            display.say(_resuming(saved, training.steps))
         _write_directory(config, data.tokenizer, is_new=previous is None)
         output = resolve_location(config.output) if is_main_process() else None
         trace = output / PROFILE if output and config.profile else None
-        with open_metrics(output, start) as writer, Tracer(trace, start) as tracer:
+        start = saved.step if saved else 0
+        recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
+        with open_metrics(output, recorded.logged) as writer, Tracer(trace, start) as tracer:
             if writer.removed:
                 display.say(writer.removed)
-            flops = training_flops(config.model, length)
-            workload = _workload(training.batch_size, length, flops, mesh)
-            epoch = len(examples) / training.batch_size
-            recorder = Recorder(training, workload, epoch, start, writer, display)
-            placed = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
-            state = _run_steps(
-                state,
-                range(start + 1, training.steps + 1),
-                training,
-                train_step=train_step,
-                batches=placed,
-                validate=validate,
-                checkpoints=checkpoints,
-                loop_state=loop_state,
-                recorder=recorder,
-                tracer=tracer,
-                display=display,
+            recorder = Recorder(
+                training.steps,
+                training.log_every,
+                _workload(training.batch_size, length, training_flops(model, length), mesh),
+                lambda step: data.train.progress(step * training.batch_size),
+                partial(_name_examples, data.train, training.batch_size),
+                writer,
+                display,
+                recorded,
             )
 
+            def save(state: TrainState, step: int, validation_due: bool) -> None:
+                recorded = recorder.state()
+                loop = LoopState(
+                    step,
+                    batches.get_state(),
+                    dict(data.digests),
+                    recorded.skipped,
+                    validation_due,
+                    dataclasses.asdict(recorded),
+                )
+                with recorder.waiting_for("checkpoint"):
+                    writer.flush()
+                    checkpoints.save(state, loop)
+
+            with interrupts.deferred():
+                state = _run_steps(
+                    state,
+                    start,
+                    training.steps,
+                    validation_due=saved is not None and saved.validation_due,
+                    validate_every=training.validate_every,
+                    save_every=training.checkpoint_every,
+                    train_step=train_step,
+                    batches=global_batches,
+                    validate=validate,
+                    save=save,
+                    checkpoints=checkpoints,
+                    interrupts=interrupts,
+                    recorder=recorder,
+                    tracer=tracer,
+                    display=display,
+                )
+    if interrupts.agreed:
+        return
     if training.sample_tokens:
         display.begin("writing a sample")
         text = sample(generate, abstract.graph, state.params, data.tokenizer, mesh)
-        if text is not None:
-            replace_text(resolve_location(config.output) / SAMPLE_FILE, text)
+        if output and text is not None:
+            replace_text(output / SAMPLE_FILE, text)
             display.say(text)
     display.say(f"done: {config.output}")
 
 
 def _run_steps(
     state: TrainState,
-    steps: range,
-    training: TrainingConfig,
+    start: int,
+    steps: int,
     *,
+    validation_due: bool,
+    validate_every: int,
+    save_every: int,
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: Iterator[Batch],
     validate: Validate,
+    save: Callable[[TrainState, int, bool], None],
     checkpoints: Checkpoints,
-    loop_state: Callable[[int], LoopState],
+    interrupts: Interrupts,
     recorder: Recorder,
     tracer: Tracer,
     display: Display,
 ) -> TrainState:
-    """The state after these steps, with validation and checkpoints on schedule and after the
-    last."""
-    for step in steps:
-        with recorder.waiting_for("input"):
-            batch = next(batches)
-        recorder.collect()
-        with tracer.step(step):
-            state, metrics = train_step(state, batch)
-        recorder.submit(step, metrics)
-        checkpoints.check()
-        last = step == training.steps
-        if last or step % training.validate_every == 0:
-            if last:
+    """The state after the last step, or after the one at which the run was asked to stop.
+
+    Validates and saves on schedule and after the last step.
+
+    Args:
+      start: steps done already.
+      validation_due: whether the validation after them is not.
+    """
+    for step in range(start, steps + 1):
+        is_last = step == steps
+        if step > start:
+            with recorder.waiting_for("input"):
+                batch = next(batches)
+            recorder.collect()
+            with tracer.step(step):
+                state, metrics = train_step(state, batch)
+            recorder.submit(step, metrics)
+            checkpoints.check()
+            validation_due = is_last or step % validate_every == 0
+        stops = interrupts.poll()
+        if validation_due and not stops:
+            if is_last:
                 display.begin("validating on all held-out text")
             with recorder.paused():
-                validation = validate(state.params, last)
-            recorder.flush(validation)
-        if last or step % training.checkpoint_every == 0:
-            # A diverged run stops here, before it is saved. The line of metrics ends here, too, so
-            # that a run that resumes from this checkpoint starts a new one.
-            recorder.flush(log=True)
-            with recorder.waiting_for("checkpoint"):
-                checkpoints.save(state, loop_state(step))
+                validation = validate(state.params, is_last)
+            if validation is not None:
+                recorder.flush(validation)
+            validation_due = stops = validation is None
+        if step > start and (stops or is_last or step % save_every == 0):
+            if not validation_due:  # whose line of metrics waits for it
+                recorder.flush()
+            save(state, step, validation_due)  # not a run that diverged: its metrics are read
+        if stops:
+            break
+    checkpoints.wait()
     return state
 
 
@@ -208,48 +282,85 @@ def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | Non
 
 
 def _read_data(
-    config: RunConfig, previous: RunConfig | None, initial: InitialModel | None, display: Display
+    run: RunConfig,
+    is_resumed: bool,
+    initial: InitialModel | None,
+    check: Callable[[Tokenizer], object],
+    display: Display,
 ) -> Data:
-    """The corpus, by the tokenizer that the run has already or, for a new one, the config's."""
-    tokenizer = None
-    if previous is not None:
-        tokenizer = Tokenizer.load(config.output)
-    elif initial is not None and (tokenizer := initial.tokenizer_for(config.data)) is not None:
+    """The data, by the tokenizer that the run has already or, for a new one, the config's.
+
+    Args:
+      check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
+    """
+    config, output, tokenizer = run.data, run.output, None
+    if is_resumed:
+        tokenizer = Tokenizer.load(output)
+    elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:
         display.say(
-            f"keeping the tokenizer of {initial.directory}: {config.data.tokenizer} "
+            f"keeping the tokenizer of {initial.directory}: {config.tokenizer} "
             "would train another one with different ids"
         )
-    display.begin("reading and tokenizing")
-    data = prepare(
-        config.data,
-        tokenizer,
-        lambda done, total: display.update(f"tokenizing, {done / total:.0%}"),
-        config.output,
-    )
+    if is_main_process():
+        tokenize_sources(config, tokenizer, output, check, display, is_resumed=is_resumed)
+    wait_for_all("tokens")
+    data = open_data(config, tokenizer, output, run.seed)
     if initial is not None:
-        initial.check_tokenizer(data.tokenizer, config.data.tokenizer)
+        initial.check_tokenizer(data.tokenizer, config.tokenizer)
     check_data(data)
     return data
 
 
-def _with_vocabulary(
-    config: RunConfig, before: HymbaConfig | None, tokenizer: Tokenizer, display: Display
-) -> RunConfig:
-    """The run with its vocab_size resolved: that of the source model, or of the tokenizer.
+def _fit_model(config: RunConfig, source: HymbaConfig | None, tokenizer: Tokenizer) -> HymbaConfig:
+    """The model with its vocab_size resolved: that of the source model, or of the tokenizer.
 
     Raises:
       HymbaError: the model does not fit the tokenizer, or has too few positions for the sample.
     """
-    embeddings = before.num_embeddings if before else tokenizer.vocab_size
+    embeddings = source.num_embeddings if source else tokenizer.vocab_size
     model, training = config.model.with_vocabulary(embeddings), config.training
     tokenizer.check_fits(model, config.data.tokenizer)
     check_sample(training.sample_prompt, training.sample_tokens, tokenizer, model.max_positions)
-    if tokenizer.vocab_size < model.num_embeddings:
-        display.say(
-            f"{model.num_embeddings - tokenizer.vocab_size:,} of {model.num_embeddings:,} rows of "
-            f"the embedding are padding: the tokenizer has {tokenizer.vocab_size:,} tokens"
-        )
-    return dataclasses.replace(config, model=model)
+    return model
+
+
+def _init_state(
+    config: RunConfig,
+    initial: InitialModel | None,
+    optimizer: optax.GradientTransformation,
+    abstract: AbstractTrainState,
+    mesh: Mesh,
+    display: Display,
+) -> TrainState:
+    """The state before the first step: of the initial model if there is one, else random."""
+    if initial is None:
+        return init_state(config.model, config.compute, optimizer, abstract, config.seed)
+    display.say(initial.describe(config.model))
+    return initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
+
+
+def _compile_train_step(
+    config: RunConfig,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step of this run; `state` is abstract."""
+    training = config.training
+    step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        skip_nonfinite=training.on_nonfinite == "skip",
+    )
+    batch = abstract_batch(
+        training.batch_size,
+        config.data.sequence_length,
+        batch_sharding(mesh),
+        segment_ids=config.data.packing == "documents",
+    )
+    return compile_train_step(step, state, batch)
 
 
 def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:
@@ -259,8 +370,14 @@ def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, displa
     display.say(
         f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
         f"{len(devices)} x {devices[0].device_kind}{processes}; {config.training.steps:,} steps of "
-        f"{config.training.batch_size * length:,} tokens, {data.train.num_tokens:,} tokens of text"
+        f"{config.training.batch_size * length:,} tokens, {data.num_tokens:,} tokens of text"
     )
+    tokens, rows = data.tokenizer.vocab_size, config.model.num_embeddings
+    if tokens < rows:
+        display.say(
+            f"{rows - tokens:,} of {rows:,} rows of the embedding are padding: the tokenizer has "
+            f"{tokens:,} tokens"
+        )
     for note in data.notes:
         display.say(note)
     if mesh.size > 1:
@@ -269,20 +386,29 @@ def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, displa
 
 def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> None:
     """Raises HymbaError if a checkpoint is of other data, or of a later step than the last."""
-    for side, digest, now in (
-        ("training", saved.train_digest, data.train_digest),
-        ("validation", saved.validation_digest, data.validation_digest),
-    ):
-        if digest != now:
+    for source, digest in saved.digests.items():
+        if data.digests.get(source) != digest:
             raise HymbaError(
-                f"{output}: was trained on other {side} data than data.path holds now: restore "
-                "that data, or choose another output"
+                f"{output}: the {source} has other tokens than those the run was trained on: "
+                "restore them, or choose another output"
             )
     if saved.step > steps:
         raise HymbaError(
             f"{output}: is at step {saved.step}, training.steps is {steps}: set more steps, or "
             "choose another output"
         )
+
+
+def _resuming(saved: LoopState, steps: int) -> str:
+    """What a run does that resumes, in words."""
+    if saved.step == steps and not saved.validation_due:
+        return f"complete at step {steps}: raise training.steps to continue"
+    return f"resuming after step {saved.step}"
+
+
+def _name_examples(examples: Examples, batch_size: int, step: int) -> str:
+    """The data of a step, in words."""
+    return examples.describe((step - 1) * batch_size, step * batch_size)
 
 
 def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class MetricsWriter(Closing):
             self._board = opened.enter_context(_TensorBoard(run_directory / TENSORBOARD, step))
             self._files = opened.pop_all()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, int | float]) -> None:
         """Records these values of a step; a float reads back from the JSON as the same float."""
         if self._writes:
             self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
@@ -87,7 +87,7 @@ class _TensorBoard(Closing):
             )
             opened.pop_all()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, int | float]) -> None:
         now = time.time()
         summaries = (scalar(name, value) for name, value in values.items())
         self._write(*(Event(wall_time=now, step=step, summary=summary) for summary in summaries))

@@ -1,8 +1,10 @@
 """One update of the parameters, as a pure function of plain trees."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from hymba_jax.checkpoint.train_state import TrainState
@@ -14,21 +16,30 @@ from hymba_jax.training.loss import Average, Averages, LossFn
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float
 
+SKIPPED = "skipped"
+
 type Metrics = dict[str, Average | Float[Array, ""]]
 """Metrics of an update, by name.
 
-Those of the objective, `loss` among them; `grad_norm`, before clipping; and `learning_rate`, if
-the optimizer's state has it.
+Those of the objective, `loss` among them; `grad_norm`, before clipping; `learning_rate`, if the
+optimizer's state has it; and SKIPPED, 1 or 0, if updates may be skipped.
 """
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, micro_batch_size: int
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batch_size: int,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (next state, metrics).
 
     The batch is computed `micro_batch_size` rows at a time. Losses and gradients are sums until the
     last of them, so they are those of the batch as a whole, however its targets are spread.
+
+    Args:
+      skip_nonfinite: the state does not change if the loss or the gradient's norm is not finite.
     """
 
     def summed_loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Averages]:
@@ -46,11 +57,16 @@ def make_train_step(
         weight = averages["loss"].weight
         grads = jax.tree.map(lambda grad: grad / weight.astype(grad.dtype), grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = averages | {"grad_norm": Average(optax.tree.norm(grads), 1)}
+        following = TrainState(optax.apply_updates(state.params, updates), moments)
+        grad_norm = optax.tree.norm(grads)
+        metrics = averages | {"grad_norm": Average(grad_norm, 1)}
         if (rate := applied_learning_rate(moments)) is not None:
             metrics["learning_rate"] = rate
-        return TrainState(params, moments), metrics
+        if skip_nonfinite:
+            is_finite = jnp.isfinite(averages["loss"].mean) & jnp.isfinite(grad_norm)
+            following = jax.tree.map(partial(jnp.where, is_finite), following, state)
+            metrics[SKIPPED] = 1.0 - is_finite
+        return following, metrics
 
     return train_step
 

@@ -6,6 +6,7 @@ checkpoints cover, and once a minute for whoever watches the run.
 """
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,7 +55,7 @@ class UploadedMetrics(MetricsWriter):
             self.flush()
             self._opened = opened.pop_all()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, int | float]) -> None:
         super().write(step, values)
         if time.monotonic() > self._flushed + _PERIOD:
             with suppress(HymbaError):  # the next flush is of everything

@@ -1,39 +1,94 @@
 """Validation: the objective on held-out text, the same at every batch size and device count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh
 
-from hymba_jax.data import Data, validation_batches
+from hymba_jax.data import Batch, ValidationSet, validation_batches
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.mesh import global_batch, process_rows
-from hymba_jax.training.loss import LossFn, add_averages, means
+from hymba_jax.training.loss import Averages, LossFn, add_averages, means
 
-type Validate = Callable[[Params, bool], dict[str, float]]
-"""The metrics of parameters by name, over all held-out text if `full`, else over a sample of it."""
+type Validate = Callable[[Params, bool], dict[str, float] | None]
+"""The metrics of parameters by name, over all held-out text if `full`, else over a sample of it.
+
+None if the run was asked to stop meanwhile.
+"""
+
+
+def compile_eval_step(loss_fn: LossFn, params: Params, batch: Batch) -> LossFn:
+    """The compiled loss.
+
+    Args:
+      params, batch: abstract, with their shardings.
+    """
+    return jax.jit(loss_fn).lower(params, batch).compile()
 
 
 def make_validate(
-    loss_fn: LossFn, data: Data, mesh: Mesh, sequence_length: int, batch_size: int, limit: int
+    eval_step: LossFn,
+    sets: Mapping[str, ValidationSet],
+    mesh: Mesh,
+    batch_size: int,
+    limit: int,
+    stops: Callable[[], bool],
 ) -> Validate:
     """The function (params, full) -> metrics.
 
+    The metrics of one set are `validation_loss` and so on. Of several, these are the means over all
+    their targets and all their text, and `validation_loss/NAME` is that of each.
+
     Args:
       batch_size: sequences at once.
-      limit: sequences that are used unless `full`.
+      limit: sequences of each set that are used unless `full`.
+      stops: whether to stop, asked before every batch.
     """
-    eval_step = jax.jit(loss_fn)
     rows = process_rows(mesh, batch_size)
 
-    def validate(params: Params, full: bool) -> dict[str, float]:
-        batches = validation_batches(
-            data.validation, sequence_length, batch_size, None if full else limit, rows
-        )
-        # Dispatched asynchronously: the first is waited for when all are under way.
-        averages = [eval_step(params, global_batch(batch, mesh, batch_size)) for batch in batches]
-        values = means(add_averages(averages))
-        metrics = {f"validation_{name}": value for name, value in values.items()}
-        return metrics | {"validation_bits_per_byte": data.bits_per_byte(values["loss"])}
+    def evaluate(
+        params: Params, validation_set: ValidationSet, full: bool
+    ) -> dict[str, float] | None:
+        batches = validation_batches(validation_set.rows, batch_size, None if full else limit, rows)
+        sums: Averages = {}
+        computing: Averages = {}  # of the batch under way
+        for batch in batches:
+            if stops():
+                return None
+            following = eval_step(params, global_batch(batch, mesh, batch_size))
+            # Waits for the batch before, so that no more than two are left to do at a stop.
+            sums, computing = add_averages([sums, computing]), following
+        values = means(add_averages([sums, computing]))
+        return values | {"bits_per_byte": validation_set.bits_per_byte(values["loss"])}
+
+    def validate(params: Params, full: bool) -> dict[str, float] | None:
+        by_set = {}
+        for name, validation_set in sets.items():
+            values = evaluate(params, validation_set, full)
+            if values is None:
+                return None
+            by_set[name] = values
+        metrics = {f"validation_{name}": value for name, value in _overall(by_set, sets).items()}
+        if len(sets) > 1:
+            for name, values in by_set.items():
+                metrics |= {f"validation_{key}/{name}": value for key, value in values.items()}
+        return metrics
 
     return validate
+
+
+def _overall(
+    by_set: Mapping[str, Mapping[str, float]], sets: Mapping[str, ValidationSet]
+) -> dict[str, float]:
+    """The means over several sets: of bits per byte by their bytes, of others by their targets."""
+    names = next(iter(by_set.values()))
+    means = {}
+    for name in names:
+        in_bytes = name == "bits_per_byte"
+        weights = {
+            key: each.text_bytes if in_bytes else each.rows.num_targets
+            for key, each in sets.items()
+        }
+        total = sum(weight * by_set[key][name] for key, weight in weights.items())
+        means[name] = total / sum(weights.values())
+    return means

@@ -64,7 +64,7 @@ def test_fewer_sequences():
     """4 GB of parameters, and 8 sequences of 2.5 GB each: 4 fit in the 12 that are left."""
     memory = Memory(20 * GB, 4 * GB, 24 * GB)
     (line,) = inference_advice(8, 4 * GB, memory, 16 * GB)
-    assert line == "--batch 4: a sequence takes 2.5 GB, parameters 4.0 GB"
+    assert line == "--batch 4: a sequence takes 2.50 GB, parameters 4.00 GB"
     (line,) = inference_advice(1, 4 * GB, memory, 16 * GB)
     assert line.startswith("a shorter --context")
 

@@ -1,5 +1,9 @@
 """Checkpoints of a state with the same kinds of leaves as a real one, and much smaller."""
 
+import functools
+import itertools
+import os
+import shutil
 import time
 
 import jax
@@ -8,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from slow import slow_but
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params, silence_orbax
 from hymba_jax.checkpoint.train_state import TrainState
@@ -46,7 +51,7 @@ def abstract(state):
 
 
 def loop(step):
-    return LoopState(step, {"next_index": step, "epochs": [1, 2]}, "abc", "def")
+    return LoopState(step, {"next_index": step, "epochs": [1, 2]}, {"a": "abc"})
 
 
 def assert_equal(actual, expected):
@@ -71,6 +76,14 @@ def run(tmp_path):
     return tmp_path
 
 
+def restore(run, like=None):
+    """What a run resumes from, and what it says."""
+    said = []
+    with Checkpoints(run, keep=2) as checkpoints:
+        state, state_of_loop = checkpoints.restore(like or abstract(make_state()), said.append)
+    return state, state_of_loop, said
+
+
 def test_a_state_comes_back_bit_for_bit_though_training_continues(tmp_path):
     state = make_state(7)
     kept = jax.tree.map(np.array, state)
@@ -78,8 +91,8 @@ def test_a_state_comes_back_bit_for_bit_though_training_continues(tmp_path):
         checkpoints.save(state, loop(7))
         for _ in range(50):
             state = overwrite(state)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        restored, restored_loop = checkpoints.restore(abstract(make_state()))
+    restored, restored_loop, said = restore(tmp_path)
+    assert said == []
     assert_equal(restored, kept)
     assert restored_loop == loop(7)
 
@@ -88,8 +101,7 @@ def test_the_newest_is_restored_and_the_last_few_are_kept(run):
     with Checkpoints(run, keep=2) as checkpoints:
         checkpoints.save(make_state(3), loop(3))
     assert checkpoint_steps(run) == [2, 3]
-    with Checkpoints(run, keep=2) as checkpoints:
-        restored, restored_loop = checkpoints.restore(abstract(make_state()))
+    restored, restored_loop, _ = restore(run)
     assert restored_loop.step == 3
     assert_equal(restored, make_state(3))
 
@@ -124,8 +136,7 @@ def test_what_a_killed_save_left_is_ignored_and_removed(run):
     left.mkdir()
     (left / "params").mkdir()
     assert checkpoint_steps(run) == [1, 2]
-    with Checkpoints(run, keep=2) as checkpoints:
-        assert checkpoints.restore(abstract(make_state()))[1].step == 2
+    assert restore(run)[1].step == 2
     assert not left.exists()
 
 
@@ -133,7 +144,7 @@ def test_what_a_killed_removal_left_does_no_harm(run):
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "loop/metadata"):
         (run / "checkpoints" / "1" / name).unlink(missing_ok=True)
     with Checkpoints(run, keep=2) as checkpoints:
-        assert checkpoints.restore(abstract(make_state()))[1].step == 2
+        assert checkpoints.restore(abstract(make_state()), print)[1].step == 2
         checkpoints.save(make_state(3), loop(3))
     assert checkpoint_steps(run) == [2, 3]
 
@@ -159,40 +170,139 @@ def damage_foreign(step):
     (step / "loop" / "metadata").write_text('{"epoch": 3}')
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_lose_arrays, damage_lose_a_part, damage_foreign]
-)
-def test_damage_is_one_clear_line(run, damage, caplog):
+def damage_metadata(step):
+    file = step / "params" / "_METADATA"
+    file.write_text(file.read_text().replace('"checksums"', '"other"'))
+
+
+def assert_set_aside(run, said, reason=""):
+    """Checkpoint 2, for 1."""
+    (line,) = said
+    assert line.startswith(f"{run}/checkpoints/2")
+    assert reason in line
+    assert line.endswith(": set aside as 2.damaged-1, step 1 is used")
+    assert "\n" not in line
+    assert len(line) < 500
+    assert checkpoint_steps(run) == [1]
+    assert (run / "checkpoints" / "2.damaged-1").is_dir()
+
+
+DAMAGES = [damage_truncate, damage_lose_arrays, damage_lose_a_part, damage_foreign, damage_metadata]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(run, damage):
     damage(run / "checkpoints" / "2")
-    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(abstract(make_state()))
-    message = str(caught.value)
-    assert message.startswith(f"{run}/checkpoints/2")
-    assert "\n" not in message
-    assert len(message) < 500
+    state, loop_state, said = restore(run)
+    assert_equal(state, make_state(1))
+    assert loop_state == loop(1)
+    assert_set_aside(run, said)
+    with Checkpoints(run, keep=2) as checkpoints:
+        checkpoints.save(make_state(2), loop(2))
+    assert_equal(restore(run)[0], make_state(2))
+
+
+def flip(file, seed):
+    content = bytearray(file.read_bytes())
+    place, bit = divmod(np.random.default_rng(seed).integers(8 * len(content)), 8)
+    content[place] ^= 1 << bit
+    file.write_bytes(content)
+
+
+HARMS = {
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "emptied": lambda file: os.truncate(file, 0),
+    "deleted": lambda file: file.unlink(),
+    **{f"bit {seed}": functools.partial(flip, seed=seed) for seed in range(3)},
+}
+
+
+@pytest.mark.parametrize("harm", slow_but(HARMS, "bit 0"))
+def test_a_damaged_file_is_found_or_does_no_harm(run, tmp_path, harm):
+    """Whatever the file: values are those that were saved, of one step or the other."""
+    used = []
+    files = sorted(file for file in (run / "checkpoints" / "2").rglob("*") if file.is_file())
+    for i, file in enumerate(files):
+        copy = tmp_path / "copies" / str(i)
+        shutil.copytree(run / "checkpoints", copy / "checkpoints")
+        HARMS[harm](copy / file.relative_to(run))
+        state, loop_state, said = restore(copy)
+        used.append(loop_state.step)
+        assert_equal(state, make_state(loop_state.step))
+        assert loop_state == loop(loop_state.step)
+        if loop_state.step == 1:
+            assert_set_aside(copy, said)
+    assert used.count(1) >= 8
+
+
+def test_if_no_checkpoint_is_intact_all_are_left_as_they_are(run):
+    for step in (1, 2):
+        damage_foreign(run / "checkpoints" / str(step))
+    with pytest.raises(HymbaError) as caught:
+        restore(run)
+    assert str(caught.value) == (
+        f"{run}/checkpoints: no checkpoint is intact ({run}/checkpoints/2/loop/metadata: damaged, "
+        f"or another program wrote it; {run}/checkpoints/1/loop/metadata: damaged, or another "
+        "program wrote it): restore one from a copy, or choose another output"
+    )
     assert checkpoint_steps(run) == [1, 2]
 
 
-def test_another_shape_is_refused_and_neither_cut_nor_padded(run):
-    other = abstract(make_state(width=32))
-    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError, match="shape"):
-        checkpoints.restore(other)
+def test_another_model_or_optimizer_is_refused_and_no_damage(run):
+    other = make_state()._replace(optimizer=optax.sgd(0.1, 0.9).init(make_state().params))
+    for like, part in ((abstract(make_state(width=32)), "params"), (abstract(other), "optimizer")):
+        with pytest.raises(HymbaError, match=f"2/{part}: holds arrays of other names, shapes"):
+            restore(run, like)
     with pytest.raises(HymbaError, match="shape"):
-        load_params(run, other.params)
+        load_params(run, abstract(make_state(width=32)).params)
+    assert checkpoint_steps(run) == [1, 2]
 
 
-def test_a_save_that_fails_in_the_background_is_found(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("is_damage", [True, False])
+def test_what_another_process_found_counts_for_all(run, monkeypatch, call, is_damage):
+    """When it read the newest checkpoint, or when it compared checksums."""
+    calls = itertools.count()
+
+    def gather(own):
+        return [own, ["checkpoints/2: gone", is_damage] if next(calls) == call else None]
+
+    monkeypatch.setattr("hymba_jax.checkpoint.checkpoints.gather", gather)
+    if is_damage:
+        state, _, said = restore(run)
+        assert_equal(state, make_state(1))
+        assert said == ["checkpoints/2: gone: set aside as 2.damaged-1, step 1 is used"]
+    else:
+        with pytest.raises(HymbaError, match="checkpoints/2: gone"):
+            restore(run)
+        assert checkpoint_steps(run) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(13, "not yours")])
+def test_an_error_of_this_machine_is_no_damage(run, monkeypatch, error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
+    with pytest.raises(HymbaError, match=r"checkpoints/2/params: .*no"):
+        restore(run)
+    assert checkpoint_steps(run) == [1, 2]
+
+
+def test_a_save_that_fails_in_the_background_is_found(run, monkeypatch):
     async def no_space(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize", no_space)
     with pytest.raises(HymbaError, match=r"cannot be written.*No space left"):
-        save_until_found(tmp_path)
+        save_until_found(run)
+    monkeypatch.undo()
+    assert_equal(restore(run)[0], make_state(2))  # what was there before is intact
 
 
 def save_until_found(directory):
     with Checkpoints(directory, keep=1) as checkpoints:
-        checkpoints.save(make_state(), loop(1))
+        checkpoints.save(make_state(3), loop(3))
         for _ in range(100):
             time.sleep(0.05)
             checkpoints.check()
@@ -205,8 +315,7 @@ def test_a_place_that_is_no_directory_is_one_line(tmp_path):
 
 
 def test_optimizer_states_keep_their_types(run):
-    with Checkpoints(run, keep=2) as checkpoints:
-        restored, _ = checkpoints.restore(abstract(make_state()))
+    restored, _, _ = restore(run)
     assert isinstance(optax.tree.get(restored.optimizer, "mu"), dict)
     assert int(optax.tree.get_all_with_path(restored.optimizer, "count")[0][1]) == 2
 
@@ -234,8 +343,7 @@ def test_a_flipped_bit_is_found_by_name(run):
     where = r"checkpoints/2/params: damaged.*\(groups\.0\.kernel\)"
     with pytest.raises(HymbaError, match=where):
         load_params(run, abstract(make_state()).params)
-    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError, match=where):
-        checkpoints.restore(abstract(make_state()))
+    assert_set_aside(run, restore(run)[2], "(groups.0.kernel)")
 
 
 def test_damage_is_found_when_parameters_are_cast(run):
@@ -257,31 +365,34 @@ def test_a_checkpoint_without_checksums_is_refused(run):
 @pytest.mark.parametrize(
     ("old", "new"), [('"step": 2', '"step": 60'), ('"next_index": 2', '"next_index": 3')]
 )
-def test_an_edited_loop_state_is_refused(run, old, new):
+def test_an_edited_loop_state_is_damaged(run, old, new):
     file = run / "checkpoints" / "2" / "loop" / "metadata"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
-    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(abstract(make_state()))
-    assert str(caught.value).startswith(f"{file}: damaged, its checksum does not match")
+    assert_set_aside(run, restore(run)[2], f"{file}: damaged, its checksum does not match")
 
 
-def test_a_checkpoint_under_another_step_is_refused(run):
+def test_a_checkpoint_under_another_step_is_damaged(run):
     (run / "checkpoints" / "2").rename(run / "checkpoints" / "60")
-    with Checkpoints(run, keep=2) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(abstract(make_state()))
+    _, loop_state, (line,) = restore(run)
+    assert loop_state.step == 1
     assert (
         "60: damaged, its parts belong to different steps (loop/metadata of 2, optimizer of 2)"
-        in (str(caught.value))
+        in line
     )
 
 
-def test_an_optimizer_of_another_step_is_refused(tmp_path):
+def test_an_optimizer_of_another_step_is_damaged(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(5), loop(6))
-    with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(HymbaError) as caught:
-        checkpoints.restore(abstract(make_state()))
-    assert "(loop/metadata of 6, optimizer of 5)" in str(caught.value)
+    with pytest.raises(HymbaError, match=r"\(loop/metadata of 6, optimizer of 5\)"):
+        restore(tmp_path)
+
+
+def test_an_optimizer_is_behind_by_the_steps_skipped(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(make_state(5), loop(8)._replace(skipped=3))
+    assert restore(tmp_path)[1] == loop(8)._replace(skipped=3)
 
 
 def test_only_directories_named_as_steps_are_checkpoints(run):
@@ -289,5 +400,4 @@ def test_only_directories_named_as_steps_are_checkpoints(run):
         (run / "checkpoints" / name).mkdir()
     (run / "checkpoints" / "5").write_text("")
     assert checkpoint_steps(run) == [1, 2]
-    with Checkpoints(run, keep=2) as checkpoints:
-        assert checkpoints.restore(abstract(make_state()))[1].step == 2
+    assert restore(run)[1].step == 2

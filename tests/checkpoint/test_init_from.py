@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
+from slow import slow_but
 
 from hymba_jax.checkpoint.checkpoints import load_params
 from hymba_jax.checkpoint.init_from import read_initial_model
@@ -38,7 +39,7 @@ def held(request, tmp_path_factory):
     return directory, model
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", slow_but([True, False], True))
 def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
     directory, model = held
     compute = ComputeConfig(scan_layers=scan_layers)

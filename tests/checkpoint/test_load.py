@@ -45,14 +45,14 @@ def write_run(directory, compute, initial):
     data = DataConfig(tokenizer="bytes", sequence_length=24)
     run = RunConfig(output=str(directory), model=CONFIG, compute=compute, data=data)
     write_run_directory(run, byte_tokenizer())
-    _, template = abstract_model(CONFIG, compute, make_mesh(jax.devices()[:1]))
+    _, abstract = abstract_model(CONFIG, compute, make_mesh(jax.devices()[:1]))
     with Checkpoints(directory, keep=2) as checkpoints:
         for step in (1, 2):
             params = jax.tree.map(
-                lambda a, like, k=step: (k * a).astype(like.dtype), initial, template
+                lambda a, like, k=step: (k * a).astype(like.dtype), initial, abstract
             )
             state = TrainState(params, {"count": jnp.int32(step)})
-            checkpoints.save(state, LoopState(step, {}, "", ""))
+            checkpoints.save(state, LoopState(step, {}, {}))
     return directory
 
 

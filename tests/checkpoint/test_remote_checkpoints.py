@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from checkpoint.test_checkpoint import abstract, assert_equal, loop, make_state
 from storage_emulators import FORBIDDEN
@@ -33,7 +34,7 @@ def run(bucket_url):
 def test_the_newest_complete_one_comes_back_bit_for_bit(run):
     assert checkpoint_steps(run) == [2, 3]
     with open_checkpoints(str(run), keep=2) as checkpoints:
-        state, restored_loop = checkpoints.restore(abstract(make_state()))
+        state, restored_loop = checkpoints.restore(abstract(make_state()), print)
         checkpoints.save(make_state(4), loop(4))
     assert_equal(state, make_state(3))
     assert restored_loop == loop(3)
@@ -44,24 +45,49 @@ def test_the_newest_complete_one_comes_back_bit_for_bit(run):
         load_params(run, abstract(make_state()).params, 2)
 
 
-def test_damage_names_the_bucket(run):
+def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run):
     damaged = run / "checkpoints" / "3"
     for file in damaged.glob("params/d/*"):
         file.write_bytes(file.read_bytes()[:50])
-    with (
-        open_checkpoints(str(run), keep=2) as checkpoints,
-        pytest.raises(HymbaError, match=f"^{damaged}/params: not a checkpoint of this model"),
-    ):
-        checkpoints.restore(abstract(make_state()))
     with pytest.raises(HymbaError, match=f"^{damaged}/params: not parameters of this model"):
         load_params(run, abstract(make_state()).params)
+    said = []
+    with open_checkpoints(str(run), keep=2) as checkpoints:
+        state, _ = checkpoints.restore(abstract(make_state()), said.append)
+        checkpoints.save(make_state(3), loop(3))
+    assert_equal(state, make_state(2))
+    assert checkpoint_steps(run) == [2, 3]
+    assert (run / "checkpoints" / "3.damaged-1" / "params" / "_METADATA").is_file()
+    (line,) = said
+    assert line.startswith(f"{damaged}/params: not a checkpoint of this model that can be read")
+    assert line.endswith(": set aside as 3.damaged-1, step 2 is used")
+    assert "\n" not in line
+
+
+def test_a_store_that_is_not_reached_is_no_damage(run, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
+    monkeypatch.setattr(RemotePath, "download", fail)
+    for error in (ValueError("UNAVAILABLE: Error reading"), OSError("Forbidden: o/a"), Timeout()):
+        with (
+            open_checkpoints(str(run), keep=2) as checkpoints,
+            pytest.raises((HymbaError, type(error))),
+        ):
+            checkpoints.restore(abstract(make_state()), print)
+    assert checkpoint_steps(run) == [2, 3]
+
+
+class Timeout(Exception):
+    """As of an HTTP library."""
 
 
 def test_a_checkpoint_is_not_complete_before_all_of_it_is_there(run):
     (run / "checkpoints" / "3" / COMMITTED).unlink()
     assert checkpoint_steps(run) == [2]
     with open_checkpoints(str(run), keep=2) as checkpoints:
-        assert checkpoints.restore(abstract(make_state()))[1].step == 2
+        assert checkpoints.restore(abstract(make_state()), print)[1].step == 2
         checkpoints.save(make_state(5), loop(5))  # waits for what Orbax removes in the background
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
 

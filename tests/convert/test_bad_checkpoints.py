@@ -354,7 +354,7 @@ class TestTarget:
         target = shutil.copytree(native, tmp_path / "target")
         file = target / "config.toml"
         file.write_text(file.read_text())
-        with pytest.raises(HymbaError, match=r"target: holds config\.toml, which"):
+        with pytest.raises(HymbaError, match=r"target: holds config\.toml, not"):
             convert(complete_hf, target, overwrite=True)
 
     def test_permissions_stay(self, native, tmp_path):
@@ -365,7 +365,7 @@ class TestTarget:
 
     def test_an_hf_checkpoint_of_others_is_never_overwritten(self, complete_hf, native, tmp_path):
         target = shutil.copytree(complete_hf, tmp_path / "target")
-        with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, wh"):
+        with pytest.raises(HymbaError, match=r"target: holds config.json, model.safetensors, not"):
             convert(native, target, overwrite=True)
         assert (target / WHOLE).exists()
 

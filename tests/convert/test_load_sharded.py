@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 from convert.hf import golden_weights, write_hf
 from flax import nnx
-from golden_cases import load
 
 from hymba_jax.config import ComputeConfig
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.load_sharded import load_hf
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
 from hymba_jax.errors import HymbaError
-from hymba_jax.model.sharding import state_shardings
 from hymba_jax.parallel.mesh import make_mesh
 
 
@@ -39,21 +37,52 @@ def read_bytes(monkeypatch):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("num_devices", [1, 8])
-def test_every_parameter_is_where_and_what_it_should_be(hf, scan_layers, num_devices):
-    mesh = make_mesh(jax.devices()[:num_devices])
-    compute = ComputeConfig(scan_layers=scan_layers)
-    params = nnx.state(load_hf(hf, compute, mesh))
-    _, expected = load("tiny-shared").model(scan_layers=scan_layers)
-    shardings = dict(nnx.to_flat_state(state_shardings(params, load("tiny-shared").config, mesh)))
-    expected = dict(nnx.to_flat_state(expected))
-    for path, leaf in nnx.to_flat_state(params):
-        assert leaf[...].sharding == shardings[path]
-        np.testing.assert_array_equal(leaf[...], expected[path][...])
+def test_every_parameter_is_its_rows_of_a_tensor(hf, scan_layers):
+    """Layers 3 and 4, the second of two equal pairs that share keys and values."""
+    model = load_hf(hf, ComputeConfig(scan_layers=scan_layers), make_mesh(jax.devices()[:8]))
+    blocks = model.groups[1].group.blocks if scan_layers else model.groups[2].blocks
+    weights = golden_weights()
+
+    def check(param, expected):
+        array = np.asarray(param[...])
+        np.testing.assert_array_equal(array[1] if scan_layers else array, expected)
+
+    for layer, block in zip((3, 4), blocks, strict=True):
+        tensors = {
+            name.removeprefix(f"model.layers.{layer}."): tensor for name, tensor in weights.items()
+        }
+        attention, ssm = block.mixer.attention, block.mixer.ssm
+        kv = {attention.key_proj: 16, attention.value_proj: 32} if layer == 3 else {}
+        num_rows = {attention.query_proj: 48, **kv, ssm.in_proj: 96, ssm.gate_proj: 96}
+        ends = np.cumsum([*num_rows.values()])
+        rows = np.split(tensors["mamba.in_proj.weight"], ends[:-1])
+        for linear, part in zip(num_rows, rows, strict=True):
+            check(linear.kernel, part.T)
+        check(ssm.conv_kernel, tensors["mamba.conv1d.weight"][:, 0].T)
+        check(ssm.dt_bias, tensors["mamba.dt_proj.0.bias"])
+        check(ssm.A_log, tensors["mamba.A_log.0"].T)
+        check(block.mlp.down_proj.kernel, tensors["moe.experts.0.down_proj.weight"].T)
+        check(block.mixer_norm.scale, tensors["input_layernorm.weight"])
+    np.testing.assert_array_equal(model.meta_tokens[...], weights["model.memory_tokens"])
+
+
+def test_each_device_holds_its_shard(hf):
+    """6 of 48 rows of a kernel, which are columns of the HF tensor; all of a vector."""
+    mesh = make_mesh(jax.devices()[:8])
+    block = load_hf(hf, ComputeConfig(scan_layers=False), mesh).groups[0].blocks[0]
+    kernel = golden_weights()["model.layers.0.moe.experts.0.up_proj.weight"].T
+    bias = golden_weights()["model.layers.0.mamba.conv1d.bias"]
+    for param, shards in (
+        (block.mlp.up_proj.kernel, np.split(kernel, 8)),
+        (block.mixer.ssm.conv_bias, [bias] * 8),
+    ):
+        held = {shard.device: shard.data for shard in param[...].addressable_shards}
+        for device, expected in zip(mesh.devices.flat, shards, strict=True):
+            np.testing.assert_array_equal(held[device], expected)
 
 
 def test_all_devices_together_read_the_file_once(hf, read_bytes):
-    """But for what is on each of them whole, which is read once too."""
+    """Replicated parameters, too."""
     load_hf(hf, ComputeConfig(), make_mesh(jax.devices()[:8]))
     assert sum(read_bytes) == sum(array.nbytes for array in golden_weights().values())
 

@@ -1,13 +1,11 @@
 import gzip
 import hashlib
 import json
-import sysconfig
 from itertools import product
-from pathlib import Path
 
 import pytest
 
-from hymba_jax.data.documents import BadRecordsError, read_documents, read_standard_library
+from hymba_jax.data.documents import BadRecordsError, read_documents
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.split import hold_out_tail, is_held_out
@@ -119,16 +117,6 @@ def test_a_file_that_cannot_be_read_is_never_skipped(tmp_path):
     for choice in ("stop", "skip"):
         with pytest.raises(HymbaError, match=r"/b: cannot be read \(No such file"):
             read(files, on_bad_record=choice)
-
-
-def test_standard_library():
-    documents = list(read_standard_library())
-    names = [document.name for document in documents]
-    assert len(set(names)) == len(names) > 400
-    assert {"argparse.py", "json/decoder.py"} <= set(names)
-    assert not any(name.startswith(("test/", "idlelib/", "site-packages/")) for name in names)
-    source = Path(sysconfig.get_path("stdlib"), "json", "decoder.py").read_text(encoding="utf-8")
-    assert documents[names.index("json/decoder.py")].text == source
 
 
 # --- The validation split ---

@@ -1,267 +1,228 @@
-import hashlib
 import json
-import os
-import socket
-import sysconfig
-from pathlib import Path
+from collections import Counter
+from itertools import islice, pairwise
 
+import numpy as np
 import pytest
 
-from hymba_jax.config.data import DataConfig
-from hymba_jax.data.records import Document
-from hymba_jax.data.sources import is_held_out, load_documents
+from hymba_jax import cli
+from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
+from hymba_jax.data import (
+    IGNORED_TARGET,
+    DataConfig,
+    Tokenizer,
+    open_data,
+    tokenize_sources,
+    train_iterator,
+)
+from hymba_jax.data.megatron import MegatronWriter
+from hymba_jax.data.sources import open_sources
+from hymba_jax.data.tokenizer import build_tokenizer
+from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 
-
-def all_documents(config):
-    corpus = load_documents(config)
-    return sorted([*corpus.train, *corpus.validation], key=lambda document: document.name)
+TEXTS = [f"document {number}: {'δ' * number}" for number in range(60)]
 
 
-def write_texts(directory, count=40):
-    for number in range(count):
-        (directory / f"{number:03}.txt").write_text(f"text {number}\n", encoding="utf-8")
-
-
-def write_lines(path, *lines):
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-
-
-def error_of(config):
-    with pytest.raises(HymbaError) as caught:
-        load_documents(config)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_directory_of_text_files(tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "nested").mkdir()
-    (tmp_path / "nested" / "café.md").write_bytes("\ufeffnaïve\r\nδ".encode())
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / ".hidden").write_bytes(b"\0\xff")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "index").write_bytes(b"\0\xff")
-
-    documents = all_documents(DataConfig(path=str(tmp_path), validation_fraction=0.25))
-
-    assert documents == [
-        *(Document(f"{number:03}.txt", f"text {number}\n") for number in range(40)),
-        Document("nested/café.md", "naïve\r\nδ"),  # line ends kept, byte order mark dropped
-    ]
-
-
-def test_split_is_by_hash_of_the_name_and_stable(tmp_path):
-    write_texts(tmp_path)
-    config = DataConfig(path=str(tmp_path), validation_fraction=0.25)
-    before = load_documents(config)
-    expected = [
-        name
-        for name in sorted(os.listdir(tmp_path))
-        if int(hashlib.sha1(name.encode()).hexdigest()[:2], 16) % 4 == 0
-    ]
-    assert [document.name for document in before.validation] == expected
-    assert load_documents(config) == before
-
-    (tmp_path / "another.txt").write_text("more")
-    after = load_documents(config)
-    assert set(before.validation) <= set(after.validation)
-    assert set(before.train) <= set(after.train)
-
-
-@pytest.mark.parametrize("fraction", [0.004, 0.05, 0.1, 0.3, 0.5, 0.7, 0.99])
-def test_about_the_fraction_is_held_out(fraction):
-    names = [f"document {number}" for number in range(10_000)]
-    share = sum(is_held_out(name, fraction) for name in names) / len(names)
-    assert abs(share - fraction) < 1 / 256 + 0.01  # a step of the hash, and twice its deviation
-
-
-def test_json_lines(tmp_path):
+@pytest.fixture
+def corpus(tmp_path):
     path = tmp_path / "corpus.jsonl"
-    texts = ["plain", 'quo"te\n\ttab', "é \U0001f600 \u2028 line separator", "x" * 5000]
-    lines = [json.dumps({"id": 1, "body": text}).encode() for text in texts]
-    write_lines(path, lines[0], b"", lines[1], b'{"body": ""}', *lines[2:])
-    for given in (path, tmp_path):
-        documents = all_documents(
-            DataConfig(str(given), text_field="body", validation_fraction=0.4)
-        )
-        assert documents == [
-            Document(f"corpus.jsonl:{line}", text)
-            for line, text in zip((1, 3, 5, 6), texts, strict=True)
-        ]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return path
 
 
-@pytest.mark.parametrize(
-    ("line", "parts"),
-    [
-        (b'{"text": "a"', ["broken JSON", "column"]),
-        (b"text", ["broken JSON", "column 1", "fix or remove"]),
-        (b'{"body": "a", "n": 1}', ["no field 'text'", "'body', 'n'", "text_field"]),
-        (b"{}", ["no field 'text'", "none"]),
-        (b'["a"]', ["not a JSON object"]),
-        (b'{"text": 3}', ["field 'text' is not a string"]),
-        (b'{"text": "\xff"}', ["not UTF-8", "byte 10"]),
-        (b'{"text": "\\ud800"}', ["surrogate"]),
-        (b'{"a":' + b"[" * 100_000, ["unreadable JSON"]),
-    ],
-)
-def test_bad_json_line_is_named(tmp_path, line, parts):
-    path = tmp_path / "corpus.jsonl"
-    write_lines(path, b'{"text": "good"}', b"", line)
-    message = error_of(DataConfig(path=str(path)))
-    for part in [f"{path}, line 3:", *parts]:
-        assert part in message
+@pytest.fixture
+def output(tmp_path):
+    return str(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        (b"ab\0c", "binary, not text (byte 2"),
-        ("\ufeffab\0c".encode(), "binary, not text (byte 5"),
-        (b"\x89PNG\r\n", "not UTF-8 text (byte 0)"),
-        ("é".encode("latin-1"), "not UTF-8 text (byte 0)"),
-    ],
-)
-def test_binary_file_is_named(tmp_path, content, part):
-    write_texts(tmp_path)
-    (tmp_path / "bad.txt").write_bytes(content)
-    message = error_of(DataConfig(path=str(tmp_path)))
-    assert f"{tmp_path}/bad.txt: {part}" in message
+def config(path="", **options):
+    options = {"tokenizer": "bytes", "sequence_length": 16, "validation_fraction": 0.2} | options
+    return DataConfig(path=str(path), **options)
 
 
-def test_nothing_to_read(tmp_path):
-    missing = tmp_path / "missing"
-    assert f"{missing}: no such file or directory" in error_of(DataConfig(path=str(missing)))
-    assert f"{tmp_path}: no text found" in error_of(DataConfig(path=str(tmp_path)))
-    empty = tmp_path / "empty.jsonl"
-    write_lines(empty, b"", b'{"text": ""}')
-    assert f"{empty}: no text found" in error_of(DataConfig(path=str(empty)))
-    lone = tmp_path / "book.txt"
-    lone.write_text("text")
-    assert f"{lone}: neither a directory nor" in error_of(DataConfig(path=str(lone)))
+def prepare(data, output, tokenizer=None, is_resumed=False):
+    tokenize_sources(data, tokenizer, output, str, Display(quiet=True), is_resumed=is_resumed)
+    return open_sources(data, tokenizer, output)
 
 
-def test_unreadable_file_is_named(tmp_path, monkeypatch):
-    write_texts(tmp_path, 2)
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("hymba_jax.data.sources.open_regular", refuse)
-    assert "000.txt: cannot be read (Permission denied)" in error_of(DataConfig(path=str(tmp_path)))
+def documents(tokens):
+    store = tokens.store
+    borders = [*store.document_starts(0, store.num_tokens).tolist(), store.num_tokens]
+    return [store.read(start, stop).tolist() for start, stop in pairwise(borders)]
 
 
-def test_empty_side_names_a_split_that_works(tmp_path):
-    kept = [name for name in map(str, range(1000)) if not is_held_out(name, 0.05)][:6]
-    for name in kept:
-        (tmp_path / name).write_text(name)
-    message = error_of(DataConfig(path=str(tmp_path)))
-    assert "validation_fraction 0.05 leaves no validation document of 6" in message
-    advised = float(message.split("set validation_fraction to ")[1].split()[0])
-    assert load_documents(DataConfig(path=str(tmp_path), validation_fraction=advised)).validation
-
-    for name in kept[1:]:
-        (tmp_path / name).unlink()
-    assert "add documents" in error_of(DataConfig(path=str(tmp_path)))
-
-    (tmp_path / kept[0]).unlink()
-    held = next(name for name in map(str, range(1000)) if is_held_out(name, 0.05))
-    (tmp_path / held).write_text(held)
-    assert "leaves no training document of 1" in error_of(DataConfig(path=str(tmp_path)))
+def test_text_is_tokenized_once(corpus, output):
+    sources = prepare(config(corpus), output)
+    train, validation = sources.train["corpus"], sources.validation["corpus"]
+    found = [*documents(train), *documents(validation)]
+    expected = [[1, *sources.tokenizer.encode(text), 2] for text in TEXTS]
+    assert sorted(found) == sorted(expected)
+    assert validation.text_bytes == sum(len(ids) - 2 for ids in documents(validation))
+    corpus.unlink()  # it is not read again, nor the tokenizer trained
+    again = prepare(config(corpus), output, Tokenizer.load(f"{output}/tokens/train/corpus"), True)
+    assert again.train["corpus"].digest == train.digest
 
 
-def test_standard_library_split():
-    corpus = load_documents(DataConfig())
-    assert load_documents(DataConfig()) == corpus
-    names = {document.name for document in corpus.train + corpus.validation}
-    assert len(names) == len(corpus.train) + len(corpus.validation) > 400
-    assert {"argparse.py", "json/decoder.py"} <= names
-    assert not any(name.startswith(("test/", "idlelib/", "site-packages/")) for name in names)
-    for document in corpus.validation:
-        digest = hashlib.sha1(document.name.split("/")[-1].encode()).digest()
-        assert digest[0] % 20 == 0
-
-    decoder = next(d for d in corpus.train + corpus.validation if d.name == "json/decoder.py")
-    source = Path(sysconfig.get_path("stdlib"), "json", "decoder.py").read_text(encoding="utf-8")
-    assert decoder.text == source
-
-
-def test_what_is_no_document_is_left_out_and_counted(tmp_path):
-    write_texts(tmp_path)
-    before = all_documents(DataConfig(path=str(tmp_path), validation_fraction=0.25))
-    os.mkfifo(tmp_path / "fifo.jsonl")  # opening it would wait for a writer
-    os.mkfifo(tmp_path / "fifo.txt")
-    (tmp_path / "zero").symlink_to("/dev/zero")
-    (tmp_path / "dangling.txt").symlink_to("nowhere")
-    (tmp_path / "self").symlink_to("self")
-    (tmp_path / "up").symlink_to(tmp_path)
-    (tmp_path / ".hidden").touch()
-    (tmp_path / "empty").touch()
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(tmp_path / "socket"))  # of at most 108 characters
-        config = DataConfig(path=str(tmp_path), validation_fraction=0.25)
-        assert all_documents(config) == before
-        assert load_documents(config).left_out == (
-            "FIFOs: 2, broken links: 2, devices: 1, files without text: 1, hidden entries: 1, "
-            "links to directories: 1, sockets: 1"
-        )
+def test_tokens_of_other_text_or_options_are_made_again(corpus, output):
+    """Where no checkpoint depends on them."""
+    first = prepare(config(corpus), output)
+    corpus.write_text(corpus.read_text() + "\n" + json.dumps({"text": "one more"}))
+    second = prepare(config(corpus), output)
+    assert (
+        len(documents(second.train["corpus"])) + len(documents(second.validation["corpus"]))
+        == len(TEXTS) + 1
+    )
+    assert second.train["corpus"].digest != first.train["corpus"].digest
+    third = prepare(config(corpus, tokenizer="bpe:280"), output)
+    assert third.tokenizer.vocab_size > 259
+    assert third.train["corpus"].store.num_tokens < second.train["corpus"].store.num_tokens
 
 
-def test_a_link_to_a_file_is_that_file(tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "link.txt").symlink_to("000.txt")
-    documents = all_documents(DataConfig(path=str(tmp_path), validation_fraction=0.25))
-    assert Document("link.txt", "text 0\n") in documents
+def test_one_bpe_is_trained_on_the_training_documents_of_all_sources(tmp_path, output):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            (tmp_path / name / f"{number}.txt").write_text(f"{name * 4} {number} " * 20)
+    held = tmp_path / "held.txt"
+    held.write_text("zzzzzzzz " * 100)
+    sources = {name: WeightedSourceConfig(str(tmp_path / name)) for name in "ab"}
+    data = config(tokenizer="bpe:300", sources=sources, validation={"z": SourceConfig(str(held))})
+    opened = prepare(data, output)
+    assert len(opened.tokenizer.encode("aaaa")) == len(opened.tokenizer.encode("bbbb")) == 1
+    assert len(opened.tokenizer.encode("zzzzzzzz")) == 8
+    assert [len(documents(opened.train[name])) for name in "ab"] == [20, 20]
+    assert list(opened.validation) == ["z"]
+    assert opened.validation["z"].text_bytes == 900
 
 
-@pytest.mark.parametrize("name", ["fifo.jsonl", "device.jsonl", "dangling.jsonl", "loop.jsonl"])
-def test_a_path_that_is_no_regular_file_is_refused(tmp_path, name):
-    os.mkfifo(tmp_path / "fifo.jsonl")
-    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
-    (tmp_path / "dangling.jsonl").symlink_to("nowhere")
-    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
-    what = {"fifo": "is a FIFO", "device": "is a device"}.get(name[:-6], "no such file")
-    message = error_of(DataConfig(path=str(tmp_path / name)))
-    assert message.startswith(f"{tmp_path / name}: {what}")
-
-
-@pytest.mark.parametrize("name", ["big.txt", "big.jsonl"])
-def test_a_document_too_large_for_memory_is_refused(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("hymba_jax.data.sources._LARGEST_DOCUMENT", 1000)
-    write_texts(tmp_path)
-    with (tmp_path / name).open("wb") as file:
-        file.truncate(1 << 42)  # 4 TiB of zeros, which take no room
-    message = error_of(DataConfig(path=str(tmp_path)))
-    assert message.startswith(f"{tmp_path / name}")
-    assert "split it into several" in message
-
-
-def make_run(directory):
-    (directory / "checkpoints" / "3").mkdir(parents=True)
-    (directory / "checkpoints" / "3" / "array").write_bytes(b"\0\xff")
-    for name in ("config.toml", "tokenizer.json", "sample.txt", "metrics.jsonl"):
-        (directory / name).write_text("{}")
-
-
-def test_run_directories_are_no_text(tmp_path):
-    write_texts(tmp_path)
-    (tmp_path / "config.toml").write_text("of no run")
-    config = DataConfig(path=str(tmp_path), validation_fraction=0.25)
-    first = load_documents(config, str(tmp_path / "runs" / "mine"))
-    assert first.left_out == ""
-    make_run(tmp_path / "runs" / "mine")
-    make_run(tmp_path / "runs" / "other")
-    assert load_documents(config).train == first.train  # as benchmarks read it
-    for output in (tmp_path / "runs" / "mine", tmp_path / "runs" / ".." / "runs" / "mine"):
-        resumed = load_documents(config, str(output))
-        assert (resumed.train, resumed.validation) == (first.train, first.validation)
-        assert resumed.left_out == "run directories: 2"
-    (tmp_path / "runs" / "mine" / "config.toml").unlink()  # one that was killed at its start
-    assert load_documents(config, str(tmp_path / "runs" / "mine")).train == first.train
-
-
-def test_an_output_that_is_the_corpus_is_refused(tmp_path):
-    write_texts(tmp_path)
+def test_the_run_directory_is_no_text(corpus, tmp_path):
+    output = tmp_path / "runs" / "mine"
+    first = prepare(config(tmp_path), str(output))
+    (output / "tokens" / "train" / "corpus" / "manifest.json").unlink()
+    assert prepare(config(tmp_path), str(output)).train["corpus"].digest == (
+        first.train["corpus"].digest
+    )
     with pytest.raises(HymbaError, match="choose an output of its own"):
-        load_documents(DataConfig(path=str(tmp_path)), str(tmp_path / "."))
+        prepare(config(tmp_path), str(tmp_path))
+
+
+def tokenize(corpus, output, fraction):
+    options = ("--data.path", corpus, "--data.validation-fraction", fraction)
+    options += ("--tokenizer", "bytes", "--output", output)
+    cli.main(["tokenize", *map(str, options)])
+    return output
+
+
+@pytest.fixture
+def tokenized(corpus, tmp_path):
+    return tokenize(corpus, tmp_path / "tokenized", 0.2)
+
+
+def test_a_tokenized_corpus_is_opened_as_it_is(tokenized, output):
+    sources = prepare(config(tokenized, tokenizer="bpe:4096"), output)
+    found = [*documents(sources.train["corpus"]), *documents(sources.validation["corpus"])]
+    expected = [[1, *sources.tokenizer.encode(text), 2] for text in TEXTS]
+    assert sorted(found) == sorted(expected)
+    assert sources.notes == (
+        f"{tokenized}: is tokenized: its tokenizer and validation documents are used",
+    )
+    with pytest.raises(HymbaError, match="was tokenized by another tokenizer than the run's"):
+        prepare(config(tokenized), output, build_tokenizer("bpe:270", ["a b a b"]))
+
+
+def test_text_beside_tokens_is_tokenized_as_they_were(corpus, tokenized, output):
+    sources = {
+        "tokens": WeightedSourceConfig(str(tokenized)),
+        "text": WeightedSourceConfig(str(corpus)),
+        "unused": WeightedSourceConfig("/nowhere", weight=0.0),
+    }
+    data = config(tokenizer="bpe:4096", sources=sources)
+    opened = prepare(data, output)
+    assert documents(opened.train["text"]) == documents(opened.train["tokens"])
+    notes = open_data(data, None, output, seed=0).notes
+    assert notes[-1] == "data.sources.unused: has weight 0 and is not read"
+
+
+@pytest.mark.parametrize("kind", ["megatron", "bin", "npy"])
+def test_tokens_that_others_wrote(tmp_path, output, kind):
+    tokenizer = build_tokenizer("bytes", [])
+    tokenizer.save(tmp_path / "tokenizer")
+    streams = [[1, *tokenizer.encode(text), 2] for text in TEXTS]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        flat = np.concatenate(streams[number::2]).astype(np.uint16)
+        if kind == "megatron":
+            with MegatronWriter(shards / f"{number}", 259) as writer:
+                for stream in streams[number::2]:
+                    writer.write([np.array(stream)])
+        elif kind == "bin":
+            flat.tofile(shards / f"{number}.bin")
+        else:
+            np.save(shards / f"{number}.npy", flat)
+    dtype = "uint16" if kind == "bin" else ""
+    held_out = SourceConfig(str(shards / f"1{'.npy' if kind == 'npy' else '.bin'}"), "", dtype)
+    data = config(
+        tokenizer=str(tmp_path / "tokenizer"),
+        sources={"web": WeightedSourceConfig(str(shards), token_dtype=dtype)},
+        validation={"some": held_out},
+        validation_packing="documents",
+    )
+    opened = prepare(data, output)
+    assert documents(opened.train["web"]) == streams[::2] + streams[1::2]
+    validation = open_data(data, None, output, seed=0).validation["some"]
+    assert validation.text_bytes == sum(len(text.encode()) for text in TEXTS[1::2])
+    assert validation.rows.num_targets == sum(len(stream) - 1 for stream in streams[1::2])
+
+
+@pytest.mark.parametrize("is_tokenized", [False, True])
+def test_packed_documents_come_once_an_epoch(corpus, tokenized, output, is_tokenized):
+    """Each piece in a segment of its own, and every token but a document's first a target."""
+    path = tokenized if is_tokenized else corpus
+    data = config(path, sequence_length=32, packing="documents")
+    prepare(data, output)
+    opened = open_data(data, None, output, seed=0)
+    per_epoch = round(1 / opened.train.progress(1)["epoch"])
+    found = Counter()
+    for batch in islice(train_iterator(opened.train, 1), per_epoch):
+        inputs, targets, segments = (field[0] for field in batch)
+        for segment in range(1, segments.max() + 1):
+            own = segments == segment
+            assert (targets[own] != IGNORED_TARGET).all()
+            np.testing.assert_array_equal(inputs[own][1:], targets[own][:-1])
+            found.update(targets[own].tolist())
+        assert (targets[segments == 0] == IGNORED_TARGET).all()
+    streams = documents(open_sources(data, None, output).train["corpus"])
+    assert found == Counter(token for stream in streams for token in stream[1:])
+
+
+def test_too_little_text(corpus, output):
+    data = config(corpus, sequence_length=100_000)
+    prepare(data, output)
+    with pytest.raises(HymbaError) as caught:
+        open_data(data, None, output, seed=0)
+    for part in (str(corpus), "too little text", "takes 100001", "shorten sequence_length"):
+        assert part in str(caught.value)
+
+
+def test_each_problem_is_one_line(corpus, tokenized, tmp_path, output):
+    foreign = tmp_path / "foreign.npy"
+    np.save(foreign, np.array([1, 500, 2] * 20, np.uint16))
+    flat = tmp_path / "flat.bin"
+    np.array([1, 5, 2] * 20, np.uint16).tofile(flat)
+    whole = tokenize(corpus, tmp_path / "whole", 0)
+    for data, message in (
+        (config(tmp_path / "missing"), "missing: no such file or directory"),
+        (config(whole), "whole: no validation documents: name some in"),
+        (config(foreign, tokenizer="bpe:300"), "does not say what made its tokens"),
+        (config(foreign), "foreign.npy: no validation documents"),
+        (config(flat), "flat.bin: no dtype is given"),
+    ):
+        with pytest.raises(HymbaError, match=message) as caught:
+            prepare(data, output)
+        assert "\n" not in str(caught.value)
+    data = config(foreign, validation={"some": SourceConfig(str(corpus))})
+    prepare(data, output)
+    with pytest.raises(HymbaError, match=r"foreign\.npy: has token 500 among"):
+        next(train_iterator(open_data(data, None, output, seed=0).train, 2))

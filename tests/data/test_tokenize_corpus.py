@@ -17,7 +17,7 @@ from hymba_jax.data import records, tokenize_command, tokenize_records
 from hymba_jax.data.encoder import Encoder
 from hymba_jax.data.listing import File
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
-from hymba_jax.data.tokenize_corpus import Progress
+from hymba_jax.data.tokenize_progress import Progress, ProgressLine
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
@@ -144,7 +144,7 @@ def test_interrupted_or_in_parts_the_bytes_are_the_same(small, corpus, tmp_path,
 
     rng, stops = random.Random(1), 0
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize_command._ProgressLine, "show", interrupt)
+        patched.setattr(ProgressLine, "show", interrupt)
         while not (tmp_path / "stopped" / "manifest.json").exists():
             try:
                 tokenize(directory, tmp_path / "stopped")
@@ -277,7 +277,7 @@ def test_two_of_the_same_part_are_refused(corpus, tmp_path, monkeypatch):
             refused.append(str(caught.value))
         monkeypatch.undo()
 
-    monkeypatch.setattr(tokenize_command._ProgressLine, "show", again)
+    monkeypatch.setattr(ProgressLine, "show", again)
     tokenize(directory, tmp_path / "out", tokenizer="bytes")
     assert "`hymba tokenize` of the same part" in refused[0]
     assert "with another number of parts" in refused[1]
@@ -338,7 +338,7 @@ def test_progress_follows_the_bytes_that_are_read(corpus, tmp_path, monkeypatch)
     directory, _ = corpus
     shown = []
     monkeypatch.setattr(
-        tokenize_command._ProgressLine,
+        ProgressLine,
         "show",
         lambda self, progress: shown.append((progress.done_bytes, progress.tokens)),
     )
@@ -351,5 +351,5 @@ def test_progress_follows_the_bytes_that_are_read(corpus, tmp_path, monkeypatch)
     progress = Progress(4_000_000)
     progress.documents, progress.text_bytes, progress.tokens = 40, 6_000_000, 1_000_000
     progress.skip([File("done", "done", 1_000_000)])  # since the start half of it was done
-    line = tokenize_command._ProgressLine(Display(quiet=True))._line(progress, 20.0, 500_000)
+    line = ProgressLine(Display(quiet=True))._line(progress, 20.0, 500_000)
     assert line == "25.0%, 2 documents/s, 0.3 MB/s, 50 k tokens/s, 0:02:00 left"

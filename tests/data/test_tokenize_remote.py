@@ -3,10 +3,13 @@
 import pytest
 from storage_emulators import FORBIDDEN
 
+from hymba_jax.config.data import DataConfig
 from hymba_jax.data import tokenize_command
 from hymba_jax.data.listing import list_files
 from hymba_jax.data.manifest import MANIFEST
+from hymba_jax.data.sources import tokenize_sources
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
+from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.remote import RemotePath
 
@@ -67,3 +70,12 @@ def test_what_cannot_be_read_or_written_is_one_line(bucket, tmp_path):
         with pytest.raises(HymbaError, match=message):
             tokenize(corpus, output)
     assert not (tmp_path / "out").exists()
+
+
+def test_text_is_not_tokenized_into_a_bucket(corpus, bucket_url):
+    config = DataConfig(path=str(corpus), tokenizer="bytes")
+    with pytest.raises(
+        HymbaError, match=f"^{bucket_url}: text is tokenized into the run directory"
+    ):
+        tokenize_sources(config, None, bucket_url, print, Display(quiet=True), is_resumed=False)
+    assert not RemotePath(bucket_url).exists()

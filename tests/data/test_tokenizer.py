@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 
 from hymba_jax.config import HymbaConfig
-from hymba_jax.config.data import DataConfig
-from hymba_jax.data.sources import load_documents
+from hymba_jax.data.corpus import standard_library
+from hymba_jax.data.manifest import SIDES
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 
@@ -47,13 +47,14 @@ def random_texts(count, seed=0):
 
 @pytest.fixture(scope="module")
 def library():
-    return load_documents(DataConfig())
+    corpus = standard_library(0.05)
+    documents = [*corpus.documents(corpus.files)]
+    return {side: [d.text for d, own in documents if own == side] for side in SIDES}
 
 
 @pytest.fixture(scope="module")
 def bpe(library):
-    texts = (document.text for document in library.train[::4])
-    return build_tokenizer("bpe:1024", texts)
+    return build_tokenizer("bpe:1024", library["train"][::4])
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
@@ -103,7 +104,7 @@ def test_text_like_specials_cannot_merge_into_them():
 
 def test_bpe_compresses_source_code(bpe, library):
     assert bpe.vocab_size == 1024
-    text = "".join(document.text for document in library.validation)
+    text = "".join(library["validation"])
     assert len(text.encode()) / len(bpe.encode(text)) > 2.6  # 2.73 trained on all of it
     assert len(bpe.encode("\n" + 8 * " ")) == 1
     assert len(bpe.encode(" self")) == 1
@@ -112,10 +113,9 @@ def test_bpe_compresses_source_code(bpe, library):
 def test_bpe_training_is_deterministic_across_processes(bpe):
     code = """
 from hymba_jax.config import HymbaConfig
-from hymba_jax.config.data import DataConfig
-from hymba_jax.data.sources import load_documents
+from hymba_jax.data.corpus import standard_library
 from hymba_jax.data.tokenizer import build_tokenizer
-texts = (document.text for document in load_documents(DataConfig()).train[::4])
+texts = [*standard_library(0.05).training_texts()][::4]
 print(build_tokenizer("bpe:1024", texts).model.to_str())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -1,9 +1,9 @@
-"""train.py, which also says how many rows of training text this process read."""
+"""train.py, which also says how many training examples this process read."""
 
 from hymba_jax.cli import train
-from hymba_jax.data.packing import Windows
+from hymba_jax.data.examples import Examples
 
-read = Windows.__getitem__
+read = Examples.__getitem__
 count = 0
 
 
@@ -13,6 +13,6 @@ def counted(self, index):
     return read(self, index)
 
 
-Windows.__getitem__ = counted
+Examples.__getitem__ = counted
 train()
 print("rows read:", count)

@@ -7,6 +7,7 @@ import pytest
 from entry.command import run, train_py
 
 from hymba_jax import cli
+from hymba_jax.checkpoint.train_state import TrainState
 
 
 def refusal(*arguments):
@@ -71,9 +72,9 @@ def test_an_unknown_field_in_the_file(config, output):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "no text"),
+        ("empty.txt", b"", "no files to read (left out: empty files: 1)"),
         ("binary.txt", b"\x00\xff\xfe\x01" * 100, "binary.txt"),
-        ("broken.jsonl", b'{"text": "one"}\n{"text": "two"\n', "broken.jsonl, line 2: "),
+        ("broken.jsonl", b'{"text": "one"}\n{"text": "two"\n', "broken.jsonl:2: broken JSON"),
         ("other.jsonl", b'{"body": "one"}\n', "no field 'text'"),
     ],
 )
@@ -82,7 +83,8 @@ def test_unusable_data(config, output, tmp_path, name, content, message):
     folder.mkdir()
     (folder / name).write_bytes(content)
     assert message in refusal("--config", config, "--data.path", folder)
-    assert not output.exists()
+    # What was tokenized before the problem stays, for the next start to continue.
+    assert not output.exists() or [path.name for path in output.iterdir()] == ["tokens"]
 
 
 def test_a_tokenizer_file_that_is_none(config, output, tmp_path):
@@ -103,7 +105,8 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    monkeypatch.setattr("hymba_jax.training.loop.init_state", lambda *_: None)
+    for costly, nothing in (("compile_train_step", None), ("init_state", TrainState({}, ()))):
+        monkeypatch.setattr(f"hymba_jax.training.loop.{costly}", lambda *_, value=nothing: value)
     message = refusal("--config", config)
     assert message == f"error: {output}: No space left on device"
     assert not list(output.glob("*.toml*"))
@@ -117,7 +120,7 @@ def test_a_checkpoint_of_another_program(config, output):
 
 
 def test_interrupting_says_how_to_resume(config, output, monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("hymba_jax.training.loop.train", interrupt)
@@ -134,5 +137,5 @@ def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: step 2: the loss is ")
-    assert "check the metrics of earlier steps" in line
+    assert "check the data and the metrics of earlier steps" in line
     assert not list((output / "checkpoints").iterdir())

@@ -1,57 +1,16 @@
 """A run that is killed and started again, however often, equals one that never stopped."""
 
-import random
-import signal
-import subprocess
+import sys
 
 import pytest
-from entry.command import environment, read_metrics, run, train_py
-
-STEPS = 40
+from entry.command import REPOSITORY, run
 
 
-def command(config, output):
-    return train_py(
-        *("--config", config, "--output", output, "--training.steps", str(STEPS)),
-        *("--training.keep-checkpoints", "1", "--training.sample-tokens", "0"),
-    )
-
-
-def run_and_kill(config, output, cache, rng):
-    """Starts the run, kills it at a random moment, and gives its exit status."""
-    process = subprocess.Popen(
-        [str(part) for part in command(config, output)],
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    lines = rng.randrange(2, 16)  # two lines come before the first step
-    for _ in zip(range(lines), process.stdout, strict=False):
-        pass
-    try:
-        process.wait(rng.uniform(0, 0.05))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode
-
-
-def kill_until_done(config, output, cache, seed, at_least):
-    rng, kills = random.Random(seed), 0
-    while (status := run_and_kill(config, output, cache, rng)) != 0:
-        assert status == -signal.SIGKILL
-        kills += 1
-        if kills == at_least:  # enough: let it finish
-            assert run(command(config, output), cache).returncode == 0
-            break
-    assert kills > 0
-
-
-@pytest.mark.parametrize(("seed", "kills"), [(0, 2), pytest.param(1, 30, marks=pytest.mark.slow)])
-def test_a_killed_run_equals_one_that_never_stopped(config, tmp_path, cache, seed, kills):
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    assert run(command(config, uninterrupted), cache).returncode == 0
-    kill_until_done(config, killed, cache, seed, kills)
-    assert read_metrics(killed) == read_metrics(uninterrupted)
-    assert len(read_metrics(uninterrupted)) == STEPS
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == [str(STEPS)]
+@pytest.mark.parametrize(("seed", "kills"), [(3, 3), pytest.param(1, 20, marks=pytest.mark.slow)])
+def test_a_killed_run_equals_one_that_never_stopped(cache, seed, kills):
+    """Up to 20 times; `benchmarks/soak.py` alone 200 times."""
+    soak = [sys.executable, REPOSITORY / "benchmarks" / "soak.py"]
+    result = run([*soak, "--kills", str(kills), "--seed", str(seed)], cache)
+    assert result.returncode == 0, result.stderr
+    assert " is equal" in result.stdout
+    assert f"{kills} kills, " in result.stdout.splitlines()[-1]

@@ -7,6 +7,9 @@ import time
 import pytest
 from entry.command import run, train_py, write_config
 from entry.processes import addresses, ends, free_port, slurm, start
+from slow import slow_but
+
+from hymba_jax.run_files import checkpoint_steps
 
 STEPS = 50
 ALONE = [([], {})]
@@ -66,7 +69,7 @@ def train_to(config, output, cache, steps, devices, processes, *more, program="t
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_four_processes_and_fewer(config, uninterrupted, cache, tmp_path):
+def test_a_run_resumes_on_four_processes_and_fewer(config, uninterrupted, cache, tmp_path):
     train_to(config, tmp_path, cache, 10, 1, ALONE)
     # Rows are split in 2, so that two processes hold the same ones.
     split, counted = ("--parallel.tensor", "4"), "tests/entry/count_rows.py"
@@ -103,7 +106,7 @@ def assert_lost(ended, victim, output):
             assert line.endswith("with the same command to resume from step 20")
 
 
-def test_a_run_moves_between_processes_and_devices(config, uninterrupted, cache, tmp_path):
+def test_a_run_resumes_on_other_processes_and_devices(config, uninterrupted, cache, tmp_path):
     """4 devices in 2 processes, of which one is killed; 1 device; 4 in 2 processes of SLURM's."""
     short = ("--distributed.heartbeat-timeout", "10")
     ended, _ = interrupt(config, tmp_path, cache, 2, addresses(2), 1, signal.SIGKILL, *short)
@@ -123,23 +126,39 @@ def test_a_run_moves_between_processes_and_devices(config, uninterrupted, cache,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("victim", "number"), [(0, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)]
-)
+@pytest.mark.parametrize("victim", [0, 2])
 def test_a_process_that_ends_takes_three_with_it(
-    config, uninterrupted, cache, tmp_path, victim, number, capsys
+    config, uninterrupted, cache, tmp_path, victim, capsys
 ):
     """In less than a minute, with the defaults."""
-    ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(4), victim, number)
-    if number == signal.SIGTERM:
-        assert ended[victim].status == 128 + number
-        assert f"stopped by SIGTERM: the same command resumes {tmp_path}" in ended[victim].stderr
-    else:
-        assert ended[victim].status == -number
+    killed = signal.SIGKILL
+    ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(4), victim, killed)
+    assert ended[victim].status == -killed
     assert_lost(ended, victim, tmp_path)
     with capsys.disabled():
-        print(f"\n{number.name} of process {victim}: all ended {seconds:.1f} s later")
+        print(f"\nprocess {victim} was killed: all ended {seconds:.1f} s later")
     train_to(config, tmp_path, cache, STEPS, 1, addresses(4))
+    assert_same(read(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "name"),
+    slow_but(
+        [(1, signal.SIGTERM, "SIGTERM"), (0, signal.SIGINT, "Ctrl-C")],
+        (1, signal.SIGTERM, "SIGTERM"),
+    ),
+)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    config, uninterrupted, cache, tmp_path, victim, number, name
+):
+    ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(2), victim, number)
+    (step,) = {step for step in checkpoint_steps(tmp_path) if step % 10}
+    assert 25 < step < STEPS
+    said = f"\nstopped by {name}: the same command resumes {tmp_path} from step {step}\n"
+    assert [(process.status, process.stderr) for process in ended] == [(128 + number, said)] * 2
+    assert seconds < 30
+    (said,) = train_to(config, tmp_path, cache, STEPS, 1, ALONE)
+    assert f"resuming after step {step}" in said
     assert_same(read(tmp_path), uninterrupted)
 
 
@@ -147,14 +166,14 @@ def test_an_error_in_one_process_ends_the_other(config, cache, tmp_path):
     arguments = options(config, tmp_path / "run", STEPS, "--distributed.heartbeat-timeout", "5")
     (first, _), (second, _) = addresses(2)
     bad = ["--data.path", str(tmp_path / "gone")]
-    ended = ends(
-        [start([*arguments, *first], 1, cache), start([*arguments, *second, *bad], 1, cache)]
+    ended = ends(  # the first reads the text for all, while the others wait
+        [start([*arguments, *first, *bad], 1, cache), start([*arguments, *second], 1, cache)]
     )
-    assert ended[1].status == 1
-    assert ended[1].stderr.startswith(f"error: {tmp_path}/gone: no such file")
-    assert ended[0].status != 0
-    assert "lost process 1" in ended[0].stderr
-    assert ended[0].stderr.endswith("to start from scratch\n")
+    assert ended[0].status == 1
+    assert ended[0].stderr.startswith(f"error: {tmp_path}/gone: no such file")
+    assert ended[1].status != 0
+    assert "lost process 0" in ended[1].stderr
+    assert ended[1].stderr.endswith("to start from scratch\n")
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import pytest
 from entry.command import REPOSITORY, environment, read_metrics, run, write_config
 
 from hymba_jax import load
+from hymba_jax.data import tokenize_command
+from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
 from hymba_jax.remote import RemotePath
 from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training.arguments import parse_run
@@ -23,13 +25,20 @@ train()
 
 
 def command(config, output):
-    options = ("--config", config, "--output", output, "--training.steps", STEPS)
-    return [sys.executable, "-c", TRAIN, *map(str, options), "--training.sample-tokens", "0"]
+    tokens = config.with_name("tokens")
+    options = ("--config", config, "--output", output, "--data.path", tokens)
+    options += ("--training.steps", STEPS, "--training.sample-tokens", "0")
+    return [sys.executable, "-c", TRAIN, *map(str, options)]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return write_config(tmp_path_factory.mktemp("remote"), "unused")
+    directory = tmp_path_factory.mktemp("remote")
+    config = write_config(directory, directory / "unused")
+    data = TokenizeDataConfig(str(directory / "corpus"), validation_fraction=0.25)
+    options = TokenizeConfig(str(directory / "tokens"), data, tokenizer="bytes", workers=1)
+    tokenize_command.main(options)
+    return config
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config import PRESETS, ConfigError
+from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
@@ -227,6 +228,28 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
         ("model.preset = [1]", "model.preset is [1], not one of hymba-125m"),
         ("training.steps = {a = 1}", "training.steps is {'a': 1}, not an integer"),
         ("output = 1979-05-27", "output is datetime.date(1979, 5, 27), not a string"),
+        ("data.sources = 3", "data.sources is 3: write tables [data.sources.NAME]"),
+        ("data.sources.web = 3", "data.sources is {'web': 3}: write tables"),
+        ("data.sources.web.wieght = 1", "unknown field data.sources.web.wieght, did you mean"),
+        ('data.sources.web.weight = "1"', "data.sources.web.weight is '1', not a number"),
+        ('data.sources."a/b".path = "c"', "data config: sources.'a/b': a name has letters, "),
+        ("data.sources.web.weight = 1", "data config: sources.web.path is empty"),
+        (
+            'data.sources.web = {path = "a", weight = -1}',
+            "data config: sources.web.weight is -1, below 0",
+        ),
+        (
+            'data.sources.web = {path = "a", weight = nan}',
+            "data.sources.web.weight is nan, not finite",
+        ),
+        (
+            'data.sources.web = {path = "a", weight = 0}',
+            "data config: no source has a weight above 0",
+        ),
+        (
+            'data.path = "b"\ndata.sources.web.path = "a"',
+            "data config: path is 'b', but there are sources",
+        ),
         ("seed = ", "not a TOML file (Invalid value (at end of document))"),
     ],
 )
@@ -250,6 +273,23 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert config.model.hidden_size == 800
     assert parse_run([f"--config={path}"], "train.py")[0] == RunConfig.from_toml(path)
     assert parse_run([], "train.py") == (RunConfig(), DistributedConfig())
+
+
+def test_sources_are_tables_that_the_command_line_overrides(tmp_path):
+    text = (
+        '[data.sources.web]\npath = "~/web"\nweight = 3\n[data.validation.book]\npath = "gs://b/c"'
+    )
+    path = write(tmp_path, text)
+    arguments = ["--config", str(path), "--data.sources.web.weight", "0.5"]
+    data = parse_run(arguments, "train.py")[0].data
+    assert data.sources == {"web": WeightedSourceConfig(str(Path.home() / "web"), weight=0.5)}
+    assert data.validation == {"book": SourceConfig("gs://b/c")}
+    more = write(tmp_path, '[data.sources]\ncode = {path = "code"}\nweb = {text_field = "body"}')
+    base = RunConfig(data=data)
+    assert RunConfig.from_toml(more, base).data.sources == {
+        "web": dataclasses.replace(data.sources["web"], text_field="body"),
+        "code": WeightedSourceConfig("code"),
+    }
 
 
 def test_the_command_line_is_checked_as_a_whole():

@@ -48,8 +48,8 @@ def test_a_warm_model_compiles_nothing(hymba):
     assert names == []
 
 
-def test_a_later_process_finds_the_programs(hymba, tmp_path):
-    save_model(tmp_path / "model", hymba, byte_tokenizer())
+def test_a_later_process_finds_the_programs(tmp_path):
+    save_model(tmp_path / "model", make_model(layers="L"), byte_tokenizer())
     options = ["--model", tmp_path / "model", "--context", "32"]
 
     def compiled():

@@ -22,7 +22,7 @@ TINY = HymbaConfig(
     vocab_size=byte_tokenizer().vocab_size,
     hidden_size=16,
     mlp_size=24,
-    layers="G Ww",
+    layers="G W",
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, window=6, rope_type="default"),
     ssm=SSMConfig(state_size=4),
     num_meta_tokens=3,

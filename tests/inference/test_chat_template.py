@@ -143,7 +143,7 @@ def test_what_templates_call():
         ("{{ 'x' | center(10**12) }}", "it writes more than 10,000,000 characters"),
         ("{{ '%9999999999d' % 1 }}", "a field that is too wide"),
         ("{{ '{:9999999999}'.format(1) }}", "a field that is too wide"),
-        ("{{ ('x' * 9000000).replace('x', 'yy') }}", "more than 1,000,000 pieces"),
+        ("{{ ('x' * 9000000).replace('x', 'yy') }}", "more than 1,000,000 substrings"),
         ("{{ " + 9999 * "(" + "1" + 9999 * ")" + " }}", "maximum recursion depth"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
         (NESTED.format("long" * 9999), "it writes more than 10,000,000 characters"),

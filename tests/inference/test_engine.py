@@ -24,7 +24,7 @@ from slow import slow_but
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
-from hymba_jax.inference.engine import NO_TOKEN, STEPS, Engine, Request, bucket
+from hymba_jax.inference.engine import DECODE_STEPS, NO_TOKEN, Engine, Request, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba, block
 from hymba_jax.ops.selective_scan import api
@@ -130,7 +130,7 @@ def lower_decode(engine, batch, context):
     programs = engine.programs
     meta = programs.meta_state.eval_shape(engine.params)
     state = programs.init_state.eval_shape(engine.params, meta, batch=batch, context=context)
-    return programs.decode.lower(engine.params, meta, engine.allowed, state, STEPS), state
+    return programs.decode.lower(engine.params, meta, engine.allowed, state, DECODE_STEPS), state
 
 
 def assert_same(rows, wanted):
@@ -192,7 +192,7 @@ class TestHFImplementation:
             assert tokens == expected[i:]
             of_sampled = full[np.arange(i, len(expected)), tokens]
             np.testing.assert_allclose(log_probs, of_sampled, rtol=0, atol=1e-4)
-        last = engine.prefill(prompts, len(prompts[-1])).last
+        last = engine.prefill(prompts, len(prompts[-1])).last_hidden
         logits = np.asarray(jax.jit(lambda x: model.logits(x[None])[0])(last))[: len(prompts)]
         np.testing.assert_allclose(logits, arrays["full_logits"][0], rtol=0, atol=2e-4)
 
@@ -263,9 +263,13 @@ class TestPrefill:
         engines = tiny_engine(), tiny_engine(max_chunk=1024)
         chunked, whole = (engine.prefill(prompts, 80) for engine in engines)
         np.testing.assert_array_equal(chunked.cache.lengths, whole.cache.lengths)
-        scale = np.ptp(whole.last)
-        np.testing.assert_allclose(chunked.last, whole.last, rtol=0, atol=ROUNDING * scale)
-        of_chunked, of_whole = (tiny().logits(read.last[:, None]) for read in (chunked, whole))
+        scale = np.ptp(whole.last_hidden)
+        np.testing.assert_allclose(
+            chunked.last_hidden, whole.last_hidden, rtol=0, atol=ROUNDING * scale
+        )
+        of_chunked, of_whole = (
+            tiny().logits(read.last_hidden[:, None]) for read in (chunked, whole)
+        )
         scale = np.ptp(of_whole)
         np.testing.assert_allclose(of_chunked, of_whole, rtol=0, atol=ROUNDING * scale)
         assert_same(*(generate(engine, prompts, 12) for engine in engines))
@@ -329,7 +333,7 @@ class TestCompiling:
         model.engine.programs = programs._replace(meta_state=counted)
         with compilations() as names:
             model.generate(["one", "three"], max_new_tokens=20)
-        large = ("jit(meta_state)", "jit(prefill)", "jit(first)", "jit(decode)")
+        large = ("jit(meta_state)", "jit(prefill)", "jit(sample_first)", "jit(decode)")
         assert [name for name in names if name in large] == list(large)
         with compilations() as names:
             model.generate(["four and five", ""], max_new_tokens=30, temperature=0.7, top_p=0.9)

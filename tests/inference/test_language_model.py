@@ -322,11 +322,13 @@ def test_the_end_of_sequence_token_ends_the_completion(hymba, greedy):
     assert completion.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("every", [1, 5, 16])
-def test_a_stop_string_ends_the_completion_wherever_tokens_are_cut(model, plain, every):
+@pytest.mark.parametrize("interval", [1, 5, 16])
+def test_a_stop_string_ends_the_completion_wherever_tokens_are_cut(model, plain, interval):
     prompt, free = plain
     text, stop = free.text[:2], free.text[2:5]
-    deltas = [*model.stream(prompt, max_new_tokens=40, every=every, stop=("never", stop))]
+    deltas = [
+        *model.stream(prompt, max_new_tokens=40, stream_interval=interval, stop=("never", stop))
+    ]
     assert "".join(delta.text for delta in deltas) == text
     assert [token for delta in deltas for token in delta.tokens] == free.tokens[:2]
     log_probs = [value for delta in deltas for value in delta.log_probs]
@@ -358,11 +360,11 @@ def test_the_context_ends_a_completion(hymba, greedy):
         assert (completion.finish_reason, completion.context_full) == (reason, full)
 
 
-@pytest.mark.parametrize("every", [1, 3, 16])
-def test_deltas_make_up_the_completion(model, greedy, every):
+@pytest.mark.parametrize("interval", [1, 3, 16])
+def test_deltas_make_up_the_completion(model, greedy, interval):
     asked = (PROMPTS[:3], dataclasses.replace(SAMPLED, num_samples=2))
     whole = model.generate(*asked, stop_tokens=(greedy.tokens[5],))
-    deltas = [*model.stream(*asked, every=every, stop_tokens=(greedy.tokens[5],))]
+    deltas = [*model.stream(*asked, stream_interval=interval, stop_tokens=(greedy.tokens[5],))]
     for completion in whole:
         own = [p for p in deltas if (p.index, p.sample) == (completion.index, completion.sample)]
         assert "".join(delta.text for delta in own) == completion.text
@@ -372,7 +374,7 @@ def test_deltas_make_up_the_completion(model, greedy, every):
         assert [delta.finish_reason for delta in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1].finish_reason == completion.finish_reason
         sampled = len(completion.tokens) + (completion.finish_reason == "stop")
-        assert len(own) in (1 + -(-(sampled - 1) // every), -(-sampled // every))
+        assert len(own) in (1 + -(-(sampled - 1) // interval), -(-sampled // interval))
 
 
 def test_the_first_delta_comes_before_the_rest_is_sampled(model, monkeypatch):
@@ -484,9 +486,12 @@ def test_sampling_values_that_do_not_exist(model):
         model.generate("a", temprature=0.5)
 
 
-@pytest.mark.parametrize("every", [-1, 0, 17])
-def test_impossible_distances_between_deltas(model, every):
-    assert refusal(model.stream, "a", every=every) == f"every is {every}, not between 1 and 16"
+@pytest.mark.parametrize("interval", [-1, 0, 17])
+def test_impossible_distances_between_deltas(model, interval):
+    assert (
+        refusal(model.stream, "a", stream_interval=interval)
+        == f"stream_interval is {interval}, not between 1 and 16"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What `hymba memory` says, against the paper and against what is allocated."""
 
+import dataclasses
 from unittest.mock import Mock
 
 import jax
@@ -8,20 +9,24 @@ from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax import cli
-from hymba_jax.analysis.memory import param_bytes, training_bytes
+from hymba_jax.analysis.memory import gb, param_bytes, training_bytes
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
-from hymba_jax.inference.memory import CacheBytes, cache_bytes, meta_state_bytes
+from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model import Hymba
-from hymba_jax.parallel.memory import check_fits, gb
+from hymba_jax.parallel.memory import check_fits
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
 
 MB, GB = 10**6, 10**9
+
+
+def total(sizes):
+    return sum(sizes.values())
 
 
 def ablation(layers, heads=1, num_meta_tokens=0):
@@ -61,24 +66,24 @@ LLAMA = HymbaConfig(
 )
 def test_rows_of_the_papers_table_1(config, expected):
     assert config.num_layers == 32
-    assert f"{cache_bytes(config, 8000, 'bfloat16', 'bfloat16').total / MB:.2f}" == expected
+    assert f"{total(cache_bytes(config, 8000, 'bfloat16', 'bfloat16')) / MB:.2f}" == expected
 
 
 def test_meta_tokens_of_table_1_are_held_once():
     """The paper counts what the meta tokens leave in the 8 global layers."""
     config = ablation("8*G 12*Ww", heads=6, num_meta_tokens=128)
-    text = cache_bytes(config, 8000, "bfloat16", "bfloat16")
-    assert f"{text.total / MB:.2f}" == "39.42"
+    sequence = total(cache_bytes(config, 8000, "bfloat16", "bfloat16"))
+    assert f"{sequence / MB:.2f}" == "39.42"
     meta = meta_state_bytes(config, "bfloat16")
-    assert f"{(text.total + meta.global_kv) / MB:.2f}" == "40.01"
+    assert f"{(sequence + meta['global KV, bfloat16']) / MB:.2f}" == "40.01"
 
 
 def test_caches_of_whole_models():
     hymba = cache_bytes(PRESETS["hymba-1.5b"], 8192, "bfloat16", "bfloat16")
-    assert f"{hymba.total / MB:.1f}" == "78.6"
+    assert f"{total(hymba) / MB:.1f}" == "78.6"
     llama = cache_bytes(LLAMA, 8000, "bfloat16", "bfloat16")
-    assert f"{llama.total / MB:.0f}" == "918"
-    assert llama.window_kv == llama.conv_state == llama.ssm_states == 0
+    assert f"{llama['global KV, bfloat16'] / MB:.0f}" == "918"
+    assert len(llama) == 1
 
 
 def allocated(tree):
@@ -92,23 +97,26 @@ def test_an_engine_allocates_what_is_counted(context, state_dtype):
     read = model.engine.prefill([[1, 2], [3], [4]], context=3)
     rows = 4  # of the batch that three prompts are put in
     counted = cache_bytes(TINY, context, "float32", state_dtype)
-    assert allocated(read.cache.layers) == rows * counted.total
-    assert allocated(model.engine.meta_state) == meta_state_bytes(TINY, "float32").total
+    assert allocated(read.cache.layers) == rows * total(counted)
+    assert allocated(model.engine.meta_state) == total(meta_state_bytes(TINY, "float32"))
     assert allocated(model.engine.params) == param_bytes(TINY, "float32")
 
 
 def test_uses_are_told_apart():
     """Two window layers share keys and values; the window is 6, each text 4 or 100 long."""
+    config = dataclasses.replace(TINY, layers="G Ww")
     kv, layers = 4 * (8 + 16), 3  # bytes of a position's keys and values in float32
-    states = {"conv_state": layers * 4 * 3 * 32, "ssm_states": layers * 4 * 4 * 32}
-    expected = CacheBytes(global_kv=100 * kv, window_kv=6 * kv, **states)
-    assert cache_bytes(TINY, 100, "float32", "float32") == expected
-    expected = CacheBytes(global_kv=4 * kv, window_kv=4 * kv, **states)
-    assert cache_bytes(TINY, 4, "float32", "float32") == expected
+    states = {
+        "conv state, float32": layers * 4 * 3 * 32,
+        "ssm state, bfloat16": layers * 2 * 4 * 32,
+    }
+    for context, slots in ((100, 6), (4, 4)):
+        expected = {"global KV, float32": context * kv, "window KV, float32": slots * kv}
+        assert cache_bytes(config, context, "float32", "bfloat16") == expected | states
 
 
 def test_a_batch_is_so_many_sequences():
-    one = cache_bytes(TINY, 50, "bfloat16", "float32").total
+    one = total(cache_bytes(TINY, 50, "bfloat16", "float32"))
     compute = ComputeConfig(dtype="bfloat16", scan_layers=False)
     state = nnx.eval_shape(lambda: Hymba(TINY, compute, nnx.Rngs(0)).init_state(7, 50))
     assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.layers)) == 7 * one
@@ -131,13 +139,11 @@ def test_the_command_for_the_1_5b(capsys):
     one, many, _ = table["cache"]
     assert (one, many) == (0.0786, 1.26)
     assert one == pytest.approx(sum(numbers[0] for numbers in [*table.values()][:4]), abs=1e-4)
-    assert table["SSM states, bfloat16"][0] == 0.00328  # 32 * 16 * 3200 * 2
+    assert table["ssm state, bfloat16"][0] == 0.00328  # 32 * 16 * 3200 * 2
     # 1.5228 billion; the SSM's A_log, D and time-step bias stay float32.
     params = 2 * 1.5228 + 2 * 32 * 3200 * (16 + 1 + 1) / GB
     assert table["parameters, bfloat16"] == [pytest.approx(params, abs=0.005)] * 2 + [None]
-    fixed = params + sum(
-        numbers[0] for name, numbers in table.items() if name.startswith("meta tokens")
-    )
+    fixed = params + table["meta tokens"][0]
     # Training: 4 bytes each for a parameter, its gradient and Adam's two moments.
     state = 4 * 1.5228
     assert table["trained parameters, float32"] == [None, None, pytest.approx(state, abs=0.005)]
@@ -155,9 +161,9 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
     path.write_text('[model]\npreset = "hymba-125m"\nmax_positions = 256\nlayers = "2*M"\n')
     dtypes = ("--dtype", "float32", "--state-dtype", "bfloat16", "--param-dtype", "bfloat16")
     table = memory(capsys, "--config", path, *dtypes)
-    assert table["global KV, float32"] == [0, 0, None]
-    assert table["conv inputs, float32"] == [2.46e-5, 2.46e-5, None]  # 2 * 3 * 1024 * 4
-    assert table["SSM states, bfloat16"] == [6.55e-5, 6.55e-5, None]  # 2 * 16 * 1024 * 2
+    assert not any("KV" in name for name in table)
+    assert table["conv state, float32"] == [2.46e-5, 2.46e-5, None]  # 2 * 3 * 1024 * 4
+    assert table["ssm state, bfloat16"] == [6.55e-5, 6.55e-5, None]  # 2 * 16 * 1024 * 2
     assert table["cache"] == [9.01e-5, 9.01e-5, None]
     params, gradients = (
         table[f"{name}, bfloat16"][2] for name in ("trained parameters", "gradients")
@@ -168,8 +174,8 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
 def test_a_training_state_takes_what_is_counted():
     counted = training_bytes(TINY, "float32")
     compute, optimizer = ComputeConfig(), make_optimizer(TrainingConfig())
-    template = abstract_train_state(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
-    state = init_state(TINY, compute, optimizer, template, seed=0)
+    abstract = abstract_train_state(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
+    state = init_state(TINY, compute, optimizer, abstract, seed=0)
     assert allocated(state.params) == counted.params == counted.gradients
     assert allocated(state.optimizer) == counted.optimizer
 
@@ -193,8 +199,8 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
     """On a CPU its host's, which is asked for what there is; before anything is allocated."""
     model = LanguageModel(make_model(), byte_tokenizer(), batch_size=10**10)
     monkeypatch.setattr(Engine, "prefill", None)
-    needed = allocated(model.engine.params) + meta_state_bytes(TINY, "float32").total
-    needed += 4 * cache_bytes(TINY, 256, "float32", "float32").total
+    needed = allocated(model.engine.params) + total(meta_state_bytes(TINY, "float32"))
+    needed += 4 * total(cache_bytes(TINY, 256, "float32", "float32"))
     monkeypatch.setattr("hymba_jax.parallel.memory.host_memory", lambda: needed)
     assert model.stream(["a", "b", "c"], max_new_tokens=200)
     monkeypatch.setattr("hymba_jax.parallel.memory.host_memory", lambda: needed - 1)
@@ -202,8 +208,8 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
         with pytest.raises(HymbaError) as error:
             ask(["a", "b", "c"], **options)
         assert str(error.value) == (
-            f"4 sequences of 256 tokens beside the model's parameters: {gb(needed)} GB, and cpu "
-            f"has {gb(needed - 1)} GB of memory: reduce batch_size, context or max_new_tokens"
+            f"4 sequences of 256 tokens beside the model's parameters: {needed / 1e6:.1f} MB, and "
+            f"cpu has {needed / 1e6:.1f} MB of memory: reduce batch_size, context or max_new_tokens"
         )
     message = "1048576 sequences of 512 tokens beside"
     with pytest.raises(HymbaError, match=message):
@@ -215,11 +221,11 @@ def test_what_is_larger_than_the_devices_memory_is_refused(monkeypatch):
 
 def test_the_limit_that_a_device_names():
     device = Mock(spec=jax.Device, platform="gpu", device_kind="a chip", process_index=0)
-    device.memory_stats.return_value = {"bytes_limit": 1000}
-    check_fits("this", 1000, [device], "")
-    check_fits("this", 2000, [device, device], "")
-    with pytest.raises(HymbaError, match=r"this: 0.00000100 GB, and a chip has .* shrink it"):
-        check_fits("this", 1001, [device], "shrink it")
+    device.memory_stats.return_value = {"bytes_limit": 10**9}
+    check_fits("this", 10**9, [device], "")
+    check_fits("this", 2 * 10**9, [device, device], "")
+    with pytest.raises(HymbaError, match=r"this: 1.50 GB, and a chip has 1.00 GB .* shrink it"):
+        check_fits("this", 1_500_000_000, [device], "shrink it")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hymba_jax.config.sampling import SamplingConfig, unescape
+from hymba_jax.config.escapes import unescape
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import sampling
 from hymba_jax.inference.sampling import (

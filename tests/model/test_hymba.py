@@ -32,12 +32,9 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 @pytest.mark.parametrize("row", slow_but(ROADMAP, "11 concatenation"))
 def test_every_design_of_the_roadmap_computes(row):
     """Small, with its own pattern, heads, window and fusion: finite, and every part is trained."""
-    wanted = ROADMAP[row]
+    wanted, _ = ROADMAP[row]
     group = wanted["layers"].split("*")[1]
-    heads = (
-        {"heads": wanted["heads"], "kv_heads": wanted.get("kv_heads")} if "heads" in wanted else {}
-    )
-    small = wanted | heads | {"layers": f"2*{group}", "window": 5, "hidden": 64}
+    small = wanted | {"layers": f"2*{group}", "window": 5, "hidden": 64}
     config = dataclasses.replace(roadmap_config(**small), vocab_size=50)
     model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
     graph, params = nnx.split(model)
@@ -53,7 +50,7 @@ def test_every_design_of_the_roadmap_computes(row):
         assert np.abs(gradient[...]).max() > 0, path
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", slow_but([True, False], True))
 def test_is_causal(scan_layers):
     graph, params = nnx.split(Hymba(CONFIG, ComputeConfig(scan_layers=scan_layers), nnx.Rngs(0)))
     model = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
@@ -76,11 +73,11 @@ def test_initialization_is_equal_scanned_or_unrolled():
     scanned, unrolled = (layer_paths(CONFIG, scan_layers=choice) for choice in (True, False))
     for layer in range(CONFIG.num_layers):
         name = ("mixer", "ssm", "in_proj", "kernel")
-        stack = states[True][(*scanned[layer].block, *name)]
-        repeat = scanned[layer].repeat
-        alone = states[False][(*unrolled[layer].block, *name)][...]
+        stack = states[True][(*scanned[layer].path, *name)]
+        repeat = scanned[layer].stack_index
+        alone = states[False][(*unrolled[layer].path, *name)][...]
         np.testing.assert_array_equal(stack[...] if repeat is None else stack[repeat], alone)
-    kernels = [states[False][(*place.block, *name)][...] for place in unrolled]
+    kernels = [states[False][(*place.path, *name)][...] for place in unrolled]
     assert len({kernel.tobytes() for kernel in map(np.asarray, kernels)}) == CONFIG.num_layers
 
 
@@ -110,7 +107,7 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
 
 @pytest.mark.parametrize(
     ("layers", "remat"),
-    slow_but([("2*Ww", "none"), ("G 2*Ww M A", "block")], ("2*Ww", "none")),
+    slow_but([("2*W", "none"), ("G 2*Ww M A", "block")], ("2*W", "none")),
 )
 class TestDocuments:
     """Several in a row: longer than the window, shorter than the convolution, of one token."""

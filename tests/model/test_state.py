@@ -54,7 +54,7 @@ CONFIGS = {
     "every kind of layer, no meta tokens": changed(
         {"qk_norm": "rms"}, layers="Ll M Aa Gg W", num_meta_tokens=0
     ),
-    "more meta tokens than the window": changed(num_meta_tokens=9, fusion="concat"),
+    "more meta tokens than the window": changed(layers="G W", num_meta_tokens=9, fusion="concat"),
     "untied head, a kernel of 1": changed(
         {"qk_norm": "perhead-rms"}, {"conv_kernel": 1}, tie_embeddings=False, mlp_activation="relu2"
     ),

@@ -89,7 +89,6 @@ def assert_same(implementation, arrays, **kwargs):
         ],
         (37, 5, "bfloat16"),
         (130, 0, "float32"),
-        (296, 5, "float32"),
     ),
 )
 def test_full_sequences(implementation, window, meta, dtype):
@@ -104,7 +103,7 @@ def test_a_sequence_that_fits_into_the_window(implementation):
     assert_same(implementation, inputs(3, 5), window=4, num_meta_tokens=2)
 
 
-@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("window", slow_but([None, 37], 37))
 def test_splash_with_fewer_queries_and_invalid_keys(window):
     kv_start = jnp.asarray([0, 220])  # before the first query, and after it
     kwargs = {"window": window, "num_meta_tokens": 5, "kv_start": kv_start}

@@ -105,7 +105,7 @@ def test_two_calls_equal_one(cut):
     np.testing.assert_array_equal(last, final_inputs)
 
 
-def test_steps_equal_the_whole():
+def test_single_positions_equal_one_call():
     inputs = make_inputs(7, 4)
     expected_y, expected_inputs = oracle(**inputs)
     x, weight, bias, before = device(inputs).values()

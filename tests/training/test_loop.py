@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -14,7 +15,9 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.errors import HymbaError
 from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training import loop
+from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Average
 
 
@@ -64,11 +67,15 @@ def changed(config, **training):
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
 
 
-def train(config, output=None):
+def train(config, output=None, interrupts=None):
     """The lines of metrics of a run, without its times."""
     if output is not None:
         config = dataclasses.replace(config, output=str(output))
-    loop.train(config, lambda model, tokenizer: f"text of {model.config.vocab_size} tokens")
+
+    def generate(model, _):
+        return f"text of {model.config.vocab_size} tokens"
+
+    loop.train(config, generate, interrupts=interrupts)
     with open(f"{config.output}/metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
@@ -86,12 +93,12 @@ def test_validation_does_not_depend_on_gradient_accumulation(config, tmp_path):
 
 
 def test_a_resumed_run_has_the_lines_of_one_that_never_stopped(config, tmp_path, capsys):
-    """Though it stopped between two lines; and its own directory is no text."""
+    """Though it stopped between two lines."""
     config = changed(config, steps=12, log_every=5, validate_every=100, checkpoint_every=3)
     config = changed(config, keep_checkpoints=4)
     expected = train(config, tmp_path / "elsewhere")
-    assert [line["step"] for line in expected] == [3, 5, 6, 9, 10, 12]
-    assert [line["tokens_seen"] for line in expected[:2]] == [3 * 8 * 24, 5 * 8 * 24]
+    assert [line["step"] for line in expected] == [5, 10, 12]
+    assert [line["tokens_seen"] for line in expected[:2]] == [5 * 8 * 24, 10 * 8 * 24]
     assert train(config) == expected
     for step in (9, 12):
         shutil.rmtree(f"{config.output}/checkpoints/{step}")
@@ -100,9 +107,39 @@ def test_a_resumed_run_has_the_lines_of_one_that_never_stopped(config, tmp_path,
     capsys.readouterr()
     assert train(config) == expected
     said = capsys.readouterr().out
-    assert f"{tmp_path}/corpus: left out of the text: run directories: 1" in said
     assert "resuming after step 6" in said
-    assert "moved lines to metrics.removed.jsonl: 3 after step 6, 1 damaged" in said
+    assert "moved lines to metrics.removed.jsonl: 2 after step 5, 1 damaged" in said
+
+
+class InterruptedAt(Interrupts):
+    """Of a run that gets a signal before it polls for the n-th time."""
+
+    def __init__(self, n):
+        super().__init__()
+        self._left = n
+
+    def poll(self):
+        self._left -= 1
+        if not self._left:
+            self.receive(signal.SIGTERM)
+        return super().poll()
+
+
+def test_a_run_that_is_interrupted_has_the_lines_of_one_that_was_not(config, tmp_path):
+    """Validations that were due, and the lines of metrics that wait for them, come after all."""
+    config = changed(config, steps=5, log_every=2, validate_every=3, validation_batches=2)
+    config = changed(config, checkpoint_every=100)
+    expected = train(config, tmp_path / "elsewhere")
+    assert [line["step"] for line in expected] == [2, 3, 4, 5]
+    # In a validation's second batch, in its first, after a step, and before the last validation.
+    for n, step, logged in ((6, 3, 2), (2, 3, 2), (4, 4, 4), (2, 5, 4)):
+        interrupts = InterruptedAt(n)
+        lines = train(config, interrupts=interrupts)
+        assert interrupts.agreed == signal.SIGTERM
+        assert checkpoint_steps(config.output)[-1] == step
+        assert lines == [line for line in expected if line["step"] <= logged]
+    assert train(config) == expected
+    assert not Path(config.output, "metrics.removed.jsonl").exists()
 
 
 def test_fewer_steps_than_were_done_are_refused(config):
@@ -113,18 +150,20 @@ def test_fewer_steps_than_were_done_are_refused(config):
     assert (Path(config.output) / "config.toml").read_text() == before
 
 
-def test_other_data_is_refused(config, tmp_path):
+def test_other_data_is_refused(config, tmp_path, capsys):
+    """Where the tokens are not those of the run: changed text alone is not read again."""
     train(config)
-    pages = {path.name: path.read_text() for path in (tmp_path / "corpus").glob("*.txt")}
-    refused = set()
-    for name, text in pages.items():
-        page = tmp_path / "corpus" / name
-        page.write_text(text[::-1])
-        with pytest.raises(HymbaError, match=r"other (training|validation) data") as caught:
-            train(config)
-        refused.add("validation" if "validation text" in str(caught.value) else "training")
-        page.write_text(text)
-    assert refused == {"training", "validation"}
+    tokens = Path(config.output) / "tokens"
+    page = tmp_path / "corpus" / "page3.txt"
+    text = page.read_text()
+    page.write_text(text[::-1])
+    train(config)
+    assert f"{tokens}: has the tokens of the run, no text is read" in capsys.readouterr().out
+    shutil.rmtree(tokens)
+    with pytest.raises(HymbaError, match="the training source corpus has other tokens than"):
+        train(config)
+    page.write_text(text)
+    shutil.rmtree(tokens)
     train(config)
 
 

@@ -34,10 +34,9 @@ def test_a_few_steps_are_traced(tmp_path, steps):
 def test_a_trace_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     directory = tmp_path / "file" / "profile"
-    for steps in (5, 20):
-        with pytest.raises(HymbaError) as caught:
-            run(directory, steps)
-        assert str(caught.value).startswith(f"{directory}: the profile cannot be written (")
+    with pytest.raises(HymbaError) as caught:
+        run(directory, 5)
+    assert str(caught.value).startswith(f"{directory}: the profile cannot be written (")
     with pytest.raises(HymbaError, match="diverged"):  # the first error is told
         run(directory, 5, HymbaError("diverged"))
 

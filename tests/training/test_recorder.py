@@ -1,25 +1,38 @@
+import dataclasses
 import json
 import math
 
 import jax.numpy as jnp
 import pytest
 
-from hymba_jax.config.training import TrainingConfig
 from hymba_jax.display import Display, duration
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.loss import Average
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload
-from hymba_jax.training.recorder import Recorder
+from hymba_jax.training.recorder import Recorder, RecorderState
 
 WORKLOAD = Workload(tokens=1000, flops=6e9, devices=4, peak_flops=4e12)
-CONFIG = TrainingConfig(steps=6, log_every=2, warmup_fraction=0.5, decay_fraction=0.0)
+STEPS, LOG_EVERY = 6, 2
+
+
+def new_recorder(writer, *state):
+    return Recorder(
+        STEPS,
+        LOG_EVERY,
+        WORKLOAD,
+        lambda step: {"epoch": step / 8},
+        lambda step: f"data {step}",
+        writer,
+        Display(),
+        *state,
+    )
 
 
 @pytest.fixture
 def recorder(tmp_path):
     with MetricsWriter(tmp_path, 0) as writer:
-        yield Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
+        yield new_recorder(writer)
 
 
 def metrics(loss, grad_norm=1.0, tokens=1000, learning_rate=2e-3):
@@ -112,7 +125,7 @@ def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
         reward = Average(jnp.float32(step), jnp.int32(4 // step))  # 1, 2, 3 over 4, 2, 1
         values = metrics(loss, norm, tokens, learning_rate=step)
         recorder.submit(step, values | {"reward": reward})
-    recorder.flush(log=True)
+    recorder.flush({"validation_bits_per_byte": 1.0})
     first, second = lines(tmp_path)
     assert (first["reward"], second["reward"]) == (0.5, 3.0)
     assert (first["step"], first["loss"], first["grad_norm"]) == (2, 2.25, 2.0)
@@ -131,7 +144,7 @@ def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
 def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
     """Each step takes 2 s, and is done before Python continues; 1000 tokens."""
     with MetricsWriter(tmp_path, 0) as writer:
-        recorder = Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
+        recorder = new_recorder(writer)
         for step in range(1, 7):
             recorder.collect()
             clock.now += 2
@@ -148,7 +161,7 @@ def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
 def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, tmp_path):
     """Each step takes 2 s, and reading its loss waits for it."""
     with MetricsWriter(tmp_path, 0) as writer:
-        recorder = Recorder(CONFIG, WORKLOAD, 8.0, 0, writer, Display())
+        recorder = new_recorder(writer)
         free = clock.now
         for step in range(1, 7):
             recorder.collect()
@@ -194,8 +207,75 @@ def test_a_run_that_diverged_stops_with_the_step_and_what_to_look_at(
     recorder.submit(2, metrics(**values))
     with pytest.raises(HymbaError) as caught:
         recorder.flush()
-    assert str(caught.value).startswith(f"step 2: {said}, at learning rate 0.002: look at")
+    assert str(caught.value).startswith(f"step 2: {said}, at learning rate 0.002: data 2: check")
     assert steps(tmp_path) == []
+
+
+def record(directory, steps, state, clock):
+    """Records steps of 2 s from a state on; the state after them, as a checkpoint has it."""
+    with MetricsWriter(directory, state.logged) as writer:
+        recorder = new_recorder(writer, state)
+        for step in steps:
+            with recorder.waiting_for("input"):
+                clock.now += 2
+            values = metrics(1 / step, grad_norm=step / 3, tokens=10 * step, learning_rate=step)
+            recorder.submit(step, values | {"skipped": jnp.float32(step == 3)})
+            recorder.collect()
+        return RecorderState(**json.loads(json.dumps(dataclasses.asdict(recorder.state()))))
+
+
+def test_a_resumed_recorder_writes_the_lines_of_one_that_never_stopped(clock, tmp_path):
+    record(tmp_path, range(1, STEPS + 1), RecorderState(), clock)
+    expected = lines(tmp_path)
+    assert [(line["step"], line["input_seconds"]) for line in expected] == [(2, 4), (4, 4), (6, 4)]
+    for stop in range(1, STEPS):
+        directory = tmp_path / str(stop)
+        directory.mkdir()
+        state = record(directory, range(1, stop + 1), RecorderState(), clock)
+        clock.now += 1000
+        record(directory, range(stop + 1, STEPS + 1), state, clock)
+        assert lines(directory) == expected
+
+
+def test_a_line_waits_for_the_validation_that_a_resumed_run_does(clock, tmp_path):
+    """Which the state of the step does not write."""
+    with MetricsWriter(tmp_path, 0) as writer:
+        recorder = new_recorder(writer)
+        clock.now += 2
+        recorder.submit(2, metrics(3.0))
+        state = recorder.state()
+        assert lines(tmp_path) == []
+        clock.now += 1000
+        new_recorder(writer, state).flush({"validation_bits_per_byte": 1.0})
+    (values,) = lines(tmp_path)
+    assert (values["step"], values["loss"], values["tokens_per_second"]) == (2, 3.0, 1000.0)
+
+
+def test_skipped_steps_are_counted_printed_and_left_out_of_averages(recorder, tmp_path, capsys):
+    for step, loss in enumerate((3.0, math.nan, math.inf, 1.0), start=1):
+        skipped = {"skipped": jnp.float32(not math.isfinite(loss))}
+        recorder.submit(step, metrics(loss, learning_rate=step) | skipped)
+    recorder.flush()
+    assert [(line["loss"], line["skipped_steps"]) for line in lines(tmp_path)] == [(3, 1), (1, 2)]
+    said = capsys.readouterr().out
+    assert "step 2: the loss is nan and its gradient's norm 1.0: data 2: update skipped\n" in said
+    assert "step 3: the loss is inf and its gradient's norm 1.0: data 3: update skipped\n" in said
+
+
+def test_a_run_that_skips_every_step_stops(recorder):
+    bad = metrics(math.nan) | {"skipped": jnp.float32(1)}
+    for step in range(1, 11):
+        recorder.submit(step, bad)
+    with pytest.raises(HymbaError, match=r"step 10: .*data 10: updates were skipped 10 times"):
+        recorder.flush()
+
+
+def test_a_loss_spike_is_printed_with_its_data(recorder, capsys):
+    for step in range(1, 51):
+        recorder.submit(step, metrics(4.5 if step == 40 else 3.0 + step % 5 / 10))
+    recorder.flush()
+    spikes = [line for line in capsys.readouterr().out.splitlines() if "spike" in line]
+    assert spikes == ["step 40: loss spike, 4.5000 after a median of 3.2000: data 40"]
 
 
 def test_durations_are_hours_minutes_seconds():

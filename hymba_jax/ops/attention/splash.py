@@ -63,9 +63,9 @@ def splash(
     segments = None
     if kv_start is not None:
         positions = jnp.arange(mask.keys)[None]
-        counts = (positions >= kv_start[:, None]) | (positions < num_meta_tokens)
+        valid = (positions >= kv_start[:, None]) | (positions < num_meta_tokens)
         ones = jnp.ones((query.shape[0], mask.queries), jnp.int32)
-        segments = SegmentIds(q=ones, kv=counts.astype(jnp.int32))
+        segments = SegmentIds(q=ones, kv=valid.astype(jnp.int32))
     output = jax.vmap(kernel)(query, key, value, segments)
     return output[:, :, :queries].swapaxes(1, 2)
 

@@ -22,10 +22,10 @@ def causal_conv_reference(
     if initial_inputs is None:
         initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
     if lengths is not None:
-        counts = positions < lengths[:, None]
-        x = jnp.where(counts[:, :, None], x, 0)
+        valid = positions < lengths[:, None]
+        x = jnp.where(valid[:, :, None], x, 0)
     if documents is not None:
-        starts = documents.starts if lengths is None else documents.starts & counts
+        starts = documents.starts if lengths is None else documents.starts & valid
         # Where the document of each position starts, if not before the first one.
         latest = lax.cummax(jnp.where(starts, positions, -before), axis=1)
         document_inputs = documents.state.astype(x.dtype)
@@ -49,9 +49,9 @@ def causal_conv_reference(
     if lengths is None:
         final_inputs = inputs[:, length:]
     else:
-        y = jnp.where(counts[:, :, None], y, 0)
+        y = jnp.where(valid[:, :, None], y, 0)
         if length == 1:  # decoding, where a gather would dominate
-            final_inputs = jnp.where(counts[:, :, None], inputs[:, 1:], inputs[:, :-1])
+            final_inputs = jnp.where(valid[:, :, None], inputs[:, 1:], inputs[:, :-1])
         else:
             final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
     if documents is not None and before:

@@ -98,11 +98,11 @@ def selective_scan(
     starts = None if segment_ids is None or is_step else document_starts(segment_ids)
     if lengths is not None:
         # A time step of softplus(-inf) = 0 leaves the state unchanged.
-        counts = jnp.arange(x.shape[1])[None] < lengths[:, None]
-        x, B, C = (jnp.where(counts[:, :, None], v, 0) for v in (x, B, C))
-        dt = jnp.where(counts[:, :, None], dt, -jnp.inf)
-        z = None if z is None else jnp.where(counts[:, :, None], z, 0)
-        starts = None if starts is None else starts & counts
+        valid = jnp.arange(x.shape[1])[None] < lengths[:, None]
+        x, B, C = (jnp.where(valid[:, :, None], v, 0) for v in (x, B, C))
+        dt = jnp.where(valid[:, :, None], dt, -jnp.inf)
+        z = None if z is None else jnp.where(valid[:, :, None], z, 0)
+        starts = None if starts is None else starts & valid
     scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
     axis_name = length_axis(x.shape[1])
     return shard_map(

@@ -90,28 +90,28 @@ def _scan_fwd(
     starts: Array | None,
     document_state: Array | None,
 ) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
-    def chunk(border: Array, at: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def chunk(chunk_state: Array, at: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
         x, dt, B, C, starts = at
-        _, _, h = _states(x, dt, A, B, border, starts, document_state)
-        return h[:, -1], ((h * C[..., None]).sum(2), border)
+        _, _, h = _states(x, dt, A, B, chunk_state, starts, document_state)
+        return h[:, -1], ((h * C[..., None]).sum(2), chunk_state)
 
-    final_state, (y, borders) = lax.scan(chunk, h, (x, dt, B, C, starts))
-    return (y, final_state), (x, dt, A, B, C, borders, starts, document_state)
+    final_state, (y, chunk_states) = lax.scan(chunk, h, (x, dt, B, C, starts))
+    return (y, final_state), (x, dt, A, B, C, chunk_states, starts, document_state)
 
 
 def _scan_bwd(
     residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
-    x, dt, A, B, C, borders, starts, document_state = residuals
+    x, dt, A, B, C, chunk_states, starts, document_state = residuals
     dy, dh = cotangents
 
     def chunk(
         carry: tuple[Any, ...], at: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
         after, ddocument, dA = carry
-        x, dt, B, C, border, dy, starts = at
-        delta, decay, h = _states(x, dt, A, B, border, starts, document_state)
-        before = jnp.concatenate([border[:, None], h[:, :-1]], axis=1)
+        x, dt, B, C, chunk_state, dy, starts = at
+        delta, decay, h = _states(x, dt, A, B, chunk_state, starts, document_state)
+        before = jnp.concatenate([chunk_state[:, None], h[:, :-1]], axis=1)
         if starts is not None:
             before = jnp.where(_of_state(starts), document_state[:, None], before)
         decayed = decay * before
@@ -138,7 +138,7 @@ def _scan_bwd(
     (dh, ddocument, dA), (dx, ddt, dB, dC) = lax.scan(
         chunk,
         (dh, ddocument, jnp.zeros_like(A)),
-        (x, dt, B, C, borders, dy, starts),
+        (x, dt, B, C, chunk_states, dy, starts),
         reverse=True,
     )
     return dx, ddt, dA, dB, dC, dh, None, ddocument
@@ -152,19 +152,21 @@ def _states(
     dt: Array,
     A: Array,
     B: Array,
-    border: Array,
+    chunk_state: Array,
     starts: Array | None,
     document_state: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """delta, the decays and the states of one chunk, after the state `border`."""
+    """delta, the decays and the states of one chunk, after the state `chunk_state`."""
     delta = jax.nn.softplus(dt)
     decay = jnp.exp(delta[:, :, None] * A[None, None])
     u = (delta * x)[:, :, None] * B[..., None]
     if starts is None or document_state is None:
-        u = u.at[:, 0].add(decay[:, 0] * border)
+        u = u.at[:, 0].add(decay[:, 0] * chunk_state)
     else:
         before = jnp.where(_of_state(starts), document_state[:, None], 0)
-        before = before.at[:, 0].set(jnp.where(starts[:, 0, None, None], document_state, border))
+        before = before.at[:, 0].set(
+            jnp.where(starts[:, 0, None, None], document_state, chunk_state)
+        )
         u = u + decay * before
     return delta, decay, _prefixes(decay, u, starts)
 

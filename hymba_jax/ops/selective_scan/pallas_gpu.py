@@ -9,7 +9,7 @@ form a cluster, for which B and C are fetched once.
 
 Each chunk is three passes: softplus for all its positions at once, the recurrence, and skip and
 gate for all positions at once. The gradient keeps only the states between chunks, recomputes those
-at the borders of groups of `_GROUP` steps, and then takes the groups in reverse.
+between groups of `_GROUP` steps, and then takes the groups in reverse.
 """
 
 import math
@@ -134,15 +134,15 @@ def _pad(v: Array, axis: int, multiple: int, value: float = 0.0) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _scan(inputs: _Inputs, block: int) -> tuple[Array, Array]:
-    y, final_state, _ = _forward(inputs, block, keep_borders=False)
+    y, final_state, _ = _forward(inputs, block, keep_chunk_states=False)
     return y, final_state
 
 
 def _scan_fwd(
     inputs: _Inputs, block: int
 ) -> tuple[tuple[Array, Array], tuple[_Inputs, Array | None]]:
-    y, final_state, borders = _forward(inputs, block, keep_borders=True)
-    return (y, final_state), (inputs, borders)
+    y, final_state, chunk_states = _forward(inputs, block, keep_chunk_states=True)
+    return (y, final_state), (inputs, chunk_states)
 
 
 def _scan_bwd(
@@ -246,7 +246,7 @@ def _sigmoid(v: Array) -> Array:
 
 
 def _forward(
-    inputs: _Inputs, block: int, *, keep_borders: bool
+    inputs: _Inputs, block: int, *, keep_chunk_states: bool
 ) -> tuple[Array, Array, Array | None]:
     """y, the final state and, if wanted, the states before each chunk (batch, chunks, E, N)."""
     batch, length, channels = inputs.x.shape
@@ -254,8 +254,8 @@ def _forward(
     blocks = _cluster_size(channels, block)
     operands = _present(**inputs._asdict())
     outputs = {"y": inputs.x, "final_state": inputs.initial_state}
-    if keep_borders:
-        outputs["borders"] = jax.ShapeDtypeStruct((batch, chunks, channels, states), _f32)
+    if keep_chunk_states:
+        outputs["chunk_states"] = jax.ShapeDtypeStruct((batch, chunks, channels, states), _f32)
 
     def selective_scan_forward(
         *refs: Any, slots: dict[str, Any], rows: Any, y_s: Any, full: Any, free: Any
@@ -272,8 +272,8 @@ def _forward(
         def chunk(i: Array, h: Array) -> Array:
             slot = lax.rem(i, 2)
             here = {name: ref.at[slot] for name, ref in slots.items()}
-            if keep_borders:
-                gmem["borders"][tile.row, i, tile.channels] = h
+            if keep_chunk_states:
+                gmem["chunk_states"][tile.row, i, tile.channels] = h
 
             @pl.when(i + 1 < chunks)
             def _() -> None:
@@ -322,16 +322,16 @@ def _forward(
         },
         **_grid(batch, channels, block, blocks),
     )
-    y, final_state, *borders = kernel(*operands.values())
-    return y, final_state, borders[0] if keep_borders else None
+    y, final_state, *chunk_states = kernel(*operands.values())
+    return y, final_state, chunk_states[0] if keep_chunk_states else None
 
 
-def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int) -> _Inputs:
+def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block: int) -> _Inputs:
     """The gradient of each input, given the states before chunks and the cotangents."""
     batch, length, channels = inputs.x.shape
     states, chunks = inputs.A.shape[1], length // _CHUNK
     blocks, groups = _cluster_size(channels, block), _CHUNK // _GROUP
-    given = {"dy": dy, "borders": borders, "dh": dh}
+    given = {"dy": dy, "chunk_states": chunk_states, "dh": dh}
     operands = _present(**inputs._replace(initial_state=None)._asdict(), **given)
     # What is summed over channels or rows is written as one partial sum per block.
     by_block = (channels // block, batch, chunks, groups, _GROUP * states)
@@ -385,7 +385,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array, block: int)
                 tile.fetch(i - 1, gmem, slots, full)
 
             h = plgpu.load(
-                gmem["borders"].at[tile.row, i, tile.channels], layout=tile.layouts.state
+                gmem["chunk_states"].at[tile.row, i, tile.channels], layout=tile.layouts.state
             )
             plgpu.barrier_wait(full.at[slot])
             delta = softplus(tile.chunk(here["dt"]) + bias, _exp)

@@ -126,13 +126,13 @@ def selective_scan_pallas_tpu(
 
 @jax.custom_vjp
 def _scan(inputs: _Inputs) -> tuple[Array, Array]:
-    y, final_state = _forward(inputs, keep_borders=False)
+    y, final_state = _forward(inputs, keep_chunk_states=False)
     return y, final_state
 
 
 def _scan_fwd(inputs: _Inputs) -> tuple[tuple[Array, Array], tuple[_Inputs, Array]]:
-    y, final_state, borders = _forward(inputs, keep_borders=True)
-    return (y, final_state), (inputs, borders)
+    y, final_state, chunk_states = _forward(inputs, keep_chunk_states=True)
+    return (y, final_state), (inputs, chunk_states)
 
 
 def _scan_bwd(residuals: tuple[_Inputs, Array], cotangents: tuple[Array, Array]) -> tuple[_Inputs]:
@@ -142,18 +142,18 @@ def _scan_bwd(residuals: tuple[_Inputs, Array], cotangents: tuple[Array, Array])
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _forward(inputs: _Inputs, *, keep_borders: bool) -> tuple[Array, ...]:
+def _forward(inputs: _Inputs, *, keep_chunk_states: bool) -> tuple[Array, ...]:
     """y, the final state and, if they are to be kept, the states before each chunk."""
     batch, _, chunks = grid = _grid(inputs)
-    specs, border_spec = _specs(inputs, lambda step: step)
+    specs, chunk_state_spec = _specs(inputs, lambda step: step)
     h = inputs.initial_state
     shapes = [inputs.x, h, jax.ShapeDtypeStruct((batch, chunks, *h.shape[1:]), h.dtype)]
-    outputs = 3 if keep_borders else 2
+    outputs = 3 if keep_chunk_states else 2
     return pl.pallas_call(
         partial(_forward_kernel, edge=_edge(inputs)),
         grid=grid,
         in_specs=[specs],
-        out_specs=[specs.x, specs.initial_state, border_spec][:outputs],
+        out_specs=[specs.x, specs.initial_state, chunk_state_spec][:outputs],
         out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in shapes][:outputs],
         scratch_shapes=[_steps(inputs), _terms(inputs, _CHUNK)],
         compiler_params=_PARAMS,
@@ -193,10 +193,10 @@ def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -
     jax.lax.fori_loop(0, _ITERATIONS, finish, None, unroll=_UNROLL_ITERATIONS)
 
 
-def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
+def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _Inputs:
     """The gradient of each input, given the states before chunks and the cotangents."""
     batch, blocks, chunks = grid = _grid(inputs)
-    specs, border_spec = _specs(inputs, lambda step: chunks - 1 - step)
+    specs, chunk_state_spec = _specs(inputs, lambda step: chunks - 1 - step)
     state, block = specs.A.block_shape
     # What several programs read gets a gradient from each of them, to be summed.
     positions_spec = pl.BlockSpec((1, 1, state, _CHUNK), lambda b, e, t: (b, e, 0, chunks - 1 - t))
@@ -212,7 +212,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
     (gradients,) = pl.pallas_call(
         partial(_backward_kernel, edge=_edge(inputs)),
         grid=grid,
-        in_specs=[specs, border_spec, specs.x, specs.initial_state],
+        in_specs=[specs, chunk_state_spec, specs.x, specs.initial_state],
         out_specs=[specs._replace(starts=None, **{k: spec for k, (spec, _) in shared.items()})],
         out_shape=[
             shapes._replace(
@@ -231,7 +231,7 @@ def _backward(inputs: _Inputs, borders: Array, dy: Array, dh: Array) -> _Inputs:
         ],
         compiler_params=_PARAMS,
         name="selective_scan_backward",
-    )(inputs, borders, dy, dh)
+    )(inputs, chunk_states, dy, dh)
     return gradients._replace(
         B=gradients.B.sum(1),
         C=gradients.C.sum(1),

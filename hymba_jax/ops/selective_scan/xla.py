@@ -94,19 +94,19 @@ def _scan_fwd(
         end = jnp.minimum(first + _CHUNK, len(x))
         return lax.fori_loop(first, end, step, carry), carry[0]
 
-    (h, y), borders = lax.scan(chunk, (h, jnp.zeros_like(x)), jnp.arange(0, len(x), _CHUNK))
-    return (y, h), (A, x, dt, B, C, starts, document_state, borders)
+    (h, y), chunk_states = lax.scan(chunk, (h, jnp.zeros_like(x)), jnp.arange(0, len(x), _CHUNK))
+    return (y, h), (A, x, dt, B, C, starts, document_state, chunk_states)
 
 
 def _scan_bwd(
     residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
-    A, x, dt, B, C, starts, document_state, borders = residuals
+    A, x, dt, B, C, starts, document_state, chunk_states = residuals
     dy, dh = cotangents
 
     def chunk(carry: Any, at: tuple[Array, Array]) -> tuple[Any, None]:
         recomputed, gradients = carry
-        first, border = at
+        first, chunk_state = at
         end = jnp.minimum(first + _CHUNK, len(x))
 
         def again(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -118,7 +118,7 @@ def _scan_bwd(
             h = _decay(delta, A) * h + u[None] * B_t[:, None]
             return h, before, _put(dC, t, dot(h, dy_t))
 
-        _, before, dC = lax.fori_loop(first, end, again, (border, *recomputed))
+        _, before, dC = lax.fori_loop(first, end, again, (chunk_state, *recomputed))
 
         def back(k: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             dh, ddocument, dA, dx, ddt, dB = carry
@@ -149,7 +149,7 @@ def _scan_bwd(
     ((_, dC), (dh, ddocument, dA, dx, ddt, dB)), _ = lax.scan(
         chunk,
         ((before, dC), (dh, ddocument, dA, dx, ddt, dB)),
-        (jnp.arange(0, len(x), _CHUNK), borders),
+        (jnp.arange(0, len(x), _CHUNK), chunk_states),
         reverse=True,
     )
     return dA, dx, ddt, dB, dC, dh, None, ddocument

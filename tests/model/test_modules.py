@@ -1,4 +1,4 @@
-"""The model's parts against numpy in float64, and what they start from."""
+"""The modules of a model against numpy in float64, and what they start from."""
 
 import dataclasses
 
@@ -159,7 +159,7 @@ class TestInitialisation:
         assert abs(np.std(kernel) - 0.02) < 5 * 0.02 / np.sqrt(2 * kernel.size)
 
 
-def test_what_stays_float32_in_bfloat16():
+def test_parameters_kept_in_float32():
     compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16")
     params = nnx.state(SSM(CONFIG, compute, nnx.Rngs(0)), nnx.Param)
     kept = {

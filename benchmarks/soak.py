@@ -1,0 +1,273 @@
+"""Kills a small run at random moments, and compares it with one that was left alone.
+
+    python benchmarks/soak.py --kills 200
+
+Each time a SIGKILL, SIGTERM or Ctrl-C comes, after which the same command resumes. A run that ends
+has to have the same parameters, optimizer state, metrics and sample, bit for bit; then the next one
+begins, until there were as many kills. SIGTERM and Ctrl-C have to end it within 30 seconds and say
+so; the longest time is reported.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tyro
+
+from hymba_jax import (
+    cli,
+    train,  # noqa: F401, imported once for all attempts
+)
+from hymba_jax.run_files import FOLDER, checkpoint_steps
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LIMIT = 30  # seconds from a signal to the end
+POLL = 0.005  # seconds between looks at a process
+TIMES = ("second", "seconds", "second_per_device")  # ends of the metrics that no two runs share
+
+CONFIG = """
+[model]
+hidden_size = 16
+mlp_size = 32
+layers = "W"
+num_meta_tokens = 4
+max_positions = 64
+
+[model.attention]
+num_heads = 2
+num_kv_heads = 1
+window = 8
+
+[data]
+path = "{corpus}"
+tokenizer = "bytes"
+sequence_length = 24
+validation_fraction = 0.25
+
+[training]
+steps = 60
+batch_size = 8
+log_every = 4
+validate_every = 7
+validation_batches = 4
+checkpoint_every = 5
+keep_checkpoints = 1
+sample_prompt = "the"
+sample_tokens = 4
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to do.
+
+    Attributes:
+      kills: signals to send.
+      seed: of the moments and the signals.
+    """
+
+    kills: int = 200
+    seed: int = 0
+
+
+def fork(function: Callable[[], None], log: Path) -> int:
+    """The id of a process that runs a function as a program, with its output in a file.
+
+    It has all that this process has imported, which takes longer than most attempts. This process
+    itself must not use JAX, whose threads do not survive.
+    """
+    sys.stdout.flush()
+    if process := os.fork():
+        return process
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    status = 0
+    try:
+        function()
+    except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+        status = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Run:
+    """A run in a directory, in one attempt or many."""
+
+    def __init__(self, config: Path, output: Path):
+        self.output, self.log = output, output.with_suffix(".log")
+        self._arguments = ["--config", str(config), "--output", str(output)]
+
+    def start(self) -> int:
+        """The id of the process of an attempt."""
+        return fork(partial(cli.train, self._arguments), self.log)
+
+    @property
+    def lines(self) -> int:
+        """How many lines the attempt has printed."""
+        return self.log.read_bytes().count(b"\n") if self.log.exists() else 0
+
+    def finish(self) -> list[float]:
+        """Runs an attempt to its end; the seconds before each of its lines."""
+        process, times = self.start(), [time.monotonic()]
+        while (status := wait(process, 0)) is None:
+            times += [time.monotonic()] * (self.lines + 1 - len(times))
+            time.sleep(POLL)
+        check(status, self.log)
+        return [after - before for before, after in pairwise(times)]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of the newest checkpoint, as Orbax reads them."""
+        found = {}
+        path = self.output / FOLDER / str(checkpoint_steps(self.output)[-1])
+        for part in ("params", "optimizer"):
+            tree = ocp.StandardCheckpointHandler().restore(path / part)
+            for name, leaf in jax.tree.leaves_with_path(tree):
+                found[f"{part}{jax.tree_util.keystr(name)}"] = np.asarray(leaf)
+        return found
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics, without times."""
+        lines = (self.output / "metrics.jsonl").read_text().splitlines()
+        return [
+            {name: value for name, value in json.loads(line).items() if not name.endswith(TIMES)}
+            for line in lines
+        ]
+
+    def sample(self) -> str:
+        return (self.output / "sample.txt").read_text()
+
+
+def compare(run: Run, other: Run) -> None:
+    """Exits with what two runs do not have in common, if there is anything."""
+    arrays, others = run.arrays(), other.arrays()
+    names = [name for name in arrays.keys() | others.keys() if not same(name, arrays, others)]
+    different = [f"{len(names)} arrays, such as {names[0]}"] if names else []
+    different += ["metrics"] * (run.metrics() != other.metrics())
+    different += ["sample"] * (run.sample() != other.sample())
+    if different:
+        sys.exit(f"different: {'; '.join(different)}")
+
+
+def same(name: str, arrays: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> bool:
+    """Whether both have an array of this name, with the same bits."""
+    pair = [each[name].tobytes() for each in (arrays, others) if name in each]
+    return len(pair) == 2 and pair[0] == pair[1]
+
+
+def check(status: int | None, log: Path) -> None:
+    """Exits with the output of a process that failed."""
+    if status != 0:
+        sys.exit(f"exit status {status}:\n{log.read_text()}")
+
+
+def wait(process: int, seconds: float) -> int | None:
+    """The exit status of a process, minus the signal that killed it; None if it runs longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(POLL)
+
+
+def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | None:
+    """Sends a signal to an attempt some time after it has printed so many lines.
+
+    Returns the seconds that the attempt took to end, or None if it had ended before.
+    """
+    run.log.unlink(missing_ok=True)
+    process = run.start()
+    while (status := wait(process, POLL)) is None and run.lines < lines:
+        pass
+    status = wait(process, delay) if status is None else status
+    if status is not None:
+        check(status, run.log)
+        return None
+    os.kill(process, number)
+    began = time.monotonic()
+    status = wait(process, LIMIT)
+    seconds = time.monotonic() - began
+    if status is None:
+        os.kill(process, signal.SIGKILL)
+        sys.exit(f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}")
+    was_starting = run.lines == 0  # signals are not handled yet
+    if status == -signal.SIGKILL or (was_starting and status in (-number, 128 + number)):
+        return 0.0
+    if status == 128 + number and "stopped by" in run.log.read_text():
+        return seconds
+    check(status, run.log)
+    return None
+
+
+def soak(directory: Path, options: Options) -> Counter[str]:
+    """Kills runs and compares them; how many of which signals came, and runs ended."""
+    config = directory / "config.toml"
+    config.write_text(CONFIG.format(corpus=write_corpus(directory)))
+    alone, run = Run(config, directory / "alone"), Run(config, directory / "killed")
+    gaps = alone.finish()
+    rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
+    while counts["kills"] < options.kills or run.output.exists():
+        enough = counts["kills"] >= options.kills
+        # Within a quarter of a run after the start, which is all over the run as it gets on.
+        number, line = rng.choice(SIGNALS), rng.randrange(len(gaps) // 4 + 3)
+        delay = rng.uniform(0, gaps[line])
+        seconds = kill(run, number, sys.maxsize if enough else line, delay)
+        if seconds is not None:
+            longest = max(longest, seconds)
+            counts.update(["kills", number.name])
+            continue
+        log = directory / "compare.log"
+        check(wait(fork(partial(compare, run, alone), log), 600), log)
+        counts["runs"] += 1
+        print(f"{counts['kills']} kills, run {counts['runs']} is equal", flush=True)
+        shutil.rmtree(run.output)
+    print(f"longest time from SIGTERM or Ctrl-C to the end: {longest:.1f} s")
+    return counts
+
+
+def write_corpus(directory: Path) -> Path:
+    """A few pages of random words."""
+    corpus = directory / "corpus"
+    corpus.mkdir()
+    words = ["a ", "red ", "hat ", "and ", "the ", "old ", "dog ", "ran. ", "Who ", "sat? "]
+    for i in range(12):
+        (corpus / f"page{i}.txt").write_text("".join(random.Random(i).choices(words, k=200)))
+    return corpus
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, args=args, description=__doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{directory}/compiled")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        counts = soak(Path(directory), options)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

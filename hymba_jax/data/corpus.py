@@ -1,0 +1,119 @@
+"""What text is tokenized: its files, how its documents are read, and which are held out."""
+
+import hashlib
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+
+from hymba_jax.config.data import OnBadRecord
+from hymba_jax.data.documents import read_documents
+from hymba_jax.data.listing import File
+from hymba_jax.data.manifest import SIDES, TRAIN
+from hymba_jax.data.records import Document, Problem
+from hymba_jax.data.split import hold_out_tail, is_held_out
+
+_NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
+
+
+def held_out_by_text(document: Document, fraction: float) -> bool:
+    """The rule for every corpus that people bring: `split.is_held_out`."""
+    return is_held_out(document.text, fraction)
+
+
+def held_out_by_file_name(document: Document, fraction: float) -> bool:
+    """The rule for the standard library, whose files differ between releases but for their names.
+
+    With b the first byte of the SHA-1 of the name, a file is held out if an integer lies in
+    (fraction (b - 1), fraction b]. For a fraction of 1/n these are the multiples of n.
+    """
+    byte = hashlib.sha1(PurePosixPath(document.name).name.encode()).digest()[0]
+    exact = Fraction(str(fraction))  # of the decimal that was written: rounding decides nothing
+    return byte * exact % 1 < exact
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is tokenized, and how its documents are read and split.
+
+    Attributes:
+      path: as it was given.
+      files: those at the path, in order.
+      text_field: of JSON objects and Parquet, that is the text.
+      on_bad_record: what is done about bad records.
+      validation_fraction: about this share of the documents is held out; 0 holds out none, 1 all.
+      held_out: whether a document is, by its first piece and the fraction.
+    """
+
+    path: str
+    files: tuple[File, ...]
+    text_field: str = "text"
+    on_bad_record: OnBadRecord = "stop"
+    validation_fraction: float = 0.0
+    held_out: Callable[[Document, float], bool] = held_out_by_text
+
+    @property
+    def options(self) -> dict[str, str | float]:
+        """What decides the documents beside the files."""
+        return {
+            "text_field": self.text_field,
+            "on_bad_record": self.on_bad_record,
+            "validation_fraction": self.validation_fraction,
+        }
+
+    def documents(
+        self, files: Iterable[File], report: Callable[[Problem], None] | None = None
+    ) -> Iterator[tuple[Document, str]]:
+        """The documents of some of the files, each with the side that it is on.
+
+        Args:
+          report: called with each bad record that is skipped.
+
+        Raises:
+          HymbaError: as `read_documents` does.
+        """
+        documents = read_documents(files, self.text_field, self.on_bad_record, report)
+        if 0 < self.validation_fraction < 1 and (length := self._length_of_only_document()):
+            for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
+                yield piece, SIDES[held_out]
+            return
+        is_first, held_out = True, False
+        for document in documents:
+            if is_first:
+                held_out = self.held_out(document, self.validation_fraction)
+            is_first = not document.continues
+            yield document, SIDES[held_out]
+
+    def training_texts(self) -> Iterator[str]:
+        """The pieces of the documents that are trained on."""
+        return (piece.text for piece, side in self.documents(self.files) if side == TRAIN)
+
+    def _length_of_only_document(self) -> int:
+        """Characters of the corpus, if it is one document of at least two; else 0."""
+        if len(self.files) > 1:
+            return 0
+        length, has_ended = 0, False
+        for document in read_documents(self.files, self.text_field, self.on_bad_record):
+            if has_ended:
+                return 0
+            length, has_ended = length + len(document.text), not document.continues
+        return length if length > 1 else 0
+
+
+def standard_library(validation_fraction: float) -> Corpus:
+    """The sources of the running Python's standard library; its tests are left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names = (path.relative_to(root) for path in sorted(root.rglob("*.py")))
+    sizes = {name: (root / name).stat().st_size for name in names}
+    return Corpus(
+        path="Python's standard library",
+        files=tuple(
+            File(name.as_posix(), str(root / name), size)
+            for name, size in sizes.items()
+            if size and name.parts[0] not in _NOT_LIBRARY
+        ),
+        on_bad_record="skip",
+        validation_fraction=validation_fraction,
+        held_out=held_out_by_file_name,
+    )

@@ -1,0 +1,77 @@
+"""The training examples of a run: example i is a pure function of the seed and i.
+
+A mixture says which source it is from and how many of that source are before it; a permutation for
+each epoch says which row of the source it is. So there is no state but the number of examples
+taken, and a run resumes exactly on any number of processes and devices.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hymba_jax.data.batch import Batch
+from hymba_jax.data.document_rows import DocumentRows
+from hymba_jax.data.mixture import Mixture
+from hymba_jax.data.permutation import shuffled_row
+from hymba_jax.data.windows import Windows
+
+type Rows = Windows | DocumentRows
+"""The rows of a source, by index, each with the same fields."""
+
+
+# Examples that a message names.
+_NAMED = 8
+
+
+class Origin(NamedTuple):
+    """Where an example is from: the row of a source, in an epoch counted from 0."""
+
+    source: str
+    epoch: int
+    row: int
+
+
+class Examples:
+    """The endless training examples, by index.
+
+    Args:
+      rows: those of an epoch, by source; none empty.
+      mixture: of the same sources.
+      seed: not negative.
+    """
+
+    def __init__(self, rows: Mapping[str, Rows], mixture: Mixture, seed: int) -> None:
+        self._rows, self._mixture, self._seed = rows, mixture, seed
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        source, _, row = self.origin(index)
+        return self._rows[source][row]
+
+    def origin(self, index: int) -> Origin:
+        """Where an example is from."""
+        source, position = self._mixture(index)
+        return Origin(source, *shuffled_row(position, len(self._rows[source]), self._seed, source))
+
+    def describe(self, start: int, stop: int) -> str:
+        """Where these examples are from, in words; of many the first few."""
+        origins = map(self.origin, range(start, min(stop, start + _NAMED)))
+        named = ", ".join(f"{origin.source} {origin.row}" for origin in origins)
+        more = f" and {stop - start - _NAMED} more" if stop - start > _NAMED else ""
+        return f"sequences {start} to {stop - 1} (rows {named}{more})"
+
+    def progress(self, examples: int) -> dict[str, int | float]:
+        """Metrics of what the first `examples` have read.
+
+        `epoch` is how often they go through the source; of several sources, `sequences/NAME` and
+        `epoch/NAME` are those of each.
+        """
+        sizes = {name: len(rows) for name, rows in self._rows.items()}
+        epochs = self._mixture.epochs(examples, sizes)
+        if len(epochs) == 1:
+            return {"epoch": round(next(iter(epochs.values())), 4)}
+        counts = self._mixture.counts(examples)
+        sequences = {f"sequences/{name}": count for name, count in counts.items()}
+        return sequences | {f"epoch/{name}": round(epoch, 4) for name, epoch in epochs.items()}
