@@ -66,8 +66,8 @@ def main(args: Args) -> None:
 
 def bits_per_byte(documents: list[str], compress: Callable[[bytes], bytes]) -> float:
     """Bits a byte of the documents, each compressed by itself."""
-    texts = [document.encode() for document in documents]
-    return 8 * sum(len(compress(text)) for text in texts) / sum(map(len, texts))
+    encoded = [document.encode() for document in documents]
+    return 8 * sum(len(compress(text)) for text in encoded) / sum(map(len, encoded))
 
 
 if __name__ == "__main__":

@@ -35,41 +35,24 @@ from hymba_jax import (
 )
 from hymba_jax.run_files import FOLDER, checkpoint_steps
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from entry.command import write_config
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LIMIT = 30  # seconds from a signal to the end
 POLL = 0.005  # seconds between looks at a process
 TIMES = ("second", "seconds", "second_per_device")  # ends of the metrics that no two runs share
 
-CONFIG = """
-[model]
-hidden_size = 16
-mlp_size = 32
-layers = "W"
-num_meta_tokens = 4
-max_positions = 64
-
-[model.attention]
-num_heads = 2
-num_kv_heads = 1
-window = 8
-
-[data]
-path = "{corpus}"
-tokenizer = "bytes"
-sequence_length = 24
-validation_fraction = 0.25
-
-[training]
-steps = 60
-batch_size = 8
-log_every = 4
-validate_every = 7
-validation_batches = 4
-checkpoint_every = 5
-keep_checkpoints = 1
-sample_prompt = "the"
-sample_tokens = 4
-"""
+# Of a run: `write_config` has the model, the corpus and what is not named here.
+OPTIONS = {
+    "training.steps": 60,
+    "training.log-every": 4,
+    "training.validate-every": 7,
+    "training.validation-batches": 4,
+    "training.checkpoint-every": 5,
+    "training.keep-checkpoints": 1,
+    "training.sample-tokens": 4,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +101,8 @@ class Run:
     def __init__(self, config: Path, output: Path):
         self.output, self.log = output, output.with_suffix(".log")
         self._arguments = ["--config", str(config), "--output", str(output)]
+        for name, value in OPTIONS.items():
+            self._arguments += [f"--{name}", str(value)]
 
     def start(self) -> int:
         """The id of the process of an attempt."""
@@ -225,8 +210,7 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
 
 def soak(directory: Path, options: Options) -> Counter[str]:
     """Kills runs and compares them; how many of which signals came, and runs ended."""
-    config = directory / "config.toml"
-    config.write_text(CONFIG.format(corpus=write_corpus(directory)))
+    config = write_config(directory, directory / "alone", layers="W")
     alone, run = Run(config, directory / "alone"), Run(config, directory / "killed")
     gaps = alone.finish()
     rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
@@ -247,16 +231,6 @@ def soak(directory: Path, options: Options) -> Counter[str]:
         shutil.rmtree(run.output)
     print(f"longest time from SIGTERM or Ctrl-C to the end: {longest:.1f} s")
     return counts
-
-
-def write_corpus(directory: Path) -> Path:
-    """A few pages of random words."""
-    corpus = directory / "corpus"
-    corpus.mkdir()
-    words = ["a ", "red ", "hat ", "and ", "the ", "old ", "dog ", "ran. ", "Who ", "sat? "]
-    for i in range(12):
-        (corpus / f"page{i}.txt").write_text("".join(random.Random(i).choices(words, k=200)))
-    return corpus
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -15,7 +15,6 @@ from hymba_jax.aot.fit import Memory, inference_advice, training_advice
 from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.run import RunConfig
-from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Engine, PaddedChunk
 from hymba_jax.model import Hymba
@@ -23,7 +22,6 @@ from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import forward_flops, head_flops, training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import (
-    batch_sharding,
     batch_shards,
     bytes_per_device,
     length_sharded_over,
@@ -32,7 +30,7 @@ from hymba_jax.parallel.mesh import (
 )
 from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.step import check_batch, compile_train_step, make_train_step
+from hymba_jax.training.step import check_batch, compile_train_step, run_step
 
 
 class AotProgram(NamedTuple):
@@ -74,18 +72,7 @@ def training_program(
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     loss_fn = make_loss_fn(objective, abstract.graph)
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        micro_batch_size=training.micro_batch_size,
-        skip_nonfinite=training.on_nonfinite == "skip",
-    )
-    batch = abstract_batch(
-        training.batch_size,
-        length,
-        batch_sharding(mesh),
-        segment_ids=run.data.packing == "documents",
-    )
+    train_step, batch = run_step(run, loss_fn, optimizer, mesh)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)

@@ -111,10 +111,10 @@ def check_processes(settings: Mapping[str, Any], output: str) -> None:
 
 def _may_differ(name: str) -> bool:
     """Whether processes may have different values of a setting, as it names a place."""
-    return name in ("output", "data.tokenizer") or is_source_path(name)
+    return name in ("output", "data.tokenizer") or _is_source_path(name)
 
 
-def is_source_path(name: str) -> bool:
+def _is_source_path(name: str) -> bool:
     """Whether a setting is the path of a source: its tokens are compared instead."""
     return name.startswith("data.") and name.endswith("path")
 
@@ -147,5 +147,5 @@ def _fixed_on_resume(config: RunConfig) -> Iterator[tuple[str, Any]]:
     yield "training.batch_size", config.training.batch_size
     yield "compute.param_dtype", config.compute.param_dtype
     yield "compute.scan_layers", config.compute.scan_layers
-    yield from (leaf for leaf in leaves(config.data, "data.") if not is_source_path(leaf[0]))
+    yield from (leaf for leaf in leaves(config.data, "data.") if not _is_source_path(leaf[0]))
     yield from leaves(config.model.resolved(), "model.")

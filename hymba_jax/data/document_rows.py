@@ -14,6 +14,7 @@ input that is the last target of the piece before.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class DocumentRows:
         positions = ROWS_PER_BLOCK * length
         self._block = positions - -(-positions // SLACK)
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """Tokens that are predicted, in all rows; counting documents may read all tokens."""
         documents = self._tokens.num_documents

@@ -193,9 +193,9 @@ def validation_batches(
         chosen = np.arange(limit) * len(rows) // limit
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size].tolist()
-        padding = _padding(rows[indices[0]])
+        padding = [_padding(rows[indices[0]])] if len(indices) < batch_size else []
         yield stack_rows(
-            [rows[indices[row]] if row < len(indices) else padding for row in own_rows]
+            [rows[indices[row]] if row < len(indices) else padding[0] for row in own_rows]
         )
 
 

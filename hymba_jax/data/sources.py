@@ -6,6 +6,7 @@ One process calls `tokenize_sources`; then all processes open the same tokens.
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.corpus import Corpus, standard_library
 from hymba_jax.data.listing import is_url, list_files
-from hymba_jax.data.manifest import MANIFEST
+from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, VALIDATION
 from hymba_jax.data.token_files import digest_of, find_token_files
 from hymba_jax.data.token_store import TokenStore, open_tokens
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
-from hymba_jax.data.tokenize_progress import shown_texts
+from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
@@ -90,11 +91,11 @@ class _Place:
             return resolve_path(self.path)
         return resolve_path(self.directory) if self.is_text else None
 
-    @property
+    @cached_property
     def token_files(self) -> list[Path]:
         return find_token_files(self.path)
 
-    @property
+    @cached_property
     def _is_tokenized(self) -> bool:
         return bool(self.path) and not is_url(self.path) and is_tokenized(resolve_path(self.path))
 
@@ -140,27 +141,29 @@ def tokenize_sources(
       HymbaError: a source or the tokenizer is unusable, or they do not go together.
     """
     places = [place for _, _, place in _places(config, output)]
-    texts = [place for place in places if place.is_text]
-    if not texts:
+    text_sources = [place for place in places if place.is_text]
+    if not text_sources:
         return
     root = resolve_location(output) / TOKENS
     if isinstance(root, RemotePath):
+        text = text_sources[0]
         raise HymbaError(
             f"{output}: text is tokenized into the run directory, which has to be local for that: "
-            f"tokenize {texts[0].path or 'a corpus'} with hymba tokenize and name what it wrote as "
-            f"{texts[0].label}, or choose a local output"
+            f"tokenize {text.path or 'a corpus'} with hymba tokenize and name what it wrote as "
+            f"{text.label}, or choose a local output"
         )
-    if is_resumed and all((place.directory / MANIFEST).exists() for place in texts):
+    if is_resumed and all((place.directory / MANIFEST).exists() for place in text_sources):
         display.say(f"{root}: has the tokens of the run, no text is read")
         return
     display.begin("listing the files")
     corpora = {
-        resolve_path(place.directory): _corpus(place, config, output, display) for place in texts
+        resolve_path(place.directory): _corpus(place, config, output, display)
+        for place in text_sources
     }
     tokenizer = tokenizer or _given_tokenizer(config, places)
     if tokenizer is None:
         training = chain.from_iterable(corpus.training_texts() for corpus in corpora.values())
-        tokenizer = build_tokenizer(config.tokenizer, shown_texts(training, display))
+        tokenizer = build_tokenizer(config.tokenizer, with_progress(training, display))
     check(tokenizer)
     for directory, corpus in corpora.items():
         options = {"data.path": corpus.path, **corpus.options, "tokenizer": tokenizer.fingerprint}
@@ -243,11 +246,11 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
         _check_tokenizer(place, corpus.tokenizer, tokenizer)
         sides = _sides(corpus)
         if is_training:
-            train[name] = _side(place, sides, "train")
-            if not config.validation and "validation" in sides:
-                validation[name] = sides["validation"]
+            train[name] = _train_side(place, sides)
+            if not config.validation and VALIDATION in sides:
+                validation[name] = sides[VALIDATION]
         else:
-            validation[name] = sides.get("validation") or _side(place, sides, "train")
+            validation[name] = sides.get(VALIDATION) or _train_side(place, sides)
         if not place.is_text:
             kept = "tokenizer" if config.validation else "tokenizer and validation documents"
             notes.append(f"{place.path}: is tokenized: its {kept} are used")
@@ -270,25 +273,20 @@ def _open_files(place: _Place, tokenizer: Tokenizer) -> Tokens:
 
 def _sides(corpus: TokenizedCorpus) -> dict[str, Tokens]:
     """The sides of a tokenized corpus that have documents."""
-    manifest = corpus.manifest
-    sides = {
-        "train": (corpus.train, manifest.train),
-        "validation": (corpus.validation, manifest.validation),
-    }
     return {
-        side: Tokens(store, corpus.digest, info.text_bytes)
-        for side, (store, info) in sides.items()
-        if store is not None
+        side: Tokens(store, corpus.digest, getattr(corpus.manifest, side).text_bytes)
+        for side in SIDES
+        if (store := getattr(corpus, side)) is not None
     }
 
 
-def _side(place: _Place, sides: dict[str, Tokens], side: str) -> Tokens:
-    if side not in sides:
+def _train_side(place: _Place, sides: dict[str, Tokens]) -> Tokens:
+    if TRAIN not in sides:
         raise HymbaError(
             f"{place.path or 'standard library'}: {place.label} leaves no document to train on: "
             "add documents, or hold out a smaller validation_fraction"
         )
-    return sides[side]
+    return sides[TRAIN]
 
 
 def _check_tokenizer(place: _Place, own: Tokenizer, tokenizer: Tokenizer) -> None:

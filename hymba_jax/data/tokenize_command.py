@@ -14,7 +14,7 @@ from hymba_jax.data.corpus import Corpus
 from hymba_jax.data.listing import list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
-from hymba_jax.data.tokenize_progress import shown_texts
+from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import damage
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
@@ -174,7 +174,7 @@ def _prepare_tokenizer(
             "without --part"
         )
     else:
-        given = build_tokenizer(name, shown_texts(corpus.training_texts(), display))
+        given = build_tokenizer(name, with_progress(corpus.training_texts(), display))
     given.save(directory)
     return Tokenizer.load(directory)
 

@@ -96,8 +96,8 @@ class ProgressLine:
         return ", ".join(parts)
 
 
-def shown_texts(texts: Iterable[str], display: Display) -> Iterator[str]:
-    """The same texts, whose reading is shown: a tokenizer is trained on them."""
+def with_progress(texts: Iterable[str], display: Display) -> Iterator[str]:
+    """The same texts; shows how much of them a tokenizer that is trained on them has read."""
     display.begin("training the tokenizer")
     characters, shown = 0, 0.0
     for text in texts:

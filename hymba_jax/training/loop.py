@@ -51,14 +51,14 @@ from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, pro
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.interrupts import Interrupts
-from hymba_jax.training.loss import LossFn, Objective, make_loss_fn, next_token_loss
+from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
-from hymba_jax.training.step import Metrics, check_batch, compile_train_step, make_train_step
+from hymba_jax.training.step import Metrics, check_batch, compile_train_step, run_step
 from hymba_jax.training.uploaded_metrics import open_metrics
 from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
 
@@ -120,7 +120,8 @@ def _train(
 
     display.begin("compiling")
     loss_fn = make_loss_fn(objective, abstract.graph)
-    train_step = _compile_train_step(config, loss_fn, optimizer, abstract.state, mesh)
+    step, batch = run_step(config, loss_fn, optimizer, mesh)
+    train_step = compile_train_step(step, abstract.state, batch)
     eval_step = compile_eval_step(
         loss_fn,
         abstract.state.params,
@@ -337,30 +338,6 @@ def _init_state(
         return init_state(config.model, config.compute, optimizer, abstract, config.seed)
     display.say(initial.describe(config.model))
     return initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
-
-
-def _compile_train_step(
-    config: RunConfig,
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step of this run; `state` is abstract."""
-    training = config.training
-    step = make_train_step(
-        loss_fn,
-        optimizer,
-        micro_batch_size=training.micro_batch_size,
-        skip_nonfinite=training.on_nonfinite == "skip",
-    )
-    batch = abstract_batch(
-        training.batch_size,
-        config.data.sequence_length,
-        batch_sharding(mesh),
-        segment_ids=config.data.packing == "documents",
-    )
-    return compile_train_step(step, state, batch)
 
 
 def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from hymba_jax.checkpoint.train_state import TrainState
+from hymba_jax.config.run import RunConfig
 from hymba_jax.data import Batch
+from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
 from hymba_jax.model.abstract import Params
-from hymba_jax.parallel.mesh import AnyMesh, batch_shards
+from hymba_jax.parallel.mesh import AnyMesh, batch_sharding, batch_shards
 from hymba_jax.training.loss import Average, Averages, LossFn
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float
@@ -69,6 +71,26 @@ def make_train_step(
         return following, metrics
 
     return train_step
+
+
+def run_step(
+    run: RunConfig, loss_fn: LossFn, optimizer: optax.GradientTransformation, mesh: AnyMesh
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Metrics]], Batch]:
+    """The training step of a run, and the abstract batch that it takes."""
+    training = run.training
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batch_size=training.micro_batch_size,
+        skip_nonfinite=training.on_nonfinite == "skip",
+    )
+    batch = abstract_batch(
+        training.batch_size,
+        run.data.sequence_length,
+        batch_sharding(mesh),
+        segment_ids=run.data.packing == "documents",
+    )
+    return train_step, batch
 
 
 def compile_train_step(

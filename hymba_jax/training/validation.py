@@ -81,14 +81,13 @@ def _overall(
     by_set: Mapping[str, Mapping[str, float]], sets: Mapping[str, ValidationSet]
 ) -> dict[str, float]:
     """The means over several sets: of bits per byte by their bytes, of others by their targets."""
-    names = next(iter(by_set.values()))
-    means = {}
-    for name in names:
+    overall = {}
+    for name in next(iter(by_set.values())):
         in_bytes = name == "bits_per_byte"
         weights = {
             key: each.text_bytes if in_bytes else each.rows.num_targets
             for key, each in sets.items()
         }
         total = sum(weight * by_set[key][name] for key, weight in weights.items())
-        means[name] = total / sum(weights.values())
-    return means
+        overall[name] = total / sum(weights.values())
+    return overall
