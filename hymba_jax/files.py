@@ -48,10 +48,16 @@ def resolve_path(path: PathLike) -> Path:
     """
     url = URL.match(os.fspath(path))
     if url and url[1] in STORES:
-        raise HymbaError(f"{path}: has to be a local path: mount or copy it")
+        raise HymbaError(f"{path}: has to be local: mount the bucket, or copy from or to it")
     location = resolve_location(path)
     assert isinstance(location, Path)
     return location
+
+
+def cache_directory() -> Path:
+    """Where this package keeps what it can make again, for all runs of a user on this host."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "hymba_jax"
 
 
 def matches(directory: Location, pattern: str) -> list[Location]:

@@ -24,6 +24,12 @@ _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _WILDCARDS = frozenset("*?[]")
 
 
+def is_remote_path(path: str) -> bool:
+    """Whether a path is the URL of a file or directory in a bucket, rather than a glob."""
+    url = URL.match(path)
+    return bool(url and url[1] in STORES and not _WILDCARDS & {*path})
+
+
 class MissingObject(HymbaError):
     """What is to be read does not exist, or the bucket."""
 

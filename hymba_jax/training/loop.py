@@ -38,6 +38,7 @@ from hymba_jax.data import (
     open_data,
     tokenize_sources,
     train_iterator,
+    with_local_tokens,
 )
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.data.examples import Examples
@@ -294,7 +295,7 @@ def _read_data(
     Args:
       check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
     """
-    config, output, tokenizer = run.data, run.output, None
+    config, output, tokenizer = with_local_tokens(run.data, display), run.output, None
     if is_resumed:
         tokenizer = Tokenizer.load(output)
     elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:

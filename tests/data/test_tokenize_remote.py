@@ -65,7 +65,7 @@ def test_what_cannot_be_read_or_written_is_one_line(bucket, tmp_path):
     for corpus, output, message in (
         (missing, tmp_path / "out", f"^{missing}: no such file or directory: check the path$"),
         (forbidden, tmp_path / "out", f"^{forbidden}: no permission to read it: check your cred"),
-        (bucket, f"{bucket}/out", f"^{bucket}/out: has to be a local path: mount or copy it$"),
+        (bucket, f"{bucket}/out", f"^{bucket}/out: has to be local: mount the bucket, or copy"),
     ):
         with pytest.raises(HymbaError, match=message):
             tokenize(corpus, output)
