@@ -190,9 +190,8 @@ def _one_line_errors() -> Iterator[None]:
     that the output's encoding lacks are escaped.
     """
     silence_stores()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Python sets up the standard error so
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
