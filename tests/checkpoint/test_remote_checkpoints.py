@@ -105,7 +105,8 @@ def test_a_copy_has_one_checkpoint(run):
     for step, expected in ((None, 3), (2, 2)):
         with local_copy(run, step) as copy:
             assert (copy / "config.toml").is_file()
-            assert [path.name for path in (copy / "checkpoints").iterdir()] == [str(expected)]
+            parts = [*(copy / "checkpoints").glob("*/*")]
+            assert parts == [copy / "checkpoints" / str(expected) / "params"]
             params = load_params(copy, abstract(make_state()).params)
         np.testing.assert_array_equal(params["embedding"], make_state(expected).params["embedding"])
         assert not copy.exists()

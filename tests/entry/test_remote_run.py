@@ -62,6 +62,7 @@ def kill_at(command, cache, line):
         process.send_signal(signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_others_start_from_it(
     bucket_url, uninterrupted, config, tmp_path, cache
 ):
