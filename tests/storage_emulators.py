@@ -13,7 +13,11 @@ from http import HTTPStatus
 from pathlib import Path
 from threading import Thread
 
+import pytest
+
 FORBIDDEN = "forbidden"
+on_one_store = pytest.mark.parametrize("bucket_url", ["gs"], indirect=True)
+"""For what is the same on all: half the time."""
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import threading
 from contextlib import ExitStack
 
 import pytest
+from storage_emulators import on_one_store
 
 from hymba_jax import remote_lock
 from hymba_jax.checkpoint.run_lock import LOCK, locked
@@ -37,6 +38,7 @@ def test_the_holder_is_named_and_the_end_releases(run):
     ]
 
 
+@on_one_store
 def test_a_lock_that_is_not_renewed_is_taken_over(run):
     leave_behind(run, 7)
     with locked(run, lambda _: None):
@@ -64,6 +66,7 @@ def test_one_of_several_takes_over(run):
     assert (len(holders), len(refused)) == (1, 3)
 
 
+@on_one_store
 def test_whoever_was_created_meanwhile_wins(run, monkeypatch):
     """One that found an expired lock, and one that found none as it was removed in between."""
     numbers = iter([set(), {1, 6}])
@@ -74,6 +77,7 @@ def test_whoever_was_created_meanwhile_wins(run, monkeypatch):
     assert [path.name for path in (run / LOCK).iterdir()] == ["6"]
 
 
+@on_one_store
 def test_who_loses_it_exits(run, monkeypatch):
     exits, exited = [], threading.Event()
 
@@ -88,6 +92,7 @@ def test_who_loses_it_exits(run, monkeypatch):
     assert exits[0] == f"{run}: another run took over: this one was cut off too long"
 
 
+@on_one_store
 def test_without_the_store_the_lock_is_renewed_later(run, monkeypatch):
     failing, write = threading.Event(), RemotePath.write_bytes
     failed = threading.Event()

@@ -5,6 +5,7 @@ import sys
 from collections import namedtuple
 
 import pytest
+from storage_emulators import on_one_store
 
 from hymba_jax.config.data import DataConfig, SourceConfig, WeightedSourceConfig
 from hymba_jax.data import local_tokens, tokenize_command
@@ -79,6 +80,7 @@ def test_it_is_copied_once(bucket, tokenized, tmp_path, downloads):
     assert TokenizedCorpus.open(copy).digest == TokenizedCorpus.open(tokenized).digest
 
 
+@on_one_store
 def test_every_source_that_is_tokens_in_a_bucket_has_a_copy(bucket, tmp_path, tokenized):
     path = str(bucket)
     sources = {
@@ -96,6 +98,7 @@ def test_every_source_that_is_tokens_in_a_bucket_has_a_copy(bucket, tmp_path, to
     assert local.path == ""
 
 
+@on_one_store
 def test_an_interrupted_copy_continues(bucket, tokenized, tmp_path, monkeypatch, downloads):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -115,6 +118,7 @@ def test_an_interrupted_copy_continues(bucket, tokenized, tmp_path, monkeypatch,
     assert files(*copies(tmp_path)) == files(tokenized)
 
 
+@on_one_store
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
@@ -133,6 +137,7 @@ def test_a_bad_shard_is_one_line_and_leaves_no_copy(bucket, tokenized, tmp_path,
     assert files(*copies(tmp_path)) == files(tokenized)
 
 
+@on_one_store
 def test_a_disk_that_is_too_small_is_one_line(bucket, monkeypatch, downloads):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(local_tokens.shutil, "disk_usage", lambda _: usage(100))

@@ -1,7 +1,7 @@
 """`hymba tokenize` of corpora in emulated buckets."""
 
 import pytest
-from storage_emulators import FORBIDDEN
+from storage_emulators import FORBIDDEN, on_one_store
 
 from hymba_jax.config.data import DataConfig
 from hymba_jax.data import tokenize_command
@@ -40,6 +40,7 @@ def tokens(directory):
     return {path.name: path.read_bytes() for path in directory.glob("*.bin")}
 
 
+@on_one_store
 def test_an_object_that_vanishes_is_one_line_and_changes_nothing(
     bucket, corpus, tmp_path, monkeypatch
 ):
@@ -72,6 +73,7 @@ def test_what_cannot_be_read_or_written_is_one_line(bucket, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@on_one_store
 def test_text_is_not_tokenized_into_a_bucket(corpus, bucket_url):
     config = DataConfig(path=str(corpus), tokenizer="bytes")
     with pytest.raises(

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from storage_emulators import on_one_store
 
 from hymba_jax.remote import RemotePath
 from hymba_jax.training import uploaded_metrics
@@ -28,6 +29,7 @@ def test_lines_are_there_after_a_flush_and_at_the_end(run):
     assert len([*(run / "tensorboard").iterdir()]) == 1
 
 
+@on_one_store
 def test_a_resumed_run_keeps_the_lines_that_its_checkpoint_covers(run):
     with open_metrics(run, 0) as writer:
         for step in (1, 2, 3):
@@ -41,6 +43,7 @@ def test_a_resumed_run_keeps_the_lines_that_its_checkpoint_covers(run):
     assert len([*(run / "tensorboard").iterdir()]) == 2
 
 
+@on_one_store
 def test_lines_are_uploaded_from_time_to_time(run, monkeypatch):
     with open_metrics(run, 0) as writer:
         writer.write(1, {"loss": 1.0})
