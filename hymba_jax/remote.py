@@ -75,9 +75,6 @@ class RemotePath:
     def __hash__(self) -> int:
         return hash(self._url)
 
-    def __lt__(self, other: "RemotePath") -> bool:
-        return self._url < other._url
-
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(f"{self._url}/{name}")
 

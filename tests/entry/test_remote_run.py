@@ -24,8 +24,7 @@ train()
 """
 
 
-def command(config, output):
-    tokens = config.with_name("tokens")
+def command(config, output, tokens):
     options = ("--config", config, "--output", output, "--data.path", tokens)
     options += ("--training.steps", STEPS, "--training.sample-tokens", "0")
     return [sys.executable, "-c", TRAIN, *map(str, options)]
@@ -45,7 +44,7 @@ def config(tmp_path_factory):
 def uninterrupted(config, cache):
     """The directory of the same run on the disk, and what its model generates."""
     output = config.parent / "uninterrupted"
-    assert run(command(config, output), cache).returncode == 0
+    assert run(command(config, output, config.parent / "tokens"), cache).returncode == 0
     return output, generate(output)
 
 
@@ -64,12 +63,15 @@ def kill_at(command, cache, line):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_and_others_start_from_it(
-    bucket_url, uninterrupted, config, tmp_path, cache
+    bucket_url, uninterrupted, config, tmp_path, cache, monkeypatch
 ):
-    output = f"{bucket_url}/run"
-    kill_at(command(config, output), cache, "step 5/")  # 2 is complete, 4 is being written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    output, tokens = f"{bucket_url}/run", f"{bucket_url}/tokens"
+    RemotePath(tokens).upload(config.parent / "tokens")
+    train = command(config, output, tokens)
+    kill_at(train, cache, "step 5/")  # 2 is complete, 4 is being written
     assert checkpoint_steps(output) in ([2], [2, 4])
-    resumed = run(command(config, output), cache)
+    resumed = run(train, cache)
     assert resumed.returncode == 0, resumed.stderr
     assert "waiting up to 1 s to see whether the run there has died" in resumed.stdout
     assert "resuming after step" in resumed.stdout
