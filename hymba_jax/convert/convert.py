@@ -44,7 +44,7 @@ class ConvertConfig:
       source: directory of an HF checkpoint (config.json, .safetensors or pytorch_model.bin,
         tokenizer), of a training run, or of a standalone model; local, gs:// or s3://, of which
         a copy is made.
-      target: directory to write.
+      target: local directory to write.
       dtype: cast all tensors to this dtype.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.
       step: which checkpoint of a run; the newest if absent.
