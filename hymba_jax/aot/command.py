@@ -1,7 +1,7 @@
 """`hymba compile`: compiles a run's program ahead of time, no device needed."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ from hymba_jax.aot.cost import ProgramCost, compile_and_analyze
 from hymba_jax.aot.estimate import assumptions
 from hymba_jax.aot.fit import Memory
 from hymba_jax.aot.programs import AotProgram, inference_program, training_program
-from hymba_jax.aot.topology import Chip, parse_topology
+from hymba_jax.aot.topology import Chip, Topology, parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.config.data import DATA_BOUNDS
 from hymba_jax.config.field_types import bound_problems, type_problems
@@ -37,16 +37,19 @@ class CompileConfig:
     Attributes:
       topology: a slice of chips, v5e:16x16, v5p:4x4x4, v6e:4x4 or h100:8 for example.
       program: the training step, prefill or decode.
+      stage: of training, the only stage to compile; all, one after another, if not named.
       batch: sequences that are prefilled or decoded at once, 1 if not named; a run has
         training.batch_size.
       context: tokens that they have, data.sequence_length if not named.
 
     Raises:
-      HymbaError: a batch or a context is named for training, or is impossible.
+      HymbaError: a batch or a context is named for training, or a stage for other programs, or one
+        is impossible.
     """
 
     topology: str
     program: Literal["train", "prefill", "decode"] = "train"
+    stage: str = ""
     batch: int | None = None
     context: int | None = None
 
@@ -58,6 +61,8 @@ class CompileConfig:
                 "batch and context apply to prefill and decode only: "
                 "training uses training.batch_size and data.sequence_length"
             )
+        if self.program != "train" and self.stage:
+            raise HymbaError(f"stage {self.stage} applies to training only")
 
 
 def main(args: Sequence[str], prog: str) -> None:
@@ -69,14 +74,46 @@ def main(args: Sequence[str], prog: str) -> None:
     choice, run = _parse(args, prog)
     jax.config.update("jax_platforms", "cpu")  # the compiler is wanted, not its devices
     topology = parse_topology(choice.topology)
-    devices = topology.devices()
-    if choice.program == "train":
-        program = training_program(run, devices)
-    else:
-        context = run.data.sequence_length if choice.context is None else choice.context
-        batch = 1 if choice.batch is None else choice.batch
-        program = inference_program(run, choice.program, devices, batch, context)
     console = Console(soft_wrap=True, highlight=False)
+    needed = [
+        _report(program, topology, console)
+        for program in _programs(choice, run, topology.devices(), console)
+    ]
+    if too_large := [size for size in needed if size is not None]:
+        sizes = ", ".join(map(format_bytes, too_large))
+        available = format_bytes(topology.chip.memory)
+        raise HymbaError(f"it does not fit: {sizes} of {available} per chip")
+
+
+def _programs(
+    choice: CompileConfig, run: RunConfig, devices: Sequence[jax.Device], console: Console
+) -> Iterator[AotProgram]:
+    """What to compile; of a run with stages, each is announced before its own.
+
+    Raises:
+      HymbaError: there is no such stage.
+    """
+    stages = run.resolved_stages
+    if choice.stage and choice.stage not in run.stages:
+        raise HymbaError(
+            f"stage is {choice.stage}: the run has {', '.join(run.stages) or 'no stages'}"
+        )
+    if choice.program == "train":
+        for stage in stages:
+            if choice.stage not in ("", stage.name):
+                continue
+            if stage.name:
+                console.print(f"stage {stage.name}: steps {stage.start + 1:,} to {stage.stop:,}")
+            yield training_program(stage.run, devices)
+        return
+    last = stages[-1].run
+    context = last.data.sequence_length if choice.context is None else choice.context
+    batch = 1 if choice.batch is None else choice.batch
+    yield inference_program(last, choice.program, devices, batch, context)
+
+
+def _report(program: AotProgram, topology: Topology, console: Console) -> int | None:
+    """Compiles a program and prints what it costs; what it needs per chip if it does not fit."""
     console.print(f"{program.num_params:,} parameters, {topology.name}: {program.step}")
     console.print(program.sharding)
     begun = time.perf_counter()
@@ -85,11 +122,11 @@ def main(args: Sequence[str], prog: str) -> None:
     console.print(_table(program, topology.chip, memory, cost))
     if cost is not None:
         console.print(assumptions(topology.chip))
-    if memory.total > topology.chip.memory or cost is None:
-        for change in program.advice(memory, topology.chip.memory):
-            console.print(f"to make it fit, {change}")
-        needed, available = format_bytes(memory.total), format_bytes(topology.chip.memory)
-        raise HymbaError(f"it does not fit: {needed} of {available} per chip")
+    if memory.total <= topology.chip.memory and cost is not None:
+        return None
+    for change in program.advice(memory, topology.chip.memory):
+        console.print(f"to make it fit, {change}")
+    return memory.total
 
 
 def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:

@@ -61,6 +61,7 @@ def training_program(
     """The step that `hymba train` runs on these devices.
 
     Args:
+      run: without stages, as a stage of a run is.
       objective: what the run minimizes.
 
     Raises:

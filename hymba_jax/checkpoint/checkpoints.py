@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.checkpoint.train_state import TrainState
@@ -64,7 +65,6 @@ class LoopState(NamedTuple):
 
     Attributes:
       step: steps done.
-      batches: state of the iterator of training batches.
       digests: of the tokens of each source, by its name.
       skipped: steps among them whose update was skipped.
       validation_due: whether the validation after `step` is still to be done.
@@ -72,7 +72,6 @@ class LoopState(NamedTuple):
     """
 
     step: int
-    batches: dict[str, Any]
     digests: dict[str, str]
     skipped: int = 0
     validation_due: bool = False
@@ -85,26 +84,36 @@ class Checkpoints(Closing):
     Args:
       run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
+      keep_steps: others that stay.
     """
 
-    def __init__(self, run_directory: str | os.PathLike[str], keep: int):
+    def __init__(
+        self, run_directory: str | os.PathLike[str], keep: int, keep_steps: Sequence[int] = ()
+    ):
         self.directory = (resolve_location(run_directory) / FOLDER).absolute()
-        self._open(self.directory, keep)
+        self._open(self.directory, keep, keep_steps)
 
     def _open(
-        self, directory: Location, keep: int, on_written: Callable[[], None] | None = None
+        self,
+        directory: Location,
+        keep: int,
+        keep_steps: Sequence[int] = (),
+        on_written: Callable[[], None] | None = None,
     ) -> None:
         """Opens Orbax's manager.
 
         Args:
           directory: where it writes.
+          keep, keep_steps: as of the class.
           on_written: is called by the thread that writes, before each checkpoint is complete.
         """
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 os.fspath(directory),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep,
+                    preservation_policy=AnyPreservationPolicy(
+                        [LatestN(keep), CustomSteps(keep_steps)]
+                    ),
                     cleanup_tmp_directories=True,
                     enable_background_delete=True,
                     async_options=ocp.AsyncOptions(post_finalization_callback=on_written),

@@ -28,7 +28,7 @@ def load_model(
     Raises:
       HymbaError: the directory holds no model, or it does not fit into the device's memory.
     """
-    config, compute = read_model_directory(directory)
+    config, compute = read_model_directory(directory, step)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
     compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)

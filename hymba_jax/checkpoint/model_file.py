@@ -11,17 +11,27 @@ from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location
 from hymba_jax.hf_files import HF_CONFIG, download_advice
+from hymba_jax.run_files import checkpoint_steps
 
 
-def read_model(path: str | os.PathLike[str]) -> tuple[HymbaConfig, ComputeConfig]:
-    """The model of a file and how it computes, ignoring the rest of the run.
+def read_model(
+    path: str | os.PathLike[str], step: int | None = None
+) -> tuple[HymbaConfig, ComputeConfig]:
+    """The model of a file and how it computes, ignoring the rest of a run without stages.
 
     A vocab_size of "auto" becomes a number as in `with_vocabulary`.
+
+    Args:
+      step: of the checkpoint, whose stage the model is of; if absent, it is of the last stage.
 
     Raises:
       HymbaError: as for `RunConfig.from_toml`.
     """
     base, table = read_table(path, RunConfig())
+    if table.get("stages"):
+        run = with_vocabulary(override_from(path, base, table))
+        stage = run.resolved_stages[-1] if step is None else run.stage_at(step)
+        return stage.run.model, run.compute
     model = override_from(path, base.model, table.get("model", {}))
     if model.vocab_size == "auto":
         data = override_from(path, base.data, table.get("data", {}))
@@ -50,16 +60,20 @@ def _vocabulary(data: DataConfig) -> int:
 
 
 def read_model_directory(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str], step: int | None = None
 ) -> tuple[HymbaConfig, ComputeConfig]:
     """The model that a native directory holds and how it computes.
+
+    Args:
+      step: which checkpoint of a run; the newest if absent.
 
     Raises:
       HymbaError: there is none, or its file cannot be read.
     """
     directory = resolve_location(directory)
     if (directory / CONFIG_FILE).is_file():
-        return read_model(directory / CONFIG_FILE)
+        steps = checkpoint_steps(directory)
+        return read_model(directory / CONFIG_FILE, steps[-1] if steps and step is None else step)
     advice = download_advice(directory)
     if (directory / HF_CONFIG).is_file():
         advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"

@@ -71,19 +71,48 @@ def read_run(output: str) -> RunConfig | None:
     return RunConfig.from_toml(directory / CONFIG_FILE)
 
 
-def check_resumes(previous: RunConfig, config: RunConfig) -> None:
-    """Raises HymbaError if a config changes what a run that it resumes cannot change."""
-    before = dict(_fixed_on_resume(previous))
-    changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in _fixed_on_resume(config)
-        if value != before.get(name) and value != "auto"  # "auto" was resolved by the run
-    ]
+def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
+    """Raises HymbaError if a config changes what a run that it resumes cannot change.
+
+    Stages that have not begun may change, and the one that is under way may become longer.
+
+    Args:
+      step: steps done.
+    """
+    before, now = _fixed_on_resume(previous), _fixed_on_resume(config)
+    changed = [*_differences("", before, now)]
+    begun = [stage for stage in previous.resolved_stages if stage.start < step or not stage.start]
+    stages = config.resolved_stages
+    for number, old in enumerate(begun):
+        if number == len(stages):
+            changed.append(f"stages.{old.name} has gone")
+            continue
+        new = stages[number]
+        before, now = _fixed_in_stage(old.run), _fixed_in_stage(new.run)
+        if old.name:
+            before, now = {"name": old.name} | before, {"name": new.name} | now
+        if old.stop < step:
+            before |= {"training.steps": old.run.training.steps}
+            now |= {"training.steps": new.run.training.steps}
+        changed += _differences(f"stages.{new.name}: " if new.name else "", before, now)
     if changed:
         raise HymbaError(
             f"{config.output}: holds a run with different settings ({'; '.join(changed)}): choose "
             "another output, or undo the changes"
         )
+    if stages[len(begun) - 1].stop < step:
+        last = stages[len(begun) - 1]
+        name = f"stages.{last.name}.steps" if last.name else "training.steps"
+        raise HymbaError(
+            f"{config.output}: is at step {step}, {name} is {last.run.training.steps}: set more "
+            "steps, or choose another output"
+        )
+
+
+def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in now.items():
+        if value != before.get(name) and value != "auto":  # "auto" was resolved by the run
+            yield f"{where}{name} was {before.get(name)!r}, is {value!r}"
 
 
 def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -138,14 +167,38 @@ def check_written(output: str) -> None:
         time.sleep(0.1)
 
 
-def _fixed_on_resume(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """The settings that cannot change on resuming: shapes and layout, and the order of the data.
+def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
+    """The settings that cannot change on resuming, in no stage: shapes and layout.
 
     The corpus may move: its tokens are compared, by their digest.
     """
-    yield "seed", config.seed
-    yield "training.batch_size", config.training.batch_size
-    yield "compute.param_dtype", config.compute.param_dtype
-    yield "compute.scan_layers", config.compute.scan_layers
-    yield from (leaf for leaf in leaves(config.data, "data.") if not _is_source_path(leaf[0]))
-    yield from leaves(config.model.resolved(), "model.")
+    fixed = {
+        "seed": config.seed,
+        "compute.param_dtype": config.compute.param_dtype,
+        "compute.scan_layers": config.compute.scan_layers,
+    }
+    fixed |= dict(leaves(config.model.resolved(), "model."))
+    fixed |= {
+        name: value for name, value in leaves(config.data, "data.") if not _is_source_path(name)
+    }
+    return {
+        name: value
+        for name, value in fixed.items()
+        if name not in _OF_STAGES and not name.endswith(".weight")
+    }
+
+
+# Settings of the run that each stage has its own of.
+_OF_STAGES = {
+    *("data.sequence_length", "data.packing", "model.max_positions"),
+    *("model.attention.rope_type", "model.attention.rope_theta"),
+}
+
+
+def _fixed_in_stage(run: RunConfig) -> dict[str, Any]:
+    """The settings that cannot change in a stage that has begun: the order of the data."""
+    fixed = {"training.batch_size": run.training.batch_size}
+    own = {**dict(leaves(run.data, "data.")), **dict(leaves(run.model.resolved(), "model."))}
+    return fixed | {
+        name: value for name, value in own.items() if name in _OF_STAGES or name.endswith(".weight")
+    }

@@ -5,6 +5,7 @@ writes each checkpoint into a temporary directory; its thread then uploads that,
 object that commits it, as Orbax does in gs:// buckets. The disk holds two checkpoints.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,16 +17,17 @@ from hymba_jax.remote import RemotePath
 from hymba_jax.run_files import COMMITTED, FOLDER, checkpoint_steps, uses_orbax
 
 
-def open_checkpoints(run_directory: str, keep: int) -> Checkpoints:
+def open_checkpoints(run_directory: str, keep: int, keep_steps: Sequence[int] = ()) -> Checkpoints:
     """The checkpoints of a run, on a disk or in a bucket.
 
     Args:
       keep: how many stay, newest first.
+      keep_steps: others that stay.
     """
     directory = resolve_location(run_directory)
     if isinstance(directory, RemotePath) and not uses_orbax(directory):
-        return StagedCheckpoints(directory, keep)
-    return Checkpoints(directory, keep)
+        return StagedCheckpoints(directory, keep, keep_steps)
+    return Checkpoints(directory, keep, keep_steps)
 
 
 class StagedCheckpoints(Checkpoints):
@@ -34,19 +36,20 @@ class StagedCheckpoints(Checkpoints):
     Args:
       run_directory: holds them in its folder `checkpoints`.
       keep: how many stay, newest first.
+      keep_steps: others that stay.
 
     Raises:
       HymbaError: the store refuses it.
       OSError: there is no space on the disk; its directory is TMPDIR.
     """
 
-    def __init__(self, run_directory: RemotePath, keep: int):
+    def __init__(self, run_directory: RemotePath, keep: int, keep_steps: Sequence[int] = ()):
         self.directory = self._bucket = run_directory / FOLDER
-        self._keep = keep
+        self._keep, self._keep_steps = keep, keep_steps
         self._remove_partial()
         with ExitStack() as opened:
             self._staging = Path(opened.enter_context(TemporaryDirectory(prefix="hymba-")))
-            self._open(self._staging, 1, self._upload)
+            self._open(self._staging, 1, on_written=self._upload)
             self._opened = opened.pop_all()
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
@@ -65,7 +68,8 @@ class StagedCheckpoints(Checkpoints):
         target = self._bucket / written.name.partition(".")[0]
         target.upload(written)
         (target / COMMITTED).write_bytes(b"")
-        for step in checkpoint_steps(self._bucket.parent)[: -self._keep]:
+        steps = checkpoint_steps(self._bucket.parent)[: -self._keep]
+        for step in {*steps} - {*self._keep_steps}:
             old = self._bucket / str(step)
             (old / COMMITTED).unlink()  # first: what is left after a kill is no checkpoint
             old.rmtree()

@@ -11,13 +11,17 @@ A file holds the fields of `RunConfig` by their names, those of its parts in tab
     [training]
     steps = 1000
 
+Tables `[[stages]]` divide it into stages that differ in some fields (`config/stages.py`).
+
 Omitted fields have their defaults, or those of the preset if one is named; vocab_size then follows
-the run's tokenizer. The command line overrides any field: `--training.steps 100`.
+the run's tokenizer. The command line overrides any field: `--training.steps 100`, or
+`--stages.NAME.steps 100`.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +29,9 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.config.model import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.config.parallel import ParallelConfig
-from hymba_jax.config.toml import misfits, override_from, toml_lines
-from hymba_jax.config.training import TrainingConfig
+from hymba_jax.config.stages import Stage, StageConfig, ineffective_fields, resolve_stages
+from hymba_jax.config.toml import ARRAY, misfits, name_tables, override_from, toml_lines
+from hymba_jax.config.training import TRAINING_BOUNDS, TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_toml, resolve_location
 
@@ -45,6 +50,7 @@ class RunConfig:
       init_from: directory of a model or a run, local, gs:// or s3://, whose newest parameters
         initialize this run; random if empty. On the command line, its model and tokenizer become
         the defaults. Ignored when resuming.
+      stages: parts of the run by name, in order; none if it is the same throughout.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 
     Raises:
@@ -60,6 +66,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    stages: Mapping[str, StageConfig] = field(default_factory=dict, metadata=ARRAY)
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]
@@ -70,11 +77,45 @@ class RunConfig:
         yield from bound_problems(self, RUN_BOUNDS)
         if not self.output:
             yield "output is empty: name a directory"
-        if self.data.sequence_length > self.model.max_positions:
+        if self.stages:
+            yield from ineffective_fields(self)
+            yield from self._stage_problems()
+        elif self.data.sequence_length > self.model.max_positions:
             yield (
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_positions {self.model.max_positions}"
             )
+
+    def _stage_problems(self) -> Iterator[str]:
+        try:
+            steps = self.resolved_stages[-1].stop
+        except HymbaError as error:
+            yield str(error)
+        else:
+            if steps > TRAINING_BOUNDS["steps"].at_most:
+                yield f"the stages have {steps} steps together, above 2147483647"
+
+    @functools.cached_property
+    def resolved_stages(self) -> tuple[Stage, ...]:
+        """Its stages, each as the run that it is; a run without stages is one itself."""
+        return resolve_stages(self)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step, counted from 1; of step 0 the first."""
+        stages = self.resolved_stages
+        return next((stage for stage in stages if step <= stage.stop), stages[-1])
+
+    @property
+    def data_of_all_stages(self) -> DataConfig:
+        """The data with the sources that any stage reads, which have its weight or another's."""
+        if not self.data.sources:
+            return self.data
+        read = [stage.run.data.sources for stage in self.resolved_stages]
+        sources = {
+            name: dataclasses.replace(source, weight=max(each[name].weight for each in read))
+            for name, source in self.data.sources.items()
+        }
+        return dataclasses.replace(self.data, sources=sources)
 
     @classmethod
     def from_toml(
@@ -113,6 +154,10 @@ def read_table(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig
             )
         model = dataclasses.replace(PRESETS[preset], vocab_size="auto")
         base = dataclasses.replace(base, model=model)
+    try:
+        name_tables(base, table)
+    except HymbaError as error:
+        raise HymbaError(f"{path}: {error}") from error
     problems = [*misfits(base, table, "")]
     if problems:
         raise HymbaError(f"{path}: " + "; ".join(problems))

@@ -1,6 +1,7 @@
 """Configs as TOML: the fields of a dataclass by their names, those of its parts in tables.
 
-A field `sources: Mapping[str, SourceConfig]` is any number of tables `[sources.NAME]`.
+A field `sources: Mapping[str, SourceConfig]` is any number of tables `[sources.NAME]`; if its
+metadata is ARRAY, it is an array of tables that are in order and have a `name`, `[[stages]]`.
 """
 
 import dataclasses
@@ -12,6 +13,34 @@ from typing import Any
 
 from hymba_jax.config.field_types import misfit, shown, table_of
 from hymba_jax.errors import HymbaError
+
+ARRAY = {"array": True}
+
+
+def name_tables(base: Any, table: dict[str, Any]) -> None:
+    """Replaces every array of tables by tables by name, as the fields of `base` have them.
+
+    Raises:
+      HymbaError: something else is there, or a name is missing or there twice.
+    """
+    for item in dataclasses.fields(base):
+        if item.metadata != ARRAY or item.name not in table:
+            continue
+        named: dict[str, Any] = {}
+        for number, entry in enumerate(_tables(item.name, table[item.name]), 1):
+            name = entry.pop("name", None)
+            if not isinstance(name, str) or name in named:
+                problem = "has no name" if name is None else f"has the name {shown(name)}"
+                again = ", as another one has" if name in named else ""
+                raise HymbaError(f"[[{item.name}]] number {number} {problem}{again}")
+            named[name] = entry
+        table[item.name] = named
+
+
+def _tables(name: str, tables: Any) -> list[dict[str, Any]]:
+    if not (isinstance(tables, list) and all(isinstance(entry, dict) for entry in tables)):
+        raise HymbaError(f"{name} is {shown(tables)}: write tables [[{name}]], each with a name")
+    return tables
 
 
 def misfits(base: Any, table: dict[str, Any], where: str) -> Iterator[str]:
@@ -70,18 +99,32 @@ def _override[T](base: T, table: dict[str, Any]) -> T:
 
 
 def toml_lines(config: Any, where: str) -> Iterator[str]:
-    """TOML lines of all fields of a config, in the table named `where`."""
-    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    tables = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
-    for item in dataclasses.fields(config):
-        if table_of(item.type):
-            named = values.pop(item.name)
-            tables |= {f"{item.name}.{name}": table for name, table in named.items()}
+    """TOML lines of all fields of a config that have a value, in the table named `where`."""
     if where:
         yield f"\n[{where}]"
-    for name, value in values.items():
-        if name not in tables:
-            text = json.dumps(value, ensure_ascii=False)  # valid TOML but for one character
-            yield f"{name} = {text.replace('\x7f', '\\u007f')}"
-    for name, value in tables.items():
-        yield from toml_lines(value, f"{where}.{name}" if where else name)
+    yield from _field_lines(config, where)
+
+
+def _field_lines(config: Any, where: str) -> Iterator[str]:
+    """The same without the header: first the values, as what follows a table is in it."""
+    prefix = f"{where}." if where else ""
+    tables: list[str] = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.metadata == ARRAY:
+            for name, table in value.items():
+                lines = [f"\n[[{prefix}{item.name}]]", _value_line("name", name)]
+                tables += [*lines, *_field_lines(table, prefix + item.name)]
+        elif table_of(item.type):
+            for name, table in value.items():
+                tables += toml_lines(table, f"{prefix}{item.name}.{name}")
+        elif dataclasses.is_dataclass(value):
+            tables += toml_lines(value, prefix + item.name)
+        elif value is not None:  # of which TOML has none
+            yield _value_line(item.name, value)
+    yield from tables
+
+
+def _value_line(name: str, value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)  # valid TOML but for one character
+    return f"{name} = {text.replace('\x7f', '\\u007f')}"

@@ -12,6 +12,11 @@ _ROWS = Bounds(1, 2**20, "no host holds the tokens of so many sequences")
 _RATE = Bounds(1e-30, 1e30, "float32 cannot multiply by it", "float32 cannot multiply by it")
 _DECAY = Bounds(0, 1 - 2**-24, "float32 makes 1 of it")
 
+type Schedule = Literal["wsd", "constant", "linear", "cosine"]
+
+WARMUP_FRACTION, DECAY_FRACTION = 0.02, 0.2
+"""Of a schedule that says nothing else."""
+
 TRAINING_BOUNDS = {
     "steps": _COUNT,
     "batch_size": _ROWS,
@@ -19,7 +24,9 @@ TRAINING_BOUNDS = {
     "learning_rate": _RATE,
     "min_learning_rate": _RATE._replace(at_least=0),
     "warmup_fraction": Bounds(0, 1, "it is a fraction of the steps"),
+    "warmup_steps": _COUNT._replace(at_least=0),
     "decay_fraction": Bounds(0, 1, "it is a fraction of the steps"),
+    "decay_steps": _COUNT._replace(at_least=0),
     "weight_decay": _RATE._replace(at_least=0),
     "beta1": _DECAY,
     "beta2": _DECAY,
@@ -43,10 +50,17 @@ class TrainingConfig:
       batch_size: sequences per update.
       gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
         save memory.
-      learning_rate: of the constant phase.
-      min_learning_rate: learning rate of the last update.
-      warmup_fraction: fraction of the steps in which the rate rises linearly.
-      decay_fraction: fraction of the steps, at the end, in which it falls linearly.
+      schedule: of the learning rate after the warm-up: `constant`; `linear` or `cosine`, which fall
+        to min_learning_rate; or `wsd` (warmup, stable, decay), which is constant and at the end
+        falls linearly.
+      learning_rate: the largest, at the end of the warm-up.
+      min_learning_rate: learning rate of the last update, unless the schedule is `constant`.
+      warmup_fraction: fraction of the steps in which the rate rises linearly; 0.02 unless this or
+        `warmup_steps` is set.
+      warmup_steps: the same as a number of steps.
+      decay_fraction: of `wsd`, fraction of the steps, at the end, in which it falls; 0.2 unless
+        this or `decay_steps` is set.
+      decay_steps: the same as a number of steps.
       weight_decay: of AdamW, multiplied by the learning rate; applied to matrices only.
       beta1: decay of AdamW's first moment.
       beta2: decay of AdamW's second moment.
@@ -70,10 +84,13 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    schedule: Schedule = "wsd"
     learning_rate: float = 3e-3
     min_learning_rate: float = 1e-5
-    warmup_fraction: float = 0.02
-    decay_fraction: float = 0.2
+    warmup_fraction: float | None = None
+    warmup_steps: int | None = None
+    decay_fraction: float | None = None
+    decay_steps: int | None = None
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -94,7 +111,8 @@ class TrainingConfig:
             raise HymbaError("training config: " + "; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
-        yield from bound_problems(self, TRAINING_BOUNDS)
+        out_of_bounds = [*bound_problems(self, TRAINING_BOUNDS)]
+        yield from out_of_bounds
         if 0 < self.sample_temperature < 1e-30:
             yield f"sample_temperature is {self.sample_temperature}: float32 cannot divide by it"
         if self.min_learning_rate > self.learning_rate:
@@ -102,14 +120,32 @@ class TrainingConfig:
                 f"min_learning_rate {self.min_learning_rate} is above "
                 f"learning_rate {self.learning_rate}"
             )
-        warmup, decay = self.warmup_fraction, self.decay_fraction
-        if warmup + decay > 1:
-            yield (f"warmup_fraction {warmup} and decay_fraction {decay} add up to more than 1")
+        if not out_of_bounds:
+            yield from self._schedule_problems()
         accumulation = self.gradient_accumulation_steps
         if accumulation > 0 and self.batch_size % accumulation:
             yield (
                 f"batch_size {self.batch_size} is not a multiple of "
                 f"gradient_accumulation_steps {accumulation}"
+            )
+
+    def _schedule_problems(self) -> Iterator[str]:
+        for phase in ("warmup", "decay"):
+            if None not in (getattr(self, f"{phase}_fraction"), getattr(self, f"{phase}_steps")):
+                yield f"{phase}_fraction and {phase}_steps are both set: set one of them"
+        if self.schedule != "wsd" and (self.decay_fraction, self.decay_steps) != (None, None):
+            yield f"decay_fraction and decay_steps are of schedule wsd, not of {self.schedule}"
+        fractions = _given(self.warmup_fraction, 0), _given(self.decay_fraction, 0)
+        if sum(fractions) > 1:
+            yield (
+                f"warmup_fraction {fractions[0]} and decay_fraction {fractions[1]} add up to more "
+                "than 1"
+            )
+        warmup, decay = self.phase_steps
+        if warmup + decay > self.steps:
+            yield (
+                f"a warm-up of {warmup} and a decay of {decay} steps are more than the "
+                f"{self.steps} steps"
             )
 
     @property
@@ -118,9 +154,20 @@ class TrainingConfig:
         return self.batch_size // self.gradient_accumulation_steps
 
     @property
-    def warmup_steps(self) -> int:
-        return round(self.warmup_fraction * self.steps)
+    def phase_steps(self) -> tuple[int, int]:
+        """Steps of the warm-up and of the decay."""
+        warmup = self.warmup_steps
+        if warmup is None:
+            warmup = round(_given(self.warmup_fraction, WARMUP_FRACTION) * self.steps)
+        if self.schedule == "constant":
+            return warmup, 0
+        if self.schedule != "wsd":
+            return warmup, max(self.steps - warmup, 0)
+        if self.decay_steps is not None:
+            return warmup, self.decay_steps
+        decay = round(_given(self.decay_fraction, DECAY_FRACTION) * self.steps)
+        return warmup, min(decay, self.steps - warmup)
 
-    @property
-    def decay_steps(self) -> int:
-        return min(round(self.decay_fraction * self.steps), self.steps - self.warmup_steps)
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

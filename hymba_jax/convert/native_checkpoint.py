@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
 from hymba_jax.checkpoint.checksums import dotted
-from hymba_jax.checkpoint.model_file import read_model
+from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.mapping import ConversionError, HFSlice, hf_slices, mismatches
 from hymba_jax.convert.params_stream import StoredParams
@@ -29,7 +29,7 @@ class NativeCheckpoint:
 
     def __init__(self, directory: Path, step: int | None = None):
         self.directory = directory
-        self.config, self.compute = read_model(directory / CONFIG_FILE)
+        self.config, self.compute = read_model_directory(directory, step)
         params = params_path(directory, step)
         assert isinstance(params, Path)
         self.stored = StoredParams(params)

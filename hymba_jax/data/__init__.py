@@ -42,7 +42,7 @@ from hymba_jax.data.pipeline import (
     Data,
     ValidationSet,
     open_data,
-    train_iterator,
+    train_batches,
     validation_batches,
 )
 from hymba_jax.data.sources import tokenize_sources
@@ -57,7 +57,7 @@ __all__ = [
     "ValidationSet",
     "open_data",
     "tokenize_sources",
-    "train_iterator",
+    "train_batches",
     "validation_batches",
     "with_local_tokens",
 ]

@@ -7,6 +7,7 @@ taken, and a run resumes exactly on any number of processes and devices.
 
 import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from hymba_jax.data.batch import Batch
@@ -38,10 +39,20 @@ class Examples:
       rows: those of an epoch, by source; none empty.
       mixture: of the same sources.
       seed: not negative.
+      order: of the orders that there are for a seed.
+      taken: how many examples of each source are taken already, by another mixture.
     """
 
-    def __init__(self, rows: Mapping[str, Rows], mixture: Mixture, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Mapping[str, Rows],
+        mixture: Mixture,
+        seed: int,
+        order: int = 0,
+        taken: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._rows, self._mixture, self._seed = rows, mixture, seed
+        self._order, self._taken = order, taken
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -53,7 +64,17 @@ class Examples:
     def origin(self, index: int) -> Origin:
         """Where an example is from."""
         source, position = self._mixture(index)
-        return Origin(source, *shuffled_row(position, len(self._rows[source]), self._seed, source))
+        position += self._taken.get(source, 0)
+        key = f"{source}#{self._order}" if self._order else source
+        return Origin(source, *shuffled_row(position, len(self._rows[source]), self._seed, key))
+
+    def counts(self, examples: int) -> dict[str, int]:
+        """How many of each source are taken with the first `examples`."""
+        counts = self._mixture.counts(examples)
+        return {
+            name: counts.get(name, 0) + self._taken.get(name, 0)
+            for name in dict.fromkeys([*self._taken, *counts])
+        }
 
     def describe(self, start: int, stop: int) -> str:
         """Where these examples are from, in words; of many the first few."""
@@ -68,10 +89,11 @@ class Examples:
         `epoch` is how often they go through the source; of several sources, `sequences/NAME` and
         `epoch/NAME` are those of each.
         """
-        sizes = {name: len(rows) for name, rows in self._rows.items()}
-        epochs = self._mixture.epochs(examples, sizes)
-        if len(epochs) == 1:
-            return {"epoch": round(next(iter(epochs.values())), 4)}
-        counts = self._mixture.counts(examples)
+        counts = self.counts(examples)
+        epochs = {
+            name: round(counts[name] / len(self._rows[name]), 4) for name in self._mixture.shares
+        }
+        if len(counts) == 1:
+            return {"epoch": next(iter(epochs.values()))}
         sequences = {f"sequences/{name}": count for name, count in counts.items()}
-        return sequences | {f"epoch/{name}": round(epoch, 4) for name, epoch in epochs.items()}
+        return sequences | {f"epoch/{name}": epoch for name, epoch in epochs.items()}

@@ -65,10 +65,6 @@ class Mixture:
         counts = periods * self._numbers + in_last
         return dict(zip(self._names, counts.tolist(), strict=True))
 
-    def epochs(self, examples: int, sizes: Mapping[str, int]) -> dict[str, float]:
-        """How often the first examples go through each source, of `sizes` examples."""
-        return {name: count / sizes[name] for name, count in self.counts(examples).items()}
-
 
 def _check(weights: Mapping[str, float]) -> None:
     for name, weight in weights.items():

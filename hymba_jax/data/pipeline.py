@@ -7,6 +7,7 @@ a batch that its devices compute; so a run resumes exactly on another number of 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import grain
@@ -44,75 +45,107 @@ class ValidationSet:
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run.
+    """The data of a run, opened.
 
     Attributes:
       tokenizer: what made the tokens.
-      train: the endless training examples.
-      validation: by name.
-      num_tokens: of all sources of training.
-      digests: tell the tokens of each source from others.
+      train, validation: the tokens, by source.
       notes: what a user should know of it, a line each.
     """
 
     tokenizer: Tokenizer
-    train: Examples
-    validation: Mapping[str, ValidationSet]
-    num_tokens: int
-    digests: Mapping[str, str]
+    train: Mapping[str, Tokens]
+    validation: Mapping[str, Tokens]
     notes: tuple[str, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sources of training."""
+        return sum(tokens.store.num_tokens for tokens in self.train.values())
 
-def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str, seed: int) -> Data:
+    @property
+    def digests(self) -> dict[str, str]:
+        """Tell the tokens of each source from others."""
+        train = {f"training source {name}": tokens.digest for name, tokens in self.train.items()}
+        return train | {
+            f"validation source {name}": tokens.digest for name, tokens in self.validation.items()
+        }
+
+    def train_examples(self, stages: Sequence[tuple[DataConfig, int]], seed: int) -> list[Examples]:
+        """The endless examples of each stage.
+
+        A stage goes on in each source where the one before it stopped, if rows are the same in both
+        (`sequence_length` and `packing`); else another order of the source's rows begins.
+
+        Args:
+          stages: what each reads, and how many examples.
+          seed: of the order; not negative.
+
+        Raises:
+          HymbaError: a source is shorter than one sequence.
+        """
+        examples: list[Examples] = []
+        order, taken, before = 0, dict[str, int](), None
+        for config, num_examples in stages:
+            rows_of = config.packing, config.sequence_length
+            if before not in (None, rows_of):
+                order, taken = order + 1, {}
+            mixture = Mixture({name: config.train_sources[name].weight for name in self.train})
+            rows = {name: self._train_rows(name, config) for name in mixture.shares}
+            examples.append(Examples(rows, mixture, seed, order, taken))
+            taken, before = examples[-1].counts(num_examples), rows_of
+        return examples
+
+    def _train_rows(self, name: str, config: DataConfig) -> Rows:
+        store, length = self.train[name].store, config.sequence_length
+        rows = make_rows(store, config.packing, length)
+        if not len(rows):
+            path = config.train_sources[name].path or "standard library"
+            raise HymbaError(
+                f"{path}: too little text for one sequence: the training documents hold "
+                f"{store.num_tokens} tokens, one sequence takes {length + 1}: add text or "
+                "shorten sequence_length"
+            )
+        return rows
+
+    def validation_sets(self, config: DataConfig) -> dict[str, ValidationSet]:
+        """All validation documents, as rows of the config's length and packing, by source."""
+        return {
+            name: ValidationSet(
+                make_rows(
+                    tokens.store, config.validation_packing, config.sequence_length, keep_last=True
+                ),
+                self._validation_bytes[name],
+            )
+            for name, tokens in self.validation.items()
+        }
+
+    @cached_property
+    def _validation_bytes(self) -> dict[str, int]:
+        """UTF-8 bytes of the text of each source of validation."""
+        return {
+            name: _text_bytes(tokens, self.tokenizer) for name, tokens in self.validation.items()
+        }
+
+
+def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> Data:
     """Opens the data of a run, all of whose text `tokenize_sources` has tokenized.
 
     Args:
       tokenizer: that of a run that is resumed, or of the model that a run starts from.
       output: the run directory.
-      seed: of the order of training examples; not negative.
 
     Raises:
-      HymbaError: a source is unusable, or shorter than one sequence.
+      HymbaError: a source is unusable.
     """
     sources = open_sources(config, tokenizer, output)
-    length = config.sequence_length
-    mixture = Mixture({name: config.train_sources[name].weight for name in sources.train})
-    rows = {
-        name: make_rows(tokens.store, config.packing, length)
-        for name, tokens in sources.train.items()
-    }
-    for name, tokens in sources.train.items():
-        if not len(rows[name]):
-            path = config.train_sources[name].path or "standard library"
-            raise HymbaError(
-                f"{path}: too little text for one sequence: the training documents hold "
-                f"{tokens.store.num_tokens} tokens, one sequence takes {length + 1}: add text or "
-                "shorten sequence_length"
-            )
-    validation = {
-        name: ValidationSet(
-            make_rows(tokens.store, config.validation_packing, length, keep_last=True),
-            _text_bytes(tokens, sources.tokenizer),
-        )
-        for name, tokens in sources.validation.items()
-    }
-    digests = {f"training source {name}": tokens.digest for name, tokens in sources.train.items()}
-    digests |= {
-        f"validation source {name}": tokens.digest for name, tokens in sources.validation.items()
-    }
     unused = [
         f"data.sources.{name}: has weight 0 and is not read"
         for name, source in config.train_sources.items()
         if not source.weight
     ]
-    return Data(
-        tokenizer=sources.tokenizer,
-        train=Examples(rows, mixture, seed),
-        validation=validation,
-        num_tokens=sum(tokens.store.num_tokens for tokens in sources.train.values()),
-        digests=digests,
-        notes=(*sources.notes, *unused),
-    )
+    notes = (*sources.notes, *unused)
+    return Data(sources.tokenizer, sources.train, sources.validation, notes)
 
 
 def make_rows(
@@ -159,18 +192,18 @@ class _Batches:
         return stack_rows([self._examples[first + row] for row in self._rows])
 
 
-def train_iterator(
-    examples: Examples, batch_size: int, rows: Sequence[int] | None = None
-) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    examples: Examples, batch_size: int, start: int = 0, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Endless training batches, of which those rows are read that are asked for, or all.
 
-    `get_state()` is a small dictionary for JSON, the number of batches taken; `set_state` of it
-    gives the same batches from there, whatever the rows.
+    Args:
+      start: how many batches come before the first.
     """
     batches = _Batches(examples, batch_size, range(batch_size) if rows is None else rows)
     # All is mapped: threads would only make the batches wait for one another.
     mapped = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(grain.MapDataset.source(batches).to_iter_dataset(mapped))
+    return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(mapped))
 
 
 def validation_batches(

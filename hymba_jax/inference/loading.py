@@ -38,7 +38,7 @@ def load(
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
         into the device's memory.
     """
-    config = read_model_directory(directory)[0]  # first: it reports a missing model
+    config = read_model_directory(directory, step)[0]  # first: it reports a missing model
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(config, str(directory))
     return LanguageModel(

@@ -1,9 +1,9 @@
 """A training run, from top to bottom."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from itertools import chain
 
 import jax
 import optax
@@ -31,37 +31,37 @@ from hymba_jax.checkpoint.train_state import (
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.stages import Stage
 from hymba_jax.data import (
-    Batch,
     Data,
     Tokenizer,
     open_data,
     tokenize_sources,
-    train_iterator,
     with_local_tokens,
 )
-from hymba_jax.data.batch import abstract_batch
 from hymba_jax.data.examples import Examples
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text, resolve_location
 from hymba_jax.hf_files import keep_hf_files
-from hymba_jax.model.flops import training_flops
+from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.sharding import describe_sharding
-from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
+from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
+from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training.capacity import check_memory
+from hymba_jax.training.extension import describe_extension
 from hymba_jax.training.interrupts import Interrupts
-from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
-from hymba_jax.training.mfu import Workload, peak_flops
+from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
-from hymba_jax.training.step import Metrics, check_batch, compile_train_step, run_step
+from hymba_jax.training.schedule import learning_rate_schedule
+from hymba_jax.training.stage_program import StageProgram, compile_stage
+from hymba_jax.training.step import check_batch
 from hymba_jax.training.uploaded_metrics import open_metrics
-from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
 
 
 def train(
@@ -84,7 +84,8 @@ def train(
     check_output(config.output, config.init_from)
     check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
-    check_batch(config.training.micro_batch_size, mesh)
+    for stage in config.resolved_stages:
+        check_batch(stage.run.training.micro_batch_size, mesh)
     # A lost process aborts the others, which then cannot restore the terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = (
@@ -104,98 +105,113 @@ def _train(
 ) -> None:
     previous, initial = _find_start(config)
     source = previous.model if previous else initial.config if initial else None
-    training, length = config.training, config.data.sequence_length
-    optimizer = make_optimizer(training)
 
-    def plan(tokenizer: Tokenizer) -> tuple[HymbaConfig, AbstractTrainState]:
-        """The model for this tokenizer and its state, which fits the devices."""
-        model = _fit_model(config, source, tokenizer)
-        abstract = abstract_train_state(model, config.compute, optimizer, mesh)
+    def plan(tokenizer: Tokenizer) -> tuple[RunConfig, AbstractTrainState]:
+        """The run with the model for this tokenizer, and its state, which fits the devices."""
+        run = dataclasses.replace(config, model=_fit_model(config, source, tokenizer))
+        abstract = abstract_train_state(run.model, run.compute, _optimizer(run), mesh)
         check_memory(abstract, mesh)
-        return model, abstract
+        return run, abstract
 
     data = _read_data(config, previous is not None, initial, plan, display)
-    model, abstract = plan(data.tokenizer)
-    config = dataclasses.replace(config, model=model)
+    config, abstract = plan(data.tokenizer)
+    optimizer, stages = _optimizer(config), config.resolved_stages
+    examples = _examples(stages, data, config.seed)
     _announce(config, abstract.num_params, data, mesh, display)
 
-    display.begin("compiling")
-    loss_fn = make_loss_fn(objective, abstract.graph)
-    step, batch = run_step(config, loss_fn, optimizer, mesh)
-    train_step = compile_train_step(step, abstract.state, batch)
-    eval_step = compile_eval_step(
-        loss_fn,
-        abstract.state.params,
-        abstract_batch(
-            training.micro_batch_size,
-            length,
-            batch_sharding(mesh),
-            segment_ids=config.data.validation_packing == "documents",
-        ),
-    )
-    limit = training.validation_batches * training.batch_size
-    validate = make_validate(
-        eval_step, data.validation, mesh, training.micro_batch_size, limit, interrupts.poll
-    )
+    def compiled(stage: Stage) -> StageProgram:
+        """What the steps of a stage need."""
+        display.begin(f"compiling {stage.label}")
+        return compile_stage(
+            stage, examples[stage.name], data, objective, optimizer, abstract, mesh, interrupts
+        )
 
-    rows = process_rows(mesh, training.batch_size)
-    batches = train_iterator(data.train, training.batch_size, rows)
-    global_batches = map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), batches)
-
-    state, saved = None, None
+    ready: StageProgram | None = None
+    state: TrainState | None = None
+    saved: LoopState | None = None
+    left: Sequence[Stage] = stages
     if previous is None:
+        ready = compiled(stages[0])
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
-    with open_checkpoints(config.output, training.keep_checkpoints) as checkpoints:
+    kept = [stage.decay_start for stage in stages if stage.decay_start]
+    with open_checkpoints(config.output, config.training.keep_checkpoints, kept) as checkpoints:
         if state is None:
+            assert previous is not None
             state, saved = checkpoints.restore(abstract.state, display.say)
-            _check_same_run(saved, data, training.steps, config.output)
-            batches.set_state(saved.batches)
-            display.say(_resuming(saved, training.steps))
+            _check_same_data(saved, data, config.output)
+            left = _stages_left(stages, saved)
+            display.say(_resuming(saved, is_complete=not left))
+            for line in describe_extension(previous, config, saved.step):
+                display.say(line)
         _write_directory(config, data.tokenizer, is_new=previous is None)
-        output = resolve_location(config.output) if is_main_process() else None
-        trace = output / PROFILE if output and config.profile else None
-        start = saved.step if saved else 0
-        recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
-        with open_metrics(output, recorded.logged) as writer, Tracer(trace, start) as tracer:
-            if writer.removed:
-                display.say(writer.removed)
-            recorder = Recorder(
-                training.steps,
-                training.log_every,
-                _workload(training.batch_size, length, training_flops(model, length), mesh),
-                lambda step: data.train.progress(step * training.batch_size),
-                partial(_name_examples, data.train, training.batch_size),
-                writer,
-                display,
-                recorded,
+        if left:
+            programs = chain([ready or compiled(left[0])], map(compiled, left[1:]))
+            state = _run_stages(
+                state, saved, config, programs, data.digests, checkpoints, interrupts, display
             )
+    if interrupts.agreed:
+        return
+    if config.training.sample_tokens:
+        display.begin("writing a sample")
+        graph, _ = abstract_model(stages[-1].run.model, config.compute, mesh)
+        text = sample(generate, graph, state.params, data.tokenizer, mesh)
+        if is_main_process() and text is not None:
+            replace_text(resolve_location(config.output) / SAMPLE_FILE, text)
+            display.say(text)
+    display.say(f"done: {config.output}")
 
-            def save(state: TrainState, step: int, validation_due: bool) -> None:
-                recorded = recorder.state()
-                loop = LoopState(
-                    step,
-                    batches.get_state(),
-                    dict(data.digests),
-                    recorded.skipped,
-                    validation_due,
-                    dataclasses.asdict(recorded),
-                )
-                with recorder.waiting_for("checkpoint"):
-                    writer.flush()
-                    checkpoints.save(state, loop)
 
+def _run_stages(
+    state: TrainState,
+    saved: LoopState | None,
+    config: RunConfig,
+    programs: Iterator[StageProgram],
+    digests: dict[str, str],
+    checkpoints: Checkpoints,
+    interrupts: Interrupts,
+    display: Display,
+) -> TrainState:
+    """The state after the last stage, or after the step at which the run has to stop.
+
+    Args:
+      saved: of the checkpoint that the run resumes from.
+      programs: of the stages that are left; each is compiled when its turn comes.
+      digests: of the tokens of each source.
+    """
+    output = resolve_location(config.output) if is_main_process() else None
+    trace = output / PROFILE if output and config.profile else None
+    step, validation_due = (saved.step, saved.validation_due) if saved else (0, False)
+    recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
+    with open_metrics(output, recorded.logged) as writer, Tracer(trace, step) as tracer:
+        if writer.removed:
+            display.say(writer.removed)
+        recorder = Recorder(
+            config.resolved_stages[-1].stop, config.training.log_every, writer, display, recorded
+        )
+
+        def save(state: TrainState, step: int, validation_due: bool) -> None:
+            recorded = recorder.state()
+            loop = LoopState(
+                step, digests, recorded.skipped, validation_due, dataclasses.asdict(recorded)
+            )
+            with recorder.waiting_for("checkpoint"):
+                writer.flush()
+                checkpoints.save(state, loop)
+
+        for program in programs:
+            stage = program.stage
+            recorder.begin_stage(program.records)
+            if stage.name:
+                display.say(_beginning(stage, step))
             with interrupts.deferred():
                 state = _run_steps(
                     state,
-                    start,
-                    training.steps,
-                    validation_due=saved is not None and saved.validation_due,
-                    validate_every=training.validate_every,
-                    save_every=training.checkpoint_every,
-                    train_step=train_step,
-                    batches=global_batches,
-                    validate=validate,
+                    step,
+                    program,
+                    validation_due=validation_due,
+                    save_every=config.training.checkpoint_every,
+                    is_last=stage.stop == config.resolved_stages[-1].stop,
                     save=save,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
@@ -203,28 +219,20 @@ def _train(
                     tracer=tracer,
                     display=display,
                 )
-    if interrupts.agreed:
-        return
-    if training.sample_tokens:
-        display.begin("writing a sample")
-        text = sample(generate, abstract.graph, state.params, data.tokenizer, mesh)
-        if output and text is not None:
-            replace_text(output / SAMPLE_FILE, text)
-            display.say(text)
-    display.say(f"done: {config.output}")
+            if interrupts.agreed:
+                break
+            step, validation_due = stage.stop, False
+    return state
 
 
 def _run_steps(
     state: TrainState,
     start: int,
-    steps: int,
+    program: StageProgram,
     *,
     validation_due: bool,
-    validate_every: int,
     save_every: int,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    batches: Iterator[Batch],
-    validate: Validate,
+    is_last: bool,
     save: Callable[[TrainState, int, bool], None],
     checkpoints: Checkpoints,
     interrupts: Interrupts,
@@ -232,35 +240,39 @@ def _run_steps(
     tracer: Tracer,
     display: Display,
 ) -> TrainState:
-    """The state after the last step, or after the one at which the run was asked to stop.
+    """The state after the last step of a stage, or after the one at which the run has to stop.
 
-    Validates and saves on schedule and after the last step.
+    Validates and saves on schedule, after the last step, and before the learning rate decays.
 
     Args:
-      start: steps done already.
+      start: steps done already, of the whole run.
       validation_due: whether the validation after them is not.
+      is_last: whether no other stage follows.
     """
-    for step in range(start, steps + 1):
-        is_last = step == steps
+    stage, validate_every = program.stage, program.stage.run.training.validate_every
+    batches = program.batches(start - stage.start)
+    for step in range(start, stage.stop + 1):
+        ends = step == stage.stop
         if step > start:
             with recorder.waiting_for("input"):
                 batch = next(batches)
             recorder.collect()
             with tracer.step(step):
-                state, metrics = train_step(state, batch)
+                state, metrics = program.train_step(state, batch)
             recorder.submit(step, metrics)
             checkpoints.check()
-            validation_due = is_last or step % validate_every == 0
+            validation_due = ends or step % validate_every == 0
         stops = interrupts.poll()
         if validation_due and not stops:
-            if is_last:
+            if ends and is_last:
                 display.begin("validating on all held-out text")
             with recorder.paused():
-                validation = validate(state.params, is_last)
+                validation = program.validate(state.params, ends and is_last)
             if validation is not None:
                 recorder.flush(validation)
             validation_due = stops = validation is None
-        if step > start and (stops or is_last or step % save_every == 0):
+        saves = ends or step % save_every == 0 or step == stage.decay_start
+        if step > start and (stops or saves):
             if not validation_due:  # whose line of metrics waits for it
                 recorder.flush()
             save(state, step, validation_due)  # not a run that diverged: its metrics are read
@@ -270,11 +282,47 @@ def _run_steps(
     return state
 
 
+def _optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """The optimizer of a run, through all of its stages."""
+    stages = [stage.run.training for stage in config.resolved_stages]
+    return make_optimizer(config.training, learning_rate_schedule(stages))
+
+
+def _examples(stages: Sequence[Stage], data: Data, seed: int) -> dict[str, Examples]:
+    """The training examples of each stage, by its name."""
+    read = [
+        (stage.run.data, stage.run.training.steps * stage.run.training.batch_size)
+        for stage in stages
+    ]
+    names = (stage.name for stage in stages)
+    return dict(zip(names, data.train_examples(read, seed), strict=True))
+
+
+def _stages_left(stages: Sequence[Stage], saved: LoopState) -> Sequence[Stage]:
+    """The stages that a run goes on with: of a run that is complete none."""
+    return [
+        stage
+        for stage in stages
+        if saved.step < stage.stop or (saved.step == stage.stop and saved.validation_due)
+    ]
+
+
+def _beginning(stage: Stage, start: int) -> str:
+    """Where a run is that begins a stage, or resumes in it, in words."""
+    training, data = stage.run.training, stage.run.data
+    sources = ", ".join(name for name, source in data.sources.items() if source.weight)
+    return (
+        f"stage {stage.name}: steps {start + 1} to {stage.stop}, {training.batch_size} sequences "
+        f"of {data.sequence_length} tokens{f' of {sources}' if sources else ''}, learning rate "
+        f"{training.learning_rate:g}, {training.schedule}"
+    )
+
+
 def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | None]:
     """The run that this one resumes, or the model that it starts from, if there is either."""
     previous = read_run(config.output)
     if previous is not None:
-        check_resumes(previous, config)
+        check_resumes(previous, config, checkpoint_steps(config.output)[-1])
         return previous, None
     if not config.init_from:
         return None, None
@@ -295,7 +343,8 @@ def _read_data(
     Args:
       check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
     """
-    config, output, tokenizer = with_local_tokens(run.data, display), run.output, None
+    config = with_local_tokens(run.data_of_all_stages, display)
+    output, tokenizer = run.output, None
     if is_resumed:
         tokenizer = Tokenizer.load(output)
     elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:
@@ -306,7 +355,7 @@ def _read_data(
     if is_main_process():
         tokenize_sources(config, tokenizer, output, check, display, is_resumed=is_resumed)
     wait_for_all("tokens")
-    data = open_data(config, tokenizer, output, run.seed)
+    data = open_data(config, tokenizer, output)
     if initial is not None:
         initial.check_tokenizer(data.tokenizer, config.tokenizer)
     check_data(data)
@@ -322,7 +371,8 @@ def _fit_model(config: RunConfig, source: HymbaConfig | None, tokenizer: Tokeniz
     embeddings = source.num_embeddings if source else tokenizer.vocab_size
     model, training = config.model.with_vocabulary(embeddings), config.training
     tokenizer.check_fits(model, config.data.tokenizer)
-    check_sample(training.sample_prompt, training.sample_tokens, tokenizer, model.max_positions)
+    positions = config.resolved_stages[-1].run.model.max_positions
+    check_sample(training.sample_prompt, training.sample_tokens, tokenizer, positions)
     return model
 
 
@@ -343,50 +393,43 @@ def _init_state(
 
 def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:
     """Says what is trained, on what."""
-    devices, length = jax.devices(), config.data.sequence_length
+    devices, stages = jax.devices(), config.resolved_stages
+    tokens = sum(stage.run.training.steps * stage.tokens_per_step for stage in stages)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     display.say(
         f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
-        f"{len(devices)} x {devices[0].device_kind}{processes}; {config.training.steps:,} steps of "
-        f"{config.training.batch_size * length:,} tokens, {data.num_tokens:,} tokens of text"
+        f"{len(devices)} x {devices[0].device_kind}{processes}; {stages[-1].stop:,} steps, "
+        f"{tokens:,} tokens, of {data.num_tokens:,} tokens of text"
     )
-    tokens, rows = data.tokenizer.vocab_size, config.model.num_embeddings
-    if tokens < rows:
+    known, rows = data.tokenizer.vocab_size, config.model.num_embeddings
+    if known < rows:
         display.say(
-            f"{rows - tokens:,} of {rows:,} rows of the embedding are padding: the tokenizer has "
-            f"{tokens:,} tokens"
+            f"{rows - known:,} of {rows:,} rows of the embedding are padding: the tokenizer has "
+            f"{known:,} tokens"
         )
     for note in data.notes:
         display.say(note)
     if mesh.size > 1:
-        display.say(describe_sharding(config.model, mesh, length))
+        for length in dict.fromkeys(stage.run.data.sequence_length for stage in stages):
+            display.say(describe_sharding(config.model, mesh, length))
 
 
-def _check_same_run(saved: LoopState, data: Data, steps: int, output: str) -> None:
-    """Raises HymbaError if a checkpoint is of other data, or of a later step than the last."""
+def _check_same_data(saved: LoopState, data: Data, output: str) -> None:
+    """Raises HymbaError if a checkpoint is of other data."""
+    digests = data.digests
     for source, digest in saved.digests.items():
-        if data.digests.get(source) != digest:
+        if digests.get(source) != digest:
             raise HymbaError(
                 f"{output}: the {source} has other tokens than those the run was trained on: "
                 "restore them, or choose another output"
             )
-    if saved.step > steps:
-        raise HymbaError(
-            f"{output}: is at step {saved.step}, training.steps is {steps}: set more steps, or "
-            "choose another output"
-        )
 
 
-def _resuming(saved: LoopState, steps: int) -> str:
+def _resuming(saved: LoopState, *, is_complete: bool) -> str:
     """What a run does that resumes, in words."""
-    if saved.step == steps and not saved.validation_due:
-        return f"complete at step {steps}: raise training.steps to continue"
+    if is_complete:
+        return f"complete at step {saved.step}: raise its steps, or add a stage, to continue"
     return f"resuming after step {saved.step}"
-
-
-def _name_examples(examples: Examples, batch_size: int, step: int) -> str:
-    """The data of a step, in words."""
-    return examples.describe((step - 1) * batch_size, step * batch_size)
 
 
 def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:
@@ -396,13 +439,3 @@ def _write_directory(config: RunConfig, tokenizer: Tokenizer, *, is_new: bool) -
         if is_new:
             keep_hf_files(config.init_from, config.output)
     check_written(config.output)
-
-
-def _workload(rows: int, length: int, flops: float, mesh: Mesh) -> Workload:
-    """The workload of a step of so many sequences, each of which needs so many FLOPs."""
-    return Workload(
-        tokens=rows * length,
-        flops=rows * flops,
-        devices=mesh.size,
-        peak_flops=peak_flops([device.device_kind for device in mesh.devices.flat]),
-    )

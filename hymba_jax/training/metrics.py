@@ -53,8 +53,11 @@ class MetricsWriter(Closing):
             self._board = opened.enter_context(_TensorBoard(run_directory / TENSORBOARD, step))
             self._files = opened.pop_all()
 
-    def write(self, step: int, values: Mapping[str, int | float]) -> None:
-        """Records these values of a step; a float reads back from the JSON as the same float."""
+    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
+        """Records these values of a step; a float reads back from the JSON as the same float.
+
+        TensorBoard gets the numbers.
+        """
         if self._writes:
             self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
             self._board.write(step, values)
@@ -87,9 +90,11 @@ class _TensorBoard(Closing):
             )
             opened.pop_all()
 
-    def write(self, step: int, values: Mapping[str, int | float]) -> None:
+    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
         now = time.time()
-        summaries = (scalar(name, value) for name, value in values.items())
+        summaries = (
+            scalar(name, value) for name, value in values.items() if not isinstance(value, str)
+        )
         self._write(*(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
 
     def _write(self, *events: Event) -> None:

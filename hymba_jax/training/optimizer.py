@@ -1,6 +1,5 @@
-"""AdamW (arXiv 1711.05101) on the warmup-stable-decay schedule (arXiv 2404.06395)."""
+"""AdamW (arXiv 1711.05101)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from hymba_jax.config.training import TrainingConfig
+from hymba_jax.training.schedule import learning_rate_schedule
 from hymba_jax.types import Array, Float
 
 # The weights of matmuls: the kernels of linear maps, and the embedding, which is the
@@ -22,29 +22,15 @@ def is_matrix(path: tuple[Any, ...], _param: Any) -> bool:
     return path[-1].key in MATRICES
 
 
-def learning_rate_schedule(config: TrainingConfig) -> Callable[[Any], Any]:
-    """The learning rate of the update after `count` updates.
-
-    It rises linearly to its full value at the end of the warm-up, stays, and falls linearly to
-    its minimum at the last update.
-    """
-    rate, least = config.learning_rate, config.min_learning_rate
-    warmup, decay = config.warmup_steps, config.decay_steps
-    stages = optax.schedules.join_schedules(
-        [
-            optax.schedules.linear_schedule(0.0, rate, warmup),
-            optax.schedules.constant_schedule(rate),
-            optax.schedules.linear_schedule(rate, least, decay),
-        ],
-        boundaries=[warmup, config.steps - decay],
-    )
-    return lambda count: stages(count + 1)
-
-
-def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainingConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
     """Clips the gradient's norm, then AdamW that decays matrices only.
 
     Its state has the learning rate of the last update, for `applied_learning_rate`.
+
+    Args:
+      schedule: the learning rate of the update after so many; the config's own if absent.
     """
     scale = optax.inject_hyperparams(optax.scale_by_learning_rate, hyperparam_dtype=jnp.float32)
     return optax.chain(
@@ -53,7 +39,7 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(
             config.weight_decay, lambda params: jax.tree.map_with_path(is_matrix, params)
         ),
-        scale(learning_rate_schedule(config)),
+        scale(schedule or learning_rate_schedule([config])),
     )
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -51,6 +51,26 @@ class RecorderState:
     losses: list[float] = field(default_factory=list)
 
 
+class StageRecords(NamedTuple):
+    """What metrics say of the steps of a stage, beside what these return.
+
+    Attributes:
+      name: empty if the run has no stages.
+      start: steps of the run before its first.
+      tokens_before: tokens of the run before them.
+      workload: of a step, for the speed.
+      data_progress: metrics of what has been read after a step, such as `epoch`.
+      name_data: the data of a step, in words.
+    """
+
+    name: str
+    start: int
+    tokens_before: int
+    workload: Workload
+    data_progress: Callable[[int], Mapping[str, int | float]]
+    name_data: Callable[[int], str]
+
+
 class Recorder:
     """Reads a step's metrics once the next is under way, so that no device waits for Python.
 
@@ -62,12 +82,11 @@ class Recorder:
     the averages are without the steps that were skipped. Those and loss spikes are printed with
     their data.
 
+    `begin_stage` comes before the first step.
+
     Args:
       steps: of the whole run.
       log_every: steps between lines.
-      workload: of a step, for the speed.
-      data_progress: metrics of what has been read after a number of steps, such as `epoch`.
-      name_data: the data of a step, in words.
       state: of the checkpoint that a run resumes from.
     """
 
@@ -75,23 +94,25 @@ class Recorder:
         self,
         steps: int,
         log_every: int,
-        workload: Workload,
-        data_progress: Callable[[int], Mapping[str, int | float]],
-        name_data: Callable[[int], str],
         writer: MetricsWriter,
         display: Display,
         state: RecorderState = RecorderState(),
     ):
+        self._stage: StageRecords
         self._steps, self._log_every = steps, log_every
-        self._workload, self._data_progress = workload, data_progress
-        self._name_data, self._writer, self._display = name_data, writer, display
+        self._writer, self._display = writer, display
         self._pending: tuple[int, Metrics] | None = None
         self._step, self._logged, self._seconds = state.step, state.logged, state.seconds
-        self._logged_at = time.monotonic() - state.seconds
         self._averages = {name: Average(*pair) for name, pair in state.averages.items()}
         self._latest, self._stalls = dict(state.latest), dict(state.stalls)
         self._skipped, self._skipped_in_a_row = state.skipped, state.skipped_in_a_row
         self._spikes = SpikeDetector(state.losses)
+
+    def begin_stage(self, stage: StageRecords) -> None:
+        """The steps that are submitted from here on are of this stage."""
+        self.flush()
+        self._stage = stage
+        self._logged_at = time.monotonic() - self._seconds
 
     def submit(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of the step just begun; reads those of the step before."""
@@ -114,15 +135,19 @@ class Recorder:
         """
         if not self._read() and validation is None:
             return
-        values = means(self._averages) | self._latest
+        values: dict[str, int | float | str] = {**means(self._averages), **self._latest}
         seconds = self._seconds / (self._step - self._logged)
-        rates = self._workload.rates(seconds)
-        line = self._line(values.get("loss", math.nan), validation, seconds, rates)
+        stage = self._stage
+        rates = stage.workload.rates(seconds)
+        line = self._line(means(self._averages).get("loss", math.nan), validation, seconds, rates)
         self._display.update(line)
         if self._step % self._log_every == 0 or validation:
             (self._display.say if validation else self._display.log)(line)
-            values["tokens_seen"] = self._step * self._workload.tokens
-            values |= self._data_progress(self._step)
+            if stage.name:
+                values["stage"] = stage.name
+            done = self._step - stage.start
+            values["tokens_seen"] = stage.tokens_before + done * stage.workload.tokens
+            values |= stage.data_progress(self._step)
             values |= rates
             values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
             self._writer.write(self._step, {**values, **(validation or {})})
@@ -215,8 +240,9 @@ class Recorder:
         if validation:
             bits = f"validation {validation['validation_bits_per_byte']:.4f} bits/byte  "
         used = f"{rates['mfu']:.1%} MFU  " if "mfu" in rates else ""
+        stage = f"{self._stage.name}  " if self._stage.name else ""
         return (
-            f"step {self._step:{len(str(steps))}}/{steps}  loss {loss:.4f}  "
+            f"{stage}step {self._step:{len(str(steps))}}/{steps}  loss {loss:.4f}  "
             f"{bits}{rates['tokens_per_second']:,.0f} tokens/s  {used}"
             f"{duration((steps - self._step) * seconds)} left"
         )
@@ -227,7 +253,7 @@ class Recorder:
         if median is not None:
             self._display.say(
                 f"step {self._step}: loss spike, {loss:.4f} after a median of {median:.4f}: "
-                f"{self._name_data(self._step)}"
+                f"{self._stage.name_data(self._step)}"
             )
 
     def _skip(self, averages: Averages) -> None:
@@ -238,7 +264,7 @@ class Recorder:
         """
         self._skipped += 1
         self._skipped_in_a_row += 1
-        what = f"step {self._step}: {_loss_and_norm(averages)}: {self._name_data(self._step)}"
+        what = f"step {self._step}: {_loss_and_norm(averages)}: {self._stage.name_data(self._step)}"
         if self._skipped_in_a_row == _MOST_SKIPPED:
             raise HymbaError(
                 f"{what}: updates were skipped {_MOST_SKIPPED} times in a row: check the data and "
@@ -254,9 +280,9 @@ class Recorder:
             at = "" if rate is None else f", at learning rate {rate:.2g}"
             raise HymbaError(
                 f"step {self._step}: {_loss_and_norm(averages)}{at}: "
-                f"{self._name_data(self._step)}: check the data and the metrics of earlier steps; "
-                "a lower training.learning_rate, a longer warm-up or a lower training.clip_norm "
-                'may help, and training.on_nonfinite "skip" skips such updates'
+                f"{self._stage.name_data(self._step)}: check the data and the metrics of earlier "
+                "steps; a lower training.learning_rate, a longer warm-up or a lower "
+                'training.clip_norm may help, and training.on_nonfinite "skip" skips such updates'
             )
 
 

@@ -55,7 +55,7 @@ class UploadedMetrics(MetricsWriter):
             self.flush()
             self._opened = opened.pop_all()
 
-    def write(self, step: int, values: Mapping[str, int | float]) -> None:
+    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
         super().write(step, values)
         if time.monotonic() > self._flushed + _PERIOD:
             with suppress(HymbaError):  # the next flush is of everything

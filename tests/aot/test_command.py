@@ -82,6 +82,34 @@ def test_a_training_step(capsys, config, four_cpus):
     assert table["step time, lower bound"] in [table[name] for name in steps]
 
 
+def test_every_stage_of_a_run(capsys, config, four_cpus):
+    config.write_text(
+        CONFIG
+        + """
+[[stages]]
+name = "short"
+steps = 10
+
+[[stages]]
+name = "long"
+steps = 5
+sequence_length = 224
+batch_size = 4
+gradient_accumulation_steps = 1
+"""
+    )
+    words, _ = compile_for(capsys, "--config", config, "--topology", "v5e:2x2")
+    told = [line for line in words if line.startswith("stage ") or "per step" in line]
+    assert [line.split(": ")[-1] for line in told] == [
+        "steps 1 to 10",
+        "training, 8 sequences of 112 tokens per step, 4 at a time",
+        "steps 11 to 15",
+        "training, 4 sequences of 224 tokens per step, 4 at a time",
+    ]
+    arguments = ("--config", config, "--topology", "v5e:2x2", "--stage")
+    assert "the run has short, long" in refusal(capsys, *arguments, "other")[0]
+
+
 @pytest.mark.parametrize(
     ("program", "step"),
     [

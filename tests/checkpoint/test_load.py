@@ -52,7 +52,7 @@ def write_run(directory, compute, initial):
                 lambda a, like, k=step: (k * a).astype(like.dtype), initial, abstract
             )
             state = TrainState(params, {"count": jnp.int32(step)})
-            checkpoints.save(state, LoopState(step, {}, {}))
+            checkpoints.save(state, LoopState(step, {}))
     return directory
 
 

@@ -33,7 +33,7 @@ def run(bucket_url):
 
 def test_the_newest_complete_one_comes_back_bit_for_bit(run):
     assert checkpoint_steps(run) == [2, 3]
-    with open_checkpoints(str(run), keep=2) as checkpoints:
+    with open_checkpoints(str(run), keep=1, keep_steps=[3]) as checkpoints:
         state, restored_loop = checkpoints.restore(abstract(make_state()), print)
         checkpoints.save(make_state(4), loop(4))
     assert_equal(state, make_state(3))

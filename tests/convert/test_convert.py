@@ -306,7 +306,7 @@ class TestModelsTrainedHere:
             for step in (1, 2):
                 scaled = jax.tree.map(lambda a, k=step: k * a, tree)
                 state = TrainState(scaled, {"count": jnp.int32(step)})
-                checkpoints.save(state, LoopState(step, {}, {}))
+                checkpoints.save(state, LoopState(step, {}))
         newest = read_hf(convert(tmp_path / "run", tmp_path / "newest"))
         older = read_hf(convert(tmp_path / "run", tmp_path / "older", step=1))
         np.testing.assert_array_equal(newest[EMBEDDING], 2 * older[EMBEDDING])
@@ -345,7 +345,7 @@ class TestModelsTrainedHere:
                 keep_hf_files(run.init_from, run.output)
         tree = nnx.to_pure_dict(nnx.state(load_model(native)))
         with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
-            checkpoints.save(TrainState(tree, {"count": jnp.int32(1)}), LoopState(1, {}, {}))
+            checkpoints.save(TrainState(tree, {"count": jnp.int32(1)}), LoopState(1, {}))
         assert read_generation_defaults(tmp_path / "run").eos_token_ids == (2, 5)
 
         before, back = files(started), files(convert(tmp_path / "run", tmp_path / "back"))

@@ -144,7 +144,7 @@ def test_a_flipped_bit_of_an_optimizer_is_found(tmp_path):
     (tmp_path / "config.toml").write_text(model_toml(model.config, model.compute))
     moments = [(), {"count": jnp.int32(3), "mu": jax.random.normal(jax.random.key(0), (64, 300))}]
     with Checkpoints(tmp_path, 1) as checkpoints:
-        checkpoints.save(TrainState(params, moments), LoopState(3, {}, {}))
+        checkpoints.save(TrainState(params, moments), LoopState(3, {}))
     assert NativeCheckpoint(tmp_path).damage() == []
     files = [*(tmp_path / "checkpoints" / "3" / "optimizer").rglob("d/*")]
     largest = max(files, key=lambda file: file.stat().st_size)

@@ -57,11 +57,7 @@ def test_weights_are_taken_as_they_are_written():
         "mathematics": Fraction(1, 10),
     }
     assert mixture.unused == ["none"]
-    assert mixture.epochs(100, {"web": 35, "code": 40, "mathematics": 10}) == {
-        "web": 2.0,
-        "code": 0.5,
-        "mathematics": 1.0,
-    }
+    assert mixture.counts(100) == {"web": 70, "code": 20, "mathematics": 10}
     far = 10**15 + 3
     name, position = mixture(far)
     assert position == mixture.counts(far)[name]

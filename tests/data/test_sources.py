@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections import Counter
 from itertools import islice, pairwise
@@ -13,7 +14,7 @@ from hymba_jax.data import (
     Tokenizer,
     open_data,
     tokenize_sources,
-    train_iterator,
+    train_batches,
 )
 from hymba_jax.data.megatron import MegatronWriter
 from hymba_jax.data.sources import open_sources
@@ -44,6 +45,11 @@ def config(path="", **options):
 def prepare(data, output, tokenizer=None, is_resumed=False):
     tokenize_sources(data, tokenizer, output, str, Display(quiet=True), is_resumed=is_resumed)
     return open_sources(data, tokenizer, output)
+
+
+def train_examples(data, output):
+    (examples,) = open_data(data, None, output).train_examples([(data, 0)], seed=0)
+    return examples
 
 
 def documents(tokens):
@@ -140,7 +146,7 @@ def test_text_beside_tokens_is_tokenized_as_they_were(corpus, tokenized, output)
     data = config(tokenizer="bpe:4096", sources=sources)
     opened = prepare(data, output)
     assert documents(opened.train["text"]) == documents(opened.train["tokens"])
-    notes = open_data(data, None, output, seed=0).notes
+    notes = open_data(data, None, output).notes
     assert notes[-1] == "data.sources.unused: has weight 0 and is not read"
 
 
@@ -171,7 +177,7 @@ def test_tokens_that_others_wrote(tmp_path, output, kind):
     )
     opened = prepare(data, output)
     assert documents(opened.train["web"]) == streams[::2] + streams[1::2]
-    validation = open_data(data, None, output, seed=0).validation["some"]
+    validation = open_data(data, None, output).validation_sets(data)["some"]
     assert validation.text_bytes == sum(len(text.encode()) for text in TEXTS[1::2])
     assert validation.rows.num_targets == sum(len(stream) - 1 for stream in streams[1::2])
 
@@ -182,10 +188,10 @@ def test_packed_documents_come_once_an_epoch(corpus, tokenized, output, is_token
     path = tokenized if is_tokenized else corpus
     data = config(path, sequence_length=32, packing="documents")
     prepare(data, output)
-    opened = open_data(data, None, output, seed=0)
-    per_epoch = round(1 / opened.train.progress(1)["epoch"])
+    examples = train_examples(data, output)
+    per_epoch = round(1 / examples.progress(1)["epoch"])
     found = Counter()
-    for batch in islice(train_iterator(opened.train, 1), per_epoch):
+    for batch in islice(train_batches(examples, 1), per_epoch):
         inputs, targets, segments = (field[0] for field in batch)
         for segment in range(1, segments.max() + 1):
             own = segments == segment
@@ -197,11 +203,39 @@ def test_packed_documents_come_once_an_epoch(corpus, tokenized, output, is_token
     assert found == Counter(token for stream in streams for token in stream[1:])
 
 
+def test_stages_go_on_where_the_one_before_stopped(corpus, output):
+    """An epoch is read once, whatever the stages it is in, until rows have another length."""
+    sources = {name: WeightedSourceConfig(str(corpus)) for name in ("a", "b")}
+    both = config(sources=sources)
+    only_b = dataclasses.replace(
+        both, sources={**sources, "a": WeightedSourceConfig(str(corpus), weight=0.0)}
+    )
+    longer = dataclasses.replace(both, sequence_length=32)
+    prepare(both, output)
+    lengths = (10, 7, 30, 20)
+    stages = list(zip((both, only_b, both, longer), lengths, strict=True))
+    examples = open_data(both, None, output).train_examples(stages, seed=0)
+    origins = [
+        [stage.origin(index) for index in range(length)]
+        for stage, length in zip(examples, lengths, strict=True)
+    ]
+    assert {origin.source for origin in origins[1]} == {"b"}
+    same_length = [origin for stage in origins[:3] for origin in stage if origin.source == "b"]
+    assert len(same_length) == 5 + 7 + 15
+    first_epoch = [origin.row for origin in same_length if origin.epoch == 0]
+    assert len(set(first_epoch)) == len(first_epoch) > 12
+    assert examples[2].progress(30)["sequences/b"] == 27
+    assert examples[1].progress(7)["sequences/a"] == 5
+    assert examples[3].progress(20)["sequences/b"] == 10
+    (alone,) = open_data(both, None, output).train_examples([(longer, 0)], seed=0)
+    assert [alone.origin(index) for index in range(20)] != origins[3]
+
+
 def test_too_little_text(corpus, output):
     data = config(corpus, sequence_length=100_000)
     prepare(data, output)
     with pytest.raises(HymbaError) as caught:
-        open_data(data, None, output, seed=0)
+        train_examples(data, output)
     for part in (str(corpus), "too little text", "takes 100001", "shorten sequence_length"):
         assert part in str(caught.value)
 
@@ -225,4 +259,4 @@ def test_each_problem_is_one_line(corpus, tokenized, tmp_path, output):
     data = config(foreign, validation={"some": SourceConfig(str(corpus))})
     prepare(data, output)
     with pytest.raises(HymbaError, match=r"foreign\.npy: has token 500 among"):
-        next(train_iterator(open_data(data, None, output, seed=0).train, 2))
+        next(train_batches(train_examples(data, output), 2))

@@ -12,11 +12,13 @@ import pytest
 from entry.command import write_config
 
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.stages import StageConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.errors import HymbaError
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import checkpoint_steps
-from hymba_jax.training import loop
+from hymba_jax.training import loop, stage_program
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Average
 
@@ -48,8 +50,8 @@ def arithmetic(monkeypatch):
     def init_state(_config, _compute, _optimizer, abstract, _seed):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract.state)
 
-    monkeypatch.setattr(loop, "compile_train_step", compile_train_step)
-    monkeypatch.setattr(loop, "make_loss_fn", make_loss_fn)
+    monkeypatch.setattr(stage_program, "compile_train_step", compile_train_step)
+    monkeypatch.setattr(stage_program, "make_loss_fn", make_loss_fn)
     monkeypatch.setattr(loop, "init_state", init_state)
     monkeypatch.setattr(loop, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
 
@@ -100,7 +102,7 @@ def test_a_resumed_run_has_the_lines_of_one_that_never_stopped(config, tmp_path,
     assert [line["step"] for line in expected] == [5, 10, 12]
     assert [line["tokens_seen"] for line in expected[:2]] == [5 * 8 * 24, 10 * 8 * 24]
     assert train(config) == expected
-    for step in (9, 12):
+    for step in (9, 10, 12):  # 10 is before the decay
         shutil.rmtree(f"{config.output}/checkpoints/{step}")
     with open(f"{config.output}/metrics.jsonl", "a") as file:
         file.write("[]\n")
@@ -199,3 +201,104 @@ def test_a_run_from_scratch_keeps_old_metrics(config):
 def test_the_sample_is_what_the_model_generates(config):
     train(changed(config, sample_tokens=8))
     assert (Path(config.output) / "sample.txt").read_text() == "text of 259 tokens"
+
+
+def staged(config, *stages):
+    """The config with stages, of which each is a name, steps and other fields."""
+    base = changed(config, steps=TrainingConfig().steps)
+    stages = {name: StageConfig(steps=steps, **fields) for name, steps, fields in stages}
+    return dataclasses.replace(base, stages=stages)
+
+
+def without_validation(line):
+    return {name: value for name, value in line.items() if not name.startswith("validation")}
+
+
+STABLE = ("stable", 4, {"schedule": "constant"})
+DECAY = ("decay", 4, {"schedule": "linear", "batch_size": 4, "warmup_steps": 0})
+LONGER = ("longer", 3, {"sequence_length": 48, "max_positions": 96, "batch_size": 4})
+
+
+def test_stages_are_one_run(config, tmp_path):
+    """With the data, shapes and rates of each, in lines that never mix two of them."""
+    config = changed(config, log_every=3, checkpoint_every=100, keep_checkpoints=1)
+    lines = train(staged(config, STABLE, DECAY, LONGER))
+    found = [(line["step"], line["stage"], line["tokens_seen"]) for line in lines]
+    per_step = {"stable": 8 * 24, "decay": 4 * 24, "longer": 4 * 48}
+    assert found == [
+        (3, "stable", 3 * per_step["stable"]),
+        (4, "stable", 4 * per_step["stable"]),
+        (6, "decay", 4 * per_step["stable"] + 2 * per_step["decay"]),
+        (8, "decay", 4 * per_step["stable"] + 4 * per_step["decay"]),
+        (9, "longer", found[3][2] + per_step["longer"]),
+        (11, "longer", found[3][2] + 3 * per_step["longer"]),
+    ]
+    # 36 sequences of 24 tokens are one order, through two stages.
+    assert [line["epoch"] for line in lines[:4]] == sorted(line["epoch"] for line in lines[:4])
+    assert lines[4]["epoch"] < lines[3]["epoch"]
+    validated = [line["step"] for line in lines if "validation_loss" in line]
+    assert validated == [3, 4, 6, 8, 9, 11]
+    # The last, and those before the decays of the second stage and the third.
+    assert checkpoint_steps(config.output) == [4, 10, 11]
+
+
+def test_a_run_resumes_in_any_stage(config, tmp_path):
+    config = changed(config, log_every=2, validate_every=3, checkpoint_every=1)
+    config = staged(changed(config, keep_checkpoints=20), STABLE, DECAY, LONGER)
+    expected = train(config, tmp_path / "elsewhere")
+    assert train(config) == expected
+    for kept in (2, 4, 5, 8, 9, 11):
+        for step in checkpoint_steps(config.output):
+            if step > kept:
+                shutil.rmtree(f"{config.output}/checkpoints/{step}")
+        assert train(config) == expected
+
+
+def test_a_run_is_extended(config, tmp_path, capsys):
+    """By a longer last stage, and by another one: those of a run that had them from the start."""
+    expected = train(staged(config, STABLE, DECAY, LONGER), tmp_path / "elsewhere")
+    train(staged(config, ("stable", 3, {"schedule": "constant"})))
+    train(staged(config, STABLE))
+    train(staged(config, STABLE, DECAY))
+    capsys.readouterr()
+    lines = train(staged(config, STABLE, DECAY, LONGER))
+    assert "stages added: longer" in capsys.readouterr().out
+    # Where a run ended, all of the validation documents were read.
+    assert [without_validation(line) for line in lines] == [*map(without_validation, expected)]
+    longer = (*DECAY[:1], 6, DECAY[2])
+    with pytest.raises(HymbaError, match=r"stages\.decay: training\.steps was 4, is 6"):
+        train(staged(config, STABLE, longer, LONGER))
+
+
+def test_a_decay_that_is_lengthened_says_what_it_does(config, capsys):
+    decay = {"schedule": "linear", "warmup_steps": 0, "learning_rate": 0.4}
+    decay["min_learning_rate"] = 0.0
+    stable = {"schedule": "constant", "learning_rate": 0.4}
+    train(staged(config, ("stable", 3, stable), ("decay", 4, decay)))
+    assert checkpoint_steps(config.output)[0] == 3
+    capsys.readouterr()
+    train(staged(config, ("stable", 3, stable), ("decay", 8, decay)))
+    said = capsys.readouterr().out
+    assert "stage decay has 8 steps, where it had 4" in said
+    assert "decays since step 3: at step 7 the learning rate was 0, from there on" in said
+    assert "longer schedule has, 0.2;" in said
+    assert "remove the checkpoints after checkpoints/3" in said
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        ([("stable", 4, {"batch_size": 4}), DECAY], "stages.stable: training.batch_size was 8, is"),
+        ([("other", 4, {}), DECAY], "stages.other: name was 'stable', is 'other'"),
+        ([("stable", 5, {}), DECAY], "stages.stable: training.steps was 4, is 5"),
+        ([STABLE], "stages.decay has gone"),
+        ([STABLE, (*DECAY[:1], 1, DECAY[2])], r"is at step 6, stages\.decay\.steps is 1"),
+    ],
+)
+def test_what_is_done_cannot_change(config, stages, problem):
+    config = changed(config, checkpoint_every=1, keep_checkpoints=9)
+    train(staged(config, STABLE, DECAY))
+    for step in (7, 8):
+        shutil.rmtree(f"{config.output}/checkpoints/{step}")
+    with pytest.raises(HymbaError, match=problem):
+        train(staged(config, *stages))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
@@ -13,7 +12,6 @@ from hymba_jax.model import Hymba
 from hymba_jax.training.optimizer import (
     applied_learning_rate,
     is_matrix,
-    learning_rate_schedule,
     make_optimizer,
 )
 
@@ -32,27 +30,6 @@ def wsd(update: int) -> float:
     """The rate of update 1, 2, ..., 10, written out for the config above."""
     rates = [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1, 0.1, 0.0775, 0.055, 0.0325, 0.01]
     return rates[update - 1]
-
-
-def test_schedule_warms_up_stays_and_decays():
-    schedule = learning_rate_schedule(CONFIG)
-    np.testing.assert_allclose(
-        [schedule(count) for count in range(10)], [wsd(i) for i in range(1, 11)], rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize(("warmup", "decay"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
-def test_schedule_may_lack_a_stage(warmup, decay):
-    config = TrainingConfig(
-        steps=4,
-        learning_rate=0.4,
-        min_learning_rate=0.0,
-        warmup_fraction=warmup,
-        decay_fraction=decay,
-    )
-    expected = {(0, 0): [0.4] * 4, (0, 1): [0.3, 0.2, 0.1, 0], (1, 0): [0.1, 0.2, 0.3, 0.4]}
-    schedule = learning_rate_schedule(config)
-    np.testing.assert_allclose([schedule(i) for i in range(4)], expected[warmup, decay], atol=1e-7)
 
 
 def test_updates_equal_adamw_by_hand():

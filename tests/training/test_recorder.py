@@ -10,23 +10,25 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.training.loss import Average
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload
-from hymba_jax.training.recorder import Recorder, RecorderState
+from hymba_jax.training.recorder import Recorder, RecorderState, StageRecords
 
 WORKLOAD = Workload(tokens=1000, flops=6e9, devices=4, peak_flops=4e12)
 STEPS, LOG_EVERY = 6, 2
 
 
 def new_recorder(writer, *state):
-    return Recorder(
-        STEPS,
-        LOG_EVERY,
-        WORKLOAD,
-        lambda step: {"epoch": step / 8},
-        lambda step: f"data {step}",
-        writer,
-        Display(),
-        *state,
+    recorder = Recorder(STEPS, LOG_EVERY, writer, Display(), *state)
+    recorder.begin_stage(
+        StageRecords(
+            name="",
+            start=0,
+            tokens_before=0,
+            workload=WORKLOAD,
+            data_progress=lambda step: {"epoch": step / 8},
+            name_data=lambda step: f"data {step}",
+        )
     )
+    return recorder
 
 
 @pytest.fixture

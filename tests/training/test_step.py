@@ -219,7 +219,7 @@ def test_masked_states_are_saved_and_restored(tmp_path):
     state = jax.tree.map(lambda leaf: leaf + 1, state)  # its counts as after the step saved
     kept = jax.device_get(state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(state, LoopState(1, {}, {}))
+        checkpoints.save(state, LoopState(1, {}))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         restored, _ = checkpoints.restore(abstract.state, print)
     assert jax.tree.structure(restored) == jax.tree.structure(abstract.state)

@@ -6,8 +6,8 @@ from hymba_jax.errors import HymbaError
 
 def test_every_bad_value_is_named_at_once():
     with pytest.raises(HymbaError) as caught:
-        TrainingConfig(steps=0, clip_norm=0.0, beta2=1.0, warmup_fraction=0.7, decay_fraction=0.4)
-    for name in ("steps is 0", "clip_norm is 0.0", "beta2 is 1.0", "warmup_fraction 0.7"):
+        TrainingConfig(steps=0, clip_norm=0.0, beta2=1.0, warmup_fraction=1.7)
+    for name in ("steps is 0", "clip_norm is 0.0", "beta2 is 1.0", "warmup_fraction is 1.7"):
         assert name in str(caught.value)
 
 
@@ -43,4 +43,32 @@ def test_impossible_values_are_refused(change):
 @pytest.mark.parametrize("steps", [1, 2, 7, 1000])
 def test_warmup_and_decay_never_overlap(steps):
     config = TrainingConfig(steps=steps, warmup_fraction=0.5, decay_fraction=0.5)
-    assert config.warmup_steps + config.decay_steps <= steps
+    assert sum(config.phase_steps) <= steps
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        ({}, (2, 20)),
+        ({"warmup_steps": 7}, (7, 20)),
+        ({"decay_steps": 30, "warmup_fraction": 0.1}, (10, 30)),
+        ({"schedule": "constant", "warmup_steps": 0}, (0, 0)),
+        ({"schedule": "cosine"}, (2, 98)),
+    ],
+)
+def test_phases_are_given_in_steps_or_fractions(options, phases):
+    assert TrainingConfig(steps=100, **options).phase_steps == phases
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"warmup_fraction": 0.1, "warmup_steps": 1}, "both set"),
+        ({"schedule": "linear", "decay_fraction": 0.1}, "of schedule wsd, not of linear"),
+        ({"warmup_fraction": 0.7, "decay_fraction": 0.4}, "0.7 and decay_fraction 0.4 add up"),
+        ({"warmup_steps": 60, "decay_steps": 60}, "more than the 100 steps"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused(options, problem):
+    with pytest.raises(HymbaError, match=problem):
+        TrainingConfig(steps=100, **options)

@@ -1,0 +1,40 @@
+"""A run that goes on with a config that has more steps or stages than the one it was begun with."""
+
+from collections.abc import Iterator
+
+from hymba_jax.config.run import RunConfig
+from hymba_jax.run_files import FOLDER
+from hymba_jax.training.schedule import learning_rate_schedule
+
+
+def describe_extension(previous: RunConfig, config: RunConfig, step: int) -> Iterator[str]:
+    """What a config changes in the stages of a run, and what that does to its learning rate.
+
+    Args:
+      previous: the config that the run had before.
+      step: steps done.
+    """
+    olds, news = previous.resolved_stages, config.resolved_stages
+    for old, new in zip(olds, news, strict=False):
+        if old.run.training.steps != new.run.training.steps:
+            yield (
+                f"{new.label} has {new.run.training.steps:,} steps, where it had "
+                f"{old.run.training.steps:,}"
+            )
+        was_decaying = old.decay_start is not None and old.start <= old.decay_start < step
+        if was_decaying and step <= old.stop and new.stop != old.stop:
+            rates = [_rate(run, step) for run in (previous, config)]
+            yield (
+                f"{new.label} decays since step {old.decay_start}: at step {step} the learning "
+                f"rate was {rates[0]:.3g}, from there on it is what the longer schedule has, "
+                f"{rates[1]:.3g}; to decay only once, go back to before the decay: remove the "
+                f"checkpoints after {FOLDER}/{old.decay_start} and run this again"
+            )
+    if added := [new.name for new in news[len(olds) :]]:
+        yield f"stages added: {', '.join(added)}"
+
+
+def _rate(run: RunConfig, step: int) -> float:
+    """The learning rate of a step of a run."""
+    stages = [stage.run.training for stage in run.resolved_stages]
+    return float(learning_rate_schedule(stages)(step - 1))

@@ -1,0 +1,110 @@
+"""What the steps of a stage need, compiled: a run without stages is one."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import optax
+from jax.sharding import Mesh
+
+from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState
+from hymba_jax.config.stages import Stage
+from hymba_jax.data import Batch, Data, train_batches
+from hymba_jax.data.batch import abstract_batch
+from hymba_jax.data.examples import Examples
+from hymba_jax.model.abstract import abstract_model
+from hymba_jax.model.flops import training_flops
+from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
+from hymba_jax.training.interrupts import Interrupts
+from hymba_jax.training.loss import Objective, make_loss_fn
+from hymba_jax.training.mfu import Workload, peak_flops
+from hymba_jax.training.recorder import StageRecords
+from hymba_jax.training.step import Metrics, compile_train_step, run_step
+from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
+
+
+class StageProgram(NamedTuple):
+    """A stage that is ready to run.
+
+    Attributes:
+      batches: the global batches from the one on that so many of the stage are before.
+      records: what metrics say of its steps.
+    """
+
+    stage: Stage
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    validate: Validate
+    batches: Callable[[int], Iterator[Batch]]
+    records: StageRecords
+
+
+def compile_stage(
+    stage: Stage,
+    examples: Examples,
+    data: Data,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    abstract: AbstractTrainState,
+    mesh: Mesh,
+    interrupts: Interrupts,
+) -> StageProgram:
+    """Compiles the training step and the validation of a stage.
+
+    Args:
+      examples: of the stage, from its first on.
+      abstract: the state, which is the same in all stages.
+    """
+    run, training = stage.run, stage.run.training
+    # The architecture differs between stages in what has no parameters: positions.
+    graph, _ = abstract_model(run.model, run.compute, mesh)
+    loss_fn = make_loss_fn(objective, graph)
+    train_step, batch = run_step(run, loss_fn, optimizer, mesh)
+    validation_batch = abstract_batch(
+        training.micro_batch_size,
+        run.data.sequence_length,
+        batch_sharding(mesh),
+        segment_ids=run.data.validation_packing == "documents",
+    )
+    validate = make_validate(
+        compile_eval_step(loss_fn, abstract.state.params, validation_batch),
+        data.validation_sets(run.data),
+        mesh,
+        training.micro_batch_size,
+        training.validation_batches * training.batch_size,
+        interrupts.poll,
+    )
+    rows = process_rows(mesh, training.batch_size)
+
+    def batches(start: int) -> Iterator[Batch]:
+        own = train_batches(examples, training.batch_size, start, rows)
+        return map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), own)
+
+    return StageProgram(
+        stage,
+        compile_train_step(train_step, abstract.state, batch),
+        validate,
+        batches,
+        _records(stage, examples, training_flops(run.model, run.data.sequence_length), mesh),
+    )
+
+
+def _records(stage: Stage, examples: Examples, flops: float, mesh: Mesh) -> StageRecords:
+    """What metrics say of the steps of a stage, each of whose sequences needs so many FLOPs."""
+    batch_size = stage.run.training.batch_size
+
+    def first_example(step: int) -> int:
+        return (step - stage.start - 1) * batch_size
+
+    return StageRecords(
+        name=stage.name,
+        start=stage.start,
+        tokens_before=stage.tokens_before,
+        workload=Workload(
+            tokens=stage.tokens_per_step,
+            flops=batch_size * flops,
+            devices=mesh.size,
+            peak_flops=peak_flops([device.device_kind for device in mesh.devices.flat]),
+        ),
+        data_progress=lambda step: examples.progress(first_example(step + 1)),
+        name_data=lambda step: examples.describe(first_example(step), first_example(step + 1)),
+    )

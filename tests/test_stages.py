@@ -1,0 +1,131 @@
+"""Stages: what each of them is, and configs that contradict themselves."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hymba_jax.config.run import RunConfig
+from hymba_jax.errors import HymbaError
+
+RECIPE = """
+[model]
+max_positions = 2048
+
+[data]
+sequence_length = 1024
+
+[data.sources.web]
+path = "web"
+weight = 3.0
+
+[data.sources.books]
+path = "books"
+
+[training]
+batch_size = 8
+learning_rate = 0.004
+warmup_steps = 10
+
+[[stages]]
+name = "stable"
+steps = 100
+schedule = "constant"
+
+[[stages]]
+name = "decay"
+tokens = 500_000
+warmup_fraction = 0
+schedule = "linear"
+min_learning_rate = 0.001
+sources.books.weight = 2
+
+[[stages]]
+name = "extension"
+steps = 50
+batch_size = 2
+sequence_length = 4096
+max_positions = 4096
+packing = "documents"
+learning_rate = 0.001
+"""
+
+
+def read(tmp_path: Path, text: str) -> RunConfig:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return RunConfig.from_toml(path)
+
+
+def test_a_stage_is_the_run_with_its_own_fields(tmp_path):
+    run = read(tmp_path, RECIPE)
+    stable, decay, extension = run.resolved_stages
+    assert [(s.name, s.start, s.stop) for s in (stable, decay, extension)] == [
+        *(("stable", 0, 100), ("decay", 100, 162), ("extension", 162, 212))  # 61.03 steps
+    ]
+    assert (stable.decay_start, decay.decay_start, extension.decay_start) == (None, 100, 202)
+    assert {name: s.weight for name, s in stable.run.data.sources.items()} == {"web": 3, "books": 1}
+    assert {name: s.weight for name, s in decay.run.data.sources.items()} == {"web": 0, "books": 2}
+    assert [s.run.model.rope_type for s in run.resolved_stages] == ["default", "default", "ntk"]
+    assert [s.tokens_per_step for s in run.resolved_stages] == [8192] * 3
+    assert extension.run.data.packing == "documents"
+    assert (decay.run.training.warmup_steps, decay.run.training.phase_steps) == (None, (0, 62))
+    assert [run.stage_at(step).name for step in (0, 1, 100, 101, 163, 999)] == [
+        *("stable", "stable", "stable", "decay", "extension", "extension")
+    ]
+    assert stable.run == dataclasses.replace(
+        run,
+        stages={},
+        training=dataclasses.replace(run.training, steps=100, schedule="constant"),
+    )
+
+
+def test_a_run_without_stages_is_one():
+    run = RunConfig()
+    (stage,) = run.resolved_stages
+    assert (stage.name, stage.start, stage.stop) == ("", 0, run.training.steps)
+    assert stage.run is run
+
+
+def test_toml_keeps_stages_and_their_order(tmp_path):
+    run = read(tmp_path, RECIPE)
+    again = read(tmp_path, run.to_toml())
+    assert again == run
+    assert list(again.stages) == ["stable", "decay", "extension"]
+    assert run.to_toml().count("[[stages]]") == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("steps = 100", "", "stages.stable: set its length, either steps or tokens"),
+        ("steps = 100", "steps = 100\ntokens = 9", "stages.stable: set its length, either"),
+        (
+            "sources.books.weight",
+            "sources.code.weight",
+            r"sources.code: is not among .*there are web, books",
+        ),
+        ("books.weight = 2", "books.weight = 0", "no source has a weight above 0"),
+        ("batch_size = 2", "batch_size = 0", "stages.extension: training config: batch_size is 0"),
+        (
+            "max_positions = 4096",
+            "",
+            "sequence_length 4096 is longer than model.max_positions 2048",
+        ),
+        ('name = "decay"', "", r"\[\[stages\]\] number 2 has no name"),
+        ('name = "decay"', 'name = "stable"', "number 2 has the name 'stable', as another one has"),
+        ('name = "decay"', 'name = "a b"', "a name has letters, digits, - and _ only"),
+        ("steps = 50", "step = 50", "unknown field stages.extension.step, did you mean"),
+        ("warmup_steps = 10", "steps = 10", "training.steps has no effect, as every stage sets"),
+        ("tokens = 500_000", "tokens = 0", "stages.decay: tokens is 0, below 1"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(tmp_path, old, new, problem):
+    assert RECIPE.count(old) == 1
+    with pytest.raises(HymbaError, match=problem):
+        read(tmp_path, RECIPE.replace(old, new))
+
+
+def test_stages_that_are_not_an_array_are_refused(tmp_path):
+    with pytest.raises(HymbaError, match=r"write tables \[\[stages\]\], each with a name"):
+        read(tmp_path, "[stages.first]\nsteps = 1\n")
