@@ -12,6 +12,7 @@ import tyro
 import hymba_jax
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import prepare_host
+from hymba_jax.remote import silence_stores
 
 HELP = """usage: hymba COMMAND [OPTIONS]
 
@@ -208,9 +209,9 @@ def _one_line_errors() -> Iterator[None]:
     If the reader of the output has gone (`| head`), exits silently, as after SIGPIPE. Characters
     that the output's encoding lacks are escaped.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    silence_stores()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Python sets up the standard error so
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

@@ -55,6 +55,18 @@ def locked(path: Path, writer: str, warn: Callable[[str], None]) -> Iterator[Non
                 directory.rmdir()
 
 
+@contextmanager
+def waited_for(path: Path) -> Iterator[None]:
+    """Makes a lock file and holds the lock, for which other processes wait; the file stays.
+
+    Raises:
+      OSError: the file cannot be written, or its file system has no locks.
+    """
+    with path.open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
 def check_unlocked(path: Path, writer: str) -> None:
     """Raises HymbaError, the same as `locked`, if anybody holds the lock."""
     if not path.is_file():

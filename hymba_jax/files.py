@@ -1,8 +1,7 @@
-"""Files: expanding user paths, reading untrusted files, atomic writes."""
+"""Files: the paths that users write, reading untrusted files, atomic writes."""
 
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -10,28 +9,29 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.remote import STORES, URL, RemotePath
 
 type PathLike = str | os.PathLike[str]
+type Location = Path | RemotePath
+"""Where a run, a model or one of its files is: on a disk, or in a bucket."""
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
-
-def resolve_path(path: PathLike) -> Path:
-    """The path with `~` and `~user` expanded, otherwise unchanged.
+def resolve_location(path: PathLike) -> Location:
+    """The path with `~` and `~user` expanded, or what a URL of a bucket names.
 
     Every command resolves its paths here, and before any work.
 
     Raises:
-      HymbaError: it is a URL, has no such home directory, or cannot be a path.
+      HymbaError: it is another URL, has no such home directory, or cannot be a path; or the package
+        that reads the bucket is missing.
     """
     text = os.fspath(path)
-    if url := _URL.match(text):
-        raise HymbaError(
-            f"{text}: {url[1]}:// is not supported, only local paths are: mount or copy it"
-        )
+    if url := URL.match(text):
+        return RemotePath(f"{url[1]}://{text[url.end() :]}")
     if "\0" in text:
         raise HymbaError(f"{text!r}: a path cannot contain a null character")
     try:
@@ -40,19 +40,51 @@ def resolve_path(path: PathLike) -> Path:
         raise HymbaError(f"{text}: {error}") from error
 
 
-def read_text(path: PathLike) -> str:
-    """The text of a regular file in UTF-8, without a byte order mark.
+def resolve_path(path: PathLike) -> Path:
+    """The same for what has to be on a disk.
 
     Raises:
-      HymbaError: it is not a regular file, or not UTF-8.
+      HymbaError: as for `resolve_location`, or it is in a bucket.
+    """
+    url = URL.match(os.fspath(path))
+    if url and url[1] in STORES:
+        raise HymbaError(f"{path}: has to be local: mount the bucket, or copy from or to it")
+    location = resolve_location(path)
+    assert isinstance(location, Path)
+    return location
+
+
+def cache_directory() -> Path:
+    """Where this package keeps what it can make again, for all runs of a user on this host."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "hymba_jax"
+
+
+def matches(directory: Location, pattern: str) -> list[Location]:
+    """What matches a pattern of names below a directory, in order."""
+    found: list[Location] = [*directory.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def read_text(path: PathLike) -> str:
+    """The text of a regular file, or of an object, in UTF-8, without a byte order mark.
+
+    Raises:
+      HymbaError: it is not a regular file, or not UTF-8, or a store refuses it.
       OSError: it cannot be read.
     """
-    with open_regular(path) as file:
-        content = file.read()
+    content = _read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise HymbaError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _read_bytes(path: PathLike) -> bytes:
+    if isinstance(path, RemotePath):
+        return path.read_bytes()
+    with open_regular(path) as file:
+        return bytes(file.read())
 
 
 def open_regular(path: PathLike) -> Any:
@@ -125,12 +157,15 @@ def read_toml(path: PathLike) -> dict[str, Any]:
         raise HymbaError(f"{path}: not a TOML file ({error})") from error
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Location, text: str) -> None:
     """Writes a file atomically: a reader, even after a crash, finds the old or the new text.
 
-    Permissions are kept, and a symbolic link is followed. Devices and FIFOs are written to
-    directly.
+    In a bucket that is one PUT. On a disk permissions are kept, and a symbolic link is followed;
+    devices and FIFOs are written to directly.
     """
+    if isinstance(path, RemotePath):
+        path.write_bytes(text.encode())
+        return
     mode = path.stat().st_mode if path.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
         path.write_text(text, encoding="utf-8")
@@ -149,13 +184,80 @@ def replace_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def rename(directory: Location, name: str) -> None:
+    """Gives a directory another name; in a bucket that copies what is in it."""
+    if isinstance(directory, RemotePath):
+        directory.rename(directory.with_name(name))
+    else:
+        directory.rename(directory.with_name(name))
+
+
+def remove_tree(directory: Location) -> None:
+    """Removes a directory as far as it can, if there is one."""
+    if isinstance(directory, RemotePath):
+        directory.rmtree()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 @contextmanager
-def written_beside(directory: Path) -> Iterator[Path]:
-    """A new directory, which replaces `directory` when the context ends.
+def on_disk(
+    directory: Location, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[Path]:
+    """A local directory itself, or a copy of one in a bucket, which is removed at the end.
+
+    A HymbaError about the copy names the bucket.
+
+    Args:
+      wanted: says of the name of each file below a directory in a bucket whether it is copied.
+
+    Raises:
+      HymbaError: the store refuses it, or there is nothing.
+      OSError: there is no space for the copy.
+    """
+    if isinstance(directory, Path):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="hymba-") as copy, about(directory, copy):
+        directory.download(Path(copy), wanted)
+        yield Path(copy)
+
+
+@contextmanager
+def about(directory: Location, copy: str) -> Iterator[None]:
+    """Lets a HymbaError about a copy of a directory name the directory."""
+    try:
+        yield
+    except HymbaError as error:
+        raise type(error)(str(error).replace(copy, str(directory))) from error
+
+
+@contextmanager
+def written_into(directory: Location) -> Iterator[Path]:
+    """A local directory itself; for one in a bucket a local one that is uploaded at the end.
+
+    On an exception it is not.
+    """
+    if isinstance(directory, Path):
+        yield directory
+        return
+    with TemporaryDirectory(prefix="hymba-") as local:
+        yield Path(local)
+        directory.upload(Path(local))
+
+
+@contextmanager
+def written_beside(directory: Location) -> Iterator[Path]:
+    """A new local directory, which replaces `directory` when the context ends.
 
     On an exception it is removed, with the parents that were created for it, and an existing
-    `directory` is unchanged. A symbolic link is followed.
+    `directory` is unchanged. A symbolic link is followed. In a bucket its files are added or
+    replaced one by one.
     """
+    if isinstance(directory, RemotePath):
+        with written_into(directory) as local:
+            yield local
+        return
     directory = directory.resolve()
     beside, before = _beside(directory), _beside(directory)
     above = [path for path in directory.parents if not path.exists()]

@@ -6,12 +6,17 @@ the run writes its own tokenizer files.
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from hymba_jax.files import read_json, resolve_path, written_beside
+from hymba_jax.files import (
+    Location,
+    matches,
+    read_json,
+    remove_tree,
+    resolve_location,
+    written_beside,
+)
 
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -31,10 +36,10 @@ _KEPT = "hf_files"  # inside a run directory
 _CLASSES = ("AutoConfig", "AutoModelForCausalLM")
 
 
-def download_advice(directory: Path) -> str:
+def download_advice(directory: Location) -> str:
     """Advice if a missing path looks like the name of a Hugging Face model; else empty."""
     name = str(directory)
-    if directory.parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or directory.parent.exists():
         return ""
     local = directory.name
     return (
@@ -43,15 +48,15 @@ def download_advice(directory: Path) -> str:
     )
 
 
-def hf_directory(directory: Path) -> Path:
+def hf_directory(directory: Location) -> Location:
     """Where a standalone model or a run keeps the HF files that it comes from, if it has any."""
     kept = directory / _KEPT
     return kept if kept.is_dir() else directory
 
 
-def companion_files(directory: Path, names: tuple[str, ...]) -> list[Path]:
+def companion_files(directory: Location, names: tuple[str, ...]) -> list[Location]:
     """The existing files among these."""
-    return [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
+    return [path for name in names for path in matches(directory, name) if path.is_file()]
 
 
 def keep_hf_files(init_from: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -61,18 +66,17 @@ def keep_hf_files(init_from: str | os.PathLike[str], output: str | os.PathLike[s
       init_from: the model's directory, or empty for a run that starts from none.
       output: the run directory.
     """
-    source, run = resolve_path(init_from), resolve_path(output)
-    # Left by a run that ended before its first checkpoint.
-    shutil.rmtree(run / _KEPT, ignore_errors=True)
+    source, kept = resolve_location(init_from), resolve_location(output) / _KEPT
+    remove_tree(kept)  # left by a run that ended before its first checkpoint
     if not init_from or not (hf_directory(source) / HF_CONFIG).is_file():
         return
     names = (HF_CONFIG, COPIES_FILE, *TOKENIZER_FILES, *OTHER_FILES)
-    with written_beside(run / _KEPT) as beside:
+    with written_beside(kept) as beside:
         for file in companion_files(hf_directory(source), names):
-            shutil.copyfile(file, beside / file.name)
+            (beside / file.name).write_bytes(file.read_bytes())
 
 
-def missing_for_transformers(directory: Path, settings: Mapping[str, Any]) -> list[str]:
+def missing_for_transformers(directory: Location, settings: Mapping[str, Any]) -> list[str]:
     """What transformers lacks to load an HF checkpoint's model and tokenizer, in words.
 
     Args:

@@ -12,6 +12,7 @@ from hymba_jax.files import (
     read_text,
     read_toml,
     replace_text,
+    resolve_location,
     resolve_path,
     written_beside,
 )
@@ -24,13 +25,32 @@ def contents(directory):
 class TestResolvePath:
     def test_expands_the_home_directory(self, monkeypatch):
         monkeypatch.setenv("HOME", "/home/me")
-        assert resolve_path("~/runs/a") == Path("/home/me/runs/a")
-        assert resolve_path("runs/a~") == Path("runs/a~")
+        for resolve in (resolve_location, resolve_path):
+            assert resolve("~/runs/a") == Path("/home/me/runs/a")
+            assert resolve("runs/a~") == Path("runs/a~")
 
-    @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket", "https://host/a", "gs:/b"])
+    @pytest.mark.parametrize("url", ["https://host/a", "file:/a", "gcs://bucket/a"])
     def test_refuses_urls_by_scheme(self, url):
-        with pytest.raises(HymbaError, match=url.partition(":")[0] + ":// is not supported"):
-            resolve_path(url)
+        scheme = url.partition(":")[0]
+        only = f"{scheme}:// is not supported here, only local paths, gs:// and s3:// are"
+        for resolve in (resolve_location, resolve_path):
+            with pytest.raises(HymbaError, match=only):
+                resolve(url)
+
+    def test_buckets_only_where_they_can_be(self):
+        with pytest.raises(HymbaError, match=r"^gs://a/b: has to be local: mount the bucket, or"):
+            resolve_path("gs://a/b")
+        for url in ("gs://", "s3://a/*", "s3://a/[b]"):
+            with pytest.raises(HymbaError, match="name a bucket and a directory in it"):
+                resolve_location(url)
+
+    def test_names_the_package_that_is_missing(self, missing_package):
+        scheme, extra = missing_package
+        missing = (
+            rf"^{scheme}://a/b: the package .* is missing: pip install 'hymba_jax\[{extra}\]'$"
+        )
+        with pytest.raises(HymbaError, match=missing):
+            resolve_location(f"{scheme}://a/b")
 
     def test_takes_colons_that_are_no_scheme(self):
         assert resolve_path("bpe:4096") == Path("bpe:4096")

@@ -1,5 +1,8 @@
 """Checkpoints through Orbax: written asynchronously, committed by a rename.
 
+In a gs:// bucket an object that is written last commits them. Orbax does not write to s3://
+buckets, for which there is `uploaded_checkpoints.py`.
+
 A checkpoint has three parts: `params` and `optimizer`, which are trees of arrays, and `loop`, JSON
 with what the loop itself needs. Nothing else in a run has a state: randomness comes from the seed
 and the step. Each part has checksums, and data that does not match them is never used.
@@ -13,7 +16,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +24,17 @@ import absl.logging
 import jax
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_json, resolve_path
+from hymba_jax.files import Location, matches, on_disk, read_json, rename, resolve_location
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.processes import barrier, gather, is_main_process
-from hymba_jax.run_files import FOLDER, checkpoint_steps
+from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
@@ -86,16 +90,33 @@ class Checkpoints(Closing):
     def __init__(
         self, run_directory: str | os.PathLike[str], keep: int, keep_steps: Sequence[int] = ()
     ):
-        self.directory = (resolve_path(run_directory) / FOLDER).absolute()
+        self.directory = (resolve_location(run_directory) / FOLDER).absolute()
+        self._open(self.directory, keep, keep_steps)
+
+    def _open(
+        self,
+        directory: Location,
+        keep: int,
+        keep_steps: Sequence[int] = (),
+        on_written: Callable[[], None] | None = None,
+    ) -> None:
+        """Opens Orbax's manager.
+
+        Args:
+          directory: where it writes.
+          keep, keep_steps: as of the class.
+          on_written: is called by the thread that writes, before each checkpoint is complete.
+        """
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
-                self.directory,
+                os.fspath(directory),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(
                         [LatestN(keep), CustomSteps(keep_steps)]
                     ),
                     cleanup_tmp_directories=True,
                     enable_background_delete=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=on_written),
                 ),
             )
 
@@ -131,24 +152,7 @@ class Checkpoints(Closing):
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
         """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
-        path = self.directory / str(step)
-        trees, metadata = {}, {}
-        # Handlers, as the manager waits for all processes though one may have failed.
-        with _agreed():
-            loop = _read_loop(path / LOOP)
-            for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
-                metadata[part] = _read_metadata(path / part, _UNREADABLE)
-                _check_layout(path / part, like, metadata[part])
-                with one_line(path / part, _UNREADABLE):
-                    trees[part] = ocp.StandardCheckpointHandler().restore(
-                        path / part, args=ocp.args.StandardRestore(like)
-                    )
-        with _agreed():
-            for part, tree in trees.items():
-                check_tree(path / part, tree, metadata[part].custom_metadata)
-            state = TrainState(trees[PARAMS], trees[OPTIMIZER])
-            _check_steps(path, step, loop, state.optimizer)
-        return state, loop
+        return read_checkpoint(self.directory / str(step), step, abstract)
 
     def _set_aside(self, step: int) -> str:
         """Renames a damaged checkpoint, for all processes; its new name."""
@@ -157,7 +161,7 @@ class Checkpoints(Closing):
             count += 1
         barrier("the names of damaged checkpoints")
         if is_main_process():
-            path.rename(aside)
+            rename(path, aside.name)
         barrier("damaged checkpoints")
         return aside.name
 
@@ -193,6 +197,29 @@ class Checkpoints(Closing):
             self._manager.close()
 
 
+def read_checkpoint(
+    path: Location, step: int, abstract: TrainState
+) -> tuple[TrainState, LoopState]:
+    """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
+    trees, metadata = {}, {}
+    # Handlers, as the manager waits for all processes though one may have failed.
+    with _agreed(path):
+        loop = _read_loop(path / LOOP)
+        for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
+            metadata[part] = _read_metadata(path / part, _UNREADABLE)
+            _check_layout(path / part, like, metadata[part])
+            with one_line(path / part, _UNREADABLE):
+                trees[part] = ocp.StandardCheckpointHandler().restore(
+                    epath.Path(path / part), args=ocp.args.StandardRestore(like)
+                )
+    with _agreed(path):
+        for part, tree in trees.items():
+            check_tree(path / part, tree, metadata[part].custom_metadata)
+        state = TrainState(trees[PARAMS], trees[OPTIMIZER])
+        _check_steps(path, step, loop, state.optimizer)
+    return state, loop
+
+
 def load_params(
     directory: str | os.PathLike[str], abstract: Params, step: int | None = None
 ) -> Params:
@@ -206,7 +233,12 @@ def load_params(
     Raises:
       HymbaError: there is no such checkpoint, or it cannot be read, or holds another model.
     """
-    path = params_path(resolve_path(directory).absolute(), step)
+    path = params_path(resolve_location(directory).absolute(), step)
+    with nullcontext(path) if uses_orbax(path) else on_disk(path) as readable:
+        return _load_params(readable, abstract)
+
+
+def _load_params(path: Location, abstract: Params) -> Params:
     unreadable = "not parameters of this model that can be read"
     metadata = _read_metadata(path, unreadable)
     stored = {dotted(keys): leaf for keys, leaf in jax.tree.leaves_with_path(metadata.tree)}
@@ -231,13 +263,13 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
     Raises:
       HymbaError: they cannot be written.
     """
-    path = resolve_path(directory).absolute() / PARAMS
+    path = resolve_location(directory).absolute() / PARAMS
     checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     with one_line(path, "parameters cannot be written"), checkpointer:
         checkpointer.save(path, args=_save_args(params))
 
 
-def params_path(directory: Path, step: int | None) -> Path:
+def params_path(directory: Location, step: int | None) -> Location:
     """Where the parameters of a run's checkpoint, or of a standalone model, are.
 
     Raises:
@@ -258,25 +290,25 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(tree, custom_metadata=metadata)
 
 
-def _read_metadata(path: Path, unreadable: str) -> Any:
+def _read_metadata(path: Location, unreadable: str) -> Any:
     """Orbax's description of a stored tree, from which the tree can be restored."""
     # Orbax's error for a broken JSON file does not name it; without the first it guesses.
-    for file in (path / "_METADATA", path / "_sharding", *path.glob("array_metadatas/*")):
+    for file in (path / "_METADATA", path / "_sharding", *matches(path, "array_metadatas/*")):
         if file.name == "_METADATA" or file.is_file():
             read_json(file)
     with one_line(path, unreadable):
-        return ocp.StandardCheckpointHandler().metadata(path)
+        return ocp.StandardCheckpointHandler().metadata(epath.Path(path))
 
 
 def _loop_checksum(loop: LoopState) -> int:
     return zlib.crc32(json.dumps(loop, sort_keys=True).encode())
 
 
-def _read_loop(directory: Path) -> LoopState:
+def _read_loop(directory: Location) -> LoopState:
     """The loop's part of a checkpoint. Raises HymbaError if it is damaged."""
     path = directory / "metadata"
     with one_line(directory, _UNREADABLE):
-        fields = ocp.JsonCheckpointHandler().restore(directory, ocp.args.JsonRestore())
+        fields = ocp.JsonCheckpointHandler().restore(epath.Path(directory), ocp.args.JsonRestore())
     try:
         checksum = fields.pop(_CHECKSUM)
         loop = LoopState(**fields)
@@ -287,7 +319,7 @@ def _read_loop(directory: Path) -> LoopState:
     return loop
 
 
-def _check_layout(path: Path, abstract: Any, metadata: Any) -> None:
+def _check_layout(path: Location, abstract: Any, metadata: Any) -> None:
     """Raises _OtherLayoutError if a stored tree is intact, as far as is known, but has other
     arrays."""
     stored = (metadata.custom_metadata or {}).get(_LAYOUT)
@@ -307,7 +339,7 @@ def _layout(tree: Any) -> int:
     return zlib.crc32(json.dumps(sorted(arrays)).encode())
 
 
-def _check_steps(path: Path, step: int, loop: LoopState, optimizer: optax.OptState) -> None:
+def _check_steps(path: Location, step: int, loop: LoopState, optimizer: optax.OptState) -> None:
     """Raises HymbaError unless all parts of a checkpoint are of its step."""
     counts = {int(count) for _, count in optax.tree.get_all_with_path(optimizer, "count")}
     if loop.step != step or counts - {step - loop.skipped}:
@@ -326,31 +358,47 @@ class _OtherLayoutError(HymbaError):
 
 
 @contextmanager
-def _agreed() -> Iterator[None]:
+def _agreed(path: Location) -> Iterator[None]:
     """Raises in every process what one of them raises inside: _DamagedError if it is damage.
 
     Otherwise the others would wait for that process.
+
+    Args:
+      path: where the checkpoint is read.
     """
     raised: HymbaError | None = None
     try:
         yield
     except HymbaError as error:
         raised = error
-    own = None if raised is None else (str(raised), _is_damage(raised))
+    own = None if raised is None else (str(raised), _is_damage(raised, path))
     for problem in gather(own):
         if problem is not None:
             message, is_damage = problem
             raise (_DamagedError if is_damage else HymbaError)(message) from raised
 
 
-def _is_damage(error: BaseException) -> bool:
+def _is_damage(error: BaseException, path: Location) -> bool:
     """Whether an error says that files are damaged, not that this process cannot use them."""
     others = (_OtherLayoutError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
     while not isinstance(error, others):
         if error.__cause__ is None:
-            return True
+            return isinstance(path, Path) or _is_of_content(error)
         error = error.__cause__
     return False
+
+
+def _is_of_content(error: BaseException) -> bool:
+    """Whether an error about files in a bucket is about what they hold, not about reaching them."""
+    kinds = (HymbaError, FileNotFoundError, KeyError, ValueError)
+    return isinstance(error, kinds) and not _UNREACHED.match(str(error))
+
+
+# What TensorStore's errors begin with.
+_UNREACHED = re.compile(
+    "ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED|"
+    "UNAUTHENTICATED|UNAVAILABLE|UNKNOWN"
+)
 
 
 _LAYOUT = "layout"  # in the metadata of a tree
@@ -358,12 +406,12 @@ _CHECKSUM = "checksum"  # of the loop's state, beside it
 _UNREADABLE = "not a checkpoint of this model that can be read"
 _UNWRITABLE = (
     "a checkpoint cannot be written; "
-    "fix the disk and run the same command to resume from the last complete one"
+    "fix the storage and run the same command to resume from the last complete one"
 )
 
 
 @contextmanager
-def one_line(path: Path, what: str) -> Iterator[None]:
+def one_line(path: Location, what: str) -> Iterator[None]:
     """Turns whatever Orbax raises, which has many types, into one line about `path`."""
     try:
         yield

@@ -6,7 +6,6 @@ have different hashes: damage to one element is always found, to several all but
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import Location
 from hymba_jax.types import Array
 
 type Checksums = dict[str, int]
@@ -38,7 +38,7 @@ def checksums_metadata(checksums: Checksums) -> dict[str, Any]:
     return {_KEY: checksums}
 
 
-def check_tree(path: Path, tree: Any, metadata: Mapping[str, Any] | None) -> None:
+def check_tree(path: Location, tree: Any, metadata: Mapping[str, Any] | None) -> None:
     """Compares arrays with the checksums that were stored with them.
 
     Args:

@@ -18,7 +18,7 @@ from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.data import DataConfig, Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location
 from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.model.abstract import abstract_model, param_shapes
 
@@ -117,7 +117,7 @@ def read_initial_model(directory: str) -> InitialModel:
       HymbaError: there is no model, or its config or tokenizer cannot be read.
     """
     config, compute = read_model_directory(directory)
-    has_tokenizer = (resolve_path(directory) / "tokenizer.json").is_file()
+    has_tokenizer = (resolve_location(directory) / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(directory) if has_tokenizer else None
     return InitialModel(directory, config.resolved(), compute.scan_layers, tokenizer)
 

@@ -9,7 +9,7 @@ from hymba_jax.config.run import CONFIG_FILE, RunConfig, read_table
 from hymba_jax.config.toml import override_from, toml_lines
 from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location
 from hymba_jax.hf_files import HF_CONFIG, download_advice
 from hymba_jax.run_files import checkpoint_steps
 
@@ -70,7 +70,7 @@ def read_model_directory(
     Raises:
       HymbaError: there is none, or its file cannot be read.
     """
-    directory = resolve_path(directory)
+    directory = resolve_location(directory)
     if (directory / CONFIG_FILE).is_file():
         steps = checkpoint_steps(directory)
         return read_model(directory / CONFIG_FILE, steps[-1] if steps and step is None else step)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +12,9 @@ from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.data import Data, Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import replace_text, resolve_path
+from hymba_jax.files import matches, replace_text, resolve_location
 from hymba_jax.parallel.processes import barrier, require_agreement
-from hymba_jax.run_files import FOLDER, checkpoint_steps
+from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 
 _PACKAGES = ("hymba_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Files of HF checkpoints, and those of a run that never come without its config.
@@ -28,9 +27,14 @@ _VISIBILITY_TIMEOUT = 10  # seconds: file systems of a network may cache what wa
 
 def check_output(output: str, init_from: str) -> None:
     """Raises HymbaError if the output would be mixed with other files in the directory."""
-    directory = resolve_path(output)
+    directory = resolve_location(output)
+    if not uses_orbax(directory) and jax.process_count() > 1:
+        raise HymbaError(
+            f"{directory}: Orbax does not write there, which takes a single process: choose an "
+            "output in a gs:// bucket, or on a file system that all processes share"
+        )
     if init_from:
-        there, here = resolve_path(init_from).resolve(), directory.resolve()
+        there, here = resolve_location(init_from).resolve(), directory.resolve()
         if here == there or here in there.parents or there in here.parents:
             raise HymbaError(
                 f"{directory}: is, contains or lies inside the init_from directory {init_from}: "
@@ -42,7 +46,7 @@ def check_output(output: str, init_from: str) -> None:
             "run's checkpoints: choose another output, or start from it with --init-from"
         )
     if not (directory / CONFIG_FILE).is_file():
-        found = sorted({path.name for pattern in _FOREIGN for path in directory.glob(pattern)})
+        found = sorted({path.name for pattern in _FOREIGN for path in matches(directory, pattern)})
         if found:
             raise HymbaError(
                 f"{directory}: has {', '.join(found[:3])} but no {CONFIG_FILE}, so it was not "
@@ -56,7 +60,7 @@ def read_run(output: str) -> RunConfig | None:
     Raises:
       HymbaError: its config cannot be read.
     """
-    directory = resolve_path(output)
+    directory = resolve_location(output)
     if not checkpoint_steps(directory):
         return None
     if not (directory / CONFIG_FILE).is_file():
@@ -113,7 +117,7 @@ def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Makes the directory and writes what inference needs beside a checkpoint."""
-    directory = Path(config.output)
+    directory = resolve_location(config.output)
     directory.mkdir(parents=True, exist_ok=True)
     replace_text(directory / CONFIG_FILE, config.to_toml())
     tokenizer.save(directory)
@@ -154,7 +158,7 @@ def check_written(output: str) -> None:
     """Raises HymbaError unless all processes see what the first of them wrote."""
     barrier("the run directory")
     deadline = time.monotonic() + _VISIBILITY_TIMEOUT
-    while not (Path(output) / CONFIG_FILE).is_file():
+    while not (resolve_location(output) / CONFIG_FILE).is_file():
         if time.monotonic() > deadline:
             raise HymbaError(
                 f"{output}: process {jax.process_index()} does not see what process 0 wrote "

@@ -37,7 +37,8 @@ class SourceConfig:
 
     Attributes:
       path: a file, a directory or a glob of text, JSON or Parquet files, compressed or not, local
-        or a URL such as gs://bucket/directory; what `hymba tokenize` wrote; or tokens in Megatron's
+        or a URL such as gs://bucket/directory; what `hymba tokenize` wrote, local, gs:// or s3://,
+        of which every host makes a copy in $XDG_CACHE_HOME/hymba_jax; or local tokens in Megatron's
         format (`NAME.bin` with `NAME.idx`), in a flat `.bin` or in a `.npy`.
       text_field: of text, as `data.text_field`, which it is if this is empty.
       token_dtype: of a flat `.bin`.

@@ -33,7 +33,7 @@ from hymba_jax.config.stages import Stage, StageConfig, ineffective_fields, reso
 from hymba_jax.config.toml import ARRAY, misfits, name_tables, override_from, toml_lines
 from hymba_jax.config.training import TRAINING_BOUNDS, TrainingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_toml, resolve_path
+from hymba_jax.files import read_toml, resolve_location
 
 CONFIG_FILE = "config.toml"  # inside a run directory
 
@@ -45,11 +45,11 @@ class RunConfig:
     """All options of a training run.
 
     Attributes:
-      output: the run directory: config, tokenizer, metrics and checkpoints.
+      output: the run directory: config, tokenizer, metrics and checkpoints; local, gs:// or s3://.
       seed: random seed of the initial parameters, the order of the data and the sample.
-      init_from: directory of a model or a run whose newest parameters initialize this run; random
-        if empty. On the command line, its model and tokenizer become the defaults. Ignored when
-        resuming.
+      init_from: directory of a model or a run, local, gs:// or s3://, whose newest parameters
+        initialize this run; random if empty. On the command line, its model and tokenizer become
+        the defaults. Ignored when resuming.
       stages: parts of the run by name, in order; none if it is the same throughout.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 
@@ -144,7 +144,7 @@ def read_table(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig
     Raises:
       HymbaError: as for `RunConfig.from_toml`.
     """
-    path = resolve_path(path)
+    path = resolve_location(path)
     table = read_toml(path)
     preset = table["model"].pop("preset", None) if isinstance(table.get("model"), dict) else None
     if preset is not None:

@@ -11,6 +11,7 @@ import jax
 import tyro
 
 from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.checkpoint.run_lock import check_unlocked
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.run import CONFIG_FILE
@@ -25,7 +26,7 @@ from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.convert.verify import Expected, compare, read_expected
 from hymba_jax.display import Display, format_bytes
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path, written_beside
+from hymba_jax.files import resolve_location, resolve_path, written_beside
 from hymba_jax.hf_files import HF_CONFIG, download_advice
 from hymba_jax.model import Hymba
 from hymba_jax.parallel.mesh import make_mesh
@@ -41,8 +42,9 @@ class ConvertConfig:
 
     Attributes:
       source: directory of an HF checkpoint (config.json, .safetensors or pytorch_model.bin,
-        tokenizer), of a training run, or of a standalone model.
-      target: directory to write.
+        tokenizer), of a training run, or of a standalone model; local, gs:// or s3://, of which
+        a copy is made.
+      target: local directory to write.
       dtype: cast all tensors to this dtype.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.
       step: which checkpoint of a run; the newest if absent.
@@ -68,10 +70,15 @@ def main(args: ConvertConfig) -> None:
       HymbaError: the source is not a complete checkpoint, the target cannot be written, or the
         logits of what was written differ from the expected ones.
     """
-    source, target = resolve_path(args.source), resolve_path(args.target)
+    location, target = resolve_location(args.source), resolve_path(args.target)
     max_shard_bytes = parse_size(args.max_shard_size)
     if not 0 <= args.tolerance < math.inf:
         raise HymbaError(f"tolerance is {args.tolerance}, not a number >= 0")
+    with local_copy(location, args.step) as source:
+        _convert(source, target, max_shard_bytes, args)
+
+
+def _convert(source: Path, target: Path, max_shard_bytes: int, args: ConvertConfig) -> None:
     _check_target(source, target, args.overwrite)
     checkpoint = open_checkpoint(source, args.step)
     checkpoint.check()

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from hymba_jax.config import AttentionConfig, Auto, ConfigError, HymbaConfig, RopeType, SSMConfig
@@ -11,6 +10,7 @@ from hymba_jax.config.layer_pattern import MAX_LAYERS, GroupSpec, LayerSpec, for
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, RopeSettings, read_rope
 from hymba_jax.data import Tokenizer
+from hymba_jax.files import Location
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:
@@ -29,7 +29,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:
     return _architecture(hf, rope)
 
 
-def read_architecture(directory: Path, hf: Mapping[str, Any]) -> HymbaConfig:
+def read_architecture(directory: Location, hf: Mapping[str, Any]) -> HymbaConfig:
     """The architecture of an HF directory, whose tokenizer decides what config.json leaves open.
 
     That is the beginning-of-sequence token where it is null, and of several end tokens the one that

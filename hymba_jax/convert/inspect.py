@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
@@ -19,7 +20,7 @@ from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError, printable
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location
 from hymba_jax.hf_files import missing_for_transformers
 from hymba_jax.model.abstract import ParamPath, param_shapes
 
@@ -59,9 +60,13 @@ def main(args: InspectConfig) -> None:
     Raises:
       HymbaError: there is no checkpoint, a file of it cannot be read, or it is not complete.
     """
-    checkpoint = open_checkpoint(resolve_path(args.path), args.step)
+    with local_copy(resolve_location(args.path), args.step) as directory:
+        _inspect(open_checkpoint(directory, args.step), args.path)
+
+
+def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str) -> None:
     config = checkpoint.config
-    table = Table(title=Text(printable(args.path)), show_header=False)
+    table = Table(title=Text(printable(path)), show_header=False)
     table.add_row("form", "native" if isinstance(checkpoint, NativeCheckpoint) else "HF")
     for name, value in _architecture(config):
         table.add_row(name, value)
@@ -81,7 +86,7 @@ def main(args: InspectConfig) -> None:
     table.add_row("complete", "no" if problems else "yes")
     Console().print(table)
     if problems:
-        raise HymbaError(f"{args.path}: not a complete checkpoint: " + "; ".join(problems))
+        raise HymbaError(f"{path}: not a complete checkpoint: " + "; ".join(problems))
 
 
 def count_by_part(config: HymbaConfig) -> Counter[str]:

@@ -30,7 +30,9 @@ class NativeCheckpoint:
     def __init__(self, directory: Path, step: int | None = None):
         self.directory = directory
         self.config, self.compute = read_model_directory(directory, step)
-        self.stored = StoredParams(params_path(directory, step))
+        params = params_path(directory, step)
+        assert isinstance(params, Path)
+        self.stored = StoredParams(params)
 
     @cached_property
     def shapes(self) -> dict[ParamPath, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from hymba_jax.convert.report import Report
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_json
+from hymba_jax.files import Location, read_json
 from hymba_jax.hf_files import (
     COPIES_FILE,
     HF_CONFIG,
@@ -101,7 +101,7 @@ def _write_tokenizer(checkpoint: NativeCheckpoint, directory: Path, report: Repo
         write_hf_tokenizer(Tokenizer.load(own), checkpoint.config, directory)
 
 
-def _is_same_tokenizer(*directories: Path) -> bool:
+def _is_same_tokenizer(*directories: Location) -> bool:
     first, second = (Tokenizer.load(directory) for directory in directories)
     return (first.model.to_str(), first.named_tokens, first.chat_templates) == (
         second.model.to_str(),

@@ -2,6 +2,7 @@
 
 | file                   | subject                                                               |
 |------------------------|-----------------------------------------------------------------------|
+| `local_tokens.py`      | tokens in a bucket, copied to the disk                                |
 | `sources.py`           | the sources of a run: text, tokenized once, or tokens                 |
 | `corpus.py`            | text with its split, such as the standard library's sources           |
 | `listing.py`           | the files of a corpus: local or behind a URL                          |
@@ -36,6 +37,7 @@
 
 from hymba_jax.config.data import DataConfig
 from hymba_jax.data.batch import IGNORED_TARGET, Batch
+from hymba_jax.data.local_tokens import with_local_tokens
 from hymba_jax.data.pipeline import (
     Data,
     ValidationSet,
@@ -57,4 +59,5 @@ __all__ = [
     "tokenize_sources",
     "train_batches",
     "validation_batches",
+    "with_local_tokens",
 ]

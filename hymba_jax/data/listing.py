@@ -10,22 +10,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.utils import glob_translate
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike, file_kind, open_regular, resolve_path
+from hymba_jax.remote import URL, filesystem, store_errors
 
-# With one slash, too: `file:/a` is a URL, and pathlib makes gs:/a of gs://a.
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/?)")
 _WILDCARD = re.compile(r"[*?[]")
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 # What makes a directory that of a run, here or in another place.
 _RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
 # Bytes that are asked of a server at once, at least.
@@ -34,7 +30,7 @@ _REMOTE_BLOCK = 1 << 20
 
 def is_url(path: str) -> bool:
     """Whether a path is a URL of any scheme, not a local path."""
-    return bool(_URL.match(path))
+    return bool(URL.match(path))
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,11 @@ class File:
           HymbaError: it is no regular file, or a server refuses it (then or while it is read).
           OSError: it is local and cannot be opened.
         """
-        if not _URL.match(self.path):
+        if not URL.match(self.path):
             return open_regular(self.path)
-        with _one_line_errors(self.path):
-            filesystem, path = _filesystem(self.path)
-            remote = filesystem.open(path, "rb")
+        store, path = filesystem(self.path)
+        with store_errors(self.path):
+            remote = store.open(path, "rb")
         return io.BufferedReader(_RemoteFile(remote, self.path), _REMOTE_BLOCK)
 
 
@@ -95,7 +91,7 @@ def list_files(path: str, *, skip: Collection[PathLike] = ()) -> Listing:
       HymbaError: the path cannot be read, is to be skipped itself, or has no files.
     """
     skipped: Counter[str] = Counter()
-    url = _URL.match(path)
+    url = URL.match(path)
     if url is None:
         found = _local(resolve_path(path), skip, skipped)
     elif url[1] in ("file", "local"):
@@ -155,7 +151,7 @@ def _local(path: Path, skip: Collection[PathLike], skipped: Counter[str]) -> lis
     root = Path(start)
     matches, depth = _matcher(pattern, path)
     # A URL in `skip` is the output of a run elsewhere.
-    outputs = {os.path.realpath(resolve_path(o)) for o in skip if not _URL.match(str(o))}
+    outputs = {os.path.realpath(resolve_path(o)) for o in skip if not URL.match(str(o))}
     try:
         status = root.stat()
         kind = file_kind(status.st_mode)
@@ -230,19 +226,18 @@ def _is_run(directory: str) -> bool:
 
 
 def _remote(url: str, skip: Collection[PathLike], skipped: Counter[str]) -> list[File]:
-    filesystem, _ = _filesystem(url)
-    outputs = {_filesystem(str(o))[1] for o in skip if _URL.match(str(o))}
-    with _one_line_errors(url):
-        root, pattern = _split_glob(url, filesystem.exists)
-        _, path = _filesystem(root)
+    store, _ = filesystem(url)
+    outputs = {filesystem(str(o))[1] for o in skip if URL.match(str(o))}
+    with store_errors(url):
+        root, pattern = _split_glob(url, store.exists)
+        path = filesystem(root)[1].rstrip("/")
         matches, depth = _matcher(pattern, url)
-        info = filesystem.info(path)
+        info = store.info(path)
         if info["type"] != "directory" and not pattern:
             return [File(path.rpartition("/")[2], url, info["size"])]
         if path in outputs:
             raise _same_as_output(url)
-        filesystem.invalidate_cache()  # of what was listed earlier
-        entries = filesystem.find(path, maxdepth=depth, withdirs=True, detail=True)
+        entries = store.find(path, maxdepth=depth, withdirs=True, detail=True)
     # Objects that stand for directories end in a slash, or are the directory itself.
     below = {
         name.removeprefix(f"{path}/"): entry
@@ -283,42 +278,6 @@ def _outside(names: Collection[str], runs: set[str], skipped: Counter[str]) -> I
     skipped.update("run directories" if above in runs else "hidden entries" for above in met)
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    """What reads a URL, and the path that it has there. Raises HymbaError: nothing reads it."""
-    scheme = url.partition(":")[0]
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        advice = f"pip install 'hymba_jax[{extra}]'" if extra else str(error)
-        raise HymbaError(
-            f"{url}: the package that reads {scheme}:// is missing: {advice}"
-        ) from error
-    except ValueError as error:
-        raise HymbaError(
-            f"{url}: nothing reads {scheme}://: give a local path, gs://, s3:// or another scheme "
-            "of fsspec"
-        ) from error
-    with _one_line_errors(url):
-        return fsspec.url_to_fs(url)
-
-
-@contextmanager
-def _one_line_errors(url: str) -> Iterator[None]:
-    """Whatever a server's package raises becomes a HymbaError."""
-    try:
-        yield
-    except HymbaError:
-        raise
-    except FileNotFoundError as error:
-        raise HymbaError(f"{url}: no such file or directory: check the data path") from error
-    except PermissionError as error:
-        raise HymbaError(f"{url}: no permission to read it: check your credentials") from error
-    except Exception as error:  # of the packages' HTTP libraries, which share no base class
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise HymbaError(f"{url}: cannot be read ({reason})") from error
-
-
 class _RemoteFile(io.RawIOBase):
     """A file of fsspec that raises nothing but HymbaError."""
 
@@ -332,13 +291,13 @@ class _RemoteFile(io.RawIOBase):
         return bool(self._file.seekable())
 
     def readinto(self, buffer: Any) -> int:
-        with _one_line_errors(self._url):
+        with store_errors(self._url):
             content = self._file.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        with _one_line_errors(self._url):
+        with store_errors(self._url):
             return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:

@@ -23,7 +23,8 @@ from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
 from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import Location, resolve_location, resolve_path
+from hymba_jax.remote import RemotePath
 
 TOKENS = "tokens"
 """Directory in a run directory: a tokenized corpus for each source that is text."""
@@ -73,7 +74,7 @@ class _Place:
     label: str
     source: SourceConfig
     held_out: float
-    directory: Path
+    directory: Location
 
     @property
     def path(self) -> str:
@@ -88,7 +89,7 @@ class _Place:
         """The tokenized corpus; None if it is files of tokens."""
         if self._is_tokenized:
             return resolve_path(self.path)
-        return self.directory if self.is_text else None
+        return resolve_path(self.directory) if self.is_text else None
 
     @cached_property
     def token_files(self) -> list[Path]:
@@ -101,7 +102,7 @@ class _Place:
 
 def _places(config: DataConfig, output: str) -> Iterator[tuple[bool, str, _Place]]:
     """Of each source that is read whether it is for training, its name, and where it is."""
-    root = resolve_path(output) / TOKENS
+    root = resolve_location(output) / TOKENS
     held_out = 0.0 if config.validation else config.validation_fraction
     for name, source in config.train_sources.items():
         if source.weight:
@@ -143,11 +144,22 @@ def tokenize_sources(
     text_sources = [place for place in places if place.is_text]
     if not text_sources:
         return
+    root = resolve_location(output) / TOKENS
+    if isinstance(root, RemotePath):
+        text = text_sources[0]
+        raise HymbaError(
+            f"{output}: text is tokenized into the run directory, which has to be local for that: "
+            f"tokenize {text.path or 'a corpus'} with hymba tokenize and name what it wrote as "
+            f"{text.label}, or choose a local output"
+        )
     if is_resumed and all((place.directory / MANIFEST).exists() for place in text_sources):
-        display.say(f"{resolve_path(output) / TOKENS}: has the tokens of the run, no text is read")
+        display.say(f"{root}: has the tokens of the run, no text is read")
         return
     display.begin("listing the files")
-    corpora = {place.directory: _corpus(place, config, output, display) for place in text_sources}
+    corpora = {
+        resolve_path(place.directory): _corpus(place, config, output, display)
+        for place in text_sources
+    }
     tokenizer = tokenizer or _given_tokenizer(config, places)
     if tokenizer is None:
         training = chain.from_iterable(corpus.training_texts() for corpus in corpora.values())

@@ -54,7 +54,8 @@ class TokenizeConfig:
     What was interrupted continues when the same command runs again.
 
     Attributes:
-      output: directory for the shards, the tokenizer and a manifest.
+      output: local directory for the shards, the tokenizer and a manifest; in a bucket there are
+        no locks and renames, so copy it there when it is complete.
       data: where the text comes from.
       tokenizer: bytes, bpe:SIZE (trained on the training documents), or the path of a
         tokenizer.json or of a directory that holds one.

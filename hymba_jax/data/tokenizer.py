@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -20,7 +19,7 @@ from hymba_jax.config import HymbaConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.data.control_tokens import ControlTokens, marked_special
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_json, read_text, replace_text, resolve_path
+from hymba_jax.files import Location, matches, read_json, read_text, replace_text, resolve_location
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -177,7 +176,7 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, each atomically."""
-        directory = resolve_path(directory)
+        directory = resolve_location(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config: dict[str, object] = {"bos_token": None, **self.named_tokens}
         if self.chat_templates.keys() == {"default"}:
@@ -204,7 +203,7 @@ class Tokenizer:
           HymbaError: a file is missing or unusable.
           OSError: it cannot be read.
         """
-        path = resolve_path(path)
+        path = resolve_location(path)
         if path.is_dir():
             path = path / "tokenizer.json"
         if not path.exists():
@@ -243,7 +242,7 @@ def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
         return _byte_level_bpe()
     if size := DataConfig(tokenizer=name).bpe_size:
         return _byte_level_bpe(texts, size)
-    if not resolve_path(name).exists():
+    if not resolve_location(name).exists():
         raise HymbaError(
             f"unknown tokenizer {name!r}: "
             "give bytes, bpe:SIZE, or the path of a tokenizer.json that exists"
@@ -272,7 +271,7 @@ def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:
     return Tokenizer(model, BOS, EOS)
 
 
-def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str | None]:
+def _named_tokens(path: Location, config: dict[str, Any]) -> dict[str, str | None]:
     """Names of the special tokens that the files beside a tokenizer.json give, by role.
 
     As in the transformers library: a special_tokens_map.json is the older format, and takes
@@ -294,7 +293,7 @@ def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _special_name(
-    path: Path, model: tokenizers.Tokenizer, role: str, roles: Mapping[str, str | None]
+    path: Location, model: tokenizers.Tokenizer, role: str, roles: Mapping[str, str | None]
 ) -> str | None:
     """Name of the special token for `role`: the one that is named, else a customary one."""
     named = roles.get(role)
@@ -315,7 +314,7 @@ def _special_name(
     return None
 
 
-def _override_flags(model: tokenizers.Tokenizer, path: Path, listed: object) -> None:
+def _override_flags(model: tokenizers.Tokenizer, path: Location, listed: object) -> None:
     """Gives added tokens the flags that a tokenizer_config.json has, where it has any."""
     if listed is None:
         return
@@ -330,18 +329,17 @@ def _override_flags(model: tokenizers.Tokenizer, path: Path, listed: object) -> 
         model.add_tokens(known)
 
 
-def _template_files(directory: Path) -> dict[str, str]:
+def _template_files(directory: Location) -> dict[str, str]:
     """The chat templates that are files of their own, by name."""
     files = {
-        file.stem: file
-        for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))
+        file.stem: file for file in matches(directory / "additional_chat_templates", "*.jinja")
     }
     if (default := directory / "chat_template.jinja").exists():
         files["default"] = default
     return {name: read_text(file) for name, file in files.items()}
 
 
-def _named_templates(path: Path, named: object) -> dict[str, str]:
+def _named_templates(path: Location, named: object) -> dict[str, str]:
     """The config's chat templates by name; a single one is the default."""
     if named is None:
         return {}

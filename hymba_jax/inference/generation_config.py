@@ -9,12 +9,11 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hymba_jax.config.field_types import describe, fits
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_json, resolve_path
+from hymba_jax.files import Location, read_json, resolve_location
 from hymba_jax.hf_files import GENERATION_CONFIG, HF_CONFIG, hf_directory
 
 _TYPES: dict[str, Any] = {
@@ -59,7 +58,7 @@ class GenerationDefaults:
         return bool(self.sampling) and not SAMPLING & {*given}
 
 
-def read_generation_defaults(directory: Path) -> GenerationDefaults:
+def read_generation_defaults(directory: Location) -> GenerationDefaults:
     """What a model's directory says, in generation_config.json or, of end tokens, config.json.
 
     Raises:
@@ -105,7 +104,7 @@ def with_defaults(args: Sequence[str]) -> list[str]:
     model = peek.parse_known_args(args)[0].model
     if not model:
         return [*args]
-    defaults = read_generation_defaults(resolve_path(model))
+    defaults = read_generation_defaults(resolve_location(model))
     if defaults.unsupported:
         _note(f"{GENERATION_CONFIG}: {', '.join(defaults.unsupported)} not supported, not used")
     options = (arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--"))

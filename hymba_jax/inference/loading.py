@@ -7,7 +7,7 @@ from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
 from hymba_jax.data import Tokenizer
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
 
@@ -44,7 +44,7 @@ def load(
     return LanguageModel(
         load_model(directory, dtype=dtype, step=step),
         tokenizer,
-        defaults=read_generation_defaults(resolve_path(directory)),
+        defaults=read_generation_defaults(resolve_location(directory)),
         state_dtype=state_dtype,
         batch_size=batch_size,
         context=context,
@@ -56,7 +56,7 @@ class ModelChoice:
     """The model that a command works with.
 
     Attributes:
-      model: directory of a training run, or of a standalone model.
+      model: directory of a training run, or of a standalone model; local, gs:// or s3://.
       step: which checkpoint of a run; the newest if absent.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.

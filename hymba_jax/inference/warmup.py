@@ -1,10 +1,8 @@
 """`hymba warmup`: compiles the programs of generation in advance."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -12,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import cache_directory
 from hymba_jax.inference.engine import MIN_CHUNK, Engine, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
@@ -80,5 +79,4 @@ def warm(model: LanguageModel, rows: int, length: int) -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between processes, in $XDG_CACHE_HOME or where JAX is told to."""
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "hymba_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hymba_jax.errors import HymbaError
 from hymba_jax.run_files import checkpoint_steps
 
 # What XLA's coordination service logs before it aborts, and what it aborts with.
@@ -57,8 +58,7 @@ def explain(stderr_text: str, output: str, where: str, seconds: int) -> str:
             f"error: another process has connected{where} with this process's id: give each "
             f"process its own id and each run its own port, then {again}"
         )
-    steps = checkpoint_steps(output)
-    rest = f"to resume from step {steps[-1]}" if steps else "to start from scratch"
+    rest = _what_follows(output)
     silent = re.search(r"stopped sending heartbeats\):\s*([\d, \n]*\d)", stderr_text)
     if silent:
         who = "process " + ", ".join(re.findall(r"\d+", silent[1]))
@@ -70,6 +70,14 @@ def explain(stderr_text: str, output: str, where: str, seconds: int) -> str:
         f"error: {output}: lost {who}, which stopped, was killed or cannot be reached: check "
         f"its output, then {again} {rest}"
     )
+
+
+def _what_follows(output: str) -> str:
+    try:
+        steps = checkpoint_steps(output)
+    except HymbaError:  # a bucket that cannot be reached, perhaps for what stopped the run
+        return "to resume from the newest checkpoint"
+    return f"to resume from step {steps[-1]}" if steps else "to start from scratch"
 
 
 def main() -> None:

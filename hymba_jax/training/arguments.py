@@ -12,7 +12,7 @@ from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data.listing import is_url
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_location, resolve_path
 
 
 def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
@@ -47,17 +47,20 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
     """The same with every path resolved, so that an invalid one fails immediately."""
 
     def resolved(path: str) -> str:
+        return str(resolve_location(path)) if path else path
+
+    def resolved_source(path: str) -> str:  # which may be any URL that fsspec knows
         return str(resolve_path(path)) if path and not is_url(path) else path
 
     def resolved_sources[T: SourceConfig](sources: Mapping[str, T]) -> dict[str, T]:
         return {
-            name: dataclasses.replace(source, path=resolved(source.path))
+            name: dataclasses.replace(source, path=resolved_source(source.path))
             for name, source in sources.items()
         }
 
     data = dataclasses.replace(
         config.data,
-        path=resolved(config.data.path),
+        path=resolved_source(config.data.path),
         tokenizer=resolved(config.data.tokenizer),
         sources=resolved_sources(config.data.sources),
         validation=resolved_sources(config.data.validation),
@@ -85,6 +88,6 @@ def _started_from(directory: str) -> RunConfig:
     """A run with the model of a directory and, if it has one, the tokenizer."""
     model, data = read_model_directory(directory)[0], DataConfig()
     data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
-    if (resolve_path(directory) / "tokenizer.json").is_file():
+    if (resolve_location(directory) / "tokenizer.json").is_file():
         data = dataclasses.replace(data, tokenizer=directory)
     return RunConfig(init_from=directory, model=model, data=data)

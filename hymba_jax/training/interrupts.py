@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 
+from hymba_jax.errors import HymbaError
 from hymba_jax.parallel.largest import LargestOfProcesses
 from hymba_jax.run_files import checkpoint_steps
 
@@ -150,11 +151,15 @@ def _read_signal(reading: int, numbers: Collection[int], patience: float | None)
 
 
 def _say(number: int, output: str) -> None:
-    steps = checkpoint_steps(output)
-    follows = (
-        f"the same command resumes {output} from step {steps[-1]}"
-        if steps
-        else f"{output} has no checkpoint yet, the same command starts from scratch"
-    )
-    line = f"\nstopped by {_NAMES[signal.Signals(number)]}: {follows}"
+    line = f"\nstopped by {_NAMES[signal.Signals(number)]}: {_what_follows(output)}"
     print(line, file=sys.stderr, flush=True)
+
+
+def _what_follows(output: str) -> str:
+    try:
+        steps = checkpoint_steps(output)
+    except HymbaError as error:  # a bucket that cannot be reached
+        return f"the same command resumes the run, of which nothing is known now ({error})"
+    if steps:
+        return f"the same command resumes {output} from step {steps[-1]}"
+    return f"{output} has no checkpoint yet, the same command starts from scratch"

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain
-from pathlib import Path
 
 import jax
 import optax
@@ -28,6 +27,7 @@ from hymba_jax.checkpoint.train_state import (
     abstract_train_state,
     init_state,
 )
+from hymba_jax.checkpoint.uploaded_checkpoints import open_checkpoints
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
@@ -37,11 +37,12 @@ from hymba_jax.data import (
     Tokenizer,
     open_data,
     tokenize_sources,
+    with_local_tokens,
 )
 from hymba_jax.data.examples import Examples
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import replace_text
+from hymba_jax.files import replace_text, resolve_location
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.sharding import describe_sharding
@@ -52,7 +53,6 @@ from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.extension import describe_extension
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective, next_token_loss
-from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
@@ -61,6 +61,7 @@ from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sampl
 from hymba_jax.training.schedule import learning_rate_schedule
 from hymba_jax.training.stage_program import StageProgram, compile_stage
 from hymba_jax.training.step import check_batch
+from hymba_jax.training.uploaded_metrics import open_metrics
 
 
 def train(
@@ -87,7 +88,9 @@ def train(
         check_batch(stage.run.training.micro_batch_size, mesh)
     # A lost process aborts the others, which then cannot restore the terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
-    lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
+    lock = (
+        locked(resolve_location(config.output), display.say) if is_main_process() else nullcontext()
+    )
     with display, lock, jax.set_mesh(mesh):
         _train(config, generate, objective, interrupts or Interrupts(), mesh, display)
 
@@ -132,7 +135,7 @@ def _train(
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
     kept = [stage.decay_start for stage in stages if stage.decay_start]
-    with Checkpoints(config.output, config.training.keep_checkpoints, kept) as checkpoints:
+    with open_checkpoints(config.output, config.training.keep_checkpoints, kept) as checkpoints:
         if state is None:
             assert previous is not None
             state, saved = checkpoints.restore(abstract.state, display.say)
@@ -154,7 +157,7 @@ def _train(
         graph, _ = abstract_model(stages[-1].run.model, config.compute, mesh)
         text = sample(generate, graph, state.params, data.tokenizer, mesh)
         if is_main_process() and text is not None:
-            replace_text(Path(config.output) / SAMPLE_FILE, text)
+            replace_text(resolve_location(config.output) / SAMPLE_FILE, text)
             display.say(text)
     display.say(f"done: {config.output}")
 
@@ -176,11 +179,11 @@ def _run_stages(
       programs: of the stages that are left; each is compiled when its turn comes.
       digests: of the tokens of each source.
     """
-    output = Path(config.output) if is_main_process() else None
+    output = resolve_location(config.output) if is_main_process() else None
     trace = output / PROFILE if output and config.profile else None
     step, validation_due = (saved.step, saved.validation_due) if saved else (0, False)
     recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
-    with MetricsWriter(output, recorded.logged) as writer, Tracer(trace, step) as tracer:
+    with open_metrics(output, recorded.logged) as writer, Tracer(trace, step) as tracer:
         if writer.removed:
             display.say(writer.removed)
         recorder = Recorder(
@@ -193,6 +196,7 @@ def _run_stages(
                 step, digests, recorded.skipped, validation_due, dataclasses.asdict(recorded)
             )
             with recorder.waiting_for("checkpoint"):
+                writer.flush()
                 checkpoints.save(state, loop)
 
         for program in programs:
@@ -328,7 +332,8 @@ def _read_data(
     Args:
       check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
     """
-    config, output, tokenizer = run.data_of_all_stages, run.output, None
+    config = with_local_tokens(run.data_of_all_stages, display)
+    output, tokenizer = run.output, None
     if is_resumed:
         tokenizer = Tokenizer.load(output)
     elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:

@@ -62,6 +62,9 @@ class MetricsWriter(Closing):
             self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
             self._board.write(step, values)
 
+    def flush(self) -> None:
+        """Lets what is written outlive the process; on a disk it does as soon as it is written."""
+
     def close(self) -> None:
         self._files.close()
 

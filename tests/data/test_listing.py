@@ -1,10 +1,10 @@
 import io
 import os
 import socket
-import sys
 
 import fsspec
 import pytest
+from storage_emulators import FORBIDDEN
 
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.errors import HymbaError
@@ -196,12 +196,11 @@ def test_unreadable_directory_is_named(tmp_path, monkeypatch):
     assert f"{tmp_path}/locked: cannot be read (Permission denied)" in error_of(tmp_path)
 
 
-def test_schemes_that_nothing_reads_are_refused(monkeypatch):
+def test_schemes_that_nothing_reads_are_refused(missing_package):
     assert "nope://a/b: nothing reads nope://" in error_of("nope://a/b")
-    for module, scheme, extra in (("gcsfs", "gs", "gcs"), ("s3fs", "s3", "s3")):
-        monkeypatch.setitem(sys.modules, module, None)
-        message = error_of(f"{scheme}://bucket/data")
-        assert f"{scheme}:// is missing: pip install 'hymba_jax[{extra}]'" in message
+    scheme, extra = missing_package
+    message = error_of(f"{scheme}://bucket/data")
+    assert f"{scheme}:// is missing: pip install 'hymba_jax[{extra}]'" in message
 
 
 @pytest.mark.parametrize(
@@ -227,3 +226,39 @@ def test_what_a_server_answers_is_one_line(bucket, monkeypatch, error, reason):
     assert str(caught.value).startswith(f"{bucket}/1.txt: {reason}")
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", refuse)
     assert error_of(bucket).startswith(f"{bucket}: {reason}")
+
+
+@pytest.fixture
+def emulated(bucket_url):
+    """A corpus of two files in a bucket of an emulated store, and the store."""
+    store, path = fsspec.url_to_fs(bucket_url)
+    for name in ("b.txt", "a/z.txt", ".hidden"):
+        store.pipe_file(f"{path}/{name}", f"text of {name}".encode())
+    return bucket_url, store
+
+
+def test_buckets_of_stores(emulated):
+    url, store = emulated
+    listing = list_files(url)
+    assert [(file.name, file.path, file.size) for file in listing.files] == [
+        ("a/z.txt", f"{url}/a/z.txt", 15),
+        ("b.txt", f"{url}/b.txt", 13),
+    ]
+    assert listing.skipped == {"hidden entries": 1}
+    assert names(f"{url}/**/z*") == ["a/z.txt"]
+    assert names(f"{url}/b.txt") == ["b.txt"]
+    with listing.files[0].open() as file:
+        assert file.read() == b"text of a/z.txt"
+    store.rm_file(listing.files[0].path.partition("://")[2])
+    with pytest.raises(HymbaError, match=f"^{url}/a/z.txt: no such file or directory"):
+        listing.files[0].open()
+    assert names(url) == ["b.txt"]
+
+
+def test_buckets_that_cannot_be_read(emulated):
+    scheme = emulated[0].partition(":")[0]
+    assert error_of(f"{scheme}://missing/a").startswith(f"{scheme}://missing/a: no such file or")
+    refused = f"{scheme}://{FORBIDDEN}/a"
+    assert error_of(refused) == f"{refused}: no permission to read it: check your credentials"
+    with pytest.raises(HymbaError, match=f"^{refused}: no permission to read it"):
+        File("a", refused, 1).open().read()

@@ -97,6 +97,18 @@ def test_an_output_that_is_full(output_to):
     assert stopped.value.code == "error: No space left on device"
 
 
+def test_a_standard_error_that_was_a_file(tmp_path, monkeypatch, capsys):
+    """It becomes a pipe where several processes run, see watchdog.py."""
+    reading, writing = os.pipe()
+    with (tmp_path / "log").open("w") as stderr:
+        os.dup2(writing, stderr.fileno())
+        monkeypatch.setattr(sys, "stderr", stderr)
+        cli.main(["--version"])
+    os.close(reading)
+    os.close(writing)
+    assert capsys.readouterr().out == f"hymba {VERSION}\n"
+
+
 @pytest.mark.parametrize(
     ("encoding", "expected"), [("ascii", r"\xe9\u20ac"), ("latin-1", r"é\u20ac"), ("utf-8", "é€")]
 )
