@@ -26,6 +26,7 @@ from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_pro
 from hymba_jax.config.model import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.toml import misfits, override_from, toml_lines
+from hymba_jax.config.tracking import TrackingConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_toml, resolve_path
@@ -60,6 +61,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]

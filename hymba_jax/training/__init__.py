@@ -10,7 +10,11 @@
 | `capacity.py`          | whether the training state can fit the devices' memory              |
 | `validation.py`        | the objective on held-out text                                      |
 | `sample.py`            | text from the trained model                                         |
-| `metrics.py`           | JSON lines and TensorBoard                                          |
+| `metrics.py`           | the metrics of a run: JSON lines, and the trackers                  |
+| `trackers.py`          | the interface of trackers; Weights & Biases, Trackio                |
+| `tensorboard.py`       | event files for TensorBoard                                         |
+| `run_start.py`         | what a run is started with                                          |
+| `git_state.py`         | the commit that a run is started from                               |
 | `recorder.py`          | prints and writes the metrics                                       |
 | `spikes.py`            | loss spikes                                                         |
 | `interrupts.py`        | Ctrl-C and SIGTERM: a checkpoint, and one line                      |

@@ -52,14 +52,16 @@ from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
-from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.metrics import MetricsWriter, last_step
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder, RecorderState
+from hymba_jax.training.run_start import record_start
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, run_step
+from hymba_jax.training.trackers import check_trackers, make_trackers
 from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
 
 
@@ -81,6 +83,8 @@ def train(
         diverged.
     """
     check_output(config.output, config.init_from)
+    if is_main_process():
+        check_trackers(config.tracking)
     check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
     check_batch(config.training.micro_batch_size, mesh)
@@ -154,9 +158,14 @@ def _train(
         trace = output / PROFILE if output and config.profile else None
         start = saved.step if saved else 0
         recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
-        with MetricsWriter(output, recorded.logged) as writer, Tracer(trace, start) as tracer:
-            if writer.removed:
-                display.say(writer.removed)
+        run = None
+        if output:
+            before = last_step(output)
+            run = record_start(config, recorded.logged, before, is_resumed=previous is not None)
+        with (
+            MetricsWriter(run, display.say, make_trackers(config.tracking)) as writer,
+            Tracer(trace, start) as tracer,
+        ):
             recorder = Recorder(
                 training.steps,
                 training.log_every,

@@ -12,6 +12,7 @@ import pytest
 from entry.command import write_config
 
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.tracking import TrackingConfig
 from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.errors import HymbaError
 from hymba_jax.parallel.mesh import make_mesh
@@ -167,6 +168,21 @@ def test_other_data_is_refused(config, tmp_path, capsys):
     train(config)
 
 
+def test_a_tracker_gets_every_line_of_metrics(config, monkeypatch):
+    class Tracker:
+        start = write = close = lambda self, *given: calls.append(given)
+
+    calls = []
+    monkeypatch.setattr(loop, "make_trackers", lambda _: {"fake": Tracker()})
+    train(config)
+    run, *written, closed = calls
+    assert run[0].config["training"]["steps"] == 4
+    assert [(step, "loss" in metrics) for step, metrics in written] == [
+        (step, True) for step in range(1, 5)
+    ]
+    assert closed == ()
+
+
 REFUSED = {
     "it has 259 tokens, model.vocab_size is 100": lambda config: dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=100)
@@ -174,13 +190,17 @@ REFUSED = {
     "nowhere: no such file": lambda config: dataclasses.replace(
         config, data=dataclasses.replace(config.data, path="nowhere")
     ),
+    "tensorboard: tensorboardX is not installed": lambda config: dataclasses.replace(
+        config, tracking=TrackingConfig(tensorboard=True)
+    ),
     "nothing: no model found": lambda config: dataclasses.replace(config, init_from="nothing"),
     "sample_tokens make 104 tokens": lambda config: changed(config, sample_tokens=100),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refused_run_leaves_no_directory(config, tmp_path, message):
+def test_a_refused_run_leaves_no_directory(config, tmp_path, monkeypatch, message):
+    monkeypatch.setattr("hymba_jax.training.trackers.find_spec", lambda _: None)
     with pytest.raises(HymbaError, match=message):
         train(REFUSED[message](config), tmp_path / "runs" / "refused")
     assert not (tmp_path / "runs").exists()

@@ -11,6 +11,7 @@ from hymba_jax.training.loss import Average
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload
 from hymba_jax.training.recorder import Recorder, RecorderState
+from hymba_jax.training.run_start import RunStart
 
 WORKLOAD = Workload(tokens=1000, flops=6e9, devices=4, peak_flops=4e12)
 STEPS, LOG_EVERY = 6, 2
@@ -31,7 +32,7 @@ def new_recorder(writer, *state):
 
 @pytest.fixture
 def recorder(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         yield new_recorder(writer)
 
 
@@ -143,7 +144,7 @@ def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
 
 def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
     """Each step takes 2 s, and is done before Python continues; 1000 tokens."""
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         recorder = new_recorder(writer)
         for step in range(1, 7):
             recorder.collect()
@@ -160,7 +161,7 @@ def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
 
 def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, tmp_path):
     """Each step takes 2 s, and reading its loss waits for it."""
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         recorder = new_recorder(writer)
         free = clock.now
         for step in range(1, 7):
@@ -213,7 +214,7 @@ def test_a_run_that_diverged_stops_with_the_step_and_what_to_look_at(
 
 def record(directory, steps, state, clock):
     """Records steps of 2 s from a state on; the state after them, as a checkpoint has it."""
-    with MetricsWriter(directory, state.logged) as writer:
+    with MetricsWriter(RunStart(directory, state.logged)) as writer:
         recorder = new_recorder(writer, state)
         for step in steps:
             with recorder.waiting_for("input"):
@@ -239,7 +240,7 @@ def test_a_resumed_recorder_writes_the_lines_of_one_that_never_stopped(clock, tm
 
 def test_a_line_waits_for_the_validation_that_a_resumed_run_does(clock, tmp_path):
     """Which the state of the step does not write."""
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         recorder = new_recorder(writer)
         clock.now += 2
         recorder.submit(2, metrics(3.0))
