@@ -121,7 +121,11 @@ def test_a_run_resumes_on_other_processes_and_devices(config, uninterrupted, cac
     assert said[0].splitlines()[-1] == "rows read: 40"  # of 10 steps of 8
     assert said[1] == "rows read: 40\n"
     assert (tmp_path / "sample.txt").read_text().startswith("the")
-    assert_same(read(tmp_path), uninterrupted)
+    lines = read(tmp_path)
+    assert_same(lines, uninterrupted)
+    slowest = [line.get("slowest_process") for line in lines]
+    assert {*slowest[:20], *slowest[30:]} <= {0, 1}  # of two processes, and not of one
+    assert {*slowest[20:30]} == {None}
     assert "distributed" not in (tmp_path / "config.toml").read_text()
 
 

@@ -24,8 +24,8 @@ def test_a_run_says_what_it_does(finished):
     assert "parameters in 1 layers, 1 x cpu; 4 steps of 192 tokens" in lines[2]
     assert "compiling…" in lines
     for step in range(1, 5):
-        assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
-    assert any("bits/byte" in line and "tokens/s" in line and "left" in line for line in lines)
+        assert any(line.startswith(f"step {step}/4 {step * 25:3}%  loss ") for line in lines)
+    assert any("bpb" in line and "tok/s" in line and "left" in line for line in lines)
     assert lines[-1] == f"done: {output}"
     assert result.stderr == ""
 
