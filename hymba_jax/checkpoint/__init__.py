@@ -4,6 +4,7 @@
 |--------------------|--------------------------------------------------------------------|
 | `train_state.py`   | parameters and optimizer state: abstract, initialized, placed      |
 | `checkpoints.py`   | saving and restoring through Orbax                                 |
+| `best.py`          | keeping the checkpoint with the lowest validation loss             |
 | `checksums.py`     | checksums of arrays, whatever their sharding                       |
 | `run_directory.py` | what a run writes, and whether a config resumes it                 |
 | `run_lock.py`      | one run at a time in a directory                                   |

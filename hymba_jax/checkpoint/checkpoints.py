@@ -15,13 +15,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import absl.logging
 import jax
 import optax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
+from hymba_jax.checkpoint.best import Best, PreserveBest
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
@@ -33,6 +35,9 @@ from hymba_jax.run_files import FOLDER, checkpoint_steps
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
+
+type Step = int | Literal["best"]
+"""Which checkpoint of a run."""
 
 
 def silence_orbax() -> None:
@@ -65,6 +70,7 @@ class LoopState(NamedTuple):
       skipped: steps among them whose update was skipped.
       validation_due: whether the validation after `step` is still to be done.
       recorder: state of the recorder of metrics.
+      best: step and validation loss of the best checkpoint so far.
     """
 
     step: int
@@ -73,6 +79,7 @@ class LoopState(NamedTuple):
     skipped: int = 0
     validation_due: bool = False
     recorder: dict[str, Any] | None = None
+    best: tuple[int, float] | None = None
 
 
 class Checkpoints(Closing):
@@ -81,15 +88,23 @@ class Checkpoints(Closing):
     Args:
       run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
+      keep_best: whether the best one stays, too.
     """
 
-    def __init__(self, run_directory: str | os.PathLike[str], keep: int):
+    def __init__(
+        self, run_directory: str | os.PathLike[str], keep: int, *, keep_best: bool = False
+    ):
+        self._keep_best, self._preserve_best = keep_best, PreserveBest()
         self.directory = (resolve_path(run_directory) / FOLDER).absolute()
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, cleanup_tmp_directories=True, enable_background_delete=True
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                        [checkpoint_managers.LatestN(keep), self._preserve_best]
+                    ),
+                    cleanup_tmp_directories=True,
+                    enable_background_delete=True,
                 ),
             )
 
@@ -117,11 +132,24 @@ class Checkpoints(Closing):
                 say(f"{problem}: set aside as {self._set_aside(other)}, step {step} is used")
             if damaged:
                 self._manager.reload()
+            self._preserve_best.best = self._restored_best(restored[1])
             return restored
         raise HymbaError(
             f"{self.directory}: no checkpoint is intact ({'; '.join(damaged.values())}): restore "
             "one from a copy, or choose another output"
         )
+
+    def _restored_best(self, loop: LoopState) -> Best | None:
+        """The best checkpoint so far, if it is there."""
+        best = Best(*loop.best) if self._keep_best and loop.best else None
+        return best if best and (self.directory / str(best.step)).is_dir() else None
+
+    def improves(self, step: int, loss: float) -> bool:
+        """Whether the validation loss of a step is the lowest so far, and that checkpoint is kept.
+
+        Then a checkpoint of the step is due; it replaces the best so far.
+        """
+        return self._keep_best and self._preserve_best.improves(step, loss)
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
         """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
@@ -158,9 +186,12 @@ class Checkpoints(Closing):
     def save(self, state: TrainState, loop: LoopState) -> None:
         """Copies the state and returns; a thread writes it. Does nothing if it is saved already.
 
+        It has the best checkpoint so far as `best`.
+
         Raises:
           HymbaError: this checkpoint, or one before it, cannot be written.
         """
+        loop = loop._replace(best=self._preserve_best.best)
         with one_line(self.directory, _UNWRITABLE):  # it raises errors of earlier ones, too
             self._manager.save(
                 loop.step,
@@ -188,7 +219,7 @@ class Checkpoints(Closing):
 
 
 def load_params(
-    directory: str | os.PathLike[str], abstract: Params, step: int | None = None
+    directory: str | os.PathLike[str], abstract: Params, step: Step | None = None
 ) -> Params:
     """The parameters of a run's checkpoint, without its optimizer state, or of a standalone model.
 
@@ -231,7 +262,7 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
         checkpointer.save(path, args=_save_args(params))
 
 
-def params_path(directory: Path, step: int | None) -> Path:
+def params_path(directory: Path, step: Step | None) -> Path:
     """Where the parameters of a run's checkpoint, or of a standalone model, are.
 
     Raises:
@@ -240,11 +271,24 @@ def params_path(directory: Path, step: int | None) -> Path:
     alone, steps = directory / PARAMS, checkpoint_steps(directory)
     if alone.is_dir() and step is None:
         return alone
+    if step == "best" and steps:
+        step = _best_step(directory / FOLDER / str(steps[-1]))
     if not steps or step not in (None, *steps):
         wanted = "" if step is None else f" {step}"
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
         raise HymbaError(f"{directory / FOLDER}: no checkpoint{wanted}; {there}")
     return directory / FOLDER / str(steps[-1] if step is None else step) / PARAMS
+
+
+def _best_step(newest: Path) -> int:
+    """The step of the best checkpoint. Raises HymbaError if the newest one knows none."""
+    best = _read_loop(newest / LOOP).best
+    if best is None:
+        raise HymbaError(
+            f"{newest}: knows no best checkpoint, as there was no validation yet or "
+            "training.keep_best was false: name a step"
+        )
+    return Best(*best).step
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from hymba_jax.checkpoint.checkpoints import Step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.run_lock import check_unlocked
 from hymba_jax.config import ComputeConfig
@@ -45,7 +46,8 @@ class ConvertConfig:
       target: directory to write.
       dtype: cast all tensors to this dtype.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.
-      step: which checkpoint of a run; the newest if absent.
+      step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
+        absent.
       verify: .npz file with input_ids and the logits to compare those of the written model with.
       tolerance: maximum difference of logits.
       overwrite: replaces what an earlier conversion wrote to TARGET, and never anything else.
@@ -55,7 +57,7 @@ class ConvertConfig:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     max_shard_size: str = "5GB"
-    step: int | None = None
+    step: Step | None = None
     verify: str = ""
     tolerance: float = 5e-4
     overwrite: bool = False
@@ -96,11 +98,11 @@ def main(args: ConvertConfig) -> None:
             _verify(target, expected, args, display)
 
 
-def open_checkpoint(directory: Path, step: int | None = None) -> NativeCheckpoint | HFCheckpoint:
+def open_checkpoint(directory: Path, step: Step | None = None) -> NativeCheckpoint | HFCheckpoint:
     """The checkpoint of either kind that a directory holds.
 
     Args:
-      step: which checkpoint of a training run; the newest if absent.
+      step: which checkpoint of a training run, see `ConvertConfig`.
 
     Raises:
       HymbaError: it holds none, or an incomplete one.

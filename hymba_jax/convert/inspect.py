@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hymba_jax.checkpoint.checkpoints import Step
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
@@ -46,11 +47,12 @@ class InspectConfig:
 
     Attributes:
       path: directory of the checkpoint.
-      step: which checkpoint of a run; the newest if absent.
+      step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
+        absent.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    step: int | None = None
+    step: Step | None = None
 
 
 def main(args: InspectConfig) -> None:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
+from hymba_jax.checkpoint.checkpoints import OPTIMIZER, Step, params_path
 from hymba_jax.checkpoint.checksums import dotted
 from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config.run import CONFIG_FILE
@@ -27,7 +27,7 @@ class NativeCheckpoint:
       HymbaError: there is no such checkpoint, or it cannot be read.
     """
 
-    def __init__(self, directory: Path, step: int | None = None):
+    def __init__(self, directory: Path, step: Step | None = None):
         self.directory = directory
         self.config, self.compute = read_model(directory / CONFIG_FILE)
         self.stored = StoredParams(params_path(directory, step))

@@ -62,7 +62,12 @@ from hymba_jax.training.run_start import record_start
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, run_step
 from hymba_jax.training.trackers import check_trackers, make_trackers
-from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
+from hymba_jax.training.validation import (
+    Validate,
+    comparable_loss,
+    compile_eval_step,
+    make_validate,
+)
 
 
 def train(
@@ -147,7 +152,9 @@ def _train(
     if previous is None:
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
-    with Checkpoints(config.output, training.keep_checkpoints) as checkpoints:
+    with Checkpoints(
+        config.output, training.keep_checkpoints, keep_best=training.keep_best
+    ) as checkpoints:
         if state is None:
             state, saved = checkpoints.restore(abstract.state, display.say)
             _check_same_run(saved, data, training.steps, config.output)
@@ -256,7 +263,7 @@ def _run_steps(
             recorder.submit(step, metrics)
             checkpoints.check()
             validation_due = is_last or step % validate_every == 0
-        stops = interrupts.poll()
+        stops, improves = interrupts.poll(), False
         if validation_due and not stops:
             if is_last:
                 display.begin("validating on all held-out text")
@@ -264,8 +271,9 @@ def _run_steps(
                 validation = validate(state.params, is_last)
             if validation is not None:
                 recorder.flush(validation)
+                improves = checkpoints.improves(step, comparable_loss(validation))
             validation_due = stops = validation is None
-        if step > start and (stops or is_last or step % save_every == 0):
+        if step > start and (stops or is_last or improves or step % save_every == 0):
             if not validation_due:  # whose line of metrics waits for it
                 recorder.flush()
             save(state, step, validation_due)  # not a run that diverged: its metrics are read

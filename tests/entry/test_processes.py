@@ -156,7 +156,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     config, uninterrupted, cache, tmp_path, victim, number, name
 ):
     ended, seconds = interrupt(config, tmp_path, cache, 1, addresses(2), victim, number)
-    (step,) = {step for step in checkpoint_steps(tmp_path) if step % 10}
+    step = checkpoint_steps(tmp_path)[-1]
     assert 25 < step < STEPS
     said = f"\nstopped by {name}: the same command resumes {tmp_path} from step {step}\n"
     assert [(process.status, process.stderr) for process in ended] == [(128 + number, said)] * 2

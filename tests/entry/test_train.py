@@ -37,7 +37,7 @@ def test_the_output_is_complete(finished):
         *("config.toml", "tokenizer.json", "tokenizer_config.json", "checkpoints"),
         *("metrics.jsonl", "starts.jsonl", "sample.txt", "tokens"),
     }
-    assert {path.name for path in (output / "checkpoints").iterdir()} == {"2", "4"}
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"3", "4"}
     assert (output / "sample.txt").read_text().startswith("the")
     config = RunConfig.from_toml(output / "config.toml")
     assert config.model.vocab_size == 259  # the bytes and 3 special tokens of its tokenizer
@@ -48,7 +48,8 @@ def test_metrics_have_a_line_a_step_and_validation_where_asked(finished):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     always = {"step", "loss", "grad_norm", "learning_rate", "tokens_seen", "epoch"}
     validated = always | {"validation_loss", "validation_bits_per_byte"}
-    assert [set(line) for line in lines] == [always, always, validated, validated]
+    last = validated | {"validation_sample_loss"}
+    assert [set(line) for line in lines] == [always, always, validated, last]
 
 
 @pytest.mark.slow

@@ -143,6 +143,27 @@ def test_a_run_that_is_interrupted_has_the_lines_of_one_that_was_not(config, tmp
     assert not Path(config.output, "metrics.removed.jsonl").exists()
 
 
+def test_a_validation_that_is_the_best_so_far_saves_a_checkpoint(config, monkeypatch):
+    config = changed(config, steps=8, validate_every=2, checkpoint_every=5, keep_checkpoints=1)
+    losses = iter([5, 3, 4, 3.5])
+    monkeypatch.setattr(loop, "comparable_loss", lambda _: next(losses))
+    train(config)
+    assert checkpoint_steps(config.output) == [4, 8]
+    losses = iter([4, 2, 3])
+    train(changed(config, steps=13))
+    assert checkpoint_steps(config.output) == [12, 13]
+    losses = iter([1])
+    train(changed(config, steps=14, keep_best=False))
+    assert checkpoint_steps(config.output) == [14]
+
+
+def test_the_last_validation_is_compared_with_the_others_on_their_text(config):
+    config = changed(config, steps=2, validate_every=1)
+    first, last = train(config)
+    assert last["validation_loss"] != first["validation_loss"]  # of more text
+    assert last["validation_sample_loss"] == first["validation_loss"]
+
+
 def test_fewer_steps_than_were_done_are_refused(config):
     train(config)
     before = (Path(config.output) / "config.toml").read_text()
