@@ -68,7 +68,7 @@ class LoopState(NamedTuple):
       batches: state of the iterator of training batches.
       digests: of the tokens of each source, by its name.
       skipped: steps among them whose update was skipped.
-      validation_due: whether the validation after `step` is still to be done.
+      validation_due: whether validation and evaluations after `step` are still to be done.
       recorder: state of the recorder of metrics.
       best: step and validation loss of the best checkpoint so far.
     """

@@ -9,6 +9,7 @@
 | `step.py`              | one update of any objective, as a pure function                     |
 | `capacity.py`          | whether the training state can fit the devices' memory              |
 | `validation.py`        | the objective on held-out text                                      |
+| `evaluation.py`        | evaluations during training, on their schedules                     |
 | `sample.py`            | text from the trained model                                         |
 | `metrics.py`           | the metrics of a run: JSON lines, and the trackers                  |
 | `trackers.py`          | the interface of trackers; Weights & Biases, Trackio                |

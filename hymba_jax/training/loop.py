@@ -1,7 +1,7 @@
 """A training run, from top to bottom."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, process_rows
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.training.capacity import check_memory
+from hymba_jax.training.evaluation import Evaluation, Evaluations, check_evaluations
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective, make_loss_fn, next_token_loss
 from hymba_jax.training.metrics import MetricsWriter, last_step
@@ -62,12 +63,7 @@ from hymba_jax.training.run_start import record_start
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.step import Metrics, check_batch, compile_train_step, run_step
 from hymba_jax.training.trackers import check_trackers, make_trackers
-from hymba_jax.training.validation import (
-    Validate,
-    comparable_loss,
-    compile_eval_step,
-    make_validate,
-)
+from hymba_jax.training.validation import comparable_loss, compile_eval_step, make_validate
 
 
 def train(
@@ -75,6 +71,7 @@ def train(
     generate: Generate,
     objective: Objective = next_token_loss,
     interrupts: Interrupts | None = None,
+    evaluations: Sequence[Evaluation] = (),
 ) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
@@ -82,12 +79,14 @@ def train(
       generate: the sample, from the trained model.
       objective: what training minimizes and validation reports.
       interrupts: signals for which the run saves a checkpoint and returns early.
+      evaluations: run on their schedules, beside validation.
 
     Raises:
       HymbaError: the config is invalid for this run, the output cannot be written, or training
         diverged.
     """
     check_output(config.output, config.init_from)
+    check_evaluations(evaluations)
     if is_main_process():
         check_trackers(config.tracking)
     check_processes(dict(leaves(config, "")), config.output)
@@ -97,7 +96,7 @@ def train(
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = locked(Path(config.output), display.say) if is_main_process() else nullcontext()
     with display, lock, jax.set_mesh(mesh):
-        _train(config, generate, objective, interrupts or Interrupts(), mesh, display)
+        _train(config, generate, objective, interrupts or Interrupts(), evaluations, mesh, display)
 
 
 def _train(
@@ -105,6 +104,7 @@ def _train(
     generate: Generate,
     objective: Objective,
     interrupts: Interrupts,
+    evaluations: Sequence[Evaluation],
     mesh: Mesh,
     display: Display,
 ) -> None:
@@ -203,11 +203,17 @@ def _train(
                     start,
                     training.steps,
                     validation_due=saved is not None and saved.validation_due,
-                    validate_every=training.validate_every,
                     save_every=training.checkpoint_every,
                     train_step=train_step,
                     batches=global_batches,
-                    validate=validate,
+                    evaluations=Evaluations(
+                        validate,
+                        training.validate_every,
+                        evaluations,
+                        abstract.graph,
+                        training.steps,
+                        interrupts.poll,
+                    ),
                     save=save,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
@@ -232,11 +238,10 @@ def _run_steps(
     steps: int,
     *,
     validation_due: bool,
-    validate_every: int,
     save_every: int,
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: Iterator[Batch],
-    validate: Validate,
+    evaluations: Evaluations,
     save: Callable[[TrainState, int, bool], None],
     checkpoints: Checkpoints,
     interrupts: Interrupts,
@@ -246,11 +251,11 @@ def _run_steps(
 ) -> TrainState:
     """The state after the last step, or after the one at which the run was asked to stop.
 
-    Validates and saves on schedule and after the last step.
+    Evaluates and saves on schedule and after the last step.
 
     Args:
       start: steps done already.
-      validation_due: whether the validation after them is not.
+      validation_due: whether the evaluations after them are not.
     """
     for step in range(start, steps + 1):
         is_last = step == steps
@@ -262,17 +267,17 @@ def _run_steps(
                 state, metrics = train_step(state, batch)
             recorder.submit(step, metrics)
             checkpoints.check()
-            validation_due = is_last or step % validate_every == 0
+            validation_due = evaluations.are_due(step)
         stops, improves = interrupts.poll(), False
         if validation_due and not stops:
             if is_last:
                 display.begin("validating on all held-out text")
             with recorder.paused():
-                validation = validate(state.params, is_last)
-            if validation is not None:
-                recorder.flush(validation)
-                improves = checkpoints.improves(step, comparable_loss(validation))
-            validation_due = stops = validation is None
+                evaluated = evaluations.run(state.params, step)
+            if evaluated is not None:
+                recorder.flush(evaluated)
+                improves = checkpoints.improves(step, comparable_loss(evaluated))
+            validation_due = stops = evaluated is None
         if step > start and (stops or is_last or improves or step % save_every == 0):
             if not validation_due:  # whose line of metrics waits for it
                 recorder.flush()

@@ -1,5 +1,6 @@
 """Validation: the objective on held-out text, the same at every batch size and device count."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -87,9 +88,12 @@ def make_validate(
     return validate
 
 
-def comparable_loss(metrics: Mapping[str, float]) -> float:
-    """The validation loss that compares with those of other steps, which are of the same text."""
-    return metrics.get(_SAMPLE_LOSS, metrics["validation_loss"])
+def comparable_loss(metrics: Mapping[str, int | float]) -> float:
+    """The validation loss that compares with those of other steps, which are of the same text.
+
+    It is infinite without a validation.
+    """
+    return metrics.get(_SAMPLE_LOSS, metrics.get("validation_loss", math.inf))
 
 
 def _overall(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from entry.command import write_config
+from flax import nnx
 
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.tracking import TrackingConfig
@@ -68,7 +69,7 @@ def changed(config, **training):
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
 
 
-def train(config, output=None, interrupts=None):
+def train(config, output=None, interrupts=None, evaluations=()):
     """The lines of metrics of a run, without its times."""
     if output is not None:
         config = dataclasses.replace(config, output=str(output))
@@ -76,7 +77,7 @@ def train(config, output=None, interrupts=None):
     def generate(model, _):
         return f"text of {model.config.vocab_size} tokens"
 
-    loop.train(config, generate, interrupts=interrupts)
+    loop.train(config, generate, interrupts=interrupts, evaluations=evaluations)
     with open(f"{config.output}/metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
@@ -162,6 +163,50 @@ def test_the_last_validation_is_compared_with_the_others_on_their_text(config):
     first, last = train(config)
     assert last["validation_loss"] != first["validation_loss"]  # of more text
     assert last["validation_sample_loss"] == first["validation_loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """An evaluation that says which step it is after and what model it is of."""
+
+    name: str = "needle"
+    every: int = 2
+
+    def run(self, params, graph, step):
+        model = nnx.merge(graph, params)
+        return {"step": step, "vocab_size": model.config.vocab_size}
+
+
+def test_evaluations_run_on_their_schedule_and_none_is_skipped(config, tmp_path):
+    config = changed(config, steps=7, log_every=100, validate_every=6, checkpoint_every=100)
+    needles = [Needle(), Needle("rare", every=5)]
+    expected = train(config, tmp_path / "elsewhere", evaluations=needles)
+    evaluated = [
+        *((2, ["needle"]), (4, ["needle"]), (5, ["rare"])),
+        *((6, ["needle", "validation"]), (7, ["needle", "rare", "validation"])),
+    ]
+    assert evaluated == [
+        (
+            line["step"],
+            [name for name in ("needle", "rare") if line.get(f"{name}/step") == line["step"]]
+            + ["validation"] * ("validation_loss" in line),
+        )
+        for line in expected
+    ]
+    assert expected[0]["needle/vocab_size"] == 259
+    # Before the evaluation after step 2, and, resumed there, before the one after step 4.
+    for n, step in ((3 + 1, 2), (1 + 1 + 2 + 1, 4)):
+        interrupts = InterruptedAt(n)
+        lines = train(config, interrupts=interrupts, evaluations=needles)
+        assert checkpoint_steps(config.output)[-1] == step
+        assert lines == [line for line in expected if line["step"] < step]
+    assert train(config, evaluations=needles) == expected
+
+
+@pytest.mark.parametrize("needles", [[Needle("a/b")], [Needle(), Needle()], [Needle(every=0)]])
+def test_evaluations_that_cannot_be_told_apart_or_never_run_are_refused(config, needles):
+    with pytest.raises(HymbaError, match=r"evaluation .*: (choose another name|every is 0)"):
+        train(config, evaluations=needles)
 
 
 def test_fewer_steps_than_were_done_are_refused(config):
