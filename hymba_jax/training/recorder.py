@@ -141,7 +141,7 @@ class Recorder:
             values["tokens_seen"] = self._step * self._workload.tokens
             values |= self._data_progress(self._step)
             values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
-            self._writer.write(self._step, values | evaluated)
+            self._writer.write(self._step, {**values, **evaluated})
             self._begin_line()
 
     def state(self) -> RecorderState:
