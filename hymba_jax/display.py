@@ -33,8 +33,8 @@ class Display:
         self.log(f"{what}…")
 
     def update(self, line: str) -> None:
-        """Changes the live line; elsewhere it does nothing."""
-        self._status.update(Text(line))
+        """Changes the live line, whose end is cut off if it is too long; elsewhere a no-op."""
+        self._status.update(Text(line, no_wrap=True, overflow="ellipsis"))
 
     def log(self, line: str) -> None:
         """Prints a line permanently if there is no live line to show it."""

@@ -1,18 +1,26 @@
 """A training run, put together: the loop, which imports no inference, and its sample."""
 
+from collections.abc import Sequence
+
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data import Tokenizer
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.training import loop
+from hymba_jax.training.evaluation import Evaluation
 from hymba_jax.training.interrupts import Interrupts
 
 
-def train(config: RunConfig, interrupts: Interrupts | None = None) -> None:
+def train(
+    config: RunConfig,
+    interrupts: Interrupts | None = None,
+    evaluations: Sequence[Evaluation] = (),
+) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
     Args:
       interrupts: signals for which the run saves a checkpoint and returns early.
+      evaluations: run on their schedules, beside validation.
 
     Raises:
       HymbaError: the run cannot be what the config says, cannot be written, or diverged.
@@ -28,4 +36,4 @@ def train(config: RunConfig, interrupts: Interrupts | None = None) -> None:
         )
         return training.sample_prompt + completion.text
 
-    loop.train(config, generate, interrupts=interrupts)
+    loop.train(config, generate, interrupts=interrupts, evaluations=evaluations)

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import absl.logging
 import jax
@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
+from hymba_jax.checkpoint.best import Best, PreserveBest
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
@@ -38,6 +39,9 @@ from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
+
+type Step = int | Literal["best"]
+"""Which checkpoint of a run."""
 
 
 def silence_orbax() -> None:
@@ -67,8 +71,9 @@ class LoopState(NamedTuple):
       step: steps done.
       digests: of the tokens of each source, by its name.
       skipped: steps among them whose update was skipped.
-      validation_due: whether the validation after `step` is still to be done.
+      validation_due: whether validation and evaluations after `step` are still to be done.
       recorder: state of the recorder of metrics.
+      best: step and validation loss of the best checkpoint so far.
     """
 
     step: int
@@ -76,6 +81,7 @@ class LoopState(NamedTuple):
     skipped: int = 0
     validation_due: bool = False
     recorder: dict[str, Any] | None = None
+    best: tuple[int, float] | None = None
 
 
 class Checkpoints(Closing):
@@ -85,34 +91,43 @@ class Checkpoints(Closing):
       run_directory: holds them in its folder `checkpoints`, one directory per step.
       keep: how many stay, newest first.
       keep_steps: others that stay.
+      keep_best: whether the best one stays, too.
     """
 
     def __init__(
-        self, run_directory: str | os.PathLike[str], keep: int, keep_steps: Sequence[int] = ()
+        self,
+        run_directory: str | os.PathLike[str],
+        keep: int,
+        keep_steps: Sequence[int] = (),
+        *,
+        keep_best: bool = False,
     ):
         self.directory = (resolve_location(run_directory) / FOLDER).absolute()
-        self._open(self.directory, keep, keep_steps)
+        self._open(self.directory, keep, keep_steps, keep_best=keep_best)
 
     def _open(
         self,
         directory: Location,
         keep: int,
         keep_steps: Sequence[int] = (),
+        *,
+        keep_best: bool,
         on_written: Callable[[], None] | None = None,
     ) -> None:
         """Opens Orbax's manager.
 
         Args:
           directory: where it writes.
-          keep, keep_steps: as of the class.
+          keep, keep_steps, keep_best: as of the class.
           on_written: is called by the thread that writes, before each checkpoint is complete.
         """
+        self._keep_best, self._preserve_best = keep_best, PreserveBest()
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 os.fspath(directory),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=AnyPreservationPolicy(
-                        [LatestN(keep), CustomSteps(keep_steps)]
+                        [LatestN(keep), CustomSteps(keep_steps), self._preserve_best]
                     ),
                     cleanup_tmp_directories=True,
                     enable_background_delete=True,
@@ -144,11 +159,24 @@ class Checkpoints(Closing):
                 say(f"{problem}: set aside as {self._set_aside(other)}, step {step} is used")
             if damaged:
                 self._manager.reload()
+            self._preserve_best.best = self._restored_best(restored[1])
             return restored
         raise HymbaError(
             f"{self.directory}: no checkpoint is intact ({'; '.join(damaged.values())}): restore "
             "one from a copy, or choose another output"
         )
+
+    def _restored_best(self, loop: LoopState) -> Best | None:
+        """The best checkpoint so far, if it is there."""
+        best = Best(*loop.best) if self._keep_best and loop.best else None
+        return best if best and (self.directory / str(best.step)).is_dir() else None
+
+    def improves(self, step: int, loss: float) -> bool:
+        """Whether the validation loss of a step is the lowest so far, and that checkpoint is kept.
+
+        Then a checkpoint of the step is due; it replaces the best so far.
+        """
+        return self._keep_best and self._preserve_best.improves(step, loss)
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
         """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
@@ -168,9 +196,12 @@ class Checkpoints(Closing):
     def save(self, state: TrainState, loop: LoopState) -> None:
         """Copies the state and returns; a thread writes it. Does nothing if it is saved already.
 
+        It has the best checkpoint so far as `best`.
+
         Raises:
           HymbaError: this checkpoint, or one before it, cannot be written.
         """
+        loop = loop._replace(best=self._preserve_best.best)
         with one_line(self.directory, _UNWRITABLE):  # it raises errors of earlier ones, too
             self._manager.save(
                 loop.step,
@@ -267,6 +298,28 @@ def save_params(directory: str | os.PathLike[str], params: Params) -> None:
     checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
     with one_line(path, "parameters cannot be written"), checkpointer:
         checkpointer.save(path, args=_save_args(params))
+
+
+def resolve_step(directory: str | os.PathLike[str], step: Step | None) -> int | None:
+    """The step of the best checkpoint of a run, if that is asked for, and any other as it is.
+
+    Raises:
+      HymbaError: the run knows no best checkpoint.
+    """
+    if step != "best":
+        return step
+    location = resolve_location(directory)
+    steps = checkpoint_steps(location)
+    if not steps:
+        raise HymbaError(f"{location / FOLDER}: no checkpoint {step}; there is none")
+    newest = location / FOLDER / str(steps[-1])
+    best = _read_loop(newest / LOOP).best
+    if best is None:
+        raise HymbaError(
+            f"{newest}: knows no best checkpoint, as there was no validation yet or "
+            "training.keep_best was false: name a step"
+        )
+    return Best(*best).step
 
 
 def params_path(directory: Location, step: int | None) -> Location:

@@ -17,17 +17,20 @@ from hymba_jax.remote import RemotePath
 from hymba_jax.run_files import COMMITTED, FOLDER, checkpoint_steps, uses_orbax
 
 
-def open_checkpoints(run_directory: str, keep: int, keep_steps: Sequence[int] = ()) -> Checkpoints:
+def open_checkpoints(
+    run_directory: str, keep: int, keep_steps: Sequence[int] = (), *, keep_best: bool = False
+) -> Checkpoints:
     """The checkpoints of a run, on a disk or in a bucket.
 
     Args:
       keep: how many stay, newest first.
       keep_steps: others that stay.
+      keep_best: whether the best one stays, too.
     """
     directory = resolve_location(run_directory)
     if isinstance(directory, RemotePath) and not uses_orbax(directory):
-        return UploadedCheckpoints(directory, keep, keep_steps)
-    return Checkpoints(directory, keep, keep_steps)
+        return UploadedCheckpoints(directory, keep, keep_steps, keep_best=keep_best)
+    return Checkpoints(directory, keep, keep_steps, keep_best=keep_best)
 
 
 class UploadedCheckpoints(Checkpoints):
@@ -37,19 +40,27 @@ class UploadedCheckpoints(Checkpoints):
       run_directory: holds them in its folder `checkpoints`.
       keep: how many stay, newest first.
       keep_steps: others that stay.
+      keep_best: whether the best one stays, too.
 
     Raises:
       HymbaError: the store refuses it.
       OSError: there is no space on the disk; its directory is TMPDIR.
     """
 
-    def __init__(self, run_directory: RemotePath, keep: int, keep_steps: Sequence[int] = ()):
+    def __init__(
+        self,
+        run_directory: RemotePath,
+        keep: int,
+        keep_steps: Sequence[int] = (),
+        *,
+        keep_best: bool = False,
+    ):
         self.directory = self._bucket = run_directory / FOLDER
         self._keep, self._keep_steps = keep, keep_steps
         self._remove_partial()
         with ExitStack() as opened:
             self._local = Path(opened.enter_context(TemporaryDirectory(prefix="hymba-")))
-            self._open(self._local, 1, on_written=self._upload)
+            self._open(self._local, 1, keep_best=keep_best, on_written=self._upload)
             self._opened = opened.pop_all()
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
@@ -69,7 +80,8 @@ class UploadedCheckpoints(Checkpoints):
         target.upload(written)
         (target / COMMITTED).write_bytes(b"")
         steps = checkpoint_steps(self._bucket.parent)[: -self._keep]
-        for step in {*steps} - {*self._keep_steps}:
+        best = self._preserve_best.best
+        for step in {*steps} - {*self._keep_steps, best and best.step}:
             old = self._bucket / str(step)
             (old / COMMITTED).unlink()  # first: what is left after a kill is no checkpoint
             old.rmtree()

@@ -31,6 +31,7 @@ from hymba_jax.config.model import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.stages import Stage, StageConfig, ineffective_fields, resolve_stages
 from hymba_jax.config.toml import ARRAY, misfits, name_tables, override_from, toml_lines
+from hymba_jax.config.tracking import TrackingConfig
 from hymba_jax.config.training import TRAINING_BOUNDS, TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_toml, resolve_location
@@ -66,6 +67,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     stages: Mapping[str, StageConfig] = field(default_factory=dict, metadata=ARRAY)
 
     def __post_init__(self) -> None:

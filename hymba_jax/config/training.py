@@ -94,6 +94,9 @@ class TrainingConfig:
         all held-out text.
       checkpoint_every: steps between checkpoints; the last step has one too.
       keep_checkpoints: checkpoints kept, newest first.
+      keep_best: keeps the checkpoint with the lowest validation loss, too; a validation that is the
+        best so far saves one. It is the mean over all validation sets, of the same batches each
+        time.
       sample_prompt: prompt of the sample that is written at the end of the run.
       sample_tokens: its length; 0 writes none.
       sample_temperature: 0 takes the likeliest token each time, 1 the model's distribution.
@@ -127,6 +130,7 @@ class TrainingConfig:
     validation_batches: int = 16
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    keep_best: bool = True
     sample_prompt: str = "def "
     sample_tokens: int = 128
     sample_temperature: float = 0.8

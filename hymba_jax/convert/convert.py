@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.checkpoint.run_lock import check_unlocked
@@ -47,7 +48,8 @@ class ConvertConfig:
       target: local directory to write.
       dtype: cast all tensors to this dtype.
       max_shard_size: of one safetensors file, such as 500MB or 2GiB.
-      step: which checkpoint of a run; the newest if absent.
+      step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
+        absent.
       verify: .npz file with input_ids and the logits to compare those of the written model with.
       tolerance: maximum difference of logits.
       overwrite: replaces what an earlier conversion wrote to TARGET, and never anything else.
@@ -57,7 +59,7 @@ class ConvertConfig:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     max_shard_size: str = "5GB"
-    step: int | None = None
+    step: Step | None = None
     verify: str = ""
     tolerance: float = 5e-4
     overwrite: bool = False
@@ -74,13 +76,16 @@ def main(args: ConvertConfig) -> None:
     max_shard_bytes = parse_size(args.max_shard_size)
     if not 0 <= args.tolerance < math.inf:
         raise HymbaError(f"tolerance is {args.tolerance}, not a number >= 0")
-    with local_copy(location, args.step) as source:
-        _convert(source, target, max_shard_bytes, args)
+    step = resolve_step(location, args.step)
+    with local_copy(location, step) as source:
+        _convert(source, step, target, max_shard_bytes, args)
 
 
-def _convert(source: Path, target: Path, max_shard_bytes: int, args: ConvertConfig) -> None:
+def _convert(
+    source: Path, step: int | None, target: Path, max_shard_bytes: int, args: ConvertConfig
+) -> None:
     _check_target(source, target, args.overwrite)
-    checkpoint = open_checkpoint(source, args.step)
+    checkpoint = open_checkpoint(source, step)
     checkpoint.check()
     expected = read_expected(resolve_path(args.verify), checkpoint.config) if args.verify else None
     _check_space(target, checkpoint.tensors, args.dtype)
@@ -107,7 +112,7 @@ def open_checkpoint(directory: Path, step: int | None = None) -> NativeCheckpoin
     """The checkpoint of either kind that a directory holds.
 
     Args:
-      step: which checkpoint of a training run; the newest if absent.
+      step: which checkpoint of a training run, see `ConvertConfig`.
 
     Raises:
       HymbaError: it holds none, or an incomplete one.

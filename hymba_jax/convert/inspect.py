@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
@@ -47,11 +48,12 @@ class InspectConfig:
 
     Attributes:
       path: directory of the checkpoint.
-      step: which checkpoint of a run; the newest if absent.
+      step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
+        absent.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    step: int | None = None
+    step: Step | None = None
 
 
 def main(args: InspectConfig) -> None:
@@ -60,8 +62,10 @@ def main(args: InspectConfig) -> None:
     Raises:
       HymbaError: there is no checkpoint, a file of it cannot be read, or it is not complete.
     """
-    with local_copy(resolve_location(args.path), args.step) as directory:
-        _inspect(open_checkpoint(directory, args.step), args.path)
+    location = resolve_location(args.path)
+    step = resolve_step(location, args.step)
+    with local_copy(location, step) as directory:
+        _inspect(open_checkpoint(directory, step), args.path)
 
 
 def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str) -> None:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
@@ -19,7 +20,7 @@ def load(
     state_dtype: DType = "float32",
     batch_size: int = 8,
     context: int | None = None,
-    step: int | None = None,
+    step: Step | None = None,
 ) -> LanguageModel:
     """The model of a training run, or of a directory that holds a standalone model, on one device.
 
@@ -32,12 +33,14 @@ def load(
       state_dtype: that the SSM's states are kept in between tokens.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      step: which checkpoint of a run; the newest if absent.
+      step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
+        absent.
 
     Raises:
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
         into the device's memory.
     """
+    step = resolve_step(directory, step)
     config = read_model_directory(directory, step)[0]  # first: it reports a missing model
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(config, str(directory))
@@ -57,7 +60,8 @@ class ModelChoice:
 
     Attributes:
       model: directory of a training run, or of a standalone model; local, gs:// or s3://.
-      step: which checkpoint of a run; the newest if absent.
+      step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
+        absent.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.
       batch_size: sequences that are decoded at the same time.
@@ -65,7 +69,7 @@ class ModelChoice:
     """
 
     model: str
-    step: int | None = None
+    step: Step | None = None
     dtype: DType | None = None
     state_dtype: DType = "float32"
     batch_size: int = 8

@@ -14,8 +14,14 @@
 | `step.py`              | one update of any objective, as a pure function                     |
 | `capacity.py`          | whether the training state can fit the devices' memory              |
 | `validation.py`        | the objective on held-out text                                      |
+| `evaluation.py`        | evaluations during training, on their schedules                     |
 | `sample.py`            | text from the trained model                                         |
-| `metrics.py`           | JSON lines and TensorBoard                                          |
+| `metrics.py`           | the metrics of a run: JSON lines, and the trackers                  |
+| `trackers.py`          | the interface of trackers; Weights & Biases, Trackio                |
+| `tensorboard.py`       | event files for TensorBoard                                         |
+| `uploaded_records.py`  | metrics of a run in a bucket                                        |
+| `run_start.py`         | what a run is started with                                          |
+| `git_state.py`         | the commit that a run is started from                               |
 | `recorder.py`          | prints and writes the metrics                                       |
 | `spikes.py`            | loss spikes                                                         |
 | `interrupts.py`        | Ctrl-C and SIGTERM: a checkpoint, and one line                      |

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 
 import jax
@@ -50,18 +50,23 @@ from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training.capacity import check_memory
+from hymba_jax.training.evaluation import Evaluation, check_evaluations
 from hymba_jax.training.extension import describe_extension
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective, next_token_loss
+from hymba_jax.training.metrics import MetricsWriter, last_step
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder, RecorderState
+from hymba_jax.training.run_start import record_start
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.schedule import learning_rate_schedule
 from hymba_jax.training.stage_program import StageProgram, compile_stage
 from hymba_jax.training.step import check_batch
-from hymba_jax.training.uploaded_metrics import open_metrics
+from hymba_jax.training.trackers import check_trackers, make_trackers
+from hymba_jax.training.uploaded_records import Records, open_records
+from hymba_jax.training.validation import comparable_loss
 
 
 def train(
@@ -69,6 +74,7 @@ def train(
     generate: Generate,
     objective: Objective = next_token_loss,
     interrupts: Interrupts | None = None,
+    evaluations: Sequence[Evaluation] = (),
 ) -> None:
     """Trains a model, or resumes the run in the run directory; writes a sample at the end.
 
@@ -76,12 +82,16 @@ def train(
       generate: the sample, from the trained model.
       objective: what training minimizes and validation reports.
       interrupts: signals for which the run saves a checkpoint and returns early.
+      evaluations: run on their schedules, beside validation.
 
     Raises:
       HymbaError: the config is invalid for this run, the output cannot be written, or training
         diverged.
     """
     check_output(config.output, config.init_from)
+    check_evaluations(evaluations)
+    if is_main_process():
+        check_trackers(config.tracking)
     check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
     for stage in config.resolved_stages:
@@ -92,7 +102,7 @@ def train(
         locked(resolve_location(config.output), display.say) if is_main_process() else nullcontext()
     )
     with display, lock, jax.set_mesh(mesh):
-        _train(config, generate, objective, interrupts or Interrupts(), mesh, display)
+        _train(config, generate, objective, interrupts or Interrupts(), evaluations, mesh, display)
 
 
 def _train(
@@ -100,6 +110,7 @@ def _train(
     generate: Generate,
     objective: Objective,
     interrupts: Interrupts,
+    evaluations: Sequence[Evaluation],
     mesh: Mesh,
     display: Display,
 ) -> None:
@@ -123,7 +134,15 @@ def _train(
         """What the steps of a stage need."""
         display.begin(f"compiling {stage.label}")
         return compile_stage(
-            stage, examples[stage.name], data, objective, optimizer, abstract, mesh, interrupts
+            stage,
+            examples[stage.name],
+            data,
+            objective,
+            optimizer,
+            abstract,
+            evaluations,
+            mesh,
+            interrupts,
         )
 
     ready: StageProgram | None = None
@@ -134,8 +153,11 @@ def _train(
         ready = compiled(stages[0])
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
+    training = config.training
     kept = [stage.decay_start for stage in stages if stage.decay_start]
-    with open_checkpoints(config.output, config.training.keep_checkpoints, kept) as checkpoints:
+    with open_checkpoints(
+        config.output, training.keep_checkpoints, kept, keep_best=training.keep_best
+    ) as checkpoints:
         if state is None:
             assert previous is not None
             state, saved = checkpoints.restore(abstract.state, display.say)
@@ -183,9 +205,15 @@ def _run_stages(
     trace = output / PROFILE if output and config.profile else None
     step, validation_due = (saved.step, saved.validation_due) if saved else (0, False)
     recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
-    with open_metrics(output, recorded.logged) as writer, Tracer(trace, step) as tracer:
-        if writer.removed:
-            display.say(writer.removed)
+    with open_records(output) as records, ExitStack() as opened:
+        run = None
+        if records.directory:
+            before = last_step(records.directory)
+            run = record_start(
+                config, records.directory, recorded.logged, before, is_resumed=saved is not None
+            )
+        metrics = MetricsWriter(run, display.say, make_trackers(config.tracking))
+        writer, tracer = opened.enter_context(metrics), opened.enter_context(Tracer(trace, step))
         recorder = Recorder(
             config.resolved_stages[-1].stop, config.training.log_every, writer, display, recorded
         )
@@ -196,7 +224,7 @@ def _run_stages(
                 step, digests, recorded.skipped, validation_due, dataclasses.asdict(recorded)
             )
             with recorder.waiting_for("checkpoint"):
-                writer.flush()
+                records.flush()
                 checkpoints.save(state, loop)
 
         for program in programs:
@@ -211,11 +239,11 @@ def _run_stages(
                     program,
                     validation_due=validation_due,
                     save_every=config.training.checkpoint_every,
-                    is_last=stage.stop == config.resolved_stages[-1].stop,
                     save=save,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
                     recorder=recorder,
+                    records=records,
                     tracer=tracer,
                     display=display,
                 )
@@ -232,24 +260,23 @@ def _run_steps(
     *,
     validation_due: bool,
     save_every: int,
-    is_last: bool,
     save: Callable[[TrainState, int, bool], None],
     checkpoints: Checkpoints,
     interrupts: Interrupts,
     recorder: Recorder,
+    records: Records,
     tracer: Tracer,
     display: Display,
 ) -> TrainState:
     """The state after the last step of a stage, or after the one at which the run has to stop.
 
-    Validates and saves on schedule, after the last step, and before the learning rate decays.
+    Evaluates and saves on schedule, after the last step, and before the learning rate decays.
 
     Args:
       start: steps done already, of the whole run.
-      validation_due: whether the validation after them is not.
-      is_last: whether no other stage follows.
+      validation_due: whether the evaluations after them are not.
     """
-    stage, validate_every = program.stage, program.stage.run.training.validate_every
+    stage, evaluations = program.stage, program.evaluations
     batches = program.batches(start - stage.start)
     for step in range(start, stage.stop + 1):
         ends = step == stage.stop
@@ -260,18 +287,20 @@ def _run_steps(
             with tracer.step(step):
                 state, metrics = program.train_step(state, batch)
             recorder.submit(step, metrics)
+            records.flush_if_due()
             checkpoints.check()
-            validation_due = ends or step % validate_every == 0
-        stops = interrupts.poll()
+            validation_due = evaluations.are_due(step)
+        stops, improves = interrupts.poll(), False
         if validation_due and not stops:
-            if ends and is_last:
+            if ends:
                 display.begin("validating on all held-out text")
             with recorder.paused():
-                validation = program.validate(state.params, ends and is_last)
-            if validation is not None:
-                recorder.flush(validation)
-            validation_due = stops = validation is None
-        saves = ends or step % save_every == 0 or step == stage.decay_start
+                evaluated = evaluations.run(state.params, step)
+            if evaluated is not None:
+                recorder.flush(evaluated)
+                improves = checkpoints.improves(step, comparable_loss(evaluated))
+            validation_due = stops = evaluated is None
+        saves = ends or improves or step % save_every == 0 or step == stage.decay_start
         if step > start and (stops or saves):
             if not validation_due:  # whose line of metrics waits for it
                 recorder.flush()

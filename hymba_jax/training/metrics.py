@@ -1,128 +1,125 @@
-"""Metrics files: one JSON line per logged step, and the same to TensorBoard."""
+"""The metrics of a run: `metrics.jsonl`, one JSON line per logged step, and the trackers."""
 
 import json
 import os
-import secrets
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 
 from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import open_regular, parse_json, replace_text
+from hymba_jax.training.run_start import RunStart
+from hymba_jax.training.trackers import Tracker
 
 JSON_LINES = "metrics.jsonl"
 REMOVED = "metrics.removed.jsonl"
-TENSORBOARD = "tensorboard"
 
 
 class MetricsWriter(Closing):
-    """Appends to `metrics.jsonl` and `tensorboard/` of a run directory, as a context.
+    """Writes the metrics of a run to `JsonLines`, its record, and to trackers, as a context.
 
-    Lines after `step`, left by a run that stopped, and damaged lines are moved to
+    A tracker that fails must not stop the training: it is reported once, and left out from then on.
+    Only at the start of a new run, while somebody is there to fix it, its failure is an error.
+
+    Args:
+      run: nothing is written if absent.
+      say: is told of trackers that are left out, and of lines that are moved.
+      trackers: by the names that the config has for them.
+
+    Raises:
+      HymbaError: a file of `JsonLines` cannot be read or written, or a tracker cannot be started;
+        `write` and the end of the context do, too.
+    """
+
+    def __init__(
+        self,
+        run: RunStart | None,
+        say: Callable[[str], None] = print,
+        trackers: Mapping[str, Tracker] = {},
+    ):
+        self._say = say
+        self._lines = JsonLines(say) if run else None
+        self._trackers: dict[str, Tracker] = {}
+        if self._lines is None or run is None:
+            return
+        self._lines.start(run)
+        for name, tracker in trackers.items():
+            try:
+                tracker.start(run)
+            except Exception as error:
+                if not run.is_resumed:
+                    self.close()
+                    raise HymbaError(
+                        f"tracking.{name}: cannot start ({_reason(error)}): fix it, or leave "
+                        f"tracking.{name} out"
+                    ) from error
+                self._report(name, "cannot start", error)
+            else:
+                self._trackers[name] = tracker
+
+    def write(self, step: int, metrics: Mapping[str, int | float | str]) -> None:
+        """Records these metrics of a step; a float reads back from the JSON as the same float."""
+        if self._lines is None:
+            return
+        self._lines.write(step, metrics)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.write(step, metrics)
+            except Exception as error:
+                self._report(name, "failed", error)
+                del self._trackers[name]
+
+    def close(self) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self._report(name, "failed at the end", error)
+        if self._lines is not None:
+            self._lines.close()
+
+    def _report(self, name: str, what: str, error: Exception) -> None:
+        self._say(
+            f"tracking.{name} {what} ({_reason(error)}): left out until the run is started again"
+        )
+
+
+class JsonLines:
+    """`metrics.jsonl` of a run directory.
+
+    Lines after the step of the start, left by a run that stopped, and damaged lines are moved to
     `metrics.removed.jsonl`, so that the lines of a resumed run read as if it had never stopped.
 
     Args:
-      run_directory: where; nothing is written if absent.
-      step: updates done so far.
-
-    Attributes:
-      removed: what was moved, in words; empty if nothing was.
-
-    Raises:
-      HymbaError: a file cannot be read or written; `write` and the end of the context do, too.
+      say: is told what was moved.
     """
 
-    def __init__(self, run_directory: Path | None, step: int):
-        self.removed = ""
-        self._files = ExitStack()
-        self._writes = run_directory is not None
-        if run_directory is None:
-            return
-        lines = run_directory / JSON_LINES
-        with _named(lines):
-            self.removed = _keep_until(lines, run_directory / REMOVED, step)
-        with ExitStack() as opened:
-            self._lines = opened.enter_context(_Lines(lines))
-            self._board = opened.enter_context(_TensorBoard(run_directory / TENSORBOARD, step))
-            self._files = opened.pop_all()
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
 
-    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
-        """Records these values of a step; a float reads back from the JSON as the same float.
-
-        TensorBoard gets the numbers.
-        """
-        if self._writes:
-            self._lines.write((json.dumps({"step": step, **values}) + "\n").encode())
-            self._board.write(step, values)
-
-    def flush(self) -> None:
-        """Lets what is written outlive the process; on a disk it does as soon as it is written."""
-
-    def close(self) -> None:
-        self._files.close()
-
-
-class _TensorBoard(Closing):
-    """A new file of events, without the thread of TensorBoard's usual writers.
-
-    That thread dies on a full disk and leaves the program waiting for it.
-    """
-
-    def __init__(self, directory: Path, step: int):
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        self._path = directory / f"{name}.{secrets.token_hex(4)}"
+    def start(self, run: RunStart) -> None:
+        self._path = run.directory / JSON_LINES
         with _named(self._path):
-            directory.mkdir(exist_ok=True)
-            self._records = RecordWriter(str(self._path))
-        with ExitStack() as opened:
-            opened.push(self)
-            self._write(
-                Event(wall_time=time.time(), file_version="brain.Event:2"),
-                # Hides events of earlier files from this step on.
-                Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)),
-            )
-            opened.pop_all()
+            removed = _keep_until(self._path, run.directory / REMOVED, run.step)
+            self._file = self._path.open("ab", buffering=0)
+        if removed:
+            self._say(removed)
 
-    def write(self, step: int, values: Mapping[str, int | float | str]) -> None:
-        now = time.time()
-        summaries = (
-            scalar(name, value) for name, value in values.items() if not isinstance(value, str)
-        )
-        self._write(*(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
-
-    def _write(self, *events: Event) -> None:
-        with _named(self._path):
-            for event in events:
-                self._records.write(event.SerializeToString())
-            self._records.flush()
-
-    def close(self) -> None:
-        with _named(self._path):
-            self._records.close()
-
-
-class _Lines(Closing):
-    """A file with unbuffered appends."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        with _named(path):
-            self._file = path.open("ab", buffering=0)
-
-    def write(self, content: bytes) -> None:
+    def write(self, step: int, metrics: Mapping[str, int | float | str]) -> None:
+        content = (json.dumps({"step": step, **metrics}) + "\n").encode()
         with _named(self._path):
             while content:
                 content = content[self._file.write(content) :]
 
     def close(self) -> None:
         self._file.close()
+
+
+def last_step(run_directory: Path) -> int:
+    """The last step that `metrics.jsonl` of a run has a line of; 0 without any."""
+    lines = _split(_read(run_directory / JSON_LINES))
+    return max((step for line in lines if (step := _step_of(line)) is not None), default=0)
 
 
 @contextmanager
@@ -142,15 +139,11 @@ def _keep_until(path: Path, removed: Path, step: int) -> str:
 
     They are appended there, byte for byte, before this file is replaced.
     """
-    try:
-        with open_regular(path) as file:
-            content: bytes = file.read()
-    except FileNotFoundError:
-        return ""
     kept: list[bytes] = []
     moved: list[bytes] = []
     damaged = 0
-    for line in filter(bytes.strip, content.split(b"\n")):
+    content = _read(path)
+    for line in _split(content):
         at = _step_of(line)
         damaged += at is None
         (moved if at is None or at > step else kept).append(line + b"\n")
@@ -163,7 +156,22 @@ def _keep_until(path: Path, removed: Path, step: int) -> str:
         replace_text(path, b"".join(kept).decode())
     counts = {f"after step {step}": len(moved) - damaged, "damaged": damaged}
     words = [f"{count} {what}" for what, count in counts.items() if count]
-    return f"{path}: moved lines to {removed.name}: {', '.join(words)}" if moved else ""
+    return f"{path.name}: moved lines to {removed.name}: {', '.join(words)}" if moved else ""
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file, if there is one."""
+    try:
+        with open_regular(path) as file:
+            content: bytes = file.read()
+    except FileNotFoundError:
+        return b""
+    return content
+
+
+def _split(content: bytes) -> list[bytes]:
+    """The lines that are not blank."""
+    return [line for line in content.split(b"\n") if line.strip()]
 
 
 def _step_of(line: bytes) -> int | None:
@@ -174,3 +182,8 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = values.get("step") if isinstance(values, dict) else None
     return step if type(step) is int else None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -11,6 +11,7 @@ import jax
 
 from hymba_jax.display import Display, duration
 from hymba_jax.errors import HymbaError
+from hymba_jax.parallel.slowest import SlowestProcess
 from hymba_jax.training.loss import Average, Averages, add_averages, means
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload
@@ -38,6 +39,7 @@ class RecorderState:
       skipped: updates skipped since the start of the run.
       skipped_in_a_row: of them, those that led to `step`.
       losses: the last ones, for the spikes.
+      bits_per_byte: of the last validation.
     """
 
     step: int = 0
@@ -49,6 +51,7 @@ class RecorderState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     losses: list[float] = field(default_factory=list)
+    bits_per_byte: float | None = None
 
 
 class StageRecords(NamedTuple):
@@ -80,7 +83,8 @@ class Recorder:
     `grad_norm` per step), the last value of others (`learning_rate`), and the throughput.
     `tokens_seen`, what was read of the data and `skipped_steps` count from the start of the run;
     the averages are without the steps that were skipped. Those and loss spikes are printed with
-    their data.
+    their data. Of several processes, lines at every `log_every` steps name the slowest: the one
+    that spent most time on a step, `slowest_process_seconds`, besides waiting for its devices.
 
     `begin_stage` comes before the first step.
 
@@ -107,17 +111,23 @@ class Recorder:
         self._latest, self._stalls = dict(state.latest), dict(state.stalls)
         self._skipped, self._skipped_in_a_row = state.skipped, state.skipped_in_a_row
         self._spikes = SpikeDetector(state.losses)
+        self._bits_per_byte = state.bits_per_byte
+        self._slowest = SlowestProcess()
 
     def begin_stage(self, stage: StageRecords) -> None:
         """The steps that are submitted from here on are of this stage."""
         self.flush()
         self._stage = stage
-        self._logged_at = time.monotonic() - self._seconds
+        now = time.monotonic()
+        self._logged_at = now - self._seconds
+        self._compared, self._compared_at, self._waited = self._step, now, 0.0
 
     def submit(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of the step just begun; reads those of the step before."""
         self.flush()
         self._pending = step, metrics
+        if step % self._log_every == 0:
+            self._compare_processes(step)
 
     def collect(self) -> None:
         """Reads the step last submitted if it is complete, before the next begins.
@@ -127,30 +137,33 @@ class Recorder:
         if self._is_idle():
             self.flush()
 
-    def flush(self, validation: dict[str, float] | None = None) -> None:
-        """Reads the step last submitted; writes a line with what validation said, or if it is due.
+    def flush(self, evaluated: Mapping[str, int | float] | None = None) -> None:
+        """Reads the step last submitted; writes a line if it is due.
+
+        Args:
+          evaluated: what evaluations after the step said, which a line is always due for.
 
         Raises:
           HymbaError: its loss or its gradient is not finite, and was not skipped.
         """
-        if not self._read() and validation is None:
+        if not self._read() and not evaluated:
             return
-        values: dict[str, int | float | str] = {**means(self._averages), **self._latest}
-        seconds = self._seconds / (self._step - self._logged)
-        stage = self._stage
-        rates = stage.workload.rates(seconds)
-        line = self._line(means(self._averages).get("loss", math.nan), validation, seconds, rates)
+        stage, evaluated = self._stage, evaluated or {}
+        self._bits_per_byte = evaluated.get("validation_bits_per_byte", self._bits_per_byte)
+        values = means(self._averages) | self._latest
+        values |= stage.workload.rates(self._seconds / (self._step - self._logged))
+        if slowest := self._slowest.read():
+            values["slowest_process"], values["slowest_process_seconds"] = slowest
+        line = self._line(values)
         self._display.update(line)
-        if self._step % self._log_every == 0 or validation:
-            (self._display.say if validation else self._display.log)(line)
-            if stage.name:
-                values["stage"] = stage.name
+        if self._step % self._log_every == 0 or evaluated:
+            (self._display.say if evaluated else self._display.log)(line)
             done = self._step - stage.start
             values["tokens_seen"] = stage.tokens_before + done * stage.workload.tokens
             values |= stage.data_progress(self._step)
-            values |= rates
             values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
-            self._writer.write(self._step, {**values, **(validation or {})})
+            name = {"stage": stage.name} if stage.name else {}
+            self._writer.write(self._step, {**name, **values, **evaluated})
             self._begin_line()
 
     def state(self) -> RecorderState:
@@ -170,6 +183,7 @@ class Recorder:
             self._skipped,
             self._skipped_in_a_row,
             self._spikes.losses,
+            self._bits_per_byte,
         )
 
     def _read(self) -> bool:
@@ -177,7 +191,8 @@ class Recorder:
         if self._pending is None:
             return False
         (self._step, submitted), self._pending = self._pending, None
-        metrics = jax.tree.map(float, submitted)  # waits for the step
+        with self._waiting():
+            metrics = jax.tree.map(float, submitted)
         self._seconds = time.monotonic() - self._logged_at
         averages = {name: value for name, value in metrics.items() if isinstance(value, Average)}
         others = {name: value for name, value in metrics.items() if name not in averages}
@@ -194,6 +209,13 @@ class Recorder:
             self._latest["skipped_steps"] = self._skipped
         return True
 
+    def _compare_processes(self, step: int) -> None:
+        """Gives the time that this process took for the steps since it did so before."""
+        now = time.monotonic()
+        own = now - self._compared_at - self._waited
+        self._slowest.submit(own / (step - self._compared))
+        self._compared, self._compared_at, self._waited = step, now, 0.0
+
     def _begin_line(self) -> None:
         """After the step last read, the steps of the next line begin."""
         self._logged, self._logged_at = self._step, self._logged_at + self._seconds
@@ -203,10 +225,13 @@ class Recorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Excludes the time spent inside from the throughput."""
-        jax.block_until_ready(self._pending)
+        with self._waiting():
+            jax.block_until_ready(self._pending)
         began = time.monotonic()
         yield
-        self._logged_at += time.monotonic() - began
+        pause = time.monotonic() - began
+        self._logged_at += pause
+        self._compared_at += pause
 
     @contextmanager
     def waiting_for(self, what: Stall) -> Iterator[None]:
@@ -220,6 +245,13 @@ class Recorder:
         if self._is_idle():
             self._stalls[what] += time.monotonic() - began
 
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Records the time spent inside as waiting for the devices."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
     def _is_idle(self) -> bool:
         """Whether the devices have done all steps submitted."""
         if self._pending is None:
@@ -227,25 +259,28 @@ class Recorder:
         loss: Any = self._pending[1]["loss"]
         return bool(loss.total.is_ready())
 
-    def _line(
-        self,
-        loss: float,
-        validation: dict[str, float] | None,
-        seconds: float,
-        rates: dict[str, float],
-    ) -> str:
-        """The line of progress, at this many seconds a step and the rates that follow."""
-        steps = self._steps
-        bits = ""
-        if validation:
-            bits = f"validation {validation['validation_bits_per_byte']:.4f} bits/byte  "
-        used = f"{rates['mfu']:.1%} MFU  " if "mfu" in rates else ""
-        stage = f"{self._stage.name}  " if self._stage.name else ""
-        return (
-            f"{stage}step {self._step:{len(str(steps))}}/{steps}  loss {loss:.4f}  "
-            f"{bits}{rates['tokens_per_second']:,.0f} tokens/s  {used}"
-            f"{duration((steps - self._step) * seconds)} left"
-        )
+    def _line(self, values: Mapping[str, int | float]) -> str:
+        """The line of progress, with the last validation in bits per byte.
+
+        What matters least is last, where a terminal of 100 columns may cut it off.
+        """
+        step, steps = self._step, self._steps
+        seconds = self._seconds / (step - self._logged)
+        stalled = self._stalls["input"] / self._seconds
+        parts = [self._stage.name, f"step {step:{len(str(steps))}}/{steps} {step / steps:4.0%}"]
+        parts.append(f"loss {values.get('loss', math.nan):.4f}")
+        if self._bits_per_byte is not None:
+            parts.append(f"val {self._bits_per_byte:.4f} bpb")
+        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+        if "mfu" in values:
+            parts.append(f"{values['mfu']:.0%} MFU")
+        parts.append(f"{duration((steps - step) * seconds)} left")
+        if stalled >= 0.005:
+            parts.append(f"{stalled:.0%} input stalls")
+        if "slowest_process" in values:
+            seconds = values["slowest_process_seconds"]
+            parts.append(f"slowest process {values['slowest_process']} {seconds:.2f} s")
+        return "  ".join(filter(None, parts))
 
     def _find_spike(self, loss: float) -> None:
         """Prints the step if its loss is far above those before."""

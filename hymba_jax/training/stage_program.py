@@ -1,6 +1,6 @@
 """What the steps of a stage need, compiled: a run without stages is one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,25 +15,27 @@ from hymba_jax.data.examples import Examples
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import training_flops
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
+from hymba_jax.training.evaluation import Evaluation, Evaluations
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective, make_loss_fn
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.recorder import StageRecords
 from hymba_jax.training.step import Metrics, compile_train_step, run_step
-from hymba_jax.training.validation import Validate, compile_eval_step, make_validate
+from hymba_jax.training.validation import compile_eval_step, make_validate
 
 
 class StageProgram(NamedTuple):
     """A stage that is ready to run.
 
     Attributes:
+      evaluations: validation, and those that a program adds.
       batches: the global batches from the one on that so many of the stage are before.
       records: what metrics say of its steps.
     """
 
     stage: Stage
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    validate: Validate
+    evaluations: Evaluations
     batches: Callable[[int], Iterator[Batch]]
     records: StageRecords
 
@@ -45,6 +47,7 @@ def compile_stage(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     abstract: AbstractTrainState,
+    evaluations: Sequence[Evaluation],
     mesh: Mesh,
     interrupts: Interrupts,
 ) -> StageProgram:
@@ -53,6 +56,7 @@ def compile_stage(
     Args:
       examples: of the stage, from its first on.
       abstract: the state, which is the same in all stages.
+      evaluations: beside validation.
     """
     run, training = stage.run, stage.run.training
     # The architecture differs between stages in what has no parameters: positions.
@@ -81,7 +85,9 @@ def compile_stage(
     return StageProgram(
         stage,
         compile_train_step(train_step, abstract.state, batch),
-        validate,
+        Evaluations(
+            validate, training.validate_every, evaluations, graph, stage.stop, interrupts.poll
+        ),
         batches,
         _records(stage, examples, training_flops(run.model, run.data.sequence_length), mesh),
     )

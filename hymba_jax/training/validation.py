@@ -1,5 +1,6 @@
 """Validation: the objective on held-out text, the same at every batch size and device count."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,6 +16,8 @@ type Validate = Callable[[Params, bool], dict[str, float] | None]
 
 None if the run was asked to stop meanwhile.
 """
+
+_SAMPLE_LOSS = "validation_sample_loss"
 
 
 def compile_eval_step(loss_fn: LossFn, params: Params, batch: Batch) -> LossFn:
@@ -37,7 +40,8 @@ def make_validate(
     """The function (params, full) -> metrics.
 
     The metrics of one set are `validation_loss` and so on. Of several, these are the means over all
-    their targets and all their text, and `validation_loss/NAME` is that of each.
+    their targets and all their text, and `validation_loss/NAME` is that of each. If all text is
+    used, `validation_sample_loss` is what it would be otherwise, to compare with the others.
 
     Args:
       batch_size: sequences at once.
@@ -47,9 +51,9 @@ def make_validate(
     rows = process_rows(mesh, batch_size)
 
     def evaluate(
-        params: Params, validation_set: ValidationSet, full: bool
+        params: Params, validation_set: ValidationSet, limit: int | None
     ) -> dict[str, float] | None:
-        batches = validation_batches(validation_set.rows, batch_size, None if full else limit, rows)
+        batches = validation_batches(validation_set.rows, batch_size, limit, rows)
         sums: Averages = {}
         computing: Averages = {}  # of the batch under way
         for batch in batches:
@@ -61,10 +65,10 @@ def make_validate(
         values = means(add_averages([sums, computing]))
         return values | {"bits_per_byte": validation_set.bits_per_byte(values["loss"])}
 
-    def validate(params: Params, full: bool) -> dict[str, float] | None:
+    def evaluate_all(params: Params, limit: int | None) -> dict[str, float] | None:
         by_set = {}
         for name, validation_set in sets.items():
-            values = evaluate(params, validation_set, full)
+            values = evaluate(params, validation_set, limit)
             if values is None:
                 return None
             by_set[name] = values
@@ -74,7 +78,22 @@ def make_validate(
                 metrics |= {f"validation_{key}/{name}": value for key, value in values.items()}
         return metrics
 
+    def validate(params: Params, full: bool) -> dict[str, float] | None:
+        sample = evaluate_all(params, limit)
+        if not full or sample is None:
+            return sample
+        metrics = evaluate_all(params, None)
+        return metrics and metrics | {_SAMPLE_LOSS: sample["validation_loss"]}
+
     return validate
+
+
+def comparable_loss(metrics: Mapping[str, int | float]) -> float:
+    """The validation loss that compares with those of other steps, which are of the same text.
+
+    It is infinite without a validation.
+    """
+    return metrics.get(_SAMPLE_LOSS, metrics.get("validation_loss", math.inf))
 
 
 def _overall(

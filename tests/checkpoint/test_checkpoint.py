@@ -14,7 +14,13 @@ import orbax.checkpoint as ocp
 import pytest
 from slow import slow_but
 
-from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params, silence_orbax
+from hymba_jax.checkpoint.checkpoints import (
+    Checkpoints,
+    LoopState,
+    load_params,
+    resolve_step,
+    silence_orbax,
+)
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
@@ -104,6 +110,47 @@ def test_the_newest_is_restored_and_the_last_few_are_kept(run):
     restored, restored_loop, _ = restore(run)
     assert restored_loop.step == 3
     assert_equal(restored, make_state(3))
+
+
+def save_with_losses(run, losses):
+    """Checkpoints with these validation losses, saved if one is the best so far or told to be."""
+    with Checkpoints(run, keep=1, keep_best=True) as checkpoints:
+        if checkpoint_steps(run):
+            checkpoints.restore(abstract(make_state()), print)
+        for step, loss, is_due in losses:
+            if checkpoints.improves(step, loss) or is_due:
+                checkpoints.save(make_state(step), loop(step))
+
+
+def test_the_best_is_kept_beside_the_newest_and_is_read_by_that_name(tmp_path):
+    wanted = abstract(make_state()).params
+    nan = float("nan")
+    save_with_losses(tmp_path, [(1, nan, True), (2, 3.0, False), (3, 3.5, True), (4, 3.0, True)])
+    assert checkpoint_steps(tmp_path) == [2, 4]
+    assert_equal(
+        load_params(tmp_path, wanted, resolve_step(tmp_path, "best")), make_state(2).params
+    )
+    save_with_losses(tmp_path, [(5, 3.1, True)])  # a resumed run knows it
+    assert checkpoint_steps(tmp_path) == [2, 5]
+    save_with_losses(tmp_path, [(6, 2.9, False), (7, 3.0, True), (8, 3.0, True)])
+    assert checkpoint_steps(tmp_path) == [6, 8]
+    assert_equal(
+        load_params(tmp_path, wanted, resolve_step(tmp_path, "best")), make_state(6).params
+    )
+    damage_foreign(tmp_path / "checkpoints" / "8")
+    save_with_losses(tmp_path, [(7, 2.95, True), (8, 3.0, True)])
+    assert checkpoint_steps(tmp_path) == [6, 8]
+    assert_equal(
+        load_params(tmp_path, wanted, resolve_step(tmp_path, "best")), make_state(6).params
+    )
+    shutil.rmtree(tmp_path / "checkpoints" / "6")  # the next one counts as the best
+    save_with_losses(tmp_path, [(9, 3.3, False), (10, 3.4, True)])
+    assert checkpoint_steps(tmp_path) == [9, 10]
+
+
+def test_a_run_without_a_best_checkpoint_says_so(run):
+    with pytest.raises(HymbaError, match=r"2: knows no best checkpoint, .*: name a step"):
+        load_params(run, abstract(make_state()).params, resolve_step(run, "best"))
 
 
 def test_parameters_are_read_without_the_optimizer(run):

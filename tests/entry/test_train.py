@@ -24,8 +24,8 @@ def test_a_run_says_what_it_does(finished):
     assert "parameters in 1 layers, 1 x cpu; 4 steps of 192 tokens" in lines[2]
     assert "compiling…" in lines
     for step in range(1, 5):
-        assert any(line.startswith(f"step {step}/4  loss ") for line in lines)
-    assert any("bits/byte" in line and "tokens/s" in line and "left" in line for line in lines)
+        assert any(line.startswith(f"step {step}/4 {step * 25:3}%  loss ") for line in lines)
+    assert any("bpb" in line and "tok/s" in line and "left" in line for line in lines)
     assert lines[-1] == f"done: {output}"
     assert result.stderr == ""
 
@@ -35,11 +35,10 @@ def test_the_output_is_complete(finished):
     names = {path.name for path in output.iterdir()}
     assert names == {
         *("config.toml", "tokenizer.json", "tokenizer_config.json", "checkpoints"),
-        *("metrics.jsonl", "tensorboard", "sample.txt", "tokens"),
+        *("metrics.jsonl", "starts.jsonl", "sample.txt", "tokens"),
     }
-    assert {path.name for path in (output / "checkpoints").iterdir()} == {"2", "4"}
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"3", "4"}
     assert (output / "sample.txt").read_text().startswith("the")
-    assert list((output / "tensorboard").iterdir())
     config = RunConfig.from_toml(output / "config.toml")
     assert config.model.vocab_size == 259  # the bytes and 3 special tokens of its tokenizer
 
@@ -49,7 +48,8 @@ def test_metrics_have_a_line_a_step_and_validation_where_asked(finished):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     always = {"step", "loss", "grad_norm", "learning_rate", "tokens_seen", "epoch"}
     validated = always | {"validation_loss", "validation_bits_per_byte"}
-    assert [set(line) for line in lines] == [always, always, validated, validated]
+    last = validated | {"validation_sample_loss"}
+    assert [set(line) for line in lines] == [always, always, validated, last]
 
 
 @pytest.mark.slow

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from entry.command import write_config
+from flax import nnx
 
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import StageConfig
+from hymba_jax.config.tracking import TrackingConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.errors import HymbaError
@@ -69,7 +71,7 @@ def changed(config, **training):
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
 
 
-def train(config, output=None, interrupts=None):
+def train(config, output=None, interrupts=None, evaluations=()):
     """The lines of metrics of a run, without its times."""
     if output is not None:
         config = dataclasses.replace(config, output=str(output))
@@ -77,7 +79,7 @@ def train(config, output=None, interrupts=None):
     def generate(model, _):
         return f"text of {model.config.vocab_size} tokens"
 
-    loop.train(config, generate, interrupts=interrupts)
+    loop.train(config, generate, interrupts=interrupts, evaluations=evaluations)
     with open(f"{config.output}/metrics.jsonl") as file:
         lines = [json.loads(line) for line in file]
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
@@ -144,6 +146,71 @@ def test_a_run_that_is_interrupted_has_the_lines_of_one_that_was_not(config, tmp
     assert not Path(config.output, "metrics.removed.jsonl").exists()
 
 
+def test_a_validation_that_is_the_best_so_far_saves_a_checkpoint(config, monkeypatch):
+    config = changed(config, steps=8, validate_every=2, checkpoint_every=5, keep_checkpoints=1)
+    losses = iter([5, 3, 4, 3.5])
+    monkeypatch.setattr(loop, "comparable_loss", lambda _: next(losses))
+    train(config)
+    assert checkpoint_steps(config.output) == [4, 8]
+    losses = iter([4, 2, 3])
+    train(changed(config, steps=13))
+    assert checkpoint_steps(config.output) == [12, 13]
+    losses = iter([1])
+    train(changed(config, steps=14, keep_best=False))
+    assert checkpoint_steps(config.output) == [14]
+
+
+def test_the_last_validation_is_compared_with_the_others_on_their_text(config):
+    config = changed(config, steps=2, validate_every=1)
+    first, last = train(config)
+    assert last["validation_loss"] != first["validation_loss"]  # of more text
+    assert last["validation_sample_loss"] == first["validation_loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """An evaluation that says which step it is after and what model it is of."""
+
+    name: str = "needle"
+    every: int = 2
+
+    def run(self, params, graph, step):
+        model = nnx.merge(graph, params)
+        return {"step": step, "vocab_size": model.config.vocab_size}
+
+
+def test_evaluations_run_on_their_schedule_and_none_is_skipped(config, tmp_path):
+    config = changed(config, steps=7, log_every=100, validate_every=6, checkpoint_every=100)
+    needles = [Needle(), Needle("rare", every=5)]
+    expected = train(config, tmp_path / "elsewhere", evaluations=needles)
+    evaluated = [
+        *((2, ["needle"]), (4, ["needle"]), (5, ["rare"])),
+        *((6, ["needle", "validation"]), (7, ["needle", "rare", "validation"])),
+    ]
+    assert evaluated == [
+        (
+            line["step"],
+            [name for name in ("needle", "rare") if line.get(f"{name}/step") == line["step"]]
+            + ["validation"] * ("validation_loss" in line),
+        )
+        for line in expected
+    ]
+    assert expected[0]["needle/vocab_size"] == 259
+    # Before the evaluation after step 2, and, resumed there, before the one after step 4.
+    for n, step in ((3 + 1, 2), (1 + 1 + 2 + 1, 4)):
+        interrupts = InterruptedAt(n)
+        lines = train(config, interrupts=interrupts, evaluations=needles)
+        assert checkpoint_steps(config.output)[-1] == step
+        assert lines == [line for line in expected if line["step"] < step]
+    assert train(config, evaluations=needles) == expected
+
+
+@pytest.mark.parametrize("needles", [[Needle("a/b")], [Needle(), Needle()], [Needle(every=0)]])
+def test_evaluations_that_cannot_be_told_apart_or_never_run_are_refused(config, needles):
+    with pytest.raises(HymbaError, match=r"evaluation .*: (choose another name|every is 0)"):
+        train(config, evaluations=needles)
+
+
 def test_fewer_steps_than_were_done_are_refused(config):
     train(config)
     before = (Path(config.output) / "config.toml").read_text()
@@ -169,6 +236,21 @@ def test_other_data_is_refused(config, tmp_path, capsys):
     train(config)
 
 
+def test_a_tracker_gets_every_line_of_metrics(config, monkeypatch):
+    class Tracker:
+        start = write = close = lambda self, *given: calls.append(given)
+
+    calls = []
+    monkeypatch.setattr(loop, "make_trackers", lambda _: {"fake": Tracker()})
+    train(config)
+    run, *written, closed = calls
+    assert run[0].config["training"]["steps"] == 4
+    assert [(step, "loss" in metrics) for step, metrics in written] == [
+        (step, True) for step in range(1, 5)
+    ]
+    assert closed == ()
+
+
 REFUSED = {
     "it has 259 tokens, model.vocab_size is 100": lambda config: dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=100)
@@ -176,13 +258,17 @@ REFUSED = {
     "nowhere: no such file": lambda config: dataclasses.replace(
         config, data=dataclasses.replace(config.data, path="nowhere")
     ),
+    "tensorboard: tensorboardX is not installed": lambda config: dataclasses.replace(
+        config, tracking=TrackingConfig(tensorboard=True)
+    ),
     "nothing: no model found": lambda config: dataclasses.replace(config, init_from="nothing"),
     "sample_tokens make 104 tokens": lambda config: changed(config, sample_tokens=100),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_a_refused_run_leaves_no_directory(config, tmp_path, message):
+def test_a_refused_run_leaves_no_directory(config, tmp_path, monkeypatch, message):
+    monkeypatch.setattr("hymba_jax.training.trackers.find_spec", lambda _: None)
     with pytest.raises(HymbaError, match=message):
         train(REFUSED[message](config), tmp_path / "runs" / "refused")
     assert not (tmp_path / "runs").exists()
@@ -238,6 +324,8 @@ def test_stages_are_one_run(config, tmp_path):
     assert lines[4]["epoch"] < lines[3]["epoch"]
     validated = [line["step"] for line in lines if "validation_loss" in line]
     assert validated == [3, 4, 6, 8, 9, 11]
+    whole = [line["step"] for line in lines if "validation_sample_loss" in line]
+    assert whole == [4, 8, 11]
     # The last, and those before the decays of the second stage and the third.
     assert checkpoint_steps(config.output) == [4, 10, 11]
 

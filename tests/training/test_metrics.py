@@ -1,55 +1,34 @@
 import json
 import resource
-import struct
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.metrics import MetricsWriter
+from hymba_jax.training.run_start import RunStart
 
 
 def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(directory):
-    """All of what TensorBoard would read."""
-    for file in (directory / "tensorboard").iterdir():
-        data = file.read_bytes()
-        while data:  # records of: length, its checksum, bytes, their checksum
-            (length,) = struct.unpack("<Q", data[:8])
-            yield Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
-
-
-def scalars(directory):
-    """Tag, step and value of every scalar that TensorBoard would show."""
-    return [
-        (value.tag, event.step, value.simple_value)
-        for event in events(directory)
-        for value in event.summary.value
-    ]
-
-
 def test_float32_values_come_back_exactly(tmp_path):
     values = np.random.default_rng(0).normal(size=100).astype(np.float32)
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         for step, value in enumerate(values, 1):
             writer.write(step, {"loss": float(value)})
     assert [np.float32(line["loss"]) for line in lines(tmp_path)] == list(values)
-    assert scalars(tmp_path) == [("loss", i, float(v)) for i, v in enumerate(values, 1)]
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', "\x00\x00"])
 def test_a_resumed_run_writes_each_step_once(tmp_path, tail):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(tail)
-    with MetricsWriter(tmp_path, 2) as writer:
+    with MetricsWriter(RunStart(tmp_path, 2)) as writer:
         for step in (3, 4):
             writer.write(step, {"loss": step + 0.5})
     assert lines(tmp_path) == [
@@ -84,51 +63,42 @@ def test_a_damaged_line_is_moved_and_no_other_is_lost(tmp_path, damage):
     good = [json.dumps({"step": step, "loss": step / 3}).encode() for step in (1, 2, 3)]
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join([good[0], damage, good[1], damage, good[2]]))  # no last line end
-    with MetricsWriter(tmp_path, 3) as writer:
-        assert writer.removed == f"{path}: moved lines to metrics.removed.jsonl: 2 damaged"
+    said = []
+    with MetricsWriter(RunStart(tmp_path, 3), said.append) as writer:
         writer.write(4, {"loss": 1.0})
+    assert said == [f"{path}: moved lines to metrics.removed.jsonl: 2 damaged"]
     assert path.read_bytes().splitlines()[:-1] == good
     assert (tmp_path / "metrics.removed.jsonl").read_bytes() == 2 * (damage + b"\n")
-    with MetricsWriter(tmp_path, 4) as writer:
-        assert writer.removed == ""
+    with MetricsWriter(RunStart(tmp_path, 4), pytest.fail):
+        pass
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_run_from_scratch_keeps_the_lines_of_the_one_before(tmp_path):
+    said = []
     for run in range(3):
-        with MetricsWriter(tmp_path, 0) as writer:
+        with MetricsWriter(RunStart(tmp_path), said.append) as writer:
             for step in (1, 2):
                 writer.write(step, {"loss": run + step / 4})
-    assert writer.removed.endswith("2 after step 0")
+    assert [line.rpartition(": ")[2] for line in said] == 2 * ["2 after step 0"]
     removed = (tmp_path / "metrics.removed.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in removed] == [0.25, 0.5, 1.25, 1.5]
     assert [line["loss"] for line in lines(tmp_path)] == [2.25, 2.5]
 
 
-def test_tensorboard_shows_the_lines_of_the_last_run(tmp_path):
-    for step in (0, 1):
-        with MetricsWriter(tmp_path, step) as writer:
-            writer.write(step + 1, {"loss": 1.0})
-    files = sorted((tmp_path / "tensorboard").iterdir())
-    assert len(files) == 2
-    starts = {event.step for event in events(tmp_path) if event.session_log.status}
-    assert starts == {1, 2}
-
-
 def write_many(directory):
-    with MetricsWriter(directory, 1) as writer:
+    with MetricsWriter(RunStart(directory, 1)) as writer:
         for step in range(2, 100):
             writer.write(step, {"loss": 1.0})
 
 
-@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard", "metrics.removed.jsonl"])
+@pytest.mark.parametrize("full", ["metrics.jsonl", "metrics.removed.jsonl"])
 def test_a_full_disk_is_one_line_whatever_it_fills(tmp_path, full):
     line = '{"step": 1}\n'
     (tmp_path / "metrics.jsonl").write_text(line * 300 if full == "metrics.jsonl" else "5\n")
     (tmp_path / "metrics.removed.jsonl").write_text(line * 300)
-    limit = 3601 if full == "metrics.removed.jsonl" else 3700
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3601, before[1]))
     try:
         with pytest.raises(HymbaError) as caught:
             write_many(tmp_path)
@@ -139,7 +109,6 @@ def test_a_full_disk_is_one_line_whatever_it_fills(tmp_path, full):
 
 
 def test_lines_are_readable_at_once(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         writer.write(1, {"loss": 2.0})
         assert lines(tmp_path) == [{"step": 1, "loss": 2.0}]
-        assert scalars(tmp_path) == [("loss", 1, 2.0)]

@@ -11,6 +11,7 @@ from hymba_jax.training.loss import Average
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload
 from hymba_jax.training.recorder import Recorder, RecorderState, StageRecords
+from hymba_jax.training.run_start import RunStart
 
 WORKLOAD = Workload(tokens=1000, flops=6e9, devices=4, peak_flops=4e12)
 STEPS, LOG_EVERY = 6, 2
@@ -33,7 +34,7 @@ def new_recorder(writer, *state):
 
 @pytest.fixture
 def recorder(tmp_path):
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         yield new_recorder(writer)
 
 
@@ -92,7 +93,7 @@ def test_a_step_is_read_when_the_next_is_under_way(recorder, tmp_path, capsys):
     assert steps(tmp_path) == []
     recorder.submit(3, metrics(1.0))
     assert steps(tmp_path) == [2]
-    assert "step 2/6  loss 2.5000  " in capsys.readouterr().out
+    assert "step 2/6  33%  loss 2.5000  " in capsys.readouterr().out
 
 
 def test_validation_joins_the_line_of_its_step(recorder, tmp_path, capsys):
@@ -118,8 +119,8 @@ def test_validation_joins_the_line_of_its_step(recorder, tmp_path, capsys):
     recorder.submit(2, metrics(2.0))
     recorder.flush()
     shown = capsys.readouterr().out
-    assert "step 1/6  loss 2.5000  validation 1.2500 bits/byte" in shown
-    assert shown.count("validation") == 1  # a stale value is not shown again
+    assert "step 1/6  17%  loss 2.5000  val 1.2500 bpb" in shown
+    assert "step 2/6  33%  loss 2.0000  val 1.2500 bpb" in shown  # the last one
 
 
 def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
@@ -145,7 +146,7 @@ def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
 
 def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
     """Each step takes 2 s, and is done before Python continues; 1000 tokens."""
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         recorder = new_recorder(writer)
         for step in range(1, 7):
             recorder.collect()
@@ -162,7 +163,7 @@ def test_speed_is_that_of_the_steps_whatever_comes_between(clock, tmp_path):
 
 def test_speed_is_that_of_the_steps_where_devices_compute_behind_python(clock, tmp_path):
     """Each step takes 2 s, and reading its loss waits for it."""
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         recorder = new_recorder(writer)
         free = clock.now
         for step in range(1, 7):
@@ -215,7 +216,7 @@ def test_a_run_that_diverged_stops_with_the_step_and_what_to_look_at(
 
 def record(directory, steps, state, clock):
     """Records steps of 2 s from a state on; the state after them, as a checkpoint has it."""
-    with MetricsWriter(directory, state.logged) as writer:
+    with MetricsWriter(RunStart(directory, state.logged)) as writer:
         recorder = new_recorder(writer, state)
         for step in steps:
             with recorder.waiting_for("input"):
@@ -241,7 +242,7 @@ def test_a_resumed_recorder_writes_the_lines_of_one_that_never_stopped(clock, tm
 
 def test_a_line_waits_for_the_validation_that_a_resumed_run_does(clock, tmp_path):
     """Which the state of the step does not write."""
-    with MetricsWriter(tmp_path, 0) as writer:
+    with MetricsWriter(RunStart(tmp_path)) as writer:
         recorder = new_recorder(writer)
         clock.now += 2
         recorder.submit(2, metrics(3.0))
@@ -278,6 +279,60 @@ def test_a_loss_spike_is_printed_with_its_data(recorder, capsys):
     recorder.flush()
     spikes = [line for line in capsys.readouterr().out.splitlines() if "spike" in line]
     assert spikes == ["step 40: loss spike, 4.5000 after a median of 3.2000: data 40"]
+
+
+def test_progress_is_one_line_that_fits_a_terminal(clock, tmp_path, capsys):
+    """At 2 s a step, of which 0.5 s are a stall."""
+    workload = Workload(tokens=2**21, flops=3e15, devices=4, peak_flops=4e15)
+    state = RecorderState(8, 8, bits_per_byte=0.8125)
+    with MetricsWriter(RunStart(tmp_path)) as writer:
+        recorder = Recorder(
+            *(10_000, 1, workload, lambda step: {}, str, writer, Display(), state),
+            lambda step: "stable" if step < 9 else "decay",
+        )
+        with recorder.waiting_for("input"):
+            clock.now += 0.5
+        clock.now += 1.5
+        recorder.submit(9, metrics(2.5))
+        recorder.flush()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == (
+        "decay  step     9/10000   0%  loss 2.5000  val 0.8125 bpb  1,048,576 tok/s  38% MFU  "
+        "5:33:02 left  25% input stalls"
+    )
+    assert line.index(" left") < 100
+
+
+def test_lines_name_the_process_that_works_longest(clock, tmp_path, monkeypatch, capsys):
+    """1 s of a step's 2 s, though most of the time goes by in a validation."""
+
+    class Slowest:
+        submitted = None
+
+        def submit(self, seconds):
+            self.submitted = seconds
+
+        def read(self):
+            seconds, self.submitted = self.submitted, None
+            return seconds and (3, seconds)
+
+    monkeypatch.setattr("hymba_jax.training.recorder.SlowestProcess", Slowest)
+    with MetricsWriter(RunStart(tmp_path)) as writer:
+        recorder, free = new_recorder(writer), clock.now
+        for step in range(1, 7):
+            clock.now += 1
+            free = max(free, clock.now) + 2
+            loss = Average(Unfinished(clock, free), 1000)
+            recorder.submit(step, metrics(2.0) | {"loss": loss})
+            if step == 3:
+                with recorder.paused():
+                    clock.now += 500
+                recorder.flush({"validation_bits_per_byte": 1.0})
+        recorder.flush()
+    named = [(line["step"], line.get("slowest_process_seconds")) for line in lines(tmp_path)]
+    assert named == [(2, 1.0), (3, None), (4, 1.0), (6, 1.0)]
+    assert [line.get("slowest_process") for line in lines(tmp_path)] == [3, None, 3, 3]
+    assert "  slowest process 3 1.00 s\n" in capsys.readouterr().out
 
 
 def test_durations_are_hours_minutes_seconds():
