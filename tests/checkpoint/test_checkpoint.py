@@ -122,27 +122,25 @@ def save_with_losses(run, losses):
                 checkpoints.save(make_state(step), loop(step))
 
 
+def best_params(run, wanted):
+    return load_params(run, wanted, resolve_step(run, "best"))
+
+
 def test_the_best_is_kept_beside_the_newest_and_is_read_by_that_name(tmp_path):
     wanted = abstract(make_state()).params
     nan = float("nan")
     save_with_losses(tmp_path, [(1, nan, True), (2, 3.0, False), (3, 3.5, True), (4, 3.0, True)])
     assert checkpoint_steps(tmp_path) == [2, 4]
-    assert_equal(
-        load_params(tmp_path, wanted, resolve_step(tmp_path, "best")), make_state(2).params
-    )
+    assert_equal(best_params(tmp_path, wanted), make_state(2).params)
     save_with_losses(tmp_path, [(5, 3.1, True)])  # a resumed run knows it
     assert checkpoint_steps(tmp_path) == [2, 5]
     save_with_losses(tmp_path, [(6, 2.9, False), (7, 3.0, True), (8, 3.0, True)])
     assert checkpoint_steps(tmp_path) == [6, 8]
-    assert_equal(
-        load_params(tmp_path, wanted, resolve_step(tmp_path, "best")), make_state(6).params
-    )
+    assert_equal(best_params(tmp_path, wanted), make_state(6).params)
     damage_foreign(tmp_path / "checkpoints" / "8")
     save_with_losses(tmp_path, [(7, 2.95, True), (8, 3.0, True)])
     assert checkpoint_steps(tmp_path) == [6, 8]
-    assert_equal(
-        load_params(tmp_path, wanted, resolve_step(tmp_path, "best")), make_state(6).params
-    )
+    assert_equal(best_params(tmp_path, wanted), make_state(6).params)
     shutil.rmtree(tmp_path / "checkpoints" / "6")  # the next one counts as the best
     save_with_losses(tmp_path, [(9, 3.3, False), (10, 3.4, True)])
     assert checkpoint_steps(tmp_path) == [9, 10]
