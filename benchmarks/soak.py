@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py --kills 200
 
-Each time a SIGKILL, SIGTERM or Ctrl-C comes, after which the same command resumes. A run that ends
-has to have the same parameters, optimizer state, metrics and sample, bit for bit; then the next one
-begins, until there were as many kills. SIGTERM and Ctrl-C have to end it within 30 seconds and say
-so; the longest time is reported.
+The run has three stages, and saves and evaluates all the time. Each time a SIGKILL, SIGTERM or
+Ctrl-C comes, after which the same command resumes. A run that ends has to have the same parameters,
+optimizer state, metrics and sample, bit for bit; then the next one begins, until there were as many
+kills. SIGTERM and Ctrl-C have to end it within 30 seconds and say so; the longest time is reported.
 """
 
 import dataclasses
@@ -45,7 +45,6 @@ TIMES = ("second", "seconds", "second_per_device")  # ends of the metrics that n
 
 # Of a run: `write_config` has the model, the corpus and what is not named here.
 OPTIONS = {
-    "training.steps": 60,
     "training.log-every": 4,
     "training.validate-every": 7,
     "training.validation-batches": 4,
@@ -53,6 +52,25 @@ OPTIONS = {
     "training.keep-checkpoints": 1,
     "training.sample-tokens": 4,
 }
+STAGES = """
+[[stages]]
+name = "stable"
+steps = 25
+schedule = "constant"
+
+[[stages]]
+name = "decay"
+steps = 20
+schedule = "linear"
+batch_size = 4
+
+[[stages]]
+name = "longer"
+steps = 15
+batch_size = 4
+sequence_length = 48
+max_positions = 128
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +229,7 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
 def soak(directory: Path, options: Options) -> Counter[str]:
     """Kills runs and compares them; how many of which signals came, and runs ended."""
     config = write_config(directory, directory / "alone", layers="W")
+    config.write_text(config.read_text().replace("\nsteps = 4\n", "\n") + STAGES)
     alone, run = Run(config, directory / "alone"), Run(config, directory / "killed")
     gaps = alone.finish()
     rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
