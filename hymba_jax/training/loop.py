@@ -154,7 +154,9 @@ def _train(
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
     training = config.training
-    kept = [stage.decay_start for stage in stages if stage.decay_start]
+    # A decay that is lengthened may be done again from before it.
+    known = (*stages, *(previous.resolved_stages if previous else ()))
+    kept = [stage.decay_start for stage in known if stage.decay_start]
     with open_checkpoints(
         config.output, training.keep_checkpoints, kept, keep_best=training.keep_best
     ) as checkpoints:

@@ -201,6 +201,6 @@ def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
     expected = nnx.to_pure_dict(nnx.state(held))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), params, expected)
     shutil.rmtree(directory)
-    monkeypatch.setattr(loop, "compile_train_step", lambda *_: pytest.fail)  # no step is left
+    monkeypatch.setattr(loop, "compile_stage", pytest.fail)  # no step is left
     loop.train(run, generate=lambda *_: "")
     assert (tmp_path / "run" / "hf_files" / "config.json").read_text() == "{}"

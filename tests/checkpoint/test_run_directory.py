@@ -56,7 +56,7 @@ def test_a_directory_without_checkpoint_is_a_fresh_run(config, tmp_path):
     ],
 )
 def test_a_run_resumes_with_what_may_change(config, change):
-    check_resumes(read_run(config.output), dataclasses.replace(config, **change))
+    check_resumes(read_run(config.output), dataclasses.replace(config, **change), 1)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_run_resumes_with_what_may_change(config, change):
 )
 def test_another_run_is_refused_by_name(config, change, named):
     with pytest.raises(HymbaError) as caught:
-        check_resumes(read_run(config.output), dataclasses.replace(config, **change))
+        check_resumes(read_run(config.output), dataclasses.replace(config, **change), 1)
     assert named in str(caught.value)
 
 

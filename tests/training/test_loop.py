@@ -148,6 +148,7 @@ def test_a_run_that_is_interrupted_has_the_lines_of_one_that_was_not(config, tmp
 
 def test_a_validation_that_is_the_best_so_far_saves_a_checkpoint(config, monkeypatch):
     config = changed(config, steps=8, validate_every=2, checkpoint_every=5, keep_checkpoints=1)
+    config = changed(config, schedule="constant")
     losses = iter([5, 3, 4, 3.5])
     monkeypatch.setattr(loop, "comparable_loss", lambda _: next(losses))
     train(config)
@@ -308,6 +309,7 @@ LONGER = ("longer", 3, {"sequence_length": 48, "max_positions": 96, "batch_size"
 def test_stages_are_one_run(config, tmp_path):
     """With the data, shapes and rates of each, in lines that never mix two of them."""
     config = changed(config, log_every=3, checkpoint_every=100, keep_checkpoints=1)
+    config = changed(config, keep_best=False)
     lines = train(staged(config, STABLE, DECAY, LONGER))
     found = [(line["step"], line["stage"], line["tokens_seen"]) for line in lines]
     per_step = {"stable": 8 * 24, "decay": 4 * 24, "longer": 4 * 48}

@@ -66,7 +66,7 @@ def test_a_damaged_line_is_moved_and_no_other_is_lost(tmp_path, damage):
     said = []
     with MetricsWriter(RunStart(tmp_path, 3), said.append) as writer:
         writer.write(4, {"loss": 1.0})
-    assert said == [f"{path}: moved lines to metrics.removed.jsonl: 2 damaged"]
+    assert said == ["metrics.jsonl: moved lines to metrics.removed.jsonl: 2 damaged"]
     assert path.read_bytes().splitlines()[:-1] == good
     assert (tmp_path / "metrics.removed.jsonl").read_bytes() == 2 * (damage + b"\n")
     with MetricsWriter(RunStart(tmp_path, 4), pytest.fail):

@@ -286,10 +286,8 @@ def test_progress_is_one_line_that_fits_a_terminal(clock, tmp_path, capsys):
     workload = Workload(tokens=2**21, flops=3e15, devices=4, peak_flops=4e15)
     state = RecorderState(8, 8, bits_per_byte=0.8125)
     with MetricsWriter(RunStart(tmp_path)) as writer:
-        recorder = Recorder(
-            *(10_000, 1, workload, lambda step: {}, str, writer, Display(), state),
-            lambda step: "stable" if step < 9 else "decay",
-        )
+        recorder = Recorder(10_000, 1, writer, Display(), state)
+        recorder.begin_stage(StageRecords("decay", 8, 0, workload, lambda step: {}, str))
         with recorder.waiting_for("input"):
             clock.now += 0.5
         clock.now += 1.5

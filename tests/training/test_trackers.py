@@ -58,7 +58,11 @@ def track(directory, tool, steps, resumes_from=None, said=None):
     config = RunConfig(output=str(directory), tracking=TrackingConfig(**{tool.__name__: "mine"}))
     check_trackers(config.tracking)
     start = record_start(
-        config, resumes_from or 0, last_step(directory), is_resumed=resumes_from is not None
+        config,
+        directory,
+        resumes_from or 0,
+        last_step(directory),
+        is_resumed=resumes_from is not None,
     )
     said = [] if said is None else said
     with MetricsWriter(start, said.append, make_trackers(config.tracking)) as writer:
