@@ -105,7 +105,7 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", no_space)
-    for costly, nothing in (("compile_train_step", None), ("init_state", TrainState({}, ()))):
+    for costly, nothing in (("compile_stage", None), ("init_state", TrainState({}, ()))):
         monkeypatch.setattr(f"hymba_jax.training.loop.{costly}", lambda *_, value=nothing: value)
     message = refusal("--config", config)
     assert message == f"error: {output}: No space left on device"

@@ -21,8 +21,8 @@ def test_a_run_says_what_it_does(finished):
     lines = result.stdout.splitlines()
     assert lines[:2] == ["listing the files…", f"tokenizing {output.parents[1] / 'corpus'}…"]
     assert lines[2].startswith(f"{output}: ")
-    assert "parameters in 1 layers, 1 x cpu; 4 steps of 192 tokens" in lines[2]
-    assert "compiling…" in lines
+    assert "parameters in 1 layers, 1 x cpu; 4 steps, 768 tokens, of" in lines[2]
+    assert "compiling the run…" in lines
     for step in range(1, 5):
         assert any(line.startswith(f"step {step}/4 {step * 25:3}%  loss ") for line in lines)
     assert any("bpb" in line and "tok/s" in line and "left" in line for line in lines)
