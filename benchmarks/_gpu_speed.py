@@ -221,7 +221,7 @@ def train(recorder: Recorder, config: str) -> None:
 
 
 def _training_run(config: str, dry_run: bool) -> RunConfig:
-    run = with_vocabulary(RunConfig.from_toml(CONFIGS / config))
+    run = with_vocabulary(RunConfig.from_toml(CONFIGS / config)).resolved_stages[0].run
     training = dataclasses.replace(run.training, batch_size=8, gradient_accumulation_steps=1)
     model = dataclasses.replace(run.model, vocab_size=PRESETS["hymba-1.5b"].vocab_size)
     run = dataclasses.replace(run, model=model, parallel=ParallelConfig(), training=training)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import optax
 import tyro
 from _report import Row, report
 
@@ -69,7 +68,7 @@ def compile_step(config: HymbaConfig, args: Args, *, scan_layers: bool) -> Row:
     jax.clear_caches()
     compute = ComputeConfig(dtype="bfloat16", remat=args.remat, scan_layers=scan_layers)
     start = time.perf_counter()
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     abstract = abstract_train_state(config, compute, optimizer, make_mesh())
     loss_fn = make_loss_fn(next_token_loss, abstract.graph)
     step = make_train_step(loss_fn, optimizer, micro_batch_size=args.batch_size)

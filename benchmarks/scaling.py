@@ -56,7 +56,7 @@ def main(args: Args) -> None:
 
 
 def count(args: Args) -> Iterator[Row]:
-    base = with_vocabulary(RunConfig.from_toml("configs/hymba_1_5b.toml"))
+    base = with_vocabulary(RunConfig.from_toml("configs/hymba_1_5b.toml")).resolved_stages[0].run
     base = replace(base, model=replace(base.model, layers=args.layers))
     for chips in args.chips:
         devices = parse_topology(slice_of(chips)).devices()

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import optax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
@@ -36,7 +35,7 @@ def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
     sizes = [2 if axis in axes else 1 for axis in AXES]
     mesh = AbstractMesh(tuple(sizes), AXES, (AxisType.Auto,) * 4, abstract_device=device)
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     compute = ComputeConfig(dtype=dtype)
     batch = abstract_batch(BATCH, LENGTH, batch_sharding(mesh))
     with use_abstract_mesh(mesh):

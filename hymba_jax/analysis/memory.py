@@ -7,7 +7,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
-import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -112,7 +111,7 @@ def param_bytes(config: HymbaConfig, dtype: DType) -> int:
 def training_bytes(config: HymbaConfig, param_dtype: DType) -> TrainingBytes:
     """What a training state allocates, and its gradients."""
     params = _params(config, param_dtype)
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     size = tree_bytes(params)
     return TrainingBytes(size, size, tree_bytes(jax.eval_shape(optimizer.init, params)))
 

@@ -1,12 +1,11 @@
 """`hymba compile`: compiles a run's program ahead of time, no device needed."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TRAINING_BOUNDS
 from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.arguments import run_defaults
+from hymba_jax.training.arguments import parse_choice
 
 COMPILE_BOUNDS = {
     "batch": TRAINING_BOUNDS["batch_size"],
@@ -71,7 +70,9 @@ def main(args: Sequence[str], prog: str) -> None:
     Raises:
       HymbaError: there is no such run, topology or compiler, or the program does not fit.
     """
-    choice, run = _parse(args, prog)
+    does = "Compiles a run's programs ahead of time, no device needed, and says what they cost."
+    choice, run = parse_choice(CompileConfig, args, prog, does)
+    run = with_vocabulary(run)
     jax.config.update("jax_platforms", "cpu")  # the compiler is wanted, not its devices
     topology = parse_topology(choice.topology)
     console = Console(soft_wrap=True, highlight=False)
@@ -99,11 +100,16 @@ def _programs(
             f"stage is {choice.stage}: the run has {', '.join(run.stages) or 'no stages'}"
         )
     if choice.program == "train":
+        compiled: dict[Hashable, str] = {}
         for stage in stages:
             if choice.stage not in ("", stage.name):
                 continue
+            same = compiled.setdefault(stage.compiled_for, stage.name)
             if stage.name:
                 console.print(f"stage {stage.name}: steps {stage.start + 1:,} to {stage.stop:,}")
+            if same != stage.name:
+                console.print(f"the same program as stage {same}")
+                continue
             yield training_program(stage.run, devices)
         return
     last = stages[-1].run
@@ -127,25 +133,6 @@ def _report(program: AotProgram, topology: Topology, console: Console) -> int | 
     for change in program.advice(memory, topology.chip.memory):
         console.print(f"to make it fit, {change}")
     return memory.total
-
-
-def _parse(args: Sequence[str], prog: str) -> tuple[CompileConfig, RunConfig]:
-    default = run_defaults(args)
-
-    def arguments(
-        choice: Annotated[CompileConfig, tyro.conf.arg(name="")],
-        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
-        config: str = "",
-    ) -> tuple[CompileConfig, RunConfig]:
-        """Compiles a run's program ahead of time, no device needed, and says what it costs.
-
-        Args:
-          config: TOML file; its values are the defaults of the run's options.
-        """
-        return choice, run
-
-    choice, run = tyro.cli(arguments, args=args, prog=prog)
-    return choice, with_vocabulary(run)
 
 
 def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | None) -> Table:

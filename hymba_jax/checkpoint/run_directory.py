@@ -10,6 +10,7 @@ import jax
 from hymba_jax.checkpoint.checkpoints import PARAMS
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
+from hymba_jax.config.stages import OWN_SETTINGS
 from hymba_jax.data import Data, Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import matches, replace_text, resolve_location
@@ -183,24 +184,16 @@ def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
     fixed |= {
         name: value for name, value in leaves(config.data, "data.") if not _is_source_path(name)
     }
-    return {
-        name: value
-        for name, value in fixed.items()
-        if name not in _OF_STAGES and not name.endswith(".weight")
-    }
+    return {name: value for name, value in fixed.items() if not _is_of_stages(name)}
 
 
-# Settings of the run that each stage has its own of.
-_OF_STAGES = {
-    *("data.sequence_length", "data.packing", "model.max_positions"),
-    *("model.attention.rope_type", "model.attention.rope_theta"),
-}
+def _is_of_stages(name: str) -> bool:
+    """Whether each stage may have its own value of a setting of data or model."""
+    return name in OWN_SETTINGS or name.endswith(".weight")
 
 
 def _fixed_in_stage(run: RunConfig) -> dict[str, Any]:
     """The settings that cannot change in a stage that has begun: the order of the data."""
     fixed = {"training.batch_size": run.training.batch_size}
     own = {**dict(leaves(run.data, "data.")), **dict(leaves(run.model.resolved(), "model."))}
-    return fixed | {
-        name: value for name, value in own.items() if name in _OF_STAGES or name.endswith(".weight")
-    }
+    return fixed | {name: value for name, value in own.items() if _is_of_stages(name)}

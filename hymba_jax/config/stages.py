@@ -12,7 +12,7 @@ A stage is the config of the run with some fields replaced, so what works for a 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,17 @@ class Stage:
         return self.run.training.batch_size * self.run.data.sequence_length
 
     @property
+    def tokens(self) -> int:
+        return self.run.training.steps * self.tokens_per_step
+
+    @property
+    def compiled_for(self) -> tuple[Hashable, ...]:
+        """What its compiled steps depend on: stages that agree in it share them."""
+        training, data = self.run.training, self.run.data
+        sizes = training.batch_size, training.micro_batch_size, data.sequence_length
+        return (self.run.model, *sizes, data.packing)
+
+    @property
     def shares(self) -> dict[str, float]:
         """The share of its sequences that each source has."""
         weights = {name: each.weight for name, each in self.run.data.train_sources.items()}
@@ -121,8 +132,8 @@ class Stage:
         falls = f" to {training.min_learning_rate:g}" if decay else ""
         return (
             f"{self.label}: steps {self.start + 1:,} to {self.stop:,}, "
-            f"{training.steps * self.tokens_per_step:,} tokens; {training.batch_size:,} sequences "
-            f"of {self.run.data.sequence_length:,}, {', '.join(shares)}; learning rate "
+            f"{self.tokens:,} tokens; {training.batch_size:,} sequences of "
+            f"{self.run.data.sequence_length:,}, {', '.join(shares)}; learning rate "
             f"{training.learning_rate:g}{falls}, {', '.join([training.schedule, *phases])}"
         )
 
@@ -148,7 +159,7 @@ def resolve_stages(run: "RunConfig") -> tuple[Stage, ...]:
         except HymbaError as error:
             raise HymbaError(f"stages.{name}: {error}") from error
         stages.append(stage)
-        start, tokens = stage.stop, tokens + stage.run.training.steps * stage.tokens_per_step
+        start, tokens = stage.stop, tokens + stage.tokens
     return tuple(stages)
 
 
@@ -159,6 +170,15 @@ _TRAINING = (
     *("schedule", "learning_rate", "min_learning_rate", *sum(_ALTERNATIVES, ())),
 )
 _DATA = ("sequence_length", "packing")
+_MODEL = ("max_positions",)
+_ATTENTION = ("rope_type", "rope_theta")
+
+OWN_SETTINGS = frozenset(
+    f"{part}.{name}"
+    for part, names in (("data", _DATA), ("model", _MODEL), ("model.attention", _ATTENTION))
+    for name in names
+)
+"""Settings of data and model that a stage may have of its own, beside the weights of sources."""
 
 
 def _resolve(run: "RunConfig", stage: StageConfig) -> "RunConfig":
@@ -177,8 +197,8 @@ def _resolve(run: "RunConfig", stage: StageConfig) -> "RunConfig":
             name: dataclasses.replace(source, weight=_weight(stage, name))
             for name, source in run.data.sources.items()
         }
-    attention = dataclasses.replace(run.model.attention, **_given(stage, "rope_type", "rope_theta"))
-    model = dataclasses.replace(run.model, attention=attention, **_given(stage, "max_positions"))
+    attention = dataclasses.replace(run.model.attention, **_given(stage, *_ATTENTION))
+    model = dataclasses.replace(run.model, attention=attention, **_given(stage, *_MODEL))
     if stage.tokens is not None:
         batch = training.get("batch_size", run.training.batch_size)
         length = data.get("sequence_length", run.data.sequence_length)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -41,6 +41,36 @@ def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedCon
 
     run, distributed = tyro.cli(arguments, args=args, prog=prog)
     return _with_resolved_paths(run), distributed
+
+
+def parse_choice[T](
+    choice: type[T], args: Sequence[str], prog: str, does: str
+) -> tuple[T, RunConfig]:
+    """The options of a command about a run that does not train it, and the run.
+
+    Args:
+      choice: the command's own options, a dataclass.
+      does: what the command does, for its help.
+
+    Raises:
+      HymbaError: an option is invalid.
+      SystemExit: for --help, and for unknown options.
+    """
+    default = run_defaults(args)
+
+    def arguments(
+        choice: Annotated[choice, tyro.conf.arg(name="")],  # type: ignore[valid-type]
+        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
+        config: str = "",
+    ) -> tuple[Any, RunConfig]:
+        """Takes a command line.
+
+        Args:
+          config: TOML file; its values are the defaults of the run's options.
+        """
+        return choice, run
+
+    return tyro.cli(arguments, args=args, prog=prog, description=does)
 
 
 def _with_resolved_paths(config: RunConfig) -> RunConfig:

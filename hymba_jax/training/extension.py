@@ -1,10 +1,10 @@
-"""A run that goes on with a config that has more steps or stages than the one it was begun with."""
+"""Extending a run: resuming it with more steps or stages than it was started with."""
 
 from collections.abc import Iterator
 
 from hymba_jax.config.run import RunConfig
 from hymba_jax.run_files import FOLDER
-from hymba_jax.training.schedule import learning_rate_schedule
+from hymba_jax.training.schedule import run_schedule
 
 
 def describe_extension(previous: RunConfig, config: RunConfig, step: int) -> Iterator[str]:
@@ -36,5 +36,4 @@ def describe_extension(previous: RunConfig, config: RunConfig, step: int) -> Ite
 
 def _rate(run: RunConfig, step: int) -> float:
     """The learning rate of a step of a run."""
-    stages = [stage.run.training for stage in run.resolved_stages]
-    return float(learning_rate_schedule(stages)(step - 1))
+    return float(run_schedule(run)(step - 1))

@@ -1,7 +1,7 @@
 """A training run, from top to bottom."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import chain
 
@@ -61,8 +61,8 @@ from hymba_jax.training.profile import Tracer
 from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.run_start import record_start
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
-from hymba_jax.training.schedule import learning_rate_schedule
-from hymba_jax.training.stage_program import StageProgram, compile_stage
+from hymba_jax.training.schedule import run_schedule
+from hymba_jax.training.stage_program import CompiledSteps, StageProgram, compile_stage
 from hymba_jax.training.step import check_batch
 from hymba_jax.training.trackers import check_trackers, make_trackers
 from hymba_jax.training.uploaded_records import Records, open_records
@@ -130,6 +130,8 @@ def _train(
     examples = _examples(stages, data, config.seed)
     _announce(config, abstract.num_params, data, mesh, display)
 
+    compiled_steps: dict[Hashable, CompiledSteps] = {}
+
     def compiled(stage: Stage) -> StageProgram:
         """What the steps of a stage need."""
         display.begin(f"compiling {stage.label}")
@@ -143,6 +145,7 @@ def _train(
             evaluations,
             mesh,
             interrupts,
+            compiled_steps,
         )
 
     ready: StageProgram | None = None
@@ -315,8 +318,7 @@ def _run_steps(
 
 def _optimizer(config: RunConfig) -> optax.GradientTransformation:
     """The optimizer of a run, through all of its stages."""
-    stages = [stage.run.training for stage in config.resolved_stages]
-    return make_optimizer(config.training, learning_rate_schedule(stages))
+    return make_optimizer(config.training, run_schedule(config))
 
 
 def _examples(stages: Sequence[Stage], data: Data, seed: int) -> dict[str, Examples]:
@@ -330,7 +332,7 @@ def _examples(stages: Sequence[Stage], data: Data, seed: int) -> dict[str, Examp
 
 
 def _stages_left(stages: Sequence[Stage], saved: LoopState) -> Sequence[Stage]:
-    """The stages that a run goes on with: of a run that is complete none."""
+    """The stages that are left; none if the run is complete."""
     return [
         stage
         for stage in stages
@@ -414,7 +416,7 @@ def _init_state(
 def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:
     """Says what is trained, on what."""
     devices, stages = jax.devices(), config.resolved_stages
-    tokens = sum(stage.run.training.steps * stage.tokens_per_step for stage in stages)
+    tokens = sum(stage.tokens for stage in stages)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     display.say(
         f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "

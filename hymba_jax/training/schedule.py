@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import optax
 
+from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import Schedule, TrainingConfig
 
 
@@ -53,11 +54,16 @@ def learning_rate_schedule(stages: Sequence[TrainingConfig]) -> optax.Schedule:
     for config in stages:
         schedules.append(_stage_schedule(config, rate))
         starts.append(starts[-1] + config.steps)
-        rate = last_rate(config)
+        rate = _last_rate(config)
     return optax.schedules.join_schedules(schedules, starts[1:-1])
 
 
-def last_rate(config: TrainingConfig) -> float:
+def run_schedule(run: RunConfig) -> optax.Schedule:
+    """The same of a run, through all of its stages."""
+    return learning_rate_schedule([stage.run.training for stage in run.resolved_stages])
+
+
+def _last_rate(config: TrainingConfig) -> float:
     """The learning rate of a stage's last update."""
     _, decay = config.phase_steps
     return config.min_learning_rate if decay else config.learning_rate

@@ -3,17 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 from rich.console import Console
 
 from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path
-from hymba_jax.training.arguments import run_defaults
-from hymba_jax.training.schedule import learning_rate_schedule
+from hymba_jax.training.arguments import parse_choice
+from hymba_jax.training.schedule import run_schedule
 from hymba_jax.types import Float, Int
 
 _COLUMNS = 64
@@ -54,7 +52,8 @@ def main(args: Sequence[str], prog: str) -> None:
     Raises:
       HymbaError: there is no such run, or the image cannot be written.
     """
-    choice, run = _parse(args, prog)
+    does = "Shows the learning rate, the data and the sequence length of a run over its tokens."
+    choice, run = parse_choice(ScheduleConfig, args, prog, does)
     curves = schedule_curves(run, _COLUMNS)
     console = Console(soft_wrap=True, highlight=False)
     for stage in run.resolved_stages:
@@ -77,7 +76,7 @@ def schedule_curves(run: RunConfig, points: int) -> Curves:
     at = np.searchsorted(starts, tokens, side="right") - 1
     per_step = np.array([stage.tokens_per_step for stage in stages])
     steps = np.array([stage.start for stage in stages])[at] + (tokens - starts[at]) // per_step[at]
-    rates = learning_rate_schedule([stage.run.training for stage in stages])(steps)
+    rates = run_schedule(run)(steps)
     shares = [stage.shares for stage in stages]
     names = dict.fromkeys(name for share in shares for name in share)
     return Curves(
@@ -149,22 +148,4 @@ def _plotted(curves: Curves) -> dict[str, Float[np.ndarray, " points"]]:
 def _total(run: RunConfig) -> int:
     """Tokens of all stages."""
     last = run.resolved_stages[-1]
-    return last.tokens_before + last.run.training.steps * last.tokens_per_step
-
-
-def _parse(args: Sequence[str], prog: str) -> tuple[ScheduleConfig, RunConfig]:
-    default = run_defaults(args)
-
-    def arguments(
-        choice: Annotated[ScheduleConfig, tyro.conf.arg(name="")] = ScheduleConfig(),
-        run: Annotated[RunConfig, tyro.conf.arg(name="")] = default,
-        config: str = "",
-    ) -> tuple[ScheduleConfig, RunConfig]:
-        """Shows the learning rate, the data and the sequence length of a run over its tokens.
-
-        Args:
-          config: TOML file; its values are the defaults of the run's options.
-        """
-        return choice, run
-
-    return tyro.cli(arguments, args=args, prog=prog)
+    return last.tokens_before + last.tokens

@@ -1,23 +1,26 @@
 """What the steps of a stage need, compiled: a run without stages is one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState
+from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import Batch, Data, train_batches
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.data.examples import Examples
+from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import training_flops
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
 from hymba_jax.training.evaluation import Evaluation, Evaluations
 from hymba_jax.training.interrupts import Interrupts
-from hymba_jax.training.loss import Objective, make_loss_fn
+from hymba_jax.training.loss import LossFn, Objective, make_loss_fn
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.recorder import StageRecords
 from hymba_jax.training.step import Metrics, compile_train_step, run_step
@@ -40,6 +43,14 @@ class StageProgram(NamedTuple):
     records: StageRecords
 
 
+class CompiledSteps(NamedTuple):
+    """The model without its parameters, and the compiled training step and loss of a stage."""
+
+    graph: nnx.GraphDef[Hymba]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: LossFn
+
+
 def compile_stage(
     stage: Stage,
     examples: Examples,
@@ -50,6 +61,7 @@ def compile_stage(
     evaluations: Sequence[Evaluation],
     mesh: Mesh,
     interrupts: Interrupts,
+    compiled: dict[Hashable, CompiledSteps],
 ) -> StageProgram:
     """Compiles the training step and the validation of a stage.
 
@@ -57,19 +69,14 @@ def compile_stage(
       examples: of the stage, from its first on.
       abstract: the state, which is the same in all stages.
       evaluations: beside validation.
+      compiled: the steps of the stages before, which are shared; takes those of this one.
     """
     run, training = stage.run, stage.run.training
-    # The architecture differs between stages in what has no parameters: positions.
-    graph, _ = abstract_model(run.model, run.compute, mesh)
-    train_step, batch = run_step(run, objective, graph, optimizer, mesh)
-    validation_batch = abstract_batch(
-        training.micro_batch_size,
-        run.data.sequence_length,
-        batch_sharding(mesh),
-        segment_ids=run.data.validation_packing == "documents",
-    )
+    if stage.compiled_for not in compiled:
+        compiled[stage.compiled_for] = _compile_steps(run, objective, optimizer, abstract, mesh)
+    steps = compiled[stage.compiled_for]
     validate = make_validate(
-        compile_eval_step(make_loss_fn(objective, graph), abstract.state.params, validation_batch),
+        steps.eval_step,
         data.validation_sets(run.data),
         mesh,
         training.micro_batch_size,
@@ -84,12 +91,36 @@ def compile_stage(
 
     return StageProgram(
         stage,
-        compile_train_step(train_step, abstract.state, batch),
+        steps.train_step,
         Evaluations(
-            validate, training.validate_every, evaluations, graph, stage.stop, interrupts.poll
+            validate, training.validate_every, evaluations, steps.graph, stage.stop, interrupts.poll
         ),
         batches,
         _records(stage, examples, training_flops(run.model, run.data.sequence_length), mesh),
+    )
+
+
+def _compile_steps(
+    run: RunConfig,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    abstract: AbstractTrainState,
+    mesh: Mesh,
+) -> CompiledSteps:
+    # The architecture differs between stages in what has no parameters: positions.
+    graph, _ = abstract_model(run.model, run.compute, mesh)
+    train_step, batch = run_step(run, objective, graph, optimizer, mesh)
+    validation_batch = abstract_batch(
+        run.training.micro_batch_size,
+        run.data.sequence_length,
+        batch_sharding(mesh),
+        segment_ids=run.data.validation_packing == "documents",
+    )
+    loss_fn = make_loss_fn(objective, graph)
+    return CompiledSteps(
+        graph,
+        compile_train_step(train_step, abstract.state, batch),
+        compile_eval_step(loss_fn, abstract.state.params, validation_batch),
     )
 
 

@@ -110,6 +110,14 @@ gradient_accumulation_steps = 1
     assert "the run has short, long" in refusal(capsys, *arguments, "other")[0]
 
 
+def test_stages_with_one_program_compile_it_once(capsys, config, four_cpus):
+    stages = ('name = "stable"\nschedule = "constant"', 'name = "decay"\nschedule = "linear"')
+    config.write_text(CONFIG + "".join(f"\n[[stages]]\n{stage}\nsteps = 10\n" for stage in stages))
+    words, _ = compile_for(capsys, "--config", config, "--topology", "v5e:2x2")
+    assert sum(line.startswith("compiled in") for line in words) == 1
+    assert words[-2:] == ["stage decay: steps 11 to 20", "the same program as stage stable"]
+
+
 @pytest.mark.parametrize(
     ("program", "step"),
     [

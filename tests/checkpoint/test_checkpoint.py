@@ -42,7 +42,7 @@ def make_state(step=0, width=64):
             1: {"scale": jax.random.normal(keys[2], (2, width))},
         },
     }
-    moments = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3)).init(params)
+    moments = make_optimizer(TrainingConfig()).init(params)
 
     def count(path, leaf):
         return jnp.int32(step) if getattr(path[-1], "name", "") == "count" else leaf

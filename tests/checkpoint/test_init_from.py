@@ -5,7 +5,6 @@ import shutil
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
@@ -45,7 +44,7 @@ def test_the_state_has_the_parameters_and_a_new_optimizer(held, scan_layers):
     directory, model = held
     compute = ComputeConfig(scan_layers=scan_layers)
     mesh = make_mesh(jax.devices()[:8])
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     abstract = abstract_train_state(CONFIG, compute, optimizer, mesh)
     with jax.set_mesh(mesh):
         initial = read_initial_model(str(directory))

@@ -4,7 +4,6 @@ import dataclasses
 from unittest.mock import Mock
 
 import jax
-import optax
 import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer, make_model
@@ -175,7 +174,7 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
 def test_a_training_state_takes_what_is_counted():
     counted = training_bytes(TINY, "float32")
     compute = ComputeConfig()
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     abstract = abstract_train_state(TINY, compute, optimizer, make_mesh(jax.devices()[:1]))
     state = init_state(TINY, compute, optimizer, abstract, seed=0)
     assert allocated(state.params) == counted.params == counted.gradients

@@ -6,7 +6,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import jax
-import optax
 import pytest
 from training.tiny import MODEL
 
@@ -29,7 +28,7 @@ BYTES = 2**38 * 12
 
 
 def abstract(config, mesh):
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     return abstract_train_state(config, ComputeConfig(), optimizer, mesh)
 
 

@@ -332,6 +332,20 @@ def test_stages_are_one_run(config, tmp_path):
     assert checkpoint_steps(config.output) == [4, 10, 11]
 
 
+def test_stages_with_the_same_shapes_share_their_programs(config, monkeypatch):
+    compiled = []
+    compile_eval_step = stage_program.compile_eval_step
+
+    def counted(loss_fn, params, batch):
+        compiled.append(batch.inputs.shape)
+        return compile_eval_step(loss_fn, params, batch)
+
+    monkeypatch.setattr(stage_program, "compile_eval_step", counted)
+    same = ("same", 4, {"schedule": "linear"})
+    train(staged(config, STABLE, same, LONGER))
+    assert compiled == [(8, 24), (4, 48)]
+
+
 def test_a_run_resumes_in_any_stage(config, tmp_path):
     config = changed(config, log_every=2, validate_every=3, checkpoint_every=1)
     config = staged(changed(config, keep_checkpoints=20), STABLE, DECAY, LONGER)

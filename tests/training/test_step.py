@@ -204,7 +204,7 @@ def describe(array):
 
 def test_moments_lie_where_their_parameters_lie():
     mesh = make_mesh(jax.devices()[:4])
-    optimizer = make_optimizer(TrainingConfig(), optax.constant_schedule(1e-3))
+    optimizer = make_optimizer(TrainingConfig())
     state = abstract_train_state(MODEL, COMPUTE, optimizer, mesh).state
     expected = jax.tree.leaves(jax.tree.map(describe, state.params), is_leaf=is_description)
     moments = [describe(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
