@@ -177,9 +177,11 @@ def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "training.optimizer": config.training.optimizer,
         "training.ema_decay": config.training.ema_decay,
+        "training.freeze": config.training.freeze,
         "compute.param_dtype": config.compute.param_dtype,
         "compute.scan_layers": config.compute.scan_layers,
     }
+    fixed |= dict(leaves(config.adapter, "adapter."))
     fixed |= dict(leaves(config.model.resolved(), "model."))
     fixed |= {
         name: value for name, value in leaves(config.data, "data.") if not _is_source_path(name)

@@ -35,7 +35,9 @@ class Bounds(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """The value, with NumPy and JAX scalars as Python numbers."""
+    """The value, with NumPy and JAX scalars as Python numbers, and lists as tuples."""
+    if isinstance(value, list):
+        return tuple(value)
     return value.item() if getattr(value, "shape", None) == () else value
 
 
@@ -53,6 +55,8 @@ def fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if kind is type(None):
         return value is None
+    if kind == tuple[str, ...]:
+        return type(value) is tuple and all(type(each) is str for each in value)
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
@@ -73,6 +77,7 @@ _NAMES: dict[Any, str] = {
     bool: "true or false",
     str: "a string",
     type(None): "nothing",
+    tuple[str, ...]: "a list of strings",
 }
 
 
@@ -94,7 +99,8 @@ def misfit(value: Any, kind: Any) -> str | None:
         return f"is {shown(value)}, beyond 64 bits"
     if type(value) is float and not math.isfinite(value):
         return f"is {value}, not finite"
-    if type(value) is str and any("\ud800" <= character <= "\udfff" for character in value):
+    strings = [value] if type(value) is str else value if type(value) is tuple else ()
+    if any("\ud800" <= character <= "\udfff" for string in strings for character in string):
         return f"is {shown(value)}, not Unicode"
     return None
 
@@ -103,7 +109,7 @@ def type_problems(config: Any) -> Iterator[str]:
     """The fields of a config and its parts that have a value of the wrong type, in words.
 
     NumPy scalars among them are replaced by the Python numbers that they equal, which can be
-    written to files: `config` is a frozen dataclass that is being built.
+    written to files, and lists by tuples: `config` is a frozen dataclass that is being built.
     """
     for item in dataclasses.fields(config):
         value = plain(getattr(config, item.name))

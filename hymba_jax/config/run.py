@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.config.model import PRESETS, ComputeConfig, HymbaConfig
@@ -67,6 +68,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     stages: Mapping[str, StageConfig] = field(default_factory=dict, metadata=ARRAY)
 
@@ -79,6 +81,8 @@ class RunConfig:
         yield from bound_problems(self, RUN_BOUNDS)
         if not self.output:
             yield "output is empty: name a directory"
+        if self.adapter and self.training.freeze:
+            yield "training.freeze has no effect, as an adapter freezes the model: see adapter.train"
         if self.stages:
             yield from ineffective_fields(self)
             yield from self._stage_problems()

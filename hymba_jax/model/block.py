@@ -8,10 +8,12 @@ import jax
 from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import rms_norm
+from hymba_jax.model.lora import add_adapters, start_dropout
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.model.state import LayerOutput, LayerState
@@ -45,6 +47,7 @@ class Block(nnx.Module):
         self.mixer = make_mixer(config, spec, compute, rngs)
         self.mlp_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         self.mlp = MLP(config, compute, rngs)
+        self.dropout_keys: nnx.Variable[Array] | None = nnx.data(None)  # see `lora.set_dropout`
 
     def __call__(
         self,
@@ -78,6 +81,7 @@ class Block(nnx.Module):
             meta = self(x.meta, context.meta, LayerState(), None, shared.meta)
             start = LayerState(meta.kv and KVCache.of(meta.kv.new), meta.ssm)
         behind = LayerState(ssm=start.ssm)
+        start_dropout(self)
         return WithMeta(meta, self(x.tokens, context.tokens, behind, start.kv, shared.tokens))
 
 
@@ -106,10 +110,14 @@ class LayerGroup(nnx.Module):
         specs: Sequence[LayerSpec],
         compute: ComputeConfig,
         keys: Key[Array, " layers"],
+        adapter: AdapterConfig,
     ):
         self.blocks = nnx.List(
             Block(config, spec, compute, nnx.Rngs(keys[i])) for i, spec in enumerate(specs)
         )
+        if adapter:
+            for i, block in enumerate(self.blocks):
+                add_adapters(block, adapter, nnx.Rngs(jax.random.fold_in(keys[i], 1)))
         self.remat = compute.remat
 
     def __call__(
@@ -158,8 +166,11 @@ class ScannedLayers(nnx.Module):
         specs: Sequence[LayerSpec],
         compute: ComputeConfig,
         keys: Key[Array, "groups layers"],
+        adapter: AdapterConfig,
     ):
-        make_groups = nnx.vmap(lambda group_keys: LayerGroup(config, specs, compute, group_keys))
+        make_groups = nnx.vmap(
+            lambda group_keys: LayerGroup(config, specs, compute, group_keys, adapter)
+        )
         self.group = make_groups(keys)
 
     def full_forward(self, x: WithMeta, context: WithMeta, *, keep_all: bool) -> list[WithMeta]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.layer_pattern import GroupSpec
 from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta
 from hymba_jax.model.context import Context
@@ -30,11 +31,21 @@ class Hymba(nnx.Module):
 
     Each layer's parameters are sampled with its own key, so they are the same whether repeated
     layers are scanned or not.
+
+    Args:
+      adapter: of the projections in the layers, see `hymba_jax.model.lora`.
     """
 
-    def __init__(self, config: HymbaConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: HymbaConfig,
+        compute: ComputeConfig,
+        rngs: nnx.Rngs,
+        adapter: AdapterConfig = NO_ADAPTER,
+    ):
         self.config = config
         self.compute = compute
+        self.adapter = adapter
         normal = nnx.initializers.normal(INIT_STD)
         self.embedding = nnx.Param(
             normal(rngs.params(), (config.num_embeddings, config.hidden_size), compute.param_dtype),
@@ -52,9 +63,9 @@ class Hymba(nnx.Module):
             keys = layer_keys[start : start + group.num_layers]
             if group.repeats > 1:
                 keys = keys.reshape(group.repeats, len(group.layers))
-                self.groups.append(ScannedLayers(config, group.layers, compute, keys))
+                self.groups.append(ScannedLayers(config, group.layers, compute, keys, adapter))
             else:
-                self.groups.append(LayerGroup(config, group.layers, compute, keys))
+                self.groups.append(LayerGroup(config, group.layers, compute, keys, adapter))
             start += group.num_layers
         self.final_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         if not config.tie_embeddings:
@@ -64,12 +75,14 @@ class Hymba(nnx.Module):
 
     @classmethod
     @functools.cache
-    def abstract(cls, config: HymbaConfig, compute: ComputeConfig) -> "Hymba":
+    def abstract(
+        cls, config: HymbaConfig, compute: ComputeConfig, adapter: AdapterConfig = NO_ADAPTER
+    ) -> "Hymba":
         """The model without values: shapes and dtypes of its parameters; nothing is computed.
 
         Traced once and shared by all callers, who must not change it.
         """
-        return nnx.eval_shape(lambda: cls(config, compute, nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: cls(config, compute, nnx.Rngs(0), adapter))
 
     def __call__(
         self,
@@ -243,7 +256,7 @@ class Hymba(nnx.Module):
         """Those of `flops` that are not matmuls with parameters: attention and SSM."""
         return sum(
             repeats * block.mixer.flops(length)
-            for group, repeats in self._repeated()
+            for group, repeats in self.repeated_groups()
             for block in group.blocks
         )
 
@@ -265,7 +278,7 @@ class Hymba(nnx.Module):
         """Makes logits of `last_hidden_state`: (hidden, vocab), or the embedding, transposed."""
         return self.embedding if self.config.tie_embeddings else self.lm_head.kernel
 
-    def _repeated(self) -> list[tuple[LayerGroup, int]]:
+    def repeated_groups(self) -> list[tuple[LayerGroup, int]]:
         """Each group with its repeat count."""
         repeats = [group.repeats for group in _layer_groups(self.config, self.compute.scan_layers)]
         groups = (g.group if isinstance(g, ScannedLayers) else g for g in self.groups)
@@ -326,7 +339,7 @@ def unstack_layers(model: Hymba) -> Hymba:
 def _with_layout(model: Hymba, *, scan_layers: bool) -> Hymba:
     config = model.config
     compute = dataclasses.replace(model.compute, scan_layers=scan_layers)
-    graph, shapes = nnx.split(Hymba.abstract(config, compute))
+    graph, shapes = nnx.split(Hymba.abstract(config, compute, model.adapter))
     held = dict(nnx.to_flat_state(nnx.state(model)))
     sources: dict[tuple[str | int, ...], list[LayerPath]] = defaultdict(list)
     for target, source in zip(

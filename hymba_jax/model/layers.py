@@ -4,6 +4,9 @@ Parameters name their logical axes in the metadata `axes`; `parallel/mesh.py` ha
 table from those to the axes of a device mesh.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +21,7 @@ INIT_STD = 0.02
 
 
 class Linear(nnx.Module):
-    """x @ kernel without bias; the kernel is (in, out).
+    """x @ kernel without bias; the kernel is (in, out). An adapter may update it (`lora.py`).
 
     Args:
       axes: logical axes of the kernel.
@@ -41,8 +44,13 @@ class Linear(nnx.Module):
         kernel = init(rngs.params(), (in_features, out_features), compute.param_dtype)
         self.kernel = nnx.Param(kernel, axes=axes)
         self.dtype = dtype or compute.dtype
+        self.adapter: Callable[..., Any] | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
+        return self.project(x) if self.adapter is None else self.adapter(x, self)
+
+    def project(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
+        """x @ kernel, without an adapter."""
         kernel = self.kernel[...].astype(self.dtype)
         return matmul(x.astype(self.dtype), kernel, axes=self.kernel.get_metadata("axes"))
 
@@ -69,3 +77,12 @@ class RMSNorm(nnx.Module):
 def rms_norm(features: int, axis: str, eps: float, compute: ComputeConfig) -> RMSNorm:
     """An RMSNorm with one scale a feature."""
     return RMSNorm((features,), (axis,), eps, compute.param_dtype)
+
+
+def uniform(bound: float) -> nnx.Initializer:
+    """Uniform in [-bound, bound]."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
+
+    return init

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model.context import Context
-from hymba_jax.model.layers import Linear, rms_norm
+from hymba_jax.model.layers import Linear, rms_norm, uniform
 from hymba_jax.model.state import broadcast_to_batch
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
@@ -41,7 +41,7 @@ class SSM(nnx.Module):
         self.in_proj = Linear(hidden, channels, ("hidden", "channels"), compute, rngs)
         self.gate_proj = Linear(hidden, channels, ("hidden", "channels"), compute, rngs)
         self.conv_kernel = nnx.Param(
-            _uniform(kernel**-0.5)(rngs.params(), (kernel, channels), compute.param_dtype),
+            uniform(kernel**-0.5)(rngs.params(), (kernel, channels), compute.param_dtype),
             axes=("conv_kernel", "channels"),
         )
         self.conv_bias = nnx.Param(jnp.zeros(channels, compute.param_dtype), axes=("channels",))
@@ -56,7 +56,7 @@ class SSM(nnx.Module):
             compute,
             rngs,
             dtype=jnp.float32,
-            init=_uniform(rank**-0.5),
+            init=uniform(rank**-0.5),
         )
         self.dt_bias = nnx.Param(_dt_bias(rngs.params(), channels), axes=("channels",))
         A = jnp.arange(1, state + 1, dtype=jnp.float32)
@@ -125,15 +125,6 @@ class SSM(nnx.Module):
         """
         taps, channels = self.conv_kernel.shape[-2:]
         return float(length * channels * (9 * self.sizes[1] + 2 * taps))
-
-
-def _uniform(bound: float) -> nnx.Initializer:
-    """Uniform in [-bound, bound]."""
-
-    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, minval=-bound, maxval=bound).astype(dtype)
-
-    return init
 
 
 def _dt_bias(key: Array, channels: int) -> Float[Array, " channels"]:

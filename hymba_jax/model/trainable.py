@@ -1,0 +1,81 @@
+"""Which parameters a run trains: all, all but the frozen ones, or an adapter."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
+from hymba_jax.errors import HymbaError
+
+ADAPTER = "adapter"  # name of an adapter in the linear map that it belongs to
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """The parameters that a run trains.
+
+    Attributes:
+      adapter: if there is one, they are its own and those that match `adapter.train`.
+      freeze: else all but those that match these name patterns.
+    """
+
+    adapter: AdapterConfig = NO_ADAPTER
+    freeze: tuple[str, ...] = ()
+
+    def split(self, params: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """The trained and the frozen parameters, each as nested dictionaries; see `join`."""
+        flat = flatten_dict(params)
+        trained = {path: leaf for path, leaf in flat.items() if self._trains(path)}
+        frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+        return unflatten_dict(trained), unflatten_dict(frozen)
+
+    def check(self, params: dict[Any, Any]) -> None:
+        """Raises HymbaError if a name pattern matches none of these parameters, or all."""
+        names = sorted({param_name(path): None for path in flatten_dict(params)})
+        own = [name for name in names if ADAPTER not in name.split(".")]
+        projections = [name.removesuffix(".kernel") for name in own if name.endswith("_proj.kernel")]
+        if self.adapter:
+            _check_matches("adapter.targets", self.adapter.targets, projections)
+            _check_matches("adapter.train", self.adapter.train, own)
+        _check_matches("training.freeze", self.freeze, own)
+        if all(matches(name, self.freeze) for name in own):
+            raise HymbaError(
+                f"training.freeze {' '.join(self.freeze)} freezes all parameters: nothing is left "
+                "to train"
+            )
+
+    def _trains(self, path: tuple[Any, ...]) -> bool:
+        if self.adapter:
+            return ADAPTER in path or matches(param_name(path), self.adapter.train)
+        return not matches(param_name(path), self.freeze)
+
+
+def join(trained: dict[Any, Any], frozen: dict[Any, Any]) -> dict[Any, Any]:
+    """All parameters, of `Trainable.split`."""
+    joined: dict[Any, Any] = unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
+    return joined
+
+
+def param_name(path: Sequence[Any]) -> str:
+    """The dotted name of a parameter, without the layer that it belongs to."""
+    parts = list(map(str, path))
+    if "blocks" in parts:
+        parts = parts[parts.index("blocks") + 2 :]
+    return ".".join(parts)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether consecutive parts of a dotted name match one of the patterns."""
+    return any(fnmatchcase(f".{name}.", f"*.{pattern}.*") for pattern in patterns)
+
+
+def _check_matches(option: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    unknown = [pattern for pattern in patterns if not any(matches(n, [pattern]) for n in names)]
+    if unknown:
+        raise HymbaError(
+            f"{option} has {', '.join(map(repr, unknown))}, which matches nothing: there are "
+            f"{', '.join(names)}"
+        )
