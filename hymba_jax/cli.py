@@ -154,7 +154,7 @@ def compile(args: Sequence[str], prog: str) -> None:
 def export(args: Sequence[str], prog: str) -> None:
     """Runs `hymba export ...`."""
     with _checkpoint_command():
-        from hymba_jax.checkpoint import export
+        from hymba_jax.convert import export
 
         export.main(tyro.cli(export.ExportConfig, args=args, prog=prog))
 

@@ -11,6 +11,7 @@ from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location
 from hymba_jax.hf_files import HF_CONFIG, download_advice
+from hymba_jax.model.trainable import Trainable
 from hymba_jax.run_files import checkpoint_steps
 
 
@@ -78,6 +79,19 @@ def read_model_directory(
     if (directory / HF_CONFIG).is_file():
         advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"
     raise HymbaError(f"{directory}: no model found, {CONFIG_FILE} is missing{advice}")
+
+
+def read_trainable(directory: str | os.PathLike[str]) -> Trainable:
+    """The parameters that a run trains, by its directory; of a standalone model all.
+
+    Raises:
+      HymbaError: its file cannot be read.
+    """
+    path = resolve_location(directory) / CONFIG_FILE
+    base, table = read_table(path, RunConfig())
+    adapter = override_from(path, base.adapter, table.get("adapter", {}))
+    training = override_from(path, base.training, table.get("training", {}))
+    return Trainable(adapter, training.freeze)
 
 
 def model_toml(model: HymbaConfig, compute: ComputeConfig) -> str:

@@ -82,7 +82,7 @@ class RunConfig:
         if not self.output:
             yield "output is empty: name a directory"
         if self.adapter and self.training.freeze:
-            yield "training.freeze has no effect, as an adapter freezes the model: see adapter.train"
+            yield "training.freeze is set, but an adapter freezes the model: set adapter.train"
         if self.stages:
             yield from ineffective_fields(self)
             yield from self._stage_problems()

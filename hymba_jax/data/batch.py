@@ -29,11 +29,14 @@ class Batch(NamedTuple):
       segment_ids: the document of each position where rows have several, each computed as if it
         were alone: 1, 2, ... in a row, and 0 for padding behind them. None where a row is one
         sequence, whatever documents are in it.
+      dropout_seeds: uint32, (batch,), of the dropout in each row, filled by training steps; None
+        where there is none.
     """
 
     inputs: Tokens
     targets: Tokens
     segment_ids: Tokens | None = None
+    dropout_seeds: Any = None
 
 
 def make_row(tokens: UInt[np.ndarray, " window"], length: int) -> Batch:

@@ -22,7 +22,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
-from hymba_jax.model import Hymba, fuse_projections, unstack_layers
+from hymba_jax.model import Hymba, fuse_projections, merge_adapters, unstack_layers
 from hymba_jax.model.abstract import Params
 from hymba_jax.model.rope import max_fixed_positions
 from hymba_jax.model.state import MetaState, ModelState
@@ -116,7 +116,7 @@ class Engine:
     """A model's parameters on the device, and the programs that prefill and decode with them.
 
     Args:
-      model: its projections are fused for decoding (`fuse_projections`).
+      model: its adapters are merged, and its projections fused for decoding (`fuse_projections`).
       state_dtype: that SSM states are stored in between tokens.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of prefill.
@@ -139,7 +139,7 @@ class Engine:
         max_chunk: int = MAX_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
-        graph, variables = nnx.split(fuse_projections(unstack_layers(model)))
+        graph, variables = nnx.split(fuse_projections(merge_adapters(unstack_layers(model))))
         self.config = model.config
         self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.model.hymba import Hymba, layer_paths
 from hymba_jax.model.sharding import state_shardings
 from hymba_jax.parallel.mesh import AnyMesh
@@ -20,10 +21,13 @@ type Params = dict[Any, Any]
 
 
 def abstract_model(
-    config: HymbaConfig, compute: ComputeConfig, mesh: AnyMesh
+    config: HymbaConfig,
+    compute: ComputeConfig,
+    mesh: AnyMesh,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> tuple[nnx.GraphDef[Hymba], Params]:
     """The model without its parameters, and their shapes, dtypes and shardings."""
-    graph, variables = nnx.split(Hymba.abstract(config, compute))
+    graph, variables = nnx.split(Hymba.abstract(config, compute, adapter))
     shardings = nnx.to_pure_dict(state_shardings(variables, config, mesh))
     return graph, jax.tree.map(with_sharding, nnx.to_pure_dict(variables), shardings)
 
@@ -33,11 +37,11 @@ def with_sharding(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
 
 
 def abstract_params(
-    config: HymbaConfig, compute: ComputeConfig
+    config: HymbaConfig, compute: ComputeConfig, adapter: AdapterConfig = NO_ADAPTER
 ) -> dict[ParamPath, jax.ShapeDtypeStruct]:
     """Shape and dtype of each of a model's parameters, by path."""
     # Stacked layers are traced once: half the time.
-    stacked = Hymba.abstract(config, dataclasses.replace(compute, scan_layers=True))
+    stacked = Hymba.abstract(config, dataclasses.replace(compute, scan_layers=True), adapter)
     params = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in nnx.to_flat_state(nnx.state(stacked))
@@ -64,7 +68,9 @@ def _unstacked(
     return unstacked
 
 
-def param_shapes(config: HymbaConfig, *, scan_layers: bool) -> dict[ParamPath, tuple[int, ...]]:
+def param_shapes(
+    config: HymbaConfig, *, scan_layers: bool, adapter: AdapterConfig = NO_ADAPTER
+) -> dict[ParamPath, tuple[int, ...]]:
     """The shape of each of a model's parameters, by path."""
-    params = abstract_params(config, ComputeConfig(scan_layers=scan_layers))
+    params = abstract_params(config, ComputeConfig(scan_layers=scan_layers), adapter)
     return {path: like.shape for path, like in params.items()}

@@ -30,7 +30,7 @@ def fuse_projections(model: Hymba) -> Hymba:
     """The same model, changed in place: the input projections of a mixer or an MLP are one matmul.
 
     Args:
-      model: with `scan_layers=False`.
+      model: with `scan_layers=False`, without adapters.
     """
     for block in model.blocks():
         _fuse([getattr(block.mixer, name, None) for name in ("attention", "ssm")])

@@ -105,7 +105,9 @@ class LoRA(nnx.Module):
         update = self.B(self.A(dropped)) * self.scale
         if not hasattr(self, "magnitude"):
             return y + update
-        scale = jnp.broadcast_to(self.update.column_scale(base.kernel[...]).astype(y.dtype), y.shape)
+        scale = jnp.broadcast_to(
+            self.update.column_scale(base.kernel[...]).astype(y.dtype), y.shape
+        )
         from_dropped = y if dropped is x else base.project(dropped)
         return y + (scale - 1) * from_dropped + scale * update
 
@@ -138,6 +140,13 @@ def merge_adapters[M: nnx.Module](model: M) -> M:
     if hasattr(model, "adapter"):
         model.adapter = NO_ADAPTER
     return model
+
+
+def reset_magnitudes(model: nnx.Module) -> None:
+    """Makes the magnitudes of DoRA the norms of the kernels, in place: then adapters do nothing."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and hasattr(module.adapter, "magnitude"):
+            module.adapter.magnitude[...] = column_norms(module.kernel[...])
 
 
 def set_dropout(model: Any, seeds: UInt[Array, " rows"]) -> None:

@@ -1,6 +1,6 @@
 """Which parameters a run trains: all, all but the frozen ones, or an adapter."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
+from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
 
 ADAPTER = "adapter"  # name of an adapter in the linear map that it belongs to
@@ -36,7 +37,9 @@ class Trainable:
         """Raises HymbaError if a name pattern matches none of these parameters, or all."""
         names = sorted({param_name(path): None for path in flatten_dict(params)})
         own = [name for name in names if ADAPTER not in name.split(".")]
-        projections = [name.removesuffix(".kernel") for name in own if name.endswith("_proj.kernel")]
+        projections = [
+            name.removesuffix(".kernel") for name in own if name.endswith("_proj.kernel")
+        ]
         if self.adapter:
             _check_matches("adapter.targets", self.adapter.targets, projections)
             _check_matches("adapter.train", self.adapter.train, own)
@@ -53,10 +56,41 @@ class Trainable:
         return not matches(param_name(path), self.freeze)
 
 
+def trainable_of(run: RunConfig) -> Trainable:
+    """The parameters that a run trains."""
+    return Trainable(run.adapter, run.training.freeze)
+
+
 def join(trained: dict[Any, Any], frozen: dict[Any, Any]) -> dict[Any, Any]:
     """All parameters, of `Trainable.split`."""
     joined: dict[Any, Any] = unflatten_dict(flatten_dict(trained) | flatten_dict(frozen))
     return joined
+
+
+def describe_trainable(trainable: Trainable, params: dict[Any, Any]) -> Iterator[str]:
+    """What is adapted and trained and what is not, with counts; nothing if all is trained."""
+    trained, frozen = (flatten_dict(part) for part in trainable.split(params))
+    if not frozen:
+        return
+    counts = [sum(leaf.size for leaf in part.values()) for part in (trained, frozen)]
+    adapter = trainable.adapter
+    if adapter:
+        adapted = [path[: path.index(ADAPTER)] for path in trained if path[-2:] == ("A", "kernel")]
+        kernels = [path[:-1] for path in frozen if path[-1] == "kernel" and path[0] == "groups"]
+        yield (
+            f"{adapter.kind} of rank {adapter.rank} on {_listed(adapted)}; "
+            f"not adapted: {_listed(set(kernels) - set(adapted))}"
+        )
+    own = [path for path in trained if ADAPTER not in path]
+    yield (
+        f"trained: {counts[0]:,} of {sum(counts):,} parameters"
+        + (f", {_listed(own)} among them" if own else "")
+        + f"; frozen: {_listed(frozen)}"
+    )
+
+
+def _listed(paths: Iterable[tuple[Any, ...]]) -> str:
+    return ", ".join(sorted({param_name(path) for path in paths})) or "none"
 
 
 def param_name(path: Sequence[Any]) -> str:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.convert.init_from import read_config
 from hymba_jax.data.listing import is_url
 from hymba_jax.files import resolve_location, resolve_path
 
@@ -116,7 +116,7 @@ def run_defaults(args: Sequence[str]) -> RunConfig:
 
 def _started_from(directory: str) -> RunConfig:
     """A run with the model of a directory and, if it has one, the tokenizer."""
-    model, data = read_model_directory(directory)[0], DataConfig()
+    model, data = read_config(directory), DataConfig()
     data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
     if (resolve_location(directory) / "tokenizer.json").is_file():
         data = dataclasses.replace(data, tokenizer=directory)

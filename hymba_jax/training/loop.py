@@ -10,7 +10,6 @@ import optax
 from jax.sharding import Mesh
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
-from hymba_jax.checkpoint.init_from import InitialModel, read_initial_model
 from hymba_jax.checkpoint.run_directory import (
     check_data,
     check_output,
@@ -32,6 +31,7 @@ from hymba_jax.config import HymbaConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
+from hymba_jax.convert.init_from import InitialModel, read_initial_model
 from hymba_jax.data import (
     Data,
     Tokenizer,
@@ -46,6 +46,7 @@ from hymba_jax.files import replace_text, resolve_location
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.sharding import describe_sharding
+from hymba_jax.model.trainable import describe_trainable, trainable_of
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.run_files import checkpoint_steps
@@ -120,7 +121,8 @@ def _train(
     def plan(tokenizer: Tokenizer) -> tuple[RunConfig, AbstractTrainState]:
         """The run with the model for this tokenizer, and its state, which fits the devices."""
         run = dataclasses.replace(config, model=_fit_model(config, source, tokenizer))
-        abstract = abstract_train_state(run.model, run.compute, _optimizer(run), mesh)
+        trainable = trainable_of(run)
+        abstract = abstract_train_state(run.model, run.compute, _optimizer(run), mesh, trainable)
         check_memory(abstract, mesh)
         return run, abstract
 
@@ -128,7 +130,7 @@ def _train(
     config, abstract = plan(data.tokenizer)
     optimizer, stages = _optimizer(config), config.resolved_stages
     examples = _examples(stages, data, config.seed)
-    _announce(config, abstract.num_params, data, mesh, display)
+    _announce(config, abstract, data, mesh, display)
 
     compiled_steps: dict[Hashable, CompiledSteps] = {}
 
@@ -181,7 +183,7 @@ def _train(
         return
     if config.training.sample_tokens:
         display.begin("writing a sample")
-        graph, _ = abstract_model(stages[-1].run.model, config.compute, mesh)
+        graph, _ = abstract_model(stages[-1].run.model, config.compute, mesh, config.adapter)
         text = sample(generate, graph, state.params, data.tokenizer, mesh)
         if is_main_process() and text is not None:
             replace_text(resolve_location(config.output) / SAMPLE_FILE, text)
@@ -347,6 +349,11 @@ def _find_start(config: RunConfig) -> tuple[RunConfig | None, InitialModel | Non
         check_resumes(previous, config, checkpoint_steps(config.output)[-1])
         return previous, None
     if not config.init_from:
+        if config.adapter:
+            raise HymbaError(
+                f"adapter.kind is {config.adapter.kind}, and there is no model to adapt: name one "
+                "by init_from"
+            )
         return None, None
     initial = read_initial_model(config.init_from)
     initial.check_model(config.model)
@@ -410,19 +417,23 @@ def _init_state(
     if initial is None:
         return init_state(config.model, config.compute, optimizer, abstract, config.seed)
     display.say(initial.describe(config.model))
-    return initial.load_state(config.model, config.compute, optimizer, abstract, mesh)
+    return initial.load_state(config.model, config.compute, optimizer, abstract, mesh, config.seed)
 
 
-def _announce(config: RunConfig, num_params: int, data: Data, mesh: Mesh, display: Display) -> None:
+def _announce(
+    config: RunConfig, abstract: AbstractTrainState, data: Data, mesh: Mesh, display: Display
+) -> None:
     """Says what is trained, on what."""
     devices, stages = jax.devices(), config.resolved_stages
     tokens = sum(stage.tokens for stage in stages)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     display.say(
-        f"{config.output}: {num_params:,} parameters in {config.model.num_layers} layers, "
+        f"{config.output}: {abstract.num_params:,} parameters in {config.model.num_layers} layers, "
         f"{len(devices)} x {devices[0].device_kind}{processes}; {stages[-1].stop:,} steps, "
         f"{tokens:,} tokens, of {data.num_tokens:,} tokens of text"
     )
+    for line in describe_trainable(abstract.trainable, abstract.state.params):
+        display.say(line)
     known, rows = data.tokenizer.vocab_size, config.model.num_embeddings
     if known < rows:
         display.say(

@@ -12,6 +12,7 @@ from flax import nnx
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
+from hymba_jax.model.lora import set_dropout
 from hymba_jax.ops.cross_entropy import cross_entropy
 
 type Scalar = Any
@@ -69,7 +70,14 @@ def next_token_loss(model: Hymba, batch: Batch, z_loss: float = 0.0) -> Averages
 
 def make_loss_fn(objective: Objective, graph: nnx.GraphDef[Hymba]) -> LossFn:
     """The objective as a function of the parameters of a model."""
-    return lambda params, batch: objective(nnx.merge(graph, params), batch)
+
+    def loss_fn(params: Params, batch: Batch) -> Averages:
+        model = nnx.merge(graph, params)
+        if batch.dropout_seeds is not None:
+            set_dropout(model, batch.dropout_seeds)
+        return objective(model, batch)
+
+    return loss_fn
 
 
 def add_averages(several: Iterable[Averages]) -> Averages:

@@ -108,7 +108,7 @@ def _compile_steps(
     mesh: Mesh,
 ) -> CompiledSteps:
     # The architecture differs between stages in what has no parameters: positions.
-    graph, _ = abstract_model(run.model, run.compute, mesh)
+    graph, _ = abstract_model(run.model, run.compute, mesh, run.adapter)
     train_step, batch = run_step(run, objective, graph, optimizer, mesh)
     validation_batch = abstract_batch(
         run.training.micro_batch_size,

@@ -15,10 +15,11 @@ from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
+from hymba_jax.model.trainable import TRAIN_ALL, Trainable, join, trainable_of
 from hymba_jax.parallel.mesh import AnyMesh, batch_sharding, batch_shards
 from hymba_jax.training.loss import Average, Averages, LossFn, Objective, make_loss_fn
 from hymba_jax.training.optimizer import applied_learning_rate
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Float, UInt
 
 SKIPPED = "skipped"
 
@@ -36,6 +37,8 @@ def make_train_step(
     *,
     micro_batch_size: int,
     skip_nonfinite: bool = False,
+    trainable: Trainable = TRAIN_ALL,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (next state, metrics).
 
@@ -44,10 +47,14 @@ def make_train_step(
 
     Args:
       skip_nonfinite: the state does not change if the loss or the gradient's norm is not finite.
+      trainable: the parameters that are differentiated and updated.
+      seed: of an adapter's dropout.
     """
 
-    def summed_loss(params: Params, batch: Batch) -> tuple[Float[Array, ""], Averages]:
-        averages = loss_fn(params, batch)
+    def summed_loss(
+        trained: Params, batch: Batch, frozen: Params
+    ) -> tuple[Float[Array, ""], Averages]:
+        averages = loss_fn(join(trained, frozen), batch)
         return averages["loss"].total, averages
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -57,11 +64,14 @@ def make_train_step(
             argnums=1,
             microbatch_size=micro_batch_size if micro_batch_size < rows else None,
         )
-        (_, averages), grads = compute(state.params, batch)
+        trained, frozen = trainable.split(state.params)
+        if trainable.adapter.dropout:
+            batch = batch._replace(dropout_seeds=_dropout_seeds(seed, state.optimizer, rows))
+        (_, averages), grads = compute(trained, batch, frozen)
         weight = averages["loss"].weight.astype(jnp.float32)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        following = TrainState(optax.apply_updates(state.params, updates), moments)
+        updates, moments = optimizer.update(grads, state.optimizer, trained)
+        following = TrainState(join(optax.apply_updates(trained, updates), frozen), moments)
         grad_norm = optax.tree.norm(grads)
         metrics = averages | {"grad_norm": Average(grad_norm, 1)}
         if (rate := applied_learning_rate(moments)) is not None:
@@ -73,6 +83,12 @@ def make_train_step(
         return following, metrics
 
     return train_step
+
+
+def _dropout_seeds(seed: int, state: optax.OptState, rows: int) -> UInt[Array, " rows"]:
+    """Seeds for the rows of a batch, by the run's and the number of updates before it."""
+    count = optax.tree.get_all_with_path(state, "count")[0][1]
+    return jax.random.bits(jax.random.fold_in(jax.random.key(seed), count), (rows,), jnp.uint32)
 
 
 def run_step(
@@ -91,6 +107,8 @@ def run_step(
         optimizer,
         micro_batch_size=training.micro_batch_size,
         skip_nonfinite=training.on_nonfinite == "skip",
+        trainable=trainable_of(run),
+        seed=run.seed,
     )
     batch = abstract_batch(
         training.batch_size,

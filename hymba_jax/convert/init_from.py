@@ -1,4 +1,4 @@
-"""A run that starts from the parameters of another run or model."""
+"""A run that starts from the parameters of another run or model, native or HF."""
 
 import dataclasses
 import json
@@ -11,16 +11,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hymba_jax.checkpoint.checkpoints import load_params
+from hymba_jax.checkpoint.load import load_merged_params
 from hymba_jax.checkpoint.model_file import read_model_directory
-from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState
+from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState, init_state_from
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.field_types import leaves
+from hymba_jax.config.run import CONFIG_FILE
+from hymba_jax.convert.hf_checkpoint import HFCheckpoint
+from hymba_jax.convert.load_sharded import read_params
 from hymba_jax.data import DataConfig, Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_location
+from hymba_jax.files import resolve_location, resolve_path
+from hymba_jax.hf_files import HF_CONFIG
 from hymba_jax.model import stack_layers, unstack_layers
-from hymba_jax.model.abstract import abstract_model, param_shapes
+from hymba_jax.model.abstract import Params, abstract_model, param_shapes
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,18 @@ class InitialModel:
     """The model that a run starts from, without its parameters.
 
     Attributes:
-      directory: of a run, or of a standalone model.
+      directory: of a run, of a standalone model, or of an HF checkpoint.
       config: its architecture, nothing of which is "auto".
       scan_layers: whether its parameters are stored as those of scanned layers.
       tokenizer: its own, if it has one.
+      hf: the HF checkpoint, if it is one.
     """
 
     directory: str
     config: HymbaConfig
     scan_layers: bool
     tokenizer: Tokenizer | None
+    hf: HFCheckpoint | None = None
 
     def check_model(self, config: HymbaConfig) -> None:
         """Raises HymbaError if a model of this architecture has other parameters."""
@@ -86,22 +92,31 @@ class InitialModel:
         optimizer: optax.GradientTransformation,
         abstract: AbstractTrainState,
         mesh: Mesh,
+        seed: int,
     ) -> TrainState:
         """The state before the first step, with its parameters and a new optimizer.
+
+        Args:
+          seed: of a new adapter.
 
         Raises:
           HymbaError: they cannot be read.
         """
+        params = self._load(config, compute, mesh)
+        return init_state_from(params, config, compute, optimizer, abstract, seed)
+
+    def _load(self, config: HymbaConfig, compute: ComputeConfig, mesh: Mesh) -> Params:
+        """Its parameters, where and as a run has them."""
+        _, wanted = abstract_model(config, compute, mesh)
+        if self.hf is not None:
+            return read_params(self.hf.read, wanted, config, scan_layers=compute.scan_layers)
         stored = dataclasses.replace(compute, scan_layers=self.scan_layers)
-        graph, like = abstract_model(config, stored, mesh)
-        params = load_params(self.directory, like)
+        params = load_merged_params(self.directory, config, stored, mesh)
         if self.scan_layers != compute.scan_layers:
             relayout = stack_layers if compute.scan_layers else unstack_layers
-            model = relayout(nnx.merge(graph, params))
-            params = nnx.to_pure_dict(nnx.state(model))
-        params = jax.device_put(params, abstract.shardings.params)
-        moments = jax.jit(optimizer.init, out_shardings=abstract.shardings.optimizer)(params)
-        return TrainState(params, moments)
+            graph, _ = abstract_model(config, stored, mesh)
+            params = nnx.to_pure_dict(nnx.state(relayout(nnx.merge(graph, params))))
+        return jax.device_put(params, jax.tree.map(lambda like: like.sharding, wanted))
 
     def _differences(self, config: HymbaConfig) -> Iterator[str]:
         own = dict(leaves(self.config, "model."))
@@ -116,10 +131,31 @@ def read_initial_model(directory: str) -> InitialModel:
     Raises:
       HymbaError: there is no model, or its config or tokenizer cannot be read.
     """
-    config, compute = read_model_directory(directory)
-    has_tokenizer = (resolve_location(directory) / "tokenizer.json").is_file()
+    location = resolve_location(directory)
+    has_tokenizer = (location / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(directory) if has_tokenizer else None
+    if hf := _hf_checkpoint(directory):
+        hf.check()
+        return InitialModel(directory, hf.config.resolved(), False, tokenizer, hf)
+    config, compute = read_model_directory(directory)
     return InitialModel(directory, config.resolved(), compute.scan_layers, tokenizer)
+
+
+def read_config(directory: str) -> HymbaConfig:
+    """The architecture of the model in the directory that `init_from` names.
+
+    Raises:
+      HymbaError: as for `read_initial_model`.
+    """
+    hf = _hf_checkpoint(directory)
+    return hf.config if hf else read_model_directory(directory)[0]
+
+
+def _hf_checkpoint(directory: str) -> HFCheckpoint | None:
+    """The HF checkpoint in a directory, if it is one; native ones may keep its files."""
+    path = resolve_location(directory)
+    is_hf = not (path / CONFIG_FILE).is_file() and (path / HF_CONFIG).is_file()
+    return HFCheckpoint(resolve_path(directory)) if is_hf else None
 
 
 def _tokenization(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from inference.models import TINY, byte_tokenizer, make_model
 from slow import slow_but
 
 from hymba_jax.checkpoint.checkpoints import load_params
-from hymba_jax.checkpoint.init_from import read_initial_model
 from hymba_jax.checkpoint.model_file import model_toml
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.checkpoint.train_state import abstract_train_state
@@ -19,6 +18,7 @@ from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
+from hymba_jax.convert.init_from import read_initial_model
 from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import stack_layers, unstack_layers

@@ -10,13 +10,13 @@ from flax import nnx
 from inference.models import TINY, byte_tokenizer
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params
-from hymba_jax.checkpoint.export import ExportConfig, main
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.checkpoint.run_directory import write_run_directory
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.convert.export import ExportConfig, main
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
