@@ -97,8 +97,8 @@ class TrainingConfig:
       keep_best: keeps the checkpoint with the lowest validation loss, too; a validation that is the
         best so far saves one. It is the mean over all validation sets, of the same batches each
         time.
-      freeze: name patterns, as in `[adapter]`, of parameters that are not trained, such as embedding
-        or mixer.ssm. Frozen parameters have neither gradients nor optimizer state.
+      freeze: name patterns, as in `[adapter]`, of parameters that are not trained: embedding or
+        mixer.ssm, for example. Frozen parameters have neither gradients nor optimizer state.
       sample_prompt: prompt of the sample that is written at the end of the run.
       sample_tokens: its length; 0 writes none.
       sample_temperature: 0 takes the likeliest token each time, 1 the model's distribution.

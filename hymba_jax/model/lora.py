@@ -145,7 +145,9 @@ def merge_adapters[M: nnx.Module](model: M) -> M:
 def reset_magnitudes(model: nnx.Module) -> None:
     """Makes the magnitudes of DoRA the norms of the kernels, in place: then adapters do nothing."""
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear) and hasattr(module.adapter, "magnitude"):
+        if not isinstance(module, Linear) or not isinstance(module.adapter, LoRA):
+            continue
+        if hasattr(module.adapter, "magnitude"):
             module.adapter.magnitude[...] = column_norms(module.kernel[...])
 
 

@@ -1,5 +1,6 @@
 """Which parameters a run trains: all, all but the frozen ones, or an adapter."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -56,6 +57,9 @@ class Trainable:
         return not matches(param_name(path), self.freeze)
 
 
+TRAIN_ALL = Trainable()
+
+
 def trainable_of(run: RunConfig) -> Trainable:
     """The parameters that a run trains."""
     return Trainable(run.adapter, run.training.freeze)
@@ -72,24 +76,30 @@ def describe_trainable(trainable: Trainable, params: dict[Any, Any]) -> Iterator
     trained, frozen = (flatten_dict(part) for part in trainable.split(params))
     if not frozen:
         return
-    counts = [sum(leaf.size for leaf in part.values()) for part in (trained, frozen)]
+    sizes = [sum(leaf.size for leaf in part.values()) for part in (trained, frozen)]
     adapter = trainable.adapter
     if adapter:
-        adapted = [path[: path.index(ADAPTER)] for path in trained if path[-2:] == ("A", "kernel")]
-        kernels = [path[:-1] for path in frozen if path[-1] == "kernel" and path[0] == "groups"]
-        yield (
-            f"{adapter.kind} of rank {adapter.rank} on {_listed(adapted)}; "
-            f"not adapted: {_listed(set(kernels) - set(adapted))}"
+        kernels: dict[str, Counter[str]] = {"adapted": Counter(), "not adapted": Counter()}
+        for path, leaf in frozen.items():
+            if path[-1] == "kernel" and "blocks" in path:
+                is_adapted = (*path[:-1], ADAPTER, "A", "kernel") in trained
+                layers = leaf.shape[0] if leaf.ndim == 3 else 1
+                kernels["adapted" if is_adapted else "not adapted"][param_name(path[:-1])] += layers
+        shown = (
+            f"{what}: {', '.join(f'{name} x {count}' for name, count in sorted(counts.items()))}"
+            for what, counts in kernels.items()
+            if counts
         )
+        yield f"{adapter.kind} of rank {adapter.rank}; {'; '.join(shown)}"
     own = [path for path in trained if ADAPTER not in path]
     yield (
-        f"trained: {counts[0]:,} of {sum(counts):,} parameters"
-        + (f", {_listed(own)} among them" if own else "")
-        + f"; frozen: {_listed(frozen)}"
+        f"trained: {sizes[0]:,} of {sum(sizes):,} parameters"
+        + (f", {_names(own)} among them" if own else "")
+        + f"; frozen: {_names(frozen)}"
     )
 
 
-def _listed(paths: Iterable[tuple[Any, ...]]) -> str:
+def _names(paths: Iterable[tuple[Any, ...]]) -> str:
     return ", ".join(sorted({param_name(path) for path in paths})) or "none"
 
 
