@@ -1,4 +1,4 @@
-"""`hymba export`: the parameters of a run, or an average of them, as a standalone model."""
+"""`hymba export`: the parameters of a run, or an average of them, as a model or an adapter."""
 
 import re
 from dataclasses import dataclass
@@ -13,12 +13,17 @@ from flax import nnx
 
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, load_params, one_line
 from hymba_jax.checkpoint.checksums import check_tree
-from hymba_jax.checkpoint.model_file import read_model_directory
+from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
 from hymba_jax.checkpoint.save import check_absent, save_model
+from hymba_jax.config.adapter import AdapterConfig
+from hymba_jax.config.run import CONFIG_FILE, RunConfig
+from hymba_jax.convert.peft import write_peft
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_path
+from hymba_jax.files import resolve_path, written_beside
+from hymba_jax.model import merge_adapters
 from hymba_jax.model.abstract import Params, abstract_model
+from hymba_jax.model.trainable import join
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import FOLDER, checkpoint_steps
 
@@ -30,30 +35,38 @@ LAST = "last:"
 class ExportConfig:
     """Writes the parameters of a run's newest checkpoint, or an average, as a standalone model.
 
+    A run that trained an adapter needs --merge or --adapter.
+
     Attributes:
       run: directory of a training run.
       output: directory to write, which must not exist.
       average: `ema`, the moving average of a run with training.ema_decay; or `last:N`, the mean of
         the newest N checkpoints.
+      merge: merges the run's adapter into the model.
+      adapter: writes the run's adapter alone, as a PEFT adapter of the model that it started from.
 
     Raises:
-      HymbaError: there is no such average.
+      HymbaError: there is no such average, or both a model and an adapter are wanted.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     average: str = ""
+    merge: bool = False
+    adapter: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(f"|{EMA}|{LAST}[1-9][0-9]{{0,8}}", self.average):
             raise HymbaError(f"average is {self.average!r}, neither {EMA} nor last:N")
+        if self.merge and self.adapter:
+            raise HymbaError("merge writes a model, adapter an adapter: name one of them")
 
 
 def main(args: ExportConfig) -> None:
-    """Writes the model, and prints what it is.
+    """Writes the model or adapter, and prints what it is.
 
     Raises:
-      HymbaError: there is no run, or it has no such average; or the output exists, or cannot be
+      HymbaError: there is no run, or it has no such average, or no adapter; or the output exists, or cannot be
         written.
     """
     run, output = resolve_path(args.run).absolute(), resolve_path(args.output)
@@ -62,16 +75,41 @@ def main(args: ExportConfig) -> None:
     steps = checkpoint_steps(run)
     if not steps:
         raise HymbaError(f"{run}: no run with a checkpoint")
-    graph, abstract = abstract_model(config, compute, make_mesh(jax.devices()[:1]))
+    trainable = read_trainable(run)
+    adapter = trainable.adapter
+    _check_form(run, args, adapter)
+    mesh = make_mesh(jax.devices()[:1])
+    graph, abstract = abstract_model(config, compute, mesh, adapter)
+    params, what = load_params(run, abstract, steps[-1]), f"step {steps[-1]}"
+    trained, frozen = trainable.split(params)
     if args.average == EMA:
-        what, params = f"moving average at step {steps[-1]}", _ema(run, abstract, steps[-1])
+        what, trained = f"moving average at step {steps[-1]}", _ema(run, trained, steps[-1])
     elif args.average:
         steps = _last(run, steps, int(args.average.removeprefix(LAST)))
-        what, params = f"mean of steps {', '.join(map(str, steps))}", _mean(run, abstract, steps)
-    else:
-        what, params = f"step {steps[-1]}", load_params(run, abstract, steps[-1])
-    save_model(output, nnx.merge(graph, params), Tokenizer.load(run), hf_files_of=run)
-    print(f"{output}: {what} of {run}")
+        what = f"mean of steps {', '.join(map(str, steps))}"
+        trained, _ = trainable.split(_mean(run, abstract, steps))
+    params = join(trained, frozen)
+    if args.adapter:
+        base = RunConfig.from_toml(run / CONFIG_FILE).init_from
+        with written_beside(output) as beside:
+            write_peft(
+                beside, params, config, adapter, scan_layers=compute.scan_layers, base_model=base
+            )
+        print(f"{output}: adapter, {what} of {run}")
+        return
+    model = merge_adapters(nnx.merge(graph, params))
+    save_model(output, model, Tokenizer.load(run), hf_files_of=run)
+    print(f"{output}: {what} of {run}{', adapter merged' * bool(adapter)}")
+
+
+def _check_form(run: Path, args: ExportConfig, adapter: AdapterConfig) -> None:
+    """Raises HymbaError unless it is clear what to write of a run."""
+    if adapter and not (args.merge or args.adapter):
+        raise HymbaError(
+            f"{run}: trained an adapter: write a model with --merge, or the adapter with --adapter"
+        )
+    if not adapter and (args.merge or args.adapter):
+        raise HymbaError(f"{run}: trained no adapter: leave --merge and --adapter out")
 
 
 def _last(run: Path, steps: list[int], count: int) -> list[int]:
@@ -101,7 +139,7 @@ def _ema(run: Path, abstract: Params, step: int) -> Params:
         raise HymbaError(
             f"{path}: has no moving average, as training.ema_decay was 0: use --average last:N"
         )
-    wanted = {EMA: _in_float32(abstract)}
+    wanted = {EMA: _in_float32(jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract))}
     restore = ocp.args.PyTreeRestore(
         wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),

@@ -72,6 +72,9 @@ def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str) -> None:
     config = checkpoint.config
     table = Table(title=Text(printable(path)), show_header=False)
     table.add_row("form", "native" if isinstance(checkpoint, NativeCheckpoint) else "HF")
+    if isinstance(checkpoint, NativeCheckpoint) and checkpoint.adapter:
+        adapter = checkpoint.adapter
+        table.add_row("adapter", f"{adapter.kind} of rank {adapter.rank}, used merged")
     for name, value in _architecture(config):
         table.add_row(name, value)
     table.add_section()

@@ -4,14 +4,50 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
 from hymba_jax.checkpoint.checksums import dotted
-from hymba_jax.checkpoint.model_file import read_model_directory
+from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
+from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.mapping import ConversionError, HFSlice, hf_slices, mismatches
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.model.abstract import ParamPath, param_shapes
+from hymba_jax.model.lora import LowRankUpdate
+from hymba_jax.model.trainable import ADAPTER
+
+
+class AdaptedParams:
+    """The parameters of a run with an adapter, which is merged into each kernel as it is read.
+
+    Attributes:
+      path, tensors: as of `StoredParams`, without the adapter.
+    """
+
+    def __init__(self, stored: StoredParams, adapter: AdapterConfig):
+        self._stored, self._adapter = stored, adapter
+        self.path = stored.path
+        self.tensors = {
+            name: info for name, info in stored.tensors.items() if ADAPTER not in name.split(".")
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """The array of this dotted path, merged; see `StoredParams.read`."""
+        array, place = self._stored.read(name), name.removesuffix("kernel") + ADAPTER
+        if f"{place}.A.kernel" not in self._stored.tensors:
+            return array
+        A, B = (jnp.asarray(self._stored.read(f"{place}.{side}.kernel")) for side in "AB")
+        magnitude = None
+        if f"{place}.magnitude" in self._stored.tensors:
+            magnitude = jnp.asarray(self._stored.read(f"{place}.magnitude"))
+        update = LowRankUpdate(A, B, self._adapter.scale, magnitude)
+        return np.asarray(update.merged(jnp.asarray(array)))
+
+    def damage(self) -> list[str]:
+        return self._stored.damage()
 
 
 class NativeCheckpoint:
@@ -21,6 +57,7 @@ class NativeCheckpoint:
       directory: where it is.
       config: the architecture.
       compute: how the model computes.
+      adapter: of the run that it is of, merged into the parameters.
       stored: its parameters on the disk.
 
     Raises:
@@ -32,7 +69,9 @@ class NativeCheckpoint:
         self.config, self.compute = read_model_directory(directory, step)
         params = params_path(directory, step)
         assert isinstance(params, Path)
-        self.stored = StoredParams(params)
+        self.adapter = read_trainable(directory).adapter
+        self._all = StoredParams(params)
+        self.stored = AdaptedParams(self._all, self.adapter) if self.adapter else self._all
 
     @cached_property
     def shapes(self) -> dict[ParamPath, tuple[int, ...]]:
@@ -51,8 +90,11 @@ class NativeCheckpoint:
 
     def problems(self) -> list[str]:
         """Every array that does not fit the config, in words, without reading any."""
+        shapes = param_shapes(
+            self.config, scan_layers=self.compute.scan_layers, adapter=self.adapter
+        )
         return mismatches(
-            self.tensors, {dotted(path): shape for path, shape in self.shapes.items()}
+            self._all.tensors, {dotted(path): shape for path, shape in shapes.items()}
         )
 
     def damage(self) -> list[str]:

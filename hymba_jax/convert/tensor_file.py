@@ -44,6 +44,7 @@ class TensorFile:
 
     Attributes:
       tensors: what the file holds, by name.
+      metadata: strings by name.
 
     Raises:
       HymbaError: it is not a regular file, or not a complete safetensors file.
@@ -54,6 +55,7 @@ class TensorFile:
         with open_regular(path):  # the library would wait for a FIFO's writer
             pass
         self._file, self._mapped, self._lock = self._open(), 0, threading.Lock()
+        self.metadata: dict[str, str] = self._file.metadata() or {}
         slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
         self.tensors = {
             name: TensorInfo(

@@ -7,8 +7,9 @@ from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
+from hymba_jax.convert.peft import merge_peft
 from hymba_jax.data import Tokenizer
-from hymba_jax.files import resolve_location
+from hymba_jax.files import resolve_location, resolve_path
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
 
@@ -21,6 +22,7 @@ def load(
     batch_size: int = 8,
     context: int | None = None,
     step: Step | None = None,
+    adapter: str | os.PathLike[str] = "",
 ) -> LanguageModel:
     """The model of a training run, or of a directory that holds a standalone model, on one device.
 
@@ -35,17 +37,21 @@ def load(
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
+      adapter: local directory of a PEFT adapter, which is merged into the model.
 
     Raises:
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
-        into the device's memory.
+        into the device's memory; or the adapter belongs to another model.
     """
     step = resolve_step(directory, step)
     config = read_model_directory(directory, step)[0]  # first: it reports a missing model
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(config, str(directory))
+    model = load_model(directory, dtype=dtype, step=step)
+    if adapter:
+        model = merge_peft(resolve_path(adapter), model)
     return LanguageModel(
-        load_model(directory, dtype=dtype, step=step),
+        model,
         tokenizer,
         defaults=read_generation_defaults(resolve_location(directory)),
         state_dtype=state_dtype,
@@ -62,6 +68,7 @@ class ModelChoice:
       model: directory of a training run, or of a standalone model; local, gs:// or s3://.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
+      adapter: local directory of a PEFT adapter to merge into the model.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.
       batch_size: sequences that are decoded at the same time.
@@ -70,6 +77,7 @@ class ModelChoice:
 
     model: str
     step: Step | None = None
+    adapter: str = ""
     dtype: DType | None = None
     state_dtype: DType = "float32"
     batch_size: int = 8

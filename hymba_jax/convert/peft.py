@@ -1,0 +1,364 @@
+"""Adapters in the format of the peft library, with the names of the HF checkpoint's modules.
+
+    adapter_config.json         rank, alpha and kind
+    adapter_model.safetensors   base_model.model.MODULE.lora_A.weight         (rank, in)
+                                base_model.model.MODULE.lora_B.weight         (out, rank)
+                                base_model.model.MODULE.lora_magnitude_vector (out,), of DoRA
+
+`in_proj` is one module there and several linear maps here (`mapping.py`). An adapter of it is read
+as adapters of each with the same A and their rows of B. Adapters of several are written as one in
+exact block form: the matrices A above one another, and a block-diagonal B.
+"""
+
+import json
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+
+from hymba_jax.config import HymbaConfig
+from hymba_jax.config.adapter import AdapterConfig
+from hymba_jax.config.field_types import shown
+from hymba_jax.convert.mapping import HFSlice, hf_slices
+from hymba_jax.convert.tensor_file import TensorFile
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import read_json
+from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import ParamPath, Params
+from hymba_jax.model.lora import LowRankUpdate, column_norms
+from hymba_jax.model.trainable import ADAPTER
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_BASE = "base_embedding"  # in the metadata of the weights: checksum of the base's embedding
+_TENSOR = re.compile(
+    r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?"
+)
+
+# Options that say how an adapter was made, not what it computes.
+_HARMLESS = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode"),
+        *("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core"),
+        *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
+    }
+)
+_READ = frozenset(
+    {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+)
+_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")  # which leave the base as it is
+
+
+def merge_peft(directory: Path, model: Hymba) -> Hymba:
+    """The model with the adapter of a directory merged into its kernels.
+
+    Raises:
+      HymbaError: it cannot be read, has options that are not supported, or belongs to another
+        model.
+    """
+    adapters, base = read_peft(directory)
+    graph, state = nnx.split(model)
+    params = flatten_dict(nnx.to_pure_dict(state))
+    if base is not None and base != _checksum(params):
+        raise HymbaError(
+            f"{directory}: belongs to a model with another embedding than this one: name the model "
+            "that it was trained on"
+        )
+    shapes = {path: leaf.shape for path, leaf in params.items()}
+    parts = _kernels(shapes, model.config, scan_layers=model.compute.scan_layers)
+    _check_fit(directory, adapters, parts)
+    by_path: dict[ParamPath, list[HFSlice]] = defaultdict(list)
+    for module, several in parts.items():
+        for part in several:
+            if module in adapters:
+                by_path[part.path].append(part)
+    for path, adapted in by_path.items():
+        kernel = params[path]
+        for part in adapted:
+            update = _rows(adapters[_module(part)], part)
+            if part.stack_index is None:
+                kernel = update.merged(kernel)
+            else:
+                layer = update.merged(kernel[part.stack_index])
+                kernel = kernel.at[part.stack_index].set(layer)
+        params[path] = kernel
+    return nnx.merge(graph, unflatten_dict(params))
+
+
+def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
+    """The adapter of each HF module, its arrays transposed to (in, out), and the base's checksum.
+
+    The checksum is None of adapters that were written elsewhere.
+
+    Raises:
+      HymbaError: a file cannot be read, or has options or tensors that are not supported.
+    """
+    settings, file = _read_settings(directory / CONFIG), TensorFile(directory / WEIGHTS)
+    tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    problems = []
+    for name in file.tensors:
+        if match := _TENSOR.fullmatch(name):
+            tensors[match[1]][match[2].removesuffix(".weight")] = file.read(name)
+        else:
+            problems.append(f"{name} is no LoRA or DoRA of a linear map")
+    adapters = {}
+    for module, held in tensors.items():
+        rank = _of_pattern(settings["rank_pattern"], module, settings["r"])
+        alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
+        wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} & {*held})
+        if settings["use_dora"]:
+            wanted.add("lora_magnitude_vector")
+        if held.keys() != wanted or (not settings["use_dora"] and len(wanted) > 2):
+            problems.append(f"{module} has {', '.join(sorted(held))}, which do not fit {CONFIG}")
+            continue
+        A, B = (held[name].astype(np.float32).T for name in ("lora_A", "lora_B"))
+        if A.ndim != 2 or B.ndim != 2 or not A.shape[1] == B.shape[0] == rank:
+            problems.append(f"{module} has shapes {A.T.shape} and {B.T.shape}, not of rank {rank}")
+            continue
+        scale = alpha / (rank**0.5 if settings["use_rslora"] else rank)
+        magnitude = held.get("lora_magnitude_vector")
+        adapters[module] = LowRankUpdate(
+            jnp.asarray(A),
+            jnp.asarray(B),
+            scale,
+            None if magnitude is None else jnp.asarray(magnitude, jnp.float32).ravel(),
+        )
+    if problems or not adapters:
+        raise HymbaError(f"{file.path}: {'; '.join(problems) or 'has no adapter'}")
+    return adapters, file.metadata.get(_BASE)
+
+
+def write_peft(
+    directory: Path,
+    params: Params,
+    config: HymbaConfig,
+    adapter: AdapterConfig,
+    *,
+    scan_layers: bool,
+    base_model: str,
+) -> None:
+    """Writes the adapter among a model's parameters into an existing directory.
+
+    Args:
+      base_model: name of the model that it belongs to.
+
+    Raises:
+      HymbaError: parameters of the model itself were trained, or HF checkpoints have no such
+        architecture.
+    """
+    if adapter.train:
+        raise HymbaError(
+            "the run also trained parameters of the model itself (adapter.train is "
+            f"{' '.join(adapter.train)}), for which PEFT adapters have no place: export with --merge"
+        )
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    shapes = {path: leaf.shape for path, leaf in flat.items() if ADAPTER not in path}
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    parts = _kernels(shapes, config, scan_layers=scan_layers)
+    for module, several in parts.items():
+        updates = [_update(flat, part, adapter) for part in several]
+        if any(update is not None for update in updates):
+            blocks = _block_form(flat, several, updates)
+            ranks[module] = len(blocks["lora_A.weight"])
+            tensors |= {f"{_PREFIX}{module}.{name}": array for name, array in blocks.items()}
+    settings = _settings(adapter, ranks, [*parts], base_model)
+    (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    metadata = {"format": "pt", _BASE: _checksum(flat)}
+    save_file(tensors, directory / WEIGHTS, metadata)
+
+
+def _block_form(
+    flat: Mapping[ParamPath, np.ndarray],
+    parts: list[HFSlice],
+    updates: list[LowRankUpdate | None],
+) -> dict[str, np.ndarray]:
+    """One adapter of an HF module, of those of the kernels that it consists of."""
+    present = [update for update in updates if update is not None]
+    A = np.concatenate([np.asarray(update.A).T for update in present])
+    B = np.zeros((parts[-1].stop, len(A)), np.float32)
+    magnitudes, column = [], 0
+    for part, update in zip(parts, updates, strict=True):
+        if update is not None:
+            rank = update.B.shape[0]
+            B[part.start : part.stop, column : column + rank] = np.asarray(update.B).T
+            column += rank
+        if update is None or update.magnitude is None:  # of a kernel that stays as it is
+            kernel = _layer(flat[part.path], part)
+            magnitudes.append(np.asarray(column_norms(jnp.asarray(kernel))))
+        else:
+            magnitudes.append(np.asarray(update.magnitude))
+    tensors = {"lora_A.weight": A, "lora_B.weight": B}
+    if present[0].magnitude is not None:
+        tensors["lora_magnitude_vector"] = np.concatenate(magnitudes)
+    return tensors
+
+
+def _update(
+    flat: Mapping[ParamPath, np.ndarray], part: HFSlice, adapter: AdapterConfig
+) -> LowRankUpdate | None:
+    """The adapter of a kernel; None if it has none."""
+    place = (*part.path[:-1], ADAPTER)
+    if (*place, "A", "kernel") not in flat:
+        return None
+    magnitude = flat.get((*place, "magnitude"))
+    return LowRankUpdate(
+        jnp.asarray(_layer(flat[*place, "A", "kernel"], part)),
+        jnp.asarray(_layer(flat[*place, "B", "kernel"], part)),
+        adapter.scale,
+        None if magnitude is None else jnp.asarray(_layer(magnitude, part)),
+    )
+
+
+def _layer(array: np.ndarray, part: HFSlice) -> np.ndarray:
+    return array if part.stack_index is None else array[part.stack_index]
+
+
+def _rows(update: LowRankUpdate, part: HFSlice) -> LowRankUpdate:
+    """The part of an HF module's adapter that is of one kernel."""
+    rows = slice(part.start, part.stop)
+    magnitude = None if update.magnitude is None else update.magnitude[rows]
+    return update._replace(B=update.B[:, rows], magnitude=magnitude)
+
+
+def _kernels(
+    shapes: Mapping[ParamPath, tuple[int, ...]], config: HymbaConfig, *, scan_layers: bool
+) -> dict[str, list[HFSlice]]:
+    """The kernels that each linear HF module consists of, by the module's name."""
+    modules: dict[str, list[HFSlice]] = defaultdict(list)
+    for part in hf_slices(shapes, config, scan_layers=scan_layers):
+        if part.path[-1] == "kernel":
+            modules[_module(part)].append(part)
+    return dict(modules)
+
+
+def _module(part: HFSlice) -> str:
+    return part.name.removesuffix(".weight")
+
+
+def _check_fit(
+    directory: Path,
+    adapters: Mapping[str, LowRankUpdate],
+    parts: Mapping[str, list[HFSlice]],
+) -> None:
+    """Raises HymbaError naming every adapter that is not of a linear map of this model."""
+    problems = []
+    for module, update in adapters.items():
+        if module not in parts:
+            problems.append(f"{module} is no linear map of this model")
+            continue
+        wanted = parts[module][0].shape[0], parts[module][-1].stop
+        outputs = {update.B.shape[1]} | (
+            set() if update.magnitude is None else {update.magnitude.shape[0]}
+        )
+        if (update.A.shape[0], outputs) != (wanted[0], {wanted[1]}):
+            problems.append(
+                f"{module} maps {update.A.shape[0]} to {max(outputs)} there, "
+                f"{wanted[0]} to {wanted[1]} here"
+            )
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise HymbaError(
+            f"{directory}: the adapter belongs to another model ({'; '.join(problems[:3])}{more})"
+        )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The options of an adapter, which have all those of `_READ`.
+
+    Raises:
+      HymbaError: naming every option that would change what the adapter computes.
+    """
+    settings = {
+        **{"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}},
+        **read_json(path),
+    }
+    problems = [*_setting_problems(settings)]
+    if problems:
+        raise HymbaError(f"{path}: " + "; ".join(problems))
+    return settings
+
+
+def _setting_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    if settings.get("peft_type") != "LORA":
+        yield f"peft_type is {shown(settings.get('peft_type'))}, and only LORA is supported"
+    patterns = [settings["rank_pattern"] or {}, settings["alpha_pattern"] or {}]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        yield "rank_pattern and alpha_pattern have to be objects"
+        patterns = []
+    for name, at_least in (("r", 1), ("lora_alpha", 0)):
+        values = [settings.get(name), *(patterns.pop(0).values() if patterns else ())]
+        if any(type(value) not in (int, float) or value < at_least for value in values):
+            yield f"{name} and its pattern have {shown(values)}, not numbers from {at_least}"
+    for name in ("use_rslora", "use_dora"):
+        if type(settings[name]) is not bool:
+            yield f"{name} is {shown(settings[name])}, not true or false"
+    if settings.get("init_lora_weights", True) not in _INITIALIZATIONS:
+        yield (
+            f"init_lora_weights is {shown(settings['init_lora_weights'])}, which changes the base "
+            "model: convert it to plain LoRA with peft (path_initial_model_for_weight_conversion)"
+        )
+    for name, value in settings.items():
+        known = name in _HARMLESS or name in _READ or name == "init_lora_weights"
+        if not known and value not in (None, False, "none", {}, []):
+            yield f"{name} is {shown(value)}, which is not supported"
+
+
+def _of_pattern[T](pattern: Mapping[str, T] | None, module: str, default: T) -> T:
+    """The value for a module, found as peft finds it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _settings(
+    adapter: AdapterConfig, ranks: Mapping[str, int], modules: list[str], base_model: str
+) -> dict[str, Any]:
+    """The content of the config for modules of these ranks.
+
+    Args:
+      modules: all linear maps of the model.
+    """
+    def short(module: str) -> str:
+        return re.sub(r".*layers\.\d+\.", "", module)
+
+    whole = {short(module) for module in ranks} - {short(m) for m in modules if m not in ranks}
+    targets = {short(module) if short(module) in whole else module for module in ranks}
+    others = {module: rank for module, rank in ranks.items() if rank != adapter.rank}
+    power = 0.5 if adapter.kind == "rslora" else 1
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.kind == "rslora",
+        "use_dora": adapter.kind == "dora",
+        "target_modules": sorted(targets),
+        "rank_pattern": others,
+        "alpha_pattern": {
+            module: adapter.alpha * (rank / adapter.rank) ** power
+            for module, rank in others.items()
+        },
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _checksum(params: Mapping[ParamPath, Any]) -> str:
+    """Of the embedding in bfloat16, so that it is the same in whatever dtype it is loaded."""
+    embedding = np.asarray(params["embedding",]).astype(ml_dtypes.bfloat16)
+    return f"{zlib.crc32(np.ascontiguousarray(embedding).view(np.uint16)):08x}"
