@@ -83,7 +83,7 @@ def main(args: ExportConfig) -> None:
     params, what = load_params(run, abstract, steps[-1]), f"step {steps[-1]}"
     trained, frozen = trainable.split(params)
     if args.average == EMA:
-        what, trained = f"moving average at step {steps[-1]}", _ema(run, trained, steps[-1])
+        what, trained = f"moving average at step {steps[-1]}", _ema(run, trainable.split(abstract)[0], steps[-1])
     elif args.average:
         steps = _last(run, steps, int(args.average.removeprefix(LAST)))
         what = f"mean of steps {', '.join(map(str, steps))}"
@@ -139,7 +139,7 @@ def _ema(run: Path, abstract: Params, step: int) -> Params:
         raise HymbaError(
             f"{path}: has no moving average, as training.ema_decay was 0: use --average last:N"
         )
-    wanted = {EMA: _in_float32(jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract))}
+    wanted = {EMA: _in_float32(abstract)}
     restore = ocp.args.PyTreeRestore(
         wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),

@@ -36,6 +36,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import ParamPath, Params
 from hymba_jax.model.lora import LowRankUpdate, column_norms
 from hymba_jax.model.trainable import ADAPTER
+from hymba_jax.types import Array
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -76,22 +77,21 @@ def merge_peft(directory: Path, model: Hymba) -> Hymba:
     shapes = {path: leaf.shape for path, leaf in params.items()}
     parts = _kernels(shapes, model.config, scan_layers=model.compute.scan_layers)
     _check_fit(directory, adapters, parts)
-    by_path: dict[ParamPath, list[HFSlice]] = defaultdict(list)
-    for module, several in parts.items():
-        for part in several:
-            if module in adapters:
-                by_path[part.path].append(part)
-    for path, adapted in by_path.items():
-        kernel = params[path]
-        for part in adapted:
-            update = _rows(adapters[_module(part)], part)
-            if part.stack_index is None:
-                kernel = update.merged(kernel)
-            else:
-                layer = update.merged(kernel[part.stack_index])
-                kernel = kernel.at[part.stack_index].set(layer)
-        params[path] = kernel
+    updates: dict[ParamPath, dict[int | None, LowRankUpdate]] = defaultdict(dict)
+    for module, update in adapters.items():
+        for part in parts[module]:
+            updates[part.path][part.stack_index] = _rows(update, part)
+    for path, layers in updates.items():
+        params[path] = _merged(params[path], layers)
     return nnx.merge(graph, unflatten_dict(params))
+
+
+def _merged(kernel: Array, updates: Mapping[int | None, LowRankUpdate]) -> Array:
+    """A kernel, or those of stacked layers, with the updates of some of them."""
+    if None in updates:
+        return updates[None].merged(kernel)
+    layers = (updates[i].merged(w) if i in updates else w for i, w in enumerate(kernel))
+    return jnp.stack([*layers])
 
 
 def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
