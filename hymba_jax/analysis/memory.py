@@ -10,13 +10,15 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from hymba_jax.checkpoint.model_file import read_model
+from hymba_jax.checkpoint.model_file import read_model, read_trainable
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
+from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.sampling import INT32_MAX
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model.abstract import Params, abstract_model
+from hymba_jax.model.trainable import TRAIN_ALL, Trainable
 from hymba_jax.parallel.memory import tree_bytes
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
@@ -48,7 +50,11 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Bytes of a training state, by purpose; activations are not counted."""
+    """Bytes of a training state, by purpose; activations are not counted.
+
+    Attributes:
+      params: trained and frozen.
+    """
 
     params: int
     gradients: int
@@ -75,7 +81,8 @@ def main(args: MemoryConfig) -> None:
     sequence = sum(cache.values())
     meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)
-    training = training_bytes(config, param_dtype)
+    trainable = read_trainable(args.config) if args.config else TRAIN_ALL
+    training = training_bytes(config, param_dtype, trainable)
     table = Table(
         title=f"{args.preset or args.config}, sequences of {args.context} tokens",
         caption="training: without activations, which depend on batch, length and remat",
@@ -88,10 +95,11 @@ def main(args: MemoryConfig) -> None:
     for name, size in (("meta tokens", meta), (f"parameters, {args.dtype}", params)):
         table.add_row(name, gb(size), gb(size), "")
     table.add_section()
-    copies = "" if param_dtype == "float32" else ", float32 parameters"
+    copies = "" if param_dtype == "float32" or trainable.adapter else ", float32 parameters"
+    trained = "trained" if trainable == TRAIN_ALL else "trained and frozen"
     for name, size in (
-        (f"trained parameters, {param_dtype}", training.params),
-        (f"gradients, {param_dtype}", training.gradients),
+        (f"{trained} parameters, {param_dtype}", training.params),
+        (f"gradients, {'float32' if trainable.adapter else param_dtype}", training.gradients),
         (f"optimizer state, AdamW{copies}", training.optimizer),
     ):
         table.add_row(name, "", "", gb(size))
@@ -108,18 +116,20 @@ def param_bytes(config: HymbaConfig, dtype: DType) -> int:
     return tree_bytes(_params(config, dtype))
 
 
-def training_bytes(config: HymbaConfig, param_dtype: DType) -> TrainingBytes:
+def training_bytes(
+    config: HymbaConfig, param_dtype: DType, trainable: Trainable = TRAIN_ALL
+) -> TrainingBytes:
     """What a training state allocates, and its gradients."""
-    params = _params(config, param_dtype)
-    optimizer = make_optimizer(TrainingConfig())
-    size = tree_bytes(params)
-    return TrainingBytes(size, size, tree_bytes(jax.eval_shape(optimizer.init, params)))
+    params = _params(config, param_dtype, trainable.adapter)
+    trained, _ = trainable.split(params)
+    moments = jax.eval_shape(make_optimizer(TrainingConfig()).init, trained)
+    return TrainingBytes(*map(tree_bytes, (params, trained, moments)))
 
 
-def _params(config: HymbaConfig, dtype: DType) -> Params:
+def _params(config: HymbaConfig, dtype: DType, adapter: AdapterConfig = NO_ADAPTER) -> Params:
     """The parameters without their values."""
     compute = ComputeConfig(dtype=dtype, param_dtype=dtype)
-    return abstract_model(config, compute, make_mesh(jax.devices()[:1]))[1]
+    return abstract_model(config, compute, make_mesh(jax.devices()[:1]), adapter)[1]
 
 
 def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:

@@ -21,6 +21,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import forward_flops, head_flops, training_flops
 from hymba_jax.model.sharding import describe_sharding
+from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import (
     batch_shards,
     bytes_per_device,
@@ -71,19 +72,22 @@ def training_program(
     mesh = make_mesh(devices, run.parallel)
     check_batch(training.micro_batch_size, mesh)
     optimizer = make_optimizer(training)
-    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
+    trainable = trainable_of(run)
+    abstract = abstract_train_state(run.model, run.compute, optimizer, mesh, trainable)
     train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)
+    is_partial = abstract.num_trained < abstract.num_params
     return AotProgram(
         mesh,
-        f"training, {training.batch_size} sequences of {length} tokens per step, "
+        f"training{f' {abstract.num_trained:,} of them' if is_partial else ''}, "
+        f"{training.batch_size} sequences of {length} tokens per step, "
         f"{training.micro_batch_size} at a time",
         describe_sharding(run.model, mesh, length),
         abstract.num_params,
         bytes_per_device((abstract.state, batch)),
-        training_flops(run.model, length) * training.batch_size,
+        training_flops(run.model, length, trainable) * training.batch_size,
         kernels / shards,
         partial(compile_train_step, train_step, abstract.state, batch),
         partial(training_advice, run, mesh),

@@ -81,13 +81,17 @@ def read_model_directory(
     raise HymbaError(f"{directory}: no model found, {CONFIG_FILE} is missing{advice}")
 
 
-def read_trainable(directory: str | os.PathLike[str]) -> Trainable:
-    """The parameters that a run trains, by its directory; of a standalone model all.
+def read_trainable(path: str | os.PathLike[str]) -> Trainable:
+    """The parameters that the run of a file trains; of a model all.
+
+    Args:
+      path: of the file, or of the directory that has it.
 
     Raises:
-      HymbaError: its file cannot be read.
+      HymbaError: it cannot be read.
     """
-    path = resolve_location(directory) / CONFIG_FILE
+    path = resolve_location(path)
+    path = path / CONFIG_FILE if path.is_dir() else path
     base, table = read_table(path, RunConfig())
     adapter = override_from(path, base.adapter, table.get("adapter", {}))
     training = override_from(path, base.training, table.get("training", {}))

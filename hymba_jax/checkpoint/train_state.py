@@ -47,6 +47,11 @@ class AbstractTrainState(NamedTuple):
     def num_params(self) -> int:
         return sum(array.size for array in jax.tree.leaves(self.state.params))
 
+    @property
+    def num_trained(self) -> int:
+        trained, _ = self.trainable.split(self.state.params)
+        return sum(array.size for array in jax.tree.leaves(trained))
+
     def init_optimizer(self, optimizer: optax.GradientTransformation, params: Params) -> Any:
         """The state of an optimizer before the first update of these parameters."""
         return optimizer.init(self.trainable.split(params)[0])

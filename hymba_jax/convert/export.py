@@ -13,6 +13,7 @@ from flax import nnx
 
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, load_params, one_line
 from hymba_jax.checkpoint.checksums import check_tree
+from hymba_jax.checkpoint.load import merged_params
 from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
 from hymba_jax.checkpoint.save import check_absent, save_model
 from hymba_jax.config.adapter import AdapterConfig
@@ -21,7 +22,6 @@ from hymba_jax.convert.peft import write_peft
 from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
-from hymba_jax.model import merge_adapters
 from hymba_jax.model.abstract import Params, abstract_model
 from hymba_jax.model.trainable import join
 from hymba_jax.parallel.mesh import make_mesh
@@ -66,8 +66,8 @@ def main(args: ExportConfig) -> None:
     """Writes the model or adapter, and prints what it is.
 
     Raises:
-      HymbaError: there is no run, or it has no such average, or no adapter; or the output exists, or cannot be
-        written.
+      HymbaError: there is no run, or it has no such average, or no adapter; or the output exists, or
+        cannot be written.
     """
     run, output = resolve_path(args.run).absolute(), resolve_path(args.output)
     check_absent(output)
@@ -83,7 +83,10 @@ def main(args: ExportConfig) -> None:
     params, what = load_params(run, abstract, steps[-1]), f"step {steps[-1]}"
     trained, frozen = trainable.split(params)
     if args.average == EMA:
-        what, trained = f"moving average at step {steps[-1]}", _ema(run, trainable.split(abstract)[0], steps[-1])
+        what, trained = (
+            f"moving average at step {steps[-1]}",
+            _ema(run, trainable.split(abstract)[0], steps[-1]),
+        )
     elif args.average:
         steps = _last(run, steps, int(args.average.removeprefix(LAST)))
         what = f"mean of steps {', '.join(map(str, steps))}"
@@ -97,8 +100,10 @@ def main(args: ExportConfig) -> None:
             )
         print(f"{output}: adapter, {what} of {run}")
         return
-    model = merge_adapters(nnx.merge(graph, params))
-    save_model(output, model, Tokenizer.load(run), hf_files_of=run)
+    if adapter:
+        params = merged_params(graph, params)
+        graph, _ = abstract_model(config, compute, mesh)
+    save_model(output, nnx.merge(graph, params), Tokenizer.load(run), hf_files_of=run)
     print(f"{output}: {what} of {run}{', adapter merged' * bool(adapter)}")
 
 

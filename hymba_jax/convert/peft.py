@@ -157,8 +157,8 @@ def write_peft(
     """
     if adapter.train:
         raise HymbaError(
-            "the run also trained parameters of the model itself (adapter.train is "
-            f"{' '.join(adapter.train)}), for which PEFT adapters have no place: export with --merge"
+            f"the run trained {' '.join(adapter.train)} of the model itself (adapter.train), for "
+            "which PEFT adapters have no place: export with --merge"
         )
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     shapes = {path: leaf.shape for path, leaf in flat.items() if ADAPTER not in path}
@@ -184,7 +184,8 @@ def _block_form(
 ) -> dict[str, np.ndarray]:
     """One adapter of an HF module, of those of the kernels that it consists of."""
     present = [update for update in updates if update is not None]
-    A = np.concatenate([np.asarray(update.A).T for update in present])
+    # The safetensors library writes memory as it lies: in C order.
+    A = np.ascontiguousarray(np.concatenate([np.asarray(update.A).T for update in present]))
     B = np.zeros((parts[-1].stop, len(A)), np.float32)
     magnitudes, column = [], 0
     for part, update in zip(parts, updates, strict=True):
@@ -279,7 +280,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
       HymbaError: naming every option that would change what the adapter computes.
     """
     settings = {
-        **{"use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}},
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         **read_json(path),
     }
     problems = [*_setting_problems(settings)]
@@ -329,6 +333,7 @@ def _settings(
     Args:
       modules: all linear maps of the model.
     """
+
     def short(module: str) -> str:
         return re.sub(r".*layers\.\d+\.", "", module)
 

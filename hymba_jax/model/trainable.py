@@ -91,12 +91,13 @@ def describe_trainable(trainable: Trainable, params: dict[Any, Any]) -> Iterator
             if counts
         )
         yield f"{adapter.kind} of rank {adapter.rank}; {'; '.join(shown)}"
-    own = [path for path in trained if ADAPTER not in path]
-    yield (
-        f"trained: {sizes[0]:,} of {sum(sizes):,} parameters"
-        + (f", {_names(own)} among them" if own else "")
-        + f"; frozen: {_names(frozen)}"
-    )
+    line = f"trained: {sizes[0]:,} of {sum(sizes):,} parameters"
+    if not adapter:
+        yield f"{line}; frozen: {_names(frozen)}"
+    elif own := [path for path in trained if ADAPTER not in path]:
+        yield f"{line}, the model's own {_names(own)} among them"
+    else:
+        yield line
 
 
 def _names(paths: Iterable[tuple[Any, ...]]) -> str:

@@ -17,6 +17,7 @@ from hymba_jax.data.examples import Examples
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import training_flops
+from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
 from hymba_jax.training.evaluation import Evaluation, Evaluations
 from hymba_jax.training.interrupts import Interrupts
@@ -89,6 +90,7 @@ def compile_stage(
         own = train_batches(examples, training.batch_size, start, rows)
         return map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), own)
 
+    flops = training_flops(run.model, run.data.sequence_length, trainable_of(run))
     return StageProgram(
         stage,
         steps.train_step,
@@ -96,7 +98,12 @@ def compile_stage(
             validate, training.validate_every, evaluations, steps.graph, stage.stop, interrupts.poll
         ),
         batches,
-        _records(stage, examples, training_flops(run.model, run.data.sequence_length), mesh),
+        _records(
+            stage,
+            examples,
+            training_flops(run.model, run.data.sequence_length, trainable_of(run)),
+            mesh,
+        ),
     )
 
 
