@@ -1,0 +1,195 @@
+"""Adapters in PEFT's format: read as peft reads them, written so that nothing is lost."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config.adapter import AdapterConfig
+from hymba_jax.convert.peft import CONFIG, WEIGHTS, merge_peft, read_peft, write_peft
+from hymba_jax.errors import HymbaError
+from hymba_jax.model import Hymba, merge_adapters, stack_layers
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODEL = HymbaConfig(
+    vocab_size=61,
+    hidden_size=16,
+    mlp_size=24,
+    layers="G 2*Ww",
+    attention=AttentionConfig(num_heads=2, num_kv_heads=1, window=4),
+    num_meta_tokens=3,
+    max_positions=64,
+)
+MIXED = ("query_proj", "ssm.in_proj", "x_proj", "mlp")  # two of the five parts of in_proj
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def make_base(**compute):
+    return Hymba(MODEL, ComputeConfig(**compute), nnx.Rngs(0))
+
+
+def write(directory, kind, targets=MIXED, rank=3):
+    """Writes the adapter of a model with this base, and returns the model."""
+    adapter = AdapterConfig(kind=kind, rank=rank, targets=targets)
+    model, rng = Hymba(MODEL, ComputeConfig(), nnx.Rngs(0), adapter), np.random.default_rng(1)
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        if "adapter" in path:
+            leaf[...] += 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+    directory.mkdir(exist_ok=True)
+    write_peft(
+        directory, params_of(model), MODEL, adapter, scan_layers=True, base_model="models/base"
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_what_peft_wrote_is_merged_as_peft_merges_it(kind):
+    """To the rounding of float32."""
+    directory = GOLDEN / f"peft-{kind}"
+    adapters, checksum = read_peft(directory)
+    assert checksum is None
+    base, merged = (load_file(directory / f"{name}.safetensors") for name in ("base", "merged"))
+    assert {f"{module}.weight" for module in adapters} == base.keys()
+    for module, update in adapters.items():
+        kernel = update.merged(jnp.asarray(base[f"{module}.weight"].T))
+        np.testing.assert_allclose(kernel.T, merged[f"{module}.weight"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_round_trip_changes_nothing(kind, scan_layers, tmp_path):
+    """But for the order of sums: blocks of zeros are added, and `scale` is another quotient."""
+    adapted = write(tmp_path, kind)
+    expected = flatten_dict(params_of(merge_adapters(adapted)))
+    merged = merge_peft(tmp_path, make_base(scan_layers=scan_layers))
+    if not scan_layers:
+        merged = stack_layers(merged)
+    for path, kernel in flatten_dict(params_of(merged)).items():
+        np.testing.assert_allclose(kernel, expected[path], rtol=0, atol=1e-6, err_msg=str(path))
+
+
+def test_the_files_are_those_of_peft(tmp_path):
+    """The matrices are put together by hand, in float64, as peft computes with them."""
+    adapted = write(tmp_path, "lora")
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    golden = json.loads((GOLDEN / "peft-lora" / CONFIG).read_text())
+    assert settings.keys() <= golden.keys()
+    assert settings["target_modules"] == [
+        "mamba.in_proj",
+        "mamba.x_proj.0",
+        "moe.experts.0.down_proj",
+        "moe.experts.0.gate_proj",
+        "moe.experts.0.up_proj",
+    ]
+    name = "model.layers.3.mamba.in_proj"
+    assert (settings["r"], settings["rank_pattern"][name]) == (3, 6)
+    tensors = load_file(tmp_path / WEIGHTS)
+    A, B = (
+        np.float64(tensors[f"base_model.model.{name}.lora_{side}.weight"]) for side in ("A", "B")
+    )
+    delta = settings["alpha_pattern"][name] / 6 * B @ A
+    mixer = adapted.groups[1].group.blocks[0].mixer  # layers 1 and 3 are stacked
+    parts = [mixer.attention.query_proj, mixer.attention.key_proj, mixer.attention.value_proj]
+    parts += [mixer.ssm.in_proj, mixer.ssm.gate_proj]
+    start = 0
+    for linear in parts:
+        stop = start + linear.kernel.shape[-1]
+        expected = np.zeros((stop - start, 16))
+        if linear.adapter is not None:
+            A, B = (np.float64(side.kernel[1]) for side in (linear.adapter.A, linear.adapter.B))
+            expected = 32 / 3 * (A @ B).T
+        np.testing.assert_allclose(delta[start:stop], expected, rtol=0, atol=1e-6)
+        start = stop
+    assert len(delta) == start
+
+
+def test_a_projection_that_some_layers_lack_is_named_in_full(tmp_path):
+    write(tmp_path, "lora", targets=("key_proj",))
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    assert settings["target_modules"] == [f"model.layers.{i}.mamba.in_proj" for i in (0, 1, 3)]
+    assert settings["rank_pattern"] == {}
+
+
+def edit(directory, **settings):
+    held = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(held | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', and only LORA is supported"),
+        ({"r": 0}, "r and its pattern have [0], not numbers from 1"),
+        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not"),
+        ({"brand_new": 3}, "brand_new is 3, which is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        ({"use_dora": 1}, "use_dora is 1, not true or false"),
+    ],
+)
+def test_options_that_change_what_it_computes_are_refused(settings, message, tmp_path):
+    write(tmp_path, "lora", targets=("x_proj",))
+    edit(tmp_path, **settings)
+    with pytest.raises(HymbaError) as caught:
+        read_peft(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / CONFIG}: {message}")
+
+
+def test_tensors_that_do_not_fit_the_options_are_refused(tmp_path):
+    write(tmp_path, "lora", targets=("x_proj",))
+    for settings, message in (
+        ({"r": 4}, "model.layers.0.mamba.x_proj.0 has shapes (3, 32) and (33, 3), not of rank 4"),
+        ({"use_dora": True}, "model.layers.0.mamba.x_proj.0 has lora_A, lora_B, which do not fit"),
+    ):
+        edit(tmp_path, **settings)
+        with pytest.raises(HymbaError) as caught:
+            read_peft(tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path / WEIGHTS}: {message}")
+    save_file({"base_model.model.lm_head.lora_embedding_A": np.ones((3, 4))}, tmp_path / WEIGHTS)
+    with pytest.raises(HymbaError, match="lora_embedding_A is no LoRA or DoRA of a linear map"):
+        read_peft(tmp_path)
+
+
+def test_other_shapes_and_another_base_are_refused(tmp_path):
+    write(tmp_path / "adapter", "dora", targets=("x_proj",))
+    other = Hymba(dataclasses.replace(MODEL, layers="2*W"), ComputeConfig(), nnx.Rngs(0))
+    with pytest.raises(HymbaError, match="layers.2.mamba.x_proj.0 is no linear map of this model"):
+        merge_peft(tmp_path / "adapter", other)
+    other = Hymba(MODEL, ComputeConfig(), nnx.Rngs(1))
+    with pytest.raises(HymbaError, match="belongs to a model with another embedding than this one"):
+        merge_peft(tmp_path / "adapter", other)
+    shutil.copytree(GOLDEN / "peft-lora", tmp_path / "of peft")
+    with pytest.raises(HymbaError, match="in_proj is no linear map of this model"):
+        merge_peft(tmp_path / "of peft", other)
+    tensors = {
+        f"base_model.model.model.layers.0.mamba.out_proj.lora_{side}.weight": np.zeros(shape, "f")
+        for side, shape in (("A", (3, 32)), ("B", (17, 3)))
+    }
+    save_file(tensors, tmp_path / "of peft" / WEIGHTS)
+    with pytest.raises(HymbaError, match="out_proj maps 32 to 17 there, 32 to 16 here"):
+        merge_peft(tmp_path / "of peft", other)
+
+
+def test_a_base_in_bfloat16_is_the_same_base(tmp_path):
+    write(tmp_path, "lora", targets=("x_proj",))
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(make_base()))
+    merged = merge_peft(tmp_path, nnx.merge(nnx.graphdef(make_base()), rounded))
+    assert merged.groups[0].blocks[0].mixer.ssm.x_proj.kernel.dtype == jnp.bfloat16
+
+
+def test_trained_parameters_of_the_base_are_not_left_out_silently(tmp_path):
+    adapter = AdapterConfig(kind="lora", train=("A_log",))
+    with pytest.raises(HymbaError, match="the run trained A_log of the model itself"):
+        write_peft(tmp_path, {}, MODEL, adapter, scan_layers=True, base_model="")
