@@ -94,3 +94,11 @@ def test_a_run_without_a_moving_average(initial, tmp_path):
     write_run(tmp_path / "run", {1: (initial, {})})
     with pytest.raises(HymbaError, match="has no moving average"):
         main(ExportConfig(str(tmp_path / "run"), str(tmp_path / "model"), "ema"))
+
+
+def test_forms_of_an_adapter_are_refused_where_there_is_none(run, tmp_path):
+    for form in ("merge", "adapter"):
+        with pytest.raises(HymbaError, match="trained no adapter: leave --merge and --adapter out"):
+            main(ExportConfig(str(run), str(tmp_path / "model"), **{form: True}))
+    with pytest.raises(HymbaError, match="merge writes a model, adapter an adapter: name one"):
+        ExportConfig(str(run), str(tmp_path / "model"), merge=True, adapter=True)

@@ -30,10 +30,10 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.convert.export import ExportConfig
 from hymba_jax.convert.export import main as export
-from hymba_jax.convert.peft import merge_peft
 from hymba_jax.data import Batch
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.trainable import Trainable
@@ -116,15 +116,14 @@ def test_what_is_trained_changes_and_nothing_else_has_a_state(dora, state):
         assert flatten_dict(optax.tree.get(after.optimizer, name)).keys() == trained
 
 
-def test_gradients_are_those_of_the_whole_model(state):
-    """Of the loss by everything at once, without dropout; Adam's mean is a tenth of the first."""
-    step = Step(Trainable(dataclasses.replace(DORA, dropout=0.0)))
-    after, metrics = step.run(state)
+def test_gradients_are_those_of_the_whole_model(dora, state):
+    """Of the loss by everything at once; Adam's mean is a tenth of the first."""
+    after, metrics = dora.run(state)
     tokens = jnp.asarray(np.random.default_rng(1).integers(3, 61, (8, LENGTH + 1), np.int32))
-    loss_fn = make_loss_fn(next_token_loss, step.abstract.graph)
-    grads = jax.jit(
-        jax.grad(lambda p: loss_fn(p, Batch(tokens[:, :-1], tokens[:, 1:]))["loss"].mean)
-    )(state.params)
+    seeds = jax.random.bits(jax.random.fold_in(jax.random.key(5), 0), (8,), jnp.uint32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], dropout_seeds=seeds)
+    loss_fn = make_loss_fn(next_token_loss, dora.abstract.graph)
+    grads = jax.jit(jax.grad(lambda params: loss_fn(params, batch)["loss"].mean))(state.params)
     trained = {path: leaf for path, leaf in flatten_dict(grads).items() if is_trained(path)}
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in trained.values()))
     np.testing.assert_allclose(metrics["grad_norm"].mean, norm, rtol=1e-5)
@@ -134,33 +133,27 @@ def test_gradients_are_those_of_the_whole_model(state):
         np.testing.assert_allclose(mean, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"micro_batch_size": 1},
-        {"devices": 8, "parallel": ParallelConfig(data=2, fsdp=2, tensor=2), "remat": "block"},
-    ],
-    ids=["one row at a time", "8 devices"],
-)
-def test_neither_micro_batches_nor_devices_change_a_step(dora, state, options):
+def test_neither_micro_batches_nor_devices_change_a_step(dora, state):
     """With dropout, the masks of which belong to rows; the tolerance is that of
-    `tests/test_sharding.py`, but that a tenth of its sums are over 2 heads."""
-    (expected, metrics), (actual, others) = dora.run(state), Step(Trainable(DORA), **options).run(
-        state
+    `tests/test_sharding.py`, twice: sums are over micro-batches, too."""
+    parallel = ParallelConfig(data=2, fsdp=2, tensor=2)
+    sharded = Step(
+        Trainable(DORA), devices=8, parallel=parallel, micro_batch_size=4, remat="block"
     )
+    (expected, metrics), (actual, others) = dora.run(state), sharded.run(state)
     np.testing.assert_allclose(others["loss"].mean, metrics["loss"].mean, rtol=1e-5)
-    means = (flatten_dict(optax.tree.get(each.optimizer, "mu")) for each in (actual, expected))
-    for (path, mean), wanted in zip(next(means).items(), next(means).values(), strict=True):
-        atol = 2e-5 * np.abs(wanted).max()
-        np.testing.assert_allclose(mean, wanted, rtol=0, atol=atol, err_msg=str(path))
+    wanted = flatten_dict(optax.tree.get(expected.optimizer, "mu"))
+    for path, mean in flatten_dict(optax.tree.get(actual.optimizer, "mu")).items():
+        atol = 2e-5 * np.abs(wanted[path]).max()
+        np.testing.assert_allclose(mean, wanted[path], rtol=0, atol=atol, err_msg=str(path))
 
 
 def test_dropout_differs_from_step_to_step(dora, state):
-    """With a learning rate that changes nothing, a second step drops other inputs."""
+    """Of the same parameters, which leaves rounding of 5e-7 without other masks."""
     first, metrics = dora.run(state)
     frozen = first._replace(params=state.params)
     _, others = dora.run(frozen)
-    assert abs(others["loss"].mean - metrics["loss"].mean) > 1e-4
+    assert abs(others["loss"].mean - metrics["loss"].mean) > 1e-5
 
 
 def test_a_frozen_base_may_be_bfloat16(state):
@@ -169,7 +162,7 @@ def test_a_frozen_base_may_be_bfloat16(state):
     after, _ = step.run(initial)
     before = flatten_dict(initial.params)
     for path, leaf in flatten_dict(after.params).items():
-        assert np.array_equal(leaf, before[path]) != (path[-2] == "B"), path  # A has no gradient yet
+        assert np.array_equal(leaf, before[path]) != ("B" in path), path  # A has no gradient yet
         assert leaf.dtype == (jnp.float32 if "adapter" in path else before[path].dtype)
     weights = jax.tree.leaves(optax.tree.get(after.optimizer, "weights"))
     assert weights == []  # no float32 copies of what is not trained
@@ -199,7 +192,7 @@ def test_magnitudes_of_an_initial_model_are_its_own(dora):
             np.testing.assert_allclose(magnitude, np.linalg.norm(leaf, axis=-2), rtol=1e-5)
 
 
-CONFIG = dataclasses.replace(TINY, layers="2*W", max_positions=64)
+CONFIG = dataclasses.replace(TINY, layers="W", max_positions=64)
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +208,7 @@ def run(tmp_path_factory):
         output=str(directory / "run"),
         init_from=str(directory / "model"),
         model=CONFIG,
-        adapter=AdapterConfig(kind="dora", rank=2, dropout=0.2),
+        adapter=AdapterConfig(kind="dora", rank=2, dropout=0.2, targets=("query_proj", "mlp")),
         data=DataConfig(
             str(directory / "corpus"), tokenizer=str(directory / "model"), sequence_length=24
         ),
@@ -237,6 +230,10 @@ def train(run, monkeypatch):
     loop.train(run, generate=lambda *_: "")
 
 
+def loaded(directory):
+    return flatten_dict(nnx.to_pure_dict(nnx.state(load_model(directory))))
+
+
 def stored(run):
     mesh = make_mesh(jax.devices()[:1])
     _, like = abstract_model(CONFIG, run.compute, mesh, run.adapter)
@@ -246,7 +243,7 @@ def stored(run):
 def test_a_run_resumes_exactly_and_its_directory_is_a_model(run, monkeypatch, tmp_path, capsys):
     train(run, monkeypatch)
     said = capsys.readouterr().out
-    assert re.search(r"dora of rank 2; adapted: mixer\.attention\.key_proj x 2, ", said)
+    assert re.search(r"dora of rank 2; adapted: mixer\.attention\.query_proj x 1, ", said)
     assert re.search(r"trained: [\d,]+ of [\d,]+ parameters\n", said)
     half = dataclasses.replace(run.training, steps=2)
     parts = dataclasses.replace(run, output=f"{run.output}-in-parts", training=half)
@@ -254,24 +251,23 @@ def test_a_run_resumes_exactly_and_its_directory_is_a_model(run, monkeypatch, tm
     parts = dataclasses.replace(parts, training=run.training)
     train(parts, monkeypatch)
     jax.tree.map(np.testing.assert_array_equal, stored(parts), stored(run))
-    other = dataclasses.replace(parts, adapter=AdapterConfig(kind="dora", rank=3))
-    with pytest.raises(HymbaError, match=r"adapter\.rank was 2, is 3; adapter\.dropout was 0\.2"):
+    other = dataclasses.replace(parts, adapter=dataclasses.replace(run.adapter, rank=3))
+    with pytest.raises(HymbaError, match=r"different settings \(adapter\.rank was 2, is 3\)"):
         train(other, monkeypatch)
 
-    tokens = jnp.arange(3, 19)[None]
-    model, base = load_model(run.output), load_model(run.init_from)
-    logits = model(tokens)
-    assert np.abs(logits - base(tokens)).max() > 0.01
-    for form in ("merge", "adapter"):
-        export(ExportConfig(run.output, str(tmp_path / form), **{form: True}))
-    # Written as float32, merged by the same formula: to the rounding of another order of sums.
-    merged, adapted = load_model(tmp_path / "merge"), merge_peft(tmp_path / "adapter", base)
-    np.testing.assert_allclose(merged(tokens), logits, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(adapted(tokens), logits, rtol=0, atol=1e-4)
     with pytest.raises(HymbaError, match="write a model with --merge, or the adapter with --adapt"):
         export(ExportConfig(run.output, str(tmp_path / "neither")))
-    with pytest.raises(HymbaError, match="trained no adapter: leave --merge and --adapter out"):
-        export(ExportConfig(str(tmp_path / "merge"), str(tmp_path / "neither"), merge=True))
+    for form in ("merge", "adapter"):
+        export(ExportConfig(run.output, str(tmp_path / form), **{form: True}))
+    trained, base, merged = map(loaded, (run.output, run.init_from, tmp_path / "merge"))
+    adapted = ModelChoice(run.init_from, adapter=str(tmp_path / "adapter")).load().engine.params
+    own = ModelChoice(run.output).load().engine.params
+    for path, kernel in merged.items():
+        # By one formula, to the rounding of another order of sums.
+        np.testing.assert_allclose(kernel, trained[path], rtol=0, atol=1e-6)
+        is_target = bool({"query_proj", "mlp"} & {*path})
+        assert np.array_equal(kernel, base[path]) != is_target, path
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), adapted, own)
 
 
 def test_an_adapter_needs_a_model(run, monkeypatch):
