@@ -66,7 +66,7 @@ def main(args: ExportConfig) -> None:
     """Writes the model or adapter, and prints what it is.
 
     Raises:
-      HymbaError: there is no run, or it has no such average, or no adapter; or the output exists, or
+      HymbaError: there is no run, or it has no such average, or no adapter; the output exists, or
         cannot be written.
     """
     run, output = resolve_path(args.run).absolute(), resolve_path(args.output)

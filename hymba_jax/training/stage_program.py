@@ -98,12 +98,7 @@ def compile_stage(
             validate, training.validate_every, evaluations, steps.graph, stage.stop, interrupts.poll
         ),
         batches,
-        _records(
-            stage,
-            examples,
-            training_flops(run.model, run.data.sequence_length, trainable_of(run)),
-            mesh,
-        ),
+        _records(stage, examples, flops, mesh),
     )
 
 

@@ -165,7 +165,7 @@ def test_tensors_that_do_not_fit_the_options_are_refused(tmp_path):
 def test_other_shapes_and_another_base_are_refused(tmp_path):
     write(tmp_path / "adapter", "dora", targets=("x_proj",))
     other = Hymba(dataclasses.replace(MODEL, layers="2*W"), ComputeConfig(), nnx.Rngs(0))
-    with pytest.raises(HymbaError, match="layers.2.mamba.x_proj.0 is no linear map of this model"):
+    with pytest.raises(HymbaError, match=r"x_proj\.0 is no linear map of this model"):
         merge_peft(tmp_path / "adapter", other)
     other = Hymba(MODEL, ComputeConfig(), nnx.Rngs(1))
     with pytest.raises(HymbaError, match="belongs to a model with another embedding than this one"):

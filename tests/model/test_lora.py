@@ -171,7 +171,9 @@ def test_dropout_is_that_of_peft(kind):
 
 
 def test_a_base_in_bfloat16_has_an_adapter_in_float32():
-    model = Hymba(CONFIG, ComputeConfig(dtype="bfloat16", param_dtype="bfloat16"), nnx.Rngs(0), DORA)
+    model = Hymba(
+        CONFIG, ComputeConfig(dtype="bfloat16", param_dtype="bfloat16"), nnx.Rngs(0), DORA
+    )
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         if path[-1] == "kernel" or "adapter" in path:
             assert leaf.dtype == ("float32" if "adapter" in path else "bfloat16"), path
