@@ -69,7 +69,7 @@ def training_program(
     """
     training, length = run.training, run.data.sequence_length
     mesh = make_mesh(devices, run.parallel)
-    check_batch(training.micro_batch_size, mesh)
+    check_batch(training, mesh)
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)

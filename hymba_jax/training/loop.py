@@ -95,7 +95,7 @@ def train(
     check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
     for stage in config.resolved_stages:
-        check_batch(stage.run.training.micro_batch_size, mesh)
+        check_batch(stage.run.training, mesh)
     # A lost process aborts the others, which then cannot restore the terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = (
