@@ -13,8 +13,6 @@
 | `parquet_records.py`   | documents of Parquet                                                  |
 | `documents.py`         | documents as a stream, and what is done about bad records             |
 | `split.py`             | which documents are held out for validation                           |
-| `tokenizer.py`         | bytes, a BPE trained here, or any `tokenizer.json`                    |
-| `control_tokens.py`    | special and added tokens, which user text can never become            |
 | `encoder.py`           | tokenizing on all cores                                               |
 | `tokenize_command.py`  | `hymba tokenize`                                                      |
 | `tokenize_corpus.py`   | documents to shards, resumable                                        |
@@ -46,14 +44,12 @@ from hymba_jax.data.pipeline import (
     validation_batches,
 )
 from hymba_jax.data.sources import tokenize_sources
-from hymba_jax.data.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORED_TARGET",
     "Batch",
     "Data",
     "DataConfig",
-    "Tokenizer",
     "ValidationSet",
     "open_data",
     "tokenize_sources",

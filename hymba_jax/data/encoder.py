@@ -15,9 +15,9 @@ import numpy as np
 
 from hymba_jax.closing import Closing
 from hymba_jax.data.megatron import token_dtype
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.types import Int, UInt
 
 # Characters that are tokenized together, unless one text has more: about a second's work.

@@ -21,9 +21,9 @@ from hymba_jax.data.examples import Examples, Rows
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.sources import Tokens, open_sources
 from hymba_jax.data.token_store import TokenStore
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.data.windows import Windows
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from hymba_jax.data.token_store import TokenStore, open_tokens
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, resolve_location, resolve_path
 from hymba_jax.remote import RemotePath
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 TOKENS = "tokens"
 """Directory in a run directory: a tokenized corpus for each source that is text."""

@@ -16,11 +16,11 @@ from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import damage
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.file_lock import check_unlocked, locked
 from hymba_jax.files import resolve_path
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 TOKENIZE_BOUNDS = {"workers": Bounds(0, 1024, "no host has so many cores")}
 

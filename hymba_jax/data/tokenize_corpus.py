@@ -36,9 +36,9 @@ from hymba_jax.data.megatron import MegatronWriter, megatron_files, token_dtype
 from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.tokenize_progress import Progress, ProgressLine, total_size
 from hymba_jax.data.tokenize_records import UnitRecord, corpus_digest, make_units, record_path
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.display import Display
 from hymba_jax.files import replace_text
+from hymba_jax.tokenizer import Tokenizer
 
 
 def tokenize_corpus(

@@ -34,7 +34,6 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import (
     Data,
-    Tokenizer,
     open_data,
     tokenize_sources,
     with_local_tokens,
@@ -49,6 +48,7 @@ from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.run_files import checkpoint_steps
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.evaluation import Evaluation, check_evaluations
 from hymba_jax.training.extension import describe_extension

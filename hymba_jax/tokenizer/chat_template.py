@@ -11,11 +11,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from hymba_jax.data.control_tokens import ROLE, USER
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.template_sandbox import MAX_CHARACTERS, Sandbox
-from hymba_jax.inference.traced_text import Traced, concat, origins, trace
+from hymba_jax.tokenizer.control_tokens import ROLE, USER
+from hymba_jax.tokenizer.template_sandbox import MAX_CHARACTERS, Sandbox
+from hymba_jax.tokenizer.tokenizer import Tokenizer
+from hymba_jax.tokenizer.traced_text import Traced, concat, origins, trace
 
 MAX_TEMPLATE = 1_000_000  # characters
 MAX_REASON = 300  # characters of what a template says about its failure

@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.data import DataConfig
-from hymba_jax.data.control_tokens import ControlTokens, marked_special
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, matches, read_json, read_text, replace_text, resolve_location
+from hymba_jax.tokenizer.control_tokens import ControlTokens, marked_special
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 

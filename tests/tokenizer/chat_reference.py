@@ -1,7 +1,7 @@
 """What transformers makes of conversations, recorded in chat_reference.json.
 
 Recorded with transformers 5.24.0, tokenizers 0.23.3 and Jinja 3.1.6, in an environment that has
-transformers, by `python tests/inference/chat_reference.py`. Each recorded prompt is what
+transformers, by `python tests/tokenizer/chat_reference.py`. Each recorded prompt is what
 `AutoTokenizer.from_pretrained(files).apply_chat_template(messages, tokenize=True)` gives.
 
 A hostile conversation has names of control tokens in its messages, where they must be ordinary

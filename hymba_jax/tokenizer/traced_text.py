@@ -2,13 +2,13 @@
 
 A chat template is a program that works on what users wrote: it strips, splits and joins it. A
 `Traced` string behaves like any other and keeps the origins through all that, so that the result
-tells which characters the template wrote (`hymba_jax/data/control_tokens.py` uses it).
+tells which characters the template wrote (`control_tokens.py` uses it).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
-from hymba_jax.data.control_tokens import TEMPLATE, USER
+from hymba_jax.tokenizer.control_tokens import TEMPLATE, USER
 
 MAX_SUBSTRINGS = 1_000_000  # of one string
 

@@ -20,7 +20,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hymba_jax.inference.traced_text import Traced, concat, merge_origins, traced
+from hymba_jax.tokenizer.traced_text import Traced, concat, merge_origins, traced
 
 SECONDS = 5.0  # CPU seconds per rendering, which usually takes milliseconds
 MAX_CHARACTERS = 10_000_000  # of a string, or items of a list: more than any model reads
