@@ -4,6 +4,8 @@ Recorded with transformers 5.24.0, tokenizers 0.23.3 and Jinja 3.1.6, in an envi
 transformers, by `python tests/tokenizer/chat_reference.py`. Each recorded prompt is what
 `AutoTokenizer.from_pretrained(files).apply_chat_template(messages, tokenize=True)` gives.
 
+The masks are those of `return_assistant_tokens_mask=True`.
+
 A hostile conversation has names of control tokens in its messages, where they must be ordinary
 text. Its prompt is recorded with a tokenizer that lacks just these tokens.
 """
@@ -213,7 +215,26 @@ def record():
                 if omit:  # the same tokens have other ids there
                     ids = tokenizer.convert_ids_to_tokens(ids)
             prompts[f"{name}; {template}; {kind}"] = ids
+        if template == "generation":
+            prompts[f"{name}; {template}; answers"] = _answers(name, template)
     return prompts
+
+
+def _answers(name, template):
+    """Which tokens of the prompt of HELLO are in `{% generation %}` blocks."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_tokenizer(Path(directory), name, template)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        encoded = tokenizer.apply_chat_template(
+            HELLO,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **arguments(template),
+        )
+    return encoded["assistant_masks"]
 
 
 if __name__ == "__main__":
