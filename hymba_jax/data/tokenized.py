@@ -35,6 +35,11 @@ class TokenizedCorpus:
     train: TokenStore | None
     validation: TokenStore | None
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations."""
+        return self.manifest.options.get("format") == "chat"
+
     @classmethod
     def open(cls, directory: PathLike) -> "TokenizedCorpus":
         """Opens all shards and compares their sizes, and indices, with the manifest.
