@@ -142,7 +142,8 @@ def check_processes(settings: Mapping[str, Any], output: str) -> None:
 
 def _may_differ(name: str) -> bool:
     """Whether processes may have different values of a setting, as it names a place."""
-    return name in ("output", "data.tokenizer") or _is_source_path(name)
+    places = ("output", "data.tokenizer", "data.chat_template")
+    return name in places or _is_source_path(name)
 
 
 def _is_source_path(name: str) -> bool:
