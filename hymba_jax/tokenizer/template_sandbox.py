@@ -132,7 +132,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.made(traced(d).join(map(str, value)))
 
     def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # keeps the attributes by which Jinja passes arguments
+        # Keeps the attributes by which Jinja passes arguments; the name and others take longer.
+        @functools.wraps(function, assigned=())
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check_arguments(args, kwargs)
             args = tuple(traced(value) if isinstance(value, str) else value for value in args)
