@@ -163,10 +163,10 @@ class AnswerRenderer:
         """
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
         prompt = self._rendered(messages[:1], {}, add_generation_prompt=True)
-        answered = self._rendered(messages, {})
-        start, stop = self._span(prompt, answered, "message 2")
         if prompt != self._rendered(messages[:1], {}):
             return
+        answered = self._rendered(messages, {})
+        start, stop = self._span(prompt, answered, "message 2")
         first, last = origins(answered).find(USER, start), origins(answered).rfind(USER)
         around = answered[start:first], answered[last + 1 : stop] if self._end_token is None else ""
         if written := next(filter(str.strip, around), None):

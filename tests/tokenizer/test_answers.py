@@ -147,6 +147,16 @@ def test_thoughts_that_a_template_forgets_are_trained_on_in_the_last_answer_alon
         answers(tokenizer, messages)
 
 
+def test_thoughts_that_begin_in_the_prompt_begin_every_answer():
+    """Only what the model has to write is trained on."""
+    tokenizer = with_template(TEMPLATES["chatml"].replace("assistant\\n", "assistant\\n<think>"))
+    renderer = AnswerRenderer(tokenizer)
+    messages = [QUESTION, {"role": "assistant", "content": "<think>Hm</think>C"}]
+    assert answers(tokenizer, messages) == ["Hm</think>C<|im_end|>"]
+    with pytest.raises(HymbaError, match="does not begin message 2, an answer, with its gen"):
+        renderer.render([QUESTION, {"role": "assistant", "content": "C"}])
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
@@ -155,7 +165,7 @@ def test_thoughts_that_a_template_forgets_are_trained_on_in_the_last_answer_alon
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}"
             "{% if add_generation_prompt %}A:{% endif %}",
-            "does not begin message 2, an answer, with its generation prompt",
+            "does not begin message 3, an answer, with its generation prompt",
         ),
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
