@@ -14,6 +14,7 @@ BRACKETS = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}\N{MATHEMATICAL RIGHT WHIT
 """Around what the loss is on, which is in color, too."""
 
 _STYLE = "bold green"
+_SHOWN = 4096  # tokens of a document at most
 
 
 def examples(corpus: TokenizedCorpus, count: int) -> Iterator[Text]:
@@ -33,17 +34,16 @@ def examples(corpus: TokenizedCorpus, count: int) -> Iterator[Text]:
 
 
 def _example(store: TokenStore, start: int, stop: int, tokenizer: Tokenizer, name: str) -> Text:
+    count, stop = stop - start, min(stop, start + _SHOWN)
     ids, mask = store.read(start, stop).tolist(), store.read_mask(start, stop)
     mask[0] = False  # nothing comes before it that would predict it
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
-    text = Text(f"--- {name}: {len(ids):,} tokens, the loss is on {int(mask.sum()):,}\n")
+    more = f", here the first {_SHOWN:,}" if count > _SHOWN else ""
+    text = Text(f"--- {name}: {count:,} tokens{more}, the loss is on {int(mask.sum()):,}\n")
     shown = ""
     for first, last in pairwise(borders):
         # Decoded from the start: what a token stands for depends on those before it.
         decoded = tokenizer.model.decode(ids[:last], skip_special_tokens=False)
         part, shown = decoded[len(shown) :], decoded
-        if mask[first]:
-            text.append(part.join(BRACKETS), style=_STYLE)
-        else:
-            text.append(part)
+        text.append(part.join(BRACKETS) if mask[first] else part, _STYLE if mask[first] else None)
     return text

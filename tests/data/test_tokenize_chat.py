@@ -10,7 +10,7 @@ from data.chat import TEMPLATE, expected_tokens, record, write_lines
 
 from hymba_jax import cli
 from hymba_jax.data import tokenize_command, tokenize_records
-from hymba_jax.data.show_examples import BRACKETS
+from hymba_jax.data.show_examples import BRACKETS, examples
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
 from hymba_jax.data.tokenize_progress import ProgressLine
 from hymba_jax.data.tokenized import TokenizedCorpus, damage
@@ -161,6 +161,9 @@ def test_what_the_loss_is_on_is_shown(corpus, tmp_path, capsys):
         f"u>é</s>a>{on}<s></s>{off}u>c</s>a>{on}d</s>{off}\n"
     )
     assert second == f"8 tokens, the loss is on 2\nu>e</s>a>{on}f</s>{off}\n"
+    (example,) = examples(TokenizedCorpus.open(tmp_path / "out"), 1)
+    colored = [example.plain[span.start : span.end] for span in example.spans if span.style]
+    assert colored == [f"{on}<s></s>{off}", f"{on}d</s>{off}"]
 
 
 @pytest.mark.parametrize(
