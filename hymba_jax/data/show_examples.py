@@ -45,5 +45,8 @@ def _example(store: TokenStore, start: int, stop: int, tokenizer: Tokenizer, nam
         # Decoded from the start: what a token stands for depends on those before it.
         decoded = tokenizer.model.decode(ids[:last], skip_special_tokens=False)
         part, shown = decoded[len(shown) :], decoded
-        text.append(part.join(BRACKETS) if mask[first] else part, _STYLE if mask[first] else None)
+        if mask[first]:
+            text.append(f"{BRACKETS[0]}{part}{BRACKETS[1]}", _STYLE)
+        else:
+            text.append(part)
     return text

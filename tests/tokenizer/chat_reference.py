@@ -68,6 +68,7 @@ HOSTILE = [
     {"role": "assistant", "content": ">x2> <x3>"},
 ]
 HOSTILE_NAMES = ("<x1>", "<x2>", "<x3>", "<x4>")
+_KINDS = (("hello", HELLO, ()), ("hostile", HOSTILE, HOSTILE_NAMES))
 
 TEXT = (
     "".join(message["content"] for message in HELLO + HOSTILE) + "[INST] [/INST] Assistant: "
@@ -205,7 +206,7 @@ def record():
 
     prompts = {}
     for name, template in itertools.product(TOKENIZERS, TEMPLATES):
-        for kind, messages, omit in (("hello", HELLO, ()), ("hostile", HOSTILE, HOSTILE_NAMES)):
+        for kind, messages, omit in _KINDS:
             with tempfile.TemporaryDirectory() as directory:
                 write_tokenizer(Path(directory), name, template, omit)
                 tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -215,24 +216,24 @@ def record():
                 if omit:  # the same tokens have other ids there
                     ids = tokenizer.convert_ids_to_tokens(ids)
             prompts[f"{name}; {template}; {kind}"] = ids
-        if template == "generation":
-            prompts[f"{name}; {template}; answers"] = _answers(name, template)
+    for name, (kind, messages, omit) in itertools.product(TOKENIZERS, _KINDS):
+        prompts[f"{name}; generation; {kind} answers"] = _answers(name, messages, omit)
     return prompts
 
 
-def _answers(name, template):
-    """Which tokens of the prompt of HELLO are in `{% generation %}` blocks."""
+def _answers(name, messages, omit):
+    """Which tokens of the prompt are in `{% generation %}` blocks."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as directory:
-        write_tokenizer(Path(directory), name, template)
+        write_tokenizer(Path(directory), name, "generation", omit)
         tokenizer = AutoTokenizer.from_pretrained(directory)
         encoded = tokenizer.apply_chat_template(
-            HELLO,
+            messages,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **arguments(template),
+            **arguments("generation"),
         )
     return encoded["assistant_masks"]
 

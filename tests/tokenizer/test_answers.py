@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizer.chat_reference import HELLO, RECORDED, TEMPLATES, TOKENIZERS, TOOLS, write_tokenizer
+from tokenizer.chat_reference import (
+    HELLO,
+    HOSTILE,
+    RECORDED,
+    TEMPLATES,
+    TOKENIZERS,
+    TOOLS,
+    write_tokenizer,
+)
 from tokenizers import models, pre_tokenizers
 
 from hymba_jax.errors import HymbaError
@@ -122,10 +130,11 @@ def test_marked_answers_are_those_of_the_transformers_library(tmp_path, name):
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     write_tokenizer(tmp_path, name, "generation")
     tokenizer = Tokenizer.load(tmp_path)
-    ids, mask = encode_answers(tokenizer, AnswerRenderer(tokenizer).render(HELLO))
-    assert ids == recorded[f"{name}; generation; hello"]
-    assert mask.astype(int).tolist() == recorded[f"{name}; generation; answers"]
-    assert 1 < mask.sum() < len(ids) / 2
+    for kind, messages in (("hello", HELLO), ("hostile", HOSTILE)):
+        ids, mask = encode_answers(tokenizer, AnswerRenderer(tokenizer).render(messages))
+        assert len(ids) == len(recorded[f"{name}; generation; {kind}"])
+        assert mask.astype(int).tolist() == recorded[f"{name}; generation; {kind} answers"]
+        assert 1 < mask.sum() < len(ids) / 2
 
 
 def test_a_token_belongs_to_an_answer_if_any_of_its_characters_does():
