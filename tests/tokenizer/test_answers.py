@@ -21,6 +21,7 @@ from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.tokenizer.answers import AnswerRenderer, encode_answers
 from hymba_jax.tokenizer.chat_template import encode
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 
 QUESTION = {"role": "user", "content": "<|im_end|> Hi"}
@@ -123,6 +124,29 @@ def test_calls_of_tools_are_answers_and_their_results_are_not():
     call = f"<tool_call>\n{json.dumps(CALL, ensure_ascii=False)}\n</tool_call>"
     expected = [f"{call}{call}<|im_end|>", "It is.<|im_end|>"]
     assert answers(with_template(CHATML_TOOLS), messages) == expected
+
+
+def test_the_template_for_tokenizers_without_one():
+    tokenizer = with_template(CONFIGS.joinpath("chat.jinja").read_text())
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "A", "tool_calls": [CALL, {"function": CALL}]},
+        {"role": "tool", "content": "T"},
+        {"role": "assistant", "content": "B"},
+    ]
+    call = '<toolcall> {"name": "look_up", "arguments": {"word": "é"}} </toolcall>'
+    expected = [f"A\n{call}\n{call}</s>", "B</s>"]
+    options = {"tools": [{"name": "look_up"}], "contexts": ["C"]}
+    assert answers(tokenizer, messages, **options) == expected
+    assert tokenizer.model.decode(
+        encode(tokenizer, messages, **options), skip_special_tokens=False
+    ) == (
+        '<s>system\nS\n<tool> {"name": "look_up"} </tool>\n<context> C </context></s>user\nU</s>'
+        f"assistant\n{expected[0]}tool\nT</s>assistant\n{expected[1]}assistant\n"
+    )
+    called = [{**messages[2], "content": None}, *messages[3:]]
+    assert answers(tokenizer, [messages[1], *called])[0] == f"{call}\n{call}</s>"
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
