@@ -23,10 +23,10 @@ from flax import nnx
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data import IGNORED_TARGET, Batch, open_data, validation_batches
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
 from hymba_jax.ops.cross_entropy import cross_entropy
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.train import train
 from hymba_jax.types import Array, Float
 

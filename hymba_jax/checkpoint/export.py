@@ -15,12 +15,12 @@ from hymba_jax.checkpoint.checkpoints import OPTIMIZER, load_params, one_line
 from hymba_jax.checkpoint.checksums import check_tree
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.checkpoint.save import check_absent, save_model
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path
 from hymba_jax.model.abstract import Params, abstract_model
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import FOLDER, checkpoint_steps
+from hymba_jax.tokenizer import Tokenizer
 
 EMA = "ema"  # its name in the optimizer's state, and on the command line
 LAST = "last:"

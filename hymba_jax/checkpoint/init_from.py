@@ -16,11 +16,12 @@ from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.field_types import leaves
-from hymba_jax.data import DataConfig, Tokenizer
+from hymba_jax.data import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location
 from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.model.abstract import abstract_model, param_shapes
+from hymba_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
