@@ -43,7 +43,6 @@ from train_step import best_matmul_rate
 
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.host import prepare_host
 from hymba_jax.inference.engine import (
     DECODE_STEPS,
@@ -54,6 +53,7 @@ from hymba_jax.inference.engine import (
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops
+from hymba_jax.tokenizer import build_tokenizer
 
 Shape = Literal["125m", "1.5b"]
 ROOM = 64  # tokens that decoding may add

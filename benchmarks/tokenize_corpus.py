@@ -25,7 +25,7 @@ from hymba_jax.data.corpus import Corpus, standard_library
 from hymba_jax.data.encoder import Encoder
 from hymba_jax.data.listing import list_files
 from hymba_jax.data.tokenize_corpus import CorpusWriter
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 
 @dataclass(frozen=True)

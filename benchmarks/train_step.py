@@ -31,7 +31,7 @@ from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig, Remat
 from hymba_jax.config.run import RunConfig
-from hymba_jax.data.batch import Batch, abstract_batch
+from hymba_jax.data.batch import Batch
 from hymba_jax.host import prepare_host
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
@@ -40,7 +40,7 @@ from hymba_jax.ops.matmul import matmul
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.step import compile_train_step, make_train_step
+from hymba_jax.training.step import compile_train_step, run_step
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,17 @@ def run_row(args: Args) -> Row:
     """Of the run's training step."""
     run = with_vocabulary(RunConfig.from_toml(args.config))
     training, length = run.training, run.data.sequence_length
-    mesh = make_mesh()
+    mesh = make_mesh(parallel=run.parallel)
     optimizer = make_optimizer(run.training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
-    place, loss_fn = batch_sharding(mesh), make_loss_fn(next_token_loss, abstract.graph)
-    train_step = make_train_step(loss_fn, optimizer, micro_batch_size=training.micro_batch_size)
+    train_step, batch_shape = run_step(run, next_token_loss, abstract.graph, optimizer, mesh)
     start = time.perf_counter()
-    step = compile_train_step(
-        train_step, abstract.state, abstract_batch(training.batch_size, length, place)
-    )
+    step = compile_train_step(train_step, abstract.state, batch_shape)
     compile_seconds = time.perf_counter() - start
     shape = (training.batch_size, length)
     tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
-    batch = jax.device_put(Batch(inputs=tokens, targets=tokens), place)
+    batch = jax.device_put(Batch(inputs=tokens, targets=tokens), batch_sharding(mesh))
 
     def one_step() -> object:
         nonlocal state

@@ -23,7 +23,7 @@ class Display:
         )
         self._status = self._console.status("")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Text) -> None:
         """Prints a line permanently."""
         self._console.print(text, markup=False, soft_wrap=True)
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from hymba_jax.config.run import RunConfig
-from hymba_jax.data import Tokenizer
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.model import Hymba
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training import loop
 from hymba_jax.training.evaluation import Evaluation
 from hymba_jax.training.interrupts import Interrupts

@@ -70,7 +70,7 @@ def training_program(
     """
     training, length = run.training, run.data.sequence_length
     mesh = make_mesh(devices, run.parallel)
-    check_batch(training.micro_batch_size, mesh)
+    check_batch(training, mesh)
     optimizer = make_optimizer(training)
     trainable = trainable_of(run)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh, trainable)

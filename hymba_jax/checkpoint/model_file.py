@@ -7,12 +7,12 @@ from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.data import MIN_VOCAB_SIZE, DataConfig
 from hymba_jax.config.run import CONFIG_FILE, RunConfig, read_table
 from hymba_jax.config.toml import override_from, toml_lines
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location
 from hymba_jax.hf_files import HF_CONFIG, download_advice
 from hymba_jax.model.trainable import Trainable
 from hymba_jax.run_files import checkpoint_steps
+from hymba_jax.tokenizer import Tokenizer
 
 
 def read_model(

@@ -11,11 +11,12 @@ from hymba_jax.checkpoint.checkpoints import PARAMS
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.config.stages import OWN_SETTINGS
-from hymba_jax.data import Data, Tokenizer
+from hymba_jax.data import Data
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import matches, replace_text, resolve_location
 from hymba_jax.parallel.processes import barrier, require_agreement
 from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
+from hymba_jax.tokenizer import Tokenizer
 
 _PACKAGES = ("hymba_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Files of HF checkpoints, and those of a run that never come without its config.
@@ -141,7 +142,8 @@ def check_processes(settings: Mapping[str, Any], output: str) -> None:
 
 def _may_differ(name: str) -> bool:
     """Whether processes may have different values of a setting, as it names a place."""
-    return name in ("output", "data.tokenizer") or _is_source_path(name)
+    places = ("output", "data.tokenizer", "data.chat_template")
+    return name in places or _is_source_path(name)
 
 
 def _is_source_path(name: str) -> bool:

@@ -8,11 +8,11 @@ from flax import nnx
 from hymba_jax.checkpoint.checkpoints import save_params
 from hymba_jax.checkpoint.model_file import model_toml
 from hymba_jax.config.run import CONFIG_FILE
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.model import Hymba
+from hymba_jax.tokenizer import Tokenizer
 
 
 def save_model(

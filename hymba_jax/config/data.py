@@ -9,6 +9,9 @@ from hymba_jax.errors import HymbaError
 
 type Packing = Literal["concat", "documents"]
 type OnBadRecord = Literal["stop", "skip"]
+type Format = Literal["text", "chat"]
+type LossOn = Literal["all", "last"]
+type TooLong = Literal["truncate", "drop"]
 type TokenDtype = Literal["", "uint16", "uint32"]
 
 MIN_VOCAB_SIZE = 259
@@ -42,11 +45,13 @@ class SourceConfig:
         format (`NAME.bin` with `NAME.idx`), in a flat `.bin` or in a `.npy`.
       text_field: of text, as `data.text_field`, which it is if this is empty.
       token_dtype: of a flat `.bin`.
+      format: of text, as `data.format`, which it is if this is empty.
     """
 
     path: str = ""
     text_field: str = ""
     token_dtype: TokenDtype = ""
+    format: Literal["", "text", "chat"] = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,17 @@ class DataConfig:
     """The only source, as the path of a `[data.sources.NAME]`; if empty, and there are no such
     tables, the sources of Python's standard library."""
 
+    format: Format = "text"
+    """Whether records are text, or conversations (`chat`): `messages`, `conversations`, or `prompt`
+    and `completion`, with the loss on answers alone. They need `documents` for packing."""
+
+    loss_on: LossOn = "all"
+    """Whether the loss of a conversation is on all of its answers, or on the last one."""
+
+    too_long: TooLong = "truncate"
+    """Whether conversations longer than a sequence lose their end (and are left out if no answer
+    remains), or are left out (`drop`)."""
+
     text_field: str = "text"
     """Field of a JSON object, or column of Parquet, that holds the document."""
 
@@ -76,6 +92,9 @@ class DataConfig:
     tokenizer: str = "bpe:4096"
     """`bytes`, `bpe:SIZE` (trained on the training documents), or the path of a tokenizer.json or
     of a directory that holds one."""
+
+    chat_template: str = ""
+    """File of a chat template in Jinja, in place of the tokenizer's own; the run keeps it."""
 
     sequence_length: int = 512
     """Tokens the model sees per sequence."""
@@ -128,6 +147,23 @@ class DataConfig:
             yield "no source has a weight above 0"
         if self.sources and self.path:
             yield f"path is {shown(self.path)}, but there are sources: make it one of them"
+        if self.format == "chat" and not (self.sources or self.path):
+            yield "format is chat, but there is no path: the standard library has no conversations"
+
+    def packing_problems(self) -> Iterator[str]:
+        """What is wrong with how conversations are packed, as far as sources are said to be such.
+
+        Not with the config itself: each stage may have a packing of its own.
+        """
+        train = [source for source in self.train_sources.values() if source.weight]
+        held_out = [*self.validation.values()] or train
+        for name, sources in (("packing", train), ("validation_packing", held_out)):
+            if getattr(self, name) != "documents" and any(map(self.is_chat, sources)):
+                yield f'conversations are isolated documents: set data.{name} to "documents"'
+
+    def is_chat(self, source: SourceConfig) -> bool:
+        """Whether a source is said to be of conversations."""
+        return (source.format or self.format) == "chat"
 
     @property
     def train_sources(self) -> Mapping[str, WeightedSourceConfig]:

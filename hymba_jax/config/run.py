@@ -86,7 +86,9 @@ class RunConfig:
         if self.stages:
             yield from ineffective_fields(self)
             yield from self._stage_problems()
-        elif self.data.sequence_length > self.model.max_positions:
+            return
+        yield from self.data.packing_problems()
+        if self.data.sequence_length > self.model.max_positions:
             yield (
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_positions {self.model.max_positions}"

@@ -23,6 +23,7 @@ TRAINING_BOUNDS = {
     "steps": _COUNT,
     "batch_size": _ROWS,
     "gradient_accumulation_steps": _ROWS,
+    "reduction_shards": _ROWS._replace(at_least=0),
     "learning_rate": _RATE,
     "min_learning_rate": _RATE._replace(at_least=0),
     "warmup_fraction": Bounds(0, 1, "it is a fraction of the steps"),
@@ -62,6 +63,10 @@ class TrainingConfig:
       batch_size: sequences per update.
       gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
         save memory.
+      reduction_shards: 0 adds up a batch in whatever order is fastest on the devices. Otherwise it
+        is computed in so many equal shards, each on one device, which are added in a fixed order:
+        losses and parameters have the same bits on any number of devices of a kind that divides it,
+        in a mesh with `data` alone. Each device then holds the whole state.
       optimizer: "adamw" (arXiv 1711.05101), or "muon" (Jordan, 2024): Muon for the kernels inside
         the model, and AdamW for embedding, output head, norms and vectors.
       schedule: of the learning rate after the warm-up: `constant`; `linear` or `cosine`, which fall
@@ -110,6 +115,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    reduction_shards: int = 0
     optimizer: OptimizerName = "adamw"
     schedule: Schedule = "wsd"
     learning_rate: float = 3e-3
@@ -165,6 +171,14 @@ class TrainingConfig:
             yield (
                 f"batch_size {self.batch_size} is not a multiple of "
                 f"gradient_accumulation_steps {accumulation}"
+            )
+        shards = self.reduction_shards
+        if shards > 0 and self.batch_size % shards:
+            yield f"batch_size {self.batch_size} is not a multiple of reduction_shards {shards}"
+        if shards > 0 and accumulation != 1:
+            yield (
+                f"gradient_accumulation_steps is {accumulation}, and reduction_shards computes a "
+                "batch shard by shard itself: set one of them"
             )
 
     def _schedule_problems(self) -> Iterator[str]:

@@ -19,13 +19,13 @@ from hymba_jax.checkpoint.save import check_absent, save_model
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.convert.peft import write_peft
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.model.abstract import Params, abstract_model
 from hymba_jax.model.trainable import join
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import FOLDER, checkpoint_steps
+from hymba_jax.tokenizer import Tokenizer
 
 EMA = "ema"  # its name in the optimizer's state, and on the command line
 LAST = "last:"

@@ -9,8 +9,8 @@ from hymba_jax.config.field_types import shown
 from hymba_jax.config.layer_pattern import MAX_LAYERS, GroupSpec, LayerSpec, format_pattern
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, RopeSettings, read_rope
-from hymba_jax.data import Tokenizer
 from hymba_jax.files import Location
+from hymba_jax.tokenizer import Tokenizer
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:

@@ -7,8 +7,8 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from hymba_jax.config import HymbaConfig
-from hymba_jax.data import Tokenizer
 from hymba_jax.files import read_json
+from hymba_jax.tokenizer import Tokenizer
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, config: HymbaConfig, directory: Path) -> None:

@@ -19,12 +19,13 @@ from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.hf_checkpoint import HFCheckpoint
 from hymba_jax.convert.load_sharded import read_params
-from hymba_jax.data import DataConfig, Tokenizer
+from hymba_jax.data import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location, resolve_path
 from hymba_jax.hf_files import HF_CONFIG
 from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.model.abstract import Params, abstract_model, param_shapes
+from hymba_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from hymba_jax.convert.native_checkpoint import NativeCheckpoint
 from hymba_jax.convert.params_stream import THREADS
 from hymba_jax.convert.report import Report
 from hymba_jax.convert.tensor_file import TensorFileWriter, TensorInfo
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, read_json
 from hymba_jax.hf_files import (
@@ -30,6 +29,7 @@ from hymba_jax.hf_files import (
     hf_directory,
     missing_for_transformers,
 )
+from hymba_jax.tokenizer import Tokenizer
 
 
 def write_hf(

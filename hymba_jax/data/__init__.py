@@ -9,25 +9,28 @@
 | `formats.py`           | from the bytes of a file to documents                                 |
 | `compression.py`       | gzip, zstd, xz and bzip2, told by content                             |
 | `records.py`           | a document, and a record that is none                                 |
+| `text_field.py`        | records whose document is the text in one field                       |
+| `conversations.py`     | records that are conversations                                        |
 | `json_records.py`      | documents of JSON lines and JSON arrays                               |
 | `parquet_records.py`   | documents of Parquet                                                  |
 | `documents.py`         | documents as a stream, and what is done about bad records             |
 | `split.py`             | which documents are held out for validation                           |
-| `tokenizer.py`         | bytes, a BPE trained here, or any `tokenizer.json`                    |
-| `control_tokens.py`    | special and added tokens, which user text can never become            |
 | `encoder.py`           | tokenizing on all cores                                               |
 | `tokenize_command.py`  | `hymba tokenize`                                                      |
 | `tokenize_corpus.py`   | documents to shards, resumable                                        |
 | `tokenize_records.py`  | what is done of a corpus that is being tokenized                      |
 | `tokenize_progress.py` | how far tokenizing is                                                 |
+| `show_examples.py`     | tokenized documents as a person reads them                            |
 | `manifest.py`          | what a tokenized corpus says of itself                                |
 | `block_checksums.py`   | checksums of shards, checked where they are read                      |
 | `tokenized.py`         | a tokenized corpus, opened                                            |
 | `megatron.py`          | Megatron's format of token files                                      |
+| `loss_mask.py`         | which tokens of conversations the loss is on                          |
 | `token_files.py`       | files of tokens that others wrote                                     |
 | `token_store.py`       | shards of any format as one stream of tokens                          |
 | `windows.py`           | windows of a stream as rows                                           |
 | `document_rows.py`     | whole documents packed into rows                                      |
+| `conversation_rows.py` | whole conversations packed into rows                                  |
 | `permutation.py`       | the order of a source's rows in each epoch                            |
 | `mixture.py`           | which source an example is from                                       |
 | `examples.py`          | training examples, by index                                           |
@@ -46,14 +49,12 @@ from hymba_jax.data.pipeline import (
     validation_batches,
 )
 from hymba_jax.data.sources import tokenize_sources
-from hymba_jax.data.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORED_TARGET",
     "Batch",
     "Data",
     "DataConfig",
-    "Tokenizer",
     "ValidationSet",
     "open_data",
     "tokenize_sources",

@@ -1,18 +1,18 @@
 """Checksums of token files, checked where they are read: opening a corpus reads none of it.
 
-`NAME.bin.crc` has the CRC-32 of each block of `NAME.bin`, a line of eight hexadecimal digits each.
-The manifest has those of this file and of the index.
+`NAME.bin.crc` has the CRC-32 of each block of `NAME.bin`, a line of eight hexadecimal digits each,
+and so has `NAME.mask.crc` of `NAME.mask`. The manifest has those of these files and of the index.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from hymba_jax.data.manifest import ShardInfo
-from hymba_jax.data.megatron import MegatronShard, file_size, megatron_files
+from hymba_jax.data.megatron import MegatronShard, file_size, map_array, megatron_files
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike
 from hymba_jax.types import Bool, UInt
@@ -49,6 +49,54 @@ class BlockChecksums:
         return "".join(f"{checksum:08x}\n" for checksum in checksums)
 
 
+class CheckedFile:
+    """A mapped file whose blocks are compared with their checksums when they are first read.
+
+    Args:
+      path: of the file.
+      content: its bytes.
+      checksums_crc32: CRC-32 of the `.crc` file beside it.
+    """
+
+    def __init__(
+        self, path: Path, content: UInt[np.ndarray, " bytes"], checksums_crc32: int
+    ) -> None:
+        self._path, self._content, self._crc32 = path, content, checksums_crc32
+        # Of each block its checksum, and whether it was compared: both once a byte is read.
+        self._checksums: UInt[np.ndarray, " _"] | None = None
+        self._is_checked: Bool[np.ndarray, " _"] | None = None
+
+    def check(self, start: int, stop: int) -> None:
+        """Raises HymbaError if a block is damaged that has some of these bytes."""
+        if start < stop:
+            for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+                self._check_block(block)
+
+    def block_checks(self) -> Iterator[Callable[[], None]]:
+        """A check of each block."""
+        for block in range(_num_blocks(len(self._content))):
+            yield partial(self._check_block, block)
+
+    def _check_block(self, block: int) -> None:
+        if self._checksums is None or self._is_checked is None:
+            self._checksums = self._read_checksums()
+            self._is_checked = np.zeros(len(self._checksums), bool)
+        if self._is_checked[block]:
+            return
+        content = self._content[block * BLOCK : (block + 1) * BLOCK]
+        if zlib.crc32(content) != self._checksums[block]:
+            where = f" in block {block}, {content.nbytes} bytes from {block * BLOCK}"
+            raise _damaged(self._path, where)
+        self._is_checked[block] = True
+
+    def _read_checksums(self) -> UInt[np.ndarray, " _"]:
+        path = checksums_file(self._path)
+        content = path.read_bytes()
+        if zlib.crc32(content) != self._crc32:
+            raise _damaged(path, "")
+        return np.frombuffer(bytes.fromhex(content.decode()), ">u4")
+
+
 class VerifiedShard(MegatronShard):
     """A shard whose bytes are compared with their checksums when they are first read.
 
@@ -59,20 +107,20 @@ class VerifiedShard(MegatronShard):
       info: what the manifest has about it.
       itemsize: bytes of a token.
 
+    Attributes:
+      has_mask: whether the loss is on some of the tokens only.
+
     Raises:
       HymbaError: a file is not there, has another size, or is damaged.
     """
 
     def __init__(self, path: PathLike, info: ShardInfo, itemsize: int) -> None:
         tokens, self._index = megatron_files(path)
-        self._checksums_path, self._info = checksums_file(tokens), info
-        size = info.tokens * itemsize
-        self._num_blocks = -(-size // BLOCK)
-        for file, expected in (
-            (tokens, size),
-            (self._index, info.index_bytes),
-            (self._checksums_path, _LINE * self._num_blocks),
-        ):
+        mask, self._info = tokens.with_suffix(".mask"), info
+        files = [(tokens, info.tokens * itemsize)]
+        files += [] if info.mask_crc32 is None else [(mask, info.tokens)]
+        checksums = [(checksums_file(file), _LINE * _num_blocks(size)) for file, size in files]
+        for file, expected in (*files, (self._index, info.index_bytes), *checksums):
             if (actual := file_size(file)) != expected:
                 raise HymbaError(
                     f"{file}: {actual} bytes, but the manifest says {expected}: truncated or "
@@ -81,9 +129,11 @@ class VerifiedShard(MegatronShard):
         if info.index_bytes <= _SMALL_INDEX:
             self.check_index()
         super().__init__(path)
-        # Of each block its checksum, and whether it was compared: both once a token is read.
-        self._checksums: UInt[np.ndarray, " _"] | None = None
-        self._is_checked: Bool[np.ndarray, " _"] | None = None
+        self._checked = CheckedFile(tokens, self._tokens.view(np.uint8), info.blocks_crc32)
+        self.has_mask = info.mask_crc32 is not None
+        if info.mask_crc32 is not None:
+            self._mask = map_array(mask, np.dtype(np.uint8), info.tokens)
+            self._checked_mask = CheckedFile(mask, self._mask, info.mask_crc32)
 
     def read(self, start: int, stop: int) -> UInt[np.ndarray, " _"]:
         """The tokens from `start` up to `stop` of the stream; read-only.
@@ -91,17 +141,24 @@ class VerifiedShard(MegatronShard):
         Raises:
           HymbaError: a block that they are in is damaged.
         """
-        if start < stop:
-            first = start * self._itemsize // BLOCK
-            last = (stop * self._itemsize - 1) // BLOCK
-            for block in range(first, last + 1):
-                self._check_block(block)
+        self._checked.check(start * self._itemsize, stop * self._itemsize)
         return super().read(start, stop)
+
+    def read_mask(self, start: int, stop: int) -> Bool[np.ndarray, " _"]:
+        """Whether the loss is on each of the tokens from `start` up to `stop`.
+
+        Raises:
+          HymbaError: a block of the mask is damaged.
+        """
+        if not self.has_mask:
+            return super().read_mask(start, stop)
+        self._checked_mask.check(start, stop)
+        return self._mask[start:stop] != 0
 
     def damage(self) -> list[str]:
         """Reads all of the shard and says what is damaged, a line for each block."""
-        checks: list[Callable[[], None]] = [self.check_index, self.check]
-        checks += (partial(self._check_block, block) for block in range(self._num_blocks))
+        checks = [self.check_index, self.check, *self._checked.block_checks()]
+        checks += self._checked_mask.block_checks() if self.has_mask else []
         lines = []
         for check in checks:
             try:
@@ -115,28 +172,13 @@ class VerifiedShard(MegatronShard):
         if file_checksum(self._index) != self._info.index_crc32:
             raise _damaged(self._index, "")
 
-    def _check_block(self, block: int) -> None:
-        if self._checksums is None or self._is_checked is None:
-            self._checksums = self._read_checksums()
-            self._is_checked = np.zeros(self._num_blocks, bool)
-        if self._is_checked[block]:
-            return
-        tokens = BLOCK // self._itemsize
-        content = self._tokens[block * tokens : (block + 1) * tokens]
-        if zlib.crc32(content) != self._checksums[block]:
-            where = f" in block {block}, {content.nbytes} bytes from {block * BLOCK}"
-            raise _damaged(self.path, where)
-        self._is_checked[block] = True
 
-    def _read_checksums(self) -> UInt[np.ndarray, " _"]:
-        content = self._checksums_path.read_bytes()
-        if zlib.crc32(content) != self._info.blocks_crc32:
-            raise _damaged(self._checksums_path, "")
-        return np.frombuffer(bytes.fromhex(content.decode()), ">u4")
+def _num_blocks(size: int) -> int:
+    return -(-size // BLOCK)
 
 
 def checksums_file(tokens: Path) -> Path:
-    """The file with the checksums of a token file."""
+    """The file with the checksums of a token file or a mask."""
     return tokens.with_name(f"{tokens.name}.crc")
 
 

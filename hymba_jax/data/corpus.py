@@ -3,16 +3,18 @@
 import hashlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
 from hymba_jax.config.data import OnBadRecord
+from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.documents import read_documents
 from hymba_jax.data.listing import File
 from hymba_jax.data.manifest import SIDES, TRAIN
-from hymba_jax.data.records import Document, Problem
+from hymba_jax.data.records import Content, Document, Problem
 from hymba_jax.data.split import hold_out_tail, is_held_out
+from hymba_jax.data.text_field import TextField
 
 _NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
 
@@ -40,7 +42,7 @@ class Corpus:
     Attributes:
       path: as it was given.
       files: those at the path, in order.
-      text_field: of JSON objects and Parquet, that is the text.
+      content: what of each record is the document.
       on_bad_record: what is done about bad records.
       validation_fraction: about this share of the documents is held out; 0 holds out none, 1 all.
       held_out: whether a document is, by its first piece and the fraction.
@@ -48,7 +50,7 @@ class Corpus:
 
     path: str
     files: tuple[File, ...]
-    text_field: str = "text"
+    content: Content = field(default_factory=TextField)
     on_bad_record: OnBadRecord = "stop"
     validation_fraction: float = 0.0
     held_out: Callable[[Document, float], bool] = held_out_by_text
@@ -57,10 +59,15 @@ class Corpus:
     def options(self) -> dict[str, str | float]:
         """What decides the documents beside the files."""
         return {
-            "text_field": self.text_field,
+            **self.content.options,
             "on_bad_record": self.on_bad_record,
             "validation_fraction": self.validation_fraction,
         }
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations."""
+        return isinstance(self.content, Conversations)
 
     def documents(
         self, files: Iterable[File], report: Callable[[Problem], None] | None = None
@@ -73,7 +80,7 @@ class Corpus:
         Raises:
           HymbaError: as `read_documents` does.
         """
-        documents = read_documents(files, self.text_field, self.on_bad_record, report)
+        documents = read_documents(files, self.content, self.on_bad_record, report)
         if 0 < self.validation_fraction < 1 and (length := self._length_of_only_document()):
             for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
                 yield piece, SIDES[held_out]
@@ -94,8 +101,10 @@ class Corpus:
         if len(self.files) > 1:
             return 0
         length, has_ended = 0, False
-        for document in read_documents(self.files, self.text_field, self.on_bad_record):
+        for document in read_documents(self.files, self.content, self.on_bad_record):
             if has_ended:
+                return 0
+            if document.chat:  # a conversation has no tail that could be held out
                 return 0
             length, has_ended = length + len(document.text), not document.continues
         return length if length > 1 else 0

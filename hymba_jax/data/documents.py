@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from hymba_jax.config.data import OnBadRecord
 from hymba_jax.data.formats import read_records
 from hymba_jax.data.listing import File
-from hymba_jax.data.records import BrokenFile, Document, Problem
+from hymba_jax.data.records import BrokenFile, Content, Document, Problem
+from hymba_jax.data.text_field import TextField
 from hymba_jax.errors import HymbaError, printable
 
 # Problems of a file that an error lists.
 _LISTED = 20
+
+_TEXT = TextField()
 
 
 class BadRecordsError(HymbaError):
@@ -21,7 +24,7 @@ class BadRecordsError(HymbaError):
 
 def read_documents(
     files: Iterable[File],
-    text_field: str = "text",
+    content: Content = _TEXT,
     on_bad_record: OnBadRecord = "stop",
     report: Callable[[Problem], None] | None = None,
 ) -> Iterator[Document]:
@@ -29,7 +32,7 @@ def read_documents(
 
     Args:
       files: such as those of a `Listing`.
-      text_field: the field of JSON objects, or column of Parquet, that is the text.
+      content: what of each record is the document.
       on_bad_record: "skip" goes on after bad records, and with the next file after a file that
         cannot be read on; "stop" first looks for more of them in the same file.
       report: called with each problem that is skipped.
@@ -41,7 +44,7 @@ def read_documents(
     for file in files:
         problems: list[Problem] = []
         count = 0
-        for item in _read(file, text_field):
+        for item in _read(file, content):
             if isinstance(item, Document):
                 if not count:
                     yield item
@@ -55,10 +58,10 @@ def read_documents(
             raise _bad_records(file, problems, count)
 
 
-def _read(file: File, text_field: str) -> Iterator[Document | Problem]:
+def _read(file: File, content: Content) -> Iterator[Document | Problem]:
     try:
         with file.open() as stream:
-            yield from read_records(stream, file.name, text_field)
+            yield from read_records(stream, file.name, content)
     except BrokenFile as error:
         yield Problem(file.name, str(error), whole_file=True)
     except OSError as error:

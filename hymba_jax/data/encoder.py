@@ -15,10 +15,11 @@ import numpy as np
 
 from hymba_jax.closing import Closing
 from hymba_jax.data.megatron import token_dtype
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import host_memory
-from hymba_jax.types import Int, UInt
+from hymba_jax.tokenizer import Tokenizer
+from hymba_jax.tokenizer.answers import ChatText, encode_answers
+from hymba_jax.types import Bool, Int, UInt
 
 # Characters that are tokenized together, unless one text has more: about a second's work.
 _BATCH = 1 << 20
@@ -34,11 +35,21 @@ type Ids = UInt[np.ndarray, " _"] | Int[np.ndarray, " _"]
 """Token ids of `token_dtype`."""
 
 
+type Text = str | ChatText
+"""All of it ordinary text, or a conversation, whose template writes control tokens."""
+
+
 class Encoded(NamedTuple):
-    """A text as token ids, without any before or after it, and its UTF-8 bytes."""
+    """A text as token ids, and its UTF-8 bytes.
+
+    Attributes:
+      ids: without any before or after it, of a conversation with the token that has to follow.
+      mask: of a conversation whether the loss is on each token; None of other text.
+    """
 
     ids: Ids
     text_bytes: int
+    mask: Bool[np.ndarray, " _"] | None = None
 
 
 class _EncodedBatch(NamedTuple):
@@ -47,13 +58,15 @@ class _EncodedBatch(NamedTuple):
     ids: Ids
     ends: list[int]
     text_bytes: list[int]
+    mask: Bool[np.ndarray, " _"] | None = None
 
     def texts(self) -> Iterator[Encoded]:
         """Each of them."""
         for start, end, text_bytes in zip(
             [0, *self.ends[:-1]], self.ends, self.text_bytes, strict=True
         ):
-            yield Encoded(self.ids[start:end], text_bytes)
+            mask = None if self.mask is None else self.mask[start:end]
+            yield Encoded(self.ids[start:end], text_bytes, mask)
 
 
 def default_workers(size: int) -> int:
@@ -75,8 +88,10 @@ class Encoder(Closing):
         self._tokenizer, self._workers = tokenizer, workers
         self._pool: ProcessPoolExecutor | None = None
 
-    def encode[T](self, texts: Iterable[tuple[str, T]]) -> Iterator[tuple[Encoded, T]]:
+    def encode[T](self, texts: Iterable[tuple[Text, T]]) -> Iterator[tuple[Encoded, T]]:
         """Each text as token ids, with what came beside it.
+
+        All are conversations, or none is.
 
         Texts are read ahead of what is returned: two batches of about a million characters for
         each process, or fewer if they are so long that tokenizing all of them at once would take
@@ -98,7 +113,7 @@ class Encoder(Closing):
             ) from error
 
     def _encode_in_pool[T](
-        self, pool: ProcessPoolExecutor, texts: Iterable[tuple[str, T]]
+        self, pool: ProcessPoolExecutor, texts: Iterable[tuple[Text, T]]
     ) -> Iterator[tuple[Encoded, T]]:
         under_way: deque[tuple[Future[_EncodedBatch], list[T], int]] = deque()
         limit = max(_LONGEST, int(host_memory() * _SHARE / _BYTES_PER_CHARACTER))
@@ -130,9 +145,9 @@ class Encoder(Closing):
             self._pool = None
 
 
-def _batches[T](texts: Iterable[tuple[str, T]]) -> Iterator[tuple[list[str], list[T]]]:
+def _batches[T](texts: Iterable[tuple[Text, T]]) -> Iterator[tuple[list[Text], list[T]]]:
     """Texts of about _BATCH characters together, and what came beside them."""
-    batch: list[str] = []
+    batch: list[Text] = []
     tags: list[T] = []
     size = 0
     for text, tag in texts:
@@ -146,13 +161,21 @@ def _batches[T](texts: Iterable[tuple[str, T]]) -> Iterator[tuple[list[str], lis
         yield batch, tags
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> _EncodedBatch:
-    ids = tokenizer.encode_batch(texts)
+def _encode(tokenizer: Tokenizer, texts: list[Text]) -> _EncodedBatch:
+    chats = [text for text in texts if isinstance(text, ChatText)]
+    plain = [text for text in texts if isinstance(text, str)]
+    ids, masks = tokenizer.encode_batch(plain), []
+    for chat in chats:
+        chat_ids, mask = encode_answers(tokenizer, chat)
+        end = [tokenizer.eos_id] * chat.takes_eos
+        ids.append([*chat_ids, *end])
+        masks.append(np.append(mask, np.ones(len(end), bool)))
     ends = list(accumulate(map(len, ids)))
     return _EncodedBatch(
         ids=np.fromiter(chain.from_iterable(ids), token_dtype(tokenizer.vocab_size), ends[-1]),
         ends=ends,
-        text_bytes=[len(text.encode()) for text in texts],
+        text_bytes=[len(text.encode()) for text in plain or [chat.text for chat in chats]],
+        mask=np.concatenate(masks) if masks else None,
     )
 
 
@@ -176,5 +199,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> _EncodedBatch:
+def _encode_in_worker(texts: list[Text]) -> _EncodedBatch:
     return _encode(_worker_tokenizer, texts)

@@ -11,12 +11,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from hymba_jax.data.batch import Batch
+from hymba_jax.data.conversation_rows import ConversationRows
 from hymba_jax.data.document_rows import DocumentRows
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.permutation import shuffled_row
 from hymba_jax.data.windows import Windows
 
-type Rows = Windows | DocumentRows
+type Rows = Windows | DocumentRows | ConversationRows
 """The rows of a source, by index, each with the same fields."""
 
 
@@ -75,6 +76,14 @@ class Examples:
             name: counts.get(name, 0) + self._taken.get(name, 0)
             for name in dict.fromkeys([*self._taken, *counts])
         }
+
+    def left_out(self) -> list[str]:
+        """Which conversations of each source are not in its rows, in words, a line each."""
+        return [
+            f"{name}: {line}"
+            for name, rows in self._rows.items()
+            if isinstance(rows, ConversationRows) and (line := rows.describe_left_out())
+        ]
 
     def describe(self, start: int, stop: int) -> str:
         """Where these examples are from, in words; of many the first few."""

@@ -22,20 +22,20 @@ from hymba_jax.data import records
 from hymba_jax.data.compression import decompress, find_compression
 from hymba_jax.data.json_records import read_json, read_json_lines
 from hymba_jax.data.parquet_records import read_parquet
-from hymba_jax.data.records import BrokenFile, Document, Problem, decode, peek, pieces, refuse_zero
+from hymba_jax.data.records import BrokenFile, Content, Document, Problem, peek, pieces, refuse_zero
 
 # Text may begin with these letters, but Thrift, which follows, with nothing that is printed.
 _PARQUET = re.compile(rb"PAR1(?![ -~\s])")
 
 
-def read_records(file: BufferedIOBase, name: str, text_field: str) -> Iterator[Document | Problem]:
+def read_records(file: BufferedIOBase, name: str, content: Content) -> Iterator[Document | Problem]:
     """The documents of a file in order, and each bad record in its place.
 
     Records without text are left out.
 
     Args:
       file: open at its start; one of Parquet has to be seekable.
-      text_field: the field of JSON objects, or column of Parquet, that is the text.
+      content: what of each record is the document.
 
     Raises:
       BrokenFile: the file is not text, or broken from here on.
@@ -45,7 +45,7 @@ def read_records(file: BufferedIOBase, name: str, text_field: str) -> Iterator[D
     head, blocks = peek(iter(partial(file.read, records.BLOCK), b""))
     suffix = _suffix(name)
     if _PARQUET.match(head):
-        yield from read_parquet(file, name, text_field)
+        yield from read_parquet(file, name, content)
         return
     if compression := find_compression(head):
         head, blocks = peek(decompress(blocks, compression))
@@ -54,7 +54,7 @@ def read_records(file: BufferedIOBase, name: str, text_field: str) -> Iterator[D
     _refuse_binary(head)
     if suffix == ".parquet" and head:
         raise BrokenFile("not a Parquet file, in spite of its name: rename it or take it out")
-    yield from _READERS.get(suffix, _read_text)(blocks, name, text_field)
+    yield from _READERS.get(suffix, _read_text)(blocks, name, content)
 
 
 def _suffix(name: str) -> str:
@@ -63,11 +63,13 @@ def _suffix(name: str) -> str:
     return "".join(stem.rpartition(".")[1:]) if "." in stem else ""
 
 
-def _read_text(blocks: Iterator[bytes], name: str, _: str) -> Iterator[Document | Problem]:
-    yield from pieces(name, decode(blocks))
+def _read_text(
+    blocks: Iterator[bytes], name: str, content: Content
+) -> Iterator[Document | Problem]:
+    yield from pieces(name, content.of_file(blocks))
 
 
-type _Reader = Callable[[Iterator[bytes], str, str], Iterator[Document | Problem]]
+type _Reader = Callable[[Iterator[bytes], str, Content], Iterator[Document | Problem]]
 
 _READERS: dict[str, _Reader] = {
     ".jsonl": read_json_lines,

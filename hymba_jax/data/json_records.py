@@ -8,23 +8,23 @@ from itertools import chain
 from typing import Any
 
 from hymba_jax.data import records
-from hymba_jax.data.records import BrokenFile, Document, Problem, decode, peek, pieces
+from hymba_jax.data.records import BrokenFile, Content, Document, Problem, decode, documents, peek
 from hymba_jax.files import parse_json
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _UNFINISHED_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+\\?\Z', re.DOTALL)
 
 
-def read_json(blocks: Iterator[bytes], name: str, text_field: str) -> Iterator[Document | Problem]:
+def read_json(blocks: Iterator[bytes], name: str, content: Content) -> Iterator[Document | Problem]:
     """A `.json` file: an array or an object of several lines, else JSON lines."""
     head, blocks = peek(blocks)
-    content = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if content.startswith(b"["):
-        yield from _read_array(blocks, name, text_field)
-    elif content.startswith(b"{") and _ends_early(content.partition(b"\n")[0]):
-        yield from _record(f"{name}:1", text_field, _whole(blocks))
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        yield from _read_array(blocks, name, content)
+    elif start.startswith(b"{") and _ends_early(start.partition(b"\n")[0]):
+        yield from _record(f"{name}:1", content, _whole(blocks))
     else:
-        yield from read_json_lines(blocks, name, text_field)
+        yield from read_json_lines(blocks, name, content)
 
 
 def _ends_early(line: bytes) -> bool:
@@ -51,12 +51,12 @@ def _whole(blocks: Iterable[bytes]) -> bytes | None:
 
 
 def read_json_lines(
-    blocks: Iterator[bytes], name: str, text_field: str
+    blocks: Iterator[bytes], name: str, content: Content
 ) -> Iterator[Document | Problem]:
     """A `.jsonl` file."""
     for number, line in enumerate(_lines(blocks), start=1):
         if line is None or (line and not line.isspace()):
-            yield from _record(f"{name}:{number}", text_field, line)
+            yield from _record(f"{name}:{number}", content, line)
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
@@ -75,22 +75,22 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes | None]:
                 parts.clear()
 
 
-def _record(name: str, text_field: str, content: bytes | None) -> Iterator[Document | Problem]:
-    """The document in a JSON object; no content means that it was too large."""
+def _record(name: str, content: Content, line: bytes | None) -> Iterator[Document | Problem]:
+    """The document in a JSON object; no line means that it was too large."""
     try:
-        if content is None:
+        if line is None:
             raise ValueError(records.TOO_LARGE)
-        text = _text_of(_parse(content), text_field)
+        document = content.of_json(_parse(line))
     except ValueError as error:
         yield Problem(name, str(error))
     else:
-        yield from pieces(name, [text])
+        yield from documents(name, document)
 
 
-def _parse(content: bytes) -> Any:
+def _parse(line: bytes) -> Any:
     """The JSON value. Raises ValueError saying what is wrong and what to do."""
     try:
-        return parse_json(content.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start}): convert the file") from error
     except json.JSONDecodeError as error:
@@ -102,36 +102,17 @@ def _parse(content: bytes) -> Any:
         raise ValueError(f"unreadable JSON ({error}): fix or remove it") from error
 
 
-def _text_of(value: Any, text_field: str) -> str:
-    """The text in a JSON value. Raises ValueError saying what is wrong and what to do."""
-    if not isinstance(value, dict):
-        raise ValueError('not a JSON object: write {"' + text_field + '": "..."}')
-    if text_field not in value:
-        fields = ", ".join(map(repr, value)) or "none"
-        raise ValueError(f"no field {text_field!r} (it has: {fields}): set text_field")
-    text = value[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} is not a string: fix it or set text_field")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"field {text_field!r} holds half a surrogate pair, which is no text: fix it"
-        ) from error
-    return text
-
-
 def _read_array(
-    blocks: Iterator[bytes], name: str, text_field: str
+    blocks: Iterator[bytes], name: str, content: Content
 ) -> Iterator[Document | Problem]:
     for number, value in enumerate(_elements(decode(blocks)), start=1):
         element = f"{name}:element {number}"
         try:
-            text = _text_of(value, text_field)
+            document = content.of_json(value)
         except ValueError as error:
             yield Problem(element, str(error))
         else:
-            yield from pieces(element, [text])
+            yield from documents(element, document)
 
 
 def _elements(texts: Iterator[str]) -> Iterator[Any]:

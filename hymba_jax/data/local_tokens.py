@@ -77,9 +77,10 @@ def _download(corpus: RemotePath, directory: Path, display: Display) -> None:
     there, size = {MANIFEST}, 0
     for shard in shards:
         if _is_there(directory, shard, itemsize):
-            there |= {f"{shard.name}.bin", f"{shard.name}.idx", f"{shard.name}.bin.crc"}
+            there |= {*shard.files}
         else:
-            size += shard.tokens * itemsize + shard.index_bytes
+            mask = 0 if shard.mask_crc32 is None else shard.tokens
+            size += shard.tokens * itemsize + shard.index_bytes + mask
     free = shutil.disk_usage(directory).free
     if free < size:
         raise HymbaError(

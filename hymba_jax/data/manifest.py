@@ -23,12 +23,15 @@ _VERSION = 1
 class ShardInfo:
     """A shard: `NAME.bin` and `NAME.idx` in Megatron's format, and `NAME.bin.crc`.
 
+    One of conversations has a mask, too: `NAME.mask`, and `NAME.mask.crc`.
+
     Attributes:
       name: theirs.
       documents, tokens: how many it holds, the tokens before and after each document included.
       text_bytes: UTF-8 bytes of the documents.
       index_bytes, index_crc32: size and CRC-32 of `NAME.idx`.
       blocks_crc32: CRC-32 of `NAME.bin.crc`.
+      mask_crc32: CRC-32 of `NAME.mask.crc`, if there is a mask.
     """
 
     name: str
@@ -38,6 +41,14 @@ class ShardInfo:
     index_bytes: int
     index_crc32: int
     blocks_crc32: int
+    mask_crc32: int | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its files."""
+        suffixes = [".bin", ".idx", ".bin.crc"]
+        suffixes += [] if self.mask_crc32 is None else [".mask", ".mask.crc"]
+        return tuple(f"{self.name}{suffix}" for suffix in suffixes)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import numpy as np
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike, open_regular, resolve_path
-from hymba_jax.types import Int, UInt
+from hymba_jax.types import Bool, Int, UInt
 
 DTYPES: dict[int, Any] = {
     1: np.uint8,
@@ -187,6 +187,8 @@ class MegatronShard:
       HymbaError: a file is not there, is no such file, is truncated, or does not fit the other.
     """
 
+    has_mask = False  # the loss is on all tokens
+
     def __init__(self, path: PathLike) -> None:
         self.path, self._index_path = megatron_files(path)
         code, num_sequences, num_entries = self._read_header()
@@ -225,6 +227,10 @@ class MegatronShard:
                 self._tokens[offset + begin : offset + min(stop, int(self._starts[sequence + 1]))]
             )
         return np.concatenate(parts)
+
+    def read_mask(self, start: int, stop: int) -> Bool[np.ndarray, " _"]:
+        """Whether the loss is on each of the tokens from `start` up to `stop`."""
+        return np.ones(stop - start, bool)
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " _"]:
         """The positions from `start` up to `stop` at which documents start, rising; no empty ones.

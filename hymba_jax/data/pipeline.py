@@ -16,14 +16,15 @@ import numpy as np
 
 from hymba_jax.config.data import DataConfig, Packing
 from hymba_jax.data.batch import IGNORED_TARGET, Batch, stack_rows
+from hymba_jax.data.conversation_rows import ConversationRows
 from hymba_jax.data.document_rows import DocumentRows
 from hymba_jax.data.examples import Examples, Rows
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.sources import Tokens, open_sources
 from hymba_jax.data.token_store import TokenStore
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.data.windows import Windows
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class ValidationSet:
 
     Attributes:
       rows: all of it; every token that is predicted is a target once.
-      text_bytes: UTF-8 bytes of the text.
+      text_bytes: UTF-8 bytes of the text; None of conversations, whose answers alone are predicted.
     """
 
     rows: Rows
-    text_bytes: int
+    text_bytes: int | None
 
-    def bits_per_byte(self, nats_per_token: float) -> float:
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
         """Compression of the text at a mean loss: comparable between tokenizers."""
+        if self.text_bytes is None:
+            return None
         return nats_per_token / math.log(2) * self.rows.num_targets / self.text_bytes
 
 
@@ -98,9 +101,11 @@ class Data:
 
     def _train_rows(self, name: str, config: DataConfig) -> Rows:
         store, length = self.train[name].store, config.sequence_length
+        path = config.train_sources[name].path or "standard library"
+        if store.has_mask:
+            return _conversation_rows(path, store, "packing", config)
         rows = make_rows(store, config.packing, length)
         if not len(rows):
-            path = config.train_sources[name].path or "standard library"
             raise HymbaError(
                 f"{path}: too little text for one sequence: the training documents hold "
                 f"{store.num_tokens} tokens, one sequence takes {length + 1}: add text or "
@@ -110,21 +115,31 @@ class Data:
 
     def validation_sets(self, config: DataConfig) -> dict[str, ValidationSet]:
         """All validation documents, as rows of the config's length and packing, by source."""
-        return {
-            name: ValidationSet(
-                make_rows(
-                    tokens.store, config.validation_packing, config.sequence_length, keep_last=True
-                ),
-                self._validation_bytes[name],
+        sets = {}
+        for name, tokens in self.validation.items():
+            store, packing = tokens.store, config.validation_packing
+            rows = (
+                _conversation_rows(f"validation source {name}", store, "validation_packing", config)
+                if store.has_mask
+                else make_rows(store, packing, config.sequence_length, keep_last=True)
             )
-            for name, tokens in self.validation.items()
-        }
+            sets[name] = ValidationSet(rows, self._validation_bytes[name])
+        return sets
+
+    def validation_left_out(self, config: DataConfig) -> list[str]:
+        """Which conversations of each source of validation are left out, in words, a line each."""
+        return [
+            f"validation source {name}: {line}"
+            for name, each in self.validation_sets(config).items()
+            if isinstance(each.rows, ConversationRows) and (line := each.rows.describe_left_out())
+        ]
 
     @cached_property
-    def _validation_bytes(self) -> dict[str, int]:
-        """UTF-8 bytes of the text of each source of validation."""
+    def _validation_bytes(self) -> dict[str, int | None]:
+        """UTF-8 bytes of the text of each source of validation; None of conversations."""
         return {
-            name: _text_bytes(tokens, self.tokenizer) for name, tokens in self.validation.items()
+            name: None if tokens.store.has_mask else _text_bytes(tokens, self.tokenizer)
+            for name, tokens in self.validation.items()
         }
 
 
@@ -151,7 +166,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> D
 def make_rows(
     tokens: TokenStore, packing: Packing, length: int, *, keep_last: bool = False
 ) -> Rows:
-    """The rows of a source.
+    """The rows of a source of text.
 
     Args:
       keep_last: whether windows include what is left after the last whole one; packed documents
@@ -160,6 +175,28 @@ def make_rows(
     if packing == "documents":
         return DocumentRows(tokens, length)
     return Windows(tokens, length, keep_last=keep_last)
+
+
+def _conversation_rows(
+    source: str, tokens: TokenStore, packing: str, config: DataConfig
+) -> ConversationRows:
+    """The rows of a source of conversations.
+
+    Args:
+      source, packing: what messages call the source, and the name of the field for its packing.
+    """
+    if getattr(config, packing) != "documents":
+        raise HymbaError(
+            f"{source}: has conversations, which are isolated documents: set {packing} to "
+            '"documents"'
+        )
+    rows = ConversationRows(tokens, config.sequence_length, config.too_long)
+    if not len(rows):
+        raise HymbaError(
+            f"{source}: no conversation fits a sequence of {config.sequence_length} tokens: raise "
+            "sequence_length"
+        )
+    return rows
 
 
 def _text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:

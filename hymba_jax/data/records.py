@@ -4,6 +4,9 @@ import codecs
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+from hymba_jax.tokenizer.answers import ChatText
 
 PIECE = 1 << 24
 """Characters of a piece at most, and so of what is tokenized at once."""
@@ -26,11 +29,13 @@ class Document:
       text: not empty; 16 Mi characters at most.
       continues: whether the next document is the next piece of this one. Pieces end at line ends,
         if they have any.
+      chat: of a conversation, which is never in pieces: the same text and where its answers are.
     """
 
     name: str
     text: str
     continues: bool = False
+    chat: ChatText | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,30 @@ class Problem:
     name: str
     reason: str
     whole_file: bool = False
+
+
+@runtime_checkable
+class Content(Protocol):
+    """What of a record is the document.
+
+    `of_json` and `of_row` raise ValueError saying what is wrong, and what to do.
+    """
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What decides the documents beside the files and the tokenizer."""
+
+    def of_json(self, value: Any) -> str | ChatText:
+        """That of a JSON value."""
+
+    def of_row(self, row: dict[str, Any]) -> str | ChatText:
+        """That of a row of Parquet with the columns of `columns`."""
+
+    def columns(self, schema: Any) -> list[str]:
+        """The columns that are read of a table of Arrow. Raises BrokenFile."""
+
+    def of_file(self, blocks: Iterator[bytes]) -> Iterator[str]:
+        """The text of a file that has no records. Raises BrokenFile."""
 
 
 class BrokenFile(ValueError):
@@ -78,6 +107,14 @@ def refuse_zero(block: bytes, start: int) -> None:
     """Raises BrokenFile if a block, from byte `start` of its file, has a zero byte."""
     if (zero := block.find(0)) >= 0:
         raise BrokenFile(f"binary, not text (byte {start + zero} is zero): take it out")
+
+
+def documents(name: str, content: str | ChatText) -> Iterator[Document]:
+    """The document of a record, in pieces if it is a long text."""
+    if isinstance(content, str):
+        yield from pieces(name, [content])
+    else:
+        yield Document(name, content.text, chat=content)
 
 
 def pieces(name: str, texts: Iterable[str]) -> Iterator[Document]:

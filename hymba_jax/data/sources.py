@@ -4,7 +4,7 @@ One process calls `tokenize_sources`; then all processes open the same tokens.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -12,19 +12,22 @@ from pathlib import Path
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data import tokenize_records
+from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.corpus import Corpus, standard_library
-from hymba_jax.data.listing import is_url, list_files
+from hymba_jax.data.listing import File, is_url, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, VALIDATION
+from hymba_jax.data.records import Content
+from hymba_jax.data.text_field import TextField
 from hymba_jax.data.token_files import digest_of, find_token_files
 from hymba_jax.data.token_store import TokenStore, open_tokens
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, resolve_location, resolve_path
 from hymba_jax.remote import RemotePath
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 TOKENS = "tokens"
 """Directory in a run directory: a tokenized corpus for each source that is text."""
@@ -156,16 +159,24 @@ def tokenize_sources(
         display.say(f"{root}: has the tokens of the run, no text is read")
         return
     display.begin("listing the files")
-    corpora = {
-        resolve_path(place.directory): _corpus(place, config, output, display)
-        for place in text_sources
-    }
+    listed = [(place, _list_text(place, output, display)) for place in text_sources]
     tokenizer = tokenizer or _given_tokenizer(config, places)
     if tokenizer is None:
-        training = chain.from_iterable(corpus.training_texts() for corpus in corpora.values())
-        tokenizer = build_tokenizer(config.tokenizer, with_progress(training, display))
+        texts = [(place, files) for place, files in listed if not config.is_chat(place.source)]
+        if not texts:
+            raise HymbaError(
+                f"data.tokenizer {config.tokenizer} is trained on text, and all sources are "
+                "conversations: name a tokenizer, or start from a model with init_from"
+            )
+        training = chain.from_iterable(
+            _corpus(place, files, config).training_texts() for place, files in texts
+        )
+        trained = build_tokenizer(config.tokenizer, with_progress(training, display))
+        tokenizer = trained.with_chat_template_of(config.chat_template)
     check(tokenizer)
-    for directory, corpus in corpora.items():
+    corpora = [_corpus(place, files, config, tokenizer) for place, files in listed]
+    for place, corpus in zip(text_sources, corpora, strict=True):
+        directory = resolve_path(place.directory)
         options = {"data.path": corpus.path, **corpus.options, "tokenizer": tokenizer.fingerprint}
         if tokenize_records.difference(directory, options, corpus.files):
             shutil.rmtree(directory)
@@ -178,17 +189,34 @@ def tokenize_sources(
             display.say(f"{corpus.path}: skipped {manifest.bad_records:,} bad records")
 
 
-def _corpus(place: _Place, config: DataConfig, output: str, display: Display) -> Corpus:
+def _list_text(place: _Place, output: str, display: Display) -> tuple[File, ...]:
+    """The files of a source; none of the standard library, whose path is empty."""
     if not place.path:
-        return standard_library(place.held_out)
+        return ()
     listing = list_files(place.path, skip=[output])
     if listing.skipped:
         skipped = (f"{what}: {count:,}" for what, count in sorted(listing.skipped.items()))
         display.say(f"{place.path}: left out of the text: {', '.join(skipped)}")
+    return listing.files
+
+
+def _corpus(
+    place: _Place,
+    files: tuple[File, ...],
+    config: DataConfig,
+    tokenizer: Tokenizer | None = None,
+) -> Corpus:
+    """The corpus of a source; one of conversations takes the tokenizer that renders them."""
+    if not place.path:
+        return standard_library(place.held_out)
+    content: Content = TextField(place.source.text_field or config.text_field)
+    if tokenizer is not None and config.is_chat(place.source):
+        template = config.chat_template or "the tokenizer of the run"
+        content = Conversations(tokenizer, config.loss_on, template)
     return Corpus(
         path=place.path,
-        files=listing.files,
-        text_field=place.source.text_field or config.text_field,
+        files=files,
+        content=content,
         on_bad_record=config.on_bad_record,
         validation_fraction=place.held_out,
     )
@@ -200,17 +228,23 @@ def _given_tokenizer(config: DataConfig, places: list[_Place]) -> Tokenizer | No
     Raises:
       HymbaError: it would be trained, but there are tokens that do not say what made them.
     """
-    for place in places:
-        if not place.is_text and place.tokenized is not None:
-            return Tokenizer.load(place.tokenized)
+    tokenized = [place.tokenized for place in places if not place.is_text]
+    if own := [Tokenizer.load(directory) for directory in tokenized if directory]:
+        return _first_for_chat(own).with_chat_template_of(config.chat_template)
     if config.bpe_size is None:
-        return build_tokenizer(config.tokenizer, ())
+        given = build_tokenizer(config.tokenizer, ())
+        return given.with_chat_template_of(config.chat_template)
     if foreign := next((place for place in places if not place.is_text), None):
         raise HymbaError(
             f"{foreign.path}: does not say what made its tokens: set data.tokenizer to the path of "
             "that tokenizer"
         )
     return None
+
+
+def _first_for_chat(tokenizers: Sequence[Tokenizer]) -> Tokenizer:
+    """The first that has a chat template; the first of all if none has."""
+    return next((each for each in tokenizers if each.chat_templates), tokenizers[0])
 
 
 # --- By every process ---
@@ -232,18 +266,25 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
         if place.tokenized is not None
     }
     if tokenizer is None:
-        first = next(iter(tokenized.values()), None)
-        tokenizer = first.tokenizer if first else _given_tokenizer(config, [p for *_, p in places])
+        own = [corpus.tokenizer for corpus in tokenized.values()]
+        tokenizer = (
+            _first_for_chat(own).with_chat_template_of(config.chat_template)
+            if own
+            else _given_tokenizer(config, [place for *_, place in places])
+        )
     assert tokenizer is not None  # else there was text, which is tokenized
     train: dict[str, Tokens] = {}
     validation: dict[str, Tokens] = {}
     notes = []
     for is_training, name, place in places:
         if place.tokenized is None:
+            if config.is_chat(place.source):
+                raise HymbaError(f"{place.path}: {_no_conversations(place)}")
             (train if is_training else validation)[name] = _open_files(place, tokenizer)
             continue
         corpus = tokenized[place.directory]
-        _check_tokenizer(place, corpus.tokenizer, tokenizer)
+        _check_tokenizer(place, corpus, tokenizer)
+        _check_format(place, corpus, config)
         sides = _sides(corpus)
         if is_training:
             train[name] = _train_side(place, sides)
@@ -289,9 +330,34 @@ def _train_side(place: _Place, sides: dict[str, Tokens]) -> Tokens:
     return sides[TRAIN]
 
 
-def _check_tokenizer(place: _Place, own: Tokenizer, tokenizer: Tokenizer) -> None:
-    if own.fingerprint != tokenizer.fingerprint:
+def _check_tokenizer(place: _Place, corpus: TokenizedCorpus, tokenizer: Tokenizer) -> None:
+    own = corpus.tokenizer
+    if own.text_fingerprint != tokenizer.text_fingerprint:
         raise HymbaError(
             f"{place.path}: was tokenized by another tokenizer than the run's: tokenize it with "
             "that one, or set data.tokenizer to this directory and start from scratch"
         )
+    if corpus.is_chat and own.fingerprint != tokenizer.fingerprint:
+        raise HymbaError(
+            f"{place.path}: was tokenized with another chat template than the run's: tokenize it "
+            "with that one, or leave out data.chat_template"
+        )
+
+
+def _check_format(place: _Place, corpus: TokenizedCorpus, config: DataConfig) -> None:
+    """Raises HymbaError unless tokens have the loss where the config has it."""
+    if config.is_chat(place.source) and not corpus.is_chat:
+        raise HymbaError(f"{place.path}: {_no_conversations(place)}")
+    loss_on = corpus.manifest.options.get("loss_on", config.loss_on)
+    if loss_on != config.loss_on:
+        raise HymbaError(
+            f'{place.path}: was tokenized with loss_on "{loss_on}", data.loss_on is '
+            f'"{config.loss_on}": set it to the same, or tokenize again'
+        )
+
+
+def _no_conversations(place: _Place) -> str:
+    return (
+        "was tokenized as text, which does not say where answers are: tokenize it again with "
+        f'--data.format chat, or set the format of {place.label} to "text"'
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from hymba_jax.data.megatron import MegatronShard, file_size, map_array, megatron_files
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike, resolve_path
-from hymba_jax.types import Int, UInt
+from hymba_jax.types import Bool, Int, UInt
 
 FLAT_DTYPES = ("uint16", "uint32")
 """Of token ids in a flat `.bin`; a `.npy`, which says what it holds, may be int32 too."""
@@ -35,6 +35,7 @@ class FlatShard:
     """
 
     num_documents = None  # it would take reading all tokens
+    has_mask = False  # the loss is on all tokens
 
     def __init__(self, path: PathLike, dtype: str | None = None, eos_id: int | None = None) -> None:
         self.path, self._eos_id = resolve_path(path), eos_id
@@ -44,6 +45,10 @@ class FlatShard:
     def read(self, start: int, stop: int) -> UInt[np.ndarray, " _"]:
         """The tokens from `start` up to `stop`; read-only."""
         return self._tokens[start:stop]
+
+    def read_mask(self, start: int, stop: int) -> Bool[np.ndarray, " _"]:
+        """Whether the loss is on each of the tokens from `start` up to `stop`."""
+        return np.ones(stop - start, bool)
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " _"]:
         """The positions from `start` up to `stop` at which documents start, rising.
@@ -87,6 +92,7 @@ class TokenStore:
     Attributes:
       num_tokens: all of them.
       num_documents: None where a shard does not know its own.
+      has_mask: whether the loss is on some of the tokens only: documents are conversations.
 
     Args:
       vocab_size: token ids are below it, which is checked where they are read; None if what wrote
@@ -102,6 +108,7 @@ class TokenStore:
         if not self._shards:
             names = ", ".join(str(shard.path) for shard in shards[:3])
             raise HymbaError(f"{names or 'no shards'}: no tokens")
+        self.has_mask = any(shard.has_mask for shard in self._shards)
         self._offsets = [0, *accumulate(shard.num_tokens for shard in self._shards)]
         self.num_tokens = self._offsets[-1]
         counts = [shard.num_documents for shard in self._shards]
@@ -125,6 +132,15 @@ class TokenStore:
                 )
             parts.append(tokens)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def read_mask(self, start: int, stop: int) -> Bool[np.ndarray, " _"]:
+        """Whether the loss is on each of the tokens from `start` up to `stop`.
+
+        Raises:
+          IndexError: the stream has no such tokens.
+        """
+        ranges = self._ranges(start, stop)
+        return np.concatenate([shard.read_mask(a, b) for shard, _, a, b in ranges])
 
     def document_starts(self, start: int, stop: int) -> Int[np.ndarray, " _"]:
         """The positions from `start` up to `stop` at which documents start, rising.

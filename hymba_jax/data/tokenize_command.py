@@ -7,22 +7,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hymba_jax.config.data import DataConfig, OnBadRecord
+from hymba_jax.config.data import DataConfig, Format, LossOn, OnBadRecord
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.data import tokenize_records
+from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.corpus import Corpus
-from hymba_jax.data.listing import list_files
+from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
+from hymba_jax.data.records import Content
+from hymba_jax.data.show_examples import examples
+from hymba_jax.data.text_field import TextField
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
-from hymba_jax.data.tokenized import damage
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.data.tokenized import TokenizedCorpus, damage
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.file_lock import check_unlocked, locked
 from hymba_jax.files import resolve_path
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
-TOKENIZE_BOUNDS = {"workers": Bounds(0, 1024, "no host has so many cores")}
+TOKENIZE_BOUNDS = {
+    "workers": Bounds(0, 1024, "no host has so many cores"),
+    "show": Bounds(0, 10_000, "nobody reads so many"),
+}
 
 _PART = re.compile(r"\d{1,6}/\d{1,6}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +42,9 @@ class TokenizeDataConfig:
     Attributes:
       path: a file, a directory or a glob of text, JSON or Parquet files, compressed or not; local
         or a URL such as gs://bucket/directory.
+      format: whether records are text, or conversations (`chat`): `messages`, `conversations`, or
+        `prompt` and `completion`, with the loss on answers alone.
+      loss_on: whether the loss of a conversation is on all of its answers, or on the last one.
       text_field: field of a JSON object, or column of Parquet, that holds the document.
       on_bad_record: whether a bad record is an error or skipped, and listed in the output.
       validation_fraction: about this share of the documents, chosen by a hash of their text, is
@@ -42,6 +52,8 @@ class TokenizeDataConfig:
     """
 
     path: str = ""
+    format: Format = "text"
+    loss_on: LossOn = "all"
     text_field: str = "text"
     on_bad_record: OnBadRecord = "stop"
     validation_fraction: float = 0.05
@@ -59,10 +71,12 @@ class TokenizeConfig:
       data: where the text comes from.
       tokenizer: bytes, bpe:SIZE (trained on the training documents), or the path of a
         tokenizer.json or of a directory that holds one.
+      chat_template: file of a chat template in Jinja, in place of the tokenizer's own.
       workers: processes that tokenize; 0: one for each core.
       part: i/n tokenizes part i of n, each of which may run on another host with the same output.
       tokenizer_only: trains and saves the tokenizer, and tokenizes nothing.
       check: reads all of a tokenized corpus and compares it with its checksums.
+      show: prints this many of the documents, with what the loss is on in brackets and in color.
 
     Raises:
       HymbaError: an option is missing or impossible.
@@ -71,10 +85,12 @@ class TokenizeConfig:
     output: str
     data: TokenizeDataConfig = field(default_factory=TokenizeDataConfig)
     tokenizer: str = ""
+    chat_template: str = ""
     workers: int = 0
     part: str = "1/1"
     tokenizer_only: bool = False
     check: bool = False
+    show: int = 0
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]
@@ -89,12 +105,23 @@ class TokenizeConfig:
             yield "data.path is missing: give a file, a directory or a glob"
         if not self.check and not self.tokenizer:
             yield "tokenizer is missing: give bytes, bpe:SIZE or the path of a tokenizer.json"
+        if self.data.format == "chat" and self.bpe_size is not None:
+            yield f"tokenizer {self.tokenizer} is trained on text: name one that there is"
+        if self.data.loss_on != "all" and self.data.format != "chat":
+            yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
+        if self.show and (self.check or self.tokenizer_only):
+            yield "show has no effect with check or tokenizer_only, which tokenize nothing"
         if not self.data.text_field:
             yield "data.text_field is empty"
         if not 0 <= self.data.validation_fraction < 1:
             yield f"data.validation_fraction is {self.data.validation_fraction}, not in [0, 1)"
         if not (_PART.fullmatch(self.part) and 0 <= self.part_of[0] < self.part_of[1]):
             yield f"part is {self.part!r}: give i/n with i from 1 to n, such as 1/4"
+
+    @property
+    def bpe_size(self) -> int | None:
+        """As of `DataConfig`."""
+        return DataConfig(tokenizer=self.tokenizer or "bytes").bpe_size
 
     @property
     def part_of(self) -> tuple[int, int]:
@@ -125,20 +152,17 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     data = config.data
     display.begin("listing the files")
     listing = list_files(data.path, skip=[directory])
-    corpus = Corpus(
-        path=data.path,
-        files=listing.files,
-        text_field=data.text_field,
-        on_bad_record=data.on_bad_record,
-        validation_fraction=data.validation_fraction,
-    )
+    given = None
+    if config.bpe_size is None:
+        given = build_tokenizer(config.tokenizer, ()).with_chat_template_of(config.chat_template)
+    corpus = _corpus(config, listing.files, given)
     options = {"data.path": data.path, **corpus.options, "tokenizer": config.tokenizer}
     tokenize_records.begin(directory, options, listing.files)
-    part, parts = config.part_of
-    tokenizer = _prepare_tokenizer(config.tokenizer, corpus, directory, parts, display)
+    tokenizer = _prepare_tokenizer(config, given, corpus, directory, display)
     if config.tokenizer_only:
         display.say(f"{directory}: has the tokenizer, of {tokenizer.vocab_size:,} tokens")
         return
+    part, parts = config.part_of
     if (directory / MANIFEST).exists():
         display.say(f"{directory}: was tokenized already")
     manifest = tokenize_corpus(
@@ -152,18 +176,43 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     _summarize(manifest, directory, display)
     for what, count in sorted(listing.skipped.items()):
         display.say(f"skipped {what}: {count:,}")
+    for example in examples(TokenizedCorpus.open(directory), config.show):
+        display.say(example)
+
+
+def _corpus(config: TokenizeConfig, files: tuple[File, ...], tokenizer: Tokenizer | None) -> Corpus:
+    """The corpus; one of conversations takes the tokenizer that renders them."""
+    data = config.data
+    content: Content = TextField(data.text_field)
+    if tokenizer is not None and data.format == "chat":
+        template = config.chat_template or config.tokenizer
+        content = Conversations(tokenizer, data.loss_on, template)
+    return Corpus(
+        path=data.path,
+        files=files,
+        content=content,
+        on_bad_record=data.on_bad_record,
+        validation_fraction=data.validation_fraction,
+    )
 
 
 def _prepare_tokenizer(
-    name: str, corpus: Corpus, directory: Path, parts: int, display: Display
+    config: TokenizeConfig,
+    given: Tokenizer | None,
+    corpus: Corpus,
+    directory: Path,
+    display: Display,
 ) -> Tokenizer:
-    """The tokenizer in the directory, which is put there if it is not there yet."""
+    """The tokenizer in the directory, which is put there if it is not there yet.
+
+    Args:
+      given: what to put there; None if it has to be trained.
+    """
+    name, parts = config.tokenizer, config.part_of[1]
     is_there = (directory / "tokenizer.json").exists()
-    is_trained = DataConfig(tokenizer=name).bpe_size is not None
-    if is_there and is_trained:
+    if is_there and given is None:
         return Tokenizer.load(directory)
-    if not is_trained:
-        given = build_tokenizer(name, ())
+    if given is not None:
         if is_there and Tokenizer.load(directory).fingerprint != given.fingerprint:
             raise HymbaError(
                 f"{directory}: was begun with another tokenizer than {name} is now: give the same "
@@ -175,7 +224,8 @@ def _prepare_tokenizer(
             "without --part"
         )
     else:
-        given = build_tokenizer(name, with_progress(corpus.training_texts(), display))
+        trained = build_tokenizer(name, with_progress(corpus.training_texts(), display))
+        given = trained.with_chat_template_of(config.chat_template)
     given.save(directory)
     return Tokenizer.load(directory)
 

@@ -10,7 +10,7 @@ are also what hosts share: of n parts, part i has every n-th one.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -21,7 +21,8 @@ from hymba_jax.closing import Closing
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.block_checksums import BlockChecksums, checksums_file, file_checksum
 from hymba_jax.data.corpus import Corpus
-from hymba_jax.data.encoder import Encoded, Encoder, default_workers
+from hymba_jax.data.encoder import Encoded, Encoder, Text, default_workers
+from hymba_jax.data.loss_mask import MaskWriter, mask_file
 from hymba_jax.data.manifest import (
     MANIFEST,
     TRAIN,
@@ -36,9 +37,9 @@ from hymba_jax.data.megatron import MegatronWriter, megatron_files, token_dtype
 from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.tokenize_progress import Progress, ProgressLine, total_size
 from hymba_jax.data.tokenize_records import UnitRecord, corpus_digest, make_units, record_path
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.display import Display
 from hymba_jax.files import replace_text
+from hymba_jax.tokenizer import Tokenizer
 
 
 def tokenize_corpus(
@@ -178,7 +179,8 @@ class CorpusWriter:
             for key, pieces in documents:
                 if key.side not in writers:
                     path = self._directory / f"{key.side}-{name}"
-                    writers[key.side] = stack.enter_context(_writing(path, self._tokenizer))
+                    shard = _writing(path, self._tokenizer, is_chat=self._corpus.is_chat)
+                    writers[key.side] = stack.enter_context(shard)
                 writers[key.side].write(self._followed(piece for piece, _ in pieces))
                 self._progress.documents += 1
                 record.documents += 1
@@ -213,23 +215,33 @@ class _Key(NamedTuple):
     side: str
 
 
-def _after(count: int, documents: Iterable[tuple[Document, str]]) -> Iterator[tuple[str, _Key]]:
+def _after(count: int, documents: Iterable[tuple[Document, str]]) -> Iterator[tuple[Text, _Key]]:
     """The texts of the documents but for the first `count`."""
     number = 0
     for document, side in documents:
         if number >= count:
-            yield document.text, _Key(number, side)
+            yield document.chat or document.text, _Key(number, side)
         number += not document.continues
 
 
 class _ShardWriter:
-    """Writes a shard: documents with the tokens before and after each, and their checksums."""
+    """Writes a shard: documents with the tokens before and after each, and their checksums.
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, writer: MegatronWriter) -> None:
+    Conversations have no such tokens but those that the chat template writes, and a mask.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: Tokenizer,
+        writer: MegatronWriter,
+        mask_writer: MaskWriter | None,
+    ) -> None:
         dtype = token_dtype(tokenizer.vocab_size)
-        self._path, self._writer = path, writer
-        self._before = np.array(tokenizer.bos_ids, dtype)
-        self._after = np.array([tokenizer.eos_id], dtype)
+        self._path, self._writer, self._mask_writer = path, writer, mask_writer
+        is_text = mask_writer is None
+        self._before = [Encoded(np.array(tokenizer.bos_ids, dtype), 0)] * is_text
+        self._after = [Encoded(np.array([tokenizer.eos_id], dtype), 0)] * is_text
         self._checksums = BlockChecksums()
         self.documents = self.tokens = self.text_bytes = 0
 
@@ -245,6 +257,7 @@ class _ShardWriter:
     def info(self) -> ShardInfo:
         """What the manifest has about the shard, all of whose files are there."""
         tokens, index = megatron_files(self._path)
+        mask = checksums_file(mask_file(self._path))
         return ShardInfo(
             name=self._path.name,
             documents=self.documents,
@@ -253,21 +266,27 @@ class _ShardWriter:
             index_bytes=index.stat().st_size,
             index_crc32=file_checksum(index),
             blocks_crc32=file_checksum(checksums_file(tokens)),
+            mask_crc32=file_checksum(mask) if self._mask_writer else None,
         )
 
     def _counted(self, pieces: Iterable[Encoded]) -> Iterator[np.ndarray]:
-        for piece in chain([Encoded(self._before, 0)], pieces, [Encoded(self._after, 0)]):
+        for piece in chain(self._before, pieces, self._after):
             self._checksums.update(piece.ids)
+            if self._mask_writer and piece.mask is not None:
+                self._mask_writer.write(piece.mask)
             self.tokens += len(piece.ids)
             self.text_bytes += piece.text_bytes
             yield piece.ids
 
 
 @contextmanager
-def _writing(path: Path, tokenizer: Tokenizer) -> Iterator[_ShardWriter]:
+def _writing(path: Path, tokenizer: Tokenizer, *, is_chat: bool) -> Iterator[_ShardWriter]:
     """A shard that is there, with its checksums, at the end of the context."""
-    with MegatronWriter(path, tokenizer.vocab_size) as megatron_writer:
-        writer = _ShardWriter(path, tokenizer, megatron_writer)
+    with (
+        MegatronWriter(path, tokenizer.vocab_size) as megatron_writer,
+        MaskWriter(path) if is_chat else nullcontext() as mask_writer,
+    ):
+        writer = _ShardWriter(path, tokenizer, megatron_writer, mask_writer)
         yield writer
     writer.write_checksums()
 

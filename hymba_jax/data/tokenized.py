@@ -11,9 +11,9 @@ from hymba_jax.data.block_checksums import VerifiedShard
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest, Side
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.tokenize_records import count_done
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike, resolve_path
+from hymba_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class TokenizedCorpus:
     tokenizer: Tokenizer
     train: TokenStore | None
     validation: TokenStore | None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations."""
+        return self.manifest.options.get("format") == "chat"
 
     @classmethod
     def open(cls, directory: PathLike) -> "TokenizedCorpus":

@@ -11,7 +11,6 @@
 | `generation_config.py` | the `generation_config.json` of an HF checkpoint                  |
 | `generate.py`          | `hymba generate`                                                  |
 | `chat.py`              | `hymba chat`                                                      |
-| `chat_template.py`     | conversations as tokens (`template_sandbox.py`, `traced_text.py`) |
 | `memory.py`            | the memory footprint of sequences                                 |
 | `warmup.py`            | `hymba warmup`, and where compiled programs are kept              |
 

@@ -12,9 +12,9 @@ import tyro
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference import chat_template
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.tokenizer import chat_template
 
 HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
 

@@ -13,14 +13,13 @@ import numpy as np
 from hymba_jax.config import DType
 from hymba_jax.config.field_types import fits, shown
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference import chat_template
 from hymba_jax.inference.engine import DECODE_STEPS, NO_TOKEN, NOT_FINITE, Engine, Request
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.model import Hymba
+from hymba_jax.tokenizer import Tokenizer, chat_template
 from hymba_jax.types import Bool, Float, Int
 
 type FinishReason = Literal["stop", "length"]

@@ -8,10 +8,10 @@ from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
 from hymba_jax.convert.peft import merge_peft
-from hymba_jax.data import Tokenizer
 from hymba_jax.files import resolve_location, resolve_path
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.tokenizer import Tokenizer
 
 
 def load(

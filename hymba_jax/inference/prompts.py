@@ -7,8 +7,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from hymba_jax.config.field_types import plain, shown
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import Tokenizer
 
 type Prompt = str | Iterable[SupportsIndex]
 """A string, which is prefixed with the beginning-of-sequence token, or token ids, used

@@ -92,6 +92,7 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
         config.data,
         path=resolved_source(config.data.path),
         tokenizer=resolved(config.data.tokenizer),
+        chat_template=resolved(config.data.chat_template),
         sources=resolved_sources(config.data.sources),
         validation=resolved_sources(config.data.validation),
     )

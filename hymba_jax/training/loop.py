@@ -1,7 +1,7 @@
 """A training run, from top to bottom."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import chain
 
@@ -34,7 +34,6 @@ from hymba_jax.config.stages import Stage
 from hymba_jax.convert.init_from import InitialModel, read_initial_model
 from hymba_jax.data import (
     Data,
-    Tokenizer,
     open_data,
     tokenize_sources,
     with_local_tokens,
@@ -50,6 +49,7 @@ from hymba_jax.model.trainable import describe_trainable, trainable_of
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.run_files import checkpoint_steps
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.evaluation import Evaluation, check_evaluations
 from hymba_jax.training.extension import describe_extension
@@ -96,7 +96,7 @@ def train(
     check_processes(dict(leaves(config, "")), config.output)
     mesh = make_mesh(parallel=config.parallel)
     for stage in config.resolved_stages:
-        check_batch(stage.run.training.micro_batch_size, mesh)
+        check_batch(stage.run.training, mesh)
     # A lost process aborts the others, which then cannot restore the terminal.
     display = Display(plain=jax.process_count() > 1, quiet=not is_main_process())
     lock = (
@@ -130,7 +130,8 @@ def _train(
     config, abstract = plan(data.tokenizer)
     optimizer, stages = _optimizer(config), config.resolved_stages
     examples = _examples(stages, data, config.seed)
-    _announce(config, abstract, data, mesh, display)
+    left_out = _left_out(stages, examples, data)
+    _announce(config, abstract, data, left_out, mesh, display)
 
     compiled_steps: dict[Hashable, CompiledSteps] = {}
 
@@ -381,6 +382,7 @@ def _read_data(
             f"keeping the tokenizer of {initial.directory}: {config.tokenizer} "
             "would train another one with different ids"
         )
+        tokenizer = tokenizer.with_chat_template_of(config.chat_template)
     if is_main_process():
         tokenize_sources(config, tokenizer, output, check, display, is_resumed=is_resumed)
     wait_for_all("tokens")
@@ -420,10 +422,24 @@ def _init_state(
     return initial.load_state(config.model, config.compute, optimizer, abstract, mesh, config.seed)
 
 
+def _left_out(stages: Sequence[Stage], examples: Mapping[str, Examples], data: Data) -> list[str]:
+    """Which conversations no stage trains on or validates with, in words, a line each."""
+    lines = []
+    for stage in stages:
+        lines += examples[stage.name].left_out()
+        lines += data.validation_left_out(stage.run.data)
+    return list(dict.fromkeys(lines))
+
+
 def _announce(
-    config: RunConfig, abstract: AbstractTrainState, data: Data, mesh: Mesh, display: Display
+    config: RunConfig,
+    abstract: AbstractTrainState,
+    data: Data,
+    left_out: Sequence[str],
+    mesh: Mesh,
+    display: Display,
 ) -> None:
-    """Says what is trained, on what."""
+    """Says what is trained, on what, and what of it is left out."""
     devices, stages = jax.devices(), config.resolved_stages
     tokens = sum(stage.tokens for stage in stages)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -440,7 +456,7 @@ def _announce(
             f"{rows - known:,} of {rows:,} rows of the embedding are padding: the tokenizer has "
             f"{known:,} tokens"
         )
-    for note in data.notes:
+    for note in (*data.notes, *left_out):
         display.say(note)
     if mesh.size > 1:
         for length in dict.fromkeys(stage.run.data.sequence_length for stage in stages):

@@ -50,7 +50,9 @@ def muon(config: TrainingConfig) -> optax.GradientTransformation:
     """
 
     def direction(momentum: Array, _: Any) -> Array:
-        return config.muon_update_rms * max(momentum.shape[-2:]) ** 0.5 * _orthogonal(momentum)
+        shard = (lambda a: a) if config.reduction_shards else shard_first_axis
+        scale = config.muon_update_rms * max(momentum.shape[-2:]) ** 0.5
+        return scale * _orthogonal(momentum, shard)
 
     orthogonalized = optax.chain(
         optax.trace(config.muon_momentum, nesterov=True), optax.stateless_with_tree_map(direction)
@@ -71,10 +73,12 @@ _NEWTON_SCHULZ = optax.contrib.scale_by_muon(
 )
 
 
-def _orthogonal(matrices: Float[Array, "*stack inputs outputs"]) -> Array:
+def _orthogonal(
+    matrices: Float[Array, "*stack inputs outputs"], shard: Callable[[Array], Array]
+) -> Array:
     """Each matrix orthogonalized, on one device: they are collected twice, not at every step."""
     several = matrices.reshape(-1, *matrices.shape[-2:])
-    sharded = shard_first_axis(several)
+    sharded = shard(several)
     orthogonal, _ = _NEWTON_SCHULZ.update(sharded, _NEWTON_SCHULZ.init(sharded))
     return orthogonal[: len(several)].reshape(matrices.shape)
 

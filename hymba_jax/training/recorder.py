@@ -39,7 +39,7 @@ class RecorderState:
       skipped: updates skipped since the start of the run.
       skipped_in_a_row: of them, those that led to `step`.
       losses: the last ones, for the spikes.
-      bits_per_byte: of the last validation.
+      bits_per_byte, validation_loss: of the last validation, as far as it had them.
     """
 
     step: int = 0
@@ -52,6 +52,7 @@ class RecorderState:
     skipped_in_a_row: int = 0
     losses: list[float] = field(default_factory=list)
     bits_per_byte: float | None = None
+    validation_loss: float | None = None
 
 
 class StageRecords(NamedTuple):
@@ -111,7 +112,7 @@ class Recorder:
         self._latest, self._stalls = dict(state.latest), dict(state.stalls)
         self._skipped, self._skipped_in_a_row = state.skipped, state.skipped_in_a_row
         self._spikes = SpikeDetector(state.losses)
-        self._bits_per_byte = state.bits_per_byte
+        self._bits_per_byte, self._validation_loss = state.bits_per_byte, state.validation_loss
         self._slowest = SlowestProcess()
 
     def begin_stage(self, stage: StageRecords) -> None:
@@ -150,6 +151,7 @@ class Recorder:
             return
         stage, evaluated = self._stage, evaluated or {}
         self._bits_per_byte = evaluated.get("validation_bits_per_byte", self._bits_per_byte)
+        self._validation_loss = evaluated.get("validation_loss", self._validation_loss)
         values = means(self._averages) | self._latest
         values |= stage.workload.rates(self._seconds / (self._step - self._logged))
         if slowest := self._slowest.read():
@@ -184,6 +186,7 @@ class Recorder:
             self._skipped_in_a_row,
             self._spikes.losses,
             self._bits_per_byte,
+            self._validation_loss,
         )
 
     def _read(self) -> bool:
@@ -260,7 +263,7 @@ class Recorder:
         return bool(loss.total.is_ready())
 
     def _line(self, values: Mapping[str, int | float]) -> str:
-        """The line of progress, with the last validation in bits per byte.
+        """The line of progress, with the last validation: in bits per byte, if there is text.
 
         What matters least is last, where a terminal of 100 columns may cut it off.
         """
@@ -271,6 +274,8 @@ class Recorder:
         parts.append(f"loss {values.get('loss', math.nan):.4f}")
         if self._bits_per_byte is not None:
             parts.append(f"val {self._bits_per_byte:.4f} bpb")
+        elif self._validation_loss is not None:
+            parts.append(f"val loss {self._validation_loss:.4f}")
         parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
         if "mfu" in values:
             parts.append(f"{values['mfu']:.0%} MFU")

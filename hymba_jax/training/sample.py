@@ -6,12 +6,12 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.mesh import make_mesh, replicated
 from hymba_jax.parallel.processes import is_main_process
+from hymba_jax.tokenizer import Tokenizer
 
 SAMPLE_FILE = "sample.txt"  # inside the run directory
 

@@ -20,6 +20,7 @@ from hymba_jax.model.flops import training_flops
 from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
 from hymba_jax.training.evaluation import Evaluation, Evaluations
+from hymba_jax.training.fixed_order import in_fixed_order
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import LossFn, Objective, make_loss_fn
 from hymba_jax.training.mfu import Workload, peak_flops
@@ -119,6 +120,8 @@ def _compile_steps(
         segment_ids=run.data.validation_packing == "documents",
     )
     loss_fn = make_loss_fn(objective, graph)
+    if run.training.reduction_shards:
+        loss_fn = in_fixed_order(loss_fn, run.training.reduction_shards)
     return CompiledSteps(
         graph,
         compile_train_step(train_step, abstract.state, batch),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import Batch
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.errors import HymbaError
@@ -17,6 +19,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params
 from hymba_jax.model.trainable import TRAIN_ALL, Trainable, join, trainable_of
 from hymba_jax.parallel.mesh import AnyMesh, batch_sharding, batch_shards
+from hymba_jax.training.fixed_order import in_fixed_order
 from hymba_jax.training.loss import Average, Averages, LossFn, Objective, make_loss_fn
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float, UInt
@@ -36,6 +39,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     micro_batch_size: int,
+    reduction_shards: int = 0,
     skip_nonfinite: bool = False,
     trainable: Trainable = TRAIN_ALL,
     seed: int = 0,
@@ -46,28 +50,37 @@ def make_train_step(
     last of them, so they are those of the batch as a whole, however its targets are spread.
 
     Args:
+      reduction_shards: of a batch, which are computed and summed one by one in place of
+        micro-batches, see `in_fixed_order`; none if 0.
       skip_nonfinite: the state does not change if the loss or the gradient's norm is not finite.
       trainable: the parameters that are differentiated and updated.
       seed: of an adapter's dropout.
     """
 
     def summed_loss(
-        trained: Params, batch: Batch, frozen: Params
+        trained: Params, frozen: Params, batch: Batch
     ) -> tuple[Float[Array, ""], Averages]:
         averages = loss_fn(join(trained, frozen), batch)
         return averages["loss"].total, averages
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        compute = optax.microbatching.microbatch(
-            jax.value_and_grad(summed_loss, has_aux=True),
-            argnums=1,
-            microbatch_size=micro_batch_size if micro_batch_size < rows else None,
+    def gradients(params: Params, batch: Batch) -> Any:
+        return jax.value_and_grad(summed_loss, has_aux=True)(
+            params["trained"], params["frozen"], batch
         )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, frozen = trainable.split(state.params)
+        rows = batch.inputs.shape[0]
         if trainable.adapter.dropout:
             batch = batch._replace(dropout_seeds=_dropout_seeds(seed, state.optimizer, rows))
-        (_, averages), grads = compute(trained, batch, frozen)
+        compute = gradients
+        if reduction_shards:
+            compute = in_fixed_order(compute, reduction_shards)
+        elif micro_batch_size < rows:
+            compute = optax.microbatching.microbatch(
+                compute, argnums=1, microbatch_size=micro_batch_size
+            )
+        (_, averages), grads = compute({"trained": trained, "frozen": frozen}, batch)
         weight = averages["loss"].weight.astype(jnp.float32)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, moments = optimizer.update(grads, state.optimizer, trained)
@@ -106,6 +119,7 @@ def run_step(
         make_loss_fn(objective, graph),
         optimizer,
         micro_batch_size=training.micro_batch_size,
+        reduction_shards=training.reduction_shards,
         skip_nonfinite=training.on_nonfinite == "skip",
         trainable=trainable_of(run),
         seed=run.seed,
@@ -134,15 +148,27 @@ def compile_train_step(
     return jitted.lower(state, batch).compile()
 
 
-def check_batch(micro_batch_size: int, mesh: AnyMesh) -> None:
+def check_batch(training: TrainingConfig, mesh: AnyMesh) -> None:
     """Refuses batch sizes that a mesh does not divide.
 
     Raises:
-      HymbaError: a micro-batch has no equal shards for its devices.
+      HymbaError: the devices cannot share a micro-batch, or the reduction shards, equally.
     """
-    if micro_batch_size % batch_shards(mesh):
+    devices = f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} devices"
+    if training.micro_batch_size % batch_shards(mesh):
         raise HymbaError(
             "training.batch_size / training.gradient_accumulation_steps is "
-            f"{micro_batch_size} sequences, which data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']} devices cannot share equally"
+            f"{training.micro_batch_size} sequences, which {devices} cannot share equally"
+        )
+    if not training.reduction_shards:
+        return
+    if mesh.shape["data"] < mesh.size:
+        raise HymbaError(
+            "training.reduction_shards needs all devices along data, as sharded parameters are not "
+            "computed with alike on every mesh: set parallel.data -1, the other axes 1"
+        )
+    if training.reduction_shards % mesh.size:
+        raise HymbaError(
+            f"training.reduction_shards is {training.reduction_shards}, which {mesh.size} devices "
+            "cannot share equally"
         )

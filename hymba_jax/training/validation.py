@@ -63,7 +63,8 @@ def make_validate(
             # Waits for the batch before, so that no more than two are left to do at a stop.
             sums, computing = add_averages([sums, computing]), following
         values = means(add_averages([sums, computing]))
-        return values | {"bits_per_byte": validation_set.bits_per_byte(values["loss"])}
+        bits = validation_set.bits_per_byte(values["loss"])
+        return values if bits is None else values | {"bits_per_byte": bits}
 
     def evaluate_all(params: Params, limit: int | None) -> dict[str, float] | None:
         by_set = {}
@@ -99,14 +100,16 @@ def comparable_loss(metrics: Mapping[str, int | float]) -> float:
 def _overall(
     by_set: Mapping[str, Mapping[str, float]], sets: Mapping[str, ValidationSet]
 ) -> dict[str, float]:
-    """The means over several sets: of bits per byte by their bytes, of others by their targets."""
+    """The means over several sets: of bits per byte by their bytes, of others by their targets.
+
+    Sets of conversations have no bits per byte.
+    """
     overall = {}
-    for name in next(iter(by_set.values())):
-        in_bytes = name == "bits_per_byte"
+    for name in dict.fromkeys(name for values in by_set.values() for name in values):
         weights = {
-            key: each.text_bytes if in_bytes else each.rows.num_targets
+            key: (each.text_bytes or 0) if name == "bits_per_byte" else each.rows.num_targets
             for key, each in sets.items()
         }
-        total = sum(weight * by_set[key][name] for key, weight in weights.items())
+        total = sum(weight * by_set[key].get(name, 0.0) for key, weight in weights.items())
         overall[name] = total / sum(weights.values())
     return overall

@@ -13,8 +13,8 @@ from hymba_jax.config import ComputeConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import DataConfig
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import build_tokenizer
 
 DATA = DataConfig(tokenizer="bytes", sequence_length=16)
 

@@ -42,11 +42,11 @@ from hymba_jax.convert.convert import parse_size
 from hymba_jax.convert.hf_config import config_from_hf
 from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
 from hymba_jax.convert.mapping import EMBEDDING, HEAD
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.hf_files import keep_hf_files
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.model import Hymba, stack_layers, unstack_layers
+from hymba_jax.tokenizer import Tokenizer
 
 silence_orbax()
 

@@ -18,7 +18,7 @@ from hymba_jax.convert.hf_config import (
     read_architecture,
     with_dtype,
 )
-from hymba_jax.data import Tokenizer
+from hymba_jax.tokenizer import Tokenizer
 
 BASE_1_5B = Path(__file__).parents[3] / "shared" / "released" / "config.json"
 SMALL = {

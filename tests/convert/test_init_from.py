@@ -19,10 +19,10 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.convert.init_from import read_initial_model
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.tokenizer import build_tokenizer
 from hymba_jax.training import loop
 from hymba_jax.training.arguments import parse_run
 from hymba_jax.training.optimizer import make_optimizer

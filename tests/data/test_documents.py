@@ -9,6 +9,7 @@ from hymba_jax.data.documents import BadRecordsError, read_documents
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.split import hold_out_tail, is_held_out
+from hymba_jax.data.text_field import TextField
 from hymba_jax.errors import HymbaError
 
 
@@ -58,7 +59,7 @@ def test_documents_of_many_files_in_order(tmp_path):
     ]
     content = b'{"body": "five"}'
     (tmp_path / "d.jsonl").write_bytes(content)
-    assert read([File("d.jsonl", str(tmp_path / "d.jsonl"), None)], text_field="body") == [
+    assert read([File("d.jsonl", str(tmp_path / "d.jsonl"), None)], content=TextField("body")) == [
         ("d.jsonl:1", "five")
     ]
 

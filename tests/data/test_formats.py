@@ -15,6 +15,7 @@ import zstandard
 
 from hymba_jax.data.formats import read_records
 from hymba_jax.data.records import BrokenFile, Document, Problem
+from hymba_jax.data.text_field import TextField
 from hymba_jax.errors import HymbaError
 
 COMPRESS = {
@@ -26,7 +27,7 @@ COMPRESS = {
 
 
 def read(content, name, text_field="text"):
-    return list(read_records(io.BytesIO(content), name, text_field))
+    return list(read_records(io.BytesIO(content), name, TextField(text_field)))
 
 
 def pairs(content, name, text_field="text"):
@@ -45,7 +46,7 @@ def read_broken(content, name):
 
 
 def collect(records, content, name):
-    for record in read_records(io.BytesIO(content), name, "text"):
+    for record in read_records(io.BytesIO(content), name, TextField()):
         records.append(record)  # one by one: those before an error remain
 
 
@@ -114,7 +115,7 @@ def test_memory_does_not_grow_with_the_file():
     tracemalloc.start()
     try:
         file = io.BufferedReader(Endless())
-        sizes = [len(document.text) for document in read_records(file, "a", "text")]
+        sizes = [len(document.text) for document in read_records(file, "a", TextField())]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -376,7 +377,7 @@ def test_a_document_too_large_for_memory_is_refused():
 
     for name in ("a.jsonl", "a.json", "a.txt"):
         with pytest.raises(BrokenFile, match="binary"):
-            list(read_records(io.BufferedReader(Zeros()), name, "text"))
+            list(read_records(io.BufferedReader(Zeros()), name, TextField()))
 
 
 # --- Parquet ---
@@ -409,7 +410,7 @@ def test_parquet_is_not_read_a_row_group_at_once():
     assert pq.ParquetFile(io.BytesIO(content)).num_row_groups == 1
     assert len(content) > 16 << 20
     file = Counting(content)
-    assert next(read_records(file, "a", "text")).text == texts[0]
+    assert next(read_records(file, "a", TextField())).text == texts[0]
     assert file.read_so_far < len(content) // 2
 
 

@@ -5,6 +5,7 @@ import sys
 from collections import namedtuple
 
 import pytest
+from data.chat import TEMPLATE, record, write_lines
 from storage_emulators import on_one_store
 
 from hymba_jax.config.data import DataConfig, SourceConfig, WeightedSourceConfig
@@ -78,6 +79,24 @@ def test_it_is_copied_once(bucket, tokenized, tmp_path, downloads):
     (copy,) = copies(tmp_path)
     assert files(copy) == files(tokenized)
     assert TokenizedCorpus.open(copy).digest == TokenizedCorpus.open(tokenized).digest
+
+
+@on_one_store
+def test_masks_of_conversations_are_copied(bucket_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    chats = write_lines(tmp_path / "chats.jsonl", [record("a", str(number)) for number in range(9)])
+    data = TokenizeDataConfig(str(chats), format="chat", validation_fraction=0.3)
+    template = str(tmp_path / "chat.jinja")
+    output = tmp_path / "out"
+    tokenize_command.main(
+        TokenizeConfig(str(output), data, tokenizer="bytes", workers=1, chat_template=template)
+    )
+    RemotePath(bucket_url).upload(output)
+    copied(bucket_url)
+    (copy,) = copies(tmp_path)
+    assert files(copy) == files(output)
+    assert TokenizedCorpus.open(copy).train.has_mask
 
 
 @on_one_store

@@ -11,16 +11,15 @@ from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
 from hymba_jax.data import (
     IGNORED_TARGET,
     DataConfig,
-    Tokenizer,
     open_data,
     tokenize_sources,
     train_batches,
 )
 from hymba_jax.data.megatron import MegatronWriter
 from hymba_jax.data.sources import open_sources
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 TEXTS = [f"document {number}: {'δ' * number}" for number in range(60)]
 

@@ -18,9 +18,9 @@ from hymba_jax.data.encoder import Encoder
 from hymba_jax.data.listing import File
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
 from hymba_jax.data.tokenize_progress import Progress, ProgressLine
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 WORDS = ["a ", "red ", "hat\n", "and ", "the ", "été ", "old ", "dog ", "ran. ", "Who ", "sat? "]
 

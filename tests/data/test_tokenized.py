@@ -11,8 +11,8 @@ import pytest
 from hymba_jax.data import tokenize_command, tokenize_records
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
 from hymba_jax.data.tokenized import TokenizedCorpus, damage
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import build_tokenizer
 
 BLOCK = 65536
 

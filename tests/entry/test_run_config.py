@@ -11,8 +11,8 @@ from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import build_tokenizer
 from hymba_jax.training.arguments import parse_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

@@ -1,6 +1,9 @@
+import numpy as np
 import pytest
+from data.chat import TEMPLATE, expected_tokens, record, write_lines
 from entry.command import HYMBA, read_metrics, run, train_py, write_config
 
+import hymba_jax
 from hymba_jax import cli
 from hymba_jax.config.run import RunConfig
 
@@ -120,3 +123,69 @@ def test_a_disk_that_fills_up_stops_the_run_with_one_line(config, output, cache)
     result = run(train_py("--config", config), cache)
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4]
+
+
+FINE_TUNING = """
+output = "{directory}/tuned"
+
+[data]
+format = "chat"
+chat_template = "{directory}/chat.jinja"
+sequence_length = 24
+packing = "documents"
+validation_packing = "documents"
+sources.reasoning.path = "{directory}/reasoning.jsonl"
+sources.instructions.path = "{directory}/instructions.jsonl"
+validation.held_out.path = "{directory}/held_out.jsonl"
+validation.text.path = "{directory}/page.txt"
+validation.text.format = "text"
+
+[training]
+batch_size = 4
+learning_rate = 1e-2
+log_every = 1
+sample_prompt = "the"
+sample_tokens = 4
+
+[[stages]]
+name = "sft-1"
+steps = 2
+sources.reasoning.weight = 1
+
+[[stages]]
+name = "sft-2"
+steps = 2
+sources.instructions.weight = 1
+"""
+
+
+def test_fine_tuning_on_conversations_in_two_stages(finished, cache, tmp_path):
+    """The validation loss is that of the answers' tokens, as inference has it."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    held_out = [record("a", "the", "b", "old"), record("c", "dog")]
+    write_lines(tmp_path / "held_out.jsonl", held_out)
+    (tmp_path / "page.txt").write_text("the old dog ran. " * 9)
+    records = [record(f"q {number}", "dog " * (number % 6 + 1)) for number in range(13)]
+    write_lines(tmp_path / "reasoning.jsonl", records)
+    write_lines(tmp_path / "instructions.jsonl", records[:5])
+    path = tmp_path / "sft.toml"
+    path.write_text(FINE_TUNING.format(directory=tmp_path))
+    result = run([HYMBA, "train", "--config", path, "--init-from", finished[0]], cache)
+    assert result.returncode == 0, result.stderr
+    assert "reasoning: of 13 conversations 4 truncated, as they do not fit rows" in result.stdout
+    lines = read_metrics(tmp_path / "tuned")
+    assert [line["stage"] for line in lines] == ["sft-1", "sft-1", "sft-2", "sft-2"]
+    assert lines[2]["loss"] < lines[0]["loss"]
+    last = lines[-1]  # conversations have no bits per byte
+    assert last["validation_bits_per_byte"] == last["validation_bits_per_byte/text"]
+    assert "validation_bits_per_byte/held_out" not in last
+
+    model = hymba_jax.load(tmp_path / "tuned")
+    assert model.tokenizer.chat_template == TEMPLATE
+    expected = [expected_tokens(each) for each in held_out]
+    log_probs = model.log_probs([ids for ids, _ in expected])
+    answers = np.concatenate(
+        [values[mask[1:]] for values, (_, mask) in zip(log_probs, expected, strict=True)]
+    )
+    # The same numbers by two programs in float32.
+    assert last["validation_loss/held_out"] == pytest.approx(-answers.mean(), rel=1e-5)

@@ -9,9 +9,8 @@ import numpy as np
 from flax import nnx
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
-from hymba_jax.data import Tokenizer
-from hymba_jax.data.tokenizer import build_tokenizer
 from hymba_jax.model import Hymba
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 
 def byte_tokenizer() -> Tokenizer:

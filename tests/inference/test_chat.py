@@ -18,12 +18,12 @@ import pytest
 import tyro
 
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import chat
 from hymba_jax.inference.chat import ChatConfig
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 CHOICE = ModelChoice("runs/it")
 

@@ -13,10 +13,10 @@ import tokenizers
 from flax import nnx
 from inference.models import byte_tokenizer, make_model
 
-from hymba_jax.data import Tokenizer
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel, SamplingConfig
 from hymba_jax.inference.prompts import encode_prompts
+from hymba_jax.tokenizer import Tokenizer
 
 TOKENIZER = byte_tokenizer()
 PROMPTS = ["the old dog", "", "Who sat?", "a", "the red hat and the old dog"]

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from slow import slow_but
 
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.inference.text_stream import TextStream
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data.test_conversation_rows import END, make_store
 from flax import nnx
 from training.tiny import COMPUTE, MODEL
 
 from hymba_jax.data import IGNORED_TARGET, Batch
+from hymba_jax.data.batch import stack_rows
+from hymba_jax.data.conversation_rows import ConversationRows
 from hymba_jax.model import Hymba
 from hymba_jax.training.loss import Average, add_averages, means, next_token_loss
 
@@ -43,3 +46,44 @@ def test_averages_of_unequal_batches_add_up_to_that_of_all():
         {"loss": Average(jnp.float32(9), jnp.int32(1)), "new": Average(jnp.float32(1), 2)},
     ]
     assert means(add_averages(batches)) == {"loss": 3.75, "new": 0.5}
+
+
+def test_packed_conversations_are_trained_as_each_alone():
+    """Loss and gradient: the mean over the answers' tokens, of all conversations alone."""
+    rng = np.random.default_rng(3)
+    conversations = []
+    for length, answers in ((11, [4, 5, 10]), (8, [1, 7]), (5, [3, 4]), (14, [2, 3, 13])):
+        tokens = np.append(rng.integers(3, MODEL.vocab_size, length - 1), END).astype(np.uint16)
+        conversations.append((tokens, np.isin(np.arange(length), answers)))
+    rows = ConversationRows(make_store(conversations), 20)
+    batch = stack_rows([rows[index] for index in range(len(rows))])
+    assert batch.segment_ids.max(axis=1).tolist() == [2, 2]
+    config = dataclasses.replace(MODEL, layers="L")  # of hybrid layers tests/model says so
+    graph, params = nnx.split(Hymba(config, COMPUTE, nnx.Rngs(0)))
+
+    @jax.jit
+    @jax.value_and_grad
+    def packed(params, batch):
+        return next_token_loss(nnx.merge(graph, params), Batch(*batch))["loss"].mean
+
+    @jax.jit
+    @jax.value_and_grad
+    def alone(params, tokens, mask):
+        logits = nnx.merge(graph, params)(tokens[None, :-1])[0]
+        log_probs = jax.nn.log_softmax(logits)[jnp.arange(len(tokens) - 1), tokens[1:]]
+        return -jnp.sum(log_probs * mask[1:])
+
+    loss, gradient = packed(params, batch)
+    total, gradients, count = 0.0, [], 0
+    for tokens, mask in conversations:
+        behind = (0, 16 - len(tokens))  # one program for all: what follows changes nothing
+        nats, own = alone(params, np.pad(tokens.astype(np.int32), behind), np.pad(mask, behind))
+        total, count = total + float(nats), count + int(mask.sum())
+        gradients.append(own)
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)  # float32
+    summed = jax.tree.map(lambda *several: sum(several) / count, *gradients)
+    for (path, actual), (_, expected) in zip(
+        nnx.to_flat_state(gradient), nnx.to_flat_state(summed), strict=True
+    ):
+        atol = 2e-5 * np.abs(expected[...]).max() + 1e-8  # as of documents (tests/model)
+        np.testing.assert_allclose(actual[...], expected[...], rtol=0, atol=atol, err_msg=str(path))

@@ -123,6 +123,12 @@ def test_validation_joins_the_line_of_its_step(recorder, tmp_path, capsys):
     assert "step 2/6  33%  loss 2.0000  val 1.2500 bpb" in shown  # the last one
 
 
+def test_a_validation_without_text_is_shown_by_its_loss(recorder, capsys):
+    recorder.submit(1, metrics(2.5))
+    recorder.flush({"validation_loss": 1.5})
+    assert "step 1/6  17%  loss 2.5000  val loss 1.5000  " in capsys.readouterr().out
+
+
 def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
     for step, loss, norm, tokens in ((1, 3.0, 1.0, 100), (2, 2.0, 3.0, 300), (3, 5.0, 7.0, 10)):
         reward = Average(jnp.float32(step), jnp.int32(4 // step))  # 1, 2, 3 over 4, 2, 1

@@ -15,6 +15,8 @@ def test_every_bad_value_is_named_at_once():
     "change",
     [
         {"batch_size": 6, "gradient_accumulation_steps": 4},
+        {"batch_size": 6, "reduction_shards": 4},
+        {"gradient_accumulation_steps": 2, "reduction_shards": 4},
         {"learning_rate": 1e-4, "min_learning_rate": 1e-3},
         {"learning_rate": float("nan")},
         {"weight_decay": -0.1},

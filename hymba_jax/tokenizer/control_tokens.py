@@ -10,13 +10,15 @@ secret names.
 import json
 import secrets
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.types import Int
 
 # Who wrote a character: the chat template; the role of a message, which may be a part of a control
 # token's name ("<|" + role + "|>"); or a user.
@@ -79,12 +81,35 @@ class ControlTokens:
         Args:
           origins: who wrote each character: TEMPLATE, ROLE or USER.
         """
+        rewritten = self._rewritten(text, self.find(text, origins))
+        return list(self.ordinary.encode(rewritten, add_special_tokens=False).ids)
+
+    def encode_with_spans(
+        self, text: str, origins: bytes
+    ) -> tuple[list[int], Int[np.ndarray, "tokens 2"]]:
+        """The ids of `encode`, and where in the text the characters of each start and end.
+
+        Tokens that share a character, such as its bytes, have the same span.
+        """
+        matches = self.find(text, origins)
+        encoding = self.ordinary.encode(self._rewritten(text, matches), add_special_tokens=False)
+        # The position in the text that each in the rewritten one stands for: of a name its start.
         pieces, done = [], 0
-        for match in self.find(text, origins):
+        for match in matches:
+            name = np.full(len(self._secrets[match.token]), match.start)
+            pieces += [np.arange(done, match.start), name]
+            done = match.end
+        positions = np.concatenate([*pieces, np.arange(done, len(text) + 1)])
+        spans = positions[np.array(encoding.offsets, np.int64).reshape(-1, 2)]
+        return list(encoding.ids), spans
+
+    def _rewritten(self, text: str, matches: Sequence[Match]) -> str:
+        """The text with secret names in place of the matches."""
+        pieces, done = [], 0
+        for match in matches:
             pieces += [text[done : match.start], self._secrets[match.token]]
             done = match.end
-        rewritten = "".join(pieces) + text[done:]
-        return list(self.ordinary.encode(rewritten, add_special_tokens=False).ids)
+        return "".join(pieces) + text[done:]
 
     def find(self, text: str, origins: bytes) -> list[Match]:
         """The control tokens of which no character is a user's, nor all of them a role's."""

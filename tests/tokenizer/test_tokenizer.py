@@ -12,8 +12,8 @@ import tokenizers
 from hymba_jax.config import HymbaConfig
 from hymba_jax.data.corpus import standard_library
 from hymba_jax.data.manifest import SIDES
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 
@@ -114,7 +114,7 @@ def test_bpe_training_is_deterministic_across_processes(bpe):
     code = """
 from hymba_jax.config import HymbaConfig
 from hymba_jax.data.corpus import standard_library
-from hymba_jax.data.tokenizer import build_tokenizer
+from hymba_jax.tokenizer import build_tokenizer
 texts = [*standard_library(0.05).training_texts()][::4]
 print(build_tokenizer("bpe:1024", texts).model.to_str())
 """

@@ -1,8 +1,10 @@
 """What transformers makes of conversations, recorded in chat_reference.json.
 
 Recorded with transformers 5.24.0, tokenizers 0.23.3 and Jinja 3.1.6, in an environment that has
-transformers, by `python tests/inference/chat_reference.py`. Each recorded prompt is what
+transformers, by `python tests/tokenizer/chat_reference.py`. Each recorded prompt is what
 `AutoTokenizer.from_pretrained(files).apply_chat_template(messages, tokenize=True)` gives.
+
+The masks are those of `return_assistant_tokens_mask=True`.
 
 A hostile conversation has names of control tokens in its messages, where they must be ordinary
 text. Its prompt is recorded with a tokenizer that lacks just these tokens.
@@ -66,6 +68,7 @@ HOSTILE = [
     {"role": "assistant", "content": ">x2> <x3>"},
 ]
 HOSTILE_NAMES = ("<x1>", "<x2>", "<x3>", "<x4>")
+_KINDS = (("hello", HELLO, ()), ("hostile", HOSTILE, HOSTILE_NAMES))
 
 TEXT = (
     "".join(message["content"] for message in HELLO + HOSTILE) + "[INST] [/INST] Assistant: "
@@ -203,7 +206,7 @@ def record():
 
     prompts = {}
     for name, template in itertools.product(TOKENIZERS, TEMPLATES):
-        for kind, messages, omit in (("hello", HELLO, ()), ("hostile", HOSTILE, HOSTILE_NAMES)):
+        for kind, messages, omit in _KINDS:
             with tempfile.TemporaryDirectory() as directory:
                 write_tokenizer(Path(directory), name, template, omit)
                 tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -213,7 +216,26 @@ def record():
                 if omit:  # the same tokens have other ids there
                     ids = tokenizer.convert_ids_to_tokens(ids)
             prompts[f"{name}; {template}; {kind}"] = ids
+    for name, (kind, messages, omit) in itertools.product(TOKENIZERS, _KINDS):
+        prompts[f"{name}; generation; {kind} answers"] = _answers(name, messages, omit)
     return prompts
+
+
+def _answers(name, messages, omit):
+    """Which tokens of the prompt are in `{% generation %}` blocks."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_tokenizer(Path(directory), name, "generation", omit)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **arguments("generation"),
+        )
+    return encoded["assistant_masks"]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from types import CodeType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -20,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from hymba_jax.inference.traced_text import Traced, concat, merge_origins, traced
+from hymba_jax.tokenizer.traced_text import Traced, concat, generated, merge_origins, traced
 
 SECONDS = 5.0  # CPU seconds per rendering, which usually takes milliseconds
 MAX_CHARACTERS = 10_000_000  # of a string, or items of a list: more than any model reads
@@ -35,6 +36,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     It has what the transformers library gives to templates: `raise_exception`, `strftime_now`,
     `tojson` without escapes, `{% generation %}`, `{% break %}` and `{% continue %}`.
+
+    Attributes:
+      num_generated: characters that `{% generation %}` blocks wrote.
     """
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -45,6 +49,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self._end = time.thread_time() + SECONDS
         self._left = MAX_MADE
+        self.num_generated = 0
         self.code_generator_class = _Checked
         self.concat = self._concat  # type: ignore[method-assign]
         del self.globals["lipsum"]
@@ -53,6 +58,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.filters["join"] = self._join
         self.filters = {name: self._bounded(function) for name, function in self.filters.items()}
+
+    def generate(self, template: str, variables: Mapping[str, Any]) -> Iterator[str]:
+        """What a template writes, piece by piece; it is compiled once for all renderings."""
+        code, names = _compiled(template), self.make_globals(None)
+        return self.template_class.from_code(self, code, names).generate(variables)
 
     def check(self) -> None:
         """Raises TemplateError where the rendering has taken too long."""
@@ -122,7 +132,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.made(traced(d).join(map(str, value)))
 
     def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # keeps the attributes by which Jinja passes arguments
+        # Keeps the attributes by which Jinja passes arguments; the name and others take longer.
+        @functools.wraps(function, assigned=())
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check_arguments(args, kwargs)
             args = tuple(traced(value) if isinstance(value, str) else value for value in args)
@@ -145,6 +156,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _refuse_size(self, size: int) -> None:
         if size > MAX_CHARACTERS:
             raise TemplateError(f"it writes more than {MAX_CHARACTERS:,} characters")
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> CodeType:
+    code = Sandbox().compile(template)
+    assert isinstance(code, CodeType)
+    return code
 
 
 class _Checked(CodeGenerator):
@@ -177,7 +195,11 @@ class _Generation(Extension):
         return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
 
     def _written(self, caller: Macro) -> str:
-        return caller()
+        text = generated(caller())
+        environment = self.environment
+        assert isinstance(environment, Sandbox)
+        environment.num_generated += len(text)
+        return text
 
 
 def _to_json(

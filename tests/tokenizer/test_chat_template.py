@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from inference.chat_reference import (
+from tokenizer.chat_reference import (
     DOCUMENTS,
     HELLO,
     HOSTILE,
@@ -19,10 +19,9 @@ from inference.chat_reference import (
     write_tokenizer,
 )
 
-from hymba_jax.data.tokenizer import Tokenizer, build_tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference import template_sandbox
-from hymba_jax.inference.chat_template import answer_end, encode, render
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer, template_sandbox
+from hymba_jax.tokenizer.chat_template import answer_end, encode, render
 
 HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 needs_hf_files = pytest.mark.skipif(not HF_FILES.is_dir(), reason="the HF files are not available")

@@ -2,15 +2,22 @@
 
 A chat template is a program that works on what users wrote: it strips, splits and joins it. A
 `Traced` string behaves like any other and keeps the origins through all that, so that the result
-tells which characters the template wrote (`hymba_jax/data/control_tokens.py` uses it).
+tells which characters the template wrote (`control_tokens.py` uses it).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
-from hymba_jax.data.control_tokens import TEMPLATE, USER
+from hymba_jax.tokenizer.control_tokens import TEMPLATE, USER
 
 MAX_SUBSTRINGS = 1_000_000  # of one string
+
+# Added to the origin of a character that a `{% generation %}` block wrote.
+_GENERATED = 4
+_ORIGINS, _IS_GENERATED = (
+    bytes(value & mask for value in range(256)) for mask in (~_GENERATED, _GENERATED)
+)
 
 
 class Traced(str):
@@ -121,6 +128,21 @@ def _check_num_substrings(count: int) -> None:
 
 def origins(text: str) -> bytes:
     """The origin of each character; a plain string is the template's."""
+    return _marks(text).translate(_ORIGINS)
+
+
+def generated(text: str) -> Traced:
+    """The same text, marked as what a `{% generation %}` block wrote."""
+    return Traced(text, bytes(mark | _GENERATED for mark in _marks(text)))
+
+
+def generated_spans(text: str) -> list[tuple[int, int]]:
+    """Where text that `{% generation %}` blocks wrote starts and ends."""
+    is_generated = _marks(text).translate(_IS_GENERATED)
+    return [match.span() for match in re.finditer(rb"[^\0]+", is_generated)]
+
+
+def _marks(text: str) -> bytes:
     return text._origins if isinstance(text, Traced) else bytes(len(text))
 
 
@@ -132,7 +154,7 @@ def traced(text: str) -> Traced:
 def concat(strings: Iterable[str]) -> Traced:
     """The strings in one."""
     strings = list(strings)
-    return Traced("".join(strings), b"".join(map(origins, strings)))
+    return Traced("".join(strings), b"".join(map(_marks, strings)))
 
 
 def merge_origins(result: Any, sources: Any) -> Any:

@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.data import DataConfig
-from hymba_jax.data.control_tokens import ControlTokens, marked_special
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, matches, read_json, read_text, replace_text, resolve_location
+from hymba_jax.tokenizer.control_tokens import ControlTokens, marked_special
+from hymba_jax.types import Int
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -106,8 +108,25 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """A short digest of all that decides ids and chats; a copy that was saved has the same."""
-        parts = (self.model.to_str(), self.bos, self.eos, self.chat_template)
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        parts = [self.model.to_str(), self.bos, self.eos, self.chat_template]
+        others = self.chat_templates.items() - {("default", self.chat_template)}
+        return _digest([*parts, *sorted(others)])
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """A short digest of all that decides the ids of text, whatever the chat template."""
+        return _digest([self.model.to_str(), self.bos, self.eos])
+
+    def with_chat_template_of(self, path: str) -> "Tokenizer":
+        """The same with the chat template in a file in place of its own; itself without a path.
+
+        Raises:
+          HymbaError: the file cannot be read.
+        """
+        if not path:
+            return self
+        template = read_text(resolve_location(path))
+        return Tokenizer(self.model, self.bos, self.eos, template, self.named_tokens)
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -135,6 +154,18 @@ class Tokenizer:
         _check_text(text)
         with _one_line("the tokenizer failed"):
             return self.control.encode(text, origins)
+
+    def encode_with_spans(
+        self, text: str, origins: bytes
+    ) -> tuple[list[int], Int[np.ndarray, "tokens 2"]]:
+        """The ids of `encode_traced`, and where in the text each token starts and ends.
+
+        Raises:
+          HymbaError: it is not valid Unicode, or the tokenizer cannot encode it.
+        """
+        _check_text(text)
+        with _one_line("the tokenizer failed"):
+            return self.control.encode_with_spans(text, origins)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, all of it ordinary text, on all processor cores.
@@ -357,6 +388,10 @@ def _is_named_template(item: object) -> bool:
     return isinstance(item, dict) and all(
         isinstance(item.get(key), str) for key in ("name", "template")
     )
+
+
+def _digest(parts: Sequence[object]) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _check_text(text: str) -> None:

@@ -11,14 +11,19 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from hymba_jax.data.control_tokens import ROLE, USER
-from hymba_jax.data.tokenizer import Tokenizer
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.template_sandbox import MAX_CHARACTERS, Sandbox
-from hymba_jax.inference.traced_text import Traced, concat, origins, trace
+from hymba_jax.tokenizer.control_tokens import ROLE, USER
+from hymba_jax.tokenizer.template_sandbox import MAX_CHARACTERS, Sandbox
+from hymba_jax.tokenizer.tokenizer import Tokenizer
+from hymba_jax.tokenizer.traced_text import Traced, concat, generated_spans, origins, trace
 
 MAX_TEMPLATE = 1_000_000  # characters
 MAX_REASON = 300  # characters of what a template says about its failure
+
+
+class TemplateFailed(HymbaError):
+    """A template is broken, refuses the messages, or does what it must not."""
+
 
 type Message = Mapping[str, Any]
 """A "role" (system, user, assistant, tool) with its "content", and what else a template reads."""
@@ -47,7 +52,7 @@ def encode(
     Raises:
       HymbaError: the tokenizer has no chat template, or its template fails.
     """
-    text = _render(
+    text = render_chat(
         tokenizer,
         messages,
         tools=tools,
@@ -74,13 +79,29 @@ def answer_end(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
         {"role": "assistant", "content": answer},
         {"role": "user", "content": reply},
     ]
-    text = _render(tokenizer, messages, add_generation_prompt=False)
+    text = render_chat(tokenizer, messages, add_generation_prompt=False)
     after = text.partition(answer)[2].partition(reply)[0]
     found = tokenizer.control.find(after, origins(after))
     if found and not after[: found[0].start].strip():
         return (tokenizer.eos,), (found[0].token,)
     written = after[: found[0].start] if found else after
     return tuple(filter(str.strip, (tokenizer.eos, str.__str__(written.rstrip())))), ()
+
+
+def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> Traced:
+    """The conversation as text, rendered by the tokenizer's template.
+
+    Args:
+      options: as of `render`.
+
+    Raises:
+      HymbaError: the tokenizer has no chat template, or its template fails.
+    """
+    templates = tokenizer.chat_templates
+    name = "tool_use" if options.get("tools") is not None and "tool_use" in templates else "default"
+    if name not in templates:
+        raise HymbaError("the tokenizer has no chat template: use `hymba generate`")
+    return render(templates[name], messages, named_tokens=tokenizer.named_tokens, **options)
 
 
 def render(
@@ -95,14 +116,16 @@ def render(
 ) -> Traced:
     """The conversation as text, rendered as the transformers library does.
 
-    The template is sandboxed, with limited time and output.
+    The template is sandboxed, with limited time and output. What its `{% generation %}` blocks
+    write is marked (`traced_text.generated_spans`), unless the template goes on to change it.
 
     Args:
       named_tokens: names of special tokens, such as {"bos_token": "<s>"}.
       tools, documents, add_generation_prompt, variables: as of `encode`.
 
     Raises:
-      HymbaError: the template is broken, refuses the messages, or does what it must not.
+      TemplateFailed: it is broken, refuses the messages, or does what it must not.
+      HymbaError: it is too long.
     """
     if len(template) > MAX_TEMPLATE:
         raise HymbaError(f"the chat template has more than {MAX_TEMPLATE:,} characters")
@@ -114,9 +137,9 @@ def render(
         "add_generation_prompt": add_generation_prompt,
         **trace(variables, USER),
     }
-    parts, characters = [], 0
+    parts, characters, sandbox = [], 0, Sandbox()
     try:
-        for part in Sandbox().from_string(template).generate(arguments):
+        for part in sandbox.generate(template, arguments):
             parts.append(part)
             characters += len(part)
             if characters > MAX_CHARACTERS:
@@ -125,16 +148,11 @@ def render(
         reason = " ".join(str(error)[:MAX_REASON].split()) or type(error).__name__
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
-        raise HymbaError(f"the chat template failed{where}: {reason}") from error
-    return concat(parts)
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> Traced:
-    templates = tokenizer.chat_templates
-    name = "tool_use" if options.get("tools") is not None and "tool_use" in templates else "default"
-    if name not in templates:
-        raise HymbaError("the tokenizer has no chat template: use `hymba generate`")
-    return render(templates[name], messages, named_tokens=tokenizer.named_tokens, **options)
+        raise TemplateFailed(f"the chat template failed{where}: {reason}") from error
+    text = concat(parts)
+    if sandbox.num_generated != sum(stop - start for start, stop in generated_spans(text)):
+        return Traced(text, origins(text))  # a filter lost where the blocks' text is
+    return text
 
 
 def _traced_message(message: Message) -> dict[str, Any]:
