@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from golden_cases import GOLDEN
 from inference.models import TINY, byte_tokenizer, make_model
 from slow import slow_but
 
@@ -18,7 +19,9 @@ from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
-from hymba_jax.convert.init_from import read_initial_model
+from hymba_jax.convert.convert import ConvertConfig
+from hymba_jax.convert.convert import main as convert
+from hymba_jax.convert.init_from import read_config, read_initial_model
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.parallel.mesh import make_mesh
@@ -166,9 +169,32 @@ class TestCommandLine:
     def test_a_directory_without_model(self, tmp_path):
         with pytest.raises(HymbaError, match="no model found"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
-        (tmp_path / "config.json").touch()
-        with pytest.raises(HymbaError, match="convert the HF checkpoint first"):
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(HymbaError, match=r"config\.json cannot be read"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
+
+    def test_an_hf_checkpoint_says_what_the_model_is(self):
+        run, _ = parse_run(["--init-from", str(GOLDEN / "tiny-ntk")], "train.py")
+        assert run.model.num_layers == 7
+
+
+def test_an_hf_checkpoint_needs_no_conversion(tmp_path):
+    """Its parameters are those of its conversion, bit for bit, also sharded and stacked."""
+    directory, mesh = GOLDEN / "tiny-ntk", make_mesh(jax.devices()[:8])
+    convert(ConvertConfig(str(directory), str(tmp_path / "native")))
+    config, optimizer = read_config(str(directory)), make_optimizer(TrainingConfig())
+    abstract = abstract_train_state(config, ComputeConfig(), optimizer, mesh)
+    states = []
+    for source in (directory, tmp_path / "native"):
+        initial = read_initial_model(str(source))
+        initial.check_model(config)
+        with jax.set_mesh(mesh):
+            states.append(
+                initial.load_state(config, ComputeConfig(), optimizer, abstract, mesh, seed=0)
+            )
+    first, second = (state.params for state in states)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert jax.tree.map(lambda array: array.sharding, first) == abstract.shardings.params
 
 
 def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
