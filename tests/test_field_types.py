@@ -59,6 +59,9 @@ def test_values_that_fit(value, kind):
         (np.array([3]), int, "is array([3]), not an integer"),
         ("\udcff", str, "is '\\udcff', not Unicode"),
         ("x", int | None, "is 'x', not an integer or nothing"),
+        ("x", tuple[str, ...], "is 'x', not a list of strings"),
+        (["x", 1], tuple[str, ...], "is ['x', 1], not a list of strings"),
+        (["\udcff"], tuple[str, ...], "is ['\\udcff'], not Unicode"),
     ],
     ids=repr_of_type,
 )

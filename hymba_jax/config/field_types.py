@@ -35,9 +35,7 @@ class Bounds(NamedTuple):
 
 
 def plain(value: Any) -> Any:
-    """The value, with NumPy and JAX scalars as Python numbers, and lists as tuples."""
-    if isinstance(value, list):
-        return tuple(value)
+    """The value, with NumPy and JAX scalars as Python numbers."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
@@ -56,7 +54,7 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is type(None):
         return value is None
     if kind == tuple[str, ...]:
-        return type(value) is tuple and all(type(each) is str for each in value)
+        return type(value) in (list, tuple) and all(type(each) is str for each in value)
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
@@ -99,7 +97,7 @@ def misfit(value: Any, kind: Any) -> str | None:
         return f"is {shown(value)}, beyond 64 bits"
     if type(value) is float and not math.isfinite(value):
         return f"is {value}, not finite"
-    strings = [value] if type(value) is str else value if type(value) is tuple else ()
+    strings = [value] if type(value) is str else value if type(value) in (list, tuple) else ()
     if any("\ud800" <= character <= "\udfff" for string in strings for character in string):
         return f"is {shown(value)}, not Unicode"
     return None
@@ -120,6 +118,8 @@ def type_problems(config: Any) -> Iterator[str]:
             yield from type_problems(value)
         elif problem := misfit(value, item.type):
             yield f"{item.name} {problem}"
+        elif type(value) is list:
+            object.__setattr__(config, item.name, tuple(value))
 
 
 def _table_problems(name: str, tables: Any, kind: Any) -> Iterator[str]:

@@ -73,7 +73,7 @@ def make_train_step(
         rows = batch.inputs.shape[0]
         if trainable.adapter.dropout:
             batch = batch._replace(dropout_seeds=_dropout_seeds(seed, state.optimizer, rows))
-        compute = gradients
+        compute: Callable[[Params, Batch], Any] = gradients
         if reduction_shards:
             compute = in_fixed_order(compute, reduction_shards)
         elif micro_batch_size < rows:
