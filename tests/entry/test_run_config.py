@@ -57,6 +57,7 @@ VALUES = {
     int: st.integers() | st.integers(0, 2**12),
     float: st.floats() | st.floats(0, 1),
     str: st.text() | st.sampled_from(CHOICES),
+    tuple: st.lists(st.text()),
     type(None): st.none() | st.integers(0, 2**12) | st.floats(0, 1),
 }
 CHANGES = st.one_of(st.tuples(st.just(name), VALUES[type(value)]) for name, value in FIELDS.items())
