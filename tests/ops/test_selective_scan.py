@@ -292,7 +292,8 @@ def test_what_follows_the_end_does_not_matter(scan, implementation):
 def assert_documents_apart(scan, inputs, weights, segment_ids):
     """The values and gradients of each are the same to the last bit, whatever the others hold. Of
     what they share, the gradients are the document's own only while the others hold numbers."""
-    marks = {"segment_ids": jnp.asarray(segment_ids)}
+    lengths = np.full(*segment_ids.shape)
+    marks = on_device({"segment_ids": segment_ids, "lengths": lengths})
     documents = list(documents_of(segment_ids[0]))
     assert len(documents) > 2
     for first, end in documents:
