@@ -21,9 +21,9 @@ VALUE_BOUND = 5e-4
 GRADIENT_BOUND = 3e-4  # of the gradient's own maximum
 
 load = functools.cache(load)
-# The others have the same kinds of layers, in other patterns and sizes. Without meta tokens,
-# tests/inference/test_engine.py has a quick case.
-QUICK = slow_but(CASES, "tiny-default-rope", "tiny-shared")
+# Scanned layers behind meta tokens; shared keys and values. The others have the same kinds of
+# layers, in other patterns and sizes.
+QUICK = slow_but(CASES, "tiny-default-rope", "tiny-nometa")
 
 
 def loss_and_logits(graph, params, tokens):
@@ -110,7 +110,7 @@ def test_compute_options_agree(case, compute):
 
 @pytest.mark.parametrize("scan_layers", slow_but([True, False], False))
 def test_without_jit(scan_layers):
-    golden = load("tiny-shared")
+    golden = load("tiny-default-rope")
     graph, params = golden.model(scan_layers=scan_layers)
     logits = nnx.merge(graph, params)(golden.tokens)
     np.testing.assert_allclose(logits, golden.arrays["logits"], rtol=0, atol=VALUE_BOUND)

@@ -425,7 +425,8 @@ def _programs(
                 repetition_penalty=jnp.ones(batch),
                 key=jnp.broadcast_to(key, batch),
             ),
-            stop=StopCriteria(zeros, jnp.full((batch, MIN_STOP_TOKENS), NO_TOKEN)),
+            # With a dtype of its own, so that `decode` is the program of other states.
+            stop=StopCriteria(zeros, jnp.full((batch, MIN_STOP_TOKENS), NO_TOKEN, jnp.int32)),
         )
 
     def advance(

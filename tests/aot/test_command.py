@@ -10,6 +10,8 @@ import pytest
 
 from hymba_jax import cli
 from hymba_jax.aot import command
+from hymba_jax.aot.cost import ProgramCost
+from hymba_jax.aot.estimate import Work
 from hymba_jax.aot.fit import Memory
 from hymba_jax.aot.topology import Topology, parse_topology
 from hymba_jax.config.parallel import ParallelConfig
@@ -52,6 +54,13 @@ def four_cpus(monkeypatch):
     monkeypatch.setattr(Topology, "devices", lambda _: jax.devices("cpu")[:4])
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """In place of compiling, which `test_a_training_step` does: a program that costs 1 of each."""
+    cost = ProgramCost(Work(1, 1, 1), 1, [], 0, {})
+    monkeypatch.setattr(command, "compile_and_analyze", lambda _: (Memory(1, 1, 2), cost))
+
+
 def compile_for(capsys, *arguments):
     """The lines before the table, the values of its rows by their names, and those after it."""
     cli.main(["compile", *map(str, arguments)])
@@ -82,7 +91,8 @@ def test_a_training_step(capsys, config, four_cpus):
     assert table["step time, lower bound"] in [table[name] for name in steps]
 
 
-def test_every_stage_of_a_run(capsys, config, four_cpus):
+@pytest.mark.usefixtures("four_cpus", "no_compiler")
+def test_every_stage_of_a_run(capsys, config):
     config.write_text(
         CONFIG
         + """
@@ -110,7 +120,8 @@ gradient_accumulation_steps = 1
     assert "the run has short, long" in refusal(capsys, *arguments, "other")[0]
 
 
-def test_stages_with_one_program_compile_it_once(capsys, config, four_cpus):
+@pytest.mark.usefixtures("four_cpus", "no_compiler")
+def test_stages_with_one_program_compile_it_once(capsys, config):
     stages = ('name = "stable"\nschedule = "constant"', 'name = "decay"\nschedule = "linear"')
     config.write_text(CONFIG + "".join(f"\n[[stages]]\n{stage}\nsteps = 10\n" for stage in stages))
     words, _ = compile_for(capsys, "--config", config, "--topology", "v5e:2x2")

@@ -72,7 +72,7 @@ def params(model):
     return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-@pytest.mark.parametrize("case", slow_but(CASES, "tiny-ntk"))
+@pytest.mark.parametrize("case", slow_but(CASES, "tiny-nometa"))
 def test_golden_logits_in_both_directions(case, tmp_path, capsys):
     hf = write_hf(tmp_path / "hf", case=case)
     verify = str(GOLDEN / case / "golden.npz")

@@ -30,7 +30,7 @@ from hymba_jax.training import loop
 from hymba_jax.training.arguments import parse_run
 from hymba_jax.training.optimizer import make_optimizer
 
-CONFIG = dataclasses.replace(TINY, layers="G 2*Ww G", max_positions=512)
+CONFIG = dataclasses.replace(TINY, layers="G 2*Ww", max_positions=512)
 
 
 @pytest.fixture(scope="module", params=[stack_layers, unstack_layers])
@@ -198,7 +198,7 @@ def test_an_hf_checkpoint_needs_no_conversion(tmp_path):
 
 
 def test_a_run_starts_from_them_and_resumes_without(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, layers="G")
+    config = dataclasses.replace(CONFIG, layers="A")
     held = make_model(config)
     directory = tmp_path / "model"
     save_model(directory, held, byte_tokenizer())

@@ -131,6 +131,7 @@ def test_interrupting_says_how_to_resume(config, output, monkeypatch, capsys):
     assert capsys.readouterr().err == f"\n{said}the same command starts from scratch\n"
 
 
+@pytest.mark.slow  # tests/training/test_recorder.py has the message, of a recorder alone
 def test_a_run_that_diverges_stops_before_it_is_saved(config, output, cache):
     rate = ["--training.learning-rate", "1e30", "--training.warmup-fraction", "0"]
     result = run(train_py("--config", config, *rate), cache)

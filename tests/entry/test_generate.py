@@ -374,6 +374,7 @@ def test_impossible_values(refusal, arguments, message):
     assert message in refusal(*arguments)
 
 
+@pytest.mark.slow  # as of `train.py` in test_bad_input.py
 def test_an_impossible_value_in_a_process_of_its_own(directory, cache):
     result = run([HYMBA, "generate", "--model", directory, "--max-new-tokens", "0"], cache)
     assert (result.returncode, result.stdout) == (1, "")

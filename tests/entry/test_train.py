@@ -77,7 +77,7 @@ def test_a_finished_run_can_be_prolonged_from_its_own_config(finished, cache):
     output, _, _ = finished
     before = read_metrics(output)
     command = [HYMBA, "train", "--config", output / "config.toml", "--training.steps", "6"]
-    result = run(command, cache)
+    result = run([*command, "--training.sample-tokens", "0"], cache)
     assert result.returncode == 0, result.stderr
     assert "resuming after step 4" in result.stdout
     after = read_metrics(output)
@@ -85,12 +85,13 @@ def test_a_finished_run_can_be_prolonged_from_its_own_config(finished, cache):
     assert [line["step"] for line in after[4:]] == [5, 6]
 
 
-def test_generate_works_from_the_output_alone(finished, cache):
-    command = [HYMBA, "generate", "--model", finished[0], "--prompt", "the old"]
-    result = run([*command, "--max-new-tokens", "5"], cache)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("the old")
-    assert result.stderr == ""
+def test_generate_works_from_the_output_alone(finished, monkeypatch, capsys):
+    monkeypatch.setattr("hymba_jax.inference.warmup.use_compilation_cache", lambda: None)
+    command = ["generate", "--model", str(finished[0]), "--prompt", "the old"]
+    cli.main([*command, "--max-new-tokens", "5"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("the old")
+    assert printed.err == ""
 
 
 def test_another_architecture_is_refused(finished):
@@ -103,8 +104,7 @@ def test_another_architecture_is_refused(finished):
     assert (output / "config.toml").read_text() == before
 
 
-def test_help_lists_commands_and_fields(cache, capsys):
-    assert "generate" in run([HYMBA, "--help"], cache).stdout
+def test_help_lists_fields(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])
     assert not stopped.value.code

@@ -73,7 +73,7 @@ def model(monkeypatch):
     }.items():
         monkeypatch.setitem(layer_pattern._LETTERS, letter, spec)
         monkeypatch.setitem(layer_pattern._SPECS, spec, letter)
-    return make_model(layers="Tt U G")
+    return make_model(layers="Tt U")
 
 
 def test_prefill_and_decode_equal_the_full_forward_pass(model):

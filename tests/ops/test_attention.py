@@ -1,6 +1,6 @@
 """Every attention back end against a loop over queries in float64."""
 
-from functools import partial
+from functools import cache, partial
 from unittest.mock import patch
 
 import jax
@@ -77,18 +77,28 @@ def attend(query, key, value, meta_key, meta_value, *, function=None, **kwargs):
         )
 
 
-def with_gradients(function, *arrays, **kwargs):
-    """The output, and the gradients of all arrays but the last along that cotangent."""
+@cache
+def attend_by(function):
+    """The same object every time, by which JAX knows what it has compiled."""
+    return partial(attend, function=function)
 
+
+@cache
+def program_of(function, sizes):
     @jax.jit
     def both(arrays, doutput, places):
-        output, vjp = jax.vjp(partial(function, **places, **sizes), *arrays)
+        output, vjp = jax.vjp(partial(function, **places, **dict(sizes)), *arrays)
         return output, *vjp(doutput)
 
-    sizes = {k: v for k, v in kwargs.items() if not isinstance(v, jax.Array)}
+    return both
+
+
+def with_gradients(function, *arrays, **kwargs):
+    """The output, and the gradients of all arrays but the last along that cotangent."""
+    sizes = tuple((k, v) for k, v in kwargs.items() if not isinstance(v, jax.Array))
     places = {k: v for k, v in kwargs.items() if isinstance(v, jax.Array)}
     *arrays, doutput = arrays
-    return both(tuple(arrays), doutput, places)
+    return program_of(function, sizes)(tuple(arrays), doutput, places)
 
 
 def assert_close(actual, expected):
@@ -131,7 +141,7 @@ def test_values_and_gradients(name, length, window, meta, starts):
     *directions, _ = inputs(length, meta=meta, seed=1)
     segment_ids = documents(length, starts) if starts else None
     output, *gradients = with_gradients(
-        partial(attend, function=FUNCTIONS[name]),
+        attend_by(FUNCTIONS[name]),
         *cast([*arrays, cotangent]),
         window=window,
         segment_ids=segment_ids if segment_ids is None else jnp.asarray(segment_ids),
@@ -158,20 +168,18 @@ def test_values_and_gradients(name, length, window, meta, starts):
 def test_bfloat16(name, window):
     """Weights and values are rounded to 8 bits, their products summed in more: 2 * 2**-8."""
     arrays = cast(inputs(23), jnp.bfloat16)
-    function = partial(attend, function=FUNCTIONS[name])
-    actual, *gradients = with_gradients(function, *arrays, window=window)
+    results = with_gradients(attend_by(FUNCTIONS[name]), *arrays, window=window)
+    actual, *gradients = jax.device_get(results)
     assert {a.dtype for a in (actual, *gradients)} == {jnp.dtype("bfloat16")}
     *exact, _ = all_exact = [np.asarray(a, np.float64) for a in arrays]
     bound = 2 * 2**-8 * max(np.abs(exact[2]).max(), np.abs(exact[4]).max())
     expected = by_hand(*exact, window)
-    np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(actual.astype(np.float32), expected, rtol=0, atol=bound)
     # The gradients sum such terms over queries or keys, in bfloat16 as well.
-    _, *expected = with_gradients(
-        partial(attend, function=reference), *cast(all_exact), window=window
-    )
+    _, *expected = with_gradients(attend_by(reference), *cast(all_exact), window=window)
     for a, b in zip(gradients, expected, strict=True):
         atol = 4 * 2**-8 * max(1, np.abs(b).max())
-        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0, atol=atol)
 
 
 # Rows begin with the first key, or later; the rest of a document, two of one position that have
@@ -186,18 +194,22 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("place", slow_but(PLACES, "after padding", "documents after padding"))
-@pytest.mark.parametrize(("window", "meta"), [(None, 3), (7, 4)])
+@pytest.mark.parametrize(
+    ("place", "window", "meta"),
+    slow_but(
+        [(place, *sizes) for place in PLACES for sizes in ((None, 3), (7, 4))],
+        ("after padding", None, 3),
+        ("documents after padding", 7, 4),
+    ),
+)
 def test_fewer_queries_than_keys(name, place, window, meta):
     kwargs = {k: jnp.asarray(v) for k, v in PLACES[place].items()}
     kwargs |= {"window": window}
     *exact, _ = arrays = inputs(13, 37, meta=meta)
-    function = partial(attend, function=FUNCTIONS[name])
-    actual = with_gradients(function, *cast(arrays), **kwargs)
+    actual = with_gradients(attend_by(FUNCTIONS[name]), *cast(arrays), **kwargs)
     expected = by_hand(*exact, window, **PLACES[place])
     np.testing.assert_allclose(actual[0], expected, rtol=0, atol=2e-6)
-    defined = partial(attend, function=reference)
-    assert_close(actual, with_gradients(defined, *cast(arrays), **kwargs))
+    assert_close(actual, with_gradients(attend_by(reference), *cast(arrays), **kwargs))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -208,15 +220,18 @@ def test_documents_do_not_see_each_other(name, window):
     *arrays, cotangent = inputs(length, batch=1)
     kwargs = {"window": window}
     kwargs["segment_ids"] = jnp.asarray(documents(length, starts, batch=1))
-    function = partial(attend, function=FUNCTIONS[name])
+    function = attend_by(FUNCTIONS[name])
     assert_documents_apart(function, arrays, cotangent, [0, *starts], **kwargs)
 
 
 def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
     @jax.jit
-    def both(arrays, cotangent):
+    def compiled(arrays, cotangent):
         output, vjp = jax.vjp(partial(function, **kwargs), *arrays)
         return output, *vjp(cotangent)
+
+    def both(*arguments):
+        return jax.device_get(compiled(*arguments))
 
     length = cotangent.shape[1]
     for first, end in zip(starts, [*starts[1:], length], strict=True):
@@ -240,7 +255,7 @@ def test_blocks_of_the_default_size(window):
     """Several of them, and several windows."""
     arrays = cast(inputs(600, meta=10, batch=1))
     actual, expected = (
-        with_gradients(partial(attend, function=function), *arrays, window=window)
+        with_gradients(attend_by(function), *arrays, window=window)
         for function in (blocks, reference)
     )
     assert_close(actual, expected)
@@ -269,27 +284,29 @@ def test_a_query_that_sees_nothing_gives_nothing():
     """Such are the positions before a sequence that is padded on the left."""
     arrays = cast(inputs(12, meta=0))
     kwargs = {"window": None, "kv_start": jnp.array([7, 7])}
-    function = partial(attend, function=small_blocks)
-    output, *gradients = with_gradients(function, *arrays, **kwargs)
+    results = with_gradients(attend_by(small_blocks), *arrays, **kwargs)
+    output, *gradients = jax.device_get(results)
     assert not output[:, :7].any()
-    assert all(jnp.isfinite(g).all() and not g[:, :7].any() for g in gradients[:3])
+    assert all(np.isfinite(g).all() and not g[:, :7].any() for g in gradients[:3])
 
 
-def test_blocks_need_memory_linear_in_the_length():
-    def megabytes(length, window):
+@pytest.mark.parametrize("window", slow_but([None, 100], None))
+def test_blocks_need_memory_linear_in_the_length(window):
+    def megabytes(length):
         arrays = cast(inputs(length, meta=8, batch=1))
-        function = partial(attend, function=blocks)
-        both = jax.jit(partial(with_gradients, function, window=window))
+        both = jax.jit(partial(with_gradients, attend_by(blocks), window=window))
         return both.lower(*arrays).compile().memory_analysis().temp_size_in_bytes / 1e6
 
-    for window in (None, 100):
-        short, long = megabytes(1024, window), megabytes(4096, window)
-        assert long < 4 * short
-        assert long < 4 * 4096**2 / 1e6  # one head's scores, of which there are six
+    short, long = megabytes(1024), megabytes(4096)
+    assert long < 4 * short
+    assert long < 4 * 4096**2 / 1e6  # one head's scores, of which there are six
 
 
-def scores_computed(length, window, meta, **kwargs):
-    """How many of one head, forward and backward, when Python runs the loops."""
+def scores_computed(length, window, meta=4, **kwargs):
+    """How many of one head, forward and backward, when Python runs the loops.
+
+    Single operations are compiled for these, so all have blocks of the same few shapes.
+    """
     einsum, sizes = jnp.einsum, []
 
     def counting(subscripts, *operands, **options):
@@ -307,21 +324,22 @@ def scores_computed(length, window, meta, **kwargs):
 
 def test_blocks_compute_what_the_mask_shows():
     """Besides the meta tokens, a block of 16 queries meets its window of 16 and itself."""
-    assert scores_computed(64, 16, 4) == 64 * 4 + 16 * (16 + 3 * 32)
+    assert scores_computed(48, 16) == 48 * 4 + 16 * (16 + 2 * 32)
     # Without a window, all that came before and itself.
-    assert scores_computed(48, None, 0) == 16 * (16 + 32 + 48)
+    assert scores_computed(48, None) == 48 * 4 + 16 * (16 + 32 + 48)
 
 
 def test_blocks_compute_what_rows_use():
     """Of a long buffer of keys, the meta tokens and those from kv_start on."""
     kv_start = jnp.array([400 - 32])
-    assert scores_computed(16, None, 4, keys=400, kv_start=kv_start) == 16 * (4 + 32)
+    assert scores_computed(16, None, keys=400, kv_start=kv_start) == 16 * (4 + 32)
 
 
 def test_blocks_compute_what_documents_use():
-    """Of two blocks of queries each, besides the meta tokens."""
-    segment_ids = jnp.repeat(jnp.array([[0, 1]]), 32, axis=1)
-    assert scores_computed(64, None, 4, segment_ids=segment_ids) == 64 * 4 + 16 * 2 * (16 + 32)
+    """Of one block of queries and of two, besides the meta tokens."""
+    segment_ids = jnp.asarray(np.repeat([[0, 1]], [16, 32], axis=1))
+    expected = 48 * 4 + 16 * (16 + 16 + 32)
+    assert scores_computed(48, None, segment_ids=segment_ids) == expected
 
 
 def test_blocks_split_over_devices_by_rows():
@@ -377,9 +395,10 @@ def test_a_step_sees_meta_tokens_filled_slots_and_itself(meta, dtype):
 
 def test_the_mask_counts_absolute_positions():
     """A chunk of the queries sees what it would see among all of them."""
-    everything = jnp.arange(40)
-    whole = attention_mask(everything[None], everything, window=5, num_meta_tokens=3)
-    chunk = attention_mask(everything[None, 30:], everything[:35], window=5, num_meta_tokens=3)
+    everything = np.arange(40)
+    mask = jax.jit(partial(attention_mask, window=5, num_meta_tokens=3))
+    whole = np.asarray(mask(everything[None], everything))
+    chunk = mask(everything[None, 30:], everything[:35])
     np.testing.assert_array_equal(chunk, whole[:, 30:, :35])
     assert whole[0, 30].nonzero()[0].tolist() == [0, 1, 2, *range(25, 31)]
 
@@ -388,16 +407,15 @@ def test_the_mask_counts_absolute_positions():
 def test_one_call_chooses(implementation):
     query, key, value, meta_key, meta_value, _ = inputs(7, 9)
     kv_start = [3, 1]
-    actual = attention(
+    chosen = jax.jit(partial(attention, window=3, implementation=implementation))
+    actual = chosen(
         *cast([query, key, value]),
         **dict(zip(("meta_key", "meta_value"), cast([meta_key, meta_value]), strict=True)),
-        window=3,
-        implementation=implementation,
         kv_start=jnp.asarray(kv_start),
     )
     expected = by_hand(query, key, value, meta_key, meta_value, 3, kv_start)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
-    without = attention(*cast([query, key, value]), window=3, implementation=implementation)
+    without = chosen(*cast([query, key, value]))
     expected = by_hand(query, key, value, meta_key[:0], meta_value[:0], 3)
     np.testing.assert_allclose(without, expected, rtol=0, atol=2e-6)
 

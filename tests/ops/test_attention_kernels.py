@@ -156,8 +156,11 @@ def test_the_platform_chooses_what_can_do_it(
     monkeypatch.setattr(api, "IMPLEMENTATIONS", stand_ins)
     *arrays, _ = inputs(queries, 9, dtype)
     kv_start = None if kv_start is None else jnp.asarray(kv_start)
-    meta = {"meta_key": arrays[1][0, :2], "meta_value": arrays[2][0, :2]}
-    kwargs = {"window": 4, "kv_start": kv_start, **meta}
-    api.attention(*arrays, **kwargs)
-    api.attention(*arrays, **kwargs, segment_ids=jnp.zeros((2, queries), int))
+
+    def run(query, key, value, **kwargs):
+        meta = {"meta_key": key[0, :2], "meta_value": value[0, :2]}
+        return api.attention(query, key, value, window=4, kv_start=kv_start, **meta, **kwargs)
+
+    jax.eval_shape(run, *arrays)
+    jax.eval_shape(run, *arrays, segment_ids=jnp.zeros((2, queries), int))
     assert called == [chosen, "blocks"]

@@ -68,7 +68,7 @@ def test_rows_that_begin_later():
 
 @pytest.mark.parametrize(
     ("mesh", "window"),
-    slow_but([("8", None), ("8", 13), ("4 x tensor 2", 13)], ("8", None), ("8", 13)),
+    slow_but([("8", None), ("8", 13), ("4 x tensor 2", 13)], ("8", 13)),
 )
 def test_documents(mesh, window):
     """Across shards, which some begin and some end with, and after the start of some rows."""

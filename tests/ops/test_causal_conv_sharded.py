@@ -1,5 +1,6 @@
 """The causal convolution with its length sharded over devices, against its formula."""
 
+import itertools
 import re
 from functools import partial
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import slow_but
 from test_causal_conv import (
     assert_close,
     assert_documents_apart,
@@ -31,7 +33,11 @@ MESHES = {
 
 @pytest.fixture(params=MESHES)
 def mesh(request):
-    return make_mesh(jax.devices("cpu")[:8], MESHES[request.param])
+    return mesh_of(request.param)
+
+
+def mesh_of(name):
+    return make_mesh(jax.devices("cpu")[:8], MESHES[name])
 
 
 def make_documents():
@@ -42,9 +48,19 @@ def make_documents():
     return starts.cumsum(1)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("kernel", [1, 2, 4])
-def test_values_and_gradients(mesh, kernel, documents):
+@pytest.mark.parametrize(
+    ("name", "kernel", "documents"),
+    slow_but(
+        itertools.product(MESHES, (1, 2, 4), (False, True)),
+        ("8", 1, True),
+        ("8", 2, False),
+        ("8", 4, True),
+        ("4 x tensor 2", 2, True),
+        ("4 x tensor 2", 4, False),
+    ),
+)
+def test_values_and_gradients(name, kernel, documents):
+    mesh = mesh_of(name)
     inputs = make_inputs(LENGTH, kernel, channels=6)
     marks = {"segment_ids": make_documents()} if documents else {}
     weights = make_weights(inputs)

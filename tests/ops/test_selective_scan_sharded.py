@@ -21,6 +21,7 @@ from test_selective_scan import (
     gradients_in_float64,
     make_inputs,
     make_weights,
+    on_device,
     scan_of,
     with_gradients,
 )
@@ -98,13 +99,15 @@ def test_documents_and_lengths(mesh, scan):
 def test_what_follows_the_end_does_not_matter(mesh, scan):
     """Not even when it is not a number."""
     inputs, weights, lengths = make_slow_inputs(), make_weights(*SIZES), [17, 40, 20, 3]
-    marks = {"segment_ids": jnp.zeros(SIZES[:2], int), "lengths": jnp.array(lengths)}
+    marks = {"segment_ids": np.zeros(SIZES[:2], int), "lengths": np.array(lengths)}
     spoilt = {k: v.copy() for k, v in inputs.items()}
     for name in SEQUENCES:
         for row, end in enumerate(lengths):
             spoilt[name][row, end:] = np.nan
     with jax.set_mesh(mesh):
-        clean, other = (with_gradients(scan, device(v), marks, weights) for v in (inputs, spoilt))
+        clean, other = (
+            with_gradients(scan, device(v), on_device(marks), weights) for v in (inputs, spoilt)
+        )
     jax.tree.map(np.testing.assert_array_equal, other, clean)
 
 

@@ -1,5 +1,6 @@
 """Ops on a mesh that splits rows and widths, against what they are on whole arrays."""
 
+import itertools
 import re
 from contextlib import nullcontext
 from functools import partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import slow_but
 from test_attention import assert_close, attend, by_hand, cast, with_gradients
 from test_selective_scan import (
     INTERPRETER,
@@ -34,8 +36,10 @@ def mesh():
     return make_mesh(jax.devices("cpu")[:8], ParallelConfig(data=2, fsdp=2, tensor=2))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
-@pytest.mark.parametrize("batch", [4, 3])
+@pytest.mark.parametrize(
+    ("implementation", "batch"),
+    slow_but(itertools.product(["xla", "pallas_tpu"], [4, 3]), ("xla", 3), ("pallas_tpu", 4)),
+)
 def test_scan(mesh, implementation, batch):
     """Of rows that the mesh splits and of rows that it does not."""
     sizes = (batch, 12, 6, 2)
