@@ -91,7 +91,7 @@ def read_trainable(path: str | os.PathLike[str]) -> Trainable:
       HymbaError: it cannot be read.
     """
     path = resolve_location(path)
-    path = path / CONFIG_FILE if path.is_dir() else path
+    path = path if path.is_file() else path / CONFIG_FILE
     base, table = read_table(path, RunConfig())
     adapter = override_from(path, base.adapter, table.get("adapter", {}))
     training = override_from(path, base.training, table.get("training", {}))

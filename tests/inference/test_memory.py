@@ -12,12 +12,14 @@ from hymba_jax import cli
 from hymba_jax.analysis.memory import gb, param_bytes, training_bytes
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
+from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model import Hymba
+from hymba_jax.model.trainable import Trainable
 from hymba_jax.parallel.memory import check_fits
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.optimizer import make_optimizer
@@ -179,6 +181,16 @@ def test_a_training_state_takes_what_is_counted():
     state = init_state(TINY, compute, optimizer, abstract, seed=0)
     assert allocated(state.params) == counted.params == counted.gradients
     assert allocated(state.optimizer) == counted.optimizer
+
+
+def test_an_adapter_has_gradients_and_moments_alone():
+    """In float32, whatever the frozen parameters are in."""
+    adapter = AdapterConfig(kind="lora", rank=2, targets=("up_proj",))
+    size = 2 * 2 * (TINY.hidden_size + TINY.mlp_size)  # in two layers
+    counted = training_bytes(TINY, "bfloat16", Trainable(adapter))
+    assert counted.params == training_bytes(TINY, "bfloat16").params + 4 * size
+    assert counted.gradients == 4 * size
+    assert counted.optimizer - 8 * size < 100  # counts and the learning rate
 
 
 @pytest.mark.parametrize(
