@@ -112,29 +112,31 @@ def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
             problems.append(f"{name} is no LoRA or DoRA of a linear map")
     adapters = {}
     for module, held in tensors.items():
-        rank = _of_pattern(settings["rank_pattern"], module, settings["r"])
-        alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
-        wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} & {*held})
-        if settings["use_dora"]:
-            wanted.add("lora_magnitude_vector")
-        if held.keys() != wanted or (not settings["use_dora"] and len(wanted) > 2):
-            problems.append(f"{module} has {', '.join(sorted(held))}, which do not fit {CONFIG}")
-            continue
-        A, B = (held[name].astype(np.float32).T for name in ("lora_A", "lora_B"))
-        if A.ndim != 2 or B.ndim != 2 or not A.shape[1] == B.shape[0] == rank:
-            problems.append(f"{module} has shapes {A.T.shape} and {B.T.shape}, not of rank {rank}")
-            continue
-        scale = alpha / (rank**0.5 if settings["use_rslora"] else rank)
-        magnitude = held.get("lora_magnitude_vector")
-        adapters[module] = LowRankUpdate(
-            jnp.asarray(A),
-            jnp.asarray(B),
-            scale,
-            None if magnitude is None else jnp.asarray(magnitude, jnp.float32).ravel(),
-        )
+        try:
+            adapters[module] = _module_update(settings, module, held)
+        except ValueError as error:
+            problems.append(f"{module} {error}")
     if problems or not adapters:
         raise HymbaError(f"{file.path}: {'; '.join(problems) or 'has no adapter'}")
     return adapters, file.metadata.get(_BASE)
+
+
+def _module_update(
+    settings: Mapping[str, Any], module: str, tensors: Mapping[str, np.ndarray]
+) -> LowRankUpdate:
+    """The adapter of an HF module. Raises ValueError if its tensors do not fit the options."""
+    names = ["lora_A", "lora_B"] + ["lora_magnitude_vector"] * settings["use_dora"]
+    if sorted(tensors) != names:
+        raise ValueError(f"has {', '.join(sorted(tensors))}, not {', '.join(names)}")
+    rank = _of_pattern(settings["rank_pattern"], module, settings["r"])
+    alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
+    A, B, *magnitude = (jnp.asarray(tensors[name], jnp.float32) for name in names)
+    if (A.ndim, B.ndim) != (2, 2) or not len(A) == B.shape[1] == rank:
+        raise ValueError(f"has shapes {A.shape} and {B.shape}, not of rank {rank}")
+    if any(m.size != len(B) for m in magnitude):
+        raise ValueError(f"has {magnitude[0].size} magnitudes of {len(B)} outputs")
+    scale = alpha / (rank**0.5 if settings["use_rslora"] else rank)
+    return LowRankUpdate(A.T, B.T, scale, *(m.ravel() for m in magnitude))
 
 
 def write_peft(
@@ -257,14 +259,11 @@ def _check_fit(
         if module not in parts:
             problems.append(f"{module} is no linear map of this model")
             continue
+        maps = update.A.shape[0], update.B.shape[1]
         wanted = parts[module][0].shape[0], parts[module][-1].stop
-        outputs = {update.B.shape[1]} | (
-            set() if update.magnitude is None else {update.magnitude.shape[0]}
-        )
-        if (update.A.shape[0], outputs) != (wanted[0], {wanted[1]}):
+        if maps != wanted:
             problems.append(
-                f"{module} maps {update.A.shape[0]} to {max(outputs)} there, "
-                f"{wanted[0]} to {wanted[1]} here"
+                f"{module} maps {maps[0]} to {maps[1]} there, {wanted[0]} to {wanted[1]} here"
             )
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -318,9 +317,13 @@ def _setting_problems(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_pattern[T](pattern: Mapping[str, T] | None, module: str, default: T) -> T:
-    """The value for a module, found as peft finds it."""
+    """The value for a module, found as peft finds it. Raises ValueError if a pattern is none."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        try:
+            found = re.match(rf"(.*\.)?({key})$", module)
+        except re.error as error:
+            raise ValueError(f"has the pattern {key!r}, which is none ({error})") from error
+        if found:
             return value
     return default
 
