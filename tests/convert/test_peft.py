@@ -151,8 +151,9 @@ def test_tensors_that_do_not_fit_the_options_are_refused(tmp_path):
     write(tmp_path, "lora", targets=("x_proj",))
     for settings, message in (
         ({"r": 4}, "model.layers.0.mamba.x_proj.0 has shapes (3, 32) and (33, 3), not of rank 4"),
+        ({"rank_pattern": {"(": 3}}, "model.layers.0.mamba.x_proj.0 has the pattern '(', which"),
         (
-            {"r": 3, "use_dora": True},
+            {"r": 3, "rank_pattern": {}, "use_dora": True},
             "model.layers.0.mamba.x_proj.0 has lora_A, lora_B, not lora_A, lora_B, lora_mag",
         ),
     ):
