@@ -32,13 +32,22 @@ from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotte
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import Location, matches, on_disk, read_json, rename, resolve_location
+from hymba_jax.files import (
+    Location,
+    matches,
+    on_disk,
+    read_json,
+    rename,
+    replace_text,
+    resolve_location,
+)
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.processes import barrier, gather, is_main_process
 from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
+_LOOP_FILE = "metadata"  # where Orbax has the JSON of `loop`
 
 type Step = int | Literal["best"]
 """Which checkpoint of a run."""
@@ -194,21 +203,28 @@ class Checkpoints(Closing):
         return aside.name
 
     def save(self, state: TrainState, loop: LoopState) -> None:
-        """Copies the state and returns; a thread writes it. Does nothing if it is saved already.
+        """Copies the state and returns; a thread writes it.
 
-        It has the best checkpoint so far as `best`.
+        A checkpoint that is there already keeps its state, and gets the loop's part anew. `best`
+        becomes the best checkpoint so far.
 
         Raises:
           HymbaError: this checkpoint, or one before it, cannot be written.
         """
         loop = loop._replace(best=self._preserve_best.best)
+        fields = loop._asdict() | {_CHECKSUM: _loop_checksum(loop)}
+        written = self.directory / str(loop.step) / LOOP / _LOOP_FILE
+        if written.is_file():
+            if is_main_process():
+                replace_text(written, json.dumps(fields))
+            return
         with one_line(self.directory, _UNWRITABLE):  # it raises errors of earlier ones, too
             self._manager.save(
                 loop.step,
                 args=ocp.args.Composite(
                     params=_save_args(state.params),
                     optimizer=_save_args(state.optimizer),
-                    loop=ocp.args.JsonSave(loop._asdict() | {_CHECKSUM: _loop_checksum(loop)}),
+                    loop=ocp.args.JsonSave(fields),
                 ),
             )
 
@@ -359,7 +375,7 @@ def _loop_checksum(loop: LoopState) -> int:
 
 def _read_loop(directory: Location) -> LoopState:
     """The loop's part of a checkpoint. Raises HymbaError if it is damaged."""
-    path = directory / "metadata"
+    path = directory / _LOOP_FILE
     with one_line(directory, _UNREADABLE):
         fields = ocp.JsonCheckpointHandler().restore(epath.Path(directory), ocp.args.JsonRestore())
     try:

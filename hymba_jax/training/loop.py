@@ -298,18 +298,20 @@ def _run_steps(
             records.flush_if_due()
             checkpoints.check()
             validation_due = evaluations.are_due(step)
-        stops, improves = interrupts.poll(), False
+        stops, improves, validated = interrupts.poll(), False, False
         if validation_due and not stops:
             if ends:
                 display.begin("validating on all held-out text")
             with recorder.paused():
                 evaluated = evaluations.run(state.params, step)
             if evaluated is not None:
+                validated = True
                 recorder.flush(evaluated)
                 improves = checkpoints.improves(step, comparable_loss(evaluated))
             validation_due = stops = evaluated is None
         saves = ends or improves or step % save_every == 0 or step == stage.decay_start
-        if step > start and (stops or saves):
+        # At the start, the checkpoint is there already, and does not know of this validation.
+        if (step > start and (stops or saves)) or (step == start and validated):
             if not validation_due:  # whose line of metrics waits for it
                 recorder.flush()
             save(state, step, validation_due)  # not a run that diverged: its metrics are read

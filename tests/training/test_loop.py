@@ -13,6 +13,7 @@ from entry.command import write_config
 from flax import nnx
 from slow import slow_but
 
+from hymba_jax.checkpoint.checkpoints import resolve_step
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import StageConfig
 from hymba_jax.config.tracking import TrackingConfig
@@ -144,7 +145,10 @@ def test_a_run_that_is_interrupted_has_the_lines_of_one_that_was_not(config, tmp
         assert checkpoint_steps(config.output)[-1] == step
         assert lines == [line for line in expected if line["step"] <= logged]
     assert train(config) == expected
+    assert train(config) == expected  # nothing is left to do
     assert not Path(config.output, "metrics.removed.jsonl").exists()
+    best = resolve_step(config.output, "best")
+    assert best == resolve_step(tmp_path / "elsewhere", "best") == 3
 
 
 def test_a_validation_that_is_the_best_so_far_saves_a_checkpoint(config, monkeypatch):
