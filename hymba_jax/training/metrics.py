@@ -1,6 +1,7 @@
 """The metrics of a run: `metrics.jsonl`, one JSON line per logged step, and the trackers."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,13 +108,19 @@ class JsonLines:
             self._say(removed)
 
     def write(self, step: int, metrics: Mapping[str, int | float | str]) -> None:
-        content = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        values = {name: None if _is_not_finite(value) else value for name, value in metrics.items()}
+        content = (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
         with _named(self._path):
             while content:
                 content = content[self._file.write(content) :]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_not_finite(value: object) -> bool:
+    """Whether a value is a number that JSON does not have."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def last_step(run_directory: Path) -> int:

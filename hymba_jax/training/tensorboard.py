@@ -1,6 +1,7 @@
 """Event files for TensorBoard."""
 
 import json
+import math
 import secrets
 import socket
 import time
@@ -43,7 +44,9 @@ class TensorBoard:
     def write(self, step: int, metrics: Mapping[str, int | float | str]) -> None:
         now = time.time()
         summaries = (
-            scalar(name, value) for name, value in metrics.items() if not isinstance(value, str)
+            scalar(name, value)
+            for name, value in metrics.items()
+            if not isinstance(value, str) and math.isfinite(value)
         )
         self._write(*(Event(wall_time=now, step=step, summary=summary) for summary in summaries))
 
