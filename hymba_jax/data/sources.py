@@ -301,6 +301,12 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
             f"{names}: no validation documents: name some in [data.validation.NAME], or hold out a "
             "larger validation_fraction of text"
         )
+    if not config.validation:
+        notes += [
+            f"{place.path or name}: has no held-out documents, so validation is without it"
+            for is_training, name, place in places
+            if is_training and name not in validation
+        ]
     return Sources(tokenizer, train, validation, tuple(notes))
 
 
