@@ -5,7 +5,8 @@
 | `messages`                    | objects with `role`, `content` and what the template reads |
 | or `conversations`            | objects with `from` (human, gpt, system, tool) and `value` |
 | or `prompt` and `completion`  | strings, or lists like `messages`                          |
-| with them `tools`, `contexts` | JSON schemas (a list, or JSON as text); strings            |
+| with them `system`            | a string, the system message                               |
+| `tools`, `contexts`           | JSON schemas (a list, or JSON as text); strings            |
 
 Of a record with several of the first three, the first of them is read.
 """
@@ -22,7 +23,10 @@ from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.tokenizer.answers import AnswerRenderer, ChatText
 from hymba_jax.tokenizer.chat_template import TemplateFailed
 
-_FIELDS = ("messages", "conversations", "prompt", "completion", "tools", "contexts")
+_FIELDS = (
+    *("messages", "conversations", "prompt", "completion"),
+    *("system", "tools", "contexts"),
+)
 _NEEDED = '"messages", "conversations", or "prompt" and "completion"'
 
 _ROLES = {
@@ -63,7 +67,7 @@ class Conversations:
         if not tokenizer.chat_templates:
             raise HymbaError(
                 f"{template}: has no chat template, which conversations are rendered by: give the "
-                "file of one as chat_template"
+                "file of one, hymba tokenize --chat-template or hymba train --data.chat-template"
             )
         try:
             self._renderer = AnswerRenderer(tokenizer, loss_on)
@@ -92,8 +96,11 @@ class Conversations:
         return chat
 
     def of_row(self, row: dict[str, Any]) -> ChatText:
-        """The conversation in a row of Parquet. Raises ValueError saying what is wrong."""
-        return self.of_json({name: value for name, value in row.items() if value is not None})
+        """The conversation in a row of Parquet. Raises ValueError saying what is wrong.
+
+        Its nulls are fields that this record does not have, and others of their column do.
+        """
+        return self.of_json(_without_nulls(row))
 
     def columns(self, schema: Any) -> list[str]:
         """The columns that conversations are in. Raises BrokenFile if there are none."""
@@ -108,6 +115,13 @@ class Conversations:
         raise BrokenFile("no conversations: give .jsonl, .json or Parquet, or take it out")
 
 
+def _without_nulls(value: Any) -> Any:
+    """The value without null fields, at every depth."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list) else value
+
+
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a record, whatever its format."""
     if "messages" in record:
@@ -119,6 +133,8 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         fields = ", ".join(map(repr, record)) or "none"
         raise ValueError(f"no {_NEEDED} (it has: {fields}): rename its fields")
+    if isinstance(system := record.get("system"), str) and system.strip():
+        messages = [{"role": "system", "content": system}, *messages]
     return [_checked(message, number) for number, message in enumerate(messages, start=1)]
 
 
@@ -157,6 +173,15 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
     is_blank = not content.strip() if isinstance(content, str) else not content
     if message["role"] == "assistant" and is_blank and not message.get("tool_calls"):
         raise ValueError(f"message {number} is an empty answer: fill it in or remove the record")
+    if "content" not in message and message["role"] != "assistant":
+        raise ValueError(f"message {number} has no content: fill it in or remove the record")
+    if is_blank and message["role"] == "user":
+        raise ValueError(f"message {number} is empty: fill it in or remove the record")
+    if message.get("weight", 1) != 1:
+        raise ValueError(
+            f"message {number} has weight {message['weight']}, which is not supported: remove the "
+            'record, or choose its last answer by loss_on "last"'
+        )
     return message
 
 

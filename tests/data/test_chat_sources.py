@@ -178,7 +178,7 @@ def test_a_run_without_a_template_is_refused_before_anything_is_tokenized(chats,
         "text": WeightedSourceConfig(str(text), format="text"),
         "chats": WeightedSourceConfig(str(chats)),
     }
-    with pytest.raises(HymbaError, match=r"has no chat template.*: give the file of one as chat_"):
+    with pytest.raises(HymbaError, match=r"has no chat template.*: give the file of one"):
         prepare(config(sources=sources), output)
 
 

@@ -53,6 +53,7 @@ GOOD = [
     ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "s>ss</s>u>uu</s>a>aa</s>"),
     ({"prompt": [USER, ANSWER, USER], "completion": "c"}, "u>uu</s>a>aa</s>u>uu</s>a>c</s>"),
     ({"messages": [USER, ANSWER], "prompt": "unused"}, "u>uu</s>a>aa</s>"),
+    ({"conversations": sharegpt(human="H", gpt="G"), "system": "S"}, "s>S</s>u>H</s>a>G</s>"),
     (
         {
             "messages": [USER, CALL, TOOL, TOOL, ANSWER],
@@ -82,6 +83,24 @@ def test_formats(conversations, record, text):
     assert [text[start - 2 : start] for start, _ in document.chat.answers] == ["a>"] * text.count(
         "a>"
     )
+
+
+def test_what_other_rows_of_a_column_have_is_no_part_of_a_row(conversations):
+    """As of the arguments of two tools, whose structs Parquet makes one of."""
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": [{"c": "d"}]}}]
+    records = [
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in calls
+    ]
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    files = {"a.parquet": file.getvalue(), "a.json": json.dumps(records).encode()}
+    texts = [
+        [document.text for document in read_records(io.BytesIO(content), name, conversations)]
+        for name, content in files.items()
+    ]
+    assert texts[0] == texts[1]
+    assert '{"b": [{"c": "d"}]}' in texts[0][1]
 
 
 def test_parquet(conversations):
@@ -147,6 +166,9 @@ def test_parquet(conversations):
         ),
         ({"messages": [USER, {"role": "assistant"}]}, "message 2 is an empty answer"),
         ({"conversations": sharegpt(human="a", gpt="")}, "message 2 is an empty answer"),
+        ({"messages": [{"role": "user", "text": "a"}, ANSWER]}, "message 1 has no content"),
+        ({"prompt": " ", "completion": "a"}, "message 1 is empty"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "message 2 has weight 0"),
         ({"conversations": sharegpt(narrator="a")}, "message 1 has role 'narrator', not one of"),
         ({"messages": [ANSWER]}, "1 is of 'assistant' at the start, where 'system' or 'user'"),
         ({"messages": [USER, USER, ANSWER]}, "2 is of 'user' after 'user', where 'assistant'"),
@@ -207,5 +229,5 @@ def test_files_that_have_no_conversations(conversations):
 
 
 def test_a_tokenizer_without_a_template_is_refused():
-    with pytest.raises(HymbaError, match=r"^NAME: has no chat template.*: give the file of one as"):
+    with pytest.raises(HymbaError, match=r"^NAME: has no chat template.*: give the file of one"):
         Conversations(chat_tokenizer(None), "all", "NAME")

@@ -191,7 +191,7 @@ def test_packed_documents_come_once_an_epoch(corpus, tokenized, output, is_token
     per_epoch = round(1 / examples.progress(1)["epoch"])
     found = Counter()
     for batch in islice(train_batches(examples, 1), per_epoch):
-        inputs, targets, segments = (field[0] for field in batch)
+        inputs, targets, segments = (field[0] for field in batch[:3])
         for segment in range(1, segments.max() + 1):
             own = segments == segment
             assert (targets[own] != IGNORED_TARGET).all()

@@ -126,12 +126,15 @@ def test_calls_of_tools_are_answers_and_their_results_are_not():
     assert answers(with_template(CHATML_TOOLS), messages) == expected
 
 
+AS_TEXT = CALL | {"arguments": json.dumps(CALL["arguments"], ensure_ascii=False)}  # as OpenAI's API
+
+
 def test_the_template_for_tokenizers_without_one():
     tokenizer = with_template(CONFIGS.joinpath("chat.jinja").read_text())
     messages = [
         {"role": "system", "content": "S"},
-        {"role": "user", "content": "U"},
-        {"role": "assistant", "content": "A", "tool_calls": [CALL, {"function": CALL}]},
+        {"role": "user", "content": [{"type": "text", "text": "U"}]},
+        {"role": "assistant", "content": "A", "tool_calls": [CALL, {"function": AS_TEXT}]},
         {"role": "tool", "content": "T"},
         {"role": "assistant", "content": "B"},
     ]
