@@ -187,6 +187,10 @@ class Checkpoints(Closing):
         """
         return self._keep_best and self._preserve_best.improves(step, loss)
 
+    def forget_best(self) -> None:
+        """Makes the next validation the best so far, where earlier ones were of other text."""
+        self._preserve_best.best = None
+
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
         """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
         return read_checkpoint(self.directory / str(step), step, abstract)

@@ -119,6 +119,15 @@ class Stage:
         return (self.run.model, *sizes, data.packing)
 
     @property
+    def validated_on(self) -> tuple[int, int]:
+        """The length of the sequences that validation samples, and their number.
+
+        Losses of stages that agree in it are of the same text.
+        """
+        training = self.run.training
+        return self.run.data.sequence_length, training.validation_batches * training.batch_size
+
+    @property
     def shares(self) -> dict[str, float]:
         """The share of its sequences that each source has."""
         weights = {name: each.weight for name, each in self.run.data.train_sources.items()}

@@ -100,8 +100,9 @@ class TrainingConfig:
       checkpoint_every: steps between checkpoints; the last step has one too.
       keep_checkpoints: checkpoints kept, newest first.
       keep_best: keeps the checkpoint with the lowest validation loss, too; a validation that is the
-        best so far saves one. It is the mean over all validation sets, of the same batches each
-        time.
+        best so far saves one. It is the mean over all validation sets, of the same sequences each
+        time. In a stage with sequences of another length, or another number of them, it starts
+        anew.
       freeze: name patterns, as in `[adapter]`, of parameters that are not trained: embedding or
         mixer.ssm, for example. Frozen parameters have neither gradients nor optimizer state.
       sample_prompt: prompt of the sample that is written at the end of the run.

@@ -240,6 +240,8 @@ def _run_stages(
             recorder.begin_stage(program.records)
             if stage.name:
                 display.say(stage.describe())
+            if step == stage.start and stage.validated_on != config.stage_at(step).validated_on:
+                checkpoints.forget_best()
             with interrupts.deferred():
                 state = _run_steps(
                     state,

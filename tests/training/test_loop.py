@@ -166,6 +166,21 @@ def test_a_validation_that_is_the_best_so_far_saves_a_checkpoint(config, monkeyp
     assert checkpoint_steps(config.output) == [14]
 
 
+def test_validations_of_stages_with_other_sequences_are_not_compared(config, monkeypatch):
+    """Of three stages with two validations each, of which the last has longer sequences."""
+    losses = iter([6, 5, 3, 4, 9, 8])
+    monkeypatch.setattr(loop, "comparable_loss", lambda _: next(losses))
+    config = changed(config, steps=TrainingConfig.steps, validate_every=2, checkpoint_every=100)
+    config = changed(config, schedule="constant")
+    stage = StageConfig(steps=4)
+    longer = dataclasses.replace(stage, sequence_length=2 * config.data.sequence_length)
+    config = dataclasses.replace(config, stages={"one": stage, "two": stage})
+    train(config)
+    assert resolve_step(config.output, "best") == 6
+    train(dataclasses.replace(config, stages={**config.stages, "three": longer}))
+    assert resolve_step(config.output, "best") == 12
+
+
 def test_the_last_validation_is_compared_with_the_others_on_their_text(config):
     config = changed(config, steps=2, validate_every=1)
     first, last = train(config)
