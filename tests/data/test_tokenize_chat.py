@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from data.chat import TEMPLATE, expected_tokens, record, write_lines
+from data.interrupted import tokenize_interrupted
 
 from hymba_jax import cli
 from hymba_jax.data import tokenize_command, tokenize_records
 from hymba_jax.data.show_examples import BRACKETS, examples
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
-from hymba_jax.data.tokenize_progress import ProgressLine
 from hymba_jax.data.tokenized import TokenizedCorpus, damage
 from hymba_jax.errors import HymbaError
 
@@ -86,24 +86,10 @@ def test_shards_hold_conversations_and_where_the_loss_is(small, corpus, tmp_path
 
 def test_interrupted_the_bytes_are_the_same(small, corpus, tmp_path, monkeypatch):
     expected = contents(tokenize(corpus, tmp_path / "whole"))
-
-    class Killed(BaseException):
-        pass
-
-    def interrupt(self, progress):
-        if rng.random() < 0.1:
-            raise Killed
-
-    rng, stops = random.Random(1), 0
-    with monkeypatch.context() as patched:
-        patched.setattr(ProgressLine, "show", interrupt)
-        while not (tmp_path / "stopped" / "manifest.json").exists():
-            try:
-                tokenize(corpus, tmp_path / "stopped")
-            except Killed:
-                stops += 1
+    output = tmp_path / "stopped"
+    stops = tokenize_interrupted(lambda: tokenize(corpus, output), output, monkeypatch, 0.1)
     assert stops > 2
-    assert contents(tmp_path / "stopped") == expected
+    assert contents(output) == expected
 
 
 @pytest.mark.parametrize("suffix", [".mask", ".mask.crc"])

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from data.interrupted import tokenize_interrupted
 
 from hymba_jax.data import encoder as encoder_module
 from hymba_jax.data import records, tokenize_command, tokenize_records
@@ -135,24 +136,16 @@ def test_interrupted_or_in_parts_the_bytes_are_the_same(small, corpus, tmp_path,
     tokenize(directory, tmp_path / "whole")
     expected = contents(tmp_path / "whole")
 
-    class Killed(BaseException):
-        pass
-
-    def interrupt(self, progress):
-        if rng.random() < 0.05:
-            raise Killed
-
-    rng, stops = random.Random(1), 0
-    with monkeypatch.context() as patched:
-        patched.setattr(ProgressLine, "show", interrupt)
-        while not (tmp_path / "stopped" / "manifest.json").exists():
-            try:
-                tokenize(directory, tmp_path / "stopped")
-            except Killed:
-                stops += 1
-                (tmp_path / "stopped" / f"train-00000-000.bin.{stops}.partial").touch()
+    stopped = tmp_path / "stopped"
+    stops = tokenize_interrupted(
+        lambda: tokenize(directory, stopped),
+        stopped,
+        monkeypatch,
+        0.05,
+        lambda stops: (stopped / f"train-00000-000.bin.{stops}.partial").touch(),
+    )
     assert stops > 3
-    assert contents(tmp_path / "stopped") == expected
+    assert contents(stopped) == expected
 
     output = tmp_path / "parts"
     with pytest.raises(HymbaError, match="train it once, with --tokenizer-only"):
