@@ -80,18 +80,16 @@ def main(args: ExportConfig) -> None:
     _check_form(run, args, adapter)
     mesh = make_mesh(jax.devices()[:1])
     graph, abstract = abstract_model(config, compute, mesh, adapter)
-    params, what = load_params(run, abstract, steps[-1]), f"step {steps[-1]}"
-    trained, frozen = trainable.split(params)
+    trained, frozen = trainable.split(abstract)
     if args.average == EMA:
-        what, trained = (
-            f"moving average at step {steps[-1]}",
-            _ema(run, trainable.split(abstract)[0], steps[-1]),
-        )
+        what, params = f"moving average at step {steps[-1]}", _ema(run, trained, steps[-1])
     elif args.average:
         steps = _last(run, steps, int(args.average.removeprefix(LAST)))
-        what = f"mean of steps {', '.join(map(str, steps))}"
-        trained, _ = trainable.split(_mean(run, abstract, steps))
-    params = join(trained, frozen)
+        what, params = f"mean of steps {', '.join(map(str, steps))}", _mean(run, abstract, steps)
+    else:
+        what, params = f"step {steps[-1]}", load_params(run, abstract, steps[-1])
+    if args.average and frozen:  # the moving average has none, and a mean would round them
+        params = join(params, trainable.split(load_params(run, abstract, steps[-1]))[1])
     if args.adapter:
         base = RunConfig.from_toml(run / CONFIG_FILE).init_from
         with written_beside(output) as beside:

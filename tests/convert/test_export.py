@@ -16,6 +16,7 @@ from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.convert import export
 from hymba_jax.convert.export import ExportConfig, main
 from hymba_jax.errors import HymbaError
 from hymba_jax.model import Hymba
@@ -66,13 +67,23 @@ def run(tmp_path_factory, initial):
         ("ema", -1, "moving average at step 4 of"),
     ],
 )
-def test_the_model_that_is_written(run, initial, tmp_path, capsys, average, factor, report):
+def test_the_model_that_is_written(
+    run, initial, tmp_path, capsys, monkeypatch, average, factor, report
+):
+    read = []
+
+    def load(directory, abstract, step):
+        read.append(step)
+        return load_params(directory, abstract, step)
+
+    monkeypatch.setattr(export, "load_params", load)
     main(ExportConfig(str(run), str(tmp_path / "model"), average))
     assert report in capsys.readouterr().out
     assert read_model_directory(tmp_path / "model") == (CONFIG, COMPUTE)
     like = abstract_model(CONFIG, COMPUTE, make_mesh(jax.devices()[:1]))[1]
     written = load_params(tmp_path / "model", like)
     jax.tree.map(np.testing.assert_array_equal, written, times(factor, initial))
+    assert read == {"": [4], "last:2": [2, 4], "ema": []}[average]  # no more than is needed
     assert (tmp_path / "model" / "tokenizer.json").is_file()
 
 
