@@ -117,6 +117,12 @@ def test_toml_keeps_stages_and_their_order(tmp_path):
         ('name = "decay"', 'name = "a b"', "a name has letters, digits, - and _ only"),
         ("steps = 50", "step = 50", "unknown field stages.extension.step, did you mean"),
         ("warmup_steps = 10", "steps = 10", "training.steps has no effect, as every stage sets"),
+        ("warmup_steps = 10", "warmup_steps = 2000", "stages.stable: .*a warm-up of 2000 and"),
+        (
+            'schedule = "constant"',
+            'schedule = "constant"\nmin_learning_rate = 1e-4',
+            "stages.stable: run config: min_learning_rate is 0.0001, and schedule constant does",
+        ),
         ("tokens = 500_000", "tokens = 0", "stages.decay: tokens is 0, below 1"),
     ],
 )
@@ -124,6 +130,20 @@ def test_stages_that_cannot_be_are_refused(tmp_path, old, new, problem):
     assert RECIPE.count(old) == 1
     with pytest.raises(HymbaError, match=problem):
         read(tmp_path, RECIPE.replace(old, new))
+
+
+def test_settings_that_every_stage_replaces_are_refused(tmp_path):
+    """And not those that one of them uses: a long warm-up, the weights of sources, a decay."""
+    long = RECIPE.replace("warmup_steps = 10", "warmup_steps = 1500\ndecay_steps = 9")
+    long = long.replace("steps = 100", "steps = 3000").replace("steps = 50", "steps = 2000")
+    assert read(tmp_path, long).resolved_stages[2].run.training.phase_steps == (1500, 9)
+    linear = long.replace("packing =", 'schedule = "linear"\npacking =')
+    with pytest.raises(HymbaError, match=r"training\.decay_steps has no effect, as every stage"):
+        read(tmp_path, linear)
+    named = RECIPE.replace("steps = 100", "steps = 100\nsources.web.weight = 1")
+    named = named.replace("steps = 50", "steps = 50\nsources.web.weight = 1")
+    with pytest.raises(HymbaError, match=r"data\.sources\.web\.weight has no effect, as every"):
+        read(tmp_path, named)
 
 
 def test_stages_that_are_not_an_array_are_refused(tmp_path):

@@ -1,7 +1,8 @@
 """The run directory: self-contained, with config, tokenizer, metrics and checkpoints."""
 
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from importlib.metadata import version
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 from hymba_jax.checkpoint.checkpoints import PARAMS
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
-from hymba_jax.config.stages import OWN_SETTINGS
+from hymba_jax.config.stages import OWN_SETTINGS, SCHEDULE_SETTINGS, Stage
 from hymba_jax.data import Data
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import matches, replace_text, resolve_location
@@ -76,12 +77,14 @@ def read_run(output: str) -> RunConfig | None:
 def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
     """Raises HymbaError if a config changes what a run that it resumes cannot change.
 
-    Stages that have not begun may change, and the one that is under way may become longer.
+    Stages that have not begun may change, with the sources that they alone read, and the one that
+    is under way may become longer.
 
     Args:
       step: steps done.
     """
-    before, now = _fixed_on_resume(previous), _fixed_on_resume(config)
+    both = previous.data.sources.keys() & config.data.sources.keys()
+    before, now = _fixed_on_resume(previous, both), _fixed_on_resume(config, both)
     changed = [*_differences("", before, now)]
     begun = [stage for stage in previous.resolved_stages if stage.start < step or not stage.start]
     stages = config.resolved_stages
@@ -90,17 +93,19 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
             changed.append(f"stages.{old.name} has gone")
             continue
         new = stages[number]
-        before, now = _fixed_in_stage(old.run), _fixed_in_stage(new.run)
+        before, now = _fixed_in_stage(old), _fixed_in_stage(new)
         if old.name:
             before, now = {"name": old.name} | before, {"name": new.name} | now
         if old.stop < step:
-            before |= {"training.steps": old.run.training.steps}
-            now |= {"training.steps": new.run.training.steps}
+            before |= _fixed_when_done(old)
+            now |= _fixed_when_done(new)
         changed += _differences(f"stages.{new.name}: " if new.name else "", before, now)
     if changed:
+        forgotten = previous.init_from if not config.init_from else ""
+        undo = f"give --init-from {forgotten} again" if forgotten else "undo the changes"
         raise HymbaError(
             f"{config.output}: holds a run with different settings ({'; '.join(changed)}): choose "
-            "another output, or undo the changes"
+            f"another output, or {undo}"
         )
     if stages[len(begun) - 1].stop < step:
         last = stages[len(begun) - 1]
@@ -112,9 +117,13 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
 
 
 def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in now.items():
-        if value != before.get(name) and value != "auto":  # "auto" was resolved by the run
-            yield f"{where}{name} was {before.get(name)!r}, is {value!r}"
+    for name in dict.fromkeys((*before, *now)):
+        if name not in now:
+            yield f"{where}{name} was {before[name]!r}, and has gone"
+        elif name not in before:
+            yield f"{where}{name} is {now[name]!r}, and was not there"
+        elif now[name] not in (before[name], "auto"):  # "auto" was resolved by the run
+            yield f"{where}{name} was {before[name]!r}, is {now[name]!r}"
 
 
 def write_run_directory(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -170,10 +179,13 @@ def check_written(output: str) -> None:
         time.sleep(0.1)
 
 
-def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
+def _fixed_on_resume(config: RunConfig, sources: Set[str]) -> dict[str, Any]:
     """The settings that cannot change on resuming, in no stage: shapes and layout.
 
     The corpus may move: its tokens are compared, by their digest.
+
+    Args:
+      sources: of training, those whose settings are compared: others are new, or have gone.
     """
     fixed = {
         "seed": config.seed,
@@ -185,19 +197,29 @@ def _fixed_on_resume(config: RunConfig) -> dict[str, Any]:
     }
     fixed |= dict(leaves(config.adapter, "adapter."))
     fixed |= dict(leaves(config.model.resolved(), "model."))
+    kept = {name: source for name, source in config.data.sources.items() if name in sources}
     fixed |= {
-        name: value for name, value in leaves(config.data, "data.") if not _is_source_path(name)
+        name: value
+        for name, value in leaves(dataclasses.replace(config.data, sources=kept), "data.")
+        if not _is_source_path(name)
     }
-    return {name: value for name, value in fixed.items() if not _is_of_stages(name)}
+    return {
+        name: value
+        for name, value in fixed.items()
+        if name not in OWN_SETTINGS and not name.endswith(".weight")
+    }
 
 
-def _is_of_stages(name: str) -> bool:
-    """Whether each stage may have its own value of a setting of data or model."""
-    return name in OWN_SETTINGS or name.endswith(".weight")
+def _fixed_when_done(stage: Stage) -> dict[str, Any]:
+    """The settings that had their effect in a stage that another one follows."""
+    names = ("steps", *SCHEDULE_SETTINGS)
+    return {f"training.{name}": getattr(stage.run.training, name) for name in names}
 
 
-def _fixed_in_stage(run: RunConfig) -> dict[str, Any]:
+def _fixed_in_stage(stage: Stage) -> dict[str, Any]:
     """The settings that cannot change in a stage that has begun: the order of the data."""
+    run = stage.run
     fixed = {"training.batch_size": run.training.batch_size}
     own = {**dict(leaves(run.data, "data.")), **dict(leaves(run.model.resolved(), "model."))}
-    return fixed | {name: value for name, value in own.items() if _is_of_stages(name)}
+    fixed |= {name: value for name, value in own.items() if name in OWN_SETTINGS}
+    return fixed | {f"the share of {name}": share for name, share in stage.shares.items()}

@@ -87,6 +87,7 @@ class RunConfig:
             yield from ineffective_fields(self)
             yield from self._stage_problems()
             return
+        yield from self.training.stage_problems()
         yield from self.data.packing_problems()
         if self.data.sequence_length > self.model.max_positions:
             yield (

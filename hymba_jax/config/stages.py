@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hymba_jax.config.data import Packing
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
 from hymba_jax.config.model import RopeType
-from hymba_jax.config.training import Schedule
+from hymba_jax.config.training import Schedule, TrainingConfig
 from hymba_jax.errors import HymbaError
 
 if TYPE_CHECKING:
@@ -174,9 +174,12 @@ def resolve_stages(run: "RunConfig") -> tuple[Stage, ...]:
 
 # Fields of which only one is set.
 _ALTERNATIVES = (("warmup_fraction", "warmup_steps"), ("decay_fraction", "decay_steps"))
+SCHEDULE_SETTINGS = ("schedule", "learning_rate", "min_learning_rate", *sum(_ALTERNATIVES, ()))
+"""Settings of training that decide the learning rate over the steps of a stage."""
+
 _TRAINING = (
     *("steps", "batch_size", "gradient_accumulation_steps", "validate_every"),
-    *("schedule", "learning_rate", "min_learning_rate", *sum(_ALTERNATIVES, ())),
+    *SCHEDULE_SETTINGS,
 )
 _DATA = ("sequence_length", "packing")
 _MODEL = ("max_positions",)
@@ -200,6 +203,8 @@ def _resolve(run: "RunConfig", stage: StageConfig) -> "RunConfig":
             training = dict.fromkeys(names) | training
     if training.get("schedule", "wsd") != "wsd":
         training = dict.fromkeys(("decay_fraction", "decay_steps")) | training
+    if training.get("schedule", run.training.schedule) == "constant":  # is what others end at
+        training = {"min_learning_rate": TrainingConfig.min_learning_rate} | training
     data: dict[str, Any] = _given(stage, *_DATA)
     if stage.sources:
         data["sources"] = {
@@ -240,15 +245,32 @@ def _problems(run: "RunConfig", stage: StageConfig) -> Iterator[str]:
             yield f"sources.{name}: is not among [data.sources.NAME], there are {there}"
 
 
+def _replaces(stage: StageConfig, name: str) -> bool:
+    """Whether a stage does not use the run's value of a field of training or data."""
+    if name == "steps":
+        return True
+    if name.startswith("decay_") and stage.schedule not in (None, "wsd"):
+        return True
+    if name == "min_learning_rate" and stage.schedule == "constant":
+        return True
+    same = next((pair for pair in _ALTERNATIVES if name in pair), (name,))
+    return bool(_given(stage, *same))
+
+
 def ineffective_fields(run: "RunConfig") -> Iterator[str]:
     """The fields of a run with stages that each of them replaces, though they are set."""
     for part, names in (("training", _TRAINING), ("data", _DATA)):
         config = getattr(run, part)
         default = type(config)()
         for name in names:
-            same = next((pair for pair in _ALTERNATIVES if name in pair), (name,))
             if getattr(config, name) != getattr(default, name) and all(
-                _given(stage, *(("steps", "tokens") if name == "steps" else same))
-                for stage in run.stages.values()
+                _replaces(stage, name) for stage in run.stages.values()
             ):
                 yield f"{part}.{name} has no effect, as every stage sets its own: remove it"
+    if all(stage.sources for stage in run.stages.values()):
+        for name, source in run.data.sources.items():
+            if source.weight != type(source).weight:
+                yield (
+                    f"data.sources.{name}.weight has no effect, as every stage sets its own: "
+                    "remove it"
+                )

@@ -194,12 +194,21 @@ class TrainingConfig:
                 f"warmup_fraction {fractions[0]} and decay_fraction {fractions[1]} add up to more "
                 "than 1"
             )
+
+    def stage_problems(self) -> Iterator[str]:
+        """What is wrong with it for a stage, or for a run without any.
+
+        Not with the config itself: stages may replace its length and its schedule.
+        """
         warmup, decay = self.phase_steps
         if warmup + decay > self.steps:
             yield (
                 f"a warm-up of {warmup} and a decay of {decay} steps are more than the "
                 f"{self.steps} steps"
             )
+        least = self.min_learning_rate
+        if self.schedule == "constant" and least != TrainingConfig.min_learning_rate:
+            yield f"min_learning_rate is {least}, and schedule constant does not use it"
 
     @property
     def micro_batch_size(self) -> int:

@@ -30,6 +30,10 @@ def describe_extension(previous: RunConfig, config: RunConfig, step: int) -> Ite
                 f"{rates[1]:.3g}; to decay only once, go back to before the decay: remove the "
                 f"checkpoints after {FOLDER}/{old.decay_start} and run this again"
             )
+        elif old.start <= step < min(old.stop, new.stop):
+            before, now = (_rate(run, step + 1) for run in (previous, config))
+            if before != now:
+                yield f"the learning rate of step {step + 1:,} is {now:.3g}, it was {before:.3g}"
     if added := [new.name for new in news[len(olds) :]]:
         yield f"stages added: {', '.join(added)}"
 

@@ -172,6 +172,9 @@ def _train(
             _check_same_data(saved, data, config.output)
             left = _stages_left(stages, saved)
             display.say(_resuming(saved, is_complete=not left))
+            if saved.digests.keys() != data.digests.keys():
+                display.say("other sources than before: the best checkpoint is that of later steps")
+                checkpoints.forget_best()
             for line in describe_extension(previous, config, saved.step):
                 display.say(line)
         _write_directory(config, data.tokenizer, is_new=previous is None)
@@ -468,10 +471,12 @@ def _announce(
 
 
 def _check_same_data(saved: LoopState, data: Data, output: str) -> None:
-    """Raises HymbaError if a checkpoint is of other data."""
-    digests = data.digests
+    """Raises HymbaError if a checkpoint is of other data.
+
+    Sources that no stage so far has read may have gone.
+    """
     for source, digest in saved.digests.items():
-        if digests.get(source) != digest:
+        if data.digests.get(source, digest) != digest:
             raise HymbaError(
                 f"{output}: the {source} has other tokens than those the run was trained on: "
                 "restore them, or choose another output"

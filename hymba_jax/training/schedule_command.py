@@ -54,6 +54,8 @@ def main(args: Sequence[str], prog: str) -> None:
     """
     does = "Shows the learning rate, the data and the sequence length of a run over its tokens."
     choice, run = parse_choice(ScheduleConfig, args, prog, does)
+    if choice.image:
+        draw(run, resolve_path(choice.image))
     curves = schedule_curves(run, _COLUMNS)
     console = Console(soft_wrap=True, highlight=False)
     for stage in run.resolved_stages:
@@ -64,7 +66,6 @@ def main(args: Sequence[str], prog: str) -> None:
         console.print(f"  {bars(values)}")
     console.print(f"  0{f'{_total(run):,} tokens':>{_COLUMNS - 1}}")
     if choice.image:
-        draw(run, resolve_path(choice.image))
         console.print(choice.image)
 
 

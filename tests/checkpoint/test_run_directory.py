@@ -75,6 +75,12 @@ def test_another_run_is_refused_by_name(config, change, named):
     assert named in str(caught.value)
 
 
+def test_a_run_that_started_from_a_model_is_resumed_with_it(config):
+    started = dataclasses.replace(config, init_from="runs/base")
+    with pytest.raises(HymbaError, match="or give --init-from runs/base again"):
+        check_resumes(started, dataclasses.replace(config, model=MODEL), 1)
+
+
 def test_a_directory_of_another_program_is_refused(config, tmp_path):
     (tmp_path / "run" / "config.toml").unlink()
     with pytest.raises(HymbaError, match="no config"):

@@ -14,8 +14,9 @@ from flax import nnx
 from slow import slow_but
 
 from hymba_jax.checkpoint.checkpoints import resolve_step
+from hymba_jax.config.data import WeightedSourceConfig
 from hymba_jax.config.run import RunConfig
-from hymba_jax.config.stages import StageConfig
+from hymba_jax.config.stages import StageConfig, StageSourceConfig
 from hymba_jax.config.tracking import TrackingConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import IGNORED_TARGET
@@ -248,7 +249,7 @@ def test_other_data_is_refused(config, tmp_path, capsys):
     text = page.read_text()
     page.write_text(text[::-1])
     train(config)
-    assert f"{tokens}: has the tokens of the run, no text is read" in capsys.readouterr().out
+    assert "data.path: the run has the tokens, no text is read" in capsys.readouterr().out
     shutil.rmtree(tokens)
     with pytest.raises(HymbaError, match="the training source corpus has other tokens than"):
         train(config)
@@ -396,6 +397,36 @@ def test_a_run_is_extended(config, tmp_path, capsys):
         train(staged(config, STABLE, longer, LONGER))
 
 
+def test_a_stage_on_a_new_source_is_added(config, tmp_path, capsys):
+    """What a run trains on that had source and stage from the start, with its own tokens."""
+    other = tmp_path / "other.txt"
+    other.write_text("another corpus, of one document " * 40)
+
+    def staged_on(stages, **paths):
+        sources = {name: WeightedSourceConfig(str(path)) for name, path in paths.items()}
+        data = dataclasses.replace(config.data, path="", sources=sources)
+        return staged(dataclasses.replace(config, data=data), *stages)
+
+    def on(source):
+        return {"sources": {source: StageSourceConfig()}}
+
+    pages = config.data.path
+    stages = [("stable", 4, STABLE[2] | on("pages")), ("more", 3, on("other"))]
+    both = staged_on(stages, pages=pages, other=other)
+    expected = train(both, tmp_path / "elsewhere")
+    train(staged_on([STABLE], pages=pages))
+    with pytest.raises(HymbaError, match=r"stages\.stable: the share of pages was 1\.0, is 0\.5"):
+        train(staged_on([STABLE], pages=pages, other=other))
+    capsys.readouterr()
+    lines = train(both)
+    said = capsys.readouterr().out
+    assert "data.sources.pages: the run has the tokens, no text is read" in said
+    assert "other sources than before: the best checkpoint is that of later steps" in said
+    assert [without_validation(line) for line in lines] == [*map(without_validation, expected)]
+    with pytest.raises(HymbaError, match=r"the share of other was 1\.0, and has gone"):
+        train(staged_on([STABLE, ("more", 3, {})], pages=pages))
+
+
 def test_a_decay_that_is_lengthened_says_what_it_does(config, capsys):
     decay = {"schedule": "linear", "warmup_steps": 0, "learning_rate": 0.4}
     decay["min_learning_rate"] = 0.0
@@ -415,6 +446,10 @@ CHANGED = {
     "stages.stable: training.batch_size was 8, is": [("stable", 4, {"batch_size": 4}), DECAY],
     "stages.other: name was 'stable', is 'other'": [("other", 4, {}), DECAY],
     "stages.stable: training.steps was 4, is 5": [("stable", 5, {}), DECAY],
+    "stages.stable: training.learning_rate was .*, is 0.2": [
+        ("stable", 4, {"schedule": "constant", "learning_rate": 0.2}),
+        DECAY,
+    ],
     "stages.decay has gone": [STABLE],
     r"is at step 6, stages\.decay\.steps is 1": [STABLE, (*DECAY[:1], 1, DECAY[2])],
 }

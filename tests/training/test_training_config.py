@@ -1,5 +1,6 @@
 import pytest
 
+from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 
@@ -72,8 +73,9 @@ def test_phases_are_given_in_steps_or_fractions(options, phases):
         ({"schedule": "linear", "decay_fraction": 0.1}, "of schedule wsd, not of linear"),
         ({"warmup_fraction": 0.7, "decay_fraction": 0.4}, "0.7 and decay_fraction 0.4 add up"),
         ({"warmup_steps": 60, "decay_steps": 60}, "more than the 100 steps"),
+        ({"schedule": "constant", "min_learning_rate": 1e-4}, "schedule constant does not use it"),
     ],
 )
 def test_a_schedule_that_contradicts_itself_is_refused(options, problem):
     with pytest.raises(HymbaError, match=problem):
-        TrainingConfig(steps=100, **options)
+        RunConfig(training=TrainingConfig(steps=100, **options))
