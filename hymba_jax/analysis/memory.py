@@ -13,6 +13,7 @@ from rich.table import Table
 from hymba_jax.checkpoint.model_file import read_model, read_trainable
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
+from hymba_jax.config.run import RunConfig, read_table
 from hymba_jax.config.sampling import INT32_MAX
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
@@ -136,6 +137,12 @@ def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
     if bool(args.preset) == bool(args.config):
         raise HymbaError(f"name either a preset or a config; presets are {', '.join(PRESETS)}")
     if args.config:
+        _, table = read_table(args.config, RunConfig())
+        if "model" not in table:
+            raise HymbaError(
+                f"{args.config}: has no [model], its run starts from a model: name the config.toml "
+                "of that model, or of the run, or a preset"
+            )
         return read_model(args.config)
     if args.preset not in PRESETS:
         raise HymbaError(f"preset is {args.preset!r}, not one of {', '.join(PRESETS)}")

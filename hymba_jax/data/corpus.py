@@ -13,7 +13,7 @@ from hymba_jax.data.documents import read_documents
 from hymba_jax.data.listing import File
 from hymba_jax.data.manifest import SIDES, TRAIN
 from hymba_jax.data.records import Content, Document, Problem
-from hymba_jax.data.split import hold_out_tail, is_held_out
+from hymba_jax.data.split import document_hash, hold_out_tail, is_held_out
 from hymba_jax.data.text_field import TextField
 
 _NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
@@ -46,6 +46,7 @@ class Corpus:
       on_bad_record: what is done about bad records.
       validation_fraction: about this share of the documents is held out; 0 holds out none, 1 all.
       held_out: whether a document is, by its first piece and the fraction.
+      excluded: hashes of documents that are skipped, as they are for validation elsewhere.
     """
 
     path: str
@@ -54,6 +55,7 @@ class Corpus:
     on_bad_record: OnBadRecord = "stop"
     validation_fraction: float = 0.0
     held_out: Callable[[Document, float], bool] = held_out_by_text
+    excluded: frozenset[int] = frozenset()
 
     @property
     def options(self) -> dict[str, str | float]:
@@ -62,6 +64,7 @@ class Corpus:
             **self.content.options,
             "on_bad_record": self.on_bad_record,
             "validation_fraction": self.validation_fraction,
+            **({"excluded documents": _digest(self.excluded)} if self.excluded else {}),
         }
 
     @property
@@ -75,7 +78,7 @@ class Corpus:
         """The documents of some of the files, each with the side that it is on.
 
         Args:
-          report: called with each bad record that is skipped.
+          report: called with each bad record, and each excluded document, that is skipped.
 
         Raises:
           HymbaError: as `read_documents` does.
@@ -85,12 +88,16 @@ class Corpus:
             for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
                 yield piece, SIDES[held_out]
             return
-        is_first, held_out = True, False
+        is_first, held_out, excluded = True, False, False
         for document in documents:
             if is_first:
                 held_out = self.held_out(document, self.validation_fraction)
+                excluded = bool(self.excluded) and document_hash(document.text) in self.excluded
+                if excluded and report is not None:
+                    report(Problem(document.name, "is held out for validation elsewhere"))
             is_first = not document.continues
-            yield document, SIDES[held_out]
+            if not excluded:
+                yield document, SIDES[held_out]
 
     def training_texts(self) -> Iterator[str]:
         """The pieces of the documents that are trained on."""
@@ -108,6 +115,24 @@ class Corpus:
                 return 0
             length, has_ended = length + len(document.text), not document.continues
         return length if length > 1 else 0
+
+
+def document_hashes(corpora: Iterable[Corpus]) -> frozenset[int]:
+    """The hashes of all documents, for `Corpus.excluded`: 64 bytes of memory for each."""
+    found = set()
+    for corpus in corpora:
+        is_first = True
+        for document in read_documents(corpus.files, corpus.content, corpus.on_bad_record):
+            if is_first:
+                found.add(document_hash(document.text))
+            is_first = not document.continues
+    return frozenset(found)
+
+
+def _digest(hashes: frozenset[int]) -> str:
+    """Tells a set of hashes from others."""
+    content = b"".join(value.to_bytes(8) for value in sorted(hashes))
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def standard_library(validation_fraction: float) -> Corpus:

@@ -98,13 +98,13 @@ class Manifest:
 
     Attributes:
       options: how its documents were read and split, by name.
-      bad_records: how many were skipped.
+      skipped: how many records were: bad ones, and documents that are held out elsewhere.
     """
 
     sources: tuple[Source, ...]
     options: Mapping[str, str | float]
     tokenizer: TokenizerInfo
-    bad_records: int
+    skipped: int
     train: Side
     validation: Side
 

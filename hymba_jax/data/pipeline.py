@@ -154,6 +154,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> D
       HymbaError: a source is unusable.
     """
     sources = open_sources(config, tokenizer, output)
+    _check_chat_options(config, [*sources.train.values(), *sources.validation.values()])
     unused = [
         f"data.sources.{name}: has weight 0 and is not read"
         for name, source in config.train_sources.items()
@@ -161,6 +162,18 @@ def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> D
     ]
     notes = (*sources.notes, *unused)
     return Data(sources.tokenizer, sources.train, sources.validation, notes)
+
+
+def _check_chat_options(config: DataConfig, sources: Sequence[Tokens]) -> None:
+    """Raises HymbaError if options of conversations are set, and all sources are text."""
+    if any(tokens.store.has_mask for tokens in sources):
+        return
+    for name in ("loss_on", "too_long"):
+        if getattr(config, name) != getattr(DataConfig, name):
+            raise HymbaError(
+                f"data.{name} is of conversations, and all sources are text: leave it out, or set "
+                "data.format to chat"
+            )
 
 
 def make_rows(

@@ -4,8 +4,8 @@ One process calls `tokenize_sources`; then all processes open the same tokens.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.conversations import Conversations
-from hymba_jax.data.corpus import Corpus, standard_library
+from hymba_jax.data.corpus import Corpus, document_hashes, standard_library
 from hymba_jax.data.listing import File, is_url, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, VALIDATION
 from hymba_jax.data.records import Content
@@ -88,6 +88,11 @@ class _Place:
         return not (self._is_tokenized or self.token_files)
 
     @property
+    def is_held_out(self) -> bool:
+        """Whether it is a source of validation."""
+        return self.held_out == 1
+
+    @property
     def tokenized(self) -> Path | None:
         """The tokenized corpus; None if it is files of tokens."""
         if self._is_tokenized:
@@ -131,7 +136,8 @@ def tokenize_sources(
     """Tokenizes every source that is text into the run directory, unless it is there already.
 
     What was interrupted continues. Tokens of other text or options are removed, unless a checkpoint
-    depends on them: a run that is resumed has its own tokens, and reads no text again.
+    depends on them: a run that is resumed has its own tokens, and reads the text of new sources
+    only.
 
     Args:
       tokenizer: that of the run, if it has one already; else that of the sources that are tokens
@@ -145,6 +151,13 @@ def tokenize_sources(
     """
     places = [place for _, _, place in _places(config, output)]
     text_sources = [place for place in places if place.is_text]
+    held_out = [place for place in text_sources if place.is_held_out]
+    if is_resumed:
+        done = [place for place in text_sources if (place.directory / MANIFEST).exists()]
+        text_sources = [place for place in text_sources if place not in done]
+        if done:
+            names = ", ".join(place.label for place in done)
+            display.say(f"{names}: the run has the tokens, no text is read")
     if not text_sources:
         return
     root = resolve_location(output) / TOKENS
@@ -155,27 +168,41 @@ def tokenize_sources(
             f"tokenize {text.path or 'a corpus'} with hymba tokenize and name what it wrote as "
             f"{text.label}, or choose a local output"
         )
-    if is_resumed and all((place.directory / MANIFEST).exists() for place in text_sources):
-        display.say(f"{root}: has the tokens of the run, no text is read")
-        return
     display.begin("listing the files")
-    listed = [(place, _list_text(place, output, display)) for place in text_sources]
+    listed = {
+        place.directory: _list_text(place, output, display) for place in (*text_sources, *held_out)
+    }
+
+    def corpora(tokenizer: Tokenizer | None) -> list[Corpus]:
+        """The corpora, without documents that are for validation elsewhere: those of text if there
+        is no tokenizer, which renders conversations."""
+
+        def of(places: Iterable[_Place]) -> list[tuple[_Place, Corpus]]:
+            return [
+                (place, _corpus(place, listed[place.directory], config, tokenizer))
+                for place in places
+                if tokenizer or not config.is_chat(place.source)
+            ]
+
+        hashes = document_hashes(corpus for _, corpus in of(held_out))
+        return [
+            corpus if place.is_held_out else replace(corpus, excluded=hashes)
+            for place, corpus in of(text_sources)
+        ]
+
     tokenizer = tokenizer or _given_tokenizer(config, places)
     if tokenizer is None:
-        texts = [(place, files) for place, files in listed if not config.is_chat(place.source)]
+        texts = corpora(None)
         if not texts:
             raise HymbaError(
                 f"data.tokenizer {config.tokenizer} is trained on text, and all sources are "
                 "conversations: name a tokenizer, or start from a model with init_from"
             )
-        training = chain.from_iterable(
-            _corpus(place, files, config).training_texts() for place, files in texts
-        )
+        training = chain.from_iterable(corpus.training_texts() for corpus in texts)
         trained = build_tokenizer(config.tokenizer, with_progress(training, display))
         tokenizer = trained.with_chat_template_of(config.chat_template)
     check(tokenizer)
-    corpora = [_corpus(place, files, config, tokenizer) for place, files in listed]
-    for place, corpus in zip(text_sources, corpora, strict=True):
+    for place, corpus in zip(text_sources, corpora(tokenizer), strict=True):
         directory = resolve_path(place.directory)
         options = {"data.path": corpus.path, **corpus.options, "tokenizer": tokenizer.fingerprint}
         if tokenize_records.difference(directory, options, corpus.files):
@@ -185,8 +212,11 @@ def tokenize_sources(
         tokenizer.save(directory)
         display.begin(f"tokenizing {corpus.path}")
         manifest = tokenize_corpus(corpus, tokenizer, directory, display)
-        if manifest and manifest.bad_records:
-            display.say(f"{corpus.path}: skipped {manifest.bad_records:,} bad records")
+        if manifest and manifest.skipped:
+            display.say(
+                f"{corpus.path}: skipped {manifest.skipped:,} records, listed in "
+                f"{directory / tokenize_records.UNITS}/*.skipped.jsonl"
+            )
 
 
 def _list_text(place: _Place, output: str, display: Display) -> tuple[File, ...]:
@@ -331,7 +361,7 @@ def _train_side(place: _Place, sides: dict[str, Tokens]) -> Tokens:
     if TRAIN not in sides:
         raise HymbaError(
             f"{place.path or 'standard library'}: {place.label} leaves no document to train on: "
-            "add documents, or hold out a smaller validation_fraction"
+            "add some that are not held out for validation"
         )
     return sides[TRAIN]
 

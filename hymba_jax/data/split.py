@@ -20,8 +20,16 @@ def is_held_out(text: str, fraction: float) -> bool:
     Args:
       text: the document, of one in pieces its first piece.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64  # exact, as are Python's comparisons
+    return document_hash(text) < fraction * 2**64  # exact, as are Python's comparisons
+
+
+def document_hash(text: str) -> int:
+    """64 bits that tell a document from others.
+
+    Args:
+      text: the document, of one in pieces its first piece.
+    """
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def hold_out_tail(

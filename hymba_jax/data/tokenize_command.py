@@ -1,5 +1,6 @@
 """`hymba tokenize`: a corpus to shards of tokens, on all cores, of one host or of several."""
 
+import dataclasses
 import errno
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from hymba_jax.config.data import DataConfig, Format, LossOn, OnBadRecord
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.conversations import Conversations
-from hymba_jax.data.corpus import Corpus
+from hymba_jax.data.corpus import Corpus, document_hashes
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
 from hymba_jax.data.records import Content
@@ -49,6 +50,8 @@ class TokenizeDataConfig:
       on_bad_record: whether a bad record is an error or skipped, and listed in the output.
       validation_fraction: about this share of the documents, chosen by a hash of their text, is
         held out for validation.
+      exclude: paths, as `path`, of text that is for validation or evaluation: documents that are
+        also there are skipped, and listed in the output.
     """
 
     path: str = ""
@@ -57,6 +60,7 @@ class TokenizeDataConfig:
     text_field: str = "text"
     on_bad_record: OnBadRecord = "stop"
     validation_fraction: float = 0.05
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     given = None
     if config.bpe_size is None:
         given = build_tokenizer(config.tokenizer, ()).with_chat_template_of(config.chat_template)
-    corpus = _corpus(config, listing.files, given)
+    corpus = _corpus(config, listing.files, given, display)
     options = {"data.path": data.path, **corpus.options, "tokenizer": config.tokenizer}
     tokenize_records.begin(directory, options, listing.files)
     tokenizer = _prepare_tokenizer(config, given, corpus, directory, display)
@@ -176,24 +180,39 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     _summarize(manifest, directory, display)
     for what, count in sorted(listing.skipped.items()):
         display.say(f"skipped {what}: {count:,}")
+    if not manifest.train.documents + manifest.validation.documents:
+        raise HymbaError(f"{data.path}: has no documents, all of its text is empty")
     for example in examples(TokenizedCorpus.open(directory), config.show):
         display.say(example)
 
 
-def _corpus(config: TokenizeConfig, files: tuple[File, ...], tokenizer: Tokenizer | None) -> Corpus:
+def _corpus(
+    config: TokenizeConfig,
+    files: tuple[File, ...],
+    tokenizer: Tokenizer | None,
+    display: Display,
+) -> Corpus:
     """The corpus; one of conversations takes the tokenizer that renders them."""
     data = config.data
     content: Content = TextField(data.text_field)
     if tokenizer is not None and data.format == "chat":
         template = config.chat_template or config.tokenizer
         content = Conversations(tokenizer, data.loss_on, template)
-    return Corpus(
+    corpus = Corpus(
         path=data.path,
         files=files,
         content=content,
         on_bad_record=data.on_bad_record,
         validation_fraction=data.validation_fraction,
     )
+    if not data.exclude:
+        return corpus
+    display.begin("reading the documents to exclude")
+    excluded = (
+        dataclasses.replace(corpus, path=path, files=list_files(path).files)
+        for path in data.exclude
+    )
+    return dataclasses.replace(corpus, excluded=document_hashes(excluded))
 
 
 def _prepare_tokenizer(
@@ -237,9 +256,9 @@ def _summarize(manifest: Manifest, directory: Path, display: Display) -> None:
             f"{name}: {side.documents:,} documents, {side.tokens:,} tokens, {side.text_bytes:,} "
             f"bytes of text, {len(side.shards)} shards"
         )
-    if manifest.bad_records:
+    if manifest.skipped:
         display.say(
-            f"skipped bad records: {manifest.bad_records:,}, listed in "
+            f"skipped records: {manifest.skipped:,}, listed in "
             f"{directory / tokenize_records.UNITS}/*.skipped.jsonl"
         )
 

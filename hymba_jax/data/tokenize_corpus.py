@@ -141,7 +141,7 @@ class CorpusWriter:
                 bos_id=tokenizer.bos_id,
                 eos_id=tokenizer.eos_id,
             ),
-            bad_records=sum(record.bad_records for record in records),
+            skipped=sum(record.skipped for record in records),
             train=Side.of(shard for record in records for shard in record.shards[TRAIN]),
             validation=Side.of(shard for record in records for shard in record.shards[VALIDATION]),
         )
@@ -154,14 +154,14 @@ class CorpusWriter:
     def _write_unit(self, unit: int, record: UnitRecord, encoder: Encoder) -> None:
         path = record_path(self._directory, unit)
         files = self._progress.following(self._units[unit])
-        with _BadRecords(path.with_suffix(".skipped.jsonl")) as bad_records:
-            texts = _after(record.documents, self._corpus.documents(files, bad_records.add))
+        with _Skipped(path.with_suffix(".skipped.jsonl")) as skipped:
+            texts = _after(record.documents, self._corpus.documents(files, skipped.add))
             documents = groupby(encoder.encode(texts), lambda encoded: encoded[1])
             index = max(len(shards) for shards in record.shards.values())
             while not record.done:
                 self._write_shards(f"{unit:05}-{index:03}", record, documents)
                 index += 1
-                record.bad_records = bad_records.count if record.done else 0
+                record.skipped = skipped.count if record.done else 0
                 record.write(path)
 
     def _write_shards(
@@ -291,8 +291,8 @@ def _writing(path: Path, tokenizer: Tokenizer, *, is_chat: bool) -> Iterator[_Sh
     writer.write_checksums()
 
 
-class _BadRecords(Closing):
-    """A file that lists the bad records that were skipped, if there are any; a context."""
+class _Skipped(Closing):
+    """A file that lists the records that were skipped, if there are any; a context."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)  # of a run that was killed

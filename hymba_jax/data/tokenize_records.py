@@ -7,7 +7,7 @@ the directory `units` has
 |-----------------------|-------------------------------------------------------------------|
 | `corpus.json`         | options and files, that a command which resumes has to share      |
 | `UUUUU.json`          | a unit's shards that are there, and whether these are all         |
-| `UUUUU.skipped.jsonl` | its bad records, if they are skipped and there are any            |
+| `UUUUU.skipped.jsonl` | its records that were skipped, if there are any                   |
 """
 
 import hashlib
@@ -41,14 +41,14 @@ class UnitRecord:
       corpus: the digest of what is tokenized, and how.
       shards: those that are there, by side.
       documents: how many of the unit, from the first one on, they hold.
-      bad_records: how many were skipped; known at the end.
+      skipped: how many of its records were; known at the end.
       done: whether the shards hold all of its documents.
     """
 
     corpus: str
     shards: dict[str, list[ShardInfo]] = field(default_factory=lambda: {side: [] for side in SIDES})
     documents: int = 0
-    bad_records: int = 0
+    skipped: int = 0
     done: bool = False
 
     @classmethod

@@ -57,6 +57,9 @@ def tokenize(chats, output, *options):
     return output
 
 
+CHAT = ("--data.format", "chat")
+
+
 def found_conversations(rows):
     """The targets of each segment."""
     for index in range(len(rows)):
@@ -120,6 +123,12 @@ def test_beside_text(chats, text, template, output):
     assert sum(of_text) == 2
     # All of a text but its first token are targets.
     assert (is_target == (batch.segment_ids > 0)).all(1).tolist() == of_text
+    held = text.with_name("held.jsonl")
+    held.write_text('{"text": "held out"}')
+    options = {"loss_on": "last", "format": "text", "validation": {"held": SourceConfig(str(held))}}
+    alone = config(text, **options)
+    with pytest.raises(HymbaError, match=r"data\.loss_on is of conversations, and all sources are"):
+        prepare(alone, f"{output}1")
     with pytest.raises(HymbaError, match="bpe:270 is trained on text, and all sources are conv"):
         prepare(config(chats, tokenizer="bpe:270"), f"{output}2")
 
@@ -127,7 +136,7 @@ def test_beside_text(chats, text, template, output):
 def test_tokenized_beside_text_that_was_tokenized_without_a_template(
     chats, text, template, tmp_path, output
 ):
-    options = ("--data.format", "chat", "--chat-template", template)
+    options = (*CHAT, "--chat-template", template)
     sources = {
         "text": WeightedSourceConfig(str(tokenize(text, tmp_path / "a")), format="text"),
         "chats": WeightedSourceConfig(str(tokenize(chats, tmp_path / "b", *options))),
@@ -155,9 +164,11 @@ def test_tokenized_beside_text_that_was_tokenized_without_a_template(
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
 def test_what_does_not_fit_is_counted(chats, template, output, too_long):
+    options = (*CHAT, "--chat-template", template, "--data.validation-fraction", 0)
+    tokenized = tokenize(chats, chats.with_name("all"), *options)
     data = config(
         chats, chat_template=str(template), too_long=too_long, sequence_length=22,
-        validation={"all": SourceConfig(str(chats))},
+        validation={"all": SourceConfig(str(tokenized))},
     )  # fmt: skip
     opened = prepare(data, output)
     lengths = [len(ids) for ids, _ in map(expected_tokens, RECORDS)]

@@ -101,6 +101,32 @@ def test_one_bpe_is_trained_on_the_training_documents_of_all_sources(tmp_path, o
     assert opened.validation["z"].text_bytes == 900
 
 
+def test_documents_of_validation_are_not_trained_on(corpus, tokenized, tmp_path, output):
+    """Nor do they train the tokenizer. Of tokens, they are skipped when the text is tokenized."""
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps({"text": text}) for text in [*TEXTS[3:20], "new"]))
+    left = {text for text in TEXTS if text not in TEXTS[3:20]}
+    data = config(validation={"held": SourceConfig(str(held))}, tokenizer="bpe:270")
+    opened = prepare(dataclasses.replace(data, path=str(corpus)), output)
+    decode = opened.tokenizer.decode
+    assert {decode(ids) for ids in documents(opened.train["corpus"])} == left
+    assert len(documents(opened.validation["held"])) == 18
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS if text in left))
+    alone = prepare(dataclasses.replace(data, path=str(rest)), f"{output}2")
+    assert alone.tokenizer.fingerprint == opened.tokenizer.fingerprint
+
+    excluding = tokenize(corpus, tmp_path / "excluding", 0, "--data.exclude", held)
+    tokens = prepare(dataclasses.replace(data, path=str(excluding), tokenizer="bytes"), output)
+    assert {tokens.tokenizer.decode(ids) for ids in documents(tokens.train["corpus"])} == left
+    skipped = (excluding / "units" / "00000.skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in skipped] == [
+        f"corpus.jsonl:{number}" for number in range(4, 21)
+    ]
+    with pytest.raises(SystemExit, match="was begun with excluded documents"):
+        tokenize(corpus, tmp_path / "excluding", 0)
+
+
 def test_the_run_directory_is_no_text(corpus, tmp_path):
     output = tmp_path / "runs" / "mine"
     first = prepare(config(tmp_path), str(output))
@@ -112,8 +138,8 @@ def test_the_run_directory_is_no_text(corpus, tmp_path):
         prepare(config(tmp_path), str(tmp_path))
 
 
-def tokenize(corpus, output, fraction):
-    options = ("--data.path", corpus, "--data.validation-fraction", fraction)
+def tokenize(corpus, output, fraction, *options):
+    options = ("--data.path", corpus, "--data.validation-fraction", fraction, *options)
     options += ("--tokenizer", "bytes", "--output", output)
     cli.main(["tokenize", *map(str, options)])
     return output

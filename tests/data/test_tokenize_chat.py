@@ -117,7 +117,7 @@ def test_bad_records_are_skipped_and_listed(corpus, tmp_path):
         tokenize(corpus, tmp_path / "stop")
     output = tokenize(corpus, tmp_path / "skip", {"on_bad_record": "skip"})
     manifest = TokenizedCorpus.open(output).manifest
-    assert manifest.bad_records == 1
+    assert manifest.skipped == 1
     assert manifest.train.documents + manifest.validation.documents == len(RECORDS) + 1
     (line,) = (output / "units" / "00000.skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "99.jsonl:1"

@@ -234,12 +234,12 @@ def test_bad_records_are_counted_once(small, corpus, tmp_path, capsys):
     with pytest.raises(HymbaError, match=r"1\.jsonl: 2 problems"):
         tokenize(directory, tmp_path / "stopped", tokenizer="bytes")
     tokenize(directory, tmp_path / "out", {"on_bad_record": "skip"}, tokenizer="bytes")
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["bad_records"] == 4
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"] == 4
     lists = sorted((tmp_path / "out" / "units").glob("*.skipped.jsonl"))
     listed = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
     assert [line["name"] for line in listed] == [f"{n}.jsonl:{m}" for n in (1, 4) for m in (5, 6)]
     assert "not a JSON object" in listed[1]["reason"]
-    assert "skipped bad records: 4, listed in " in capsys.readouterr().out
+    assert "skipped records: 4, listed in " in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line_and_continues(corpus, tmp_path):

@@ -1,5 +1,6 @@
 """`hymba tokenize` in processes of its own: killed at random moments, and told what is wrong."""
 
+import contextlib
 import random
 import shutil
 import signal
@@ -125,10 +126,16 @@ def test_a_corpus_from_the_command_line(corpus, tmp_path, capsys):
         (("--tokenizer", "bpe:many"), "tokenizer 'bpe:many' needs an integer"),
         (("--tokenizer", "nowhere"), "unknown tokenizer 'nowhere': give bytes, bpe:SIZE"),
         (("--tokenizer", "bytes", "--data.path", "/nowhere"), "/nowhere: no such file or dir"),
+        (("--tokenizer", "bytes", "--data.exclude", "/nowhere"), "/nowhere: no such file or dir"),
+        (
+            ("--tokenizer", "bytes", "--data.path", "empty.jsonl"),
+            "has no documents, all of its text",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(corpus, tmp_path, options, message):
-    with pytest.raises(SystemExit) as stopped:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(SystemExit) as stopped, contextlib.chdir(tmp_path):
         cli.main(arguments(corpus, tmp_path / "out", *options))
     assert message in stopped.value.code
     assert "\n" not in stopped.value.code
