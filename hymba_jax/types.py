@@ -13,6 +13,9 @@
 | value_dim  | Dv                | width of a value head                                    |
 | channels   | E                 | SSM channels                                             |
 | state      | N                 | SSM state size per channel                               |
+| ssm_heads  |                   | heads of Mamba2, each with a time step and decay         |
+| ssm_head_dim | P               | channels of a Mamba2 head                                |
+| ssm_groups | G                 | groups of Mamba2 heads that share B and C                |
 | dt_rank    | R                 | width of the time step before `dt_proj`                  |
 | chunks     |                   | chunks of a sequence                                     |
 | steps      |                   | positions in a chunk                                     |

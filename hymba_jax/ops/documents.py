@@ -19,7 +19,7 @@ class Documents(NamedTuple):
     """
 
     starts: Bool[Array, "batch length"]
-    state: Float[Array, "batch _ channels"]
+    state: Float[Array, "batch _ *channels"]
 
 
 def document_starts(segment_ids: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
