@@ -1,5 +1,7 @@
 """Patterns of layers, spelt out."""
 
+import dataclasses
+
 import pytest
 
 from hymba_jax.config.layer_pattern import LayerSpec, format_pattern, hymba_pattern, parse_pattern
@@ -10,7 +12,7 @@ def specs(pattern):
 
 
 def test_every_letter():
-    assert specs("Gg Ww Aa Ll M") == [
+    assert specs("Gg Ww Aa Ll M S") == [
         LayerSpec("global", ssm="mamba"),
         LayerSpec("global", ssm="mamba", reuses_kv=True),
         LayerSpec("window", ssm="mamba"),
@@ -20,7 +22,18 @@ def test_every_letter():
         LayerSpec("window", ssm=None),
         LayerSpec("window", ssm=None, reuses_kv=True),
         LayerSpec(None, ssm="mamba"),
+        LayerSpec(None, ssm="mamba2"),
     ]
+
+
+def test_layers_without_an_mlp():
+    attention, mamba2 = LayerSpec("global", ssm=None, mlp=False), LayerSpec(None, "mamba2")
+    assert specs("A-a S-") == [
+        attention,
+        LayerSpec("global", ssm=None, reuses_kv=True),
+        dataclasses.replace(mamba2, mlp=False),
+    ]
+    assert specs("2*A-M") == [attention, LayerSpec(None, ssm="mamba")] * 2
 
 
 @pytest.mark.parametrize(
@@ -30,6 +43,7 @@ def test_every_letter():
         ("1*G  Www", "G Www"),
         ("G G W W", "2*G 2*W"),
         ("3*GWWW GWWW", "4*GWWW"),
+        ("A-M A-M S- S S-", "2*A-M S- S S-"),
     ],
 )
 def test_equal_neighbours_merge(written, shortest):
@@ -49,6 +63,9 @@ def test_equal_neighbours_merge(written, shortest):
         ("Gw", "the layer before it has no window attention"),
         ("WMw", "'w' in 'WMw' reuses"),
         ("W w", "'w' in 'w' reuses"),
+        ("A--", "'A--' is not a layer group"),
+        ("-A", "'-A' is not a layer group"),
+        ("W-g-", "'g-' in 'W-g-' reuses"),
     ],
 )
 def test_impossible_patterns(pattern, message):

@@ -14,10 +14,14 @@ own keys and values. `7*` repeats a group, and repeated groups are compiled once
 | A      | global                    | no        |
 | L      | sliding window ("local")  | no        |
 | M      | none                      | yes       |
+| S      | none                      | Mamba2    |
 
-A lower-case letter reuses the keys and values of the layer before it (paper, section 2.3).
+A lower-case letter reuses the keys and values of the layer before it (paper, section 2.3). An MLP
+follows the heads of every layer but those marked `-`: `48*S-` is Mamba2 as it was published, and
+`16*A-M` has attention, Mamba and MLP one after the other, each with its own output projection.
 """
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
@@ -27,7 +31,7 @@ from typing import Literal
 from hymba_jax.config.field_types import shown
 
 type Attention = Literal["global", "window"]
-type SSMKind = Literal["mamba"]
+type SSMKind = Literal["mamba", "mamba2"]
 
 MAX_LAYERS = 4096
 """Far deeper than any model; each group is compiled separately."""
@@ -35,12 +39,13 @@ MAX_LAYERS = 4096
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: which heads it has, and whether it reuses the keys and values of the layer
-    before."""
+    """One layer: which heads it has, whether it reuses the keys and values of the layer before, and
+    whether an MLP follows."""
 
     attention: Attention | None
     ssm: SSMKind | None
     reuses_kv: bool = False
+    mlp: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,14 @@ _LETTERS = {
     "A": LayerSpec("global", ssm=None),
     "L": LayerSpec("window", ssm=None),
     "M": LayerSpec(None, ssm="mamba"),
+    "S": LayerSpec(None, ssm="mamba2"),
     "g": LayerSpec("global", ssm="mamba", reuses_kv=True),
     "w": LayerSpec("window", ssm="mamba", reuses_kv=True),
     "a": LayerSpec("global", ssm=None, reuses_kv=True),
     "l": LayerSpec("window", ssm=None, reuses_kv=True),
 }
 _SPECS = {spec: letter for letter, spec in _LETTERS.items()}
+_NO_MLP = "-"  # after a letter
 
 
 def parse_pattern(pattern: str) -> tuple[GroupSpec, ...]:
@@ -79,11 +86,11 @@ def parse_pattern(pattern: str) -> tuple[GroupSpec, ...]:
     groups: list[GroupSpec] = []
     num_layers = 0
     for word in pattern.split():
-        match = re.fullmatch(r"(?:([1-9][0-9]*)\*)?([A-Za-z]+)", word)
+        match = re.fullmatch(r"(?:([1-9][0-9]*)\*)?((?:[A-Za-z]-?)+)", word)
         if match is None:
             raise ValueError(f"{shown(word)} is not a layer group such as Ww or 7*Ww")
         repeats = int((match[1] or "1")[:9])  # enough to be too many
-        num_layers += repeats * len(match[2])
+        num_layers += repeats * sum(letter != _NO_MLP for letter in match[2])
         if num_layers > MAX_LAYERS:
             raise ValueError(f"with {shown(word)} there are more than {MAX_LAYERS} layers")
         layers = _parse_group(match[2])
@@ -96,11 +103,14 @@ def parse_pattern(pattern: str) -> tuple[GroupSpec, ...]:
 
 
 def _parse_group(letters: str) -> tuple[LayerSpec, ...]:
-    unknown = sorted(set(letters) - set(_LETTERS))
+    unknown = sorted(set(letters) - {*_LETTERS, _NO_MLP})
     if unknown:
         raise ValueError(f"unknown layer {', '.join(unknown)} in {letters!r}; {_known_letters()}")
-    layers = tuple(_LETTERS[letter] for letter in letters)
-    for before, layer, letter in zip((None, *layers), layers, letters, strict=False):
+    marked = re.findall(f".{_NO_MLP}?", letters)
+    layers = tuple(
+        dataclasses.replace(_LETTERS[letter[0]], mlp=letter[1:] != _NO_MLP) for letter in marked
+    )
+    for before, layer, letter in zip((None, *layers), layers, marked, strict=False):
         if layer.reuses_kv and (before is None or before.attention != layer.attention):
             raise ValueError(
                 f"{letter!r} in {letters!r} reuses keys and values, but the layer before it has no "
@@ -117,9 +127,14 @@ def format_pattern(groups: Sequence[GroupSpec]) -> str:
     """The pattern of these layer groups, the inverse of `parse_pattern`."""
     words = []
     for group in groups:
-        letters = "".join(_SPECS[layer] for layer in group.layers)
+        letters = "".join(map(_format_layer, group.layers))
         words.append(f"{group.repeats}*{letters}" if group.repeats > 1 else letters)
     return " ".join(words)
+
+
+def _format_layer(layer: LayerSpec) -> str:
+    letter = _SPECS[dataclasses.replace(layer, mlp=True)]
+    return letter if layer.mlp else letter + _NO_MLP
 
 
 def hymba_pattern(num_layers: int) -> str:

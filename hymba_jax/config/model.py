@@ -47,6 +47,8 @@ SSM_BOUNDS = {
     "state_size": Bounds(1, 2**12, "no kernel supports more states per channel"),
     "conv_kernel": Bounds(1, 2**10, "longer ranges are for attention"),
     "dt_rank": _WIDTH,
+    "head_dim": _WIDTH,
+    "groups": _WIDTH,
 }
 MODEL_BOUNDS = {
     "vocab_size": _TOKEN._replace(at_least=1, at_most=2**24),
@@ -106,19 +108,24 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class SSMConfig:
-    """The Mamba heads (arXiv 2312.00752).
+    """The SSM heads: Mamba (arXiv 2312.00752) or Mamba2 (arXiv 2405.21060).
 
     Attributes:
       expand: SSM channels per hidden channel.
       state_size: states per SSM channel.
       conv_kernel: taps of the causal convolution.
-      dt_rank: width of the time step before its projection; "auto" is ceil(hidden_size / 16).
+      dt_rank: width of Mamba's time step before its projection; "auto" is ceil(hidden_size / 16).
+      head_dim: channels of a Mamba2 head, which share a time step and a decay.
+      groups: of Mamba2 heads; those of a group share B and C. Head h is of group
+        h // (heads / groups).
     """
 
     expand: int = 2
     state_size: int = 16
     conv_kernel: int = 4
     dt_rank: int | Auto = "auto"
+    head_dim: int = 64
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,11 @@ class HymbaConfig:
         return self.ssm.expand * self.hidden_size
 
     @property
+    def ssm_heads(self) -> int:
+        """Heads of Mamba2."""
+        return self.channels // self.ssm.head_dim
+
+    @property
     def attention_channels(self) -> int:
         """Width of the concatenated attention heads, Nq * Dv."""
         return self.attention.num_heads * self.value_dim
@@ -278,7 +290,9 @@ class HymbaConfig:
         except ValueError as error:
             yield f"layers {shown(self.layers)}: {error}"
         else:
-            yield from self._head_problems([spec for group in groups for spec in group.layers])
+            specs = [spec for group in groups for spec in group.layers]
+            yield from self._head_problems(specs)
+            yield from self._mamba2_problems(specs)
 
     def _head_problems(self, specs: list[LayerSpec]) -> Iterator[str]:
         """What is wrong with the heads; empty if no layer has attention."""
@@ -315,6 +329,17 @@ class HymbaConfig:
                 f'"ntk" makes a base of {self.rope_base:.2g} of rope_theta '
                 f"{self.attention.rope_theta}, which has to be at least 1"
             )
+
+    def _mamba2_problems(self, specs: list[LayerSpec]) -> Iterator[str]:
+        """What is wrong with the heads of Mamba2; empty if no layer has them."""
+        head_dim, groups = self.ssm.head_dim, self.ssm.groups
+        is_used = any(spec.ssm == "mamba2" for spec in specs)
+        if not is_used or min(head_dim, groups, self.channels) < 1:
+            return
+        if self.channels % head_dim:
+            yield f"the {self.channels} SSM channels are not a multiple of ssm.head_dim {head_dim}"
+        elif self.ssm_heads % groups:
+            yield f"the {self.ssm_heads} SSM heads are not a multiple of ssm.groups {groups}"
 
 
 @dataclass(frozen=True)

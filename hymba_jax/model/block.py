@@ -38,15 +38,17 @@ class WithMeta(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then, unless the layer's spec says otherwise, x + mlp(norm(x))."""
 
     def __init__(
         self, config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs
     ):
         self.mixer_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         self.mixer = make_mixer(config, spec, compute, rngs)
-        self.mlp_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
-        self.mlp = MLP(config, compute, rngs)
+        self.has_mlp = spec.mlp
+        if self.has_mlp:
+            self.mlp_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
+            self.mlp = MLP(config, compute, rngs)
         self.dropout_keys: nnx.Variable[Array] | None = nnx.data(None)  # see `lora.set_dropout`
 
     def __call__(
@@ -65,7 +67,8 @@ class Block(nnx.Module):
         """
         mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, state, meta, shared)
         x = constrain(x + mixed, "batch", "length", None)
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        if self.has_mlp:
+            x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return LayerOutput(x, kv, ssm)
 
     def full_forward(

@@ -34,7 +34,8 @@ def fuse_projections(model: Hymba) -> Hymba:
     """
     for block in model.blocks():
         _fuse([getattr(block.mixer, name, None) for name in ("attention", "ssm")])
-        _fuse([block.mlp])
+        if block.has_mlp:
+            _fuse([block.mlp])
     return model
 
 

@@ -13,6 +13,7 @@ from hymba_jax.model.attention import Attention
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import Linear, rms_norm
+from hymba_jax.model.mamba2 import Mamba2
 from hymba_jax.model.ssm import SSM
 from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState
 from hymba_jax.types import Array, Float
@@ -38,7 +39,8 @@ class SSMHeads(Protocol):
 
 
 SSM_KINDS: dict[SSMKind | None, Callable[[HymbaConfig, ComputeConfig, nnx.Rngs], SSMHeads]] = {
-    "mamba": SSM
+    "mamba": SSM,
+    "mamba2": Mamba2,
 }
 """The heads of each kind that a layer's spec may name."""
 
@@ -116,7 +118,7 @@ class AttentionMixer(nnx.Module):
 
 
 class SSMMixer(nnx.Module):
-    """SSM heads alone, which is a Mamba layer: out_proj(ssm(x))."""
+    """SSM heads alone, which is a Mamba or Mamba2 layer: out_proj(ssm(x))."""
 
     def __init__(
         self, config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs

@@ -22,12 +22,15 @@ from hymba_jax.parallel.mesh import (
 def axis_sizes(config: HymbaConfig) -> dict[str, int]:
     """Size of each logical axis, which its mesh axes have to divide."""
     widths = [config.mixer_channels(spec) for spec in config.layer_specs]
+    if any(spec.ssm == "mamba2" for spec in config.layer_specs):
+        widths.append(config.channels // config.ssm.groups)  # normed by group
     return {
         "hidden": config.hidden_size,
         "vocab": config.num_embeddings,
         "mlp": config.mlp_size,
         "channels": math.gcd(config.channels, *widths),
         "heads": config.attention.num_kv_heads,
+        "ssm_heads": config.ssm_heads,
     }
 
 

@@ -58,7 +58,7 @@ class SSM(nnx.Module):
             dtype=jnp.float32,
             init=uniform(rank**-0.5),
         )
-        self.dt_bias = nnx.Param(_dt_bias(rngs.params(), channels), axes=("channels",))
+        self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), channels), axes=("channels",))
         A = jnp.arange(1, state + 1, dtype=jnp.float32)
         self.A_log = nnx.Param(
             jnp.tile(jnp.log(A)[:, None], (1, channels)), axes=("state", "channels")
@@ -127,7 +127,7 @@ class SSM(nnx.Module):
         return float(length * channels * (9 * self.sizes[1] + 2 * taps))
 
 
-def _dt_bias(key: Array, channels: int) -> Float[Array, " channels"]:
+def initial_dt_bias(key: Array, channels: int) -> Float[Array, " channels"]:
     """The bias whose softplus is log-uniform in [DT_MIN, DT_MAX]."""
     low, high = jnp.log(DT_MIN), jnp.log(DT_MAX)
     dt = jnp.exp(jax.random.uniform(key, (channels,), minval=low, maxval=high))

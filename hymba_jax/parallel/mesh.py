@@ -33,6 +33,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "channels": ("tensor",),
     "heads": ("tensor",),
+    "ssm_heads": ("tensor",),
 }
 
 

@@ -15,8 +15,8 @@ from hymba_jax.types import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = {"chunked": ssd_chunked, "reference": ssd_reference}
 FASTEST = "chunked"  # on every platform
-_SEQUENCE: Axes = ("batch", "length", "heads", None)
-_STATE: Axes = ("batch", "heads", None, None)
+_SEQUENCE: Axes = ("batch", "length", "ssm_heads", None)
+_STATE: Axes = ("batch", "ssm_heads", None, None)
 
 
 def ssd(
@@ -91,17 +91,17 @@ def ssd(
     scan = ssd_single if is_step else IMPLEMENTATIONS[name]
     axis_name = length_axis(length)
     # A single group is read by the heads of all devices.
-    of_group: Axes = ("batch", "length", "heads" if groups > 1 else None, None)
+    of_group: Axes = ("batch", "length", "ssm_heads" if groups > 1 else None, None)
     return shard_map(
         partial(ssd_sharded, scan, axis_name) if axis_name else partial(_with_documents, scan),
         {
             "x": _SEQUENCE,
             "dt": _SEQUENCE[:3],
-            "A": ("heads",),
+            "A": ("ssm_heads",),
             "B": of_group,
             "C": of_group,
-            "D": ("heads",),
-            "dt_bias": ("heads",),
+            "D": ("ssm_heads",),
+            "dt_bias": ("ssm_heads",),
             "initial_state": _STATE,
             "starts": ("batch", "length"),
         },

@@ -47,7 +47,7 @@ def ssd_chunked(
     chunks = math.ceil(length / steps)
 
     def split(v: Array, *axes: int) -> Array:
-        """(batch, length, ...) as (chunks, batch, ..., steps, last), which matmuls read in order."""
+        """(batch, length, ...) as (chunks, batch, ..., steps, last), in the order of matmuls."""
         padding = [(0, chunks * steps - length) if axis == 1 else (0, 0) for axis in range(v.ndim)]
         v = jnp.pad(v, padding).reshape(batch, chunks, steps, *axes)
         return jnp.moveaxis(jnp.moveaxis(v, 1, 0), 2, -2)
