@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
-from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.batch import Batch, abstract_batch
@@ -61,7 +61,13 @@ LONG = dataclasses.replace(
     attention=dataclasses.replace(EVEN.attention, num_kv_heads=4, window=30),
     num_meta_tokens=6,
 )
-LENGTHS = {EVEN: 21, ODD: 21, LONG: 104}  # tokens of a sequence
+# Mamba2 alone: 8 heads of two groups, in more chunks than one.
+MAMBA2 = dataclasses.replace(
+    EVEN,
+    layers=f"{STACKED}*S-",
+    ssm=SSMConfig(state_size=6, head_dim=8, groups=2),
+)
+LENGTHS = {EVEN: 21, ODD: 21, LONG: 104, MAMBA2: 160}  # tokens of a sequence
 CASES = {
     "data-8": (EVEN, ParallelConfig(data=8, fsdp=1)),
     "fsdp-8": (EVEN, ParallelConfig(fsdp=8)),
@@ -70,6 +76,7 @@ CASES = {
     "2x2x2-odd": (ODD, ParallelConfig(data=2, fsdp=2, tensor=2)),
     "sequence-8": (LONG, ParallelConfig(fsdp=1, sequence=8)),
     "2x2x2-sequence": (LONG, ParallelConfig(fsdp=2, sequence=2, tensor=2)),
+    "2x2x2-mamba2": (MAMBA2, ParallelConfig(fsdp=2, sequence=2, tensor=2)),
     "2x2x2-sequence-data": (LONG, ParallelConfig(data=2, fsdp=2, sequence=2)),
 }
 COLLECTIVE = re.compile(

@@ -58,6 +58,14 @@ def test_every_error_is_reported_at_once():
             {"max_positions": 1025, "attention": AttentionConfig(rope_type="ntk", rope_theta=100)},
             '"ntk" makes a base of 0.078 of rope_theta 100, which has to be at least 1',
         ),
+        (
+            {"layers": "S", "ssm": SSMConfig(head_dim=48)},
+            "the 3200 SSM channels are not a multiple of ssm.head_dim 48",
+        ),
+        (
+            {"layers": "S", "ssm": SSMConfig(groups=4)},
+            "the 50 SSM heads are not a multiple of ssm.groups 4",
+        ),
         ({"attention": 3}, "attention is 3, not a AttentionConfig"),
         ({"eos_token_id": 32001}, "eos_token_id 32001 is outside the vocabulary of 32001"),
     ],

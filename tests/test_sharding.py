@@ -31,7 +31,10 @@ def on_one():
 
 
 # Axes that other cases show, alone or mixed; up to two minutes of processor time each.
-SLOW = ("data-8", "fsdp-8", "tensor-8", "2x2x2", "2x2x2-sequence-data", "2x2x2-sequence")
+SLOW = (
+    *("data-8", "fsdp-8", "tensor-8", "2x2x2"),
+    *("2x2x2-mamba2", "2x2x2-sequence-data", "2x2x2-sequence"),
+)
 PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 
 

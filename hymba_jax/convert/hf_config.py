@@ -202,8 +202,12 @@ def require_hf_form(config: HymbaConfig) -> None:
     """Raises ConfigError if the HF implementation has no such architecture."""
     if config.fusion != "mean":
         raise ConfigError(f"the HF implementation cannot fuse by {config.fusion!r}")
-    if any(spec.attention is None or spec.ssm != "mamba" for spec in config.layer_specs):
-        raise ConfigError(f"layers {config.layers!r}: the HF implementation has only hybrid layers")
+    hybrid = (spec.attention and spec.ssm == "mamba" and spec.mlp for spec in config.layer_specs)
+    if not all(hybrid):
+        raise ConfigError(
+            f"layers {config.layers!r}: the HF implementation has only attention and Mamba side by "
+            "side, and an MLP in every layer"
+        )
 
 
 def _positive_or_auto(value: int | None) -> int | Auto:

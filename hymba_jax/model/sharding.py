@@ -22,15 +22,20 @@ from hymba_jax.parallel.mesh import (
 def axis_sizes(config: HymbaConfig) -> dict[str, int]:
     """Size of each logical axis, which its mesh axes have to divide."""
     widths = [config.mixer_channels(spec) for spec in config.layer_specs]
+    mamba2: dict[str, int] = {}
     if any(spec.ssm == "mamba2" for spec in config.layer_specs):
         widths.append(config.channels // config.ssm.groups)  # normed by group
+        mamba2 = {
+            "ssm_heads": config.ssm_heads,
+            "B_C": 2 * config.ssm.groups * config.ssm.state_size,
+        }
     return {
         "hidden": config.hidden_size,
         "vocab": config.num_embeddings,
         "mlp": config.mlp_size,
         "channels": math.gcd(config.channels, *widths),
         "heads": config.attention.num_kv_heads,
-        "ssm_heads": config.ssm_heads,
+        **mamba2,
     }
 
 

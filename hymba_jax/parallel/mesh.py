@@ -34,6 +34,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "channels": ("tensor",),
     "heads": ("tensor",),
     "ssm_heads": ("tensor",),
+    "B_C": ("tensor",),
 }
 
 

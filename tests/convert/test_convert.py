@@ -391,5 +391,5 @@ class TestModelsTrainedHere:
         config = dataclasses.replace(TINY, layers="G M")
         model = Hymba(config, ComputeConfig(), nnx.Rngs(0))
         save_model(tmp_path / "mine", model, byte_tokenizer())
-        with pytest.raises(HymbaError, match="the HF implementation has only hybrid layers"):
+        with pytest.raises(HymbaError, match="the HF implementation has only attention and Mamba"):
             convert(tmp_path / "mine", tmp_path / "hf")

@@ -75,7 +75,9 @@ def test_parameters_that_the_table_does_not_know_are_named():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (HymbaConfig(layers="G M"), "the HF implementation has only hybrid layers"),
+        (HymbaConfig(layers="G M"), "the HF implementation has only attention and Mamba side by"),
+        (HymbaConfig(layers="G S"), "layers 'G S': the HF implementation has only"),
+        (HymbaConfig(layers="G-"), "and an MLP in every layer"),
         (HymbaConfig(fusion="concat"), "the HF implementation cannot fuse by 'concat'"),
         (HymbaConfig(attention=AttentionConfig(qk_norm="rms")), "query and key norms"),
     ],

@@ -15,7 +15,9 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 
 @pytest.mark.parametrize(
     ("layers", "activation"),
-    slow_but([("G 2*Ww", "silu"), ("2*W M Aa", "relu2")], ("2*W M Aa", "relu2")),
+    slow_but(
+        [("G 2*Ww", "silu"), ("2*W M Aa", "relu2"), ("S- S L-", "silu")], ("2*W M Aa", "relu2")
+    ),
 )
 def test_fused_matmuls_equal_separate_ones(layers, activation):
     """To float32 rounding: the columns of a matmul may be added up in another order."""

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from slow import slow_but
 from test_config import ROADMAP, roadmap_config
 
-from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.model import Hymba
 from hymba_jax.model.hymba import layer_paths
@@ -109,7 +109,11 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
 
 @pytest.mark.parametrize(
     ("layers", "remat"),
-    slow_but([("2*W", "none"), ("G 2*Ww M A", "block")], ("2*W", "none")),
+    slow_but(
+        [("2*W", "none"), ("G 2*Ww M A", "block"), ("S-", "none"), ("2*S L-M", "block")],
+        ("2*W", "none"),
+        ("S-", "none"),
+    ),
 )
 class TestDocuments:
     """Several in a row: longer than the window, shorter than the convolution, of one token."""
@@ -119,7 +123,7 @@ class TestDocuments:
     @staticmethod
     @functools.cache
     def programs(layers, remat):
-        config = dataclasses.replace(CONFIG, layers=layers)
+        config = dataclasses.replace(CONFIG, layers=layers, ssm=SSMConfig(head_dim=16))
         graph, params = nnx.split(Hymba(config, ComputeConfig(remat=remat), nnx.Rngs(0)))
 
         def loss(params, tokens, segment_ids, weights):

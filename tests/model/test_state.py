@@ -61,7 +61,8 @@ CONFIGS = {
     "untied head, a kernel of 1": changed(
         {"qk_norm": "perhead-rms"}, {"conv_kernel": 1}, tie_embeddings=False, mlp_activation="relu2"
     ),
-    "Mamba2 with and without an MLP": changed({}, {"head_dim": 4, "groups": 2}, layers="S- S A-M"),
+    "Mamba2": changed({}, {"head_dim": 4, "groups": 2}, layers="S-"),
+    "layers with and without an MLP": changed({}, {"head_dim": 4}, layers="S A-M W-w S-"),
     "a kernel longer than the window": changed({"window": 2}, {"conv_kernel": 7}, layers="W Ll"),
     # The longest row ends in padding that stands where the base would change.
     "window longer than the sequence, dynamic base": changed(
@@ -73,7 +74,7 @@ CONFIGS = {
 QUICK = (
     "more meta tokens than the window",
     "most kinds of layers, no meta tokens",
-    "Mamba2 with and without an MLP",
+    "Mamba2",
 )
 
 
