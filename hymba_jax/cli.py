@@ -23,6 +23,7 @@ commands:
   train      trains a model
   generate   generates completions with a trained model
   chat       chats with a model that has a chat template
+  evaluate   measures perplexity and bits per byte of documents
   warmup     compiles the programs of generation in advance
   memory     shows the memory footprint of a model, its cache and its training
   schedule   shows the learning rate, data and sequence length of a run over its tokens
@@ -45,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(tokenize, train, generate, chat, warmup, memory),
+        *(tokenize, train, generate, chat, evaluate, warmup, memory),
         *(schedule, compile, export, convert, inspect),
     )
     by_name = {command.__name__: command for command in commands}
@@ -116,6 +117,14 @@ def chat(args: Sequence[str], prog: str) -> None:
         args = with_defaults(_with_leading_dashes(args, "--system", "--stop"))
         config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
         chat.run(config.choice.load(), config)
+
+
+def evaluate(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba evaluate ...`."""
+    with _inference_command():
+        from hymba_jax.evaluation import command
+
+        command.main(tyro.cli(command.EvaluateConfig, args=args, prog=prog))
 
 
 def warmup(args: Sequence[str], prog: str) -> None:

@@ -157,6 +157,20 @@ def read_toml(path: PathLike) -> dict[str, Any]:
         raise HymbaError(f"{path}: not a TOML file ({error})") from error
 
 
+def check_output_file(path: Path) -> None:
+    """Raises HymbaError if no file can be there, before any work is done for it."""
+    if path.is_dir():
+        raise HymbaError(f"{path}: is a directory, name a file")
+    directory = path.resolve().parent  # that of what a symbolic link points to
+    if path.exists() and not path.is_file():
+        if not os.access(path, os.W_OK):
+            raise HymbaError(f"{path}: cannot be written")
+    elif not directory.is_dir():
+        raise HymbaError(f"{path}: there is no directory {directory}")
+    elif not os.access(directory, os.W_OK):
+        raise HymbaError(f"{path}: no file can be written in {directory}")
+
+
 def replace_text(path: Location, text: str) -> None:
     """Writes a file atomically: a reader, even after a crash, finds the old or the new text.
 

@@ -285,7 +285,7 @@ class Engine:
 
         NaN where the model's logits are not all finite.
         """
-        state = self.init_prefill(len(sequences), max(map(len, sequences)))
+        state = self.init_prefill(len(sequences), max(map(len, sequences)) - 1)
         scores: list[list[np.ndarray]] = [[] for _ in sequences]
         inputs = self.chunks([sequence[:-1] for sequence in sequences])
         targets = self.chunks([sequence[1:] for sequence in sequences])

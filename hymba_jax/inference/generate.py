@@ -1,12 +1,10 @@
 """`hymba generate`: completions of prompts, one as it comes or many at a time."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -15,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
+from hymba_jax.files import check_output_file, parse_json, read_text, replace_text, resolve_path
 from hymba_jax.inference.engine import DECODE_STEPS
 from hymba_jax.inference.language_model import Completion, Delta, collect
 from hymba_jax.inference.loading import ModelChoice
@@ -69,7 +67,7 @@ def main(config: GenerateConfig) -> None:
     """
     output = resolve_path(config.output) if config.output else None
     if output:
-        _check_output(output)
+        check_output_file(output)
     records = [*map(PromptRecord, config.prompt), *_file_prompts(config.file, config.format)]
     if not records and not config.file:
         records = [PromptRecord("")]
@@ -92,20 +90,6 @@ def main(config: GenerateConfig) -> None:
             sys.stdout.write(text)
     for line in _shortened(completions, config.sampling, model.engine.max_context, len(prompts)):
         print(line, file=sys.stderr)
-
-
-def _check_output(path: Path) -> None:
-    """Raises HymbaError if no file can be there, before any work is done for it."""
-    if path.is_dir():
-        raise HymbaError(f"{path}: is a directory, name a file")
-    directory = path.resolve().parent  # that of what a symbolic link points to
-    if path.exists() and not path.is_file():
-        if not os.access(path, os.W_OK):
-            raise HymbaError(f"{path}: cannot be written")
-    elif not directory.is_dir():
-        raise HymbaError(f"{path}: there is no directory {directory}")
-    elif not os.access(directory, os.W_OK):
-        raise HymbaError(f"{path}: no file can be written in {directory}")
 
 
 def _file_prompts(name: str, form: Literal["text", "json"]) -> list[PromptRecord]:

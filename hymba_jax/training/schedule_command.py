@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from hymba_jax.config.run import RunConfig
-from hymba_jax.errors import HymbaError
+from hymba_jax.figures import make_figure, save_figure
 from hymba_jax.files import resolve_path
 from hymba_jax.training.arguments import parse_choice
 from hymba_jax.training.schedule import run_schedule
@@ -100,16 +100,8 @@ def draw(run: RunConfig, path: Path) -> None:
     Raises:
       HymbaError: matplotlib is not installed, or does not know the file's suffix.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise HymbaError(
-            'an image takes matplotlib, which is not installed: pip install "hymba_jax[plots]"'
-        ) from error
     curves, stages = schedule_curves(run, _POINTS), run.resolved_stages
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        raise HymbaError(f"{path}: an image ends in .png, .pdf or .svg")
+    figure = make_figure(path, 8, 6)
     rate, share, length = figure.subplots(3, sharex=True)
     rate.plot(curves.tokens, curves.learning_rate, color="tab:blue")
     rate.set_ylabel("learning rate")
@@ -133,9 +125,7 @@ def draw(run: RunConfig, path: Path) -> None:
                 xycoords=("data", "axes fraction"),
                 fontsize="small",
             )
-    beside = path.with_name(f".{path.name}.partial{path.suffix}")
-    figure.savefig(beside, dpi=150)
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def _plotted(curves: Curves) -> dict[str, Float[np.ndarray, " points"]]:

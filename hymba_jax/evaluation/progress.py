@@ -1,0 +1,26 @@
+"""A bar on standard error with the time that is left, on a terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """The function (done, total) that moves the bar.
+
+    Args:
+      unit: of these numbers.
+    """
+    columns = (
+        *Progress.get_default_columns()[:2],
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
+        task = progress.add_task(what, total=0)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,284 @@
+"""Perplexity against a softmax in double precision over logits of the full forward pass."""
+
+import dataclasses
+import gzip
+import json
+import math
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inference.models import byte_tokenizer, make_model
+
+from hymba_jax import cli
+from hymba_jax.checkpoint.save import save_model
+from hymba_jax.data.conversations import Conversations
+from hymba_jax.data.documents import read_documents
+from hymba_jax.data.listing import list_files
+from hymba_jax.data.records import Document
+from hymba_jax.errors import HymbaError
+from hymba_jax.evaluation.documents import encode_documents
+from hymba_jax.evaluation.perplexity import PositionSums, score_documents
+from hymba_jax.evaluation.statistics import Totals, by_position, estimates
+from hymba_jax.evaluation.windows import windows
+from hymba_jax.inference import LanguageModel
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
+
+TEXTS = {
+    "short.txt": "Grüße, 世界! 🌍",
+    "control.txt": "</s> and <s> are text",
+    "long.txt": "the old dog sat on the red mat; " * 5,
+    "a.txt": "x",
+}
+WINDOW, STRIDE = 60, 20
+# Of cross entropy, in nats: logits are computed in float32, in batches of different shapes.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def hymba():
+    return make_model(layers="W")
+
+
+@pytest.fixture(scope="module")
+def model(hymba):
+    return LanguageModel(hymba, byte_tokenizer(), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def full_forward(hymba):
+    """The nats of each token but the first, given those before it, from float64 softmax."""
+    forward = jax.jit(lambda tokens: hymba(tokens))
+
+    def nats(tokens):
+        padded = np.zeros((1, 128), np.int32)  # causal: what is behind a token does not matter
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(forward(jnp.asarray(padded)), np.float64)[0, : len(tokens) - 1]
+        log_z = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+        return log_z - logits[np.arange(len(tokens) - 1), tokens[1:]]
+
+    return nats
+
+
+def encoded(texts=TEXTS):
+    documents = (Document(name, text) for name, text in texts.items())
+    return [*encode_documents(documents, byte_tokenizer())]
+
+
+class TestWindows:
+    @pytest.mark.parametrize("stride", [1, 3, 4])
+    @pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 5, 6, 9, 14])
+    def test_each_token_is_scored_once_with_its_context(self, num_tokens, stride):
+        scored = []
+        for start, stop, first in windows(num_tokens, 4, stride):
+            assert stop - start <= 5  # 4 tokens of context for the last one
+            for token in range(first, stop):
+                scored.append(token)
+                assert token - start == token or token - start > 4 - stride
+        assert scored == [*range(1, num_tokens)]
+
+
+class TestScores:
+    def test_they_equal_the_full_forward_pass(self, model, full_forward):
+        documents = encoded()
+        scores, _ = score_documents(model, documents, WINDOW, STRIDE)
+        for document, score in zip(documents, scores, strict=True):
+            tokens = document.tokens.tolist()
+            expected = [
+                full_forward(tokens[max(0, stop - 1 - WINDOW) : stop])[-(stop - first) :]
+                for first, stop in _scored(len(tokens))
+            ]
+            np.testing.assert_allclose(score.nats, np.concatenate(expected), atol=TOLERANCE)
+            assert score.text_bytes.sum() == len(TEXTS[document.name].encode())
+
+    def test_the_curve_has_all_tokens_of_all_windows(self, model, full_forward):
+        document = encoded({"long": TEXTS["long.txt"]})
+        _, sums = score_documents(model, document, WINDOW, STRIDE)
+        tokens, nats, counts = document[0].tokens.tolist(), np.zeros(WINDOW), np.zeros(WINDOW)
+        for _, stop in _scored(len(tokens)):
+            part = full_forward(tokens[max(0, stop - 1 - WINDOW) : stop])
+            nats[: len(part)] += part
+            counts[: len(part)] += 1
+        np.testing.assert_allclose(sums.nats, nats, atol=TOLERANCE * counts.max())
+        assert sums.tokens.tolist() == counts.tolist() == sums.text_bytes.tolist()
+
+    def test_they_do_not_depend_on_batch_size_and_order(self, hymba, model):
+        expected, sums = score_documents(model, encoded(), WINDOW, STRIDE)
+        alone = LanguageModel(hymba, byte_tokenizer(), batch_size=1)
+        reverse, other_sums = score_documents(alone, encoded()[::-1], WINDOW, STRIDE)
+        for score, other in zip(expected, reverse[::-1], strict=True):
+            assert score.name == other.name
+            np.testing.assert_allclose(score.nats, other.nats, atol=TOLERANCE)
+        np.testing.assert_allclose(sums.nats, other_sums.nats, rtol=TOLERANCE)
+
+    def test_logits_that_are_not_finite_are_an_error(self):
+        broken = make_model(layers="W", num_meta_tokens=0)
+        embedding = np.array(broken.embedding[...])
+        embedding[byte_tokenizer().encode("q")] = np.nan
+        broken.embedding[...] = embedding
+        broken = LanguageModel(broken, byte_tokenizer())
+        with pytest.raises(HymbaError, match=r"b\.txt: the model's logits for token 1 are not"):
+            score_documents(broken, encoded({"b.txt": "aaq"}), WINDOW, STRIDE)
+
+
+def _scored(num_tokens):
+    """The ranges of tokens that are scored from one window: the rule, written once more."""
+    edges = [1, min(num_tokens, WINDOW + 1)]
+    while edges[-1] < num_tokens:
+        edges.append(min(num_tokens, edges[-1] + STRIDE))
+    return [(first, stop) for first, stop in pairwise(edges) if first < stop]
+
+
+class TestDocuments:
+    def test_a_document_begins_with_bos_and_has_no_control_tokens(self):
+        tokenizer = byte_tokenizer()
+        control = encoded()[1]
+        assert control.tokens.tolist() == [
+            tokenizer.bos_id,
+            *tokenizer.encode("</s> and <s> are text"),
+        ]
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & {*control.tokens[1:].tolist()}
+        assert control.is_scored.tolist() == [False] + [True] * 21
+
+    def test_bytes_of_tokens_that_share_a_character(self):
+        (document,) = encoded({"a": "aü🌍b"})
+        assert document.text_bytes.tolist() == [0, 1, 2, 0, 4, 0, 0, 0, 1]
+
+    def test_bytes_of_a_bpe_are_those_of_its_tokens(self):
+        text = "the old dog — the red hat\n" * 4
+        tokenizer = build_tokenizer("bpe:280", [text])
+        (document,) = encode_documents([Document("a", text)], tokenizer)
+        decoded = [tokenizer.decode([token]) for token in document.tokens]
+        ascii_tokens = [i for i, token in enumerate(decoded) if token.isascii()]
+        expected = [len(decoded[i]) for i in ascii_tokens]
+        assert document.text_bytes[ascii_tokens].tolist() == expected
+        assert document.text_bytes.sum() == len(text.encode())
+        assert len(document.tokens) < len(text)
+
+    def test_pieces_of_a_long_document_are_joined(self):
+        pieces = [Document("a", "one ", continues=True), Document("a", "two"), Document("b", "x")]
+        joined = [*encode_documents(pieces, byte_tokenizer())]
+        assert [document.name for document in joined] == ["a", "b"]
+        assert joined[0].tokens.tolist() == encoded({"a": "one two"})[0].tokens.tolist()
+        assert joined[0].text_bytes.tolist() == [0] + [1] * 7
+
+    def test_without_bos_the_first_token_is_not_scored(self):
+        tokenizer = Tokenizer(byte_tokenizer().model, None, "</s>")
+        (document,) = encode_documents([Document("a", "xyz")], tokenizer)
+        assert document.is_scored.tolist() == [False, True, True]
+
+    def test_of_a_conversation_answers_are_scored(self, tmp_path):
+        template = (
+            "{% for m in messages %}{{ '<s>' if m.role == 'user' else '' }}{{ m.content }}"
+            "{{ '</s>' if m.role == 'assistant' else '' }}{% endfor %}"
+        )
+        tokenizer = Tokenizer(byte_tokenizer().model, "<s>", "</s>", template)
+        line = [{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Ho"}]
+        (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": line}))
+        content = Conversations(tokenizer, "all", "template")
+        records = read_documents(list_files(str(tmp_path)).files, content)
+        (document,) = encode_documents(records, tokenizer)
+        scored = document.tokens[document.is_scored].tolist()
+        assert scored == [*tokenizer.encode("Ho"), tokenizer.eos_id]
+        assert document.tokens[0] == tokenizer.bos_id
+        assert document.tokens[1] != tokenizer.bos_id
+        assert document.text_bytes.sum() == 0
+
+
+class TestStatistics:
+    def test_means_are_over_tokens_and_bytes(self):
+        documents = [Totals(4.0, 2, 8), Totals(20.0, 4, 4)]
+        means = estimates(documents, 0)
+        assert means.nats_per_token.value == 4.0
+        assert means.perplexity.value == math.exp(4.0)
+        assert means.bits_per_byte.value == pytest.approx(2 / math.log(2), rel=1e-15)
+
+    def test_errors_are_those_of_means_of_normal_numbers(self):
+        """Of n documents of one length, the error of the mean is sigma / sqrt(n)."""
+        rng = np.random.default_rng(0)
+        documents = [Totals(float(nats), 10, 10) for nats in rng.normal(50, 5, 400)]
+        error = estimates(documents, 0).nats_per_token.standard_error
+        assert error is not None
+        assert error == pytest.approx(0.5 / math.sqrt(400), rel=0.1)  # 1000 resamples: about 3%
+        assert estimates(documents, 0) == estimates(documents, 0)
+        assert estimates(documents, 1).nats_per_token.standard_error != error
+
+    def test_nothing_is_known_of_one_document_or_no_bytes(self):
+        means = estimates([Totals(4.0, 2, 0)], 0)
+        assert dataclasses.astuple(means.bits_per_byte) == (None, None)
+        assert means.nats_per_token.standard_error is None
+
+    def test_spans_of_positions(self):
+        sums = PositionSums(
+            np.array([1.0, 2.0, 4.0, 0.0, 0.0]),
+            np.array([2, 1, 1, 0, 0]),
+            np.array([2, 1, 3, 0, 0]),
+        )
+        spans = by_position(sums, 2)
+        assert [(span.start, span.stop) for span in spans] == [(1, 3), (3, 5)]
+        assert [dataclasses.astuple(span.totals) for span in spans] == [(3.0, 3, 3), (4.0, 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def directory(hymba, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "model"
+    save_model(directory, hymba, byte_tokenizer())
+    return directory
+
+
+class TestCommand:
+    def test_it_writes_what_the_scores_are(self, model, directory, tmp_path, capsys):
+        """Of JSON lines, compressed, with a field of another name."""
+        lines = [json.dumps({"body": text}) for text in TEXTS.values()]
+        (tmp_path / "texts.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        output, image = tmp_path / "out.json", tmp_path / "out.png"
+        arguments = f"--data.path {tmp_path / 'texts.jsonl.gz'} --data.text-field body --limit 3"
+        sizes = f"--window {WINDOW} --stride {STRIDE} --span 16 --batch-size 4"
+        command = (
+            f"evaluate --model {directory} {arguments} {sizes} --output {output} --image {image}"
+        )
+        cli.main(command.split())
+        assert "bits per byte" in capsys.readouterr().out
+        result = json.loads(output.read_text())
+        scores, sums = score_documents(model, encoded()[:3], WINDOW, STRIDE)
+        nats = sum(score.nats.sum(dtype=np.float64) for score in scores)
+        num_bytes = sum(len(text.encode()) for text in [*TEXTS.values()][:3])
+        assert result["bits_per_byte"]["value"] == pytest.approx(
+            nats / math.log(2) / num_bytes, rel=TOLERANCE
+        )
+        assert (result["documents"], result["text_bytes"]) == (3, num_bytes)
+        assert [row["name"] for row in result["by_document"]] == [
+            f"texts.jsonl.gz:{i}" for i in (1, 2, 3)
+        ]
+        assert [row["start"] for row in result["by_position"]] == [1, 17, 33, 49]
+        assert result["by_position"][0]["tokens"] == sums.tokens[:16].sum()
+        assert image.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("", "data.path is missing"),
+            (
+                "--data.path {texts} --window 600",
+                "window is 600 tokens, the model's context is 512",
+            ),
+            ("--data.path {texts} --window 8 --stride 9", "stride is 9, more than the window of 8"),
+            ("--data.path {texts} --image a.jpx", r"a.jpx: an image ends in .png"),
+            ("--data.path {texts} --output /no/where.json", "there is no directory /no"),
+            ("--data.path {texts} --data.loss-on last", "data.loss_on has no effect on text"),
+            ("--data.path {texts}/nothing", "no such"),
+        ],
+    )
+    def test_errors_are_one_line(self, directory, tmp_path, options, message):
+        (tmp_path / "a.txt").write_text("text")
+        arguments = options.format(texts=tmp_path).split()
+        with pytest.raises(SystemExit, match=message) as error:
+            cli.main(["evaluate", "--model", str(directory), *arguments])
+        assert "\n" not in str(error.value)
+
+    def test_nothing_to_score_is_an_error(self, directory, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+        with pytest.raises(SystemExit, match="no token to score"):
+            cli.main(f"evaluate --model {directory} --data.path {tmp_path}".split())
