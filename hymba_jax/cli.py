@@ -26,6 +26,7 @@ commands:
   evaluate   measures perplexity and bits per byte of documents
   warmup     compiles the programs of generation in advance
   memory     shows the memory footprint of a model, its cache and its training
+  designs    compares the designs of the paper's comparison: parameters, caches and FLOPs
   schedule   shows the learning rate, data and sequence length of a run over its tokens
   compile    compiles a run ahead of time, no device needed, and shows what it will cost
   export     writes a run's parameters, or an average of them, as a standalone model
@@ -47,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
         *(tokenize, train, generate, chat, evaluate, warmup, memory),
-        *(schedule, compile, export, convert, inspect),
+        *(designs, schedule, compile, export, convert, inspect),
     )
     by_name = {command.__name__: command for command in commands}
     name = args[0] if args else "--help"
@@ -141,6 +142,14 @@ def memory(args: Sequence[str], prog: str) -> None:
         from hymba_jax.analysis import memory
 
         memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
+
+
+def designs(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba designs ...`."""
+    with _one_line_errors():
+        from hymba_jax.analysis import designs
+
+        designs.main(tyro.cli(designs.DesignsConfig, args=args, prog=prog))
 
 
 def schedule(args: Sequence[str], prog: str) -> None:

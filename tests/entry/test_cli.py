@@ -26,7 +26,7 @@ COMMANDS = [
         "schedule",
         "compile",
     ),
-    *("export", "convert", "inspect"),
+    *("schedule", "compile", "export", "convert", "inspect"),
 ]
 MEMORY = ["memory", "--preset", "hymba-125m"]
 
