@@ -73,14 +73,20 @@ def read_text(path: PathLike) -> str:
       HymbaError: it is not a regular file, or not UTF-8, or a store refuses it.
       OSError: it cannot be read.
     """
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise HymbaError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
-def _read_bytes(path: PathLike) -> bytes:
+def read_bytes(path: PathLike) -> bytes:
+    """The content of a regular file, or of an object.
+
+    Raises:
+      HymbaError: it is not a regular file, or a store refuses it.
+      OSError: it cannot be read.
+    """
     if isinstance(path, RemotePath):
         return path.read_bytes()
     with open_regular(path) as file:
@@ -172,23 +178,28 @@ def check_output_file(path: Path) -> None:
 
 
 def replace_text(path: Location, text: str) -> None:
-    """Writes a file atomically: a reader, even after a crash, finds the old or the new text.
+    """`replace_bytes` of text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Location, content: bytes) -> None:
+    """Writes a file atomically: a reader, even after a crash, finds the old or the new content.
 
     In a bucket that is one PUT. On a disk permissions are kept, and a symbolic link is followed;
     devices and FIFOs are written to directly.
     """
     if isinstance(path, RemotePath):
-        path.write_bytes(text.encode())
+        path.write_bytes(content)
         return
     mode = path.stat().st_mode if path.exists() else None
     if mode is not None and not stat.S_ISREG(mode):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     path = path.resolve()  # only now: /dev/stdout may resolve to a pipe, which has no name
     beside = _beside(path)
     try:
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if mode is not None:

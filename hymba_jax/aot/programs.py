@@ -29,7 +29,8 @@ from hymba_jax.parallel.mesh import (
     make_mesh,
     sharded_over,
 )
-from hymba_jax.training.loss import Objective, next_token_loss
+from hymba_jax.training.loss import Objective
+from hymba_jax.training.objectives import objective_of
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import check_batch, compile_train_step, run_step
 
@@ -57,13 +58,13 @@ class AotProgram(NamedTuple):
 
 
 def training_program(
-    run: RunConfig, devices: Sequence[jax.Device], objective: Objective = next_token_loss
+    run: RunConfig, devices: Sequence[jax.Device], objective: Objective | None = None
 ) -> AotProgram:
     """The step that `hymba train` runs on these devices.
 
     Args:
       run: without stages, as a stage of a run is.
-      objective: what the run minimizes.
+      objective: what the run minimizes, in place of the config's.
 
     Raises:
       HymbaError: the run cannot be sharded over them as configured.
@@ -74,7 +75,9 @@ def training_program(
     optimizer = make_optimizer(training)
     trainable = trainable_of(run)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh, trainable)
-    train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh)
+    train_step, batch = run_step(
+        run, objective or objective_of(run), abstract.graph, optimizer, mesh
+    )
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)

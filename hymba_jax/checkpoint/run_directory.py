@@ -218,8 +218,10 @@ def _fixed_when_done(stage: Stage) -> dict[str, Any]:
 
 def _fixed_in_stage(stage: Stage) -> dict[str, Any]:
     """The settings that cannot change in a stage that has begun: the order of the data."""
-    run = stage.run
-    fixed = {"training.batch_size": run.training.batch_size}
+    run, training = stage.run, stage.run.training
+    fixed = {"training.batch_size": training.batch_size, "training.objective": training.objective}
+    if training.objective == "dpo":
+        fixed |= dict(leaves(run.dpo, "dpo."))
     own = {**dict(leaves(run.data, "data.")), **dict(leaves(run.model.resolved(), "model."))}
     fixed |= {name: value for name, value in own.items() if name in OWN_SETTINGS}
     return fixed | {f"the share of {name}": share for name, share in stage.shares.items()}

@@ -6,6 +6,8 @@
 | `layer_pattern.py` | which heads each layer has, written as the paper draws them        |
 | `data.py`          | what to read and how to tokenize it                                |
 | `training.py`      | how long, how fast and how often                                   |
+| `adapter.py`       | small trained updates of frozen kernels                            |
+| `dpo.py`           | preference optimization                                            |
 | `tracking.py`      | where the metrics go beside the run directory                      |
 | `parallel.py`      | the axes of the device mesh                                        |
 | `distributed.py`   | how processes find one another                                     |

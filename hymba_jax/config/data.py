@@ -9,7 +9,7 @@ from hymba_jax.errors import HymbaError
 
 type Packing = Literal["concat", "documents"]
 type OnBadRecord = Literal["stop", "skip"]
-type Format = Literal["text", "chat"]
+type Format = Literal["text", "chat", "preference"]
 type LossOn = Literal["all", "last"]
 type TooLong = Literal["truncate", "drop"]
 type TokenDtype = Literal["", "uint16", "uint32"]
@@ -51,7 +51,7 @@ class SourceConfig:
     path: str = ""
     text_field: str = ""
     token_dtype: TokenDtype = ""
-    format: Literal["", "text", "chat"] = ""
+    format: Literal["", "text", "chat", "preference"] = ""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,17 @@ class DataConfig:
     tables, the sources of Python's standard library."""
 
     format: Format = "text"
-    """Whether records are text, or conversations (`chat`): `messages`, `conversations`, or `prompt`
-    and `completion`, with the loss on answers alone. They need `documents` for packing."""
+    """Whether records are text; conversations (`chat`): `messages`, `conversations`, or `prompt`
+    and `completion`, with the loss on answers alone; or pairs of them (`preference`): `prompt`,
+    `chosen` and `rejected`, for objective `dpo`. The last two need `documents` for packing."""
 
     loss_on: LossOn = "all"
-    """Whether the loss of a conversation is on all of its answers, or on the last one."""
+    """Whether the loss of a conversation is on all of its answers, or on the last one. Those before
+    the prompt of a pair are never in it."""
 
     too_long: TooLong = "truncate"
-    """Whether conversations longer than a sequence lose their end (and are left out if no answer
-    remains), or are left out (`drop`)."""
+    """Whether conversations, or pairs of them, that are longer than a sequence lose their end (and
+    are left out if no answer remains), or are left out (`drop`)."""
 
     text_field: str = "text"
     """Field of a JSON object, or column of Parquet, that holds the document."""
@@ -148,8 +150,11 @@ class DataConfig:
             yield "no source has a weight above 0"
         if self.sources and self.path:
             yield f"path is {shown(self.path)}, but there are sources: make it one of them"
-        if self.format == "chat" and not (self.sources or self.path):
-            yield "format is chat, but there is no path: the standard library has no conversations"
+        if self.format != "text" and not (self.sources or self.path):
+            yield (
+                f"format is {self.format}, but there is no path: the standard library has no "
+                "conversations"
+            )
 
     def packing_problems(self) -> Iterator[str]:
         """What is wrong with how conversations are packed, as far as sources are said to be such.
@@ -159,12 +164,16 @@ class DataConfig:
         train = [source for source in self.train_sources.values() if source.weight]
         held_out = [*self.validation.values()] or train
         for name, sources in (("packing", train), ("validation_packing", held_out)):
-            if getattr(self, name) != "documents" and any(map(self.is_chat, sources)):
+            if getattr(self, name) != "documents" and any(map(self.has_answers, sources)):
                 yield f'conversations are isolated documents: set data.{name} to "documents"'
 
-    def is_chat(self, source: SourceConfig) -> bool:
-        """Whether a source is said to be of conversations."""
-        return (source.format or self.format) == "chat"
+    def format_of(self, source: SourceConfig) -> Format:
+        """What the records of a source are said to be."""
+        return source.format or self.format
+
+    def has_answers(self, source: SourceConfig) -> bool:
+        """Whether a source is said to be of conversations, or of pairs of them."""
+        return self.format_of(source) != "text"
 
     @property
     def train_sources(self) -> Mapping[str, WeightedSourceConfig]:

@@ -27,6 +27,7 @@ from typing import Any
 
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.data import DataConfig
+from hymba_jax.config.dpo import NO_DPO, DPOConfig
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.config.model import PRESETS, ComputeConfig, HymbaConfig
 from hymba_jax.config.parallel import ParallelConfig
@@ -69,6 +70,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     stages: Mapping[str, StageConfig] = field(default_factory=dict, metadata=ARRAY)
 
@@ -83,6 +85,14 @@ class RunConfig:
             yield "output is empty: name a directory"
         if self.adapter and self.training.freeze:
             yield "training.freeze is set, but an adapter freezes the model: set adapter.train"
+        objectives = {self.training.objective, *(s.objective for s in self.stages.values())}
+        if self.dpo != NO_DPO and "dpo" not in objectives:
+            yield '[dpo] has no effect without an objective "dpo": set training.objective'
+        if self.dpo.has_reference and self.training.reduction_shards and "dpo" in objectives:
+            yield (
+                "training.reduction_shards has no fixed order for the reference of objective dpo: "
+                'leave it out, or set dpo.loss "simpo"'
+            )
         if self.stages:
             yield from ineffective_fields(self)
             yield from self._stage_problems()

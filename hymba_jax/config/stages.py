@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hymba_jax.config.data import Packing
+from hymba_jax.config.dpo import NO_DPO
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
 from hymba_jax.config.model import RopeType
-from hymba_jax.config.training import Schedule, TrainingConfig
+from hymba_jax.config.training import ObjectiveName, Schedule, TrainingConfig
 from hymba_jax.errors import HymbaError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class StageConfig:
     Attributes:
       steps: number of optimizer updates.
       tokens: the length in tokens instead, rounded up to whole steps.
-      batch_size, gradient_accumulation_steps, validate_every: as in `[training]`.
+      objective, batch_size, gradient_accumulation_steps, validate_every: as in `[training]`.
       schedule, learning_rate, min_learning_rate, warmup_fraction, warmup_steps, decay_fraction,
         decay_steps: as in `[training]`, over the steps of the stage. The warm-up rises from the
         last learning rate of the stage before.
@@ -55,6 +56,7 @@ class StageConfig:
 
     steps: int | None = None
     tokens: int | None = None
+    objective: ObjectiveName | None = None
     batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
     schedule: Schedule | None = None
@@ -116,16 +118,17 @@ class Stage:
         """What its compiled steps depend on: stages that agree in it share them."""
         training, data = self.run.training, self.run.data
         sizes = training.batch_size, training.micro_batch_size, data.sequence_length
-        return (self.run.model, *sizes, data.packing)
+        return (self.run.model, *sizes, data.packing, training.objective)
 
     @property
-    def validated_on(self) -> tuple[int, int]:
-        """The length of the sequences that validation samples, and their number.
+    def validated_on(self) -> tuple[int, int, str]:
+        """The length of the sequences that validation samples, their number, and the objective.
 
         Losses of stages that agree in it are of the same text.
         """
         training = self.run.training
-        return self.run.data.sequence_length, training.validation_batches * training.batch_size
+        sequences = training.validation_batches * training.batch_size
+        return self.run.data.sequence_length, sequences, training.objective
 
     @property
     def shares(self) -> dict[str, float]:
@@ -138,9 +141,10 @@ class Stage:
         training, (warmup, decay) = self.run.training, self.run.training.phase_steps
         shares = (f"{name} {share:.3g}" for name, share in self.shares.items())
         phases = [f"warm-up {warmup:,}"] * bool(warmup) + [f"decay {decay:,}"] * bool(decay)
+        objective = f"{training.objective}, " if training.objective != "next_token" else ""
         falls = f" to {training.min_learning_rate:g}" if decay else ""
         return (
-            f"{self.label}: steps {self.start + 1:,} to {self.stop:,}, "
+            f"{self.label}: {objective}steps {self.start + 1:,} to {self.stop:,}, "
             f"{self.tokens:,} tokens; {training.batch_size:,} sequences of "
             f"{self.run.data.sequence_length:,}, {', '.join(shares)}; learning rate "
             f"{training.learning_rate:g}{falls}, {', '.join([training.schedule, *phases])}"
@@ -178,7 +182,7 @@ SCHEDULE_SETTINGS = ("schedule", "learning_rate", "min_learning_rate", *sum(_ALT
 """Settings of training that decide the learning rate over the steps of a stage."""
 
 _TRAINING = (
-    *("steps", "batch_size", "gradient_accumulation_steps", "validate_every"),
+    *("objective", "steps", "batch_size", "gradient_accumulation_steps", "validate_every"),
     *SCHEDULE_SETTINGS,
 )
 _DATA = ("sequence_length", "packing")
@@ -220,6 +224,7 @@ def _resolve(run: "RunConfig", stage: StageConfig) -> "RunConfig":
     return dataclasses.replace(
         run,
         stages={},
+        dpo=run.dpo if training.get("objective", run.training.objective) == "dpo" else NO_DPO,
         model=model,
         data=dataclasses.replace(run.data, **data),
         training=dataclasses.replace(run.training, **training),

@@ -11,6 +11,7 @@
 | `records.py`           | a document, and a record that is none                                 |
 | `text_field.py`        | records whose document is the text in one field                       |
 | `conversations.py`     | records that are conversations                                        |
+| `preferences.py`       | records that are pairs of a chosen and a rejected conversation        |
 | `json_records.py`      | documents of JSON lines and JSON arrays                               |
 | `parquet_records.py`   | documents of Parquet                                                  |
 | `documents.py`         | documents as a stream, and what is done about bad records             |
@@ -31,6 +32,7 @@
 | `windows.py`           | windows of a stream as rows                                           |
 | `document_rows.py`     | whole documents packed into rows                                      |
 | `conversation_rows.py` | whole conversations packed into rows                                  |
+| `preference_rows.py`   | pairs of conversations packed into rows                               |
 | `permutation.py`       | the order of a source's rows in each epoch                            |
 | `mixture.py`           | which source an example is from                                       |
 | `examples.py`          | training examples, by index                                           |

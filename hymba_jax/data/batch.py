@@ -29,6 +29,8 @@ class Batch(NamedTuple):
       segment_ids: the document of each position where rows have several, each computed as if it
         were alone: 1, 2, ... in a row, and 0 for padding behind them. None where a row is one
         sequence, whatever documents are in it.
+      reference_log_probs: float32, of objectives with a reference model: at the first position of
+        each document, what that model gives its targets, a sum over them; 0 elsewhere.
       dropout_seeds: uint32, (batch,), of the dropout in each row, filled by training steps; None
         where there is none.
     """
@@ -36,6 +38,7 @@ class Batch(NamedTuple):
     inputs: Tokens
     targets: Tokens
     segment_ids: Tokens | None = None
+    reference_log_probs: Any = None
     dropout_seeds: Any = None
 
 
@@ -64,7 +67,9 @@ def abstract_batch(
     sharding: Sharding | None = None,
     *,
     segment_ids: bool = False,
+    reference: bool = False,
 ) -> Batch:
-    """Shape, dtype and sharding of every field of a batch, with segment ids or without."""
+    """Shape, dtype and sharding of every field of a batch, with those that are asked for."""
     field = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=sharding)
-    return Batch(field, field, field if segment_ids else None)
+    given = jax.ShapeDtypeStruct((batch_size, length), jnp.float32, sharding=sharding)
+    return Batch(field, field, field if segment_ids else None, given if reference else None)

@@ -5,7 +5,7 @@ as follow one another, so that rows depend on the tokens and the length alone. E
 if it were alone.
 
 A conversation that is longer than a row is dropped, or truncated behind the last position of a row;
-one with no answer left is dropped then, too.
+one with no answer left is dropped then, too. `preference_rows.py` does the same with pairs.
 """
 
 from bisect import bisect_left, insort
@@ -17,10 +17,10 @@ import numpy as np
 from hymba_jax.config.data import TooLong
 from hymba_jax.data.batch import IGNORED_TARGET, Batch
 from hymba_jax.data.token_store import TokenStore
-from hymba_jax.types import Int
+from hymba_jax.types import Bool, Int
 
 GROUP = 4096
-"""Conversations that are packed together."""
+"""Conversations, or pairs of them, that are packed together."""
 
 
 class ConversationRows:
@@ -36,30 +36,48 @@ class ConversationRows:
 
     Attributes:
       num_targets: tokens that are predicted, in all rows.
-      num_conversations: all of the source.
+      num_items: conversations of the source.
       num_truncated: those that are in rows, but not to their end.
       num_dropped: those that are in no row.
     """
+
+    item = "conversations"
+    """What is packed, and kept or left out, as a whole."""
+
+    _sides = 1
+    """Documents that follow one another of each."""
 
     def __init__(self, tokens: TokenStore, length: int, too_long: TooLong = "truncate") -> None:
         self._tokens, self._length = tokens, length
         starts = tokens.document_starts(0, tokens.num_tokens)
         sizes = np.diff(starts, append=tokens.num_tokens) - 1  # targets: all tokens but the first
-        kept, is_too_long = np.minimum(sizes, length), sizes > length
-        targets = self._count_targets(starts, kept)
-        is_used = targets > 0
+        starts, sizes = (each.reshape(-1, self._sides) for each in (starts, sizes))
+        kept = self._fitting(sizes)
+        targets = self._count_targets(starts.ravel(), kept.ravel()).reshape(kept.shape)
+        is_too_long = (kept < sizes).any(1)
+        is_used = targets.all(1) & ~self._are_alike(starts, kept)
         if too_long == "drop":
             is_used &= ~is_too_long
         self._starts, self._sizes = starts[is_used], kept[is_used]
-        self.num_targets = int(np.sum(targets, where=is_used))
-        self.num_conversations = len(starts)
+        self.num_targets = int(targets[is_used].sum())
+        self.num_items = len(starts)
         self.num_truncated = int((is_used & is_too_long).sum())
         self.num_dropped = int((~is_used).sum())
         self._rows = [
-            [first + conversation for conversation in row]
+            [first + item for item in row]
             for first, group in self._groups()
             for row in pack_whole(group, length)
         ]
+
+    def _fitting(self, sizes: Int[np.ndarray, "items sides"]) -> Int[np.ndarray, "items sides"]:
+        """How many targets are left of each document once it is truncated."""
+        return np.minimum(sizes, self._length)
+
+    def _are_alike(
+        self, starts: Int[np.ndarray, "items sides"], sizes: Int[np.ndarray, "items sides"]
+    ) -> Bool[np.ndarray, " items"]:
+        """Whether there is nothing to tell the documents of an item apart."""
+        return np.zeros(len(starts), bool)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -69,9 +87,9 @@ class ConversationRows:
             raise IndexError(f"row {index} of {len(self)}")
         inputs, targets, segment_ids = np.zeros((3, self._length), np.int32)
         targets[:] = IGNORED_TARGET
-        done = 0
-        for segment_id, conversation in enumerate(self._rows[index], start=1):
-            start, size = int(self._starts[conversation]), int(self._sizes[conversation])
+        done, items = 0, self._rows[index]
+        starts, sizes = self._starts[items].ravel().tolist(), self._sizes[items].ravel().tolist()
+        for segment_id, (start, size) in enumerate(zip(starts, sizes, strict=True), start=1):
             tokens = self._tokens.read(start, start + size + 1)
             mask = self._tokens.read_mask(start + 1, start + size + 1)
             own = slice(done, done + size)
@@ -88,8 +106,8 @@ class ConversationRows:
         if not counts:
             return None
         return (
-            f"of {self.num_conversations:,} conversations {' and '.join(counts)}, as they do not "
-            f"fit rows of {self._length:,} tokens"
+            f"of {self.num_items:,} {self.item} {' and '.join(counts)}, as they do not fit rows "
+            f"of {self._length:,} tokens"
         )
 
     def _count_targets(
@@ -106,8 +124,8 @@ class ConversationRows:
         return counts
 
     def _groups(self) -> Iterator[tuple[int, list[int]]]:
-        """The first conversation of each group, and the sizes of all in it."""
-        for number, group in enumerate(batched(self._sizes.tolist(), GROUP)):
+        """The first item of each group, and the sizes of all in it."""
+        for number, group in enumerate(batched(self._sizes.sum(1).tolist(), GROUP)):
             yield number * GROUP, [*group]
 
 

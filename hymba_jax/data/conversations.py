@@ -4,7 +4,8 @@
 |-------------------------------|------------------------------------------------------------|
 | `messages`                    | objects with `role`, `content` and what the template reads |
 | or `conversations`            | objects with `from` (human, gpt, system, tool) and `value` |
-| or `prompt` and `completion`  | strings, or lists like `messages`                          |
+| or `prompt` and `completion`  | strings, or lists like `messages`; the loss is on answers  |
+|                               | of the completion alone                                    |
 | with them `system`            | a string, the system message                               |
 | `tools`, `contexts`           | JSON schemas (a list, or JSON as text); strings            |
 
@@ -23,10 +24,8 @@ from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.tokenizer.answers import AnswerRenderer, ChatText
 from hymba_jax.tokenizer.chat_template import TemplateFailed
 
-_FIELDS = (
-    *("messages", "conversations", "prompt", "completion"),
-    *("system", "tools", "contexts"),
-)
+OPTION_FIELDS = ("system", "tools", "contexts")
+_FIELDS = ("messages", "conversations", "prompt", "completion", *OPTION_FIELDS)
 _NEEDED = '"messages", "conversations", or "prompt" and "completion"'
 
 _ROLES = {
@@ -79,12 +78,25 @@ class Conversations:
         """The conversation in a JSON value. Raises ValueError saying what is wrong."""
         if not isinstance(value, dict):
             raise ValueError(f"not a JSON object: write one with {_NEEDED}")
-        messages = _messages(value)
+        return self.render(value, *_messages(value))
+
+    def render(
+        self, record: Mapping[str, Any], messages: Sequence[Any], num_given: int = 0
+    ) -> ChatText:
+        """A conversation, with the options of a record. Raises ValueError saying what is wrong.
+
+        Args:
+          num_given: messages at the start whose answers are not meant.
+        """
+        if isinstance(system := record.get("system"), str) and system.strip():
+            messages = [{"role": "system", "content": system}, *messages]
+            num_given += 1
+        messages = [_checked(message, number) for number, message in enumerate(messages, start=1)]
         _check_order(messages)
-        options = _options(value)
+        options = _options(record)
         try:
             json.dumps([messages, options], ensure_ascii=False, default=str).encode()
-            chat = self._renderer.render(messages, **options)
+            chat = self._renderer.render(messages, num_given, **options)
         except UnicodeEncodeError as error:
             raise ValueError("holds half a surrogate pair, which is no text: fix it") from error
         except TemplateFailed as error:
@@ -100,7 +112,7 @@ class Conversations:
 
         Its nulls are fields that this record does not have, and others of their column do.
         """
-        return self.of_json(_without_nulls(row))
+        return self.of_json(without_nulls(row))
 
     def columns(self, schema: Any) -> list[str]:
         """The columns that conversations are in. Raises BrokenFile if there are none."""
@@ -115,27 +127,24 @@ class Conversations:
         raise BrokenFile("no conversations: give .jsonl, .json or Parquet, or take it out")
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """The value without null fields, at every depth."""
     if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return [*map(_without_nulls, value)] if isinstance(value, list) else value
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
+    return [*map(without_nulls, value)] if isinstance(value, list) else value
 
 
-def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a record, whatever its format."""
+def _messages(record: Mapping[str, Any]) -> tuple[list[Any], int]:
+    """The messages of a record, whatever its format, and how many of them are its prompt."""
     if "messages" in record:
-        messages = _list(record, "messages")
-    elif "conversations" in record:
-        messages = [*map(_from_sharegpt, _list(record, "conversations"))]
-    elif "prompt" in record and "completion" in record:
-        messages = [*_side(record, "prompt", "user"), *_side(record, "completion", "assistant")]
-    else:
-        fields = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"no {_NEEDED} (it has: {fields}): rename its fields")
-    if isinstance(system := record.get("system"), str) and system.strip():
-        messages = [{"role": "system", "content": system}, *messages]
-    return [_checked(message, number) for number, message in enumerate(messages, start=1)]
+        return _list(record, "messages"), 0
+    if "conversations" in record:
+        return [*map(_from_sharegpt, _list(record, "conversations"))], 0
+    if "prompt" in record and "completion" in record:
+        prompt = side_messages(record, "prompt", "user")
+        return [*prompt, *side_messages(record, "completion", "assistant")], len(prompt)
+    fields = ", ".join(map(repr, record)) or "none"
+    raise ValueError(f"no {_NEEDED} (it has: {fields}): rename its fields")
 
 
 def _list(record: Mapping[str, Any], field: str) -> list[Any]:
@@ -144,7 +153,7 @@ def _list(record: Mapping[str, Any], field: str) -> list[Any]:
     return list(record[field])
 
 
-def _side(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
+def side_messages(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     """The messages of a prompt or a completion, which may be the text of one."""
     if isinstance(record[field], str):
         return [{"role": role, "content": record[field]}]

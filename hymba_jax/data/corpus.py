@@ -12,6 +12,7 @@ from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.documents import read_documents
 from hymba_jax.data.listing import File
 from hymba_jax.data.manifest import SIDES, TRAIN
+from hymba_jax.data.preferences import Preferences
 from hymba_jax.data.records import Content, Document, Problem
 from hymba_jax.data.split import document_hash, hold_out_tail, is_held_out
 from hymba_jax.data.text_field import TextField
@@ -68,9 +69,9 @@ class Corpus:
         }
 
     @property
-    def is_chat(self) -> bool:
-        """Whether its documents are conversations."""
-        return isinstance(self.content, Conversations)
+    def has_answers(self) -> bool:
+        """Whether its documents are conversations, or come in pairs of them."""
+        return isinstance(self.content, Conversations | Preferences)
 
     def documents(
         self, files: Iterable[File], report: Callable[[Problem], None] | None = None

@@ -42,6 +42,9 @@ class Examples:
       seed: not negative.
       order: of the orders that there are for a seed.
       taken: how many examples of each source are taken already, by another mixture.
+
+    Attributes:
+      rows: as given.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Examples:
         order: int = 0,
         taken: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        self._rows, self._mixture, self._seed = rows, mixture, seed
+        self.rows, self._mixture, self._seed = rows, mixture, seed
         self._order, self._taken = order, taken
 
     def __len__(self) -> int:
@@ -60,14 +63,14 @@ class Examples:
 
     def __getitem__(self, index: int) -> Batch:
         source, _, row = self.origin(index)
-        return self._rows[source][row]
+        return self.rows[source][row]
 
     def origin(self, index: int) -> Origin:
         """Where an example is from."""
         source, position = self._mixture(index)
         position += self._taken.get(source, 0)
         key = f"{source}#{self._order}" if self._order else source
-        return Origin(source, *shuffled_row(position, len(self._rows[source]), self._seed, key))
+        return Origin(source, *shuffled_row(position, len(self.rows[source]), self._seed, key))
 
     def counts(self, examples: int) -> dict[str, int]:
         """How many of each source are taken with the first `examples`."""
@@ -81,7 +84,7 @@ class Examples:
         """Which conversations of each source are not in its rows, in words, a line each."""
         return [
             f"{name}: {line}"
-            for name, rows in self._rows.items()
+            for name, rows in self.rows.items()
             if isinstance(rows, ConversationRows) and (line := rows.describe_left_out())
         ]
 
@@ -100,7 +103,7 @@ class Examples:
         """
         counts = self.counts(examples)
         epochs = {
-            name: round(counts[name] / len(self._rows[name]), 4) for name in self._mixture.shares
+            name: round(counts[name] / len(self.rows[name]), 4) for name in self._mixture.shares
         }
         if len(counts) == 1:
             return {"epoch": next(iter(epochs.values()))}

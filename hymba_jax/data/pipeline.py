@@ -20,6 +20,7 @@ from hymba_jax.data.conversation_rows import ConversationRows
 from hymba_jax.data.document_rows import DocumentRows
 from hymba_jax.data.examples import Examples, Rows
 from hymba_jax.data.mixture import Mixture
+from hymba_jax.data.preference_rows import PreferenceRows
 from hymba_jax.data.sources import Tokens, open_sources
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
@@ -38,6 +39,12 @@ class ValidationSet:
 
     rows: Rows
     text_bytes: int | None
+
+    @property
+    def loss_weight(self) -> int:
+        """What the loss is a mean over: pairs, or tokens that are predicted."""
+        rows = self.rows
+        return rows.num_pairs if isinstance(rows, PreferenceRows) else rows.num_targets
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
         """Compression of the text at a mean loss: comparable between tokenizers."""
@@ -65,6 +72,14 @@ class Data:
     def num_tokens(self) -> int:
         """Tokens of all sources of training."""
         return sum(tokens.store.num_tokens for tokens in self.train.values())
+
+    def validated(self, *, preferences: bool) -> dict[str, Tokens]:
+        """The sources of validation that are pairs, or those that are not."""
+        return {
+            name: tokens
+            for name, tokens in self.validation.items()
+            if tokens.is_preference == preferences
+        }
 
     @property
     def digests(self) -> dict[str, str]:
@@ -100,10 +115,10 @@ class Data:
         return examples
 
     def _train_rows(self, name: str, config: DataConfig) -> Rows:
-        store, length = self.train[name].store, config.sequence_length
-        path = config.train_sources[name].path or "standard library"
+        tokens, length = self.train[name], config.sequence_length
+        store, path = tokens.store, config.train_sources[name].path or "standard library"
         if store.has_mask:
-            return _conversation_rows(path, store, "packing", config)
+            return _conversation_rows(path, tokens, "packing", config)
         rows = make_rows(store, config.packing, length)
         if not len(rows):
             raise HymbaError(
@@ -113,24 +128,31 @@ class Data:
             )
         return rows
 
-    def validation_sets(self, config: DataConfig) -> dict[str, ValidationSet]:
-        """All validation documents, as rows of the config's length and packing, by source."""
+    def validation_sets(
+        self, config: DataConfig, *, preferences: bool = False
+    ) -> dict[str, ValidationSet]:
+        """All validation documents, as rows of the config's length and packing, by source.
+
+        Args:
+          preferences: those of pairs, in place of the others.
+        """
         sets = {}
-        for name, tokens in self.validation.items():
+        for name, tokens in self.validated(preferences=preferences).items():
             store, packing = tokens.store, config.validation_packing
+            source = f"validation source {name}"
             rows = (
-                _conversation_rows(f"validation source {name}", store, "validation_packing", config)
+                _conversation_rows(source, tokens, "validation_packing", config)
                 if store.has_mask
                 else make_rows(store, packing, config.sequence_length, keep_last=True)
             )
             sets[name] = ValidationSet(rows, self._validation_bytes[name])
         return sets
 
-    def validation_left_out(self, config: DataConfig) -> list[str]:
+    def validation_left_out(self, config: DataConfig, *, preferences: bool = False) -> list[str]:
         """Which conversations of each source of validation are left out, in words, a line each."""
         return [
             f"validation source {name}: {line}"
-            for name, each in self.validation_sets(config).items()
+            for name, each in self.validation_sets(config, preferences=preferences).items()
             if isinstance(each.rows, ConversationRows) and (line := each.rows.describe_left_out())
         ]
 
@@ -191,9 +213,9 @@ def make_rows(
 
 
 def _conversation_rows(
-    source: str, tokens: TokenStore, packing: str, config: DataConfig
+    source: str, tokens: Tokens, packing: str, config: DataConfig
 ) -> ConversationRows:
-    """The rows of a source of conversations.
+    """The rows of a source of conversations, or of pairs of them.
 
     Args:
       source, packing: what messages call the source, and the name of the field for its packing.
@@ -203,10 +225,11 @@ def _conversation_rows(
             f"{source}: has conversations, which are isolated documents: set {packing} to "
             '"documents"'
         )
-    rows = ConversationRows(tokens, config.sequence_length, config.too_long)
+    kind = PreferenceRows if tokens.is_preference else ConversationRows
+    rows = kind(tokens.store, config.sequence_length, config.too_long)
     if not len(rows):
         raise HymbaError(
-            f"{source}: no conversation fits a sequence of {config.sequence_length} tokens: raise "
+            f"{source}: no {kind.item} fit a sequence of {config.sequence_length} tokens: raise "
             "sequence_length"
         )
     return rows

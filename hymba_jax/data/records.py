@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
-from hymba_jax.tokenizer.answers import ChatText
+from hymba_jax.tokenizer.answers import ChatPair, ChatText
 
 PIECE = 1 << 24
 """Characters of a piece at most, and so of what is tokenized at once."""
@@ -22,13 +22,13 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """A text of a corpus, or one piece of a long one.
+    """A text of a corpus, one piece of a long one, or one side of a pair of conversations.
 
     Attributes:
       name: that of its record, below the corpus.
       text: not empty; 16 Mi characters at most.
-      continues: whether the next document is the next piece of this one. Pieces end at line ends,
-        if they have any.
+      continues: whether the next document is the next piece of this one, or the rejected side of
+        a pair whose chosen one this is. Pieces end at line ends, if they have any.
       chat: of a conversation, which is never in pieces: the same text and where its answers are.
     """
 
@@ -64,10 +64,10 @@ class Content(Protocol):
     def options(self) -> dict[str, str]:
         """What decides the documents beside the files and the tokenizer."""
 
-    def of_json(self, value: Any) -> str | ChatText:
+    def of_json(self, value: Any) -> str | ChatText | ChatPair:
         """That of a JSON value."""
 
-    def of_row(self, row: dict[str, Any]) -> str | ChatText:
+    def of_row(self, row: dict[str, Any]) -> str | ChatText | ChatPair:
         """That of a row of Parquet with the columns of `columns`."""
 
     def columns(self, schema: Any) -> list[str]:
@@ -109,10 +109,13 @@ def refuse_zero(block: bytes, start: int) -> None:
         raise BrokenFile(f"binary, not text (byte {start + zero} is zero): take it out")
 
 
-def documents(name: str, content: str | ChatText) -> Iterator[Document]:
-    """The document of a record, in pieces if it is a long text."""
+def documents(name: str, content: str | ChatText | ChatPair) -> Iterator[Document]:
+    """The document of a record, in pieces if it is a long text; of a pair both."""
     if isinstance(content, str):
         yield from pieces(name, [content])
+    elif isinstance(content, ChatPair):
+        yield Document(name, content.chosen.text, continues=True, chat=content.chosen)
+        yield Document(name, content.rejected.text, chat=content.rejected)
     else:
         yield Document(name, content.text, chat=content)
 

@@ -18,7 +18,7 @@ _SHOWN = 4096  # tokens of a document at most
 
 
 def examples(corpus: TokenizedCorpus, count: int) -> Iterator[Text]:
-    """The first documents of a corpus, those for training before those for validation.
+    """The first documents, or pairs, of a corpus, those for training before those for validation.
 
     Control tokens are written by their names.
     """
@@ -27,10 +27,12 @@ def examples(corpus: TokenizedCorpus, count: int) -> Iterator[Text]:
         if store is None or not count:
             continue
         starts = store.document_starts(0, store.num_tokens).tolist()
-        borders = [*starts, store.num_tokens][: count + 1]
-        for number, (start, stop) in enumerate(pairwise(borders), start=1):
-            yield _example(store, start, stop, corpus.tokenizer, f"{side} {number}")
-        count -= len(borders) - 1
+        sides = ("",) if corpus.format != "preference" else (" chosen", " rejected")
+        borders = [*starts, store.num_tokens][: count * len(sides) + 1]
+        for index, (start, stop) in enumerate(pairwise(borders)):
+            name = f"{side} {index // len(sides) + 1}{sides[index % len(sides)]}"
+            yield _example(store, start, stop, corpus.tokenizer, name)
+        count -= (len(borders) - 1) // len(sides)
 
 
 def _example(store: TokenStore, start: int, stop: int, tokenizer: Tokenizer, name: str) -> Text:

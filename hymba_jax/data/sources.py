@@ -16,6 +16,7 @@ from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.corpus import Corpus, document_hashes, standard_library
 from hymba_jax.data.listing import File, is_url, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, VALIDATION
+from hymba_jax.data.preferences import Preferences
 from hymba_jax.data.records import Content
 from hymba_jax.data.text_field import TextField
 from hymba_jax.data.token_files import digest_of, find_token_files
@@ -41,11 +42,13 @@ class Tokens:
       store: documents, one behind another.
       digest: tells them from others: short.
       text_bytes: UTF-8 bytes of their text; None where only decoding would tell.
+      is_preference: whether documents are pairs, the chosen one before the rejected.
     """
 
     store: TokenStore
     digest: str
     text_bytes: int | None = None
+    is_preference: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def tokenize_sources(
             return [
                 (place, _corpus(place, listed[place.directory], config, tokenizer))
                 for place in places
-                if tokenizer or not config.is_chat(place.source)
+                if tokenizer or not config.has_answers(place.source)
             ]
 
         hashes = document_hashes(corpus for _, corpus in of(held_out))
@@ -240,9 +243,11 @@ def _corpus(
     if not place.path:
         return standard_library(place.held_out)
     content: Content = TextField(place.source.text_field or config.text_field)
-    if tokenizer is not None and config.is_chat(place.source):
+    if tokenizer is not None and config.has_answers(place.source):
         template = config.chat_template or "the tokenizer of the run"
-        content = Conversations(tokenizer, config.loss_on, template)
+        is_chat = config.format_of(place.source) == "chat"
+        kind = Conversations if is_chat else Preferences
+        content = kind(tokenizer, config.loss_on, template)
     return Corpus(
         path=place.path,
         files=files,
@@ -308,8 +313,8 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
     notes = []
     for is_training, name, place in places:
         if place.tokenized is None:
-            if config.is_chat(place.source):
-                raise HymbaError(f"{place.path}: {_no_conversations(place)}")
+            if config.has_answers(place.source):
+                raise HymbaError(f"{place.path}: {_other_format(place, 'text', config)}")
             (train if is_training else validation)[name] = _open_files(place, tokenizer)
             continue
         corpus = tokenized[place.directory]
@@ -351,7 +356,12 @@ def _open_files(place: _Place, tokenizer: Tokenizer) -> Tokens:
 def _sides(corpus: TokenizedCorpus) -> dict[str, Tokens]:
     """The sides of a tokenized corpus that have documents."""
     return {
-        side: Tokens(store, corpus.digest, getattr(corpus.manifest, side).text_bytes)
+        side: Tokens(
+            store,
+            corpus.digest,
+            getattr(corpus.manifest, side).text_bytes,
+            corpus.format == "preference",
+        )
         for side in SIDES
         if (store := getattr(corpus, side)) is not None
     }
@@ -373,7 +383,7 @@ def _check_tokenizer(place: _Place, corpus: TokenizedCorpus, tokenizer: Tokenize
             f"{place.path}: was tokenized by another tokenizer than the run's: tokenize it with "
             "that one, or set data.tokenizer to this directory and start from scratch"
         )
-    if corpus.is_chat and own.fingerprint != tokenizer.fingerprint:
+    if corpus.format != "text" and own.fingerprint != tokenizer.fingerprint:
         raise HymbaError(
             f"{place.path}: was tokenized with another chat template than the run's: tokenize it "
             "with that one, or leave out data.chat_template"
@@ -382,8 +392,9 @@ def _check_tokenizer(place: _Place, corpus: TokenizedCorpus, tokenizer: Tokenize
 
 def _check_format(place: _Place, corpus: TokenizedCorpus, config: DataConfig) -> None:
     """Raises HymbaError unless tokens have the loss where the config has it."""
-    if config.is_chat(place.source) and not corpus.is_chat:
-        raise HymbaError(f"{place.path}: {_no_conversations(place)}")
+    # What text says of itself is the default, which is not to be set for what is tokenized.
+    if config.has_answers(place.source) and corpus.format != config.format_of(place.source):
+        raise HymbaError(f"{place.path}: {_other_format(place, corpus.format, config)}")
     loss_on = corpus.manifest.options.get("loss_on", config.loss_on)
     if loss_on != config.loss_on:
         raise HymbaError(
@@ -392,8 +403,9 @@ def _check_format(place: _Place, corpus: TokenizedCorpus, config: DataConfig) ->
         )
 
 
-def _no_conversations(place: _Place) -> str:
+def _other_format(place: _Place, found: str, config: DataConfig) -> str:
+    lacks = ", which does not say where answers are" if found == "text" else ""
     return (
-        "was tokenized as text, which does not say where answers are: tokenize it again with "
-        f'--data.format chat, or set the format of {place.label} to "text"'
+        f"was tokenized as {found}{lacks}: tokenize it again with --data.format "
+        f'{config.format_of(place.source)}, or set the format of {place.label} to "{found}"'
     )

@@ -15,6 +15,7 @@ from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.corpus import Corpus, document_hashes
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
+from hymba_jax.data.preferences import Preferences
 from hymba_jax.data.records import Content
 from hymba_jax.data.show_examples import examples
 from hymba_jax.data.text_field import TextField
@@ -43,9 +44,11 @@ class TokenizeDataConfig:
     Attributes:
       path: a file, a directory or a glob of text, JSON or Parquet files, compressed or not; local
         or a URL such as gs://bucket/directory.
-      format: whether records are text, or conversations (`chat`): `messages`, `conversations`, or
-        `prompt` and `completion`, with the loss on answers alone.
-      loss_on: whether the loss of a conversation is on all of its answers, or on the last one.
+      format: whether records are text; conversations (`chat`): `messages`, `conversations`, or
+        `prompt` and `completion`, with the loss on answers alone; or pairs of them (`preference`):
+        `prompt`, `chosen` and `rejected`.
+      loss_on: whether the loss of a conversation is on all of its answers, or on the last one;
+        those before the prompt of a pair are never in it.
       text_field: field of a JSON object, or column of Parquet, that holds the document.
       on_bad_record: whether a bad record is an error or skipped, and listed in the output.
       validation_fraction: about this share of the documents, chosen by a hash of their text, is
@@ -80,7 +83,8 @@ class TokenizeConfig:
       part: i/n tokenizes part i of n, each of which may run on another host with the same output.
       tokenizer_only: trains and saves the tokenizer, and tokenizes nothing.
       check: reads all of a tokenized corpus and compares it with its checksums.
-      show: prints this many of the documents, with what the loss is on in brackets and in color.
+      show: prints this many of the documents, or pairs of them, with what the loss is on in
+        brackets and in color.
 
     Raises:
       HymbaError: an option is missing or impossible.
@@ -109,9 +113,9 @@ class TokenizeConfig:
             yield "data.path is missing: give a file, a directory or a glob"
         if not self.check and not self.tokenizer:
             yield "tokenizer is missing: give bytes, bpe:SIZE or the path of a tokenizer.json"
-        if self.data.format == "chat" and self.bpe_size is not None:
+        if self.data.format != "text" and self.bpe_size is not None:
             yield f"tokenizer {self.tokenizer} is trained on text: name one that there is"
-        if self.data.loss_on != "all" and self.data.format != "chat":
+        if self.data.loss_on != "all" and self.data.format == "text":
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
         if self.show and (self.check or self.tokenizer_only):
             yield "show has no effect with check or tokenizer_only, which tokenize nothing"
@@ -195,9 +199,10 @@ def _corpus(
     """The corpus; one of conversations takes the tokenizer that renders them."""
     data = config.data
     content: Content = TextField(data.text_field)
-    if tokenizer is not None and data.format == "chat":
+    if tokenizer is not None and data.format != "text":
         template = config.chat_template or config.tokenizer
-        content = Conversations(tokenizer, data.loss_on, template)
+        kind = Conversations if data.format == "chat" else Preferences
+        content = kind(tokenizer, data.loss_on, template)
     corpus = Corpus(
         path=data.path,
         files=files,

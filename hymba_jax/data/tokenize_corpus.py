@@ -179,7 +179,7 @@ class CorpusWriter:
             for key, pieces in documents:
                 if key.side not in writers:
                     path = self._directory / f"{key.side}-{name}"
-                    shard = _writing(path, self._tokenizer, is_chat=self._corpus.is_chat)
+                    shard = _writing(path, self._tokenizer, has_mask=self._corpus.has_answers)
                     writers[key.side] = stack.enter_context(shard)
                 writers[key.side].write(self._followed(piece for piece, _ in pieces))
                 self._progress.documents += 1
@@ -246,9 +246,10 @@ class _ShardWriter:
         self.documents = self.tokens = self.text_bytes = 0
 
     def write(self, pieces: Iterable[Encoded]) -> None:
-        """Adds a document."""
-        self._writer.write(self._counted(pieces))
-        self.documents += 1
+        """Adds a document; of a pair, whose sides are conversations, both."""
+        for document in [pieces] if self._mask_writer is None else ([side] for side in pieces):
+            self._writer.write(self._counted(document))
+            self.documents += 1
 
     def write_checksums(self) -> None:
         """Writes `NAME.bin.crc`."""
@@ -280,11 +281,11 @@ class _ShardWriter:
 
 
 @contextmanager
-def _writing(path: Path, tokenizer: Tokenizer, *, is_chat: bool) -> Iterator[_ShardWriter]:
+def _writing(path: Path, tokenizer: Tokenizer, *, has_mask: bool) -> Iterator[_ShardWriter]:
     """A shard that is there, with its checksums, at the end of the context."""
     with (
         MegatronWriter(path, tokenizer.vocab_size) as megatron_writer,
-        MaskWriter(path) if is_chat else nullcontext() as mask_writer,
+        MaskWriter(path) if has_mask else nullcontext() as mask_writer,
     ):
         writer = _ShardWriter(path, tokenizer, megatron_writer, mask_writer)
         yield writer

@@ -36,9 +36,9 @@ class TokenizedCorpus:
     validation: TokenStore | None
 
     @property
-    def is_chat(self) -> bool:
-        """Whether its documents are conversations."""
-        return self.manifest.options.get("format") == "chat"
+    def format(self) -> str:
+        """What its documents are, as `data.format`; of a pair the chosen side comes first."""
+        return str(self.manifest.options.get("format", "text"))
 
     @classmethod
     def open(cls, directory: PathLike) -> "TokenizedCorpus":

@@ -3,6 +3,8 @@
 Logits are computed in float32, a chunk of positions at a time. Where a gradient is wanted, that of
 a chunk is computed in the forward pass, while its logits are there, so that no matmul is done twice
 (as in Liger Kernel, arXiv 2410.10989); the backward pass only scales it by the gradient of the sum.
+Losses that are not a sum over positions need `token_nats`, whose backward pass computes the logits
+again, as their gradient depends on all of the forward pass.
 """
 
 import math
@@ -62,19 +64,36 @@ def cross_entropy(
     return CrossEntropy(*_cross_entropy(x, kernel, targets, valid, axes, z_loss))
 
 
+def token_nats(
+    x: Float[Array, "batch length hidden"],
+    kernel: Float[Array, "hidden vocab"] | Float[Array, "vocab hidden"],
+    targets: Int[Array, "batch length"],
+    valid: Bool[Array, "batch length"],
+    *,
+    axes: tuple[str, str] = ("hidden", "vocab"),
+) -> Float[Array, "batch length"]:
+    """The cross entropy of each position, which has a gradient; 0 where it is not valid.
+
+    Arguments as of `cross_entropy`.
+    """
+    return _token_nats(x, kernel, targets, valid, axes)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(
     x: Array, kernel: Array, targets: Array, valid: Array, axes: tuple[str, str], z_loss: float
 ) -> tuple[Array, Array]:
-    loss, nats = _sharded(x, kernel, targets, valid, axes, z_loss, with_gradient=False)
+    weights = valid.astype(jnp.float32)
+    loss, nats = _sharded(x, kernel, targets, weights, axes, z_loss, with_gradient=False)
     return loss, nats
 
 
 def _forward(
     x: Array, kernel: Array, targets: Array, valid: Array, axes: tuple[str, str], z_loss: float
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    loss, nats, dx, dkernel = _sharded(x, kernel, targets, valid, axes, z_loss, with_gradient=True)
-    return (loss, nats), (dx, dkernel)
+    weights = valid.astype(jnp.float32)
+    loss, nats, *gradient = _sharded(x, kernel, targets, weights, axes, z_loss, with_gradient=True)
+    return (loss, nats), (gradient[0], gradient[1])
 
 
 def _backward(
@@ -92,6 +111,32 @@ def _backward(
 _cross_entropy.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_nats(
+    x: Array, kernel: Array, targets: Array, valid: Array, axes: tuple[str, str]
+) -> Array:
+    weights = valid.astype(jnp.float32)
+    return _sharded(x, kernel, targets, weights, axes, 0.0, with_gradient=False)[1]
+
+
+def _nats_forward(
+    x: Array, kernel: Array, targets: Array, valid: Array, axes: tuple[str, str]
+) -> tuple[Array, tuple[Array, ...]]:
+    return _token_nats(x, kernel, targets, valid, axes), (x, kernel, targets, valid)
+
+
+def _nats_backward(
+    axes: tuple[str, str], operands: tuple[Array, ...], cotangents: Array
+) -> tuple[Array | None, ...]:
+    x, kernel, targets, valid = operands
+    weights = jnp.where(valid, cotangents, 0.0)
+    *_, dx, dkernel = _sharded(x, kernel, targets, weights, axes, 0.0, with_gradient=True)
+    return dx, dkernel, None, None
+
+
+_token_nats.defvjp(_nats_forward, _nats_backward)
+
+
 class _Shards(NamedTuple):
     """The mesh axes that each device has a shard along."""
 
@@ -104,13 +149,17 @@ def _sharded(
     x: Array,
     kernel: Array,
     targets: Array,
-    valid: Array,
+    weights: Array,
     axes: tuple[str, str],
     z_loss: float,
     *,
     with_gradient: bool,
 ) -> tuple[Array, ...]:
-    """Loss and nats, and the gradients of x and kernel if wanted; each device on its shards."""
+    """Loss and nats, and the gradients of x and kernel if wanted; each device on its shards.
+
+    Args:
+      weights: of each position in the loss; those of weight 0 are not valid.
+    """
     sizes = dict(zip(axes, kernel.shape, strict=True))
     batch, length = mesh_axes("batch", x.shape[0]), mesh_axes("length", x.shape[1])
     hidden = mesh_axes("hidden", sizes["hidden"])
@@ -120,11 +169,11 @@ def _sharded(
     rows: Axes = ("batch", "length")
     stored: Axes = tuple(axis if axis == "vocab" or hidden else None for axis in axes)
     function = partial(_of_shard, axes, shards, z_loss, with_gradient)
-    in_axes = {"x": (*rows, None), "kernel": stored, "targets": rows, "valid": rows}
+    in_axes = {"x": (*rows, None), "kernel": stored, "targets": rows, "weights": rows}
     gradient_axes = ((*rows, None), stored) if with_gradient else ()
     out_axes = ((), rows, *gradient_axes)
     result: tuple[Array, ...] = shard_map(
-        function, in_axes, out_axes, x=x, kernel=kernel, targets=targets, valid=valid
+        function, in_axes, out_axes, x=x, kernel=kernel, targets=targets, weights=weights
     )
     return result
 
@@ -137,7 +186,7 @@ def _of_shard(
     x: Array,
     kernel: Array,
     targets: Array,
-    valid: Array,
+    weights: Array,
 ) -> tuple[Array, ...]:
     """What `_sharded` returns, of this device's shards."""
     stored_dtype, kernel = kernel.dtype, kernel.astype(x.dtype)
@@ -147,9 +196,9 @@ def _of_shard(
     letters = "".join(axis[0] for axis in axes)  # hv or vh
 
     def add_chunk(dkernel: Array | None, chunk: tuple[Array, ...]) -> tuple[Any, Any]:
-        x, targets, valid = chunk
+        x, targets, weights = chunk
         logits = einsum(f"ph,{letters}->pv", x, kernel, preferred_element_type=jnp.float32)
-        loss, nats, dlogits = _of_logits(logits, targets, valid, shards.vocab, z_loss)
+        loss, nats, dlogits = _of_logits(logits, targets, weights, shards.vocab, z_loss)
         if dkernel is None:
             return None, (loss, nats)
         dlogits = dlogits.astype(x.dtype)
@@ -158,22 +207,22 @@ def _of_shard(
         return dkernel, (loss, nats, dx)
 
     dkernel = jnp.zeros(kernel.shape, jnp.float32) if with_gradient else None
-    chunks = tuple(_in_chunks(array) for array in (x, targets, valid))
+    chunks = tuple(_in_chunks(array) for array in (x, targets, weights))
     dkernel, (loss, nats, *dx) = lax.scan(add_chunk, dkernel, chunks)
-    result = _sum(loss.sum(), shards.positions), _in_rows(nats, valid.shape)
+    result = _sum(loss.sum(), shards.positions), _in_rows(nats, weights.shape)
     if dkernel is None:
         return result
     if shards.hidden:
         dkernel = lax.psum_scatter(dkernel, shards.hidden, scatter_dimension=at, tiled=True)
     dkernel = _sum(dkernel, tuple(name for name in shards.positions if name not in shards.hidden))
-    dx = _sum(_in_rows(dx[0], valid.shape), shards.vocab)
+    dx = _sum(_in_rows(dx[0], weights.shape), shards.vocab)
     return *result, dx, dkernel.astype(stored_dtype)
 
 
 def _of_logits(
     logits: Float[Array, "positions vocab"],
     targets: Int[Array, "positions"],
-    valid: Bool[Array, "positions"],
+    weights: Float[Array, "positions"],
     vocab: tuple[str, ...],
     z_loss: float,
 ) -> tuple[Array, Array, Array]:
@@ -191,10 +240,11 @@ def _of_logits(
     of_target = jnp.where(is_target, logits, 0.0)
     z, target = _sum((exp.sum(1), of_target.sum(1)), vocab)
     log_z = largest + jnp.log(z)
+    valid = weights != 0
     nats = jnp.where(valid, log_z - target, 0.0)
-    loss = nats + z_loss * jnp.where(valid, jnp.square(log_z), 0.0)
+    loss = weights * (nats + z_loss * jnp.where(valid, jnp.square(log_z), 0.0))
     per_probability = (1 + 2 * z_loss * log_z) / z
-    gradient = exp * per_probability[:, None] - is_target
+    gradient = weights[:, None] * (exp * per_probability[:, None] - is_target)
     return loss.sum(), nats, jnp.where(valid[:, None], gradient, 0.0)
 
 

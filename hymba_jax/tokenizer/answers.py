@@ -11,7 +11,7 @@ trained on is what inference generates, up to where it stops.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,13 @@ class ChatText:
         return len(self.text)
 
 
+class ChatPair(NamedTuple):
+    """Two conversations that begin with the same prompt, of which one is preferred."""
+
+    chosen: ChatText
+    rejected: ChatText
+
+
 class AnswerRenderer:
     """Renders conversations, whose last message is an answer, by a tokenizer's chat template.
 
@@ -64,17 +71,22 @@ class AnswerRenderer:
         if not _has_generation_blocks(tokenizer):
             self._check_template()
 
-    def render(self, messages: Sequence[Message], **options: Any) -> ChatText:
+    def render(self, messages: Sequence[Message], num_given: int = 0, **options: Any) -> ChatText:
         """The conversation as text, and where the answers are.
 
         Args:
+          num_given: messages at the start whose answers are not meant.
           options: tools, and variables of the template, as of `chat_template.encode`.
 
         Raises:
           HymbaError: the template fails, or an answer is empty or cannot be told from the rest.
         """
         text = self._rendered(messages, options)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [
+            i
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant" and i >= num_given
+        ]
         if self._loss_on == "last":
             turns = turns[-1:]
         if _has_generation_blocks(self._tokenizer):
@@ -93,12 +105,13 @@ class AnswerRenderer:
     ) -> list[tuple[int, int]]:
         """What `{% generation %}` blocks wrote."""
         spans = generated_spans(text)
-        if self._loss_on == "last":
+        if any(message["role"] == "assistant" for message in messages[: turns[0]]):
             before = self._rendered(messages[: turns[0]], options)
             if not text.startswith(before):
                 raise HymbaError(
-                    "the chat template writes the messages before the last answer in another way "
-                    'when it follows, so it cannot be told from others: set loss_on to "all"'
+                    "the chat template writes the messages before an answer in another way when it "
+                    "follows, so it cannot be told from earlier ones: set loss_on of conversations "
+                    'to "all"'
                 )
             spans = [span for span in spans if span[0] >= len(before)]
         if not spans:

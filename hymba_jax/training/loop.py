@@ -54,8 +54,9 @@ from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.evaluation import Evaluation, check_evaluations
 from hymba_jax.training.extension import describe_extension
 from hymba_jax.training.interrupts import Interrupts
-from hymba_jax.training.loss import Objective, next_token_loss
+from hymba_jax.training.loss import Objective
 from hymba_jax.training.metrics import MetricsWriter, last_step
+from hymba_jax.training.objectives import check_objective, objective_of
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
@@ -73,7 +74,7 @@ from hymba_jax.training.validation import comparable_loss
 def train(
     config: RunConfig,
     generate: Generate,
-    objective: Objective = next_token_loss,
+    objective: Objective | None = None,
     interrupts: Interrupts | None = None,
     evaluations: Sequence[Evaluation] = (),
 ) -> None:
@@ -81,7 +82,7 @@ def train(
 
     Args:
       generate: the sample, from the trained model.
-      objective: what training minimizes and validation reports.
+      objective: what training minimizes and validation reports, in place of the config's.
       interrupts: signals for which the run saves a checkpoint and returns early.
       evaluations: run on their schedules, beside validation.
 
@@ -109,7 +110,7 @@ def train(
 def _train(
     config: RunConfig,
     generate: Generate,
-    objective: Objective,
+    objective: Objective | None,
     interrupts: Interrupts,
     evaluations: Sequence[Evaluation],
     mesh: Mesh,
@@ -129,6 +130,8 @@ def _train(
     data = _read_data(config, previous is not None, initial, plan, display)
     config, abstract = plan(data.tokenizer)
     optimizer, stages = _optimizer(config), config.resolved_stages
+    for stage in stages:
+        check_objective(stage, data)
     examples = _examples(stages, data, config.seed)
     left_out = _left_out(stages, examples, data)
     _announce(config, abstract, data, left_out, mesh, display)
@@ -142,7 +145,7 @@ def _train(
             stage,
             examples[stage.name],
             data,
-            objective,
+            objective or objective_of(stage.run),
             optimizer,
             abstract,
             evaluations,
@@ -246,6 +249,13 @@ def _run_stages(
             if step == stage.start and stage.validated_on != config.stage_at(step).validated_on:
                 checkpoints.forget_best()
             with interrupts.deferred():
+                if program.reference:
+                    display.begin(
+                        f"reference log-probabilities of {program.reference.num_pairs:,} pairs"
+                    )
+                    program.reference.prepare(state.params, step)
+                    if interrupts.agreed:
+                        break
                 state = _run_steps(
                     state,
                     step,
@@ -434,7 +444,8 @@ def _left_out(stages: Sequence[Stage], examples: Mapping[str, Examples], data: D
     lines = []
     for stage in stages:
         lines += examples[stage.name].left_out()
-        lines += data.validation_left_out(stage.run.data)
+        preferences = stage.run.training.objective == "dpo"
+        lines += data.validation_left_out(stage.run.data, preferences=preferences)
     return list(dict.fromkeys(lines))
 
 

@@ -276,6 +276,9 @@ class Recorder:
             parts.append(f"val {self._bits_per_byte:.4f} bpb")
         elif self._validation_loss is not None:
             parts.append(f"val loss {self._validation_loss:.4f}")
+        if "reward_accuracy" in values:
+            parts.append(f"accuracy {values['reward_accuracy']:.0%}")
+            parts.append(f"margin {values['reward_margin']:.3f}")
         parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
         if "mfu" in values:
             parts.append(f"{values['mfu']:.0%} MFU")

@@ -1,9 +1,10 @@
 """What the steps of a stage need, compiled: a run without stages is one."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -11,11 +12,12 @@ from jax.sharding import Mesh
 from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
-from hymba_jax.data import Batch, Data, train_batches
+from hymba_jax.data import Batch, Data, ValidationSet, train_batches
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.data.examples import Examples
+from hymba_jax.data.preference_rows import PreferenceRows
 from hymba_jax.model import Hymba
-from hymba_jax.model.abstract import abstract_model
+from hymba_jax.model.abstract import Params, abstract_model
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
@@ -24,9 +26,13 @@ from hymba_jax.training.fixed_order import in_fixed_order
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import LossFn, Objective, make_loss_fn
 from hymba_jax.training.mfu import Workload, peak_flops
+from hymba_jax.training.objectives import has_reference
+from hymba_jax.training.preference import answer_log_probs
 from hymba_jax.training.recorder import StageRecords
+from hymba_jax.training.reference import Reference
 from hymba_jax.training.step import Metrics, compile_train_step, run_step
 from hymba_jax.training.validation import compile_eval_step, make_validate
+from hymba_jax.types import Array, Float
 
 
 class StageProgram(NamedTuple):
@@ -35,6 +41,7 @@ class StageProgram(NamedTuple):
     Attributes:
       evaluations: validation, and those that a program adds.
       batches: the global batches from the one on that so many of the stage are before.
+      reference: to be prepared before them, if the objective has one.
       records: what metrics say of its steps.
     """
 
@@ -43,6 +50,7 @@ class StageProgram(NamedTuple):
     evaluations: Evaluations
     batches: Callable[[int], Iterator[Batch]]
     records: StageRecords
+    reference: Reference | None = None
 
 
 class CompiledSteps(NamedTuple):
@@ -77,9 +85,10 @@ def compile_stage(
     if stage.compiled_for not in compiled:
         compiled[stage.compiled_for] = _compile_steps(run, objective, optimizer, abstract, mesh)
     steps = compiled[stage.compiled_for]
+    sets = data.validation_sets(run.data, preferences=training.objective == "dpo")
     validate = make_validate(
         steps.eval_step,
-        data.validation_sets(run.data),
+        sets,
         mesh,
         training.micro_batch_size,
         training.validation_batches * training.batch_size,
@@ -100,6 +109,37 @@ def compile_stage(
         ),
         batches,
         _records(stage, examples, flops, mesh),
+        _reference(stage, examples, sets, data, steps.graph, mesh, interrupts),
+    )
+
+
+def _reference(
+    stage: Stage,
+    examples: Examples,
+    sets: Mapping[str, ValidationSet],
+    data: Data,
+    graph: nnx.GraphDef[Hymba],
+    mesh: Mesh,
+    interrupts: Interrupts,
+) -> Reference | None:
+    """The reference of a stage, if its objective has one."""
+    if not has_reference(stage.run):
+        return None
+    rows = {f"training source {name}": each for name, each in examples.rows.items()}
+    rows |= {f"validation source {name}": each.rows for name, each in sets.items()}
+    pairs = {name: each for name, each in rows.items() if isinstance(each, PreferenceRows)}
+
+    def log_probs(params: Params, batch: Batch) -> Float[Array, "batch pairs 2"]:
+        return jnp.stack(answer_log_probs(nnx.merge(graph, params), batch), -1)
+
+    return Reference(
+        stage,
+        log_probs,
+        pairs,
+        {name: data.digests[name] for name in pairs},
+        mesh,
+        stage.run.training.micro_batch_size,
+        interrupts.poll,
     )
 
 
@@ -118,6 +158,7 @@ def _compile_steps(
         run.data.sequence_length,
         batch_sharding(mesh),
         segment_ids=run.data.validation_packing == "documents",
+        reference=has_reference(run),
     )
     loss_fn = make_loss_fn(objective, graph)
     if run.training.reduction_shards:

@@ -21,6 +21,7 @@ from hymba_jax.model.trainable import TRAIN_ALL, Trainable, join, trainable_of
 from hymba_jax.parallel.mesh import AnyMesh, batch_sharding, batch_shards
 from hymba_jax.training.fixed_order import in_fixed_order
 from hymba_jax.training.loss import Average, Averages, LossFn, Objective, make_loss_fn
+from hymba_jax.training.objectives import has_reference
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float, UInt
 
@@ -129,6 +130,7 @@ def run_step(
         run.data.sequence_length,
         batch_sharding(mesh),
         segment_ids=run.data.packing == "documents",
+        reference=has_reference(run),
     )
     return train_step, batch
 

@@ -100,14 +100,14 @@ def comparable_loss(metrics: Mapping[str, int | float]) -> float:
 def _overall(
     by_set: Mapping[str, Mapping[str, float]], sets: Mapping[str, ValidationSet]
 ) -> dict[str, float]:
-    """The means over several sets: of bits per byte by their bytes, of others by their targets.
+    """The means over several sets: of bits per byte by their bytes, of others by `loss_weight`.
 
     Sets of conversations have no bits per byte.
     """
     overall = {}
     for name in dict.fromkeys(name for values in by_set.values() for name in values):
         weights = {
-            key: (each.text_bytes or 0) if name == "bits_per_byte" else each.rows.num_targets
+            key: (each.text_bytes or 0) if name == "bits_per_byte" else each.loss_weight
             for key, each in sets.items()
         }
         total = sum(weight * by_set[key].get(name, 0.0) for key, weight in weights.items())

@@ -81,7 +81,7 @@ def test_a_run_trains_on_answers_and_keeps_the_template(chats, template, output)
     for ids, mask in map(expected_tokens, RECORDS):
         pairs = zip(ids[1:], mask[1:], strict=True)
         expected.append([token if is_answer else IGNORED_TARGET for token, is_answer in pairs])
-    rows = examples._rows["corpus"]
+    rows = examples.rows["corpus"]
     found = [*found_conversations(rows), *found_conversations(held_out.rows)]
     assert sorted(found) == sorted(expected)
     assert rows.num_targets + held_out.rows.num_targets == sum(
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_counted(chats, template, output, too_long):
     assert examples.left_out() == [f"corpus: {line}"]
     assert opened.validation_left_out(data) == [f"validation source all: {line}"]
     short = config(chats, sequence_length=8)
-    with pytest.raises(HymbaError, match="no conversation fits a sequence of 8 tokens"):
+    with pytest.raises(HymbaError, match="no conversations fit a sequence of 8 tokens"):
         opened.train_examples([(short, 0)], seed=0)
 
 

@@ -52,7 +52,7 @@ def segments(rows):
     """By the number of each conversation: its inputs and targets in its row."""
     found = {}
     for index in range(len(rows)):
-        inputs, targets, segment_ids, _ = rows[index]
+        inputs, targets, segment_ids, *_ = rows[index]
         assert inputs.dtype == targets.dtype == segment_ids.dtype == np.int32
         used = segment_ids > 0
         assert (np.diff(segment_ids[used]) >= 0).all()

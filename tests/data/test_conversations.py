@@ -51,7 +51,6 @@ GOOD = [
     ),
     ({"prompt": "p", "completion": "c"}, "u>p</s>a>c</s>"),
     ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "s>ss</s>u>uu</s>a>aa</s>"),
-    ({"prompt": [USER, ANSWER, USER], "completion": "c"}, "u>uu</s>a>aa</s>u>uu</s>a>c</s>"),
     ({"messages": [USER, ANSWER], "prompt": "unused"}, "u>uu</s>a>aa</s>"),
     ({"conversations": sharegpt(human="H", gpt="G"), "system": "S"}, "s>S</s>u>H</s>a>G</s>"),
     (
@@ -71,6 +70,15 @@ GOOD = [
         "u>part</s>a>aa</s>",
     ),
 ]
+
+
+def test_answers_of_a_prompt_have_no_loss(conversations):
+    record = {"prompt": [USER, ANSWER, USER], "completion": "c"}
+    chat = conversations.of_json(record)
+    assert chat.text == "u>uu</s>a>aa</s>u>uu</s>a>c</s>"
+    assert [chat.text[start:stop] for start, stop in chat.answers] == ["c</s>"]
+    chat = conversations.of_json({"messages": [USER, ANSWER, USER, ANSWER]})
+    assert [chat.text[start:stop] for start, stop in chat.answers] == ["aa</s>"] * 2
 
 
 @pytest.mark.parametrize(("record", "text"), GOOD)

@@ -40,7 +40,7 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(make_store, le
     rows = DocumentRows(make_store(lengths), length)
     found: Counter[int] = Counter()
     for i in range(len(rows)):
-        inputs, targets, segment_ids, _ = rows[i]
+        inputs, targets, segment_ids, *_ = rows[i]
         is_padding = targets == IGNORED_TARGET
         assert inputs.dtype == targets.dtype == segment_ids.dtype == np.int32
         assert inputs.shape == targets.shape == segment_ids.shape == (length,)

@@ -70,7 +70,7 @@ def test_shards_hold_conversations_and_where_the_loss_is(small, corpus, tmp_path
     """No tokens but those that the template writes; on each side in the order of the files."""
     output = tokenize(corpus, tmp_path / "out", {"loss_on": loss_on}, workers=workers)
     opened = TokenizedCorpus.open(output)
-    assert opened.is_chat
+    assert opened.format == "chat"
     train, validation = documents(opened.train), documents(opened.validation)
     expected = [expected_tokens(each, loss_on) for each in RECORDS]
     assert [each for each in expected if each in train] == train

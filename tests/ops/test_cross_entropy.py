@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.ops import cross_entropy as op
-from hymba_jax.ops.cross_entropy import cross_entropy
+from hymba_jax.ops.cross_entropy import cross_entropy, token_nats
 from hymba_jax.parallel.mesh import make_mesh, partition
 
 BATCH, LENGTH, HIDDEN, VOCAB = 8, 6, 16, 24
@@ -29,8 +29,11 @@ def operands(axes, vocab=VOCAB):
     return x, kernel if axes[0] == "hidden" else kernel.T, targets, valid
 
 
-def formula(x, kernel, targets, valid, axes, z_loss):
-    """Loss, nats, and the gradients of x and kernel, in float64."""
+def formula(x, kernel, targets, valid, axes, z_loss, weights=None):
+    """Loss, nats, and the gradients of x and kernel, in float64.
+
+    With weights the gradients are those of the weighted sum of the nats.
+    """
     kernel = kernel if axes[0] == "hidden" else kernel.T
     logits = x @ kernel
     log_z = np.log(np.exp(logits).sum(-1))
@@ -41,6 +44,7 @@ def formula(x, kernel, targets, valid, axes, z_loss):
         probabilities = np.exp(logits[at] - log_z[at])
         dlogits[at] = (1 + 2 * z_loss * log_z[at]) * probabilities
         dlogits[at][target] -= 1
+        dlogits[at] *= 1 if weights is None else weights[at]
     loss = nats.sum() + z_loss * (log_z[valid] ** 2).sum()
     dkernel = np.einsum("blh,blv->hv", x, dlogits)
     return loss, nats, dlogits @ kernel.T, dkernel if axes[0] == "hidden" else dkernel.T
@@ -56,6 +60,24 @@ def run(x, kernel, targets, valid, axes, z_loss):
     run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     (_, total), gradients = run(x, kernel, targets, valid)
     return *total, *(gradient.astype(jnp.float32) / 3 for gradient in gradients)
+
+
+def run_nats(x, kernel, targets, valid, axes, weights):
+    """Nats, and the gradients of their weighted sum."""
+
+    def loss(x, kernel, targets, valid, weights):
+        nats = token_nats(x, kernel, targets, valid, axes=axes)
+        return (weights * nats).sum(), nats
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, nats), gradients = run(x, kernel, targets, valid, weights)
+    return nats, *gradients
+
+
+def make_weights():
+    """Of both signs, and some 0."""
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(BATCH, LENGTH)) * (rng.random((BATCH, LENGTH)) < 0.8)
 
 
 def assert_close(actual, expected):
@@ -75,6 +97,16 @@ def test_values_and_gradients(monkeypatch, axes, chunk, z_loss):
     assert_close(run(*given, AXES[axes], z_loss), expected)
     without_gradient = jax.jit(partial(cross_entropy, axes=AXES[axes], z_loss=z_loss))
     assert_close(without_gradient(*given), expected[:2])
+
+
+@pytest.mark.parametrize(("axes", "chunk"), [("tied", 13), ("untied", 2048)])
+def test_nats_of_each_position(monkeypatch, axes, chunk):
+    monkeypatch.setattr(op, "CHUNK", chunk)
+    x, kernel, targets, valid = operands(AXES[axes])
+    weights = make_weights()
+    expected = formula(x, kernel, targets, valid, AXES[axes], 0.0, weights)
+    given = jnp.float32(x), jnp.float32(kernel), targets, valid
+    assert_close(run_nats(*given, AXES[axes], jnp.float32(weights)), expected[1:])
 
 
 def test_bfloat16_operands_and_float32_sums():
@@ -117,6 +149,11 @@ def test_sharded(monkeypatch, name, axes, vocab):
     )
     with jax.set_mesh(mesh):
         actual = run(jnp.float32(x), jnp.float32(kernel), targets, valid, AXES[axes], 0.1)
+        if axes == "untied":
+            weights = make_weights()
+            given = jnp.float32(x), jnp.float32(kernel), targets, valid
+            nats = run_nats(*given, AXES[axes], jnp.float32(weights))
+            assert_close(nats, formula(*arrays, AXES[axes], 0.0, weights)[1:])
     assert_close(actual, expected)
     assert actual[3].sharding.is_equivalent_to(kernel.sharding, 2)
 
