@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 from storage_emulators import emulators
 
 # The packages whose signatures have shapes; a check costs more than most functions of the others.
-CHECKED = ("data", "evaluation", "inference", "model", "ops", "training")
+CHECKED = ("analysis", "data", "evaluation", "inference", "model", "ops", "training")
 install_import_hook([f"hymba_jax.{name}" for name in CHECKED], "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a CPU a test is mostly XLA's compiling, so it need not make machine code that is fast.

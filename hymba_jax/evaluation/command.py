@@ -1,14 +1,15 @@
-"""`hymba evaluate`: perplexity and bits per byte of documents."""
+"""`hymba evaluate`: perplexity and bits per byte of documents, or tasks."""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
+from hymba_jax.checkpoint.checkpoints import checkpoint_steps, resolve_step
 from hymba_jax.config.data import Format, LossOn, OnBadRecord
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
 from hymba_jax.data.conversations import Conversations
@@ -28,7 +29,7 @@ from hymba_jax.evaluation.report import (
     summary_table,
 )
 from hymba_jax.figures import make_figure
-from hymba_jax.files import check_output_file, replace_text, resolve_path
+from hymba_jax.files import check_output_file, replace_text, resolve_location, resolve_path
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.tokenizer import Tokenizer
@@ -38,9 +39,15 @@ EVALUATE_BOUNDS = {
     "window": Bounds(0, 2**31 - 1, _MANY),
     "stride": Bounds(0, 2**31 - 1, _MANY),
     "span": Bounds(0, 2**31 - 1, _MANY),
+    "num_fewshot": Bounds(0, 10_000, _MANY),
     "limit": Bounds(0, INT64 - 1, "a 64-bit number"),
     "seed": Bounds(0, INT64 - 1, "a 64-bit number"),
 }
+
+
+# Options that have an effect on one of the two alone.
+_OF_DATA = ("window", "stride", "span", "seed", "image")
+_OF_TASKS = ("include_path", "num_fewshot", "apply_chat_template", "answers")
 
 
 @dataclass(frozen=True)
@@ -65,23 +72,30 @@ class EvaluateDataConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measures perplexity and bits per byte of documents, each from its own start.
+    """Measures perplexity and bits per byte of documents, or runs tasks of lm-evaluation-harness.
 
-    Every token is scored once. A document that is longer than the window is scored in windows,
-    each of which adds the next `stride` tokens: a token is predicted from all that come before it,
-    or from more than `window - stride` of them.
+    Every token of a document is scored once. A document that is longer than the window is scored
+    in windows, each of which adds the next `stride` tokens: a token is predicted from all that come
+    before it, or from more than `window - stride` of them.
 
     Attributes:
       window: tokens that a token is predicted from, at most; the model's context if 0.
       stride: tokens between windows; half a window if 0.
       span: tokens of context of a point of the curve; a power of two for at most 16 points if 0.
-      limit: the first documents only; all if 0.
       seed: of the bootstrap over documents, which gives the errors.
-      output: JSON file, written atomically, with all means, the curve and each document.
       image: file for a plot of the curve and of the documents, as PNG, PDF or SVG by its suffix.
+      tasks: in place of data: names of tasks or groups, with commas between them; also the paper's
+        lists hymba_commonsense, hymba_recall, hymba_language, hymba_base and hymba_instruct.
+      include_path: directory with the YAML files of more tasks.
+      num_fewshot: examples before each question; as each task says if absent.
+      apply_chat_template: asks in conversations, by the tokenizer's chat template.
+      answers: file of JSON lines to which each answer is appended as it comes, and from which a
+        later run with the same model takes it: an interrupted evaluation resumes.
+      limit: the first documents only, of each task; all if 0.
+      output: JSON file, written atomically, with all results.
 
     Raises:
-      HymbaError: an option is missing or impossible.
+      HymbaError: an option is missing or impossible, or would have no effect.
     """
 
     choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
@@ -89,10 +103,15 @@ class EvaluateConfig:
     window: int = 0
     stride: int = 0
     span: int = 0
-    limit: int = 0
     seed: int = 0
-    output: str = ""
     image: str = ""
+    tasks: str = ""
+    include_path: str = ""
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    answers: str = ""
+    limit: int = 0
+    output: str = ""
 
     def __post_init__(self) -> None:
         if problems := [*self._problems()]:
@@ -100,20 +119,59 @@ class EvaluateConfig:
 
     def _problems(self) -> Iterator[str]:
         yield from bound_problems(self, EVALUATE_BOUNDS)
-        if not self.data.path:
-            yield "data.path is missing: give a file, a directory or a glob"
+        if bool(self.data.path) == bool(self.task_names):
+            yield "give either data.path, a file, a directory or a glob, or tasks"
+        unused = _OF_DATA if self.task_names else _OF_TASKS
+        for item in fields(self):
+            if item.name in unused and getattr(self, item.name) != item.default:
+                yield f"{item.name} has no effect on {'tasks' if self.task_names else 'data'}"
         if self.data.loss_on != "all" and self.data.format != "chat":
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
         if not self.data.text_field:
             yield "data.text_field is empty"
 
+    @property
+    def task_names(self) -> list[str]:
+        return [name for name in map(str.strip, self.tasks.split(",")) if name]
+
 
 def main(config: EvaluateConfig) -> None:
-    """Prints the means and the curve, and writes what is asked for.
+    """Prints the results, and writes what is asked for.
 
     Raises:
-      HymbaError: there is no such model or text, or a file cannot be written.
+      HymbaError: there is no such model, text or task, or a file cannot be written.
     """
+    if config.task_names:
+        _run_tasks(config)
+    else:
+        _measure_perplexity(config)
+
+
+def _run_tasks(config: EvaluateConfig) -> None:
+    from hymba_jax.evaluation import harness, tasks  # needs the harness
+
+    output = resolve_path(config.output) if config.output else None
+    if output:
+        check_output_file(output)
+    manager = tasks.find_tasks(config.task_names, config.include_path)
+    model = config.choice.load()
+    if config.apply_chat_template and not model.tokenizer.chat_templates:
+        raise HymbaError(f"{config.choice.model}: its tokenizer has no chat template")
+    results = tasks.run_tasks(
+        harness.HarnessModel(model, harness.open_answers(config.answers, model)),
+        config.task_names,
+        manager,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        apply_chat_template=config.apply_chat_template,
+    )
+    print(tasks.tables(results))
+    if output:
+        results["config"] |= _about_model(config.choice, model)
+        tasks.write_results(results, output)
+
+
+def _measure_perplexity(config: EvaluateConfig) -> None:
     paths = [resolve_path(name) if name else None for name in (config.output, config.image)]
     output, image = paths
     for path in filter(None, paths):
@@ -155,16 +213,25 @@ def evaluate(model: LanguageModel, config: EvaluateConfig, console: Console) -> 
     with progress_bar("scoring", "tokens") as advance:
         scores, positions = score_documents(model, documents, window, stride, advance)
     about = {
-        "model": config.choice.model,
-        "step": config.choice.step,
-        "adapter": config.choice.adapter or None,
-        "dtype": model.engine.dtype,
+        **_about_model(config.choice, model),
         "data": config.data.path,
         "window": window,
         "stride": stride,
         "seed": config.seed,
     }
     return make_report(scores, positions, about, config.span, config.seed)
+
+
+def _about_model(choice: ModelChoice, model: LanguageModel) -> dict[str, Any]:
+    """What was evaluated, for a file of results."""
+    step = resolve_step(choice.model, choice.step)
+    steps = checkpoint_steps(resolve_location(choice.model))
+    return {
+        "model": choice.model,
+        "step": steps[-1] if steps and step is None else step,
+        "adapter": choice.adapter or None,
+        "dtype": model.engine.dtype,
+    }
 
 
 def _documents(
@@ -181,6 +248,6 @@ def _documents(
     for what, count in sorted(listing.skipped.items()):
         console.print(f"left out {what}: {count:,}", markup=False)
     if problems:
-        note = f"skipped bad records: {len(problems):,}, such as {problems[0].name}"
+        note = f"skipped records: {len(problems):,}, such as {problems[0].name}"
         console.print(note, markup=False)
     return documents

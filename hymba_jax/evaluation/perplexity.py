@@ -86,7 +86,7 @@ def score_documents(
         model.engine.check_memory(min(len(jobs), model.batch_size), longest)
     for batch in batched(jobs, model.batch_size):
         parts = [documents[i].tokens[w.start : w.stop].tolist() for i, w in batch]
-        for (i, each), log_probs in zip(batch, model.engine.score(parts), strict=True):
+        for (i, each), (log_probs, _) in zip(batch, model.engine.score(parts), strict=True):
             _check_finite(documents[i], each, log_probs)
             nats[i][each.first : each.stop] = -log_probs[each.first - each.start - 1 :]
             _add(sums, documents[i], each, -log_probs)

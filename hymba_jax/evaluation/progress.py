@@ -8,11 +8,14 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 
 @contextmanager
-def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(
+    what: str, unit: str, *, disable: bool = False
+) -> Iterator[Callable[[int, int], None]]:
     """The function (done, total) that moves the bar.
 
     Args:
       unit: of these numbers.
+      disable: shows nothing, even on a terminal.
     """
     columns = (
         *Progress.get_default_columns()[:2],
@@ -20,7 +23,7 @@ def progress_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    disable = not console.is_terminal
+    disable = disable or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(what, total=0)
         yield lambda done, total: progress.update(task, completed=done, total=total)

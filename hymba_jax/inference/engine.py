@@ -105,6 +105,18 @@ class Prefilled(NamedTuple):
     last_hidden: Float[Array, "batch hidden"]
 
 
+class TokenScores(NamedTuple):
+    """How likely each token of a sequence but the first is, given those before it.
+
+    Attributes:
+      log_probs: NaN where the model's logits are not all finite.
+      is_likeliest: whether no token has a larger logit; of several such, it is the first.
+    """
+
+    log_probs: Float[np.ndarray, " targets"]
+    is_likeliest: Bool[np.ndarray, " targets"]
+
+
 class PaddedChunk(NamedTuple):
     """A chunk of each prompt of a batch, padded on the right."""
 
@@ -149,7 +161,7 @@ class Engine:
         )
         self.max_context = _max_context(model.config, context)
         self._smallest_context = context or MIN_CONTEXT
-        self._state_dtype = state_dtype
+        self.state_dtype = state_dtype
         self.programs = _programs(graph, model.config, model.compute, state_dtype)
 
     @functools.cached_property
@@ -179,7 +191,7 @@ class Engine:
           HymbaError: parameters and caches together are larger than its memory.
         """
         rows, context = self._sizes(rows, context)
-        cache = cache_bytes(self.config, context, self.dtype, self._state_dtype)
+        cache = cache_bytes(self.config, context, self.dtype, self.state_dtype)
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
             tree_bytes(self.params)
@@ -280,24 +292,20 @@ class Engine:
         stopped[list(rows)] = True
         return state._replace(stopped=jnp.asarray(stopped))
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[Float[np.ndarray, " targets"]]:
-        """The log-probability of each token but the first, given those before it.
-
-        NaN where the model's logits are not all finite.
-        """
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
+        """How likely each token of each sequence but the first is, given those before it."""
         state = self.init_prefill(len(sequences), max(map(len, sequences)) - 1)
-        scores: list[list[np.ndarray]] = [[] for _ in sequences]
+        scores: list[list[TokenScores]] = [[] for _ in sequences]
         inputs = self.chunks([sequence[:-1] for sequence in sequences])
         targets = self.chunks([sequence[1:] for sequence in sequences])
         for i, (chunk, next_chunk) in enumerate(zip(inputs, targets, strict=True)):
-            state, log_probs = self.programs.score(
+            state, *arrays = self.programs.score(
                 self.params, self.meta_state, state, chunk, next_chunk.tokens, is_start=i == 0
             )
-            for row, length, values in zip(
-                scores, chunk.lengths, np.asarray(log_probs), strict=False
-            ):
-                row.append(values[:length])
-        return [np.concatenate(row) for row in scores]
+            arrays = jax.device_get(arrays)
+            for row, length, *values in zip(scores, chunk.lengths, *arrays, strict=False):
+                row.append(TokenScores(*(value[:length] for value in values)))
+        return [TokenScores(*map(np.concatenate, zip(*row, strict=True))) for row in scores]
 
     def chunks(self, prompts: Sequence[Sequence[int]]) -> list[PaddedChunk]:
         """The prompts in chunks of at most `max_chunk` tokens."""
@@ -353,7 +361,7 @@ class Programs(NamedTuple):
     init_prefill: Callable[..., Prefilled]
     prefill: Callable[..., Prefilled]
     repeat: Callable[..., Prefilled]
-    score: Callable[..., tuple[Prefilled, Array]]
+    score: Callable[..., tuple[Prefilled, Array, Array]]
     init_state: Callable[..., DecodeState]
     sample_first: Callable[..., tuple[DecodeState, SampledTokens]]
     insert: Callable[..., DecodeState]
@@ -394,19 +402,21 @@ def _programs(
         chunk: PaddedChunk,
         targets: Int[Array, "batch length"],
         is_start: bool,
-    ) -> tuple[Prefilled, Float[Array, "batch length"]]:
+    ) -> tuple[Prefilled, Float[Array, "batch length"], Bool[Array, "batch length"]]:
         model = nnx.merge(graph, params)
         x, state = extend(params, meta, state, chunk, is_start)
 
-        def log_probs(at: slice) -> Array:
+        def scores(at: slice) -> tuple[Array, Array]:
             logits = model.logits(x[:, at])
             log_probs = jax.nn.log_softmax(logits)
             log_probs = jnp.take_along_axis(log_probs, targets[:, at, None], axis=-1)[:, :, 0]
-            return jnp.where(jnp.isfinite(logits).all(-1), log_probs, jnp.nan)
+            log_probs = jnp.where(jnp.isfinite(logits).all(-1), log_probs, jnp.nan)
+            return log_probs, logits.argmax(-1) == targets[:, at]
 
         starts = range(0, x.shape[1], LOGIT_POSITIONS)
-        all_log_probs = [log_probs(slice(start, start + LOGIT_POSITIONS)) for start in starts]
-        return state, jnp.concatenate(all_log_probs, axis=1)
+        parts = [scores(slice(start, start + LOGIT_POSITIONS)) for start in starts]
+        log_probs, is_likeliest = (jnp.concatenate(part, 1) for part in zip(*parts, strict=True))
+        return state, log_probs, is_likeliest
 
     def init_state(params: Params, meta: MetaState, batch: int, context: int) -> DecodeState:
         zeros = jnp.zeros(batch, jnp.int32)

@@ -205,7 +205,7 @@ class LanguageModel:
         encoded = self.encode(sequences, max_new_tokens=0)
         self.engine.check_memory(min(len(encoded), self.batch_size), max(map(len, encoded)))
         batches = itertools.batched(encoded, self.batch_size)
-        all_scores = [scores for batch in batches for scores in self.engine.score(batch)]
+        all_scores = [each.log_probs for batch in batches for each in self.engine.score(batch)]
         for i, scores in enumerate(all_scores):
             if np.isnan(scores).any():
                 name = prompt_name(i, len(encoded))

@@ -25,6 +25,20 @@ class SSMState(NamedTuple):
     ssm_state: Float[Array, "batch state channels"]
 
 
+class ScanInputs(NamedTuple):
+    """What the recurrence takes of each position, and the convolution's state after the last.
+
+    Attributes:
+      dt: before its bias and the softplus.
+    """
+
+    u: Float[Array, "batch length channels"]
+    dt: Float[Array, "batch length channels"]
+    B: Float[Array, "batch length state"]
+    C: Float[Array, "batch length state"]
+    conv_state: Float[Array, "batch kernel-1 channels"]
+
+
 class SSM(nnx.Module):
     """conv, silu, selective scan, gate.
 
@@ -76,10 +90,29 @@ class SSM(nnx.Module):
         Args:
           state: the state before the first position of each document; zeros if absent.
         """
-        u, gate = self.in_proj(x), self.gate_proj(x)
         state = broadcast_to_batch(state, len(x))
+        scan = self.scan_inputs(x, context, state)
+        y, ssm_state = selective_scan(
+            scan.u,
+            scan.dt,
+            -jnp.exp(self.A_log[...]),
+            scan.B,
+            scan.C,
+            self.D[...],
+            z=self.gate_proj(x),
+            dt_bias=self.dt_bias[...],
+            initial_state=state and state.ssm_state,
+            segment_ids=context.segment_ids,
+            lengths=context.lengths,
+        )
+        return y, SSMState(scan.conv_state, ssm_state)
+
+    def scan_inputs(
+        self, x: Float[Array, "batch length hidden"], context: Context, state: SSMState | None
+    ) -> ScanInputs:
+        """The convolution, and the projections that select what the state keeps."""
         u, conv_state = causal_conv(
-            u,
+            self.in_proj(x),
             self.conv_kernel[...],
             self.conv_bias[...],
             initial_inputs=state and state.conv_state,
@@ -88,20 +121,8 @@ class SSM(nnx.Module):
         )
         u = jax.nn.silu(u)
         dt, B, C = jnp.split(self.x_proj(u), (self.sizes[0], sum(self.sizes[:2])), axis=-1)
-        y, ssm_state = selective_scan(
-            u,
-            self.dt_proj(self.dt_norm(dt)),
-            -jnp.exp(self.A_log[...]),
-            self.B_norm(B),
-            self.C_norm(C),
-            self.D[...],
-            z=gate,
-            dt_bias=self.dt_bias[...],
-            initial_state=state and state.ssm_state,
-            segment_ids=context.segment_ids,
-            lengths=context.lengths,
-        )
-        return y, SSMState(conv_state, ssm_state)
+        dt = self.dt_proj(self.dt_norm(dt))
+        return ScanInputs(u, dt, self.B_norm(B), self.C_norm(C), conv_state)
 
     def init_state(self, batch: int, dtype: DTypeLike, state_dtype: DTypeLike) -> SSMState:
         """A state of zeros.

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+import sys
 from itertools import pairwise
 
 import jax
@@ -259,7 +260,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("", "data.path is missing"),
+            ("", "give either data.path"),
+            ("--data.path {texts} --tasks piqa", "give either data.path"),
+            ("--data.path {texts} --answers a.jsonl", "answers has no effect on data"),
+            ("--tasks piqa --window 8", "window has no effect on tasks"),
             (
                 "--data.path {texts} --window 600",
                 "window is 600 tokens, the model's context is 512",
@@ -277,6 +281,13 @@ class TestCommand:
         with pytest.raises(SystemExit, match=message) as error:
             cli.main(["evaluate", "--model", str(directory), *arguments])
         assert "\n" not in str(error.value)
+
+    def test_tasks_take_an_extra(self, directory, monkeypatch):
+        for name in ("lm_eval", "lm_eval.api.model"):
+            monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, "hymba_jax.evaluation.harness", raising=False)
+        with pytest.raises(SystemExit, match=r'pip install "hymba_jax\[evaluate\]"'):
+            cli.main(f"evaluate --model {directory} --tasks piqa".split())
 
     def test_nothing_to_score_is_an_error(self, directory, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"text": ""}\n')

@@ -282,12 +282,19 @@ class TestPrefill:
         """Sequences of several chunks, whose logits are in memory a few positions at a time."""
         monkeypatch.setattr(engine_module, "LOGIT_POSITIONS", 6)
         prompts = [prompt_of(length) for length in (2, 17, 1, 50, 33)]
+        likeliest = logits_by_full_forward(tiny())(prompts).argmax(-1)
+        prompts[1][-1], prompts[3][-1] = int(likeliest[1, 15]), int(likeliest[3, 48])
         scores = Engine(tiny(), max_chunk=16).score(prompts)
-        assert list(map(len, scores)) == [1, 16, 0, 49, 32]
+        assert [len(each.log_probs) for each in scores] == [1, 16, 0, 49, 32]
         for actual, expected in zip(
             scores, log_probs_by_full_forward(tiny(), prompts), strict=True
         ):
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING * RANGE)
+            np.testing.assert_allclose(actual.log_probs, expected, rtol=0, atol=ROUNDING * RANGE)
+        assert scores[1].is_likeliest[-1]
+        assert scores[3].is_likeliest[-1]
+        for row, prompt, actual in zip(likeliest, prompts, scores, strict=True):
+            expected = row[: len(prompt) - 1] == prompt[1:]
+            assert actual.is_likeliest.tolist() == expected.tolist()
 
     def test_greedy_equals_the_full_forward(self):
         """At every token, across six windows."""

@@ -1,0 +1,87 @@
+"""Answers of a model to requests, kept in a file, so that an interrupted evaluation resumes."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference import LanguageModel
+
+
+class Answers:
+    """Answers by request, each computed once.
+
+    Args:
+      path: file of JSON lines, `{"key": ..., "answer": ...}`, which is read if it exists, and to
+        which new answers are appended as they come. It may hold those of several models.
+      model: what answers; requests to another one have other keys. Without a path it is not looked
+        at.
+
+    Raises:
+      HymbaError: the file holds something else.
+    """
+
+    def __init__(self, path: Path | None = None, model: LanguageModel | None = None) -> None:
+        self._path = path
+        self._fingerprint = model_fingerprint(model) if path and model else ""
+        self._answers: dict[str, Any] = dict(_read(path)) if path and path.exists() else {}
+
+    def key(self, *request: Any) -> str:
+        """The key of a request, which is values of JSON."""
+        text = json.dumps([self._fingerprint, *request])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def add(self, answers: dict[str, Any]) -> None:
+        """Keeps answers, and appends them to the file."""
+        self._answers |= answers
+        if self._path and answers:
+            lines = (json.dumps({"key": key, "answer": value}) for key, value in answers.items())
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(line + "\n" for line in lines))
+
+
+def model_fingerprint(model: LanguageModel) -> str:
+    """A digest of all that decides a model's answers: parameters, config, dtypes, tokenizer."""
+    engine = model.engine
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (
+        engine.config,
+        engine.dtype,
+        engine.state_dtype,
+        engine.max_context,
+        model.tokenizer.fingerprint,
+        model.defaults,
+    ):
+        digest.update(repr(part).encode())
+    for path, value in jax.tree_util.tree_leaves_with_path(engine.params):
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(jax.device_get(value)).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """The answers in a file; a last line that was not written to its end is removed."""
+    whole = path.read_bytes()
+    complete = whole[: whole.rfind(b"\n") + 1]
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            yield record["key"], record["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise HymbaError(
+                f"{path}, line {number}: not an answer of an evaluation: name another file"
+            ) from error
+    if len(complete) < len(whole):
+        with path.open("r+b") as file:
+            file.truncate(len(complete))

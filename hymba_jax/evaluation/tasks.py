@@ -1,0 +1,82 @@
+"""Tasks of lm-evaluation-harness: its own, those of a directory, and the paper's task lists."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.evaluation.harness import HarnessModel
+from hymba_jax.files import replace_text, resolve_path
+
+# After the harness module, which says how to install it.
+from lm_eval.evaluator import simple_evaluate  # isort: skip
+from lm_eval.tasks import TaskManager  # isort: skip
+from lm_eval.utils import handle_non_serializable, make_table  # isort: skip
+
+GROUPS = Path(__file__).parent / "task_groups"
+"""The paper's task lists."""
+
+
+def find_tasks(names: Sequence[str], include_path: str = "") -> TaskManager:
+    """The harness' tasks with the paper's lists, and with those of a directory.
+
+    Raises:
+      HymbaError: there is no such directory, or a task is nowhere.
+    """
+    paths = [GROUPS]
+    if include_path:
+        paths.append(resolve_path(include_path))
+        if not paths[-1].is_dir():
+            raise HymbaError(f"{include_path}: no directory with the YAML files of tasks")
+    manager = TaskManager(include_path=paths)
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f", did you mean {', '.join(near)}?" if near else ""
+            raise HymbaError(f"no task {name!r}{hint or ': see `lm_eval ls tasks`'}")
+    return manager
+
+
+def run_tasks(
+    model: HarnessModel,
+    names: Sequence[str],
+    manager: TaskManager,
+    *,
+    num_fewshot: int | None = None,
+    limit: int = 0,
+    apply_chat_template: bool = False,
+) -> dict[str, Any]:
+    """What the harness' `simple_evaluate` returns, without samples.
+
+    Args:
+      num_fewshot: examples before each question; as each task says if absent.
+      limit: the first documents of each task only; all if 0.
+      apply_chat_template: questions and examples are messages of a conversation.
+
+    Raises:
+      HymbaError: the model cannot do what a task asks for.
+    """
+    results: dict[str, Any] = simple_evaluate(
+        model,
+        tasks=[*names],
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit or None,
+        apply_chat_template=apply_chat_template,
+        log_samples=False,
+    )
+    return results
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The metrics of each task, and of each group that has some, as Markdown."""
+    columns = ["results", *(["groups"] if results.get("groups") else [])]
+    return "\n".join(make_table(results, column) for column in columns)
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Writes the results as JSON, atomically."""
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    replace_text(path, text + "\n")
