@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from slow import slow_but
 
 from hymba_jax import cli
 from hymba_jax.analysis.designs import PAPER, head_parameters, paper_count
@@ -144,7 +143,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 
 
-@pytest.mark.parametrize("name", slow_but(DESIGNS, "1b_mamba2_ffn"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DESIGNS)
 def test_computes_trains_and_decodes(name):
     """Small: every parameter has a gradient, and the cache gives what the full forward does, in a
     chunk longer than the window and then token by token."""

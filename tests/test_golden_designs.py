@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 from golden_cases import GOLDEN
+from slow import slow_but
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
@@ -22,7 +23,7 @@ from hymba_jax.training.loss import next_token_loss
 
 VALUE_BOUND = 5e-5
 GRADIENT_BOUND = 1e-4  # of the gradient's own maximum
-CASES = ("mamba2-one-group", "mamba2-two-groups", "llama")
+CASES = slow_but(["mamba2-one-group", "mamba2-two-groups", "llama"], "mamba2-two-groups", "llama")
 
 
 def mamba2_config(hf):

@@ -90,7 +90,6 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
     slow_but(
         [("2*W", "none"), ("G 2*Ww M A", "block"), ("S-", "none"), ("2*S L-M", "block")],
         ("2*W", "none"),
-        ("S-", "none"),
     ),
 )
 class TestDocuments:

@@ -61,7 +61,7 @@ CONFIGS = {
     "untied head, a kernel of 1": changed(
         {"qk_norm": "perhead-rms"}, {"conv_kernel": 1}, tie_embeddings=False, mlp_activation="relu2"
     ),
-    "Mamba2": changed({}, {"head_dim": 4, "groups": 2}, layers="S-"),
+    "Mamba2": changed({}, {"head_dim": 4, "groups": 2}, layers="S- L-"),
     "layers with and without an MLP": changed({}, {"head_dim": 4}, layers="S A-M W-w S-"),
     "a kernel longer than the window": changed({"window": 2}, {"conv_kernel": 7}, layers="W Ll"),
     # The longest row ends in padding that stands where the base would change.

@@ -34,7 +34,8 @@ SMALL = (2, 11, 4, 2, 3, 5)  # batch, length, heads, groups, channels of a head,
 LONG = (2, int(2.3 * _CHUNK), 4, 2, 3, 5)
 
 
-@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+# The reference in float64 is what the others' gradients are compared with.
+@pytest.fixture(params=slow_but(sorted(IMPLEMENTATIONS), "chunked"))
 def scan(request):
     return scan_of(request.param)
 
@@ -144,7 +145,6 @@ def assert_conforms(scan, inputs, weights, gradients, **marks):
     ("length", "groups"),
     slow_but(
         [(1, 2), (40, 1), (_CHUNK, 2), (2 * _CHUNK, 4), (int(2.3 * _CHUNK), 1)],
-        (1, 2),
         (int(2.3 * _CHUNK), 1),
     ),
 )
@@ -284,7 +284,7 @@ def test_one_position_is_a_step():
 # 8 shards of 5 positions; the heads of two groups over two devices, or of one.
 @pytest.mark.parametrize(
     ("mesh", "groups"),
-    slow_but([("sequence", 2), ("mixed", 2), ("mixed", 1)], ("sequence", 2), ("mixed", 1)),
+    slow_but([("sequence", 2), ("mixed", 2), ("mixed", 1)], ("mixed", 1)),
 )
 def test_sharded(mesh, groups):
     """Every device's shard, with documents that start in some shards and lengths that end."""

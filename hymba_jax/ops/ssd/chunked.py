@@ -47,20 +47,19 @@ def ssd_chunked(
     chunks = math.ceil(length / steps)
 
     def split(v: Array, *axes: int) -> Array:
-        """(batch, length, ...) as (chunks, batch, ..., steps, last), in the order of matmuls."""
+        """(batch, length, ...) as (chunks, batch, steps, ...)."""
         padding = [(0, chunks * steps - length) if axis == 1 else (0, 0) for axis in range(v.ndim)]
-        v = jnp.pad(v, padding).reshape(batch, chunks, steps, *axes)
-        return jnp.moveaxis(jnp.moveaxis(v, 1, 0), 2, -2)
+        return jnp.moveaxis(jnp.pad(v, padding).reshape(batch, chunks, steps, *axes), 1, 0)
 
-    def grouped(state: Array) -> Array:
-        return state.astype(jnp.float32).reshape(batch, *by_group, head_dim, -1)
+    def state_first(state: Array) -> Array:
+        """(batch, heads, channels, state) as (batch, groups, state, heads, channels)."""
+        state = state.astype(jnp.float32).reshape(batch, *by_group, head_dim, -1)
+        return jnp.moveaxis(state, -1, 2)
 
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, head_dim, state), jnp.float32)
-    starts = None if documents is None else split(documents.starts[..., None], 1)[..., 0]
-    document_state = None if documents is None else grouped(documents.state)
-    # A time step of zero leaves the state unchanged, as padding must.
-    delta = jax.nn.softplus(dt)
+    starts = None if documents is None else split(documents.starts)
+    document_state = None if documents is None else state_first(documents.state)
 
     @jax.checkpoint
     def chunk(h: Array, at: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -69,52 +68,52 @@ def ssd_chunked(
 
     over = (
         split(inputs, *by_group, head_dim),
-        split(delta[..., None], *by_group, 1)[..., 0],
+        split(jax.nn.softplus(dt), *by_group),  # padded with zero, which leaves the state unchanged
         split(B, groups, state),
         split(C, groups, state),
         starts,
     )
-    final_state, y = lax.scan(chunk, grouped(initial_state), over)
-    y = jnp.moveaxis(jnp.moveaxis(y, -2, 2), 0, 1)
-    y = y.reshape(batch, chunks * steps, heads, head_dim)[:, :length]
+    final_state, y = lax.scan(chunk, state_first(initial_state), over)
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, chunks * steps, heads, head_dim)[:, :length]
     if D is not None:
         y = y + D.astype(jnp.float32)[None, None, :, None] * inputs
-    return y.astype(x.dtype), final_state.reshape(batch, heads, head_dim, state)
+    final_state = jnp.moveaxis(final_state, 2, -1).reshape(batch, heads, head_dim, state)
+    return y.astype(x.dtype), final_state
 
 
 def _chunk(
-    h: Float[Array, "batch ssm_groups heads_of_group ssm_head_dim state"],
-    x: Float[Array, "batch ssm_groups heads_of_group steps ssm_head_dim"],
-    delta: Float[Array, "batch ssm_groups heads_of_group steps"],
+    h: Float[Array, "batch ssm_groups state heads_of_group ssm_head_dim"],
+    x: Float[Array, "batch steps ssm_groups heads_of_group ssm_head_dim"],
+    delta: Float[Array, "batch steps ssm_groups heads_of_group"],
     A: Float[Array, "ssm_groups heads_of_group"],
-    B: Float[Array, "batch ssm_groups steps state"],
-    C: Float[Array, "batch ssm_groups steps state"],
+    B: Float[Array, "batch steps ssm_groups state"],
+    C: Float[Array, "batch steps ssm_groups state"],
     starts: Bool[Array, "batch steps"] | None,
-    document_state: Float[Array, "batch ssm_groups heads_of_group ssm_head_dim state"] | None,
+    document_state: Float[Array, "batch ssm_groups state heads_of_group ssm_head_dim"] | None,
 ) -> tuple[Array, Array]:
     """The state after a chunk, and its y without D, from the state before it."""
-    steps = x.shape[-2]
+    batch, steps = delta.shape[:2]
     # Whether position i reads position j.
-    reads = jnp.broadcast_to(jnp.tri(steps, dtype=bool)[None], (len(x), steps, steps))
+    reads = jnp.broadcast_to(jnp.tri(steps, dtype=bool)[None], (batch, steps, steps))
     if starts is not None:
         document = jnp.cumsum(starts, axis=1)  # 0 is that of the chunk before
         reads = reads & (document[:, :, None] == document[:, None])
     # Sums of delta A over the positions of the document in this chunk, up to each position.
-    total = einsum("bgrj,bij->bgri", delta * A[None, ..., None], reads.astype(x.dtype))
+    total = einsum("bij,bjgr->bgri", reads.astype(delta.dtype), delta * A[None, None])
     between = total[..., :, None] - total[..., None, :]
     decay = jnp.exp(jnp.where(reads[:, None, None], between, -jnp.inf))
     u = delta[..., None] * x
 
-    scores = einsum("bgin,bgjn->bgij", C, B)
-    y = einsum("bgrij,bgrjp->bgrip", scores[:, :, None] * decay, u)
-    from_before = einsum("bgin,bgrpn->bgrip", C, h)
-    kept = h
+    scores = einsum("bign,bjgn->bgij", C, B)
+    y = einsum("bgrij,bjgrp->bigrp", scores[:, :, None] * decay, u)
+    from_before, kept = einsum("bign,bgnrp->bigrp", C, h), h
     if starts is not None and document_state is not None:
-        is_new = document > 0
-        of_document = einsum("bgin,bgrpn->bgrip", C, document_state)
-        from_before = jnp.where(is_new[:, None, None, :, None], of_document, from_before)
-        kept = jnp.where(is_new[:, -1, None, None, None, None], document_state, h)
-    y = y + jnp.exp(total)[..., None] * from_before
+        is_new = (document > 0)[..., None, None, None]
+        of_document = einsum("bign,bgnrp->bigrp", C, document_state)
+        from_before = jnp.where(is_new, of_document, from_before)
+        kept = jnp.where(is_new[:, -1, None], document_state, h)
+    y = y + jnp.exp(jnp.moveaxis(total, -1, 1))[..., None] * from_before
 
-    added = einsum("bgrjp,bgjn->bgrpn", decay[..., -1, :, None] * u, B)
-    return jnp.exp(total[..., -1, None, None]) * kept + added, y
+    to_end = jnp.moveaxis(decay[..., -1, :], -1, 1)[..., None]
+    added = einsum("bjgn,bjgrp->bgnrp", B, to_end * u)
+    return jnp.exp(total[..., -1])[:, :, None, :, None] * kept + added, y

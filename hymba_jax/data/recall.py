@@ -1,0 +1,115 @@
+"""Synthetic tasks of recall, generated on the fly: a row is a pure function of seed and index.
+
+| task                | a row                                               | answers            |
+|---------------------|-----------------------------------------------------|--------------------|
+| `mqar`              | pairs of key and value, then each key again at a    | the value, where   |
+|                     | random place (arXiv 2312.04927)                     | its key is again   |
+| `selective_copying` | symbols at random places, then as many marks        | the symbols in     |
+|                     | (arXiv 2312.00752, section 4.1)                     | order, at marks    |
+| `induction`         | random symbols, one behind a mark, and a mark last  | that symbol, at    |
+|                     | (arXiv 2312.00752, section 4.1)                     | the last mark      |
+
+All other places of the first two hold token 0. Only answers are targets.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hymba_jax.data.batch import IGNORED_TARGET, Batch, stack_rows
+from hymba_jax.errors import HymbaError
+
+RecallName = Literal["mqar", "selective_copying", "induction"]
+
+FILLER, MARK, FIRST_SYMBOL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """One of the tasks at one size.
+
+    Attributes:
+      name: mqar, selective_copying or induction.
+      length: tokens of a row.
+      pairs: of key and value in `mqar`, symbols to copy in `selective_copying`; induction has one.
+      vocab_size: tokens 2, 3, ... are symbols. Of `mqar` the first half are keys, the others
+        values.
+
+    Raises:
+      HymbaError: the row, or the vocabulary, is too small for the pairs.
+    """
+
+    name: RecallName
+    length: int
+    pairs: int = 1
+    vocab_size: int = 64
+
+    def __post_init__(self) -> None:
+        places = {"mqar": 3 * self.pairs, "selective_copying": 2 * self.pairs, "induction": 3}
+        needed = places[self.name]
+        if self.pairs < 1 or self.length < needed:
+            raise HymbaError(
+                f"{self.name}: {self.pairs} pairs take {needed} tokens, length is {self.length}"
+            )
+        if self.num_keys < (self.pairs if self.name == "mqar" else 1):
+            raise HymbaError(
+                f"{self.name}: {self.pairs} pairs take as many keys, a vocab_size of "
+                f"{self.vocab_size} has {max(self.num_keys, 0)}"
+            )
+
+    @property
+    def num_keys(self) -> int:
+        """Half of the symbols."""
+        return (self.vocab_size - FIRST_SYMBOL) // 2
+
+    def row(self, seed: int, index: int) -> Batch:
+        """One row, (length,) each field; targets are IGNORED_TARGET but for the answers.
+
+        Args:
+          seed: of the rows, not negative; other seeds have other rows.
+        """
+        inputs = np.full(self.length, FILLER, np.int32)
+        targets = np.full(self.length, IGNORED_TARGET, np.int32)
+        _FILL[self.name](self, np.random.default_rng((seed, index)), inputs, targets)
+        return Batch(inputs, targets)
+
+    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """The rows of a step: those of all steps are different."""
+        first = step * batch_size
+        return stack_rows([self.row(seed, first + i) for i in range(batch_size)])
+
+
+def _mqar(
+    task: RecallTask, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray
+) -> None:
+    keys = FIRST_SYMBOL + rng.choice(task.num_keys, task.pairs, replace=False)
+    values = rng.integers(FIRST_SYMBOL + task.num_keys, task.vocab_size, task.pairs)
+    start = 2 * task.pairs
+    inputs[:start:2], inputs[1:start:2] = keys, values
+    places = start + rng.choice(task.length - start, task.pairs, replace=False)
+    inputs[places], targets[places] = keys, values
+
+
+def _selective_copying(
+    task: RecallTask, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray
+) -> None:
+    symbols = rng.integers(FIRST_SYMBOL, task.vocab_size, task.pairs)
+    end = task.length - task.pairs
+    inputs[np.sort(rng.choice(end, task.pairs, replace=False))] = symbols
+    inputs[end:], targets[end:] = MARK, symbols
+
+
+def _induction(
+    task: RecallTask, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray
+) -> None:
+    inputs[:] = rng.integers(FIRST_SYMBOL, task.vocab_size, task.length)
+    place = int(rng.integers(task.length - 2))
+    inputs[place] = inputs[-1] = MARK
+    targets[-1] = inputs[place + 1]
+
+
+_FILL: dict[
+    RecallName, Callable[[RecallTask, np.random.Generator, np.ndarray, np.ndarray], None]
+] = {"mqar": _mqar, "selective_copying": _selective_copying, "induction": _induction}

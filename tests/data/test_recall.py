@@ -1,0 +1,71 @@
+"""Generated tasks of recall, answered from their inputs alone."""
+
+import numpy as np
+import pytest
+
+from hymba_jax.data.batch import IGNORED_TARGET
+from hymba_jax.data.recall import RecallTask
+from hymba_jax.errors import HymbaError
+
+TASKS = [
+    RecallTask("mqar", 40, pairs=7, vocab_size=20),
+    RecallTask("mqar", 9, pairs=3, vocab_size=8),
+    RecallTask("selective_copying", 30, pairs=6),
+    RecallTask("selective_copying", 4, pairs=2, vocab_size=4),
+    RecallTask("induction", 25),
+    RecallTask("induction", 3),
+]
+
+
+def answers(task, inputs):
+    """Place -> answer, read out of the inputs."""
+    marks = np.flatnonzero(inputs == 1)
+    if task.name == "induction":
+        return {len(inputs) - 1: inputs[marks[0] + 1]}
+    if task.name == "selective_copying":
+        return dict(zip(marks, inputs[inputs > 1], strict=True))
+    shown = inputs[: 2 * task.pairs]
+    values = dict(zip(shown[::2], shown[1::2], strict=True))
+    later = np.arange(2 * task.pairs, task.length)
+    return {place: values[inputs[place]] for place in later if inputs[place]}
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_targets_are_the_answers_and_nothing_else(task):
+    for index in range(50):
+        inputs, targets = task.row(0, index)[:2]
+        places = np.flatnonzero(targets != IGNORED_TARGET)
+        assert len(places) == (1 if task.name == "induction" else task.pairs)
+        assert dict(zip(places, targets[places], strict=True)) == answers(task, inputs)
+        assert inputs.min() >= 0
+        assert inputs.max() < task.vocab_size
+
+
+@pytest.mark.parametrize("task", TASKS[::2], ids=str)
+def test_a_row_depends_on_seed_and_index_alone(task):
+    first = task.batch(3, step=2, batch_size=4)
+    np.testing.assert_array_equal(first.inputs[1], task.row(3, 9).inputs)
+    np.testing.assert_array_equal(first.targets, task.batch(3, step=2, batch_size=4).targets)
+    rows = [task.row(seed, index).inputs.tobytes() for seed in (3, 4) for index in range(20)]
+    assert len(set(rows)) == 40
+
+
+def test_queries_are_at_all_places():
+    """Of 200 rows, each of the 26 places behind the pairs has some."""
+    task = TASKS[0]
+    seen = sum(task.row(0, index).targets != IGNORED_TARGET for index in range(200))
+    assert (seen[14:] > 20).all()
+    assert not seen[:14].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mqar", 20, 7), "mqar: 7 pairs take 21 tokens, length is 20"),
+        (("mqar", 40, 8, 16), "mqar: 8 pairs take as many keys, a vocab_size of 16 has 7"),
+        (("induction", 2), "induction: 1 pairs take 3 tokens"),
+    ],
+)
+def test_impossible_sizes(arguments, message):
+    with pytest.raises(HymbaError, match=message):
+        RecallTask(*arguments)
