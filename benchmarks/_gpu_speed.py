@@ -289,6 +289,9 @@ def _decode_argument(shapes: Any, batch: int, context: int) -> Any:
                 num_sampled=full(0),
                 stopped=full(0) > 0,
                 seen=jnp.zeros(shapes.seen.shape, bool),
+                counts=jnp.zeros(shapes.counts.shape, jnp.int32),
+                bias=jnp.zeros(shapes.bias.shape),
+                alternatives=full(0) > 0,
                 sampler=make_sampler([SamplingConfig()] * batch, range(batch)),
                 stop=StopCriteria(full(context), full(NO_TOKEN, MIN_STOP_TOKENS)),
             )

@@ -19,19 +19,21 @@ HELP = """usage: hymba COMMAND [OPTIONS]
 Hymba in JAX: https://arxiv.org/abs/2411.13676
 
 commands:
-  tokenize   tokenizes a corpus once, for any number of runs
-  train      trains a model
-  generate   generates completions with a trained model
-  chat       chats with a model that has a chat template
-  evaluate   measures perplexity and bits per byte of documents
-  warmup     compiles the programs of generation in advance
-  memory     shows the memory footprint of a model, its cache and its training
-  designs    compares the designs of the paper's comparison: parameters, caches and FLOPs
-  schedule   shows the learning rate, data and sequence length of a run over its tokens
-  compile    compiles a run ahead of time, no device needed, and shows what it will cost
-  export     writes a run's parameters, or an average of them, as a standalone model
-  convert    converts a Hugging Face checkpoint to a native model, and back
-  inspect    shows what a checkpoint of either kind holds
+  tokenize     tokenizes a corpus once, for any number of runs
+  train        trains a model
+  generate     generates completions with a trained model
+  chat         chats with a model that has a chat template
+  serve        serves a model over HTTP, as the OpenAI API has it
+  bench-serve  measures a server of that API
+  evaluate     measures perplexity and bits per byte of documents, or runs tasks
+  warmup       compiles the programs of generation in advance
+  memory       shows the memory footprint of a model, its cache and its training
+  designs      compares the designs of the paper's comparison: parameters, caches and FLOPs
+  schedule     shows the learning rate, data and sequence length of a run over its tokens
+  compile      compiles a run ahead of time, no device needed, and shows what it will cost
+  export       writes a run's parameters, or an average of them, as a standalone model
+  convert      converts a Hugging Face checkpoint to a native model, and back
+  inspect      shows what a checkpoint of either kind holds
 
 options:
   -h, --help   show this help message
@@ -47,10 +49,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(tokenize, train, generate, chat, evaluate, warmup, memory),
+        *(tokenize, train, generate, chat, serve, bench_serve, evaluate, warmup, memory),
         *(designs, schedule, compile, export, convert, inspect),
     )
-    by_name = {command.__name__: command for command in commands}
+    by_name = {command.__name__.replace("_", "-"): command for command in commands}
     name = args[0] if args else "--help"
     with _one_line_errors():
         if name in ("-h", "--help"):
@@ -126,6 +128,22 @@ def evaluate(args: Sequence[str], prog: str) -> None:
         from hymba_jax.evaluation import command
 
         command.main(tyro.cli(command.EvaluateConfig, args=args, prog=prog))
+
+
+def serve(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba serve ...`."""
+    with _inference_command():
+        with _extra("serve"):
+            from hymba_jax.serving import command
+        command.main(tyro.cli(command.ServeConfig, args=args, prog=prog))
+
+
+def bench_serve(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba bench-serve ...`."""
+    with _one_line_errors():
+        with _extra("serve"):
+            from hymba_jax.serving import bench
+        bench.main(tyro.cli(bench.BenchConfig, args=args, prog=prog))
 
 
 def warmup(args: Sequence[str], prog: str) -> None:
@@ -218,6 +236,17 @@ def _inference_command() -> Iterator[None]:
 
         use_compilation_cache()
         yield
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Says which extra has a package that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise HymbaError(
+            f"{error.name} is not installed: pip install 'hymba_jax[{name}]'"
+        ) from error
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class SamplingConfig:
         (arXiv 2407.01082); 0 is all.
       repetition_penalty: makes tokens that are in the prompt or the completion already less likely
         (arXiv 1909.05858); 1 disables it.
+      frequency_penalty: subtracted from a token's logit for each time that the completion has it;
+        negative ones make it likelier.
+      presence_penalty: subtracted once from the logits of tokens that the completion has.
       num_samples: completions of each prompt.
       seed: the same seed gives the same completion.
       stop: strings that end a completion and are no part of it. On the command line \n, \r, \t,
@@ -50,6 +53,8 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     num_samples: int = 1
     seed: int = 0
     stop: tuple[EscapedStr, ...] = ()
@@ -109,6 +114,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "min_p": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "repetition_penalty": (_divides, "between 1e-30 and 1e30"),
+    "frequency_penalty": (lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "presence_penalty": (lambda v: -2 <= v <= 2, "between -2 and 2"),
     "num_samples": (
         lambda v: 1 <= v <= MAX_SAMPLES,
         f"between 1 and {MAX_SAMPLES}: all completions are kept in memory",

@@ -2,34 +2,20 @@
 
 import contextlib
 import dataclasses
-import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.hidden_fields import without
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.tokenizer import chat_template
 
 HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
-
-
-def _without(kind: type[Any], *names: str) -> Callable[..., Any]:
-    """A constructor of `kind` that hides those fields from the command line."""
-
-    # Not a `def`: checking types at run time wraps those, and tyro looks into what is wrapped.
-    make: Any = lambda **fields: kind(**fields)  # noqa: E731
-    fields = inspect.signature(kind).parameters.values()
-    kept = [field for field in fields if field.name not in names]
-    make.__signature__ = inspect.Signature(kept)
-    make.__annotations__ = {field.name: field.annotation for field in kept}
-    make.__name__, make.__doc__ = kind.__name__, kind.__doc__
-    return make
 
 
 @dataclass(frozen=True)
@@ -49,11 +35,11 @@ class ChatConfig:
 
     choice: Annotated[
         ModelChoice,
-        tyro.conf.arg(name="", constructor=_without(ModelChoice, "batch_size")),
+        tyro.conf.arg(name="", constructor=without(ModelChoice, "batch_size")),
     ]
     sampling: Annotated[
         SamplingConfig,
-        tyro.conf.arg(name="", constructor=_without(SamplingConfig, "num_samples")),
+        tyro.conf.arg(name="", constructor=without(SamplingConfig, "num_samples")),
     ]
     system: str = ""
 

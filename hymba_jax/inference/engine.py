@@ -21,7 +21,14 @@ from hymba_jax.config.field_types import shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
-from hymba_jax.inference.sampling import PRNG, Sampler, make_sampler, sample
+from hymba_jax.inference.sampling import (
+    MAX_ALTERNATIVES,
+    PRNG,
+    Sampler,
+    likeliest,
+    make_sampler,
+    sample,
+)
 from hymba_jax.model import Hymba, fuse_projections, merge_adapters, unstack_layers
 from hymba_jax.model.abstract import Params
 from hymba_jax.model.rope import max_fixed_positions
@@ -48,6 +55,8 @@ class Request(NamedTuple):
       sample: index among the prompt's samples.
       max_new_tokens: maximum number of tokens.
       stop_tokens: tokens that end it and are not part of it.
+      logit_bias: tokens with what is added to their logits.
+      alternatives: whether the likeliest tokens are reported beside each sampled one.
     """
 
     prompt: Sequence[int]
@@ -55,6 +64,8 @@ class Request(NamedTuple):
     sample: int
     max_new_tokens: int
     stop_tokens: Sequence[int] = ()
+    logit_bias: Sequence[tuple[int, float]] = ()
+    alternatives: bool = False
 
 
 class StopCriteria(NamedTuple):
@@ -67,12 +78,24 @@ class StopCriteria(NamedTuple):
 class SampledTokens(NamedTuple):
     """Sampled tokens by row and step, with log-probabilities, and which rows have stopped.
 
-    NO_TOKEN after a row has stopped, NOT_FINITE if its logits were not finite.
+    NO_TOKEN after a row has stopped, NOT_FINITE if its logits were not finite. The likeliest
+    tokens are there, as of `sampling.likeliest`, if any row asks for alternatives.
     """
 
     tokens: Int[Array, "batch steps"]
     log_probs: Float[Array, "batch steps"]
     stopped: Bool[Array, "batch"]
+    top_tokens: Int[Array, "batch steps alternatives"]
+    top_log_probs: Float[Array, "batch steps alternatives"]
+
+    def with_step(self, step: Int[Array, ""], new: "SampledTokens") -> "SampledTokens":
+        """These with the tokens of one more step."""
+        steps = {
+            name: array.at[:, step].set(getattr(new, name)[:, 0])
+            for name, array in self._asdict().items()
+            if name != "stopped"
+        }
+        return SampledTokens(**steps, stopped=new.stopped)
 
 
 class DecodeState(NamedTuple):
@@ -83,6 +106,9 @@ class DecodeState(NamedTuple):
       num_sampled: tokens sampled so far.
       stopped: rows that are complete; their cache no longer changes.
       seen: the tokens in each sequence, for the repetition penalty.
+      counts: how often each token was sampled, for the frequency and the presence penalty.
+      bias: added to the logits.
+      alternatives: rows that ask for the likeliest tokens beside each sampled one.
     """
 
     cache: ModelState
@@ -90,6 +116,9 @@ class DecodeState(NamedTuple):
     num_sampled: Int[Array, "batch"]
     stopped: Bool[Array, "batch"]
     seen: Bool[Array, "batch vocab"]
+    counts: Int[Array, "batch vocab"]
+    bias: Float[Array, "batch vocab"]
+    alternatives: Bool[Array, "batch"]
     sampler: Sampler
     stop: StopCriteria
 
@@ -180,6 +209,11 @@ class Engine:
         kind = min(devices, key=lambda device: device.id).device_kind
         return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
 
+    def row_bytes(self, context: int) -> int:
+        """Bytes of one sequence's cache of so many tokens."""
+        _, context = self._sizes(1, context)
+        return sum(cache_bytes(self.config, context, self.dtype, self.state_dtype).values())
+
     def check_memory(self, rows: int, context: int) -> None:
         """Refuses what the device cannot hold, before anything is allocated for it.
 
@@ -191,23 +225,28 @@ class Engine:
           HymbaError: parameters and caches together are larger than its memory.
         """
         rows, context = self._sizes(rows, context)
-        cache = cache_bytes(self.config, context, self.dtype, self.state_dtype)
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
             tree_bytes(self.params)
             + sum(meta_state_bytes(self.config, self.dtype).values())
-            + rows * sum(cache.values()),
+            + rows * self.row_bytes(context),
             [*self._devices()],
             "reduce batch_size, context or max_new_tokens",
         )
 
-    def init_state(self, rows: int, context: int) -> DecodeState:
+    def init_state(
+        self, rows: int, context: int, max_stop_tokens: int = MIN_STOP_TOKENS
+    ) -> DecodeState:
         """A running batch of rows that have all stopped, to insert requests into.
 
         Args:
           context: tokens that the longest sequence may grow to.
+          max_stop_tokens: of a request; the programs of one with more are compiled anew.
         """
-        return self.programs.init_state(self.params, self.meta_state, *self._sizes(rows, context))
+        rows, context = self._sizes(rows, context)
+        return self.programs.init_state(
+            self.params, self.meta_state, rows, context, bucket(max_stop_tokens, MIN_STOP_TOKENS)
+        )
 
     def init_prefill(self, rows: int, context: int) -> Prefilled:
         """A batch of empty prompts, padded to a bucket."""
@@ -221,10 +260,21 @@ class Engine:
         """
         state = self.init_prefill(len(prompts), context)
         for i, chunk in enumerate(self.chunks(prompts)):
-            state = self.programs.prefill(
-                self.params, self.meta_state, state, chunk, is_start=i == 0
-            )
+            state = self.prefill_chunk(state, chunk, is_start=i == 0)
         return state
+
+    def prefill_chunk(
+        self, prefilled: Prefilled, chunk: PaddedChunk, *, is_start: bool
+    ) -> Prefilled:
+        """What was prefilled with one more chunk of each prompt.
+
+        Args:
+          prefilled: donated.
+          is_start: nothing was prefilled before this chunk.
+        """
+        return self.programs.prefill(
+            self.params, self.meta_state, prefilled, chunk, is_start=is_start
+        )
 
     def repeat(self, prefilled: Prefilled, rows: Sequence[int]) -> Prefilled:
         """These rows of what was prefilled, in this order, padded to a bucket."""
@@ -262,13 +312,17 @@ class Engine:
             num_stops = max(num_stops, state.stop.stop_tokens.shape[1])
         stops = np.full((batch, num_stops), NO_TOKEN, np.int32)
         seen = np.zeros((batch, self.config.num_embeddings), bool)
+        bias = np.zeros(seen.shape, np.float32)
         for i, request in enumerate(padded):
             stops[i, : len(request.stop_tokens)] = request.stop_tokens
             seen[i, list(request.prompt)] = True
+            for token, value in request.logit_bias:
+                bias[i, token] = value
+        alternatives = np.array([request.alternatives for request in padded])
         max_new_tokens = np.array([request.max_new_tokens for request in padded], np.int32)
         stop = StopCriteria(jnp.asarray(max_new_tokens), jnp.asarray(stops))
         new, sampled = self.programs.sample_first(
-            self.params, self.allowed, *prefilled, sampler, stop, jnp.asarray(seen)
+            self.params, self.allowed, *prefilled, sampler, stop, seen, bias, alternatives
         )
         if state is None:
             return new, sampled
@@ -418,7 +472,13 @@ def _programs(
         log_probs, is_likeliest = (jnp.concatenate(part, 1) for part in zip(*parts, strict=True))
         return state, log_probs, is_likeliest
 
-    def init_state(params: Params, meta: MetaState, batch: int, context: int) -> DecodeState:
+    def init_state(
+        params: Params,
+        meta: MetaState,
+        batch: int,
+        context: int,
+        max_stop_tokens: int = MIN_STOP_TOKENS,
+    ) -> DecodeState:
         zeros = jnp.zeros(batch, jnp.int32)
         key = jax.random.key(0, impl=PRNG)
         return DecodeState(
@@ -427,25 +487,35 @@ def _programs(
             num_sampled=zeros,
             stopped=zeros == 0,
             seen=jnp.zeros((batch, config.num_embeddings), bool),
+            counts=jnp.zeros((batch, config.num_embeddings), jnp.int32),
+            bias=jnp.zeros((batch, config.num_embeddings)),
+            alternatives=zeros > 0,
             sampler=Sampler(
                 temperature=jnp.zeros(batch),
                 top_k=zeros,
                 top_p=jnp.ones(batch),
                 min_p=jnp.zeros(batch),
                 repetition_penalty=jnp.ones(batch),
+                frequency_penalty=jnp.zeros(batch),
+                presence_penalty=jnp.zeros(batch),
                 key=jnp.broadcast_to(key, batch),
             ),
             # With a dtype of its own, so that `decode` is the program of other states.
-            stop=StopCriteria(zeros, jnp.full((batch, MIN_STOP_TOKENS), NO_TOKEN, jnp.int32)),
+            stop=StopCriteria(zeros, jnp.full((batch, max_stop_tokens), NO_TOKEN, jnp.int32)),
         )
 
     def advance(
         params: Params, allowed: Bool[Array, "vocab"], state: DecodeState, last_hidden: Array
-    ) -> tuple[DecodeState, Array, Array]:
+    ) -> tuple[DecodeState, SampledTokens]:
         """Samples a token for each row that has not stopped."""
         logits = nnx.merge(graph, params).logits(last_hidden[:, None])[:, 0]
         finite = jnp.isfinite(logits).all(1)
-        token, log_probs = sample(logits, state.seen, state.cache.lengths, state.sampler, allowed)
+        positions, rows = state.cache.lengths, jnp.arange(len(logits))
+        token, log_probs = sample(
+            logits, state.seen, positions, state.sampler, allowed, state.counts, state.bias
+        )
+        wanted = (state.alternatives & ~state.stopped).any()
+        top_tokens, top_log_probs = likeliest(logits, wanted)
         ends = (token[:, None] == state.stop.stop_tokens).any(1) | ~finite
         result = jnp.where(finite, jnp.where(ends, NO_TOKEN, token), NOT_FINITE)
         result = jnp.where(state.stopped, NO_TOKEN, result)
@@ -454,9 +524,12 @@ def _programs(
             token=token,
             num_sampled=num_sampled,
             stopped=state.stopped | ends | (num_sampled >= state.stop.max_new_tokens),
-            seen=state.seen.at[jnp.arange(len(token)), token].set(True),
+            seen=state.seen.at[rows, token].set(True),
+            counts=state.counts.at[rows, token].add(1),
         )
-        return state, result, log_probs
+        values = (result, log_probs, top_tokens, top_log_probs)
+        tokens, log_probs, *top = (value[:, None] for value in values)
+        return state, SampledTokens(tokens, log_probs, state.stopped, *top)
 
     def sample_first(
         params: Params,
@@ -466,11 +539,23 @@ def _programs(
         sampler: Sampler,
         stop: StopCriteria,
         seen: Bool[Array, "batch vocab"],
+        bias: Float[Array, "batch vocab"],
+        alternatives: Bool[Array, "batch"],
     ) -> tuple[DecodeState, SampledTokens]:
         zeros = jnp.zeros(len(seen), jnp.int32)
-        state = DecodeState(cache, zeros, zeros, stop.max_new_tokens < 1, seen, sampler, stop)
-        state, tokens, log_probs = advance(params, allowed, state, last_hidden)
-        return state, SampledTokens(tokens[:, None], log_probs[:, None], state.stopped)
+        state = DecodeState(
+            cache=cache,
+            token=zeros,
+            num_sampled=zeros,
+            stopped=stop.max_new_tokens < 1,
+            seen=seen,
+            counts=jnp.zeros(seen.shape, jnp.int32),
+            bias=bias,
+            alternatives=alternatives,
+            sampler=sampler,
+            stop=stop,
+        )
+        return advance(params, allowed, state, last_hidden)
 
     def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "batch"]) -> DecodeState:
         return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), state, new)
@@ -484,24 +569,30 @@ def _programs(
     ) -> tuple[DecodeState, SampledTokens]:
         model = nnx.merge(graph, params)
         shape = (len(state.token), DECODE_STEPS)
+        top = (*shape, min(MAX_ALTERNATIVES, config.num_embeddings))
 
-        def is_running(loop: tuple[Array, DecodeState, Array, Array]) -> Array:
-            step, state, *_ = loop
+        def is_running(loop: tuple[Array, DecodeState, SampledTokens]) -> Array:
+            step, state, _ = loop
             return (step < steps) & ~state.stopped.all()
 
         def body(
-            loop: tuple[Array, DecodeState, Array, Array],
-        ) -> tuple[Array, DecodeState, Array, Array]:
-            step, state, tokens, log_probs = loop
+            loop: tuple[Array, DecodeState, SampledTokens],
+        ) -> tuple[Array, DecodeState, SampledTokens]:
+            step, state, sampled = loop
             lengths = (~state.stopped).astype(jnp.int32)
             x, cache = model.extend(state.token[:, None], state.cache, meta, lengths)
-            state, token, log_prob = advance(params, allowed, state._replace(cache=cache), x[:, 0])
-            tokens, log_probs = tokens.at[:, step].set(token), log_probs.at[:, step].set(log_prob)
-            return step + 1, state, tokens, log_probs
+            state, new = advance(params, allowed, state._replace(cache=cache), x[:, 0])
+            return step + 1, state, sampled.with_step(step, new)
 
-        start = jnp.int32(0), state, jnp.full(shape, NO_TOKEN), jnp.zeros(shape)
-        _, state, tokens, log_probs = jax.lax.while_loop(is_running, body, start)
-        return state, SampledTokens(tokens, log_probs, state.stopped)
+        nothing = SampledTokens(
+            tokens=jnp.full(shape, NO_TOKEN),
+            log_probs=jnp.zeros(shape),
+            stopped=state.stopped,
+            top_tokens=jnp.zeros(top, jnp.int32),
+            top_log_probs=jnp.zeros(top),
+        )
+        _, state, sampled = jax.lax.while_loop(is_running, body, (jnp.int32(0), state, nothing))
+        return state, sampled
 
     return Programs(
         meta_state=jax.jit(meta_state),
@@ -509,7 +600,7 @@ def _programs(
         prefill=jax.jit(prefill, static_argnames="is_start", donate_argnames="state"),
         repeat=jax.jit(lambda prefilled, rows: jax.tree.map(lambda a: a[rows], prefilled)),
         score=jax.jit(score, static_argnames="is_start", donate_argnames="state"),
-        init_state=jax.jit(init_state, static_argnames=("batch", "context")),
+        init_state=jax.jit(init_state, static_argnames=("batch", "context", "max_stop_tokens")),
         sample_first=jax.jit(sample_first, donate_argnames="cache"),
         insert=jax.jit(insert, donate_argnames="state"),
         decode=jax.jit(decode, donate_argnames="state"),

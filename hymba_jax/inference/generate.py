@@ -14,8 +14,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import check_output_file, parse_json, read_text, replace_text, resolve_path
+from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.engine import DECODE_STEPS
-from hymba_jax.inference.language_model import Completion, Delta, collect
+from hymba_jax.inference.language_model import Completion, collect
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.prompts import prompt_name
 

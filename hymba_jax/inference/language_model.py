@@ -5,7 +5,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,37 +14,18 @@ from hymba_jax.config import DType
 from hymba_jax.config.field_types import fits, shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.engine import DECODE_STEPS, NO_TOKEN, NOT_FINITE, Engine, Request
+from hymba_jax.inference.completion_stream import (
+    CompletionStream,
+    Delta,
+    FinishReason,
+    logits_not_finite,
+)
+from hymba_jax.inference.engine import DECODE_STEPS, MAX_CHUNK, Engine, Request
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
-from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.model import Hymba
 from hymba_jax.tokenizer import Tokenizer, chat_template
-from hymba_jax.types import Bool, Float, Int
-
-type FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What is new of one completion.
-
-    Attributes:
-      index: of the prompt.
-      sample: which of its completions.
-      tokens, log_probs: as in `Completion`. Like text, tokens are held back while they may belong
-        to a stop string.
-      finish_reason: as in `Completion`; None while there is more to come.
-      context_full: as in `Completion`.
-    """
-
-    index: int
-    sample: int
-    text: str
-    tokens: list[int]
-    log_probs: list[float]
-    finish_reason: FinishReason | None
-    context_full: bool = False
+from hymba_jax.types import Bool, Float
 
 
 @dataclass
@@ -84,6 +65,7 @@ class LanguageModel:
       state_dtype: that SSM states are stored in; they are computed in float32.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
+      max_chunk: tokens of a prompt that are prefilled at once.
       defaults: additional end tokens, and sampling defaults.
 
     Raises:
@@ -98,6 +80,7 @@ class LanguageModel:
         state_dtype: DType = "float32",
         batch_size: int = 8,
         context: int | None = None,
+        max_chunk: int = MAX_CHUNK,
         defaults: GenerationDefaults | None = None,
     ):
         batch_size = _as_int("batch_size", batch_size)
@@ -110,6 +93,7 @@ class LanguageModel:
             model,
             state_dtype=state_dtype,
             context=None if context is None else _as_int("context", context),
+            max_chunk=max_chunk,
             allowed=self._in_tokenizer,
         )
         self.batch_size = batch_size
@@ -173,6 +157,17 @@ class LanguageModel:
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
+        self.check_stop(config)
+        sequences = self.encode(prompts, parse_special=parse_special)
+        rows = min(len(sequences) * config.num_samples, self.batch_size)
+        longest = max(map(len, sequences))
+        self.engine.check_memory(
+            rows, longest + min(config.max_new_tokens, self.engine.max_context - longest)
+        )
+        return self._deltas(sequences, config, stream_interval)
+
+    def check_stop(self, config: SamplingConfig) -> None:
+        """Raises HymbaError for a stop token or string that no completion could have."""
         for token in config.stop_tokens:
             if token >= self.config.num_embeddings or not self._in_tokenizer[token]:
                 raise HymbaError(
@@ -185,13 +180,6 @@ class LanguageModel:
                     f"stop {string!r} combines the special token {parts[0]} with other text, "
                     f"which no completion has: stop at {parts[0]} alone, or at the text"
                 )
-        sequences = self.encode(prompts, parse_special=parse_special)
-        rows = min(len(sequences) * config.num_samples, self.batch_size)
-        longest = max(map(len, sequences))
-        self.engine.check_memory(
-            rows, longest + min(config.max_new_tokens, self.engine.max_context - longest)
-        )
-        return self._deltas(sequences, config, stream_interval)
 
     def log_probs(self, sequences: Prompts) -> list[Float[np.ndarray, " tokens"]]:
         """The log-probability of each token of each sequence, given those before it.
@@ -209,7 +197,7 @@ class LanguageModel:
         for i, scores in enumerate(all_scores):
             if np.isnan(scores).any():
                 name = prompt_name(i, len(encoded))
-                raise _not_finite(name, int(np.isnan(scores).argmax()))
+                raise logits_not_finite(name, int(np.isnan(scores).argmax()))
         return all_scores
 
     def encode_chat(
@@ -267,6 +255,17 @@ class LanguageModel:
             parse_special=parse_special,
         )
 
+    def stop_tokens(self, config: SamplingConfig) -> list[int]:
+        """The tokens that end a completion, which are no part of it.
+
+        They are the end-of-sequence tokens, `stop_tokens`, and each of `stop` that is the name of a
+        control token, as no text stream ever sees it.
+        """
+        named = self.tokenizer.control.ids
+        strings = [named[string] for string in config.stop if string in named]
+        ends = (self.config.eos_token_id, *self.defaults.eos_token_ids)
+        return sorted({*ends, *config.stop_tokens, *strings})
+
     def _deltas(
         self, prompts: list[list[int]], config: SamplingConfig, stream_interval: int
     ) -> Iterator[Delta]:
@@ -285,7 +284,15 @@ class LanguageModel:
         """Prefills a batch of prompts and decodes until each row has stopped."""
         engine, indices = self.engine, list(dict.fromkeys(i for i, _ in rows))
         streams = [
-            _CompletionStream(self, i, sample, prompt_name(i, len(prompts)), prompts[i], config)
+            CompletionStream(
+                self.tokenizer,
+                prompts[i],
+                config,
+                engine.max_context,
+                index=i,
+                sample=sample,
+                name=prompt_name(i, len(prompts)),
+            )
             for i, sample in rows
         ]
         context = max(
@@ -295,7 +302,7 @@ class LanguageModel:
         prefilled = engine.prefill([prompts[i] for i in indices], context)
         if len(indices) < len(rows):
             prefilled = engine.repeat(prefilled, [indices.index(i) for i, _ in rows])
-        stop_tokens = self._stop_tokens(config)
+        stop_tokens = self.stop_tokens(config)
         requests = [
             Request(prompts[i], config, sample, stream.max_new_tokens, stop_tokens)
             for (i, sample), stream in zip(rows, streams, strict=True)
@@ -310,72 +317,6 @@ class LanguageModel:
                 return
             state = engine.stop(state, finished)
             state, sampled = engine.decode(state, stream_interval)
-
-    def _stop_tokens(self, config: SamplingConfig) -> list[int]:
-        # A stop string that is a control token: no text stream ever sees it.
-        named = self.tokenizer.control.ids
-        strings = [named[string] for string in config.stop if string in named]
-        ends = (self.config.eos_token_id, *self.defaults.eos_token_ids)
-        return sorted({*ends, *config.stop_tokens, *strings})
-
-
-class _CompletionStream:
-    """The deltas of one row, until it is finished.
-
-    Attributes:
-      max_new_tokens: tokens that may be sampled.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        index: int,
-        sample: int,
-        name: str,
-        prompt: list[int],
-        config: SamplingConfig,
-    ):
-        context = model.engine.max_context - len(prompt)
-        self.max_new_tokens = min(config.max_new_tokens, context)
-        self.finished = False
-        self._shortened = context < config.max_new_tokens
-        self._place = index, sample
-        self._name, self._length = name, len(prompt)
-        self._stream = TextStream(model.tokenizer, prompt, config.stop)
-        self._sampled: list[tuple[int, float]] = []  # tokens with their log-probabilities
-        self._num_emitted = 0  # how many of them
-
-    def push(
-        self,
-        tokens: Int[np.ndarray, " steps"],
-        log_probs: Float[np.ndarray, " steps"],
-        stopped: np.bool,
-    ) -> Delta:
-        """The delta that is final after these tokens, up to a stop string."""
-        text = ""
-        for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True):
-            if token == NOT_FINITE and not self._stream.stopped:
-                raise _not_finite(self._name, self._length + len(self._sampled) - 1)
-            if token == NO_TOKEN or self._stream.stopped:
-                break
-            self._sampled.append((token, log_prob))
-            text += self._stream.push(token)
-        self.finished = bool(stopped) or self._stream.stopped
-        reason: FinishReason | None = None
-        if self.finished:
-            text += self._stream.finish()
-            ended = self._stream.stopped or len(self._sampled) < self.max_new_tokens
-            reason = "stop" if ended else "length"
-        new = self._sampled[self._num_emitted : self._stream.num_final_tokens]
-        self._num_emitted += len(new)
-        return Delta(
-            *self._place,
-            text,
-            [token for token, _ in new],
-            [log_prob for _, log_prob in new],
-            reason,
-            context_full=reason == "length" and self._shortened,
-        )
 
 
 def collect(deltas: Iterable[Delta]) -> list[Completion]:
@@ -402,10 +343,3 @@ def _as_int(name: str, value: Any) -> int:
     if not fits(value, int):
         raise HymbaError(f"{name} is {shown(value)}, not an integer")
     return operator.index(value)
-
-
-def _not_finite(name: str, position: int) -> HymbaError:
-    return HymbaError(
-        f"{name}: the model's logits at position {position} are not finite: its parameters may be "
-        "damaged, or their values too large for the dtype"
-    )

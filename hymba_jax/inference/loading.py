@@ -9,6 +9,7 @@ from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
 from hymba_jax.convert.peft import merge_peft
 from hymba_jax.files import resolve_location, resolve_path
+from hymba_jax.inference.engine import MAX_CHUNK
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ def load(
     state_dtype: DType = "float32",
     batch_size: int = 8,
     context: int | None = None,
+    max_chunk: int = MAX_CHUNK,
     step: Step | None = None,
     adapter: str | os.PathLike[str] = "",
 ) -> LanguageModel:
@@ -35,6 +37,7 @@ def load(
       state_dtype: that the SSM's states are kept in between tokens.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
+      max_chunk: tokens of a prompt that are prefilled at once.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
       adapter: local directory of a PEFT adapter, which is merged into the model.
@@ -57,6 +60,7 @@ def load(
         state_dtype=state_dtype,
         batch_size=batch_size,
         context=context,
+        max_chunk=max_chunk,
     )
 
 
@@ -83,7 +87,7 @@ class ModelChoice:
     batch_size: int = 8
     context: int | None = None
 
-    def load(self) -> LanguageModel:
-        """The model. Raises HymbaError if there is none."""
+    def load(self, *, max_chunk: int = MAX_CHUNK) -> LanguageModel:
+        """The model, as of `load`. Raises HymbaError if there is none."""
         options = {name: value for name, value in vars(self).items() if name != "model"}
-        return load(self.model, **options)
+        return load(self.model, max_chunk=max_chunk, **options)

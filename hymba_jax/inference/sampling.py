@@ -1,8 +1,8 @@
 """Sampling the next token."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ PROBABILITY_SCALE = (
     2**30
 )  # a probability of 1, where probabilities are integers: see `token_weights`
 
+MAX_ALTERNATIVES = 20  # likeliest tokens that are reported beside a sampled one, at most
+
 
 class Sampler(NamedTuple):
     """The sampling values of each row of a batch, as in `SamplingConfig`; rows may differ."""
@@ -27,6 +29,8 @@ class Sampler(NamedTuple):
     top_p: Float[Array, " batch"]
     min_p: Float[Array, " batch"]
     repetition_penalty: Float[Array, " batch"]
+    frequency_penalty: Float[Array, " batch"]
+    presence_penalty: Float[Array, " batch"]
     key: Key[Array, " batch"]
 
 
@@ -45,6 +49,8 @@ def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> S
         top_p=values("top_p", np.float32),
         min_p=values("min_p", np.float32),
         repetition_penalty=values("repetition_penalty", np.float32),
+        frequency_penalty=values("frequency_penalty", np.float32),
+        presence_penalty=values("presence_penalty", np.float32),
         key=jnp.stack([key(*row) for row in zip(configs, samples, strict=True)]),
     )
 
@@ -64,13 +70,15 @@ def sample(
     positions: Int[Array, " batch"],
     sampler: Sampler,
     allowed: Bool[Array, " vocab"] | None = None,
+    counts: Int[Array, "batch vocab"] | None = None,
+    bias: Float[Array, "batch vocab"] | None = None,
 ) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
     """The next token of each row, and its log-probability in the model's own distribution.
 
-    Tokens that are not allowed go first, then come the repetition penalty, temperature, top-k,
-    top-p and min-p, each among what the one before has left; tokens as likely as the last one kept
-    are kept too. A row's result depends, to the bit, on its own logits, values, key and position
-    only.
+    Tokens that are not allowed go first, then come bias, penalties (repetition, frequency,
+    presence), temperature, top-k, top-p and min-p, each among what the one before has left; tokens
+    as likely as the last one kept are kept too. A row's result depends, to the bit, on its own
+    logits, values, key and position only.
 
     Args:
       logits: in float32; -inf for what cannot come next.
@@ -79,18 +87,50 @@ def sample(
         samples.
       allowed: the tokens that may be sampled; all of them if absent. The log-probability is that
         among all tokens.
+      counts: how often each token is in the completion, which the frequency and the presence
+        penalty are for; no token is if absent.
+      bias: added to the logits; none if absent.
     """
     active = ActiveFilters(
-        penalty=jnp.any(sampler.repetition_penalty != 1),
+        penalty=jnp.any(
+            (sampler.repetition_penalty != 1)
+            | (sampler.frequency_penalty != 0)
+            | (sampler.presence_penalty != 0)
+        ),
         sampling=jnp.any(sampler.temperature > 0),
         top_k=jnp.any(sampler.top_k > 0),
         top_p=jnp.any(sampler.top_p < 1),
     )
     row = functools.partial(_sample_row, active, allowed)
-    rows = (logits, seen, positions, sampler)
+    rows = (logits, seen, positions, sampler, counts, bias)
+    return _by_row(row, rows)
+
+
+def likeliest(
+    logits: Float[Array, "batch vocab"],
+    wanted: Bool[Array, ""],
+) -> tuple[Int[Array, "batch alternatives"], Float[Array, "batch alternatives"]]:
+    """The MAX_ALTERNATIVES likeliest tokens of each row, and their log-probabilities.
+
+    Both are in the model's own distribution over its whole vocabulary, the likeliest first. All
+    zeros unless they are `wanted`.
+    """
+    batch, vocab = logits.shape
+    count = min(MAX_ALTERNATIVES, vocab)
+
+    def row(logits: Float[Array, " vocab"]) -> tuple[Array, Array]:
+        log_probs, tokens = jax.lax.top_k(_log_softmax(logits), count)
+        return tokens, log_probs
+
+    zeros = jnp.zeros((batch, count), jnp.int32), jnp.zeros((batch, count))
+    return jax.lax.cond(wanted, lambda: _by_row(row, (logits,)), lambda: zeros)
+
+
+def _by_row(function: Callable[..., Any], rows: tuple[Any, ...]) -> Any:
+    """The function of each row's values."""
     if target_platform() == "cpu":  # one after another: a row fits into a cache
-        return jax.lax.map(lambda values: row(*values), rows)
-    return jax.vmap(row)(*rows)
+        return jax.lax.map(lambda values: function(*values), rows)
+    return jax.vmap(function)(*rows)
 
 
 def _sample_row(
@@ -100,33 +140,50 @@ def _sample_row(
     seen: Bool[Array, " vocab"],
     position: Int[Array, ""],
     sampler: Sampler,
+    counts: Int[Array, " vocab"] | None,
+    bias: Float[Array, " vocab"] | None,
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """`sample` for one row, whose values `sampler` holds."""
-    possible = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    possible = logits if bias is None else logits + bias
+    possible = possible if allowed is None else jnp.where(allowed, possible, -jnp.inf)
     penalised = jax.lax.cond(
         active.penalty,
-        lambda: _penalise(possible, seen, sampler.repetition_penalty),
+        lambda: _penalise(possible, seen, counts, sampler),
         lambda: possible,
     )
-    likeliest = _argmax(penalised)
+    first = _argmax(penalised)
 
     def sampled() -> Int[Array, ""]:
         weights = token_weights(active, penalised, sampler)
         token = _sample_token(weights, jax.random.fold_in(sampler.key, position))
-        return jnp.where(sampler.temperature > 0, token, likeliest)
+        return jnp.where(sampler.temperature > 0, token, first)
 
-    token = jax.lax.cond(active.sampling, sampled, lambda: likeliest)
+    token = jax.lax.cond(active.sampling, sampled, lambda: first)
+    return token, _log_softmax(logits)[token]
+
+
+def _log_softmax(logits: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
     below = logits - jnp.max(logits)
-    return token, below[token] - jnp.log(_sum(jnp.exp(below)))
+    return below - jnp.log(_sum(jnp.exp(below)))
 
 
 def _penalise(
-    logits: Float[Array, " vocab"], seen: Bool[Array, " vocab"], penalty: Float[Array, ""]
+    logits: Float[Array, " vocab"],
+    seen: Bool[Array, " vocab"],
+    counts: Int[Array, " vocab"] | None,
+    sampler: Sampler,
 ) -> Float[Array, " vocab"]:
-    """Logits of seen tokens, divided if positive and multiplied if negative (arXiv 1909.05858)."""
+    """Logits of seen tokens, divided if positive and multiplied if negative (arXiv 1909.05858).
+
+    The other penalties are subtracted: one for each time in the completion, one if there at all.
+    """
+    penalty = sampler.repetition_penalty
     largest = jnp.finfo(logits.dtype).max  # a tiny penalty must not make an infinity
     penalised = jnp.where(logits > 0, jnp.minimum(logits / penalty, largest), logits * penalty)
-    return jnp.where(seen, penalised, logits)
+    penalised = jnp.where(seen, penalised, logits)
+    if counts is None:
+        return penalised
+    return penalised - sampler.frequency_penalty * counts - sampler.presence_penalty * (counts > 0)
 
 
 def token_weights(

@@ -15,6 +15,7 @@ from hymba_jax.inference import sampling
 from hymba_jax.inference.sampling import (
     PROBABILITY_SCALE,
     ActiveFilters,
+    likeliest,
     make_sampler,
     sample,
     token_weights,
@@ -243,6 +244,59 @@ def test_the_penalty_is_for_seen_tokens(logits, seen, penalty, token, temperatur
     assert np.isfinite(log_probs[0])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_penalties_of_the_completion_and_bias(temperature):
+    """Against the formula in float64, with the repetition penalty before the others."""
+    rng = np.random.default_rng(1)
+    shape, values = (60, 11), rng.choice([0.0, 0.4, -1.5, 2.0], size=(60, 2))
+    logits, bias = (np.float32(rng.normal(size=shape) * 2) for _ in range(2))
+    counts, seen = rng.integers(0, 4, shape), rng.random(shape) < 0.3
+    configs = [
+        SamplingConfig(
+            temperature=temperature,
+            repetition_penalty=1.3,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+        )
+        for frequency, presence in values
+    ]
+    tokens, log_probs = jitted(
+        jnp.asarray(logits),
+        jnp.asarray(seen),
+        jnp.arange(60),
+        make_sampler(configs, range(60)),
+        None,
+        jnp.asarray(counts),
+        jnp.asarray(bias),
+    )
+    biased = np.float64(logits) + bias
+    penalised = np.where(biased > 0, biased / 1.3, biased * 1.3)
+    penalised = np.where(seen, penalised, biased)
+    penalised -= values[:, :1] * counts + values[:, 1:] * (counts > 0)
+    np.testing.assert_array_equal(tokens, penalised.argmax(1))
+    rows = np.arange(60)
+    expected = np.float64(logits)[rows, tokens] - np.log(np.exp(np.float64(logits)).sum(1))
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [7, 499])
+def test_the_likeliest_tokens(vocab):
+    """Against sorting in float64; nothing is computed unless it is wanted."""
+    logits = np.stack([np.resize(random_logits(kind, 3), vocab) for kind in ("plain", "steep")])
+    jitted_likeliest = jax.jit(likeliest)
+    tokens, log_probs = jitted_likeliest(jnp.asarray(logits), True)
+    exact = np.float64(logits)
+    exact -= np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) + exact.max(
+        1, keepdims=True
+    )
+    best = np.argsort(-exact, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(tokens, best)
+    np.testing.assert_allclose(
+        log_probs, np.take_along_axis(exact, best, axis=1), rtol=1e-6, atol=1e-6
+    )
+    assert not np.any(jitted_likeliest(jnp.asarray(logits), False))
+
+
 @pytest.mark.parametrize(("temperature", "possible"), [(1e-30, {1}), (1e-4, {1}), (1e30, {0, 1})])
 @pytest.mark.parametrize("logits", [[1.0, 2.0, -np.inf], [-1e20, 1e20, -np.inf]])
 def test_extremes(temperature, possible, logits):
@@ -297,6 +351,8 @@ def test_samples_inside_a_loop():
         ({"min_p": -0.1}, "min_p is -0.1, not in [0, 1)"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, not between 1e-30 and 1e30"),
         ({"repetition_penalty": np.inf}, "repetition_penalty is inf, not between 1e-30 and 1e30"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty is 2.1, not between -2 and 2"),
+        ({"presence_penalty": np.nan}, "presence_penalty is nan, not between -2 and 2"),
         (
             {"num_samples": 0},
             "num_samples is 0, not between 1 and 1048576: all completions are kept in memory",

@@ -1,0 +1,134 @@
+"""Sampled tokens to the deltas of a completion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE
+from hymba_jax.inference.text_stream import TextStream
+from hymba_jax.tokenizer import Tokenizer
+from hymba_jax.types import Float, Int
+
+type FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is new of one completion.
+
+    Attributes:
+      index: of the prompt.
+      sample: which of its completions.
+      tokens, log_probs: as in `Completion`. Like text, tokens are held back while they may belong
+        to a stop string.
+      finish_reason: as in `Completion`; None while there is more to come.
+      context_full: as in `Completion`.
+      alternatives: for each of `tokens` the likeliest tokens with their log-probabilities, the
+        likeliest first, if asked for.
+    """
+
+    index: int
+    sample: int
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason | None
+    context_full: bool = False
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+class CompletionStream:
+    """The deltas of one row, until it is finished.
+
+    Args:
+      context: tokens that prompt and completion may have together.
+      index, sample: as in `Delta`.
+      name: of the prompt, for messages.
+      alternatives: how many of the likeliest tokens come with each sampled one.
+
+    Attributes:
+      max_new_tokens: tokens that may be sampled.
+      finished: no more tokens belong to it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        config: SamplingConfig,
+        context: int,
+        *,
+        index: int = 0,
+        sample: int = 0,
+        name: str = "the prompt",
+        alternatives: int = 0,
+    ):
+        room = context - len(prompt)
+        self.max_new_tokens = min(config.max_new_tokens, room)
+        self.finished = False
+        self._shortened = room < config.max_new_tokens
+        self._place = index, sample
+        self._name, self._length = name, len(prompt)
+        self._stream = TextStream(tokenizer, prompt, config.stop)
+        self._num_alternatives = alternatives
+        self._alternatives: list[list[tuple[int, float]]] = []
+        self._sampled: list[tuple[int, float]] = []  # tokens with their log-probabilities
+        self._num_emitted = 0  # how many of them
+
+    def push(
+        self,
+        tokens: Int[np.ndarray, " steps"],
+        log_probs: Float[np.ndarray, " steps"],
+        stopped: np.bool,
+        top_tokens: Int[np.ndarray, "steps alternatives"],
+        top_log_probs: Float[np.ndarray, "steps alternatives"],
+    ) -> Delta:
+        """The delta that is final after these tokens, up to a stop string.
+
+        Args: a row of `engine.SampledTokens`.
+
+        Raises:
+          HymbaError: the model's logits are not finite.
+        """
+        text = ""
+        for i, (token, log_prob) in enumerate(
+            zip(tokens.tolist(), log_probs.tolist(), strict=True)
+        ):
+            if token == NOT_FINITE and not self._stream.stopped:
+                raise logits_not_finite(self._name, self._length + len(self._sampled) - 1)
+            if token == NO_TOKEN or self._stream.stopped:
+                break
+            self._sampled.append((token, log_prob))
+            if self._num_alternatives:
+                pairs = zip(top_tokens[i].tolist(), top_log_probs[i].tolist(), strict=True)
+                self._alternatives.append([*pairs][: self._num_alternatives])
+            text += self._stream.push(token)
+        self.finished = bool(stopped) or self._stream.stopped
+        reason: FinishReason | None = None
+        if self.finished:
+            text += self._stream.finish()
+            ended = self._stream.stopped or len(self._sampled) < self.max_new_tokens
+            reason = "stop" if ended else "length"
+        new = slice(self._num_emitted, max(self._num_emitted, self._stream.num_final_tokens))
+        self._num_emitted = new.stop
+        return Delta(
+            *self._place,
+            text,
+            [token for token, _ in self._sampled[new]],
+            [log_prob for _, log_prob in self._sampled[new]],
+            reason,
+            context_full=reason == "length" and self._shortened,
+            alternatives=self._alternatives[new],
+        )
+
+
+def logits_not_finite(name: str, position: int) -> HymbaError:
+    """The error of a prompt, at a position of which the model's logits are NaN or infinite."""
+    return HymbaError(
+        f"{name}: the model's logits at position {position} are not finite: its parameters may be "
+        "damaged, or their values too large for the dtype"
+    )

@@ -1,0 +1,104 @@
+"""What is measured of a server, for Prometheus; names are vLLM's where the meaning is the same."""
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from hymba_jax.inference.completion_stream import Delta
+from hymba_jax.serving.scheduler import Scheduler
+
+_TO_FIRST = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counters and histograms of the requests of one server.
+
+    Args:
+      scheduler: whose running and waiting requests are reported.
+      model: its name, a label of every metric.
+    """
+
+    def __init__(self, scheduler: Scheduler, model: str) -> None:
+        self._registry = CollectorRegistry()
+        label: Any = {"registry": self._registry, "labelnames": ["model_name"]}
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, **label).labels(model)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, **label).labels(model)
+
+        self._registry.register(_SchedulerCollector(scheduler, model))
+        self._prompt_tokens = counter("vllm:prompt_tokens", "tokens of prompts")
+        self._generated = counter("vllm:generation_tokens", "tokens of completions")
+        self._finished = Counter(
+            "vllm:request_success",
+            "completions by finish reason",
+            registry=self._registry,
+            labelnames=["model_name", "finished_reason"],
+        )
+        self._model = model
+        self._to_first = histogram(
+            "vllm:time_to_first_token_seconds", "from the request to its first token", _TO_FIRST
+        )
+        self._between = histogram(
+            "vllm:inter_token_latency_seconds", "between tokens of a completion", _BETWEEN
+        )
+        self._whole = histogram(
+            "vllm:e2e_request_latency_seconds", "from the request to its last token", _WHOLE
+        )
+
+    async def observe(
+        self, deltas: AsyncIterator[Delta], prompt_tokens: int
+    ) -> AsyncIterator[Delta]:
+        """The deltas of a request, measured as they pass."""
+        start = time.monotonic()
+        before: dict[tuple[int, int], float] = {}  # when each completion had its last tokens
+        self._prompt_tokens.inc(prompt_tokens)
+        async for delta in deltas:
+            now, place = time.monotonic(), (delta.index, delta.sample)
+            if not before:
+                self._to_first.observe(now - start)
+            if delta.tokens:
+                for _ in delta.tokens if place in before else ():
+                    self._between.observe((now - before[place]) / len(delta.tokens))
+                self._generated.inc(len(delta.tokens))
+            before[place] = now
+            if delta.finish_reason:
+                self._finished.labels(self._model, delta.finish_reason).inc()
+            yield delta
+        self._whole.observe(time.monotonic() - start)
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class _SchedulerCollector(Collector):
+    """What a scheduler knows itself."""
+
+    def __init__(self, scheduler: Scheduler, model: str) -> None:
+        self._scheduler, self._model = scheduler, model
+
+    def collect(self) -> Iterator[Metric]:
+        """One metric of each kind."""
+        scheduler, prefixes = self._scheduler, self._scheduler.prefixes
+        gauges = {
+            "num_requests_running": ("sequences in the running batch", scheduler.num_running),
+            "num_requests_waiting": ("requests that wait for a slot", scheduler.num_waiting),
+        }
+        counters = {
+            "prefix_cache_queries": ("tokens looked up", prefixes.queried_tokens),
+            "prefix_cache_hits": ("tokens that need not be prefilled", prefixes.hit_tokens),
+        }
+        for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (text, value) in metrics.items():
+                family = kind(f"vllm:{name}", text, labels=["model_name"])
+                family.add_metric([self._model], value)
+                yield family

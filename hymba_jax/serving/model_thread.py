@@ -1,0 +1,140 @@
+"""The one thread that runs the model, and what a coroutine gets from it."""
+
+import asyncio
+import dataclasses
+import sys
+import threading
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.completion_stream import Delta
+from hymba_jax.serving.scheduler import GenerationRequest, Job, Output, Scheduler
+
+
+def _nothing() -> None:
+    """Nothing is to be done."""
+
+
+class ModelFailed(HymbaError):
+    """The model's thread has ended by an error of its own."""
+
+
+class ModelThread:
+    """Steps a scheduler in a thread of its own, as long as there is work.
+
+    Attributes:
+      is_ready: every program is compiled.
+      error: what ended the thread.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.is_ready = False
+        self.error: Exception | None = None
+        self._on_ready = self._on_end = _nothing
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are served."""
+        return self._thread.is_alive() and self.error is None
+
+    def start(
+        self, *, on_ready: Callable[[], None] = _nothing, on_end: Callable[[], None] = _nothing
+    ) -> None:
+        """Starts the thread, which compiles first.
+
+        Args:
+          on_ready: is called by the thread when it has compiled.
+          on_end: is called by the thread when it ends.
+        """
+        self._on_ready, self._on_end = on_ready, on_end
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its step, and every request that is left."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Output], None]) -> Job:
+        """As `Scheduler.submit`. Raises ModelFailed, too, if the thread has ended."""
+        if self.error or self._stopping:
+            raise ModelFailed("the server is shutting down")
+        job = self.scheduler.submit(request, deliver)
+        self._wake.set()
+        return job
+
+    def _run(self) -> None:
+        try:
+            self.scheduler.warmup()
+            self.is_ready = True
+            self._on_ready()
+            while not self._stopping:
+                self._wake.clear()
+                if self.scheduler.has_work:
+                    self.scheduler.step()
+                else:
+                    self._wake.wait()
+        except Exception as error:
+            self.error = error
+            if not isinstance(error, HymbaError):
+                traceback.print_exc(file=sys.stderr)
+        finally:
+            self._stopping = True
+            self.scheduler.fail(ModelFailed("the server is shutting down"))
+            self._on_end()
+
+
+class Generation:
+    """The deltas of one or more requests, as the model's thread delivers them.
+
+    Args:
+      requests: which are all submitted, or none.
+
+    Raises:
+      HymbaError: one of them is refused.
+    """
+
+    def __init__(self, thread: ModelThread, requests: Sequence[GenerationRequest]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self._samples_left = sum(request.num_samples for request in requests)
+        self._jobs: list[Job] = []
+        try:
+            for i, request in enumerate(requests):
+                self._jobs.append(thread.submit(request, self._deliver_as(i)))
+        except HymbaError:
+            self.cancel()
+            raise
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Each delta, with the index of its request.
+
+        Raises:
+          HymbaError: a request has ended with an error; the others are cancelled.
+        """
+        try:
+            while self._samples_left:
+                index, output = await self._queue.get()
+                if isinstance(output, HymbaError):
+                    raise output
+                self._samples_left -= output.finish_reason is not None
+                yield dataclasses.replace(output, index=index)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Frees the slots that are still held."""
+        for job in self._jobs:
+            job.cancel()
+
+    def _deliver_as(self, index: int) -> Callable[[Output], None]:
+        def deliver(output: Output) -> None:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))
+
+        return deliver

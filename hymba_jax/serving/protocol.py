@@ -1,0 +1,236 @@
+"""Requests and errors of the OpenAI API, as far as it is served.
+
+Fields that would change an answer and are not served are refused, not ignored. Those of vLLM that
+OpenAI's API lacks are `top_k`, `min_p`, `repetition_penalty` and `stop_token_ids`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.errors import HymbaError
+
+MAX_DEPTH = 64  # of objects and lists in a request's body
+MAX_SAMPLES = 128
+
+
+class ApiError(Exception):
+    """An error as the OpenAI API reports it.
+
+    Attributes:
+      status: of HTTP.
+      message: for people.
+      kind: "type" of the error object.
+      param: the field that is wrong.
+      code: for programs.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Model):
+    include_usage: bool = False
+
+
+class GenerationFields(_Model):
+    """What completions and chat completions share."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop_token_ids: list[int] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # names who asks, and changes nothing
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationFields):
+    """The body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+
+
+class TextPart(_Model):
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(_Model):
+    name: str
+    arguments: str
+
+
+class AssistantCall(_Model):
+    """A tool call of an earlier answer."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Message(_Model):
+    """A message of a conversation; assistants may send back all that they got."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[AssistantCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+
+
+class Function(_Model):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(_Model):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Model):
+    name: str
+
+
+class ToolChoice(_Model):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ResponseFormat(_Model):
+    type: Literal["text"]
+
+
+class ChatRequest(GenerationFields):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    response_format: ResponseFormat | None = None
+
+
+def parse[T: _Model](kind: type[T], body: bytes) -> T:
+    """A request from its body.
+
+    Raises:
+      ApiError: it is not JSON, or not such a request.
+    """
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, f"the body is not JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    if _depth(value) > MAX_DEPTH:
+        raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ApiError(400, f"{place}: {first['msg']}", param=place) from error
+
+
+def sampling_config(
+    fields: GenerationFields, defaults: Mapping[str, Any], **others: Any
+) -> SamplingConfig:
+    """How a request is sampled.
+
+    At temperature 0 the filters and samples that have no effect then are left out.
+
+    Args:
+      defaults: what applies where a request names no value.
+      others: further fields of the config.
+
+    Raises:
+      ApiError: a value is impossible.
+    """
+    names = (
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+        *("frequency_penalty", "presence_penalty"),
+    )
+    values = {name: value for name in names if (value := getattr(fields, name)) is not None}
+    try:
+        # The filters themselves are checked before they are left out.
+        SamplingConfig(**{**values, "temperature": values.get("temperature") or 1.0})
+        values = {**defaults, **values}
+        if values.get("temperature") == 0:
+            values = {k: v for k, v in values.items() if k not in ("top_p", "top_k", "min_p")}
+        return SamplingConfig(**values, **others)
+    except HymbaError as error:
+        raise ApiError(400, str(error)) from error
+
+
+def logit_bias(fields: GenerationFields) -> tuple[tuple[int, float], ...]:
+    """Tokens with what is added to their logits. Raises ApiError if a key is no token."""
+    biases = fields.logit_bias or {}
+    if wrong := [token for token in biases if not (token.isascii() and token.isdigit())]:
+        raise ApiError(400, f"logit_bias: {wrong[0]!r} is not a token id", param="logit_bias")
+    return tuple((int(token), value) for token, value in biases.items())
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _depth(value: Any) -> int:
+    """Levels of nested objects and lists, MAX_DEPTH + 1 at most."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, dict | list)
+        ]
+        depth += 1
+    return depth

@@ -1,0 +1,385 @@
+"""Continuous batching: requests join and leave a running batch between its steps.
+
+The batch has a fixed number of slots, its rows. Each step of the scheduler
+
+1. frees the slots of requests that were cancelled or are past their deadline;
+2. prefills waiting requests in the order of their arrival, one at a time, in chunks: at most
+   `Engine.max_chunk` tokens a step, padding included, where each sequence that joins the batch
+   counts as `MIN_CHUNK` tokens besides its chunks;
+3. decodes one token (or `decode_steps`) for every running sequence.
+
+So whoever is being answered waits for that many prompt tokens between two of its own at most,
+however long the prompts of others are. A prompt is prefilled alone and in the same chunks whenever
+it comes, and a row of the batch does not depend on the others: the tokens of a request are those
+of the same request alone.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.completion_stream import CompletionStream, Delta
+from hymba_jax.inference.engine import (
+    DECODE_STEPS,
+    MIN_CHUNK,
+    PaddedChunk,
+    Prefilled,
+    Request,
+    SampledTokens,
+    bucket,
+)
+from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.prefix_cache import PrefixCache
+from hymba_jax.inference.sampling import MAX_ALTERNATIVES
+from hymba_jax.inference.warmup import prompt_lengths
+
+MAX_STOP_TOKENS = 32  # of a request, the model's own included
+MAX_LOGIT_BIAS = 100.0
+
+
+class QueueFull(HymbaError):
+    """As many requests are waiting as may."""
+
+
+class DeadlineExceeded(HymbaError):
+    """A request was not complete in its time."""
+
+
+type Output = Delta | HymbaError
+"""What becomes of a request: deltas of its samples, or the error that ends it."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What is to be generated.
+
+    Attributes:
+      prompt: its tokens.
+      sampling: how each sample is sampled; its `num_samples` is ignored.
+      num_samples: completions of the prompt.
+      logit_bias: tokens with what is added to their logits.
+      alternatives: how many of the likeliest tokens are reported beside each sampled one.
+      timeout: seconds from its submission in which it must be complete.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingConfig
+    num_samples: int = 1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    alternatives: int = 0
+    timeout: float | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that was submitted.
+
+    Attributes:
+      deliver: is called by the thread of `Scheduler.step` with each output.
+      deadline: by the scheduler's clock.
+      has_ended: nothing more is delivered: an error was, or it was cancelled. Set by `cancel`.
+    """
+
+    request: GenerationRequest
+    deliver: Callable[[Output], None]
+    deadline: float
+    has_ended: bool = False
+
+    def cancel(self) -> None:
+        """Frees its slots at the next step; from any thread."""
+        self.has_ended = True
+
+    def fail(self, error: HymbaError) -> None:
+        """Ends it with an error, unless it has ended."""
+        if not self.has_ended:
+            self.has_ended = True
+            self.deliver(error)
+
+
+@dataclass
+class _Prefill:
+    """A prompt that is being prefilled, then the state that its samples start from."""
+
+    job: Job
+    state: Prefilled
+    chunks: deque[PaddedChunk]
+    length: int  # tokens that were prefilled
+    to_keep: dict[int, bytes]  # as of `PrefixCache.look_up`
+    next_sample: int = 0
+
+
+class _Running(NamedTuple):
+    """The sequence in a row of the batch."""
+
+    job: Job
+    stream: CompletionStream
+
+
+@dataclass
+class Scheduler:
+    """A running batch, and the requests that wait to join it.
+
+    `submit` and `Job.cancel` may be called by any thread, everything else by one.
+
+    Attributes:
+      slots: sequences that are decoded at the same time, a power of two.
+      max_waiting: requests that may wait for a slot.
+      decode_steps: tokens of each sequence between two looks at the queue.
+      prefix_bytes: of memory for states after beginnings of prompts (`PrefixCache`).
+      clock: seconds, for deadlines.
+
+    Raises:
+      HymbaError: a value is impossible, or the device has too little memory.
+    """
+
+    model: LanguageModel
+    slots: int = 8
+    max_waiting: int = 256
+    decode_steps: int = 1
+    prefix_bytes: int = 0
+    clock: Callable[[], float] = time.monotonic
+    _waiting: deque[Job] = field(init=False, default_factory=deque)
+    _prefill: _Prefill | None = field(init=False, default=None)
+    _rows: dict[int, _Running] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.slots != bucket(self.slots):
+            raise HymbaError(f"slots is {self.slots}, not a power of two")
+        if not 1 <= self.decode_steps <= DECODE_STEPS:
+            raise HymbaError(f"decode_steps is {self.decode_steps}, not 1 to {DECODE_STEPS}")
+        self._engine = self.model.engine
+        self._context = self._engine.max_context
+        max_states = self.prefix_bytes // self._engine.row_bytes(self._context)
+        # With two prompts: one that is being prefilled, and the copy that becomes a row.
+        self._engine.check_memory(self.slots + 2 + max_states, self._context)
+        self.prefixes = PrefixCache(self._engine.max_chunk, max_states)
+        self._state = self._engine.init_state(self.slots, self._context, MAX_STOP_TOKENS)
+        self._free = [*range(self.slots)]
+        self._abandoned: set[int] = set()  # rows whose sequences the device has not stopped
+        self._num_completed = 0
+        self._lock = threading.Lock()  # of what waits
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._rows)
+
+    @property
+    def num_completed(self) -> int:
+        """Sequences that were completed, those of `warmup` aside."""
+        return self._num_completed
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._rows or self._prefill or self._waiting)
+
+    def submit(self, request: GenerationRequest, deliver: Callable[[Output], None]) -> Job:
+        """Queues a request.
+
+        Args:
+          deliver: is called by the thread of `step` with each output; the last ones are the deltas
+            with a finish reason of all samples, or one error.
+
+        Raises:
+          QueueFull: too many requests wait already.
+          HymbaError: it could never be served.
+        """
+        self._check(request)
+        timeout = float("inf") if request.timeout is None else request.timeout
+        job = Job(request, deliver, self.clock() + timeout)
+        with self._lock:
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFull(f"{self.max_waiting} requests are waiting already: try again later")
+            self._waiting.append(job)
+        return job
+
+    def step(self) -> None:
+        """Frees, prefills and decodes, once each."""
+        self._drop_ended()
+        self._prefill_some()
+        self._decode()
+
+    def warmup(self) -> None:
+        """Compiles every program that requests use, by serving some.
+
+        Raises:
+          HymbaError: the model's logits are not finite.
+        """
+        outputs: list[Output] = []
+        for length in prompt_lengths(self._engine):
+            sampling = SamplingConfig(max_new_tokens=min(2, self._context - length))
+            prompt = [self.model.tokenizer.eos_id] * length
+            self.submit(GenerationRequest(prompt, sampling, num_samples=2), outputs.append)
+            while self.has_work:
+                self.step()
+        for error in outputs:
+            if isinstance(error, HymbaError):
+                raise error
+        self._num_completed = 0
+        self.prefixes.clear()
+
+    def fail(self, error: HymbaError) -> None:
+        """Ends every request with an error."""
+        for job in self._jobs():
+            job.fail(error)
+        self._drop_ended()
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Raises HymbaError for what could never be served."""
+        wanted, vocab = request.sampling.max_new_tokens, self.model.config.num_embeddings
+        if not request.prompt:
+            raise HymbaError("the prompt is empty")
+        if len(request.prompt) + wanted > self._context:
+            raise HymbaError(
+                f"the prompt has {len(request.prompt)} tokens, and {wanted} new ones are asked "
+                f"for: together they are more than the context of {self._context}"
+            )
+        if not 0 <= request.alternatives <= MAX_ALTERNATIVES:
+            raise HymbaError(
+                f"{request.alternatives} likeliest tokens are asked for, not 0 to "
+                f"{MAX_ALTERNATIVES}"
+            )
+        for token, bias in request.logit_bias:
+            if not 0 <= token < vocab:
+                raise HymbaError(f"logit_bias: token {token} is outside the vocabulary of {vocab}")
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise HymbaError(
+                    f"logit_bias: {bias} is not -{MAX_LOGIT_BIAS:.0f} to {MAX_LOGIT_BIAS:.0f}"
+                )
+        self.model.check_stop(request.sampling)
+        if len(self.model.stop_tokens(request.sampling)) > MAX_STOP_TOKENS:
+            raise HymbaError(f"there are more than {MAX_STOP_TOKENS} stop tokens")
+
+    def _jobs(self) -> list[Job]:
+        with self._lock:
+            jobs = [*self._waiting]
+        jobs += [self._prefill.job] if self._prefill else []
+        return jobs + [running.job for running in self._rows.values()]
+
+    def _drop_ended(self) -> None:
+        """Frees what cancelled and late requests hold."""
+        now = self.clock()
+        for job in self._jobs():
+            if job.deadline < now:
+                job.fail(DeadlineExceeded(f"not complete in {job.request.timeout:g} seconds"))
+        with self._lock:
+            self._waiting = deque(job for job in self._waiting if not job.has_ended)
+        if self._prefill and self._prefill.job.has_ended:
+            self._prefill = None
+        for row, running in [*self._rows.items()]:
+            if running.job.has_ended:
+                self._release(row)
+
+    def _release(self, row: int) -> None:
+        del self._rows[row]
+        self._free.append(row)
+        self._abandoned.add(row)
+
+    def _prefill_some(self) -> None:
+        budget = max(self._engine.max_chunk, MIN_CHUNK)
+        while self._free and (prefill := self._next_prefill()):
+            cost = prefill.chunks[0].tokens.shape[1] if prefill.chunks else MIN_CHUNK
+            if cost > budget:
+                return
+            budget -= cost
+            if prefill.chunks:
+                self._prefill_chunk(prefill)
+            else:
+                self._join(prefill)
+
+    def _prefill_chunk(self, prefill: _Prefill) -> None:
+        chunk, is_start = prefill.chunks.popleft(), not prefill.length
+        prefill.state = self._engine.prefill_chunk(prefill.state, chunk, is_start=is_start)
+        prefill.length += int(chunk.lengths[0])
+        if key := prefill.to_keep.get(prefill.length):
+            self.prefixes.keep(key, self._copy(prefill.state))
+
+    def _copy(self, state: Prefilled) -> Prefilled:
+        """The programs of the engine take the memory of their arguments."""
+        return self._engine.repeat(state, [0])
+
+    def _next_prefill(self) -> _Prefill | None:
+        """What is being prefilled, or else the request that has waited longest."""
+        if self._prefill is None:
+            with self._lock:
+                job = self._waiting.popleft() if self._waiting else None
+            if job is not None:
+                length, kept, to_keep = self.prefixes.look_up(job.request.prompt)
+                chunks = self._engine.chunks([job.request.prompt[length:]])
+                state = self._copy(kept) if kept else self._engine.init_prefill(1, self._context)
+                self._prefill = _Prefill(job, state, deque(chunks), length, to_keep)
+        return self._prefill
+
+    def _join(self, prefill: _Prefill) -> None:
+        """Inserts the next sample of a prefilled prompt into the batch."""
+        job, sample, state = prefill.job, prefill.next_sample, prefill.state
+        prefill.next_sample += 1
+        if prefill.next_sample == job.request.num_samples:
+            self._prefill = None
+        else:
+            state = self._copy(state)
+        request = job.request
+        row, stream = (
+            self._free.pop(),
+            CompletionStream(
+                self.model.tokenizer,
+                request.prompt,
+                request.sampling,
+                self._context,
+                sample=sample,
+                alternatives=request.alternatives,
+            ),
+        )
+        inserted = Request(
+            request.prompt,
+            request.sampling,
+            sample,
+            stream.max_new_tokens,
+            self.model.stop_tokens(request.sampling),
+            request.logit_bias,
+            alternatives=request.alternatives > 0,
+        )
+        self._state, sampled = self._engine.insert(state, [inserted], self._state, [row])
+        self._abandoned.discard(row)
+        self._rows[row] = _Running(job, stream)
+        self._push({row: 0}, sampled)
+
+    def _decode(self) -> None:
+        if not self._rows:
+            return
+        if self._abandoned:
+            self._state = self._engine.stop(self._state, sorted(self._abandoned))
+            self._abandoned.clear()
+        self._state, sampled = self._engine.decode(self._state, self.decode_steps)
+        self._push({row: row for row in self._rows}, sampled)
+
+    def _push(self, rows: dict[int, int], sampled: SampledTokens) -> None:
+        """Delivers what was sampled for these rows of the batch, each in a row of `sampled`."""
+        values: Any = jax.device_get(sampled)
+        for row, index in rows.items():
+            job, stream = self._rows[row]
+            if job.has_ended:  # since this step began
+                continue
+            try:
+                delta = stream.push(*(array[index] for array in values))
+            except HymbaError as error:
+                job.fail(error)
+                continue
+            if delta.text or delta.tokens or delta.finish_reason:
+                job.deliver(delta)
+            if stream.finished:
+                self._num_completed += 1
+                self._release(row)

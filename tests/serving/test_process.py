@@ -1,0 +1,104 @@
+"""`hymba serve` as a process: its address, its messages, and how it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+from entry.command import HYMBA, environment
+from inference.models import make_model
+from serving.served import model, wait_until
+
+from hymba_jax import cli
+from hymba_jax.checkpoint.save import save_model
+
+
+@contextmanager
+def process(tmp_path, *options):
+    """A server, when it is ready, and its address."""
+    save_model(tmp_path / "model", make_model(), model().tokenizer)
+    command = [HYMBA, "serve", "--model", tmp_path / "model", "--port", "0", "--context", "512"]
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, env=environment(tmp_path / "cache")
+    ) as server:
+        try:
+            lines = [server.stderr.readline(), server.stderr.readline()]
+            assert re.fullmatch(r"model at http://127\.0\.0\.1:\d+: compiling\n", lines[0]), lines
+            assert lines[1] == lines[0].replace("compiling", "ready")
+            yield server, lines[0].split()[2].removesuffix(":")
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_sigterm_completes_the_streams_that_run(tmp_path):
+    with (
+        process(tmp_path, "--slots", "2") as (server, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        assert httpx.get(f"{url}/ready").status_code == 200
+        options = {"model": "model", "max_tokens": 300, "temperature": 0, "stream": True}
+        options["logit_bias"] = {str(model().tokenizer.encode("B")[0]): 100}
+        streams = [
+            client.completions.create(prompt=prompt, **options) for prompt in ("a", "b", "c")
+        ]
+        texts = [next(stream).choices[0].text for stream in streams[:2]]
+        server.send_signal(signal.SIGTERM)
+        texts += [""]
+        for i, stream in enumerate(streams):
+            texts[i] += "".join(chunk.choices[0].text for chunk in stream)
+        assert texts == ["B" * 300] * 3
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+        assert server.wait(30) == 143
+        assert server.stderr.read() == "model: stopped; 3 completions were complete\n"
+
+
+@pytest.mark.slow
+def test_streams_that_take_longer_than_the_grace_are_cancelled(tmp_path):
+    with process(tmp_path, "--slots", "1", "--grace", "1") as (server, url):
+        body = {"model": "model", "prompt": "a", "max_tokens": 500, "stream": True}
+        body["logit_bias"] = {str(model().tokenizer.encode("B")[0]): 100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(server.pid, signal.SIGSTOP)  # the model is no slower than that
+            os.kill(server.pid, signal.SIGTERM)
+            os.kill(server.pid, signal.SIGCONT)
+            wait_until(lambda: server.poll() is not None)
+        assert server.returncode == 143
+        assert "stopped; " in server.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prefill-chunk", "100"], "prefill_chunk is 100, not a power of two from 32"),
+        (["--queue", "0"], "queue is 0, not above 0"),
+        (["--prefix-cache", "-1"], "prefix_cache is -1, not at least 0"),
+        (["--api-key", ""], "api_key is empty"),
+        (["--port", "65536"], "port is 65536, not 0 to 65535"),
+        (["--host", "203.0.113.1"], "203.0.113.1, port 8000: Cannot assign requested address: na"),
+        (["--port", "0"], "gone: no model found"),
+    ],
+)
+def test_what_cannot_be_served(monkeypatch, options, message):
+    monkeypatch.setattr("hymba_jax.inference.warmup.use_compilation_cache", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["serve", "--model", "gone", *options])
+    assert str(stopped.value).startswith(f"error: {message}")
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_missing_package(monkeypatch):
+    monkeypatch.setattr("hymba_jax.inference.warmup.use_compilation_cache", lambda: None)
+    monkeypatch.delitem(sys.modules, "hymba_jax.serving.command", raising=False)
+    monkeypatch.delattr("hymba_jax.serving.command", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match="uvicorn is not installed: pip install"):
+        cli.main(["serve", "--model", "gone"])

@@ -1,0 +1,628 @@
+"""A server on this machine, asked by the `openai` client and by those who mean no good."""
+
+import asyncio
+import json
+import random
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from serving.served import CONTEXT, model, serving, wait_until
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.serving import bench
+from hymba_jax.serving.app import ApiOptions
+from hymba_jax.serving.bench import BenchConfig, Measured
+from hymba_jax.serving.scheduler import Scheduler
+
+OPTIONS = ApiOptions("tiny", ("secret", "other"), max_body=20_000, max_tokens=50, timeout=60)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": {}}},
+    }
+    for name in ("f", "g")
+]
+CALL = '<toolcall> {"name": "f", "arguments": {"a": "é"}} </toolcall>'
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(OPTIONS) as (url, thread):
+        thread.script = {
+            "SAY": f"Well.\n{CALL}\n{CALL} Done",
+            "WRONG": "Not <toolcall> a call </toolcall>, nor <toolcall>",
+            '<toolcall> {"name": "g", "arguments":': ' {"a": 1}} </toolcall> and more',
+            "<toolcall>": ' {"name": "g"} </toolcall>',
+        }
+        yield url, thread
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def no_slot_is_leaked(server):
+    yield
+    scheduler = server[1].scheduler
+    wait_until(lambda: not scheduler.has_work)
+    assert sorted(scheduler._free) == list(range(scheduler.slots))
+
+
+def expected(prompt, new=8, **sampling):
+    return model().generate([prompt], max_new_tokens=new, **sampling)
+
+
+def encode(text):
+    return model().tokenizer.encode(text)
+
+
+def bias_for(text):
+    """Far above the range of the logits."""
+    return {str(encode(text)[0]): 100}
+
+
+def test_models(client):
+    (listed,) = client.models.list().data
+    assert (listed.id, listed.max_model_len) == ("tiny", CONTEXT)
+    assert client.models.retrieve("tiny") == listed
+
+
+class TestCompletions:
+    @pytest.mark.parametrize(
+        ("sampling", "extra"),
+        [
+            ({"temperature": 0}, {}),
+            ({"temperature": 0, "top_p": 0.5}, {}),  # as OpenAI has it, without effect
+            ({"temperature": 0.8, "top_p": 0.9, "seed": 7}, {"top_k": 30, "min_p": 0.01}),
+            (
+                {"temperature": 0, "frequency_penalty": 1.5, "presence_penalty": 0.5},
+                {"repetition_penalty": 1.2},
+            ),
+        ],
+    )
+    def test_the_text_is_that_of_generate(self, client, sampling, extra):
+        answer = client.completions.create(
+            model="tiny", prompt="def f", max_tokens=8, **sampling, extra_body=extra
+        )
+        if sampling["temperature"] == 0:
+            sampling = {k: v for k, v in sampling.items() if k != "top_p"}
+        (wanted,) = expected("def f", **sampling, **extra)
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason) == (wanted.text, wanted.finish_reason)
+        assert answer.usage.prompt_tokens == len("<def f")
+        assert answer.usage.completion_tokens == len(wanted.tokens)
+        assert answer.usage.total_tokens == len("<def f") + len(wanted.tokens)
+
+    def test_samples_of_several_prompts(self, client):
+        """Those of each prompt alone; the first of each is that of `generate`."""
+        options = {"model": "tiny", "n": 3, "seed": 5, "max_tokens": 6, "echo": True}
+        together = client.completions.create(prompt=["ab", "c"], **options).choices
+        alone = [
+            choice
+            for prompt in ("ab", "c")
+            for choice in client.completions.create(prompt=prompt, **options).choices
+        ]
+        texts = [choice.text for choice in together]
+        assert texts == [choice.text for choice in alone]
+        assert [choice.index for choice in together] == list(range(6))
+        assert len(set(texts)) == 6
+        for prompt, text in (("ab", texts[0]), ("c", texts[3])):
+            assert text == prompt + expected(prompt, 6, temperature=1.0, seed=5)[0].text
+
+    def test_prompts_of_tokens(self, client):
+        tokens = encode("ab")
+        for prompt in (tokens, [tokens]):
+            (choice,) = client.completions.create(
+                model="tiny", prompt=prompt, temperature=0, max_tokens=4, echo=True
+            ).choices
+            assert choice.text == "ab" + expected(tokens, 4)[0].text
+
+    def test_a_stop_string(self, client):
+        whole = expected("def f", 20)[0].text
+        stop = whole[3:5]
+        (choice,) = client.completions.create(
+            model="tiny", prompt="def f", temperature=0, max_tokens=20, stop=["absent", stop]
+        ).choices
+        assert (choice.text, choice.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+    def test_stop_tokens_and_bias(self, client):
+        (choice,) = client.completions.create(
+            model="tiny",
+            prompt="a",
+            temperature=0,
+            logit_bias=bias_for("B") | {str(encode("A")[0]): -100},
+        ).choices
+        assert (choice.text, choice.finish_reason) == ("B" * 16, "length")
+        (choice,) = client.completions.create(
+            model="tiny",
+            prompt="a",
+            temperature=0,
+            logit_bias=bias_for("B"),
+            extra_body={"stop_token_ids": encode("B")},
+        ).choices
+        assert (choice.text, choice.finish_reason) == ("", "stop")
+
+    def test_log_probs(self, client):
+        (wanted,) = expected("def f")
+        (choice,) = client.completions.create(
+            model="tiny", prompt="def f", temperature=0, max_tokens=8, logprobs=3
+        ).choices
+        reported = choice.logprobs
+        # Prefilled and decoded in batches of other sizes, which float32 rounds otherwise.
+        assert reported.token_logprobs == pytest.approx(wanted.log_probs, abs=1.2e-4)
+        assert [max(top.values()) for top in reported.top_logprobs] == reported.token_logprobs
+        assert {len(top) for top in reported.top_logprobs} == {3}
+        lengths = [len(text) for text in reported.tokens]
+        assert reported.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
+
+    def test_a_stream_is_the_whole_answer_in_deltas(self, client):
+        options = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "seed": 5, "max_tokens": 9}
+        whole = client.completions.create(**options, echo=True)
+        chunks = list(
+            client.completions.create(
+                **options, echo=True, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        texts = [
+            "".join(c.text for chunk in chunks for c in chunk.choices if c.index == i)
+            for i in range(4)
+        ]
+        assert texts == [choice.text for choice in whole.choices]
+        assert chunks[-1].choices == []
+        assert chunks[-1].usage == whole.usage
+        assert {chunk.usage for chunk in chunks[:-1]} == {None}
+        assert len({chunk.id for chunk in chunks}) == 1
+
+
+class TestChat:
+    def test_the_answer_is_that_of_generate(self, client):
+        messages = [
+            {"role": "developer", "content": "x"},
+            {"role": "user", "content": [{"type": "text", "text": "h"}]},
+        ]
+        as_read = [{"role": "system", "content": "x"}, {"role": "user", "content": "h"}]
+        prompt = model().encode_chat(as_read)
+        (wanted,) = expected(prompt, 12, stop="[u]")
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            temperature=0,
+            max_completion_tokens=12,
+            logprobs=True,
+            top_logprobs=2,
+        )
+        (choice,) = answer.choices
+        assert choice.message.content == wanted.text
+        assert choice.finish_reason == wanted.finish_reason
+        assert answer.usage.prompt_tokens == len(prompt)
+        values = [token.logprob for token in choice.logprobs.content]
+        assert values == pytest.approx(wanted.log_probs, abs=1.2e-4)
+        assert [token.top_logprobs[0].logprob for token in choice.logprobs.content] == values
+        chunks = client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            temperature=0,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        first, *others = list(chunks)
+        assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+        text = "".join(c.delta.content or "" for chunk in (first, *others) for c in chunk.choices)
+        assert text == wanted.text
+        assert others[-2].choices[0].finish_reason == wanted.finish_reason
+        assert others[-1].usage == answer.usage
+
+    def test_an_answer_may_fill_the_context(self, client):
+        """As far as the server allows."""
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "h"}],
+            logit_bias=bias_for("B"),
+        )
+        assert answer.choices[0].message.content == "B" * 50
+        assert answer.choices[0].finish_reason == "length"
+
+    def test_text_cannot_forge_control_tokens(self, client, server):
+        """The names of control tokens in messages are ordinary text."""
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "</s><s>"}], max_tokens=1
+        )
+        prompt = list(server[1].asked[-1].prompt)
+        assert model().tokenizer.eos_id not in prompt
+        assert prompt == encode("[u]</s><s>[a]")
+
+
+class TestTools:
+    @staticmethod
+    def ask(client, word, **options):
+        messages = [{"role": "user", "content": word}]
+        options = {"model": "tiny", "messages": messages, "tools": TOOLS, "max_tokens": 9} | options
+        (whole,) = client.chat.completions.create(**options).choices
+        content, calls, reason = "", {}, None
+        for chunk in client.chat.completions.create(**options, stream=True):
+            for choice in chunk.choices:
+                content += choice.delta.content or ""
+                reason = choice.finish_reason or reason
+                for call in choice.delta.tool_calls or ():
+                    calls[call.index] = (call.function.name, json.loads(call.function.arguments))
+        message = whole.message
+        in_one_piece = [
+            (call.function.name, json.loads(call.function.arguments))
+            for call in message.tool_calls or ()
+        ]
+        assert [calls[i] for i in range(len(calls))] == in_one_piece
+        assert (content, reason) == (message.content or "", whole.finish_reason)
+        return content, in_one_piece, reason
+
+    def test_calls_are_taken_out_of_the_text(self, client):
+        call = ("f", {"a": "é"})
+        assert self.ask(client, "SAY") == ("Well.Done", [call, call], "tool_calls")
+
+    def test_what_is_no_call_is_text(self, client):
+        text = "Not <toolcall> a call </toolcall>, nor <toolcall>"
+        assert self.ask(client, "WRONG") == (text, [], "stop")
+
+    def test_a_demanded_call(self, client, server):
+        assert self.ask(client, "x", tool_choice="required") == ("", [("g", {})], "tool_calls")
+        choice = {"type": "function", "function": {"name": "g"}}
+        assert self.ask(client, "x", tool_choice=choice) == ("", [("g", {"a": 1})], "tool_calls")
+
+    def test_no_call(self, client, server):
+        """Then the model is shown no tools, and its text is left alone."""
+        text, calls, reason = self.ask(client, "SAY", tool_choice="none")
+        assert (CALL in text, calls, reason) == (True, [], "stop")
+        assert list(server[1].asked[-1].prompt) == encode("[u]SAY[a]")
+
+    def test_results_of_calls(self, client, server):
+        """What an answer said can be sent back."""
+        asked = [{"role": "user", "content": "SAY"}]
+        message = (
+            client.chat.completions.create(model="tiny", messages=asked, tools=TOOLS)
+            .choices[0]
+            .message
+        )
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "9"}
+        client.chat.completions.create(
+            model="tiny", messages=[*asked, message, result], tools=TOOLS
+        )
+        assert list(server[1].asked[-1].prompt) == encode("(f)(g)[u]SAY[a]Well.Doneéé[t]9[a]")
+
+
+OK = {"model": "tiny", "prompt": "a"}
+HI = {"model": "tiny", "messages": [{"role": "user", "content": "h"}]}
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("path", "body", "status", "message"),
+        [
+            ("completions", OK | {"temperature": float("nan")}, 400, "NaN is no JSON number"),
+            ("completions", OK | {"temperature": -1}, 400, "temperature is -1.0, not 0 or"),
+            ("completions", OK | {"top_p": 2, "temperature": 0}, 400, "top_p is 2.0, not in (0"),
+            ("completions", OK | {"temperature": "hot"}, 400, "temperature: Input should be a v"),
+            ("completions", OK | {"best_of": 2}, 400, "best_of: Extra inputs are not permitted"),
+            ("completions", OK | {"n": 1000}, 400, "n: Input should be less than or equal to 12"),
+            ("completions", OK | {"max_tokens": 51}, 400, "max_tokens is 51: the server allows 50"),
+            ("completions", OK | {"prompt": []}, 400, "there are no prompts"),
+            ("completions", OK | {"prompt": "a" * 60}, 400, "61 tokens do not fit the model's"),
+            ("completions", OK | {"prompt": [[999]]}, 400, "token 999 is outside the vocabulary"),
+            ("completions", OK | {"prompt": "\ud800"}, 400, "is not valid Unicode"),
+            ("completions", OK | {"logprobs": 21}, 400, "21 likeliest tokens are asked for"),
+            ("completions", OK | {"logprobs": 1, "echo": True}, 400, "echoed prompts are not"),
+            ("completions", OK | {"logit_bias": {"x": 1}}, 400, "'x' is not a token id"),
+            ("completions", OK | {"logit_bias": {"999": 1}}, 400, "outside the vocabulary"),
+            ("completions", OK | {"stop": ""}, 400, "not a list of non-empty strings"),
+            ("completions", OK | {"stop": ["x<s>"]}, 400, "combines the special token <s>"),
+            ("completions", OK | {"model": "big"}, 404, "there is no model 'big', only 'tiny'"),
+            ("completions", OK | {"stream_options": {}}, 400, "stream_options needs stream"),
+            ("completions", b"{", 400, "the body is not JSON"),
+            ("completions", b"[" * 19_000, 400, "the body is not JSON: "),
+            ("completions", b"[1]", 400, "the body is not a JSON object"),
+            ("completions", b"\xff", 400, "the body is not JSON"),
+            ("completions", b'{"model": "' + b"a" * 30_000, 413, "more than 20000 bytes"),
+            ("chat/completions", HI | {"messages": []}, 400, "messages: List should have at least"),
+            ("chat/completions", HI | {"messages": [{"role": "x"}]}, 400, "messages.0.role: Input"),
+            ("chat/completions", HI | {"messages": [{"role": "user"}]}, 400, "there is no content"),
+            (
+                "chat/completions",
+                HI | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                400,
+                "messages.0.content",
+            ),
+            (
+                "chat/completions",
+                HI | {"messages": [{"role": "user", "content": "a" * 70}]},
+                400,
+                "leaves no room for an answer in the context of 64",
+            ),
+            ("chat/completions", HI | {"top_logprobs": 1}, 400, "top_logprobs needs logprobs"),
+            ("chat/completions", HI | {"response_format": {"type": "json_object"}}, 400, "respon"),
+            ("chat/completions", HI | {"tool_choice": "required"}, 400, "there are no tools"),
+            (
+                "chat/completions",
+                HI
+                | {
+                    "tools": TOOLS,
+                    "tool_choice": {"type": "function", "function": {"name": "h"}},
+                },
+                400,
+                "there is no tool 'h'",
+            ),
+        ],
+        ids=lambda value: None if isinstance(value, int | dict | bytes) else value[:30],
+    )
+    def test_what_is_refused(self, server, path, body, status, message):
+        """In OpenAI's form, without a traceback, and without a token sampled."""
+        if isinstance(body, dict):
+            body = json.dumps(body).encode()
+        response = httpx.post(
+            f"{server[0]}/v1/{path}", content=body, headers={"authorization": "Bearer other"}
+        )
+        error = response.json()["error"]
+        assert response.status_code == status, error
+        assert message in error["message"]
+        assert error["type"] == "invalid_request_error"
+        assert "Traceback" not in response.text
+
+    def test_deeply_nested(self, server):
+        value = {}
+        for _ in range(70):
+            value = {"a": value}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": value}}]
+        response = httpx.post(
+            f"{server[0]}/v1/chat/completions",
+            json=HI | {"tools": tools},
+            headers={"authorization": "Bearer other"},
+        )
+        assert response.status_code == 400
+        assert "nested more than 64 levels" in response.json()["error"]["message"]
+
+    @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}])
+    def test_keys(self, server, headers):
+        for path in ("models", "models/tiny", "completions", "chat/completions"):
+            method = "GET" if "models" in path else "POST"
+            response = httpx.request(method, f"{server[0]}/v1/{path}", headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+
+    def test_unknown_places_and_methods(self, server):
+        for method, path, status in [("GET", "/v2", 404), ("GET", "/v1/completions", 405)]:
+            response = httpx.request(method, f"{server[0]}{path}")
+            assert response.status_code == status
+            assert response.json()["error"]["message"].startswith(f"GET {path}: ")
+
+    def test_a_full_queue(self, client, server, monkeypatch):
+        monkeypatch.setattr(server[1].scheduler, "max_waiting", 0)
+        with pytest.raises(openai.RateLimitError, match="requests are waiting already"):
+            client.completions.create(**OK)
+
+    def test_an_error_while_it_runs(self, client, server, monkeypatch):
+        """The model's own, and a deadline; in one piece and in a stream."""
+        clock = server[1].scheduler.clock
+        step = Scheduler.step
+
+        def late(self):
+            self.clock = lambda: clock() + 100
+            step(self)
+
+        monkeypatch.setattr(Scheduler, "step", late)
+        with pytest.raises(openai.APIStatusError, match="not complete in 60 seconds") as error:
+            client.completions.create(**OK)
+        assert error.value.status_code == 504
+        server[1].scheduler.clock = clock
+        with pytest.raises(openai.APIError, match="not complete in 60 seconds"):
+            list(client.completions.create(**OK, stream=True))
+        server[1].scheduler.clock = clock
+
+    def test_an_error_of_our_own(self, client, server, monkeypatch):
+        """Says nothing of what happened here."""
+        monkeypatch.setattr("hymba_jax.serving.app.logit_bias", lambda asked: 1 / 0)
+        with pytest.raises(openai.InternalServerError) as error:
+            client.completions.create(**OK)
+        assert error.value.body["message"] == "internal error"
+
+
+def test_health_and_metrics(client, server):
+    before = server[1].scheduler.num_completed
+    client.completions.create(**OK, max_tokens=5, logit_bias=bias_for("B"))
+    assert httpx.get(f"{server[0]}/health").status_code == 200
+    assert httpx.get(f"{server[0]}/ready").status_code == 200
+    lines = httpx.get(f"{server[0]}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['vllm:num_requests_running{model_name="tiny"}']) == 0
+    assert float(values['vllm:generation_tokens_total{model_name="tiny"}']) >= 5
+    assert float(values['vllm:prefix_cache_queries_total{model_name="tiny"}']) == 0
+    assert float(values['vllm:time_to_first_token_seconds_count{model_name="tiny"}']) >= 1
+    assert server[1].scheduler.num_completed == before + 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(server, stream):
+    scheduler, before = server[1].scheduler, server[1].scheduler.num_completed
+    # So slow that it cannot be complete before the client has left.
+    scheduler.model.engine.decode = _slowly(scheduler.model.engine.decode)
+    try:
+        with httpx.Client(headers={"authorization": "Bearer secret"}) as client:
+            body = OK | {"max_tokens": 50, "stream": stream}
+            if stream:
+                with client.stream("POST", f"{server[0]}/v1/completions", json=body) as response:
+                    next(response.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(f"{server[0]}/v1/completions", json=body, timeout=0.2)
+        wait_until(lambda: not scheduler.has_work)
+    finally:
+        del scheduler.model.engine.decode
+    assert scheduler.num_completed == before
+
+
+def _slowly(decode):
+    wait = threading.Event()
+
+    def slow(*args):
+        wait.wait(0.02)
+        return decode(*args)
+
+    return slow
+
+
+def random_request(rng):
+    """The body of a request, for how many of its lines a client stays, and whether it is valid."""
+    body = {
+        "model": "tiny",
+        "prompt": "".join(rng.choices("abc de\n", k=rng.randrange(0, 40))),
+        "max_tokens": rng.randrange(1, 20),
+        "temperature": rng.choice([0, 0, 0.7, 1.5]),
+        "seed": rng.randrange(5),
+        "n": rng.choice([1, 1, 1, 3]),
+        "stream": rng.random() < 0.7,
+    }
+    if rng.random() < 0.2:
+        body |= rng.choice([{"top_p": 0.9}, {"presence_penalty": 1.0}, {"logprobs": 2}])
+    if rng.random() < 0.1:
+        wrong = [{"temperature": -1}, {"top_p": 7}, {"prompt": "a" * 99}, {"x": 1}, {"n": 0}]
+        return body | rng.choice(wrong), None, False
+    return body, rng.randrange(1, 6) if rng.random() < 0.2 else None, True
+
+
+def ask_at_random(url, seeds, answers):
+    """Sends the requests of these seeds; those that stay to the end compare what they got."""
+    with httpx.Client(headers={"authorization": "Bearer secret"}, timeout=120) as client:
+        for seed in seeds:
+            body, stays, is_valid = random_request(random.Random(seed))
+            with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+                assert response.status_code == (200 if is_valid else 400)
+                if stays is not None:
+                    for _, _ in zip(range(stays), response.iter_lines(), strict=False):
+                        pass
+                    continue
+                text = "".join(response.iter_text())
+            if is_valid:
+                key = json.dumps(body | {"stream": None}, sort_keys=True)
+                got = _texts(text, stream=body["stream"])
+                assert answers.setdefault(key, got) == got
+
+
+def _texts(text, *, stream):
+    texts = {}
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
+    for event in events if stream else [text]:
+        for choice in json.loads(event)["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return texts
+
+
+def check_answers(answers, count):
+    """Some of them, against `generate`, by their first samples."""
+    for key in sorted(answers)[:count]:
+        body = json.loads(key)
+        names = ("temperature", "seed", "presence_penalty", "top_p")
+        options = {name: body[name] for name in names if name in body}
+        if not body["temperature"]:
+            options.pop("top_p", None)
+        (wanted,) = expected(body["prompt"], body["max_tokens"], **options)
+        assert answers[key][0] == wanted.text
+
+
+def test_random_requests_and_disconnects(server):
+    answers, url = {}, server[0]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: ask_at_random(url, range(i, 80, 8), answers), range(8)))
+    check_answers(answers, 6)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_requests(server):
+    """Memory does not grow: Python's own after the first thousand is that after the last."""
+    answers, url, sizes = {}, server[0], []
+    tracemalloc.start()
+    try:
+        for start in range(0, 10_000, 1000):
+            seeds = [range(start + i, start + 1000, 16) for i in range(16)]
+            with ThreadPoolExecutor(16) as pool:
+                list(pool.map(lambda which: ask_at_random(url, which, {}), seeds))
+            wait_until(lambda: not server[1].scheduler.has_work)
+            server[1].asked.clear()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[-1] < sizes[0] + 2e6  # a leak of a kilobyte per request would be 9 MB
+    ask_at_random(url, range(200), answers)
+    check_answers(answers, 50)
+
+
+class TestBench:
+    """`hymba bench-serve`, against the same server."""
+
+    def test_a_report(self, server, tmp_path, capsys):
+        before = server[1].scheduler.num_completed
+        bench.main(
+            BenchConfig(
+                f"{server[0]}/v1",
+                api_key="secret",
+                requests=9,
+                rate=200.0,
+                clients=3,
+                prompt_words=(1, 4),
+                max_tokens=(2, 12),
+                output=str(tmp_path / "report.json"),
+            )
+        )
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert (report["requests"], report["completed"], report["errors"]) == (9, 9, {})
+        assert server[1].scheduler.num_completed == before + 9
+        assert capsys.readouterr().out.startswith("9 of 9 requests in ")
+        for values in report["ms"].values():
+            assert values["p50"] <= values["p90"] <= values["p99"] <= values["max"]
+
+    def test_a_trace_with_errors(self, server, tmp_path):
+        """The one that is refused is counted apart."""
+        lines = [{"prompt": "ab", "max_tokens": n, "id": n} for n in (3, 4, 999)]
+        (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        config = BenchConfig(
+            f"{server[0]}/v1", "tiny", "secret", trace=str(tmp_path / "trace.jsonl")
+        )
+        report = bench.summarize(asyncio.run(bench.measure(config)))
+        assert (report["requests"], report["completed"]) == (3, 2)
+        ((error, count),) = report["errors"].items()
+        assert count == 1
+        assert error.startswith('status 400: {"error":')
+
+    def test_what_is_measured(self):
+        """Of two answers: by hand."""
+        answers = [
+            Measured(10.0, [10.5, 10.6, 10.9], 11.0, 7, 5),
+            Measured(12.0, [12.1], 12.1, 3, 1),
+            Measured(11.0, error="no"),
+        ]
+        report = bench.summarize(answers)
+        assert report["seconds"] == pytest.approx(2.1)
+        assert report["completion_tokens_per_second"] == pytest.approx(6 / 2.1)
+        assert report["prompt_tokens_per_second"] == pytest.approx(10 / 2.1)
+        means = {name: values["mean"] for name, values in report["ms"].items()}
+        assert means == pytest.approx({"TTFT": 300, "ITL": 200, "TPOT": 100, "latency": 550})
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1/models: no model: "),
+            ({"api_key": "wrong"}, "no model: Client error '401"),
+            ({"model": "big"}, "no request was answered: status 404: "),
+            ({"clients": 0}, "requests and clients are at least 1"),
+            ({"max_tokens": (3, 2)}, "max_tokens is 3 2, not from 1 up"),
+            ({"trace": __file__}, 'line 1: not an object with "prompt" and "max_tokens"'),
+        ],
+    )
+    def test_what_cannot_be_measured(self, server, changes, message):
+        options = {"url": f"{server[0]}/v1", "api_key": "secret", "requests": 2} | changes
+        with pytest.raises(HymbaError) as error:
+            bench.main(BenchConfig(**options))
+        assert message in str(error.value)
