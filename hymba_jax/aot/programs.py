@@ -29,6 +29,7 @@ from hymba_jax.parallel.mesh import (
     make_mesh,
     sharded_over,
 )
+from hymba_jax.training.distillation import read_teacher
 from hymba_jax.training.loss import Objective
 from hymba_jax.training.objectives import objective_of
 from hymba_jax.training.optimizer import make_optimizer
@@ -75,24 +76,32 @@ def training_program(
     optimizer = make_optimizer(training)
     trainable = trainable_of(run)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh, trainable)
-    train_step, batch = run_step(
-        run, objective or objective_of(run), abstract.graph, optimizer, mesh
-    )
+    teacher = read_teacher(run, mesh)
+    given = (teacher.abstract,) if teacher else ()
+    objective = objective or objective_of(run)
+    teacher_graph = teacher.graph if teacher else None
+    train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh, teacher_graph)
     passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
+    flops = training_flops(run.model, length, trainable) * training.batch_size
+    if teacher:
+        config = teacher.source.config
+        kernels += head_flops(config, length) * training.batch_size
+        flops += forward_flops(config, length, predicted=length) * training.batch_size
     shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)
     is_partial = abstract.num_trained < abstract.num_params
     return AotProgram(
         mesh,
-        f"training{f' {abstract.num_trained:,} of them' if is_partial else ''}, "
+        f"training{f' {abstract.num_trained:,} of them' if is_partial else ''}"
+        f"{'' if training.objective == 'next_token' else f' by {training.objective}'}, "
         f"{training.batch_size} sequences of {length} tokens per step, "
         f"{training.micro_batch_size} at a time",
         describe_sharding(run.model, mesh, length),
         abstract.num_params,
-        bytes_per_device((abstract.state, batch)),
-        training_flops(run.model, length, trainable) * training.batch_size,
+        bytes_per_device((abstract.state, batch, given)),
+        flops,
         kernels / shards,
-        partial(compile_train_step, train_step, abstract.state, batch),
+        partial(compile_train_step, train_step, abstract.state, batch, *given),
         partial(training_advice, run, mesh),
     )
 

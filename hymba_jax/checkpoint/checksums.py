@@ -5,6 +5,8 @@ order. A sum has no order, so shards and chunks can be summed apart. At a given 
 have different hashes: damage to one element is always found, to several all but once in 2**32.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,12 @@ def tree_checksums(tree: Any) -> Checksums:
     """The checksum of every array; all processes that hold a part of the arrays must call it."""
     sums = {dotted(path): _checksum(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def digest(checksums: Checksums) -> str:
+    """All of them in one: short, to compare."""
+    content = json.dumps(checksums, sort_keys=True).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def checksums_metadata(checksums: Checksums) -> dict[str, Any]:

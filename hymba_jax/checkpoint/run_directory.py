@@ -219,9 +219,17 @@ def _fixed_when_done(stage: Stage) -> dict[str, Any]:
 def _fixed_in_stage(stage: Stage) -> dict[str, Any]:
     """The settings that cannot change in a stage that has begun: the order of the data."""
     run, training = stage.run, stage.run.training
-    fixed = {"training.batch_size": training.batch_size, "training.objective": training.objective}
+    fixed: dict[str, Any] = {
+        "training.batch_size": training.batch_size,
+        "training.objective": training.objective,
+    }
     if training.objective == "dpo":
         fixed |= dict(leaves(run.dpo, "dpo."))
+    if training.objective == "distill":  # the teacher may move: its parameters are compared
+        fixed |= {
+            "distill.temperature": run.distill.temperature,
+            "distill.weight": run.distill.weight,
+        }
     own = {**dict(leaves(run.data, "data.")), **dict(leaves(run.model.resolved(), "model."))}
     fixed |= {name: value for name, value in own.items() if name in OWN_SETTINGS}
     return fixed | {f"the share of {name}": share for name, share in stage.shares.items()}

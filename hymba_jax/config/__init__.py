@@ -8,6 +8,7 @@
 | `training.py`      | how long, how fast and how often                                   |
 | `adapter.py`       | small trained updates of frozen kernels                            |
 | `dpo.py`           | preference optimization                                            |
+| `distill.py`       | distillation from a teacher                                        |
 | `tracking.py`      | where the metrics go beside the run directory                      |
 | `parallel.py`      | the axes of the device mesh                                        |
 | `distributed.py`   | how processes find one another                                     |

@@ -27,6 +27,7 @@ from typing import Any
 
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.data import DataConfig
+from hymba_jax.config.distill import NO_DISTILLATION, DistillConfig
 from hymba_jax.config.dpo import NO_DPO, DPOConfig
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.config.model import PRESETS, ComputeConfig, HymbaConfig
@@ -71,6 +72,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     stages: Mapping[str, StageConfig] = field(default_factory=dict, metadata=ARRAY)
 
@@ -85,14 +87,7 @@ class RunConfig:
             yield "output is empty: name a directory"
         if self.adapter and self.training.freeze:
             yield "training.freeze is set, but an adapter freezes the model: set adapter.train"
-        objectives = {self.training.objective, *(s.objective for s in self.stages.values())}
-        if self.dpo != NO_DPO and "dpo" not in objectives:
-            yield '[dpo] has no effect without an objective "dpo": set training.objective'
-        if self.dpo.has_reference and self.training.reduction_shards and "dpo" in objectives:
-            yield (
-                "training.reduction_shards has no fixed order for the reference of objective dpo: "
-                'leave it out, or set dpo.loss "simpo"'
-            )
+        yield from self._objective_problems()
         if self.stages:
             yield from ineffective_fields(self)
             yield from self._stage_problems()
@@ -103,6 +98,24 @@ class RunConfig:
             yield (
                 f"data.sequence_length {self.data.sequence_length} is longer than "
                 f"model.max_positions {self.model.max_positions}"
+            )
+
+    def _objective_problems(self) -> Iterator[str]:
+        objectives = {self.training.objective, *(s.objective for s in self.stages.values())}
+        for name, config, unused in (
+            ("dpo", self.dpo, NO_DPO),
+            ("distill", self.distill, NO_DISTILLATION),
+        ):
+            if config != unused and name not in objectives:
+                yield (
+                    f'[{name}] has no effect without an objective "{name}": set training.objective'
+                )
+        if "distill" in objectives and not self.distill.teacher:
+            yield "objective is distill, and there is no teacher: name one by distill.teacher"
+        if "dpo" in objectives and self.dpo.has_reference and self.training.reduction_shards:
+            yield (
+                "training.reduction_shards has no fixed order for the reference of objective dpo: "
+                'leave it out, or set dpo.loss "simpo"'
             )
 
     def _stage_problems(self) -> Iterator[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hymba_jax.config.data import Packing
+from hymba_jax.config.distill import NO_DISTILLATION
 from hymba_jax.config.dpo import NO_DPO
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
 from hymba_jax.config.model import RopeType
@@ -221,10 +222,12 @@ def _resolve(run: "RunConfig", stage: StageConfig) -> "RunConfig":
         batch = training.get("batch_size", run.training.batch_size)
         length = data.get("sequence_length", run.data.sequence_length)
         training["steps"] = -(-stage.tokens // (batch * length))
+    objective = training.get("objective", run.training.objective)
     return dataclasses.replace(
         run,
         stages={},
-        dpo=run.dpo if training.get("objective", run.training.objective) == "dpo" else NO_DPO,
+        dpo=run.dpo if objective == "dpo" else NO_DPO,
+        distill=run.distill if objective == "distill" else NO_DISTILLATION,
         model=model,
         data=dataclasses.replace(run.data, **data),
         training=dataclasses.replace(run.training, **training),

@@ -14,7 +14,7 @@ _ROWS = Bounds(1, 2**20, "no host holds the tokens of so many sequences")
 _RATE = Bounds(1e-30, 1e30, "float32 cannot multiply by it", "float32 cannot multiply by it")
 _DECAY = Bounds(0, 1 - 2**-24, "float32 makes 1 of it")
 
-type ObjectiveName = Literal["next_token", "dpo"]
+type ObjectiveName = Literal["next_token", "dpo", "distill"]
 type Schedule = Literal["wsd", "constant", "linear", "cosine"]
 
 WARMUP_FRACTION, DECAY_FRACTION = 0.02, 0.2
@@ -60,8 +60,9 @@ class TrainingConfig:
     """The optimizer, the schedule, and how often to log, validate and save.
 
     Attributes:
-      objective: what is minimized: `next_token`, the cross entropy of text and of answers; or
-        `dpo`, preference optimization on data of format `preference`, with the options `[dpo]`.
+      objective: what is minimized: `next_token`, the cross entropy of text and of answers;
+        `dpo`, preference optimization on data of format `preference`, with the options `[dpo]`; or
+        `distill`, next-token prediction with a teacher, with the options `[distill]`.
       steps: number of optimizer updates.
       batch_size: sequences per update.
       gradient_accumulation_steps: micro-batches that a batch is computed in, one after another, to
@@ -171,8 +172,8 @@ class TrainingConfig:
                 value = getattr(self, name)
                 if self.optimizer != optimizer and value != getattr(TrainingConfig, name):
                     yield f"{name} is {value}, and optimizer {self.optimizer} does not use it"
-        if self.z_loss and self.objective == "dpo":
-            yield f"z_loss is {self.z_loss}, and objective dpo does not use it"
+        if self.z_loss and self.objective != "next_token":
+            yield f"z_loss is {self.z_loss}, and objective {self.objective} does not use it"
         accumulation = self.gradient_accumulation_steps
         if accumulation > 0 and self.batch_size % accumulation:
             yield (

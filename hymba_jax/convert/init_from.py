@@ -103,10 +103,10 @@ class InitialModel:
         Raises:
           HymbaError: they cannot be read.
         """
-        params = self._load(config, compute, mesh)
+        params = self.load_params(config, compute, mesh)
         return init_state_from(params, config, compute, optimizer, abstract, seed)
 
-    def _load(self, config: HymbaConfig, compute: ComputeConfig, mesh: Mesh) -> Params:
+    def load_params(self, config: HymbaConfig, compute: ComputeConfig, mesh: Mesh) -> Params:
         """Its parameters, where and as a run has them."""
         _, wanted = abstract_model(config, compute, mesh)
         if self.hf is not None:

@@ -64,7 +64,7 @@ from hymba_jax.training.recorder import Recorder, RecorderState
 from hymba_jax.training.run_start import record_start
 from hymba_jax.training.sample import SAMPLE_FILE, Generate, check_sample, sample
 from hymba_jax.training.schedule import run_schedule
-from hymba_jax.training.stage_program import CompiledSteps, StageProgram, compile_stage
+from hymba_jax.training.stage_program import TEACHER, CompiledSteps, StageProgram, compile_stage
 from hymba_jax.training.step import check_batch
 from hymba_jax.training.trackers import check_trackers, make_trackers
 from hymba_jax.training.uploaded_records import Records, open_records
@@ -131,7 +131,7 @@ def _train(
     config, abstract = plan(data.tokenizer)
     optimizer, stages = _optimizer(config), config.resolved_stages
     for stage in stages:
-        check_objective(stage, data)
+        check_objective(stage, data, mesh)
     examples = _examples(stages, data, config.seed)
     left_out = _left_out(stages, examples, data)
     _announce(config, abstract, data, left_out, mesh, display)
@@ -175,7 +175,7 @@ def _train(
             _check_same_data(saved, data, config.output)
             left = _stages_left(stages, saved)
             display.say(_resuming(saved, is_complete=not left))
-            if saved.digests.keys() != data.digests.keys():
+            if saved.digests.keys() - {TEACHER} != data.digests.keys():
                 display.say("other sources than before: the best checkpoint is that of later steps")
                 checkpoints.forget_best()
             for line in describe_extension(previous, config, saved.step):
@@ -235,7 +235,11 @@ def _run_stages(
         def save(state: TrainState, step: int, validation_due: bool) -> None:
             recorded = recorder.state()
             loop = LoopState(
-                step, digests, recorded.skipped, validation_due, dataclasses.asdict(recorded)
+                step,
+                program.digests(digests),
+                recorded.skipped,
+                validation_due,
+                dataclasses.asdict(recorded),
             )
             with recorder.waiting_for("checkpoint"):
                 records.flush()
@@ -246,6 +250,8 @@ def _run_stages(
             recorder.begin_stage(program.records)
             if stage.name:
                 display.say(stage.describe())
+            if saved and step > stage.start:
+                _check_same_teacher(saved, program)
             if step == stage.start and stage.validated_on != config.stage_at(step).validated_on:
                 checkpoints.forget_best()
             with interrupts.deferred():
@@ -487,11 +493,20 @@ def _check_same_data(saved: LoopState, data: Data, output: str) -> None:
     Sources that no stage so far has read may have gone.
     """
     for source, digest in saved.digests.items():
-        if data.digests.get(source, digest) != digest:
+        if source != TEACHER and data.digests.get(source, digest) != digest:
             raise HymbaError(
                 f"{output}: the {source} has other tokens than those the run was trained on: "
                 "restore them, or choose another output"
             )
+
+
+def _check_same_teacher(saved: LoopState, program: StageProgram) -> None:
+    """Raises HymbaError if a checkpoint within a stage is of another teacher."""
+    if saved.digests.get(TEACHER) != program.teacher_digest:
+        raise HymbaError(
+            f"{program.stage.run.distill.teacher}: has other parameters than the teacher of "
+            f"{program.stage.label} so far: restore them, or choose another output"
+        )
 
 
 def _resuming(saved: LoopState, *, is_complete: bool) -> str:

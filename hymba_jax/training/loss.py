@@ -39,9 +39,11 @@ type Averages = dict[str, Average]
 """By name; `loss` is among them."""
 
 type Objective = Callable[..., Averages]
-"""Of a model and a batch; and of `z_loss`, by name, in the steps of a run with training.z_loss."""
+"""Of a model and a batch, and of a teacher's model if there is one; and of `z_loss`, by name, in
+the steps of a run with training.z_loss."""
 
-type LossFn = Callable[[Params, Batch], Averages]
+type LossFn = Callable[..., Averages]
+"""Of parameters and a batch, and of a teacher's parameters if there is one."""
 
 
 def next_token_loss(model: Hymba, batch: Batch, z_loss: float = 0.0) -> Averages:
@@ -68,14 +70,22 @@ def next_token_loss(model: Hymba, batch: Batch, z_loss: float = 0.0) -> Averages
     return averages
 
 
-def make_loss_fn(objective: Objective, graph: nnx.GraphDef[Hymba]) -> LossFn:
-    """The objective as a function of the parameters of a model."""
+def make_loss_fn(
+    objective: Objective, graph: nnx.GraphDef[Hymba], teacher: nnx.GraphDef[Hymba] | None = None
+) -> LossFn:
+    """The objective as a function of the parameters of a model.
 
-    def loss_fn(params: Params, batch: Batch) -> Averages:
+    Args:
+      teacher: the model of a teacher, whose parameters the function takes behind the batch.
+    """
+
+    def loss_fn(params: Params, batch: Batch, *teacher_params: Params) -> Averages:
         model = nnx.merge(graph, params)
         if batch.dropout_seeds is not None:
             set_dropout(model, batch.dropout_seeds)
-        return objective(model, batch)
+        if teacher is None:
+            return objective(model, batch)
+        return objective(model, batch, nnx.merge(teacher, *teacher_params))
 
     return loss_fn
 

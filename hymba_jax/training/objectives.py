@@ -2,10 +2,13 @@
 
 from functools import partial
 
+from jax.sharding import Mesh
+
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import Data
 from hymba_jax.errors import HymbaError
+from hymba_jax.training.distillation import check_teacher, distillation_loss, read_teacher
 from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.preference import preference_loss
 
@@ -14,6 +17,10 @@ def objective_of(run: RunConfig) -> Objective:
     """What a run without stages minimizes."""
     if run.training.objective == "dpo":
         return partial(preference_loss, dpo=run.dpo)
+    if run.training.objective == "distill":
+        return partial(
+            distillation_loss, temperature=run.distill.temperature, weight=run.distill.weight
+        )
     return next_token_loss
 
 
@@ -22,8 +29,10 @@ def has_reference(run: RunConfig) -> bool:
     return run.training.objective == "dpo" and run.dpo.has_reference
 
 
-def check_objective(stage: Stage, data: Data) -> None:
+def check_objective(stage: Stage, data: Data, mesh: Mesh) -> None:
     """Raises HymbaError if the objective of a stage does not go with what it reads."""
+    if teacher := read_teacher(stage.run, mesh):
+        check_teacher(teacher, data.tokenizer)
     objective = stage.run.training.objective
     is_dpo = objective == "dpo"
     for name in stage.shares:

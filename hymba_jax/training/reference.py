@@ -6,7 +6,6 @@ needs its parameters. They take 8 bytes a pair; a second copy of the 1.5B in bfl
 3 GB. With an adapter nothing is different: before its first step it does nothing.
 """
 
-import hashlib
 import io
 import json
 import zipfile
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hymba_jax.checkpoint.checksums import tree_checksums
+from hymba_jax.checkpoint.checksums import digest, tree_checksums
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import Batch, validation_batches
 from hymba_jax.data.preference_rows import PreferenceRows
@@ -76,7 +75,7 @@ class Reference:
         """
         about = self._about()
         if is_start := step == self.stage.start:
-            about["parameters"] = _digest(tree_checksums(params))
+            about["parameters"] = digest(tree_checksums(params))
         found = self._read(about)
         if not all(gather(found is not None)):
             if not is_start:
@@ -136,8 +135,3 @@ class Reference:
             return None
         is_same = all(stored.get(name) == value for name, value in about.items())
         return found if is_same else None
-
-
-def _digest(checksums: Mapping[str, int]) -> str:
-    content = json.dumps(checksums, sort_keys=True).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

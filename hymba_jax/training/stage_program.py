@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from hymba_jax.checkpoint.checksums import digest, tree_checksums
 from hymba_jax.checkpoint.train_state import AbstractTrainState, TrainState
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
@@ -18,13 +19,14 @@ from hymba_jax.data.examples import Examples
 from hymba_jax.data.preference_rows import PreferenceRows
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params, abstract_model
-from hymba_jax.model.flops import training_flops
+from hymba_jax.model.flops import forward_flops, training_flops
 from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
+from hymba_jax.training.distillation import Teacher, read_teacher
 from hymba_jax.training.evaluation import Evaluation, Evaluations
 from hymba_jax.training.fixed_order import in_fixed_order
 from hymba_jax.training.interrupts import Interrupts
-from hymba_jax.training.loss import LossFn, Objective, make_loss_fn
+from hymba_jax.training.loss import Averages, LossFn, Objective, make_loss_fn
 from hymba_jax.training.mfu import Workload, peak_flops
 from hymba_jax.training.objectives import has_reference
 from hymba_jax.training.preference import answer_log_probs
@@ -34,6 +36,9 @@ from hymba_jax.training.step import Metrics, compile_train_step, run_step
 from hymba_jax.training.validation import compile_eval_step, make_validate
 from hymba_jax.types import Array, Float
 
+TEACHER = "teacher"
+"""Names its parameters among the digests of a checkpoint."""
+
 
 class StageProgram(NamedTuple):
     """A stage that is ready to run.
@@ -42,6 +47,7 @@ class StageProgram(NamedTuple):
       evaluations: validation, and those that a program adds.
       batches: the global batches from the one on that so many of the stage are before.
       reference: to be prepared before them, if the objective has one.
+      teacher_digest: tells the parameters of a teacher from others, if there is one.
       records: what metrics say of its steps.
     """
 
@@ -51,6 +57,11 @@ class StageProgram(NamedTuple):
     batches: Callable[[int], Iterator[Batch]]
     records: StageRecords
     reference: Reference | None = None
+    teacher_digest: str | None = None
+
+    def digests(self, of_data: dict[str, str]) -> dict[str, str]:
+        """What a checkpoint has to tell what it depends on from others."""
+        return of_data | ({TEACHER: self.teacher_digest} if self.teacher_digest else {})
 
 
 class CompiledSteps(NamedTuple):
@@ -82,12 +93,16 @@ def compile_stage(
       compiled: the steps of the stages before, which are shared; takes those of this one.
     """
     run, training = stage.run, stage.run.training
+    teacher = read_teacher(run, mesh)
     if stage.compiled_for not in compiled:
-        compiled[stage.compiled_for] = _compile_steps(run, objective, optimizer, abstract, mesh)
+        compiled[stage.compiled_for] = _compile_steps(
+            run, objective, optimizer, abstract, mesh, teacher
+        )
     steps = compiled[stage.compiled_for]
+    given = (teacher.load(mesh),) if teacher else ()
     sets = data.validation_sets(run.data, preferences=training.objective == "dpo")
     validate = make_validate(
-        steps.eval_step,
+        lambda params, batch: steps.eval_step(params, batch, *given),
         sets,
         mesh,
         training.micro_batch_size,
@@ -100,16 +115,20 @@ def compile_stage(
         own = train_batches(examples, training.batch_size, start, rows)
         return map(partial(global_batch, mesh=mesh, batch_size=training.batch_size), own)
 
-    flops = training_flops(run.model, run.data.sequence_length, trainable_of(run))
+    length = run.data.sequence_length
+    flops = training_flops(run.model, length, trainable_of(run))
+    if teacher:
+        flops += forward_flops(teacher.source.config, length, predicted=length)
     return StageProgram(
         stage,
-        steps.train_step,
+        lambda state, batch: steps.train_step(state, batch, *given),
         Evaluations(
             validate, training.validate_every, evaluations, steps.graph, stage.stop, interrupts.poll
         ),
         batches,
         _records(stage, examples, flops, mesh),
         _reference(stage, examples, sets, data, steps.graph, mesh, interrupts),
+        digest(tree_checksums(given)) if given else None,
     )
 
 
@@ -149,10 +168,13 @@ def _compile_steps(
     optimizer: optax.GradientTransformation,
     abstract: AbstractTrainState,
     mesh: Mesh,
+    teacher: Teacher | None,
 ) -> CompiledSteps:
     # The architecture differs between stages in what has no parameters: positions.
     graph, _ = abstract_model(run.model, run.compute, mesh, run.adapter)
-    train_step, batch = run_step(run, objective, graph, optimizer, mesh)
+    train_step, batch = run_step(
+        run, objective, graph, optimizer, mesh, teacher.graph if teacher else None
+    )
     validation_batch = abstract_batch(
         run.training.micro_batch_size,
         run.data.sequence_length,
@@ -160,14 +182,25 @@ def _compile_steps(
         segment_ids=run.data.validation_packing == "documents",
         reference=has_reference(run),
     )
-    loss_fn = make_loss_fn(objective, graph)
+    given = (teacher.abstract,) if teacher else ()
+    loss_fn = make_loss_fn(objective, graph, teacher.graph if teacher else None)
     if run.training.reduction_shards:
-        loss_fn = in_fixed_order(loss_fn, run.training.reduction_shards)
+        loss_fn = _in_fixed_order(loss_fn, run.training.reduction_shards)
     return CompiledSteps(
         graph,
-        compile_train_step(train_step, abstract.state, batch),
-        compile_eval_step(loss_fn, abstract.state.params, validation_batch),
+        compile_train_step(train_step, abstract.state, batch, *given),
+        compile_eval_step(loss_fn, abstract.state.params, validation_batch, *given),
     )
+
+
+def _in_fixed_order(loss_fn: LossFn, shards: int) -> LossFn:
+    """The loss, its batch computed and summed shard by shard."""
+
+    def of_all(params: Params, batch: Batch) -> Averages:
+        return loss_fn(params["model"], batch, *params["teacher"])
+
+    summed = in_fixed_order(of_all, shards)
+    return lambda params, batch, *teacher: summed({"model": params, "teacher": teacher}, batch)
 
 
 def _records(stage: Stage, examples: Examples, flops: float, mesh: Mesh) -> StageRecords:

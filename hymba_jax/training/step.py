@@ -34,6 +34,9 @@ Those of the objective, `loss` among them; `grad_norm`, before clipping; `learni
 optimizer's state has it; and SKIPPED, 1 or 0, if updates may be skipped.
 """
 
+type TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""Of a state and a batch, and of a teacher's parameters if there is one."""
+
 
 def make_train_step(
     loss_fn: LossFn,
@@ -44,8 +47,10 @@ def make_train_step(
     skip_nonfinite: bool = False,
     trainable: Trainable = TRAIN_ALL,
     seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """The function (state, batch) -> (next state, metrics).
+
+    With a teacher it takes the teacher's parameters, too, as `loss_fn` does.
 
     The batch is computed `micro_batch_size` rows at a time. Losses and gradients are sums until the
     last of them, so they are those of the batch as a whole, however its targets are spread.
@@ -59,17 +64,17 @@ def make_train_step(
     """
 
     def summed_loss(
-        trained: Params, frozen: Params, batch: Batch
+        trained: Params, frozen: Params, batch: Batch, *teacher: Params
     ) -> tuple[Float[Array, ""], Averages]:
-        averages = loss_fn(join(trained, frozen), batch)
+        averages = loss_fn(join(trained, frozen), batch, *teacher)
         return averages["loss"].total, averages
 
     def gradients(params: Params, batch: Batch) -> Any:
         return jax.value_and_grad(summed_loss, has_aux=True)(
-            params["trained"], params["frozen"], batch
+            params["trained"], params["frozen"], batch, *params["teacher"]
         )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, *teacher: Params) -> tuple[TrainState, Metrics]:
         trained, frozen = trainable.split(state.params)
         rows = batch.inputs.shape[0]
         if trainable.adapter.dropout:
@@ -81,7 +86,9 @@ def make_train_step(
             compute = optax.microbatching.microbatch(
                 compute, argnums=1, microbatch_size=micro_batch_size
             )
-        (_, averages), grads = compute({"trained": trained, "frozen": frozen}, batch)
+        (_, averages), grads = compute(
+            {"trained": trained, "frozen": frozen, "teacher": teacher}, batch
+        )
         weight = averages["loss"].weight.astype(jnp.float32)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         updates, moments = optimizer.update(grads, state.optimizer, trained)
@@ -111,13 +118,18 @@ def run_step(
     graph: nnx.GraphDef[Hymba],
     optimizer: optax.GradientTransformation,
     mesh: AnyMesh,
-) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, Metrics]], Batch]:
-    """The training step of a run, and the abstract batch that it takes."""
+    teacher: nnx.GraphDef[Hymba] | None = None,
+) -> tuple[TrainStep, Batch]:
+    """The training step of a run, and the abstract batch that it takes.
+
+    Args:
+      teacher: as of `make_loss_fn`.
+    """
     training = run.training
     if training.z_loss:
         objective = partial(objective, z_loss=training.z_loss)
     train_step = make_train_step(
-        make_loss_fn(objective, graph),
+        make_loss_fn(objective, graph, teacher),
         optimizer,
         micro_batch_size=training.micro_batch_size,
         reduction_shards=training.reduction_shards,
@@ -136,18 +148,16 @@ def run_step(
 
 
 def compile_train_step(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    state: TrainState,
-    batch: Batch,
+    train_step: TrainStep, state: TrainState, batch: Batch, *teacher: Params
 ) -> jax.stages.Compiled:
     """The compiled training step; the state is donated.
 
     Args:
-      state, batch: abstract, with their shardings; the next state has those of the state.
+      state, batch, teacher: abstract, with their shardings; the next state has those of the state.
     """
     shardings = jax.tree.map(lambda array: array.sharding, state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(state, batch).compile()
+    return jitted.lower(state, batch, *teacher).compile()
 
 
 def check_batch(training: TrainingConfig, mesh: AnyMesh) -> None:

@@ -20,13 +20,13 @@ None if the run was asked to stop meanwhile.
 _SAMPLE_LOSS = "validation_sample_loss"
 
 
-def compile_eval_step(loss_fn: LossFn, params: Params, batch: Batch) -> LossFn:
+def compile_eval_step(loss_fn: LossFn, params: Params, batch: Batch, *teacher: Params) -> LossFn:
     """The compiled loss.
 
     Args:
-      params, batch: abstract, with their shardings.
+      params, batch, teacher: abstract, with their shardings.
     """
-    return jax.jit(loss_fn).lower(params, batch).compile()
+    return jax.jit(loss_fn).lower(params, batch, *teacher).compile()
 
 
 def make_validate(
@@ -63,7 +63,7 @@ def make_validate(
             # Waits for the batch before, so that no more than two are left to do at a stop.
             sums, computing = add_averages([sums, computing]), following
         values = means(add_averages([sums, computing]))
-        bits = validation_set.bits_per_byte(values["loss"])
+        bits = validation_set.bits_per_byte(values.get("cross_entropy", values["loss"]))
         return values if bits is None else values | {"bits_per_byte": bits}
 
     def evaluate_all(params: Params, limit: int | None) -> dict[str, float] | None:

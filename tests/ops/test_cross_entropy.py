@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from hymba_jax.config.parallel import ParallelConfig
-from hymba_jax.ops import cross_entropy as op
+from hymba_jax.ops import chunked_logits as op
 from hymba_jax.ops.cross_entropy import cross_entropy, token_nats
 from hymba_jax.parallel.mesh import make_mesh, partition
 
