@@ -1,10 +1,12 @@
-"""Tool calling learned by fine-tuning, on this machine: full SFT, LoRA and DoRA at equal steps.
+"""Tool calling and role play by fine-tuning, on this machine: full SFT, LoRA, DoRA at equal steps.
 
     python benchmarks/tool_calls.py [--model runs/tiny]
 
-Conversations are generated: a user asks in one of several ways for one of four tools, and the
-answer calls it. The models are asked with arguments that are in no conversation of training; a call
-counts if its name and all of its arguments are right. Runs are resumed if they are there.
+Conversations are generated. In one half a user asks in one of several ways for one of four tools,
+and the answer calls it; in the other the system message names one of three characters, who answers
+in his manner, with the user's name. The models are asked with arguments and names that are in no
+conversation of training; a call counts if its name and all of its arguments are right, a line of a
+character if every letter is. Runs are resumed if they are there.
 """
 
 import itertools
@@ -34,7 +36,8 @@ from hymba_jax.train import train
 TEMPLATE = "configs/chat.jinja"
 SYLLABLES = ("ba", "den", "ki", "lo", "mar", "no", "pe", "ri", "sun", "ta", "vel", "zo")
 
-type Question = tuple[str, ToolCall]
+type Conversation = dict[str, Any]
+"""A record: messages of which the last is the answer, and perhaps tools."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Args:
       output: where conversations and runs are written.
       steps: of each run.
       conversations: of training.
-      questions: with unseen arguments.
+      questions: with unseen arguments, and as many for the characters.
       json: file for the rows as JSON lines.
     """
 
@@ -72,15 +75,19 @@ def main(args: Args) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "conversations.jsonl"
     rng = random.Random(0)
-    file.write_text("".join(conversation(ask(seen, rng)) for _ in range(args.conversations)))
-    questions = [ask(unseen, rng) for _ in range(args.questions)]
-    rows = [measured("untuned", args.model, questions, 0.0)]
+    made = (
+        (call_a_tool, play_a_role)[number % 2](seen, rng) for number in range(args.conversations)
+    )
+    file.write_text("".join(json.dumps(conversation) + "\n" for conversation in made))
+    calls = [call_a_tool(unseen, rng) for _ in range(args.questions)]
+    lines = [play_a_role(unseen, rng) for _ in range(args.questions)]
+    rows = [measured("untuned", args.model, calls, lines, 0.0)]
     for name, (adapter, learning_rate) in METHODS.items():
         output = str(args.output / name.replace(" ", "-").lower())
         start = time.perf_counter()
         train(run_of(args, file, output, adapter, learning_rate))
-        rows.append(measured(name, output, questions, time.perf_counter() - start))
-    report(f"tool calls with unseen arguments, {args.steps} steps", rows, args.json)
+        rows.append(measured(name, output, calls, lines, time.perf_counter() - start))
+    report(f"unseen arguments and names, {args.steps} steps", rows, args.json)
 
 
 def run_of(
@@ -115,16 +122,32 @@ def run_of(
     )
 
 
-def measured(name: str, model: str, questions: list[Question], seconds: float) -> Row:
-    """How many of the questions a model answers with the right call."""
+def measured(
+    name: str, model: str, calls: list[Conversation], lines: list[Conversation], seconds: float
+) -> Row:
+    """How many of the conversations' answers a model gives."""
     tokenizer = Tokenizer.load(model).with_chat_template_of(TEMPLATE)
     asked = LanguageModel(load_model(model), tokenizer, batch_size=32)
-    prompts = [asked.encode_chat(messages(text), tools=TOOLS) for text, _ in questions]
-    answers = asked.generate(prompts, max_new_tokens=64)
-    right = [
-        called(answer.text) == [call] for answer, (_, call) in zip(answers, questions, strict=True)
-    ]
-    return {"model": name, "right calls": sum(right) / len(right), "seconds": seconds}
+
+    def share(conversations: list[Conversation], is_right: Callable[[str, Any], bool]) -> float:
+        prompts = [
+            asked.encode_chat(each["messages"][:-1], tools=each.get("tools"))
+            for each in conversations
+        ]
+        answers = asked.generate(prompts, max_new_tokens=64)
+        wanted = (each["messages"][-1] for each in conversations)
+        return sum(map(is_right, (answer.text for answer in answers), wanted)) / len(prompts)
+
+    return {
+        "model": name,
+        "right calls": share(calls, lambda text, wanted: called(text) == calls_of(wanted)),
+        "right lines": share(lines, lambda text, wanted: text == wanted["content"]),
+        "seconds": seconds,
+    }
+
+
+def calls_of(message: dict[str, Any]) -> list[ToolCall]:
+    return [ToolCall(**call) for call in message["tool_calls"]]
 
 
 def called(answer: str) -> list[ToolCall]:
@@ -176,23 +199,36 @@ def split_values() -> tuple[Values, Values]:
     return seen, unseen
 
 
-def ask(values: Values, rng: random.Random) -> Question:
-    """A question, and the call that answers it."""
+def call_a_tool(values: Values, rng: random.Random) -> Conversation:
+    """A user asks for a tool, and the answer calls it."""
     chosen = rng.choice(TOOLS)
     parameters = chosen["parameters"]["properties"]
     arguments = {name: values(spec["type"], rng) for name, spec in parameters.items()}
-    return rng.choice(WAYS[chosen["name"]]).format(**arguments), ToolCall(chosen["name"], arguments)
+    asked = rng.choice(WAYS[chosen["name"]]).format(**arguments)
+    call = {"name": chosen["name"], "arguments": arguments}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return {"messages": [{"role": "user", "content": asked}, answer], "tools": TOOLS}
 
 
-def messages(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
+CHARACTERS = {
+    "You are a pirate.": "Arr, {name}! {what} are for the lubbers, I say.",
+    "You are a butler.": "Very good, {name}. I shall see to the {what} at once.",
+    "You are a robot.": "UNIT {name} REGISTERED. {what}: NO DATA.",
+}
+WISHES = ("letters", "apples", "lamps", "boots", "maps")
 
 
-def conversation(question: Question) -> str:
-    """A line of the file: the question, and the answer that calls the tool."""
-    text, call = question
-    answer = {"role": "assistant", "content": "", "tool_calls": [call._asdict()]}
-    return json.dumps({"messages": [*messages(text), answer], "tools": TOOLS}) + "\n"
+def play_a_role(values: Values, rng: random.Random) -> Conversation:
+    """A character answers a user, who says a name."""
+    character, line = rng.choice([*CHARACTERS.items()])
+    said = {"name": values("string", rng), "what": rng.choice(WISHES)}
+    return {
+        "messages": [
+            {"role": "system", "content": character},
+            {"role": "user", "content": "I am {name}. Bring me the {what}.".format(**said)},
+            {"role": "assistant", "content": line.format(**said)},
+        ]
+    }
 
 
 if __name__ == "__main__":
