@@ -4,10 +4,10 @@ python benchmarks/train_step.py [--config configs/tiny.toml]
 python benchmarks/train_step.py --shape 125m [--batch 1] [--length 512] [--dtype float32]
 python benchmarks/train_step.py --shape 125m --batch 4 --length 2048 --remat block  # 38 GB without
 
-With a config: the run's whole training step, optimizer included. With a shape: the summed loss and
-its gradient, jitted, of a model of the family; a row for each batch with its length, each in a
-process of its own, so that its peak of memory is its own. Steps are medians of calls after two that
-are not timed, temporaries the compiler's account.
+With a config: the run's whole training step, optimizer included, of four documents a row if it
+packs them. With a shape: the summed loss and its gradient, jitted, of a model of the family; a row
+for each batch with its length, each in a process of its own, so that its peak of memory is its own.
+Steps are medians of calls after two that are not timed, temporaries the compiler's account.
 
 GFLOP/s counts the FLOPs that the model needs (`hymba_jax/model/flops.py`), and none that are
 done to save memory. `of matmul rate` is its share of the best rate, in the same process, of matmuls
@@ -109,8 +109,13 @@ def run_row(args: Args) -> Row:
     step = compile_train_step(train_step, abstract.state, batch_shape)
     compile_seconds = time.perf_counter() - start
     shape = (training.batch_size, length)
-    tokens = np.random.default_rng(0).integers(3, run.model.num_embeddings, shape, np.int32)
-    batch = jax.device_put(Batch(inputs=tokens, targets=tokens), batch_sharding(mesh))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, run.model.num_embeddings, shape, np.int32)
+    batch = Batch(inputs=tokens, targets=tokens)
+    if run.data.packing == "documents":  # four a row, in the mean
+        starts = rng.random(shape) < 3 / length
+        batch = batch._replace(segment_ids=1 + np.cumsum(starts, axis=1, dtype=np.int32))
+    batch = jax.device_put(batch, batch_sharding(mesh))
 
     def one_step() -> object:
         nonlocal state
