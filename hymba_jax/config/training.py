@@ -160,7 +160,7 @@ class TrainingConfig:
         yield from out_of_bounds
         if 0 < self.sample_temperature < 1e-30:
             yield f"sample_temperature is {self.sample_temperature}: float32 cannot divide by it"
-        if self.min_learning_rate > self.learning_rate:
+        if self.schedule != "constant" and self.min_learning_rate > self.learning_rate:
             yield (
                 f"min_learning_rate {self.min_learning_rate} is above "
                 f"learning_rate {self.learning_rate}"

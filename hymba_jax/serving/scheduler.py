@@ -314,26 +314,26 @@ class Scheduler:
     def _next_prefill(self) -> _Prefill | None:
         """What is being prefilled, or else the request that has waited longest."""
         if self._prefill is None:
-            with self._lock:
-                job = self._waiting.popleft() if self._waiting else None
+            # It waits until it is here: an error that ends all requests must not miss it.
+            job = self._waiting[0] if self._waiting else None
             if job is not None:
                 length, kept, to_keep = self.prefixes.look_up(job.request.prompt)
                 chunks = self._engine.chunks([job.request.prompt[length:]])
                 state = self._copy(kept) if kept else self._engine.init_prefill(1, self._context)
                 self._prefill = _Prefill(job, state, deque(chunks), length, to_keep)
+                with self._lock:
+                    self._waiting.popleft()
         return self._prefill
 
     def _join(self, prefill: _Prefill) -> None:
         """Inserts the next sample of a prefilled prompt into the batch."""
         job, sample, state = prefill.job, prefill.next_sample, prefill.state
-        prefill.next_sample += 1
-        if prefill.next_sample == job.request.num_samples:
-            self._prefill = None
-        else:
+        is_last = sample + 1 == job.request.num_samples
+        if not is_last:
             state = self._copy(state)
         request = job.request
         row, stream = (
-            self._free.pop(),
+            self._free[-1],
             CompletionStream(
                 self.model.tokenizer,
                 request.prompt,
@@ -353,6 +353,10 @@ class Scheduler:
             alternatives=request.alternatives > 0,
         )
         self._state, sampled = self._engine.insert(state, [inserted], self._state, [row])
+        self._free.pop()
+        prefill.next_sample += 1
+        if is_last:
+            self._prefill = None
         self._abandoned.discard(row)
         self._rows[row] = _Running(job, stream)
         self._push({row: 0}, sampled)

@@ -451,7 +451,8 @@ def test_a_client_that_leaves_frees_its_slot(server, stream):
     scheduler.model.engine.decode = _slowly(scheduler.model.engine.decode)
     try:
         with httpx.Client(headers={"authorization": "Bearer secret"}) as client:
-            body = OK | {"max_tokens": 50, "stream": stream}
+            # Nor does it end by itself.
+            body = OK | {"max_tokens": 50, "stream": stream, "logit_bias": bias_for("B")}
             if stream:
                 with client.stream("POST", f"{server[0]}/v1/completions", json=body) as response:
                     next(response.iter_lines())

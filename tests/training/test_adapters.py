@@ -216,7 +216,6 @@ def run(tmp_path_factory):
             schedule="constant",
             warmup_steps=0,
             learning_rate=0.03,
-            min_learning_rate=0.03,
             sample_tokens=0,
         ),
     )
