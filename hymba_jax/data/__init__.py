@@ -14,6 +14,7 @@
 | `preferences.py`       | records that are pairs of a chosen and a rejected conversation        |
 | `json_records.py`      | documents of JSON lines and JSON arrays                               |
 | `parquet_records.py`   | documents of Parquet                                                  |
+| `content.py`           | what of a record is the document, by its format                       |
 | `documents.py`         | documents as a stream, and what is done about bad records             |
 | `split.py`             | which documents are held out for validation                           |
 | `encoder.py`           | tokenizing on all cores                                               |

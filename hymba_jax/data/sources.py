@@ -12,13 +12,10 @@ from pathlib import Path
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data import tokenize_records
-from hymba_jax.data.conversations import Conversations
+from hymba_jax.data.content import make_content
 from hymba_jax.data.corpus import Corpus, document_hashes, standard_library
 from hymba_jax.data.listing import File, is_url, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, VALIDATION
-from hymba_jax.data.preferences import Preferences
-from hymba_jax.data.records import Content
-from hymba_jax.data.text_field import TextField
 from hymba_jax.data.token_files import digest_of, find_token_files
 from hymba_jax.data.token_store import TokenStore, open_tokens
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
@@ -195,13 +192,13 @@ def tokenize_sources(
 
     tokenizer = tokenizer or _given_tokenizer(config, places)
     if tokenizer is None:
-        texts = corpora(None)
-        if not texts:
+        documents = corpora(None)
+        if not documents:
             raise HymbaError(
                 f"data.tokenizer {config.tokenizer} is trained on text, and all sources are "
                 "conversations: name a tokenizer, or start from a model with init_from"
             )
-        training = chain.from_iterable(corpus.training_texts() for corpus in texts)
+        training = chain.from_iterable(corpus.training_texts() for corpus in documents)
         trained = build_tokenizer(config.tokenizer, with_progress(training, display))
         tokenizer = trained.with_chat_template_of(config.chat_template)
     check(tokenizer)
@@ -242,16 +239,16 @@ def _corpus(
     """The corpus of a source; one of conversations takes the tokenizer that renders them."""
     if not place.path:
         return standard_library(place.held_out)
-    content: Content = TextField(place.source.text_field or config.text_field)
-    if tokenizer is not None and config.has_answers(place.source):
-        template = config.chat_template or "the tokenizer of the run"
-        is_chat = config.format_of(place.source) == "chat"
-        kind = Conversations if is_chat else Preferences
-        content = kind(tokenizer, config.loss_on, template)
     return Corpus(
         path=place.path,
         files=files,
-        content=content,
+        content=make_content(
+            config.format_of(place.source),
+            place.source.text_field or config.text_field,
+            config.loss_on,
+            tokenizer,
+            config.chat_template or "the tokenizer of the run",
+        ),
         on_bad_record=config.on_bad_record,
         validation_fraction=place.held_out,
     )

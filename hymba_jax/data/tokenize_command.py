@@ -11,14 +11,11 @@ from pathlib import Path
 from hymba_jax.config.data import DataConfig, Format, LossOn, OnBadRecord
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.data import tokenize_records
-from hymba_jax.data.conversations import Conversations
+from hymba_jax.data.content import make_content
 from hymba_jax.data.corpus import Corpus, document_hashes
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
-from hymba_jax.data.preferences import Preferences
-from hymba_jax.data.records import Content
 from hymba_jax.data.show_examples import examples
-from hymba_jax.data.text_field import TextField
 from hymba_jax.data.tokenize_corpus import tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import TokenizedCorpus, damage
@@ -198,15 +195,11 @@ def _corpus(
 ) -> Corpus:
     """The corpus; one of conversations takes the tokenizer that renders them."""
     data = config.data
-    content: Content = TextField(data.text_field)
-    if tokenizer is not None and data.format != "text":
-        template = config.chat_template or config.tokenizer
-        kind = Conversations if data.format == "chat" else Preferences
-        content = kind(tokenizer, data.loss_on, template)
+    template = config.chat_template or config.tokenizer
     corpus = Corpus(
         path=data.path,
         files=files,
-        content=content,
+        content=make_content(data.format, data.text_field, data.loss_on, tokenizer, template),
         on_bad_record=data.on_bad_record,
         validation_fraction=data.validation_fraction,
     )

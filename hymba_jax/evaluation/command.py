@@ -4,19 +4,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from hymba_jax.checkpoint.checkpoints import checkpoint_steps, resolve_step
-from hymba_jax.config.data import Format, LossOn, OnBadRecord
+from hymba_jax.config.data import LossOn, OnBadRecord
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
-from hymba_jax.data.conversations import Conversations
+from hymba_jax.data.content import make_content
 from hymba_jax.data.documents import read_documents
 from hymba_jax.data.listing import list_files
-from hymba_jax.data.records import Content, Problem
-from hymba_jax.data.text_field import TextField
+from hymba_jax.data.records import Problem
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.documents import EncodedDocument, encode_documents
 from hymba_jax.evaluation.perplexity import score_documents
@@ -64,7 +63,7 @@ class EvaluateDataConfig:
     """
 
     path: str = ""
-    format: Format = "text"
+    format: Literal["text", "chat"] = "text"
     loss_on: LossOn = "all"
     text_field: str = "text"
     on_bad_record: OnBadRecord = "stop"
@@ -238,9 +237,9 @@ def _documents(
     config: EvaluateConfig, tokenizer: Tokenizer, console: Console
 ) -> list[EncodedDocument]:
     data = config.data
-    content: Content = TextField(data.text_field)
-    if data.format == "chat":
-        content = Conversations(tokenizer, data.loss_on, config.choice.model)
+    content = make_content(
+        data.format, data.text_field, data.loss_on, tokenizer, config.choice.model
+    )
     listing = list_files(data.path)
     problems: list[Problem] = []
     records = read_documents(listing.files, content, data.on_bad_record, problems.append)
