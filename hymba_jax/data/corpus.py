@@ -84,21 +84,34 @@ class Corpus:
         Raises:
           HymbaError: as `read_documents` does.
         """
-        documents = read_documents(files, self.content, self.on_bad_record, report)
+        documents = self._kept(
+            read_documents(files, self.content, self.on_bad_record, report), report
+        )
         if 0 < self.validation_fraction < 1 and (length := self._length_of_only_document()):
             for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
                 yield piece, SIDES[held_out]
             return
-        is_first, held_out, excluded = True, False, False
-        for document in documents:
+        held_out = False
+        for document, is_first in _with_starts(documents):
             if is_first:
                 held_out = self.held_out(document, self.validation_fraction)
-                excluded = bool(self.excluded) and document_hash(document.text) in self.excluded
+            yield document, SIDES[held_out]
+
+    def _kept(
+        self, documents: Iterable[Document], report: Callable[[Problem], None] | None
+    ) -> Iterator[Document]:
+        """The documents that are not excluded; the others are reported."""
+        if not self.excluded:
+            yield from documents
+            return
+        excluded = False
+        for document, is_first in _with_starts(documents):
+            if is_first:
+                excluded = document_hash(document.text) in self.excluded
                 if excluded and report is not None:
                     report(Problem(document.name, "is held out for validation elsewhere"))
-            is_first = not document.continues
             if not excluded:
-                yield document, SIDES[held_out]
+                yield document
 
     def training_texts(self) -> Iterator[str]:
         """The pieces of the documents that are trained on."""
@@ -120,14 +133,22 @@ class Corpus:
 
 def document_hashes(corpora: Iterable[Corpus]) -> frozenset[int]:
     """The hashes of all documents, for `Corpus.excluded`: 64 bytes of memory for each."""
-    found = set()
-    for corpus in corpora:
-        is_first = True
-        for document in read_documents(corpus.files, corpus.content, corpus.on_bad_record):
-            if is_first:
-                found.add(document_hash(document.text))
-            is_first = not document.continues
-    return frozenset(found)
+    return frozenset(
+        document_hash(document.text)
+        for corpus in corpora
+        for document, is_first in _with_starts(
+            read_documents(corpus.files, corpus.content, corpus.on_bad_record)
+        )
+        if is_first
+    )
+
+
+def _with_starts(documents: Iterable[Document]) -> Iterator[tuple[Document, bool]]:
+    """Each piece, and whether it is the first of its document."""
+    is_first = True
+    for document in documents:
+        yield document, is_first
+        is_first = not document.continues
 
 
 def _digest(hashes: frozenset[int]) -> str:

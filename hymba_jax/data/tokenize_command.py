@@ -160,7 +160,7 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     given = None
     if config.bpe_size is None:
         given = build_tokenizer(config.tokenizer, ()).with_chat_template_of(config.chat_template)
-    corpus = _corpus(config, listing.files, given, display)
+    corpus = _corpus(config, listing.files, given, directory, display)
     options = {"data.path": data.path, **corpus.options, "tokenizer": config.tokenizer}
     tokenize_records.begin(directory, options, listing.files)
     tokenizer = _prepare_tokenizer(config, given, corpus, directory, display)
@@ -182,7 +182,8 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     for what, count in sorted(listing.skipped.items()):
         display.say(f"skipped {what}: {count:,}")
     if not manifest.train.documents + manifest.validation.documents:
-        raise HymbaError(f"{data.path}: has no documents, all of its text is empty")
+        why = "all are skipped or empty" if manifest.skipped else "all of its text is empty"
+        raise HymbaError(f"{data.path}: has no documents, {why}")
     for example in examples(TokenizedCorpus.open(directory), config.show):
         display.say(example)
 
@@ -191,9 +192,14 @@ def _corpus(
     config: TokenizeConfig,
     files: tuple[File, ...],
     tokenizer: Tokenizer | None,
+    directory: Path,
     display: Display,
 ) -> Corpus:
-    """The corpus; one of conversations takes the tokenizer that renders them."""
+    """The corpus; one of conversations takes the tokenizer that renders them.
+
+    Args:
+      directory: of the output, which is no text to exclude.
+    """
     data = config.data
     template = config.chat_template or config.tokenizer
     corpus = Corpus(
@@ -207,7 +213,7 @@ def _corpus(
         return corpus
     display.begin("reading the documents to exclude")
     excluded = (
-        dataclasses.replace(corpus, path=path, files=list_files(path).files)
+        dataclasses.replace(corpus, path=path, files=list_files(path, skip=[directory]).files)
         for path in data.exclude
     )
     return dataclasses.replace(corpus, excluded=document_hashes(excluded))

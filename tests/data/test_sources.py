@@ -125,6 +125,11 @@ def test_documents_of_validation_are_not_trained_on(corpus, tokenized, tmp_path,
     ]
     with pytest.raises(SystemExit, match="was begun with excluded documents"):
         tokenize(corpus, tmp_path / "excluding", 0)
+    # The only document of a corpus is excluded, too, rather than cut in two.
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"text": "new"}))
+    with pytest.raises(SystemExit, match="has no documents, all are skipped or empty"):
+        tokenize(one, tmp_path / "one", 0.2, "--data.exclude", held)
 
 
 def test_the_run_directory_is_no_text(corpus, tmp_path):
