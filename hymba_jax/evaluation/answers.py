@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
+from hymba_jax.checkpoint.checksums import digest, tree_checksums
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
 
@@ -54,20 +52,16 @@ class Answers:
 def model_fingerprint(model: LanguageModel) -> str:
     """A digest of all that decides a model's answers: parameters, config, dtypes, tokenizer."""
     engine = model.engine
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (
+    parts = (
         engine.config,
         engine.dtype,
         engine.state_dtype,
         engine.max_context,
         model.tokenizer.fingerprint,
         model.defaults,
-    ):
-        digest.update(repr(part).encode())
-    for path, value in jax.tree_util.tree_leaves_with_path(engine.params):
-        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(jax.device_get(value)).view(np.uint8).data)
-    return digest.hexdigest()
+        digest(tree_checksums(engine.params)),
+    )
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from hymba_jax.evaluation.progress import progress_bar
 from hymba_jax.files import check_output_file, resolve_path
 from hymba_jax.host import prepare_host
 from hymba_jax.inference import LanguageModel
+from hymba_jax.inference.completion_stream import check_finite
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.warmup import use_compilation_cache
 from hymba_jax.tokenizer.chat_template import render_chat
@@ -229,11 +230,7 @@ class HarnessModel(TemplateLM):
                 for (key, (_, count)), score in zip(batch, scores, strict=True):
                     continuation = slice(len(score.log_probs) - count, None)
                     log_probs = score.log_probs[continuation]
-                    if np.isnan(score.log_probs).any():
-                        raise HymbaError(
-                            "the model's logits are not finite: its parameters may be damaged, or "
-                            "their values too large for the dtype"
-                        )
+                    check_finite("a request", score.log_probs)
                     total = float(log_probs.sum(dtype=np.float64))
                     answers[key] = total, bool(score.is_likeliest[continuation].all())
                 self._answers.add(answers)
@@ -283,9 +280,8 @@ class HarnessModel(TemplateLM):
                 for batch in batched(jobs, self._model.batch_size):
                     advance(done, len(missing))
                     completions = self._model.generate([prompt for _, prompt in batch], config)
-                    texts = [completion.text for completion in completions]
                     self._answers.add(
-                        {key: text for (key, _), text in zip(batch, texts, strict=True)}
+                        {key: each.text for (key, _), each in zip(batch, completions, strict=True)}
                     )
                     done += len(batch)
 

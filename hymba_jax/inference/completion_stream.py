@@ -99,7 +99,7 @@ class CompletionStream:
             zip(tokens.tolist(), log_probs.tolist(), strict=True)
         ):
             if token == NOT_FINITE and not self._stream.stopped:
-                raise logits_not_finite(self._name, self._length + len(self._sampled) - 1)
+                raise _not_finite(self._name, self._length + len(self._sampled) - 1)
             if token == NO_TOKEN or self._stream.stopped:
                 break
             self._sampled.append((token, log_prob))
@@ -126,8 +126,20 @@ class CompletionStream:
         )
 
 
-def logits_not_finite(name: str, position: int) -> HymbaError:
-    """The error of a prompt, at a position of which the model's logits are NaN or infinite."""
+def check_finite(name: str, log_probs: Float[np.ndarray, " _"], start: int = 0) -> None:
+    """Raises HymbaError if the logits that log-probabilities are of were not finite.
+
+    Args:
+      name: of their sequence, for the message.
+      log_probs: as of `engine.TokenScores`.
+      start: the position whose logits the first one is of.
+    """
+    is_nan = np.isnan(log_probs)
+    if is_nan.any():
+        raise _not_finite(name, start + int(is_nan.argmax()))
+
+
+def _not_finite(name: str, position: int) -> HymbaError:
     return HymbaError(
         f"{name}: the model's logits at position {position} are not finite: its parameters may be "
         "damaged, or their values too large for the dtype"

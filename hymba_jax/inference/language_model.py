@@ -18,7 +18,7 @@ from hymba_jax.inference.completion_stream import (
     CompletionStream,
     Delta,
     FinishReason,
-    logits_not_finite,
+    check_finite,
 )
 from hymba_jax.inference.engine import DECODE_STEPS, MAX_CHUNK, Engine, Request
 from hymba_jax.inference.generation_config import GenerationDefaults
@@ -195,9 +195,7 @@ class LanguageModel:
         batches = itertools.batched(encoded, self.batch_size)
         all_scores = [each.log_probs for batch in batches for each in self.engine.score(batch)]
         for i, scores in enumerate(all_scores):
-            if np.isnan(scores).any():
-                name = prompt_name(i, len(encoded))
-                raise logits_not_finite(name, int(np.isnan(scores).argmax()))
+            check_finite(prompt_name(i, len(encoded)), scores)
         return all_scores
 
     def encode_chat(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from hymba_jax.errors import HymbaError
 
-_CALL = re.compile(r"<toolcall>(.*?)(</toolcall>|\Z)", re.DOTALL)
+START, END = "<toolcall>", "</toolcall>"
+_CALL = re.compile(rf"{START}(.*?)({END}|\Z)", re.DOTALL)
 
 
 class ToolCall(NamedTuple):
@@ -30,7 +31,7 @@ def parse_tool_calls(answer: str) -> tuple[str, list[ToolCall]]:
 def _parse(text: str, *, is_closed: bool) -> ToolCall:
     shown = text.strip()[:80]
     if not is_closed:
-        raise HymbaError(f"tool call without </toolcall>: {shown!r}")
+        raise HymbaError(f"tool call without {END}: {shown!r}")
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -66,6 +66,17 @@ class _Shards(NamedTuple):
     hidden: tuple[str, ...]  # of the kernel as it is stored
 
 
+def scale_gradient(
+    gradient: tuple[Array, Array], cotangent: Float[Array, ""]
+) -> tuple[Array, Array]:
+    """The gradients of x and kernel that `sum_over_chunks` found, by that of a function of the sum.
+
+    Multiplied in float32; each keeps its dtype.
+    """
+    dx, dkernel = ((part.astype(jnp.float32) * cotangent).astype(part.dtype) for part in gradient)
+    return dx, dkernel
+
+
 def sum_over_chunks(
     loss: Loss,
     logits: Projection,

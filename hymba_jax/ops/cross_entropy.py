@@ -17,6 +17,7 @@ from hymba_jax.ops.chunked_logits import (
     OfChunk,
     Projection,
     largest_of,
+    scale_gradient,
     sum_over,
     sum_over_chunks,
     targets_of_shard,
@@ -101,9 +102,7 @@ def _backward(
     gradient: tuple[Array, Array],
     cotangents: tuple[Array, Array],
 ) -> tuple[Array | None, ...]:
-    dx, dkernel = (
-        (part.astype(jnp.float32) * cotangents[0]).astype(part.dtype) for part in gradient
-    )
+    dx, dkernel = scale_gradient(gradient, cotangents[0])
     return dx, dkernel, None, None
 
 

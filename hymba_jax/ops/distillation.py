@@ -17,6 +17,7 @@ from hymba_jax.ops.chunked_logits import (
     OfChunk,
     Projection,
     largest_of,
+    scale_gradient,
     sum_over,
     sum_over_chunks,
     targets_of_shard,
@@ -77,17 +78,15 @@ def _distillation(static: _Static, *operands: Array) -> tuple[Array, ...]:
     return _computed(static, *operands, with_gradient=False)
 
 
-def _forward(static: _Static, *operands: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def _forward(static: _Static, *operands: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
     *result, dx, dkernel = _computed(static, *operands, with_gradient=True)
     return tuple(result), (dx, dkernel)
 
 
 def _backward(
-    _: _Static, gradient: tuple[Array, ...], cotangents: tuple[Array, ...]
+    _: _Static, gradient: tuple[Array, Array], cotangents: tuple[Array, ...]
 ) -> tuple[Array | None, ...]:
-    dx, dkernel = (
-        (part.astype(jnp.float32) * cotangents[0]).astype(part.dtype) for part in gradient
-    )
+    dx, dkernel = scale_gradient(gradient, cotangents[0])
     return dx, dkernel, None, None, None, None
 
 

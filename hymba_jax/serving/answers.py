@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.text_stream import REPLACEMENT
-from hymba_jax.serving.tool_stream import END, ToolCallStream
+from hymba_jax.inference.tool_calls import END
+from hymba_jax.serving.tool_stream import ToolCallStream
 from hymba_jax.tokenizer import Tokenizer
 
 type Json = dict[str, Any]
@@ -105,13 +106,13 @@ class CompletionFormat:
         return {"index": choice, "text": text, "logprobs": log_probs, "finish_reason": reason}
 
     def _log_probs_of(self, choice: int, delta: Delta) -> Json:
-        texts = [token_text(self._tokenizer, token) for token in delta.tokens]
+        tokens = [token_text(self._tokenizer, token) for token in delta.tokens]
         offsets = []
-        for text in texts:
+        for token in tokens:
             offsets.append(self._lengths[choice])
-            self._lengths[choice] += len(text)
+            self._lengths[choice] += len(token)
         return {
-            "tokens": texts,
+            "tokens": tokens,
             "token_logprobs": delta.log_probs,
             "top_logprobs": [
                 {token_text(self._tokenizer, token): value for token, value in top}

@@ -25,6 +25,7 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.tool_calls import END
 from hymba_jax.serving.answers import (
     AnswerFormat,
     ChatFormat,
@@ -48,7 +49,6 @@ from hymba_jax.serving.protocol import (
     sampling_config,
 )
 from hymba_jax.serving.scheduler import DeadlineExceeded, GenerationRequest, QueueFull
-from hymba_jax.serving.tool_stream import END
 from hymba_jax.tokenizer import chat_template
 
 COMPLETION_TOKENS = 16  # of a completion that names no number, as OpenAI has it

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hymba_jax.files import parse_json
+from hymba_jax.inference.tool_calls import START
 from hymba_jax.serving.protocol import ApiError, AssistantCall, ChatRequest, Message, ToolChoice
-from hymba_jax.serving.tool_stream import START
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

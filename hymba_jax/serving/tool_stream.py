@@ -3,9 +3,8 @@
 import re
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.tool_calls import ToolCall, parse_tool_calls
+from hymba_jax.inference.tool_calls import END, START, ToolCall, parse_tool_calls
 
-START, END = "<toolcall>", "</toolcall>"
 _CALL = re.compile(f"{START}.*?{END}", re.DOTALL)
 
 

@@ -44,16 +44,17 @@ def ssd_sharded(
       y of this device's shard, and the state after the last device's shard.
     """
     documents = None if starts is None else Documents(starts, initial_state)
-    has_start = None if starts is None else starts.any(1)[:, None, None, None]
+    has_start = None if starts is None else starts.any(1)[:, None]
 
     _, added = scan(x, dt, A, B, C, dt_bias=dt_bias, documents=documents)
-    decay = _decay(dt, A, dt_bias, starts)
-    shards = lax.all_gather((decay, added, has_start), axis_name)
+    shards = lax.all_gather((_decay(dt, A, dt_bias, has_start), added, has_start), axis_name)
 
     def pass_shard(h: Array, shard: tuple[Any, ...]) -> tuple[Array, Array]:
         decay, added, has_start = shard
         after = decay[..., None, None] * h + added
-        return after if has_start is None else jnp.where(has_start, added, after), h
+        if has_start is not None:
+            after = jnp.where(has_start[..., None, None], added, after)
+        return after, h
 
     final_state, before = lax.scan(pass_shard, initial_state.astype(jnp.float32), shards)
     y, _ = scan(x, dt, A, B, C, D, dt_bias, before[lax.axis_index(axis_name)], documents)
@@ -61,13 +62,13 @@ def ssd_sharded(
 
 
 def _decay(
-    dt: Array, A: Array, dt_bias: Array | None, starts: Array | None
+    dt: Array, A: Array, dt_bias: Array | None, has_start: Array | None
 ) -> Float[Array, "batch ssm_heads"]:
     """The decay of the incoming state over this shard, if no document starts in it."""
     dt = dt.astype(jnp.float32)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None, None]
     total = jax.nn.softplus(dt).sum(1)
-    if starts is not None:
-        total = jnp.where(starts.any(1)[:, None], 0, total)  # unused then
+    if has_start is not None:
+        total = jnp.where(has_start, 0, total)  # unused then
     return jnp.exp(total * A.astype(jnp.float32)[None])
