@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from itertools import chain
 
 import jax
 import optax
@@ -51,6 +50,7 @@ from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training.capacity import check_memory
+from hymba_jax.training.distillation import read_teacher
 from hymba_jax.training.evaluation import Evaluation, check_evaluations
 from hymba_jax.training.extension import describe_extension
 from hymba_jax.training.interrupts import Interrupts
@@ -130,8 +130,11 @@ def _train(
     data = _read_data(config, previous is not None, initial, plan, display)
     config, abstract = plan(data.tokenizer)
     optimizer, stages = _optimizer(config), config.resolved_stages
+    teachers = {stage.name: read_teacher(stage.run, mesh) for stage in stages}
     for stage in stages:
-        check_objective(stage, data, mesh)
+        teacher = teachers[stage.name]
+        check_objective(stage, data, teacher)
+        check_memory(abstract, mesh, teacher.abstract if teacher else None)
     examples = _examples(stages, data, config.seed)
     left_out = _left_out(stages, examples, data)
     _announce(config, abstract, data, left_out, mesh, display)
@@ -145,6 +148,7 @@ def _train(
             stage,
             examples[stage.name],
             data,
+            teachers[stage.name],
             objective or objective_of(stage.run),
             optimizer,
             abstract,
@@ -154,12 +158,12 @@ def _train(
             compiled_steps,
         )
 
-    ready: StageProgram | None = None
+    ready: list[StageProgram] = []  # the first one, and nothing once that runs
     state: TrainState | None = None
     saved: LoopState | None = None
     left: Sequence[Stage] = stages
     if previous is None:
-        ready = compiled(stages[0])
+        ready = [compiled(stages[0])]
         state = _init_state(config, initial, optimizer, abstract, mesh, display)
     # All checks are done: from here on the run directory is written.
     training = config.training
@@ -182,7 +186,7 @@ def _train(
                 display.say(line)
         _write_directory(config, data.tokenizer, is_new=previous is None)
         if left:
-            programs = chain([ready or compiled(left[0])], map(compiled, left[1:]))
+            programs = (ready.pop() if ready else compiled(stage) for stage in left)
             state = _run_stages(
                 state, saved, config, programs, data.digests, checkpoints, interrupts, display
             )

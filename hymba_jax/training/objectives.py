@@ -2,13 +2,11 @@
 
 from functools import partial
 
-from jax.sharding import Mesh
-
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import Data
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.distillation import check_teacher, distillation_loss, read_teacher
+from hymba_jax.training.distillation import Teacher, check_teacher, distillation_loss
 from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.preference import preference_loss
 
@@ -29,9 +27,9 @@ def has_reference(run: RunConfig) -> bool:
     return run.training.objective == "dpo" and run.dpo.has_reference
 
 
-def check_objective(stage: Stage, data: Data, mesh: Mesh) -> None:
+def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
     """Raises HymbaError if the objective of a stage does not go with what it reads."""
-    if teacher := read_teacher(stage.run, mesh):
+    if teacher:
         check_teacher(teacher, data.tokenizer)
     objective = stage.run.training.objective
     is_dpo = objective == "dpo"

@@ -22,7 +22,7 @@ from hymba_jax.model.abstract import Params, abstract_model
 from hymba_jax.model.flops import forward_flops, training_flops
 from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import batch_sharding, global_batch, process_rows
-from hymba_jax.training.distillation import Teacher, read_teacher
+from hymba_jax.training.distillation import Teacher
 from hymba_jax.training.evaluation import Evaluation, Evaluations
 from hymba_jax.training.fixed_order import in_fixed_order
 from hymba_jax.training.interrupts import Interrupts
@@ -76,6 +76,7 @@ def compile_stage(
     stage: Stage,
     examples: Examples,
     data: Data,
+    teacher: Teacher | None,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     abstract: AbstractTrainState,
@@ -88,12 +89,12 @@ def compile_stage(
 
     Args:
       examples: of the stage, from its first on.
+      teacher: of the objective, if it has one; its parameters are read here.
       abstract: the state, which is the same in all stages.
       evaluations: beside validation.
       compiled: the steps of the stages before, which are shared; takes those of this one.
     """
     run, training = stage.run, stage.run.training
-    teacher = read_teacher(run, mesh)
     if stage.compiled_for not in compiled:
         compiled[stage.compiled_for] = _compile_steps(
             run, objective, optimizer, abstract, mesh, teacher

@@ -58,6 +58,16 @@ def test_only_the_shard_of_a_device_counts(monkeypatch):
         check_memory(abstract(HUGE, one), one)
 
 
+def test_a_teacher_counts(monkeypatch):
+    """Its parameters, 4 bytes each, where the state has 12."""
+    mesh = make_mesh(jax.devices()[:1])
+    state = abstract(HUGE, mesh)
+    monkeypatch.setattr("hymba_jax.training.capacity.device_memory", lambda _: BYTES * 5 // 4)
+    check_memory(state, mesh)
+    with pytest.raises(HymbaError, match=r"teacher's parameters, take 4,[34]\d\d\.\d GB"):
+        check_memory(state, mesh, state.state.params)
+
+
 @pytest.mark.parametrize(
     ("stats", "expected"), [([{"bytes_limit": 8}, {"bytes_limit": 6}], 6), ([None, {}], None)]
 )

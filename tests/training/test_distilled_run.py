@@ -17,6 +17,7 @@ from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.distill import DistillConfig
+from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
@@ -120,6 +121,23 @@ def test_a_student_moves_towards_its_teacher_and_resumes_exactly(run, one_device
     changed = dataclasses.replace(run.distill, teacher=f"{run.output}-other")
     with pytest.raises(HymbaError, match="has other parameters than the teacher of the run so far"):
         train(dataclasses.replace(copy, distill=changed))
+
+
+@pytest.mark.slow
+def test_a_mesh_of_8_devices_has_the_losses_of_one(run, monkeypatch):
+    """Rows, hidden size and heads sharded, student and teacher alike; to float32 rounding."""
+    training = dataclasses.replace(run.training, steps=4, checkpoint_every=4)
+    few = dataclasses.replace(run, output=f"{run.output}-one", training=training)
+    alone = train(few)
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=2, fsdp=2, tensor=2))
+    monkeypatch.setattr(loop, "make_mesh", lambda parallel: mesh)
+    for line, expected in zip(
+        train(dataclasses.replace(few, output=f"{run.output}-eight")), alone, strict=True
+    ):
+        compared = {"loss", "divergence", "validation_loss", "grad_norm"} & expected.keys()
+        assert {"loss", "divergence", "grad_norm"} <= compared
+        for name in compared:
+            assert line[name] == pytest.approx(expected[name], rel=2e-5), name
 
 
 def test_teachers_that_do_not_fit(run, tmp_path):

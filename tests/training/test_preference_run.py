@@ -72,7 +72,6 @@ def config(tmp_path_factory):
             schedule="constant",
             warmup_steps=0,
             learning_rate=0.002,
-            min_learning_rate=0.002,
             log_every=1,
             checkpoint_every=1,
             keep_checkpoints=STEPS,
