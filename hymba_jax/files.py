@@ -146,6 +146,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def json_text(value: Any) -> str:
+    """JSON as UTF-8 can hold it: half of a UTF-16 pair, which comes as an escape, stays one."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def read_toml(path: PathLike) -> dict[str, Any]:
     """The table in a TOML file.
 

@@ -29,6 +29,8 @@ class Delta:
       context_full: as in `Completion`.
       alternatives: for each of `tokens` the likeliest tokens with their log-probabilities, the
         likeliest first, if asked for.
+      offsets: where in the completion's text each of `tokens` begins.
+      stop_string: that ended it, if one did.
     """
 
     index: int
@@ -39,6 +41,8 @@ class Delta:
     finish_reason: FinishReason | None
     context_full: bool = False
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    stop_string: str | None = None
 
 
 class CompletionStream:
@@ -123,6 +127,8 @@ class CompletionStream:
             reason,
             context_full=reason == "length" and self._shortened,
             alternatives=self._alternatives[new],
+            offsets=self._stream.offsets[new],
+            stop_string=self._stream.stop_string,
         )
 
 

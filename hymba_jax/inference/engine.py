@@ -43,6 +43,7 @@ MIN_STOP_TOKENS = 4  # minimum capacity for stop tokens
 DECODE_STEPS = 16  # tokens that a row samples at most before they are looked at
 NO_TOKEN = -1
 NOT_FINITE = -2  # marks a row whose logits are NaN or infinite
+VOCAB_BYTES = 1 + 4 + 4  # of seen, counts and bias, for each row and token of the vocabulary
 LOGIT_POSITIONS = 128  # positions whose logits are in memory at once
 
 
@@ -214,22 +215,24 @@ class Engine:
         _, context = self._sizes(1, context)
         return sum(cache_bytes(self.config, context, self.dtype, self.state_dtype).values())
 
-    def check_memory(self, rows: int, context: int) -> None:
+    def check_memory(self, rows: int, context: int, prefilled: int = 0) -> None:
         """Refuses what the device cannot hold, before anything is allocated for it.
 
         Args:
           rows: sequences at the same time.
           context: tokens that the longest may grow to.
+          prefilled: prompts whose states are there besides.
 
         Raises:
-          HymbaError: parameters and caches together are larger than its memory.
+          HymbaError: parameters and states together are larger than its memory.
         """
         rows, context = self._sizes(rows, context)
         check_fits(
             f"{rows} sequences of {context} tokens beside the model's parameters",
             tree_bytes(self.params)
             + sum(meta_state_bytes(self.config, self.dtype).values())
-            + rows * self.row_bytes(context),
+            + (rows + prefilled) * self.row_bytes(context)
+            + rows * self.config.num_embeddings * VOCAB_BYTES,
             [*self._devices()],
             "reduce batch_size, context or max_new_tokens",
         )

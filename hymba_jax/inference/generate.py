@@ -1,6 +1,5 @@
 """`hymba generate`: completions of prompts, one as it comes or many at a time."""
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import check_output_file, parse_json, read_text, replace_text, resolve_path
+from hymba_jax.files import (
+    check_output_file,
+    json_text,
+    parse_json,
+    read_text,
+    replace_text,
+    resolve_path,
+)
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.engine import DECODE_STEPS
 from hymba_jax.inference.language_model import Completion, collect
@@ -164,9 +170,7 @@ def _lines(
         record = records[completion.index]
         if form == "json":
             line = {"prompt": record.text, **record.fields, **asdict(completion)}
-            text = json.dumps(line, ensure_ascii=False)
-            # Half of a UTF-16 pair, which JSON can hold as an escape only.
-            yield text.encode("utf-8", "backslashreplace").decode() + "\n"
+            yield json_text(line) + "\n"
         else:
             if len(completions) > 1:
                 yield f"--- prompt {completion.index + 1}, sample {completion.sample + 1} ---\n"

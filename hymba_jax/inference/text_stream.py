@@ -19,7 +19,8 @@ class TextStream:
     it.
 
     Attributes:
-      stopped: a stop string was found; neither it nor what follows is emitted.
+      stop_string: that was found; neither it nor what follows is emitted. None if there is none.
+      offsets: where in the text each token begins, final for the first `num_final_tokens`.
       num_final_tokens: number of leading tokens that are certainly part of the completion: those
         whose text begins before a stop string, or before what may become one.
     """
@@ -27,9 +28,9 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()
     ) -> None:
-        self.stopped = False
+        self.stop_string: str | None = None
+        self.offsets: list[int] = []
         self.num_final_tokens = 0
-        self._starts: list[int] = []  # where in the text each token that is not final begins
         self._num_emitted = self._num_final = 0  # characters emitted, and those or held
         self._run: list[int] = []  # which tokens are the byte tokens that cannot be decoded yet
         self._tokenizer = tokenizer
@@ -42,22 +43,27 @@ class TextStream:
         self._text = tokenizer.decode(self._window)
         self._taken = len(self._text)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stop_string is not None
+
     def push(self, token: int) -> str:
         """The new text that is final after one more token; often empty."""
         if self.stopped:
             return ""
-        self._starts.append(self._num_final)
+        self.offsets.append(self._num_final)
         if not self._has_text(token):
             return ""
         self._window.append(token)
         if token in self._bytes:
-            self._run.append(len(self._starts) - 1)
+            self._run.append(len(self.offsets) - 1)
             return ""
         text = self._tokenizer.decode(self._window)
-        self._starts[-1] += self._locate_run(self._window[:-1])
+        self.offsets[-1] += self._locate_run(self._window[:-1])
         if not self._bytes and len(text) > len(self._text) and text.startswith(self._text):
             # What stands for the beginning of a character stays: this token is behind it.
-            self._starts[-1] += len(self._text) - self._taken
+            self.offsets[-1] += len(self._text) - self._taken
         # Byte tokens aside, the beginning of a character decodes to one replacement at the end.
         certain = len(text) - (not self._bytes and text.endswith(REPLACEMENT))
         delta = text[self._taken : certain]
@@ -100,7 +106,7 @@ class TextStream:
             lengths = [len(run[:i].decode(errors="ignore")) for i in range(len(run) + 1)]
         first = len(run) - len(self._run)  # those before it are the prompt's
         for token, length in zip(self._run, lengths[first:], strict=False):
-            self._starts[token] += length - lengths[first]
+            self.offsets[token] += length - lengths[first]
         self._run = []
         return lengths[-1] - lengths[first]
 
@@ -113,19 +119,20 @@ class TextStream:
         if not last:
             open_ends = (i for i in starts if any(s.startswith(text[i:]) for s in self._stop))
             certain = min(open_ends, default=certain)
-        found = min((i for s in self._stop if (i := text.find(s)) >= 0), default=len(text))
-        self.stopped = found < len(text) and found <= certain
+        matches = ((i, s) for s in self._stop if (i := text.find(s)) >= 0)
+        found, string = min(matches, default=(len(text), None))
+        self.stop_string = string if found <= certain else None
         certain = min(found, certain)
         self._held = "" if self.stopped else text[certain:]
         self._num_emitted += certain
         self._num_final = self._num_emitted + len(self._held)
         while (
-            self.num_final_tokens < len(self._starts)
-            and self._starts[self.num_final_tokens] < self._num_emitted
+            self.num_final_tokens < len(self.offsets)
+            and self.offsets[self.num_final_tokens] < self._num_emitted
         ):
             self.num_final_tokens += 1
         if last and not self.stopped:
-            self.num_final_tokens = len(self._starts)
+            self.num_final_tokens = len(self.offsets)
         return text[:certain]
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from hymba_jax.errors import HymbaError
 
 START, END = "<toolcall>", "</toolcall>"
-_CALL = re.compile(rf"{START}(.*?)({END}|\Z)", re.DOTALL)
 
 
 class ToolCall(NamedTuple):
@@ -18,25 +17,67 @@ class ToolCall(NamedTuple):
     arguments: Mapping[str, Any]
 
 
+class FoundCall(NamedTuple):
+    """A call in a text, or what looks like one and is none, and the text around it."""
+
+    before: str
+    call: ToolCall | HymbaError
+    after: str
+
+
 def parse_tool_calls(answer: str) -> tuple[str, list[ToolCall]]:
     """An answer's text outside of calls, and its calls in their order.
 
     Raises:
       HymbaError: a call has no end, or is not JSON with a name and arguments.
     """
-    calls = [_parse(match[1], is_closed=bool(match[2])) for match in _CALL.finditer(answer)]
-    return _CALL.sub("", answer).strip(), calls
-
-
-def _parse(text: str, *, is_closed: bool) -> ToolCall:
-    shown = text.strip()[:80]
-    if not is_closed:
+    text, calls = "", list[ToolCall]()
+    while found := first_call(answer):
+        if isinstance(found.call, HymbaError):
+            raise found.call
+        text, answer = text + found.before, found.after
+        calls.append(found.call)
+    begun = answer.find(START)
+    if begun >= 0:
+        shown = answer[begun + len(START) :].strip()[:80]
         raise HymbaError(f"tool call without {END}: {shown!r}")
+    return (text + answer).strip(), calls
+
+
+def first_call(text: str) -> FoundCall | None:
+    """The first call that has an end.
+
+    Prose may mention the mark that begins a call: the first such mark counts from which on to the
+    end it is a call.
+    """
+    begun = text.find(START)
+    end = text.find(END, begun)
+    if begun < 0 or end < 0:
+        return None
+    error: HymbaError | None = None
+    for mark in re.finditer(START, text[:end]):
+        try:
+            call = _parse(text[mark.end() : end])
+        except HymbaError as this:
+            error = error or this
+        else:
+            return FoundCall(text[: mark.start()], call, text[end + len(END) :])
+    assert error is not None  # there is a mark
+    return FoundCall(text[:begun], error, text[end + len(END) :])
+
+
+def _parse(text: str) -> ToolCall:
+    shown = text.strip()[:80]
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise HymbaError(f"tool call that is not JSON ({error}): {shown!r}") from error
     arguments = value.get("arguments", {}) if isinstance(value, dict) else None
-    if not isinstance(arguments, dict) or not isinstance(value.get("name"), str):
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(arguments, dict) or not (isinstance(name, str) and name.isprintable()):
         raise HymbaError(f"tool call without a name, or with arguments that are none: {shown!r}")
-    return ToolCall(value["name"], arguments)
+    return ToolCall(name, arguments)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")

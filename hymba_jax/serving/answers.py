@@ -4,12 +4,12 @@ An answer in one piece is formatted as a single delta per choice, so streams and
 cannot differ.
 """
 
-import json
 import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from hymba_jax.files import json_text
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.text_stream import REPLACEMENT
 from hymba_jax.inference.tool_calls import END
@@ -61,6 +61,8 @@ def merged(deltas: Iterable[Delta]) -> Delta:
         [value for part in parts for value in part.log_probs],
         parts[-1].finish_reason,
         alternatives=[top for part in parts for top in part.alternatives],
+        offsets=[offset for part in parts for offset in part.offsets],
+        stop_string=parts[-1].stop_string,
     )
 
 
@@ -87,7 +89,6 @@ class CompletionFormat:
         self._tokenizer = tokenizer
         self._log_probs = log_probs
         self._echoes = [echo for echo in echoes for _ in range(num_samples)]
-        self._lengths = [len(echo) for echo in self._echoes]  # of text, up to the next delta
 
     def opening(self, choice: int) -> Json | None:
         echo = self._echoes[choice]
@@ -106,20 +107,15 @@ class CompletionFormat:
         return {"index": choice, "text": text, "logprobs": log_probs, "finish_reason": reason}
 
     def _log_probs_of(self, choice: int, delta: Delta) -> Json:
-        tokens = [token_text(self._tokenizer, token) for token in delta.tokens]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._lengths[choice])
-            self._lengths[choice] += len(token)
         return {
-            "tokens": tokens,
+            "tokens": [token_text(self._tokenizer, token) for token in delta.tokens],
             "token_logprobs": delta.log_probs,
             "top_logprobs": [
                 {token_text(self._tokenizer, token): value for token, value in top}
                 for top in delta.alternatives
             ]
             or None,
-            "text_offset": offsets,
+            "text_offset": [len(self._echoes[choice]) + offset for offset in delta.offsets],
         }
 
 
@@ -182,7 +178,7 @@ class ChatFormat:
         if choice not in self._streams:
             self._streams[choice] = ToolCallStream()
             text = self._forced + text
-        if self._closes_call and delta.finish_reason == "stop":
+        if self._closes_call and delta.stop_string == END:
             text += END
         content, calls = self._streams[choice].push(text, last=is_last)
         return content, [
@@ -191,7 +187,7 @@ class ChatFormat:
                 "type": "function",
                 "function": {
                     "name": call.name,
-                    "arguments": json.dumps(call.arguments, ensure_ascii=False),
+                    "arguments": json_text(call.arguments),
                 },
             }
             for call in calls

@@ -6,7 +6,6 @@ own thread delivers what it samples (`model_thread.py`).
 
 import asyncio
 import hmac
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -17,12 +16,13 @@ from typing import Any, NamedTuple
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import json_text
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.tool_calls import END
@@ -365,6 +365,15 @@ class Api:
         }
 
 
+class JSONResponse(Response):
+    """A response whose body is JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Json) -> bytes:
+        return json_text(content).encode()
+
+
 class EventStream(StreamingResponse):
     """Server-sent events, whose generation is cancelled when the client leaves."""
 
@@ -404,7 +413,7 @@ def _choice(prepared: Prepared, delta: Delta) -> int:
 
 
 def _event(value: Json) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(value)}\n\n"
 
 
 def _refusal(error: HymbaError) -> ApiError:

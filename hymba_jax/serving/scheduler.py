@@ -158,7 +158,7 @@ class Scheduler:
         self._context = self._engine.max_context
         max_states = self.prefix_bytes // self._engine.row_bytes(self._context)
         # With two prompts: one that is being prefilled, and the copy that becomes a row.
-        self._engine.check_memory(self.slots + 2 + max_states, self._context)
+        self._engine.check_memory(self.slots, self._context, prefilled=2 + max_states)
         self.prefixes = PrefixCache(self._engine.max_chunk, max_states)
         self._state = self._engine.init_state(self.slots, self._context, MAX_STOP_TOKENS)
         self._free = [*range(self.slots)]

@@ -3,9 +3,9 @@
 import re
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.tool_calls import END, START, ToolCall, parse_tool_calls
+from hymba_jax.inference.tool_calls import START, ToolCall, first_call
 
-_CALL = re.compile(f"{START}.*?{END}", re.DOTALL)
+_BEGUN = re.compile(rf"{START}\s*(\{{|\Z)")  # other text behind the mark only mentions it
 
 
 class ToolCallStream:
@@ -31,15 +31,14 @@ class ToolCallStream:
         """
         self._held += text
         content, calls = "", list[ToolCall]()
-        while found := _CALL.search(self._held):
-            before, self._held = self._held[: found.start()], self._held[found.end() :]
-            try:
-                calls += parse_tool_calls(found[0])[1]
-            except HymbaError:  # not a call after all
-                content += self._text(before + found[0])
+        while found := first_call(self._held):
+            if isinstance(found.call, HymbaError):  # not a call after all
+                content += self._text(self._held.removesuffix(found.after))
             else:
-                content += self._text(before.rstrip())
+                content += self._text(found.before.rstrip())
+                calls.append(found.call)
                 self._is_after_call = True
+            self._held = found.after
         certain = len(self._held) if last else _certain_length(self._held)
         content += self._text(self._held[:certain])
         self._held = self._held[certain:]
@@ -55,8 +54,10 @@ class ToolCallStream:
 
 def _certain_length(text: str) -> int:
     """Characters before a call that has begun, or may begin at the end, and blanks before it."""
-    begun = text.find(START)
-    if begun < 0:
+    begun = _BEGUN.search(text)
+    if begun:
+        certain = begun.start()
+    else:
         partial = (i for i in range(1, len(START)) if text.endswith(START[:i]))
-        begun = len(text) - max(partial, default=0)
-    return len(text[:begun].rstrip())
+        certain = len(text) - max(partial, default=0)
+    return len(text[:certain].rstrip())

@@ -18,6 +18,12 @@ from hymba_jax.inference.tool_calls import ToolCall, parse_tool_calls
             "Two:\n\n.",
             [ToolCall("now", {})] * 2,
         ),
+        (
+            'A <toolcall> is next: <toolcall>{"name": "say", "arguments": {"a": "<toolcall>"}}'
+            "</toolcall>",
+            "A <toolcall> is next:",
+            [ToolCall("say", {"a": "<toolcall>"})],
+        ),
     ],
 )
 def test_calls_and_the_text_around_them(answer, text, calls):
@@ -32,6 +38,9 @@ def test_calls_and_the_text_around_them(answer, text, calls):
         ('<toolcall> {"arguments": {}} </toolcall>', "without a name"),
         ('<toolcall> {"name": "add", "arguments": [1]} </toolcall>', "arguments that are none"),
         ("<toolcall> [] </toolcall>", "without a name"),
+        ('<toolcall> {"name": "\\ud800"} </toolcall>', "without a name"),
+        ('<toolcall> {"name": "f", "arguments": {"a": NaN}} </toolcall>', "NaN is no JSON number"),
+        ("<toolcall>" + "[" * 100_000 + "</toolcall>", "not JSON"),
     ],
 )
 def test_what_is_no_call_is_refused(answer, message):

@@ -49,12 +49,14 @@ class ScriptedThread(ModelThread):
         text = self.scheduler.model.tokenizer.decode(list(request.prompt))
         for word, answer in self.script.items():
             if word in text:
+                whole = answer
                 ends = [i for stop in request.sampling.stop if (i := answer.find(stop)) >= 0]
                 answer = answer[: min(ends, default=None)]
                 for start in range(0, len(answer), 3):
                     part = answer[start : start + 3]
                     deliver(Delta(0, 0, part, [*part.encode()], [0.0] * len(part), None))
-                deliver(Delta(0, 0, "", [], [], "stop"))
+                stop = next((stop for stop in request.sampling.stop if stop in whole), None)
+                deliver(Delta(0, 0, "", [], [], "stop", stop_string=stop))
                 return Job(request, deliver, float("inf"))
         return super().submit(request, deliver)
 

@@ -35,6 +35,9 @@ def server():
         thread.script = {
             "SAY": f"Well.\n{CALL}\n{CALL} Done",
             "WRONG": "Not <toolcall> a call </toolcall>, nor <toolcall>",
+            "MENTION": f"A <toolcall> comes: {CALL}",
+            "HALF": CALL.replace("é", "\\ud800"),
+            "EARLY": ' {"a": 1}}',
             '<toolcall> {"name": "g", "arguments":': ' {"a": 1}} </toolcall> and more',
             "<toolcall>": ' {"name": "g"} </toolcall>',
         }
@@ -159,8 +162,24 @@ class TestCompletions:
         assert reported.token_logprobs == pytest.approx(wanted.log_probs, abs=1.2e-4)
         assert [max(top.values()) for top in reported.top_logprobs] == reported.token_logprobs
         assert {len(top) for top in reported.top_logprobs} == {3}
-        lengths = [len(text) for text in reported.tokens]
+        # One replacement character for each token that is a part of none.
+        lengths = [1 if text.startswith("token_id:") else len(text) for text in reported.tokens]
         assert reported.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_offsets_of_tokens_without_text_of_their_own(self, client, stream):
+        """The first byte of "é", again and again: each is a replacement character."""
+        byte = encode("é")[0]
+        options = {"model": "tiny", "prompt": "ab", "logit_bias": {str(byte): 100}}
+        options |= {"max_tokens": 4, "logprobs": 0, "stream": stream}
+        answer = client.completions.create(**options)
+        choices = (
+            [choice for part in answer for choice in part.choices] if stream else answer.choices
+        )
+        assert "".join(choice.text for choice in choices) == "\ufffd" * 4
+        reported = [choice.logprobs for choice in choices]
+        assert [name for each in reported for name in each.tokens] == [f"token_id:{byte}"] * 4
+        assert [offset for each in reported for offset in each.text_offset] == [0, 1, 2, 3]
 
     def test_a_stream_is_the_whole_answer_in_deltas(self, client):
         options = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "seed": 5, "max_tokens": 9}
@@ -269,6 +288,25 @@ class TestTools:
     def test_what_is_no_call_is_text(self, client):
         text = "Not <toolcall> a call </toolcall>, nor <toolcall>"
         assert self.ask(client, "WRONG") == (text, [], "stop")
+
+    def test_a_mention_in_the_text_hides_no_call(self, client):
+        text = "A <toolcall> comes:"
+        assert self.ask(client, "MENTION") == (text, [("f", {"a": "é"})], "tool_calls")
+
+    def test_half_of_a_utf_16_pair(self, client, server):
+        """In an argument, as JSON's escape alone can hold it; sent back, it is refused."""
+        asked = [{"role": "user", "content": "HALF"}]
+        answer = client.chat.completions.create(model="tiny", messages=asked, tools=TOOLS)
+        message = answer.choices[0].message
+        assert message.tool_calls[0].function.arguments == '{"a": "\\ud800"}'
+        with pytest.raises(openai.BadRequestError, match="not valid Unicode"):
+            client.chat.completions.create(model="tiny", messages=[*asked, message], tools=TOOLS)
+
+    def test_a_demanded_call_without_an_end(self, client):
+        """The end of the answer is none: what the answer began with, and its text, are text."""
+        choice = {"type": "function", "function": {"name": "g"}}
+        text = '<toolcall> {"name": "g", "arguments": {"a": 1}}'
+        assert self.ask(client, "EARLY", tool_choice=choice) == (text, [], "stop")
 
     def test_a_demanded_call(self, client, server):
         assert self.ask(client, "x", tool_choice="required") == ("", [("g", {})], "tool_calls")
