@@ -28,6 +28,8 @@ class ChatConfig:
     Attributes:
       sampling: how answers are sampled; each with a seed of its own, one above that before it.
       system: system message, before the conversation.
+      speculate: draft what comes next from what the conversation said before, where that pays; the
+        answer's tokens are the same, up to the rounding of matmuls of several tokens.
 
     Raises:
       HymbaError: there would be several answers.
@@ -42,6 +44,7 @@ class ChatConfig:
         tyro.conf.arg(name="", constructor=without(SamplingConfig, "num_samples")),
     ]
     system: str = ""
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if self.sampling.num_samples != 1:

@@ -83,6 +83,11 @@ class CompletionStream:
         self._sampled: list[tuple[int, float]] = []  # tokens with their log-probabilities
         self._num_emitted = 0  # how many of them
 
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens that may still be sampled."""
+        return self.max_new_tokens - len(self._sampled)
+
     def push(
         self,
         tokens: Int[np.ndarray, " steps"],

@@ -3,6 +3,7 @@
     prefill   a batch of prompts, in chunks, each starting from the state after the meta tokens
     insert    requests for what was prefilled: a new batch, or rows of one that is running
     decode    one loop on the device, a token for every row at a time, until all rows have stopped
+    verify    one row by several drafted tokens at once, as many as are what is sampled
 
 A program is compiled once for each shape; shapes are rounded up (`bucket`), so they are few.
 """
@@ -41,6 +42,7 @@ MAX_CHUNK = 1024
 MIN_CONTEXT = 256
 MIN_STOP_TOKENS = 4  # minimum capacity for stop tokens
 DECODE_STEPS = 16  # tokens that a row samples at most before they are looked at
+MAX_DRAFT = 15  # drafted tokens that are verified at once
 NO_TOKEN = -1
 NOT_FINITE = -2  # marks a row whose logits are NaN or infinite
 VOCAB_BYTES = 1 + 4 + 4  # of seen, counts and bias, for each row and token of the vocabulary
@@ -343,6 +345,21 @@ class Engine:
         """Samples up to `steps` more tokens for every row, fewer if all rows stop."""
         return self.programs.decode(self.params, self.meta_state, self.allowed, state, steps)
 
+    def verify(self, state: DecodeState, draft: Sequence[int]) -> tuple[DecodeState, SampledTokens]:
+        """Samples the next token, and one more for each drafted token that is what was sampled.
+
+        They are those of `decode`, to the rounding of matmuls of several tokens.
+
+        Args:
+          state: of one row. Donated.
+          draft: what the next tokens may be, at most MAX_DRAFT.
+        """
+        padded = np.zeros(MAX_DRAFT, np.int32)
+        padded[: len(draft)] = draft
+        return self.programs.verify(
+            self.params, self.meta_state, self.allowed, state, padded, len(draft)
+        )
+
     def stop(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
         """The batch with these rows stopped, which then take no part in decoding."""
         stopped = np.array(state.stopped)
@@ -423,6 +440,7 @@ class Programs(NamedTuple):
     sample_first: Callable[..., tuple[DecodeState, SampledTokens]]
     insert: Callable[..., DecodeState]
     decode: Callable[..., tuple[DecodeState, SampledTokens]]
+    verify: Callable[..., tuple[DecodeState, SampledTokens]]
 
 
 @functools.lru_cache(maxsize=8)
@@ -507,13 +525,18 @@ def _programs(
             stop=StopCriteria(zeros, jnp.full((batch, max_stop_tokens), NO_TOKEN, jnp.int32)),
         )
 
+    def logits_of(params: Params, hidden: Float[Array, "rows hidden"]) -> Array:
+        return nnx.merge(graph, params).logits(hidden[:, None])[:, 0]
+
     def advance(
-        params: Params, allowed: Bool[Array, "vocab"], state: DecodeState, last_hidden: Array
+        allowed: Bool[Array, "vocab"],
+        state: DecodeState,
+        logits: Float[Array, "batch vocab"],
+        positions: Int[Array, "batch"],
     ) -> tuple[DecodeState, SampledTokens]:
         """Samples a token for each row that has not stopped."""
-        logits = nnx.merge(graph, params).logits(last_hidden[:, None])[:, 0]
         finite = jnp.isfinite(logits).all(1)
-        positions, rows = state.cache.lengths, jnp.arange(len(logits))
+        rows = jnp.arange(len(logits))
         token, log_probs = sample(
             logits, state.seen, positions, state.sampler, allowed, state.counts, state.bias
         )
@@ -558,7 +581,7 @@ def _programs(
             sampler=sampler,
             stop=stop,
         )
-        return advance(params, allowed, state, last_hidden)
+        return advance(allowed, state, logits_of(params, last_hidden), cache.lengths)
 
     def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "batch"]) -> DecodeState:
         return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), state, new)
@@ -571,8 +594,6 @@ def _programs(
         steps: Int[Array, ""],
     ) -> tuple[DecodeState, SampledTokens]:
         model = nnx.merge(graph, params)
-        shape = (len(state.token), DECODE_STEPS)
-        top = (*shape, min(MAX_ALTERNATIVES, config.num_embeddings))
 
         def is_running(loop: tuple[Array, DecodeState, SampledTokens]) -> Array:
             step, state, _ = loop
@@ -584,18 +605,61 @@ def _programs(
             step, state, sampled = loop
             lengths = (~state.stopped).astype(jnp.int32)
             x, cache = model.extend(state.token[:, None], state.cache, meta, lengths)
-            state, new = advance(params, allowed, state._replace(cache=cache), x[:, 0])
+            logits = logits_of(params, x[:, 0])
+            state, new = advance(allowed, state._replace(cache=cache), logits, cache.lengths)
             return step + 1, state, sampled.with_step(step, new)
 
-        nothing = SampledTokens(
+        start = (jnp.int32(0), state, nothing_sampled(state, DECODE_STEPS))
+        _, state, sampled = jax.lax.while_loop(is_running, body, start)
+        return state, sampled
+
+    def verify(
+        params: Params,
+        meta: MetaState,
+        allowed: Bool[Array, "vocab"],
+        state: DecodeState,
+        draft: Int[Array, "drafted"],
+        num_drafted: Int[Array, ""],
+    ) -> tuple[DecodeState, SampledTokens]:
+        tokens, length = jnp.concatenate((state.token, draft)), state.cache.lengths
+
+        def accept(
+            x: Float[Array, "1 length hidden"],
+        ) -> tuple[tuple[DecodeState, SampledTokens], Int[Array, "1"]]:
+            logits = logits_of(params, x[0])
+
+            def is_accepted(loop: tuple[Array, DecodeState, SampledTokens]) -> Array:
+                """Whether the input of the next step is the token that was sampled before."""
+                step, state, _ = loop
+                is_sampled = (step == 0) | (state.token[0] == tokens[step])
+                return is_sampled & (step <= num_drafted) & ~state.stopped[0]
+
+            def body(
+                loop: tuple[Array, DecodeState, SampledTokens],
+            ) -> tuple[Array, DecodeState, SampledTokens]:
+                step, state, sampled = loop
+                state, new = advance(allowed, state, logits[step][None], length + 1 + step)
+                return step + 1, state, sampled.with_step(step, new)
+
+            start = (jnp.int32(0), state, nothing_sampled(state, len(tokens)))
+            steps, after, sampled = jax.lax.while_loop(is_accepted, body, start)
+            return (after, sampled), steps[None]
+
+        (after, sampled), cache = nnx.merge(graph, params).verify(
+            tokens[None], state.cache, meta, 1 + num_drafted[None], accept
+        )
+        return after._replace(cache=cache), sampled
+
+    def nothing_sampled(state: DecodeState, steps: int) -> SampledTokens:
+        shape = (len(state.token), steps)
+        top = (*shape, min(MAX_ALTERNATIVES, config.num_embeddings))
+        return SampledTokens(
             tokens=jnp.full(shape, NO_TOKEN),
             log_probs=jnp.zeros(shape),
             stopped=state.stopped,
             top_tokens=jnp.zeros(top, jnp.int32),
             top_log_probs=jnp.zeros(top),
         )
-        _, state, sampled = jax.lax.while_loop(is_running, body, (jnp.int32(0), state, nothing))
-        return state, sampled
 
     return Programs(
         meta_state=jax.jit(meta_state),
@@ -607,4 +671,5 @@ def _programs(
         sample_first=jax.jit(sample_first, donate_argnames="cache"),
         insert=jax.jit(insert, donate_argnames="state"),
         decode=jax.jit(decode, donate_argnames="state"),
+        verify=jax.jit(verify, donate_argnames="state"),
     )

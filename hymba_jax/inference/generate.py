@@ -43,6 +43,8 @@ class GenerateConfig:
       format: "text" is each prompt with its completion, each after a line "--- prompt 1, sample 1
         ---" where there are several; "json" is a line for each completion with its tokens and
         their log-probabilities, and the other fields of a prompt from a *.jsonl file.
+      speculate: with one completion, draft what comes next from what the text said before, where
+        that pays; its tokens are the same, up to the rounding of matmuls of several tokens.
       parse_special: parse names of control tokens in prompts, such as <s>; else they are ordinary
         text.
     """
@@ -55,6 +57,7 @@ class GenerateConfig:
     file: str = ""
     output: str = ""
     format: Literal["text", "json"] = "text"
+    speculate: bool = False
     parse_special: bool = False
 
 
@@ -79,7 +82,7 @@ def main(config: GenerateConfig) -> None:
     if not records and not config.file:
         records = [PromptRecord("")]
     prompts = [record.text for record in records]
-    model = config.choice.load()
+    model = config.choice.load(speculate=config.speculate)
     special = config.parse_special
     count = len(prompts) * config.sampling.num_samples
     if count == 1 and config.format == "text" and not output:

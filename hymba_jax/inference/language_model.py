@@ -20,8 +20,17 @@ from hymba_jax.inference.completion_stream import (
     FinishReason,
     check_finite,
 )
-from hymba_jax.inference.engine import DECODE_STEPS, MAX_CHUNK, Engine, Request
+from hymba_jax.inference.engine import (
+    DECODE_STEPS,
+    MAX_CHUNK,
+    MAX_DRAFT,
+    DecodeState,
+    Engine,
+    Request,
+    SampledTokens,
+)
 from hymba_jax.inference.generation_config import GenerationDefaults
+from hymba_jax.inference.prompt_lookup import PromptLookup
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.model import Hymba
 from hymba_jax.tokenizer import Tokenizer, chat_template
@@ -66,6 +75,8 @@ class LanguageModel:
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
+      speculate: whether a sequence that is decoded alone is drafted from what its text said before
+        (`PromptLookup`). Its tokens are the same, to the rounding of matmuls of several tokens.
       defaults: additional end tokens, and sampling defaults.
 
     Raises:
@@ -81,6 +92,7 @@ class LanguageModel:
         batch_size: int = 8,
         context: int | None = None,
         max_chunk: int = MAX_CHUNK,
+        speculate: bool = False,
         defaults: GenerationDefaults | None = None,
     ):
         batch_size = _as_int("batch_size", batch_size)
@@ -97,6 +109,7 @@ class LanguageModel:
             allowed=self._in_tokenizer,
         )
         self.batch_size = batch_size
+        self.speculate = speculate
         self.defaults = defaults or GenerationDefaults()
         if context is not None:
             self.engine.check_memory(1, context)
@@ -306,6 +319,11 @@ class LanguageModel:
             for (i, sample), stream in zip(rows, streams, strict=True)
         ]
         state, sampled = engine.insert(prefilled, requests)
+        if self.speculate and len(streams) == 1:
+            yield from self._speculative_deltas(
+                streams[0], PromptLookup(prompts[indices[0]]), state, sampled, stream_interval
+            )
+            return
         while True:
             for stream, *news in zip(streams, *jax.device_get(sampled), strict=False):
                 if not stream.finished:
@@ -315,6 +333,34 @@ class LanguageModel:
                 return
             state = engine.stop(state, finished)
             state, sampled = engine.decode(state, stream_interval)
+
+    def _speculative_deltas(
+        self,
+        stream: CompletionStream,
+        lookup: PromptLookup,
+        state: DecodeState,
+        sampled: SampledTokens,
+        stream_interval: int,
+    ) -> Iterator[Delta]:
+        """Decodes a sequence until it has stopped, by drafts where they pay.
+
+        Args:
+          state: of one row.
+          sampled: its first token.
+        """
+        record = lookup.decoded
+        while True:
+            (news,) = zip(*jax.device_get(sampled), strict=True)
+            yield stream.push(*news)
+            if stream.finished:
+                return
+            record([token for token in news[0].tolist() if token >= 0])
+            if draft := lookup.draft(min(MAX_DRAFT, stream.num_tokens_left - 1)):
+                state, sampled = self.engine.verify(state, draft)
+                record = lookup.verified
+            else:
+                state, sampled = self.engine.decode(state, stream_interval)
+                record = lookup.decoded
 
 
 def collect(deltas: Iterable[Delta]) -> list[Completion]:

@@ -23,6 +23,7 @@ def load(
     batch_size: int = 8,
     context: int | None = None,
     max_chunk: int = MAX_CHUNK,
+    speculate: bool = False,
     step: Step | None = None,
     adapter: str | os.PathLike[str] = "",
 ) -> LanguageModel:
@@ -38,6 +39,7 @@ def load(
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
+      speculate: draft what comes next from what the text said before, see `LanguageModel`.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
       adapter: local directory of a PEFT adapter, which is merged into the model.
@@ -61,6 +63,7 @@ def load(
         batch_size=batch_size,
         context=context,
         max_chunk=max_chunk,
+        speculate=speculate,
     )
 
 
@@ -87,7 +90,7 @@ class ModelChoice:
     batch_size: int = 8
     context: int | None = None
 
-    def load(self, *, max_chunk: int = MAX_CHUNK) -> LanguageModel:
+    def load(self, *, max_chunk: int = MAX_CHUNK, speculate: bool = False) -> LanguageModel:
         """The model, as of `load`. Raises HymbaError if there is none."""
         options = {name: value for name, value in vars(self).items() if name != "model"}
-        return load(self.model, max_chunk=max_chunk, **options)
+        return load(self.model, max_chunk=max_chunk, speculate=speculate, **options)

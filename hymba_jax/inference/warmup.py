@@ -24,6 +24,7 @@ class WarmupConfig:
 
     Attributes:
       prompts: largest batch; every power of two up to it is compiled.
+      speculate: whether the later commands do.
 
     Raises:
       HymbaError: no context is named, or no possible number of prompts.
@@ -31,6 +32,7 @@ class WarmupConfig:
 
     choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
     prompts: int = 1
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if self.choice.context is None:
@@ -47,7 +49,8 @@ def main(config: WarmupConfig) -> None:
     Raises:
       HymbaError: there is no such model.
     """
-    model, console = config.choice.load(), Console(soft_wrap=True, highlight=False)
+    model = config.choice.load(speculate=config.speculate)
+    console = Console(soft_wrap=True, highlight=False)
     rows = 1
     while rows <= bucket(config.prompts):
         for length in prompt_lengths(model.engine):
@@ -70,9 +73,12 @@ def prompt_lengths(engine: Engine) -> Iterator[int]:
 
 
 def warm(model: LanguageModel, rows: int, length: int) -> None:
-    """Generates two tokens after each of `rows` prompts of `length` tokens, where they fit."""
+    """Generates three tokens after each of `rows` prompts of `length` tokens, where they fit.
+
+    The second may be drafted, so that the third is verified.
+    """
     prompts = [[model.tokenizer.eos_id] * length] * rows
-    for delta in model.stream(prompts, max_new_tokens=2):
+    for delta in model.stream(prompts, max_new_tokens=3):
         del delta
 
 

@@ -16,7 +16,7 @@ from hymba_jax.model.layers import rms_norm
 from hymba_jax.model.lora import add_adapters, start_dropout
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
-from hymba_jax.model.state import LayerOutput, LayerState
+from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState
 from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float, Key
 
@@ -71,6 +71,15 @@ class Block(nnx.Module):
             x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
         return LayerOutput(x, kv, ssm)
 
+    def replay(
+        self, x: Float[Array, "batch length hidden"], context: Context, state: LayerState
+    ) -> RecurrentState | None:
+        """The SSM heads' state after the valid positions of the layer's input.
+
+        Its matmuls are those of `__call__`, which XLA computes once.
+        """
+        return self.mixer.replay(self.mixer_norm(x), context, state)
+
     def full_forward(
         self,
         x: WithMeta,
@@ -92,6 +101,14 @@ class Block(nnx.Module):
 def run_block(graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any) -> LayerOutput:
     """`Block.__call__`, which is traced and lowered once for all equal layers."""
     return nnx.merge(graph, params)(*inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def run_replay(
+    graph: nnx.GraphDef[Block], params: nnx.State, *inputs: Any
+) -> RecurrentState | None:
+    """`Block.replay`, likewise."""
+    return nnx.merge(graph, params).replay(*inputs)
 
 
 @partial(jax.jit, static_argnums=0)

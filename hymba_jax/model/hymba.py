@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.layer_pattern import GroupSpec
-from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta
+from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta, run_replay
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import KVCache
 from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
@@ -205,10 +206,8 @@ class Hymba(nnx.Module):
           lengths: valid tokens of each row; the rest is padding and does not affect the state.
           is_start: every row's state is empty, so that the cache need not be attended to.
         """
-        start, num_meta_tokens = state.lengths, self.config.num_meta_tokens
-        positions = num_meta_tokens + start[:, None] + jnp.arange(tokens.shape[1])[None]
-        total = num_meta_tokens + (start + lengths).max()  # without padding
-        context = Context(make_rope(self.config, positions, total), start, lengths)
+        start = state.lengths
+        context = self._context(tokens, start, lengths)
         before = iter(zip(state.layers, meta, strict=True))
         x, layers = self.embed(tokens), []
         for group in self._unrolled():
@@ -222,6 +221,58 @@ class Hymba(nnx.Module):
                 for layer, cache, output in zip(states, kv, outputs, strict=True)
             ]
         return x, ModelState(tuple(layers), start + lengths)
+
+    def verify[T](
+        self,
+        tokens: Int[Array, "batch length"],
+        state: ModelState,
+        meta: MetaState,
+        lengths: Int[Array, "batch"],
+        accept: Callable[[Float[Array, "batch length hidden"]], tuple[T, Int[Array, "batch"]]],
+    ) -> tuple[T, ModelState]:
+        """`extend` by tokens of which only the first ones are certain (arXiv 2211.17192).
+
+        Keys and values of rejected tokens are not stored. SSM heads are rolled back by replay:
+        their recurrence runs over the accepted inputs again, from the state before them.
+
+        Args:
+          lengths: valid tokens of each row.
+          accept: from the last layer's output to a result, and how many tokens of each row stay.
+
+        Returns:
+          The result, and the state after the accepted tokens.
+        """
+        start = state.lengths
+        context = self._context(tokens, start, lengths)
+        before = iter(zip(state.layers, meta, strict=True))
+        x, inputs, outputs = self.embed(tokens), [], []
+        for group in self._unrolled():
+            states, metas = zip(*(next(before) for _ in group.blocks), strict=True)
+            new = group(x, context, states, [layer.kv for layer in metas])
+            inputs += [x, *(output.x for output in new[:-1])]
+            outputs += new
+            x = new[-1].x
+        result, accepted = accept(x)
+        context = context._replace(lengths=accepted)
+        layers = []
+        for block, layer, x, output in zip(
+            self.blocks(), state.layers, inputs, outputs, strict=True
+        ):
+            ssm = run_replay(*nnx.split(block), x, context, layer)
+            layers.append(layer.update(output._replace(ssm=ssm), start, accepted))
+        return result, ModelState(tuple(layers), start + accepted)
+
+    def _context(
+        self,
+        tokens: Int[Array, "batch length"],
+        start: Int[Array, "batch"],
+        lengths: Int[Array, "batch"],
+    ) -> Context:
+        """Of tokens that follow a state."""
+        num_meta_tokens = self.config.num_meta_tokens
+        positions = num_meta_tokens + start[:, None] + jnp.arange(tokens.shape[1])[None]
+        total = num_meta_tokens + (start + lengths).max()  # without padding
+        return Context(make_rope(self.config, positions, total), start, lengths)
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """The tokens' embeddings, in the compute dtype."""

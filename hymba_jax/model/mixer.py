@@ -76,6 +76,12 @@ class HybridMixer(nnx.Module):
         y = self.out_proj(self.fuse(self.attention_norm(attention), self.ssm_norm(ssm)))
         return LayerOutput(y, kv, ssm_state)
 
+    def replay(
+        self, x: Float[Array, "batch length hidden"], context: Context, state: LayerState
+    ) -> RecurrentState:
+        """The SSM heads' state after the valid positions, without an output."""
+        return self.ssm(x, context, state.ssm)[1]
+
     def init_state(
         self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
     ) -> LayerState:
@@ -108,6 +114,11 @@ class AttentionMixer(nnx.Module):
         attention, kv = self.attention(x, context, state.kv, meta, shared)
         return LayerOutput(self.out_proj(attention), kv, None)
 
+    def replay(
+        self, x: Float[Array, "batch length hidden"], context: Context, state: LayerState
+    ) -> None:
+        """There are no SSM heads."""
+
     def init_state(
         self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
     ) -> LayerState:
@@ -136,6 +147,12 @@ class SSMMixer(nnx.Module):
     ) -> LayerOutput:
         ssm, ssm_state = self.ssm(x, context, state.ssm)
         return LayerOutput(self.out_proj(ssm), None, ssm_state)
+
+    def replay(
+        self, x: Float[Array, "batch length hidden"], context: Context, state: LayerState
+    ) -> RecurrentState:
+        """The state after the valid positions, without an output."""
+        return self.ssm(x, context, state.ssm)[1]
 
     def init_state(
         self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike

@@ -205,6 +205,33 @@ def test_a_row_without_tokens_stays_as_it_is():
             assert (actual[1] != expected[1]).any()
 
 
+@pytest.mark.parametrize("name", slow_but(QUICK, "Mamba2"))
+def test_rejected_tokens_leave_no_trace(name):
+    """The state is that after the accepted ones alone, and each output that of `extend`."""
+    prefiller = prefiller_of(name)
+    graph = nnx.split(Hymba.abstract(prefiller.config, ComputeConfig(scan_layers=False)))[0]
+
+    @jit
+    def verify(params, chunk, state, meta, lengths, accepted):
+        model = nnx.merge(graph, params)
+        return model.verify(chunk, state, meta, lengths, lambda x: (model.logits(x), accepted))
+
+    _, before = prefiller.prefill([(16, 9, 3), (16, 16, 16)])
+    before = before._replace(lengths=np.minimum(before.lengths, LENGTH - 16))
+    chunk, lengths = prefiller.tokens[:, -16:], np.array([16, 9, 16], np.int32)
+    accepted = np.array([4, 9, 1], np.int32)
+    inputs = (prefiller.params, chunk, before, prefiller.meta)
+    logits, state = verify(*inputs, lengths, accepted)
+    of_all, _ = prefiller.extend(*inputs, lengths, is_start=False)
+    _, expected = prefiller.extend(*inputs, accepted, is_start=False)
+    scale = np.ptp(prefiller.full)
+    for row, length in enumerate(lengths):
+        assert np.abs(logits[row, :length] - of_all[row, :length]).max() <= BOUND * scale
+    np.testing.assert_array_equal(state.lengths, expected.lengths)
+    for actual, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert np.abs(actual - wanted).max() <= BOUND * max(np.ptp(wanted), 1)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])

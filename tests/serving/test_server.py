@@ -1,6 +1,7 @@
 """A server on this machine, asked by the `openai` client and by those who mean no good."""
 
 import asyncio
+import gc
 import json
 import random
 import threading
@@ -590,6 +591,7 @@ def test_ten_thousand_random_requests(server):
                 list(pool.map(lambda which: ask_at_random(url, which, {}), seeds))
             wait_until(lambda: not server[1].scheduler.has_work)
             server[1].asked.clear()
+            gc.collect()
             sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
