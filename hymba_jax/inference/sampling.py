@@ -37,12 +37,7 @@ class Sampler(NamedTuple):
 def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> Sampler:
     """Row i gets sample number `samples[i]` of `configs[i]`, whatever the other rows are."""
 
-    def values(name: str, dtype: type) -> Array:
-        return jnp.asarray(np.array([getattr(config, name) for config in configs], dtype))
-
-    def key(config: SamplingConfig, number: int) -> Key[Array, ""]:
-        return jax.random.fold_in(jax.random.key(config.seed, impl=PRNG), number)
-
+    values = functools.partial(_values, configs)
     return Sampler(
         temperature=values("temperature", np.float32),
         top_k=values("top_k", np.int32),
@@ -51,8 +46,16 @@ def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> S
         repetition_penalty=values("repetition_penalty", np.float32),
         frequency_penalty=values("frequency_penalty", np.float32),
         presence_penalty=values("presence_penalty", np.float32),
-        key=jnp.stack([key(*row) for row in zip(configs, samples, strict=True)]),
+        key=jnp.stack([_key(*row) for row in zip(configs, samples, strict=True)]),
     )
+
+
+def _values(configs: Sequence[SamplingConfig], name: str, dtype: type) -> Array:
+    return jnp.asarray(np.array([getattr(config, name) for config in configs], dtype))
+
+
+def _key(config: SamplingConfig, number: int) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.key(config.seed, impl=PRNG), number)
 
 
 class ActiveFilters(NamedTuple):
