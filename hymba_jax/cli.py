@@ -119,7 +119,7 @@ def chat(args: Sequence[str], prog: str) -> None:
 
         args = with_defaults(_with_leading_dashes(args, "--system", "--stop"))
         config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
-        chat.run(config.choice.load(speculate=config.speculate), config)
+        chat.run(chat.load(config), config)
 
 
 def evaluate(args: Sequence[str], prog: str) -> None:

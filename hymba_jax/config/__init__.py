@@ -30,6 +30,7 @@ from hymba_jax.config.model import (
     Remat,
     RopeType,
     SSMConfig,
+    WeightFormat,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "Remat",
     "RopeType",
     "SSMConfig",
+    "WeightFormat",
 ]

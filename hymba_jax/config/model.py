@@ -19,6 +19,7 @@ from hymba_jax.errors import HymbaError
 type Auto = Literal["auto"]
 RopeType = Literal["auto", "default", "ntk", "dynamic_ntk"]
 DType = Literal["float32", "bfloat16"]
+WeightFormat = Literal["float", "int8"]
 Remat = Literal["none", "block", "dots"]
 QKNorm = Literal["none", "rms", "perhead-rms"]
 Fusion = Literal["mean", "concat"]

@@ -15,6 +15,9 @@ from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.tokenizer import chat_template
 
+CHUNK = 64  # tokens of a prompt that are prefilled at once; the prefix cache keeps whole chunks
+PREFIX_STATES = 4  # the end of a conversation and its system message, and of the one before
+
 HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
 
 
@@ -51,6 +54,17 @@ class ChatConfig:
             raise HymbaError(
                 f"num_samples is {self.sampling.num_samples}: a conversation has one answer"
             )
+
+
+def load(config: ChatConfig) -> LanguageModel:
+    """The model. A turn costs it its new tokens, the answer before them, and less than a chunk.
+
+    Raises:
+      HymbaError: there is none.
+    """
+    return config.choice.load(
+        max_chunk=CHUNK, speculate=config.speculate, prefix_states=PREFIX_STATES
+    )
 
 
 def run(model: LanguageModel, config: ChatConfig) -> None:

@@ -9,7 +9,7 @@ A program is compiled once for each shape; shapes are rounded up (`bucket`), so 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.config import ComputeConfig, DType, HymbaConfig, WeightFormat
 from hymba_jax.config.field_types import shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
@@ -32,6 +32,7 @@ from hymba_jax.inference.sampling import (
 )
 from hymba_jax.model import Hymba, fuse_projections, merge_adapters, unstack_layers
 from hymba_jax.model.abstract import Params
+from hymba_jax.model.quantized import quantize_kernels
 from hymba_jax.model.rope import max_fixed_positions
 from hymba_jax.model.state import MetaState, ModelState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
@@ -60,6 +61,7 @@ class Request(NamedTuple):
       stop_tokens: tokens that end it and are not part of it.
       logit_bias: tokens with what is added to their logits.
       alternatives: whether the likeliest tokens are reported beside each sampled one.
+      mask: tokens that its first one may be; all if absent. See `Engine.set_bias` for the others.
     """
 
     prompt: Sequence[int]
@@ -69,6 +71,14 @@ class Request(NamedTuple):
     stop_tokens: Sequence[int] = ()
     logit_bias: Sequence[tuple[int, float]] = ()
     alternatives: bool = False
+    mask: Bool[np.ndarray, "vocab"] | None = None
+
+    def bias(self, vocab_size: int) -> Float[np.ndarray, " vocab"]:
+        """What is added to the logits of each token: its logit bias, -inf where masked."""
+        bias = np.zeros(vocab_size, np.float32)
+        for token, value in self.logit_bias:
+            bias[token] = value
+        return bias if self.mask is None else np.where(self.mask, bias, np.float32(-np.inf))
 
 
 class StopCriteria(NamedTuple):
@@ -162,6 +172,7 @@ class Engine:
     Args:
       model: its adapters are merged, and its projections fused for decoding (`fuse_projections`).
       state_dtype: that SSM states are stored in between tokens.
+      weights: of matmuls, "float" as the model has them or "int8".
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of prefill.
       allowed: the tokens that may be sampled; all of them if absent.
@@ -179,11 +190,15 @@ class Engine:
         model: Hymba,
         *,
         state_dtype: DType = "float32",
+        weights: WeightFormat = "float",
         context: int | None = None,
         max_chunk: int = MAX_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
-        graph, variables = nnx.split(fuse_projections(merge_adapters(unstack_layers(model))))
+        fused = fuse_projections(merge_adapters(unstack_layers(model)))
+        if weights == "int8":
+            quantize_kernels(fused)
+        graph, variables = nnx.split(fused)
         self.config = model.config
         self.dtype = model.compute.dtype
         self.params: Params = nnx.to_pure_dict(variables)
@@ -317,12 +332,10 @@ class Engine:
             num_stops = max(num_stops, state.stop.stop_tokens.shape[1])
         stops = np.full((batch, num_stops), NO_TOKEN, np.int32)
         seen = np.zeros((batch, self.config.num_embeddings), bool)
-        bias = np.zeros(seen.shape, np.float32)
+        bias = np.stack([request.bias(self.config.num_embeddings) for request in padded])
         for i, request in enumerate(padded):
             stops[i, : len(request.stop_tokens)] = request.stop_tokens
             seen[i, list(request.prompt)] = True
-            for token, value in request.logit_bias:
-                bias[i, token] = value
         alternatives = np.array([request.alternatives for request in padded])
         max_new_tokens = np.array([request.max_new_tokens for request in padded], np.int32)
         stop = StopCriteria(jnp.asarray(max_new_tokens), jnp.asarray(stops))
@@ -365,6 +378,21 @@ class Engine:
         stopped = np.array(state.stopped)
         stopped[list(rows)] = True
         return state._replace(stopped=jnp.asarray(stopped))
+
+    def set_bias(
+        self, state: DecodeState, biases: Mapping[int, Float[np.ndarray, "vocab"]]
+    ) -> DecodeState:
+        """The batch with what is added to the logits of these rows replaced.
+
+        Args:
+          state: donated.
+        """
+        rows = np.full(len(state.token), len(state.token), np.int32)  # padding is no row
+        rows[: len(biases)] = [*biases]
+        values = np.zeros((len(rows), self.config.num_embeddings), np.float32)
+        for i, bias in enumerate(biases.values()):
+            values[i] = bias
+        return self.programs.set_bias(state, rows, values)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[TokenScores]:
         """How likely each token of each sequence but the first is, given those before it."""
@@ -439,6 +467,7 @@ class Programs(NamedTuple):
     init_state: Callable[..., DecodeState]
     sample_first: Callable[..., tuple[DecodeState, SampledTokens]]
     insert: Callable[..., DecodeState]
+    set_bias: Callable[..., DecodeState]
     decode: Callable[..., tuple[DecodeState, SampledTokens]]
     verify: Callable[..., tuple[DecodeState, SampledTokens]]
 
@@ -586,6 +615,11 @@ def _programs(
     def insert(state: DecodeState, new: DecodeState, rows: Int[Array, "batch"]) -> DecodeState:
         return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), state, new)
 
+    def set_bias(
+        state: DecodeState, rows: Int[Array, "batch"], bias: Float[Array, "batch vocab"]
+    ) -> DecodeState:
+        return state._replace(bias=state.bias.at[rows].set(bias, mode="drop"))
+
     def decode(
         params: Params,
         meta: MetaState,
@@ -670,6 +704,7 @@ def _programs(
         init_state=jax.jit(init_state, static_argnames=("batch", "context", "max_stop_tokens")),
         sample_first=jax.jit(sample_first, donate_argnames="cache"),
         insert=jax.jit(insert, donate_argnames="state"),
+        set_bias=jax.jit(set_bias, donate_argnames="state"),
         decode=jax.jit(decode, donate_argnames="state"),
         verify=jax.jit(verify, donate_argnames="state"),
     )

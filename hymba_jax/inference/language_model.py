@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hymba_jax.config import DType
+from hymba_jax.config import DType, WeightFormat
 from hymba_jax.config.field_types import fits, shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
@@ -30,6 +30,7 @@ from hymba_jax.inference.engine import (
     SampledTokens,
 )
 from hymba_jax.inference.generation_config import GenerationDefaults
+from hymba_jax.inference.prefix_cache import PrefixCache
 from hymba_jax.inference.prompt_lookup import PromptLookup
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.model import Hymba
@@ -72,11 +73,14 @@ class LanguageModel:
 
     Args:
       state_dtype: that SSM states are stored in; they are computed in float32.
+      weights: of matmuls, "float" as the model has them or "int8".
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
       speculate: whether a sequence that is decoded alone is drafted from what its text said before
         (`PromptLookup`). Its tokens are the same, to the rounding of matmuls of several tokens.
+      prefix_states: states after beginnings of prompts that are kept, each as large as a sequence's
+        cache, so that the turns of a conversation are not prefilled anew (`PrefixCache`).
       defaults: additional end tokens, and sampling defaults.
 
     Raises:
@@ -89,10 +93,12 @@ class LanguageModel:
         tokenizer: Tokenizer,
         *,
         state_dtype: DType = "float32",
+        weights: WeightFormat = "float",
         batch_size: int = 8,
         context: int | None = None,
         max_chunk: int = MAX_CHUNK,
         speculate: bool = False,
+        prefix_states: int = 0,
         defaults: GenerationDefaults | None = None,
     ):
         batch_size = _as_int("batch_size", batch_size)
@@ -104,12 +110,14 @@ class LanguageModel:
         self.engine = Engine(
             model,
             state_dtype=state_dtype,
+            weights=weights,
             context=None if context is None else _as_int("context", context),
             max_chunk=max_chunk,
             allowed=self._in_tokenizer,
         )
         self.batch_size = batch_size
-        self.speculate = speculate
+        self.speculate, self.prefix_states = speculate, prefix_states
+        self._prefix_cache: tuple[int, PrefixCache] | None = None
         self.defaults = defaults or GenerationDefaults()
         if context is not None:
             self.engine.check_memory(1, context)
@@ -310,7 +318,10 @@ class LanguageModel:
             len(prompts[i]) + stream.max_new_tokens
             for (i, _), stream in zip(rows, streams, strict=True)
         )
-        prefilled = engine.prefill([prompts[i] for i in indices], context)
+        if self.prefix_states and len(indices) == 1:
+            prefilled = self._prefixes(context).prefill(engine, prompts[indices[0]], context)
+        else:
+            prefilled = engine.prefill([prompts[i] for i in indices], context)
         if len(indices) < len(rows):
             prefilled = engine.repeat(prefilled, [indices.index(i) for i, _ in rows])
         stop_tokens = self.stop_tokens(config)
@@ -333,6 +344,13 @@ class LanguageModel:
                 return
             state = engine.stop(state, finished)
             state, sampled = engine.decode(state, stream_interval)
+
+    def _prefixes(self, context: int) -> PrefixCache:
+        """The states of caches of this size; those of another are dropped."""
+        size = self.engine.row_bytes(context)
+        if self._prefix_cache is None or self._prefix_cache[0] != size:
+            self._prefix_cache = size, PrefixCache(self.engine.max_chunk, self.prefix_states)
+        return self._prefix_cache[1]
 
     def _speculative_deltas(
         self,

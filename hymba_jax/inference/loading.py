@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
-from hymba_jax.config import DType
+from hymba_jax.config import DType, WeightFormat
 from hymba_jax.convert.peft import merge_peft
 from hymba_jax.files import resolve_location, resolve_path
 from hymba_jax.inference.engine import MAX_CHUNK
@@ -20,10 +20,12 @@ def load(
     *,
     dtype: DType | None = None,
     state_dtype: DType = "float32",
+    weights: WeightFormat = "float",
     batch_size: int = 8,
     context: int | None = None,
     max_chunk: int = MAX_CHUNK,
     speculate: bool = False,
+    prefix_states: int = 0,
     step: Step | None = None,
     adapter: str | os.PathLike[str] = "",
 ) -> LanguageModel:
@@ -36,10 +38,12 @@ def load(
       dtype: of parameters, activations and cache; by default that of the training, but float32 on
         CPUs, where it is fastest.
       state_dtype: that the SSM's states are kept in between tokens.
+      weights: of matmuls, "float" as the model has them or "int8".
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
       speculate: draft what comes next from what the text said before, see `LanguageModel`.
+      prefix_states: states after beginnings of prompts that are kept, see `LanguageModel`.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
       adapter: local directory of a PEFT adapter, which is merged into the model.
@@ -60,10 +64,12 @@ def load(
         tokenizer,
         defaults=read_generation_defaults(resolve_location(directory)),
         state_dtype=state_dtype,
+        weights=weights,
         batch_size=batch_size,
         context=context,
         max_chunk=max_chunk,
         speculate=speculate,
+        prefix_states=prefix_states,
     )
 
 
@@ -78,6 +84,7 @@ class ModelChoice:
       adapter: local directory of a PEFT adapter to merge into the model.
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.
+      weights: of matmuls, "float" as the model has them or "int8", with a scale for each output.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
     """
@@ -87,10 +94,14 @@ class ModelChoice:
     adapter: str = ""
     dtype: DType | None = None
     state_dtype: DType = "float32"
+    weights: WeightFormat = "float"
     batch_size: int = 8
     context: int | None = None
 
-    def load(self, *, max_chunk: int = MAX_CHUNK, speculate: bool = False) -> LanguageModel:
+    def load(
+        self, *, max_chunk: int = MAX_CHUNK, speculate: bool = False, prefix_states: int = 0
+    ) -> LanguageModel:
         """The model, as of `load`. Raises HymbaError if there is none."""
         options = {name: value for name, value in vars(self).items() if name != "model"}
-        return load(self.model, max_chunk=max_chunk, speculate=speculate, **options)
+        options |= {"speculate": speculate, "prefix_states": prefix_states}
+        return load(self.model, max_chunk=max_chunk, **options)

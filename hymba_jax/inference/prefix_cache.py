@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hymba_jax.inference.engine import Prefilled
+from hymba_jax.inference.engine import Engine, Prefilled
 
 MAX_KNOWN = 100_000  # beginnings of prompts that are remembered, 16 bytes each
 
@@ -72,6 +72,22 @@ class PrefixCache:
         self._states.move_to_end(key)
         while len(self._states) > self._max_states:
             self._states.popitem(last=False)
+
+    def prefill(self, engine: Engine, prompt: Sequence[int], context: int) -> Prefilled:
+        """As `Engine.prefill` of one prompt, from the longest beginning whose state is kept.
+
+        Args:
+          engine: whose chunks are this cache's.
+          context: tokens that the sequence may grow to; the same bucket in every call.
+        """
+        length, kept, to_keep = self.look_up(prompt)
+        state = engine.repeat(kept, [0]) if kept else engine.init_prefill(1, context)
+        for chunk in engine.chunks([prompt[length:]]):
+            state = engine.prefill_chunk(state, chunk, is_start=not length)
+            length += int(chunk.lengths[0])
+            if key := to_keep.get(length):
+                self.keep(key, engine.repeat(state, [0]))
+        return state
 
     def clear(self) -> None:
         """Forgets all prompts."""

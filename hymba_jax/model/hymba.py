@@ -69,6 +69,7 @@ class Hymba(nnx.Module):
                 self.groups.append(LayerGroup(config, group.layers, compute, keys, adapter))
             start += group.num_layers
         self.final_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
+        self.quantized_output: Callable[[Array], Array] | None = nnx.data(None)  # `quantized.py`
         if not config.tie_embeddings:
             self.lm_head = Linear(
                 config.hidden_size, config.num_embeddings, ("hidden", "vocab"), compute, rngs
@@ -318,6 +319,8 @@ class Hymba(nnx.Module):
     def _project(
         self, x: Float[Array, "batch length hidden"]
     ) -> Float[Array, "batch length vocab"]:
+        if self.quantized_output is not None:
+            return self.quantized_output(x.astype(jnp.float32))
         param = self.output_projection
         project = matmul_transposed if self.config.tie_embeddings else matmul
         axes = param.get_metadata("axes")

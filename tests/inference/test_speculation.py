@@ -122,6 +122,30 @@ def test_deltas_are_those_without_drafts(model, monkeypatch, interval, stop):
     assert actual == wanted
 
 
+def test_turns_of_a_conversation_are_prefilled_once(model, monkeypatch):
+    """But for less than a chunk; what is said is the same, to the bit."""
+    kept = LanguageModel(make_model(), byte_tokenizer(), context=256, max_chunk=32, prefix_states=2)
+    cold = LanguageModel(make_model(), byte_tokenizer(), context=256, max_chunk=32)
+    prefilled, prefill = [], kept.engine.prefill_chunk
+
+    def counted(state, chunk, **options):
+        prefilled.append(int(chunk.lengths.sum()))
+        return prefill(state, chunk, **options)
+
+    monkeypatch.setattr(kept.engine, "prefill_chunk", counted)
+    conversation, said = "s" * 40, ""
+    for turn in ("who is there?", "and who else?", "nobody", "then good bye"):
+        conversation += said + turn
+        prefilled.clear()
+        ((answer,), (wanted,)) = (
+            each.generate(conversation, max_new_tokens=10) for each in (kept, cold)
+        )
+        assert answer == wanted
+        if said:
+            assert sum(prefilled) < len(byte_tokenizer().encode(said + turn)) + 32
+        said = answer.text
+
+
 class TestPromptLookup:
     def test_what_followed_the_same_tokens(self):
         lookup = PromptLookup([1, 2, 3, 4, 5, 9, 1, 2, 3])

@@ -1,0 +1,93 @@
+"""Weights in 8 bits (`--weights int8`) against float32, on the CPU.
+
+python benchmarks/int8.py [--shape 125m] [--model runs/tiny --text FILE ...] [--json FILE]
+
+A decoding step of one sequence, with a context of 512, of a preset with random weights, and of a
+trained model; times are the shortest of six loops of 16 steps. Bits per byte of a trained model are
+those of the beginnings of text files, by default modules of hymba_jax.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import jax
+import tyro
+from _report import Row, report
+from inference import random_model
+
+from hymba_jax import inference, load
+from hymba_jax.config import PRESETS, WeightFormat
+from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.host import prepare_host
+from hymba_jax.inference.engine import DECODE_STEPS, Engine, Request
+from hymba_jax.inference.language_model import LanguageModel
+
+CONTEXT = 512
+FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+      shape: of a preset; none if empty.
+      model: directory of a trained model; none if empty.
+      characters: of each text.
+    """
+
+    shape: str = "125m"
+    model: str = ""
+    text: tuple[Path, ...] = tuple(sorted(Path(inference.__file__).parent.glob("*.py")))
+    characters: int = 600
+    json: Path | None = None
+
+
+def main(options: Options) -> None:
+    prepare_host()
+    rows = [*measured(options)]
+    report("int8 weights", rows)
+    if options.json:
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measured(options: Options) -> Iterator[Row]:
+    """A row for each model and format."""
+    for weights in FORMATS if options.shape else ():
+        model = random_model(PRESETS[f"hymba-{options.shape}"], "float32")
+        step = step_ms(Engine(model, weights=weights, context=CONTEXT))
+        yield {"model": options.shape, "weights": weights, "step, ms": step}
+    for weights in FORMATS if options.model else ():
+        trained = load(options.model, weights=weights, context=CONTEXT)
+        step, bits = step_ms(trained.engine), bits_per_byte(trained, options)
+        row: Row = {"model": options.model, "weights": weights, "step, ms": step}
+        yield {**row, "bits per byte": f"{bits:.4f}"}
+
+
+def step_ms(engine: Engine) -> float:
+    """Milliseconds of a decoding step of one sequence."""
+    request = Request((), SamplingConfig(), 0, CONTEXT - 64)
+    state, _ = engine.insert(engine.prefill([[1] * 32], CONTEXT), [request])
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        state, sampled = engine.decode(state)
+        jax.block_until_ready(sampled)
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times[1:]) / DECODE_STEPS
+
+
+def bits_per_byte(model: LanguageModel, options: Options) -> float:
+    """Of the beginnings of the texts, each alone."""
+    texts = [path.read_text()[: options.characters] for path in options.text]
+    nats = sum(float(scores.sum()) for scores in model.log_probs(texts))
+    return -nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,51 @@
+"""Weights in 8 bits for inference: each kernel's outputs have a scale of their own."""
+
+from typing import Any
+
+from flax import nnx
+
+from hymba_jax.model.hymba import Hymba
+from hymba_jax.model.layers import Linear
+from hymba_jax.ops.int8_matmul import int8_matmul, quantize
+from hymba_jax.types import Array, Float
+
+
+class QuantizedLinear(nnx.Module):
+    """x @ (kernel * scale), with a kernel of 8-bit integers."""
+
+    def __init__(self, kernel: Float[Array, "features outputs"]):
+        integers, scale = quantize(kernel)
+        self.kernel, self.scale = nnx.Param(integers), nnx.Param(scale)
+
+    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
+        return int8_matmul(x, self.kernel[...], self.scale[...])
+
+
+def quantize_kernels(model: Hymba) -> Hymba:
+    """The same model, changed in place: linear maps and the output projection are quantized.
+
+    The embedding, of which a token reads one row, stays as it is, and so do norms, convolutions and
+    the maps that are computed in float32 whatever the compute dtype is, as they are small.
+
+    Args:
+      model: without adapters.
+    """
+    replaced: dict[int, QuantizedLinear] = {}  # shared maps stay shared
+
+    def quantized(linear: Linear) -> QuantizedLinear:
+        if id(linear) not in replaced:
+            replaced[id(linear)] = QuantizedLinear(linear.kernel[...])
+        return replaced[id(linear)]
+
+    small = {"dt_proj"}
+    owners: list[tuple[Any, str, Linear]] = [
+        (module, name, value)
+        for _, module in nnx.iter_modules(model)
+        for name, value in vars(module).items()
+        if isinstance(value, Linear) and name not in small and module is not model
+    ]
+    for module, name, linear in owners:
+        setattr(module, name, quantized(linear))
+    kernel = model.output_projection[...]
+    model.quantized_output = QuantizedLinear(kernel.T if model.config.tie_embeddings else kernel)
+    return model
