@@ -24,6 +24,7 @@ commands:
   generate     generates completions with a trained model
   chat         chats with a model that has a chat template
   serve        serves a model over HTTP, as the OpenAI API has it
+  batch        answers the requests of a file, in the format of OpenAI's Batch API
   bench-serve  measures a server of that API
   evaluate     measures perplexity and bits per byte of documents, or runs tasks
   warmup       compiles the programs of generation in advance
@@ -49,8 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(tokenize, train, generate, chat, serve, bench_serve, evaluate, warmup, memory),
-        *(designs, schedule, compile, export, convert, inspect),
+        *(tokenize, train, generate, chat, serve, batch, bench_serve, evaluate, warmup),
+        *(memory, designs, schedule, compile, export, convert, inspect),
     )
     by_name = {command.__name__.replace("_", "-"): command for command in commands}
     name = args[0] if args else "--help"
@@ -136,6 +137,14 @@ def serve(args: Sequence[str], prog: str) -> None:
         with _extra("serve"):
             from hymba_jax.serving import command
         command.main(tyro.cli(command.ServeConfig, args=args, prog=prog))
+
+
+def batch(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba batch ...`."""
+    with _inference_command():
+        with _extra("serve"):
+            from hymba_jax.serving import batch
+        batch.main(tyro.cli(batch.BatchConfig, args=args, prog=prog))
 
 
 def bench_serve(args: Sequence[str], prog: str) -> None:

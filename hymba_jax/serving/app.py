@@ -6,102 +6,65 @@ own thread delivers what it samples (`model_thread.py`).
 
 import asyncio
 import hmac
-import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import json_text
 from hymba_jax.inference.completion_stream import Delta
-from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.inference.tool_calls import END
 from hymba_jax.serving.answers import (
-    AnswerFormat,
-    ChatFormat,
-    CompletionFormat,
     Json,
     head,
     merged,
     usage,
 )
-from hymba_jax.serving.messages import forced_beginning, template_messages, template_tools
 from hymba_jax.serving.metrics import Metrics
 from hymba_jax.serving.model_thread import Generation, ModelFailed, ModelThread
 from hymba_jax.serving.protocol import (
     ApiError,
     ChatRequest,
     CompletionRequest,
-    GenerationFields,
-    ToolChoice,
-    logit_bias,
     parse,
-    sampling_config,
 )
-from hymba_jax.serving.scheduler import DeadlineExceeded, GenerationRequest, QueueFull
-from hymba_jax.tokenizer import chat_template
+from hymba_jax.serving.scheduler import DeadlineExceeded, QueueFull
+from hymba_jax.serving.served_model import ApiOptions, Prepared, ServedModel
 
-COMPLETION_TOKENS = 16  # of a completion that names no number, as OpenAI has it
+CHAT_PAGE = Path(__file__).with_name("chat_page.html")
+# It loads nothing from elsewhere, and no other page may frame it.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+}
 
 type Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class ApiOptions:
-    """What a server allows.
+class Api:
+    """The endpoints of a server.
 
-    Attributes:
-      name: of the model.
-      api_keys: one of which a request needs; none are needed if there are none.
-      max_body: bytes of a request.
-      max_tokens: that a request may ask for; as many as fit the context if absent.
-      timeout: seconds that a request may take.
+    Args:
+      models: the thread of each model that requests may name.
     """
 
-    name: str
-    api_keys: tuple[str, ...] = ()
-    max_body: int = 4_000_000
-    max_tokens: int | None = None
-    timeout: float = 600.0
-
-
-class Prepared(NamedTuple):
-    """A request as it is submitted, and how its answer is written."""
-
-    requests: list[GenerationRequest]
-    answer: AnswerFormat
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(request.prompt) for request in self.requests)
-
-
-class Api:
-    """The endpoints of a model."""
-
-    def __init__(self, model: LanguageModel, thread: ModelThread, options: ApiOptions) -> None:
-        self._model, self._thread, self._options = model, thread, options
-        self._metrics = Metrics(thread.scheduler, options.name)
-        self._created = int(time.time())
-        self._answer_end: tuple[tuple[str, ...], tuple[int, ...]] = ((), ())
-        if model.tokenizer.chat_template is not None:
-            self._answer_end = chat_template.answer_end(model.tokenizer)
+    def __init__(self, models: Mapping[str, ModelThread], options: ApiOptions) -> None:
+        self._models = {name: ServedModel(name, thread, options) for name, thread in models.items()}
+        self._options = options
+        self._metrics = Metrics({name: thread.scheduler for name, thread in models.items()})
 
     def app(self) -> Starlette:
         """The application, for an ASGI server."""
         guarded = self._guarded
         return Starlette(
             routes=[
+                Route("/", self.page),
                 Route("/health", self.health),
                 Route("/ready", self.ready),
                 Route("/metrics", self.metrics),
@@ -118,13 +81,19 @@ class Api:
             },
         )
 
+    async def page(self, request: Request) -> Response:
+        """A page to chat on, which asks for a key if one is needed."""
+        return HTMLResponse(CHAT_PAGE.read_text("utf-8"), headers=PAGE_HEADERS)
+
     async def health(self, request: Request) -> Response:
-        """Whether the model's thread is alive."""
-        return Response(status_code=200 if self._thread.is_alive else 503)
+        """Whether the models' threads are alive."""
+        is_alive = all(served.thread.is_alive for served in self._models.values())
+        return Response(status_code=200 if is_alive else 503)
 
     async def ready(self, request: Request) -> Response:
         """Whether all programs are compiled, so that requests are served at once."""
-        is_ready = self._thread.is_alive and self._thread.is_ready
+        threads = [served.thread for served in self._models.values()]
+        is_ready = all(thread.is_alive and thread.is_ready for thread in threads)
         return Response(status_code=200 if is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -132,33 +101,33 @@ class Api:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
-        """The one model, in a list."""
-        return JSONResponse({"object": "list", "data": [self._about_model()]})
+        """All models, in a list."""
+        about = [served.about for served in self._models.values()]
+        return JSONResponse({"object": "list", "data": about})
 
     async def one_model(self, request: Request) -> Response:
         """The model of that name."""
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._about_model())
+        return JSONResponse(self._served(request.path_params["name"]).about)
 
     async def completions(self, request: Request) -> Response:
         """Completions of prompts."""
         asked = parse(CompletionRequest, await self._body(request))
-        return await self._answer(request, asked, self._prepare_completions)
+        return await self._answer(request, asked, ServedModel.prepare_completions)
 
     async def chat(self, request: Request) -> Response:
         """The next answer in a conversation."""
         asked = parse(ChatRequest, await self._body(request))
-        return await self._answer(request, asked, self._prepare_chat)
+        return await self._answer(request, asked, ServedModel.prepare_chat)
 
-    async def _answer[T: GenerationFields](
-        self, request: Request, asked: T, prepare: Callable[[T], Prepared]
+    async def _answer[T: (ChatRequest, CompletionRequest)](
+        self, request: Request, asked: T, prepare: Callable[[ServedModel, T], Prepared]
     ) -> Response:
-        self._check_model(asked.model)
+        served = self._served(asked.model)
         if asked.stream_options and not asked.stream:
             raise ApiError(400, "stream_options needs stream", param="stream_options")
         try:
-            prepared = await asyncio.to_thread(prepare, asked)
-            generation = Generation(self._thread, prepared.requests)
+            prepared = await asyncio.to_thread(prepare, served, asked)
+            generation = Generation(served.thread, prepared.requests)
         except HymbaError as error:
             raise _refusal(error) from error
         if asked.stream:
@@ -172,111 +141,6 @@ class Api:
         finally:
             generation.cancel()
 
-    def _prepare_completions(self, asked: CompletionRequest) -> Prepared:
-        if asked.echo and asked.logprobs is not None:
-            raise ApiError(400, "log-probabilities of echoed prompts are not served", param="echo")
-        given: Any = asked.prompt
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]
-        allowed = self._options.max_tokens or COMPLETION_TOKENS
-        max_tokens = self._max_tokens(asked.max_tokens or min(COMPLETION_TOKENS, allowed))
-        prompts = self._model.encode(given, max_new_tokens=max_tokens)
-        sampling = self._sampling(asked, max_tokens)
-        alternatives = asked.logprobs or 0
-        requests = [self._request(asked, prompt, sampling, alternatives) for prompt in prompts]
-        echoes = [""] * len(prompts)
-        if asked.echo:
-            decode = self._model.tokenizer.decode
-            echoes = [text if isinstance(text, str) else decode(text) for text in given]
-        answer = CompletionFormat(
-            self._model.tokenizer,
-            echoes,
-            asked.n or 1,
-            log_probs=asked.logprobs is not None,
-        )
-        return Prepared(requests, answer)
-
-    def _prepare_chat(self, asked: ChatRequest) -> Prepared:
-        if asked.top_logprobs and not asked.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs")
-        tools, forced = template_tools(asked), forced_beginning(asked)
-        prompt = self._model.encode_chat(template_messages(asked.messages), tools=tools)
-        if forced:
-            prompt += self._model.tokenizer.encode(forced, parse_special=True)
-        is_one_call = isinstance(asked.tool_choice, ToolChoice)
-        room = self._model.engine.max_context - len(prompt)
-        wanted = asked.max_completion_tokens or asked.max_tokens
-        if wanted is None:
-            if room < 1:
-                raise ApiError(
-                    400,
-                    f"the conversation has {len(prompt)} tokens, which leaves no room for an "
-                    f"answer in the context of {self._model.engine.max_context}",
-                    param="messages",
-                )
-            wanted = min(room, self._options.max_tokens or room)
-        stops, stop_tokens = self._answer_end
-        sampling = self._sampling(
-            asked,
-            self._max_tokens(wanted),
-            stop=stops + ((END,) if is_one_call else ()),
-            stop_tokens=stop_tokens,
-        )
-        answer = ChatFormat(
-            self._model.tokenizer,
-            log_probs=bool(asked.logprobs),
-            has_tools=tools is not None,
-            forced=forced,
-            closes_call=is_one_call,
-        )
-        return Prepared([self._request(asked, prompt, sampling, asked.top_logprobs or 0)], answer)
-
-    def _max_tokens(self, wanted: int) -> int:
-        limit = self._options.max_tokens
-        if limit is not None and wanted > limit:
-            raise ApiError(
-                400, f"max_tokens is {wanted}: the server allows {limit}", param="max_tokens"
-            )
-        return wanted
-
-    def _sampling(
-        self,
-        asked: GenerationFields,
-        max_new_tokens: int,
-        *,
-        stop: tuple[str, ...] = (),
-        stop_tokens: tuple[int, ...] = (),
-    ) -> SamplingConfig:
-        given = [name for name, value in asked if value is not None]
-        defaults: Mapping[str, Any] = {"temperature": 1.0}  # as OpenAI has it
-        if self._model.defaults.applies(given):
-            defaults = self._model.defaults.sampling
-        strings = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
-        return sampling_config(
-            asked,
-            defaults,
-            max_new_tokens=max_new_tokens,
-            seed=secrets.randbits(32) if asked.seed is None else asked.seed % 2**32,
-            stop=strings + stop,
-            stop_tokens=(*(asked.stop_token_ids or ()), *stop_tokens),
-        )
-
-    def _request(
-        self,
-        asked: GenerationFields,
-        prompt: list[int],
-        sampling: SamplingConfig,
-        alternatives: int,
-    ) -> GenerationRequest:
-        return GenerationRequest(
-            prompt,
-            sampling,
-            num_samples=asked.n or 1,
-            logit_bias=logit_bias(asked),
-            alternatives=alternatives,
-            timeout=self._options.timeout,
-        )
-
     async def _whole(self, prepared: Prepared, generation: Generation) -> Json:
         """An answer in one piece."""
         choices: dict[int, list[Delta]] = {}
@@ -285,7 +149,7 @@ class Api:
                 choices.setdefault(_choice(prepared, delta), []).append(delta)
         whole = {choice: merged(choices[choice]) for choice in sorted(choices)}
         return {
-            **head(prepared.answer, self._options.name, is_chunk=False),
+            **head(prepared.answer, prepared.served.name, is_chunk=False),
             "choices": [prepared.answer.whole(*item) for item in whole.items()],
             "usage": usage(
                 prepared.prompt_tokens, sum(len(delta.tokens) for delta in whole.values())
@@ -297,7 +161,7 @@ class Api:
     ) -> AsyncIterator[str]:
         """An answer in chunks, as server-sent events."""
         answer = prepared.answer
-        about = head(answer, self._options.name, is_chunk=True)
+        about = head(answer, prepared.served.name, is_chunk=True)
         about |= {"usage": None} if with_usage else {}
         opened, tokens = set[int](), 0
         try:
@@ -318,7 +182,8 @@ class Api:
         yield "data: [DONE]\n\n"
 
     def _observed(self, prepared: Prepared, generation: Generation) -> Any:
-        return self._metrics.observe(generation.deltas(), prepared.prompt_tokens)
+        name = prepared.served.name
+        return self._metrics.observe(name, generation.deltas(), prepared.prompt_tokens)
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request. Raises ApiError if it is too large, or too slow."""
@@ -346,23 +211,17 @@ class Api:
 
         return handle
 
-    def _check_model(self, name: str) -> None:
-        if name != self._options.name:
+    def _served(self, name: str) -> ServedModel:
+        """The model of that name. Raises ApiError if there is none."""
+        if name not in self._models:
+            names = ", ".join(map(repr, self._models))
             raise ApiError(
                 404,
-                f"there is no model {name!r}, only {self._options.name!r}",
+                f"there is no model {name!r}, only {names}",
                 param="model",
                 code="model_not_found",
             )
-
-    def _about_model(self) -> Json:
-        return {
-            "id": self._options.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "hymba_jax",
-            "max_model_len": self._model.engine.max_context,
-        }
+        return self._models[name]
 
 
 class JSONResponse(Response):

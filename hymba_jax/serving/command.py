@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from types import FrameType
 from typing import Annotated
@@ -16,9 +16,10 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import MIN_CHUNK, bucket
 from hymba_jax.inference.hidden_fields import without
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.serving.app import Api, ApiOptions
+from hymba_jax.serving.app import Api
 from hymba_jax.serving.model_thread import ModelThread
 from hymba_jax.serving.scheduler import Scheduler
+from hymba_jax.serving.served_model import ApiOptions
 
 TERMINATED = 128 + int(signal.SIGTERM)
 API_KEY = "HYMBA_API_KEY"
@@ -35,6 +36,8 @@ class ServeConfig:
       host: address to listen at; the default can be reached from this machine only.
       port: 0 is any free one.
       name: of the model in the API; that of its directory if absent.
+      adapter: PEFT adapters, each as NAME=DIRECTORY: requests for the model NAME are answered with
+        the adapter merged into a copy of the model, with slots, queue and prefix cache of its own.
       api_key: one of which a request must have, as must $HYMBA_API_KEY; none are needed if there
         are none.
       slots: sequences that are decoded at the same time, a power of two.
@@ -54,11 +57,12 @@ class ServeConfig:
 
     choice: Annotated[
         ModelChoice,
-        tyro.conf.arg(name="", constructor=without(ModelChoice, "batch_size")),
+        tyro.conf.arg(name="", constructor=without(ModelChoice, "batch_size", "adapter")),
     ]
     host: str = "127.0.0.1"
     port: int = 8000
     name: str = ""
+    adapter: tuple[str, ...] = ()
     api_key: tuple[str, ...] = ()
     slots: int = 8
     queue: int = 256
@@ -74,6 +78,12 @@ class ServeConfig:
             raise HymbaError(
                 f"prefill_chunk is {self.prefill_chunk}, not a power of two from {MIN_CHUNK}"
             )
+        for adapter in self.adapter:
+            if not all(adapter.partition("=")):
+                raise HymbaError(f"adapter is {adapter!r}, not NAME=DIRECTORY")
+        names = [adapter.partition("=")[0] for adapter in self.adapter]
+        if len({*names, self.model_name}) <= len(names):
+            raise HymbaError("adapter: two models have the same name")
         if not all(self.api_key):
             raise HymbaError("api_key is empty")
         for name in ("queue", "max_body", "max_tokens", "timeout"):
@@ -84,6 +94,23 @@ class ServeConfig:
             raise HymbaError(f"prefix_cache is {self.prefix_cache}, not at least 0")
         if not 0 <= self.port < 2**16:
             raise HymbaError(f"port is {self.port}, not 0 to {2**16 - 1}")
+
+    @property
+    def model_name(self) -> str:
+        """Of the model without an adapter, in the API."""
+        return self.name or PurePath(self.choice.model).name
+
+    def load(self) -> dict[str, ModelThread]:
+        """The thread of each model. Raises HymbaError if one cannot be loaded, or does not fit."""
+        choices = {self.model_name: self.choice}
+        for adapter in self.adapter:
+            name, _, directory = adapter.partition("=")
+            choices[name] = replace(self.choice, adapter=directory)
+        return {name: ModelThread(self._scheduler(choice)) for name, choice in choices.items()}
+
+    def _scheduler(self, choice: ModelChoice) -> Scheduler:
+        model = choice.load(max_chunk=self.prefill_chunk)
+        return Scheduler(model, self.slots, self.queue, prefix_bytes=self.prefix_cache)
 
 
 def main(config: ServeConfig) -> None:
@@ -98,17 +125,14 @@ def main(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig, listener: socket.socket) -> None:
-    """Loads the model and serves it at a bound socket."""
-    name = config.name or PurePath(config.choice.model).name
+    """Loads the models and serves them at a bound socket."""
     keys = (*config.api_key, *filter(None, [os.environ.get(API_KEY)]))
-    options = ApiOptions(name, keys, config.max_body, config.max_tokens, config.timeout)
-    model = config.choice.load(max_chunk=config.prefill_chunk)
-    thread = ModelThread(
-        Scheduler(model, config.slots, config.queue, prefix_bytes=config.prefix_cache)
-    )
+    options = ApiOptions(keys, config.max_body, config.max_tokens, config.timeout)
+    threads = config.load()
+    name = ", ".join(threads)
     server = uvicorn.Server(
         uvicorn.Config(
-            Api(model, thread, options).app(),
+            Api(threads, options).app(),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -122,16 +146,24 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     def stop() -> None:
         server.should_exit = True
 
+    def note_ready() -> None:
+        if all(thread.is_ready for thread in threads.values()):
+            _note(f"{name} at {address}: ready")
+
     _note(f"{name} at {address}: compiling")
-    thread.start(on_ready=lambda: _note(f"{name} at {address}: ready"), on_end=stop)
+    for thread in threads.values():
+        thread.start(on_ready=note_ready, on_end=stop)
     signal.signal(signal.SIGTERM, _exit)  # which uvicorn raises again when it has stopped
     try:
         server.run(sockets=[listener])
     finally:
-        thread.stop()
-        _note(f"{name}: stopped; {thread.scheduler.num_completed} completions were complete")
-    if thread.error is not None:
-        raise HymbaError(f"the model has failed: {thread.error}")
+        for thread in threads.values():
+            thread.stop()
+        completed = sum(thread.scheduler.num_completed for thread in threads.values())
+        _note(f"{name}: stopped; {completed} completions were complete")
+    for model, thread in threads.items():
+        if thread.error is not None:
+            raise HymbaError(f"{model} has failed: {thread.error}")
 
 
 def _listen(host: str, port: int) -> socket.socket:

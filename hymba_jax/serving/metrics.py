@@ -1,7 +1,7 @@
 """What is measured of a server, for Prometheus; names are vLLM's where the meaning is the same."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -20,21 +20,20 @@ class Metrics:
     """Counters and histograms of the requests of one server.
 
     Args:
-      scheduler: whose running and waiting requests are reported.
-      model: its name, a label of every metric.
+      schedulers: of each model, whose name is a label of its metrics.
     """
 
-    def __init__(self, scheduler: Scheduler, model: str) -> None:
+    def __init__(self, schedulers: Mapping[str, Scheduler]) -> None:
         self._registry = CollectorRegistry()
         label: Any = {"registry": self._registry, "labelnames": ["model_name"]}
 
         def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, **label).labels(model)
+            return Counter(name, text, **label)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, buckets=buckets, **label).labels(model)
+            return Histogram(name, text, buckets=buckets, **label)
 
-        self._registry.register(_SchedulerCollector(scheduler, model))
+        self._registry.register(_SchedulerCollector(schedulers))
         self._prompt_tokens = counter("vllm:prompt_tokens", "tokens of prompts")
         self._generated = counter("vllm:generation_tokens", "tokens of completions")
         self._finished = Counter(
@@ -43,7 +42,6 @@ class Metrics:
             registry=self._registry,
             labelnames=["model_name", "finished_reason"],
         )
-        self._model = model
         self._to_first = histogram(
             "vllm:time_to_first_token_seconds", "from the request to its first token", _TO_FIRST
         )
@@ -55,25 +53,25 @@ class Metrics:
         )
 
     async def observe(
-        self, deltas: AsyncIterator[Delta], prompt_tokens: int
+        self, model: str, deltas: AsyncIterator[Delta], prompt_tokens: int
     ) -> AsyncIterator[Delta]:
         """The deltas of a request, measured as they pass."""
         start = time.monotonic()
         before: dict[tuple[int, int], float] = {}  # when each completion had its last tokens
-        self._prompt_tokens.inc(prompt_tokens)
+        self._prompt_tokens.labels(model).inc(prompt_tokens)
         async for delta in deltas:
             now, place = time.monotonic(), (delta.index, delta.sample)
             if not before:
-                self._to_first.observe(now - start)
+                self._to_first.labels(model).observe(now - start)
             if delta.tokens:
                 for _ in delta.tokens if place in before else ():
-                    self._between.observe((now - before[place]) / len(delta.tokens))
-                self._generated.inc(len(delta.tokens))
+                    self._between.labels(model).observe((now - before[place]) / len(delta.tokens))
+                self._generated.labels(model).inc(len(delta.tokens))
             before[place] = now
             if delta.finish_reason:
-                self._finished.labels(self._model, delta.finish_reason).inc()
+                self._finished.labels(model, delta.finish_reason).inc()
             yield delta
-        self._whole.observe(time.monotonic() - start)
+        self._whole.labels(model).observe(time.monotonic() - start)
 
     def text(self) -> bytes:
         """All of them, in Prometheus's text format."""
@@ -81,24 +79,27 @@ class Metrics:
 
 
 class _SchedulerCollector(Collector):
-    """What a scheduler knows itself."""
+    """What schedulers know themselves."""
 
-    def __init__(self, scheduler: Scheduler, model: str) -> None:
-        self._scheduler, self._model = scheduler, model
+    def __init__(self, schedulers: Mapping[str, Scheduler]) -> None:
+        self._schedulers = schedulers
 
     def collect(self) -> Iterator[Metric]:
         """One metric of each kind."""
-        scheduler, prefixes = self._scheduler, self._scheduler.prefixes
-        gauges = {
-            "num_requests_running": ("sequences in the running batch", scheduler.num_running),
-            "num_requests_waiting": ("requests that wait for a slot", scheduler.num_waiting),
+        gauges: dict[str, tuple[str, Callable[[Scheduler], int]]] = {
+            "num_requests_running": ("sequences in the running batch", lambda s: s.num_running),
+            "num_requests_waiting": ("requests that wait for a slot", lambda s: s.num_waiting),
         }
-        counters = {
-            "prefix_cache_queries": ("tokens looked up", prefixes.queried_tokens),
-            "prefix_cache_hits": ("tokens that need not be prefilled", prefixes.hit_tokens),
+        counters: dict[str, tuple[str, Callable[[Scheduler], int]]] = {
+            "prefix_cache_queries": ("tokens looked up", lambda s: s.prefixes.queried_tokens),
+            "prefix_cache_hits": (
+                "tokens that need not be prefilled",
+                lambda s: s.prefixes.hit_tokens,
+            ),
         }
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in metrics.items():
                 family = kind(f"vllm:{name}", text, labels=["model_name"])
-                family.add_metric([self._model], value)
+                for model, scheduler in self._schedulers.items():
+                    family.add_metric([model], value(scheduler))
                 yield family

@@ -1,7 +1,8 @@
 """Requests and errors of the OpenAI API, as far as it is served.
 
 Fields that would change an answer and are not served are refused, not ignored. Those of vLLM that
-OpenAI's API lacks are `top_k`, `min_p`, `repetition_penalty` and `stop_token_ids`.
+OpenAI's API lacks are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and
+`structured_outputs`.
 """
 
 import json
@@ -50,6 +51,19 @@ class StreamOptions(_Model):
     include_usage: bool = False
 
 
+class StructuredOutputs(_Model):
+    """What an answer has to follow, as vLLM has it; one of these.
+
+    Attributes:
+      json_schema: "json".
+      grammar: in Lark's notation.
+    """
+
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
 class GenerationFields(_Model):
     """What completions and chat completions share."""
 
@@ -69,6 +83,7 @@ class GenerationFields(_Model):
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None  # names who asks, and changes nothing
 
     @property
@@ -140,8 +155,18 @@ class ToolChoice(_Model):
     function: FunctionName
 
 
+class JsonSchema(_Model):
+    """A schema with its name, which changes nothing; it is followed whether `strict` or not."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
 class ResponseFormat(_Model):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(GenerationFields):
@@ -155,6 +180,34 @@ class ChatRequest(GenerationFields):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
+
+
+def structured_outputs(asked: ChatRequest | CompletionRequest) -> StructuredOutputs | None:
+    """What an answer has to follow, if anything.
+
+    Raises:
+      ApiError: a response format without its schema, or several things to follow.
+    """
+    wanted = [asked.structured_outputs] if asked.structured_outputs else []
+    form = asked.response_format if isinstance(asked, ChatRequest) else None
+    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+        raise ApiError(
+            400, 'json_schema belongs to the type "json_schema"', param="response_format"
+        )
+    if form is not None and form.type != "text":
+        schema = form.json_schema and form.json_schema.json_schema
+        wanted.append(
+            StructuredOutputs.model_validate(
+                {"json": {"type": "object"} if schema is None else schema}
+            )
+        )
+    if sum(len(each.model_dump(exclude_none=True)) for each in wanted) != len(wanted):
+        raise ApiError(400, "structured_outputs names not one of json, regex and grammar")
+    if len(wanted) > 1:
+        raise ApiError(400, "structured_outputs and response_format exclude each other")
+    if wanted and isinstance(asked, ChatRequest) and asked.tools and asked.tool_choice != "none":
+        raise ApiError(400, "an answer that calls tools cannot follow a grammar", param="tools")
+    return wanted[0] if wanted else None
 
 
 def parse[T: _Model](kind: type[T], body: bytes) -> T:

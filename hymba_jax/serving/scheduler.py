@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
@@ -39,6 +40,8 @@ from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.prefix_cache import PrefixCache
 from hymba_jax.inference.sampling import MAX_ALTERNATIVES
 from hymba_jax.inference.warmup import prompt_lengths
+from hymba_jax.serving.grammar import Grammar, Matcher
+from hymba_jax.types import Float
 
 MAX_STOP_TOKENS = 32  # of a request, the model's own included
 MAX_LOGIT_BIAS = 100.0
@@ -67,6 +70,7 @@ class GenerationRequest:
       logit_bias: tokens with what is added to their logits.
       alternatives: how many of the likeliest tokens are reported beside each sampled one.
       timeout: seconds from its submission in which it must be complete.
+      grammar: that completions have to follow.
     """
 
     prompt: Sequence[int]
@@ -75,6 +79,7 @@ class GenerationRequest:
     logit_bias: tuple[tuple[int, float], ...] = ()
     alternatives: int = 0
     timeout: float | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(eq=False)
@@ -120,6 +125,8 @@ class _Running(NamedTuple):
 
     job: Job
     stream: CompletionStream
+    request: Request
+    matcher: Matcher | None
 
 
 @dataclass
@@ -228,6 +235,7 @@ class Scheduler:
         for error in outputs:
             if isinstance(error, HymbaError):
                 raise error
+        self._state = self._engine.set_bias(self._state, {})
         self._num_completed = 0
         self.prefixes.clear()
 
@@ -332,17 +340,16 @@ class Scheduler:
         if not is_last:
             state = self._copy(state)
         request = job.request
-        row, stream = (
-            self._free[-1],
-            CompletionStream(
-                self.model.tokenizer,
-                request.prompt,
-                request.sampling,
-                self._context,
-                sample=sample,
-                alternatives=request.alternatives,
-            ),
+        row = self._free[-1]
+        stream = CompletionStream(
+            self.model.tokenizer,
+            request.prompt,
+            request.sampling,
+            self._context,
+            sample=sample,
+            alternatives=request.alternatives,
         )
+        matcher = request.grammar.start() if request.grammar else None
         inserted = Request(
             request.prompt,
             request.sampling,
@@ -351,6 +358,7 @@ class Scheduler:
             self.model.stop_tokens(request.sampling),
             request.logit_bias,
             alternatives=request.alternatives > 0,
+            mask=matcher.mask() if matcher else None,
         )
         self._state, sampled = self._engine.insert(state, [inserted], self._state, [row])
         self._free.pop()
@@ -358,7 +366,7 @@ class Scheduler:
         if is_last:
             self._prefill = None
         self._abandoned.discard(row)
-        self._rows[row] = _Running(job, stream)
+        self._rows[row] = _Running(job, stream, inserted, matcher)
         self._push({row: 0}, sampled)
 
     def _decode(self) -> None:
@@ -367,14 +375,32 @@ class Scheduler:
         if self._abandoned:
             self._state = self._engine.stop(self._state, sorted(self._abandoned))
             self._abandoned.clear()
-        self._state, sampled = self._engine.decode(self._state, self.decode_steps)
+        biases = self._masked_biases()
+        if biases:
+            self._state = self._engine.set_bias(self._state, biases)
+        steps = 1 if biases else self.decode_steps  # the next mask depends on the next token
+        self._state, sampled = self._engine.decode(self._state, steps)
         self._push({row: row for row in self._rows}, sampled)
+
+    def _masked_biases(self) -> dict[int, Float[np.ndarray, " vocab"]]:
+        """What is added to the logits of rows that follow a grammar."""
+        biases: dict[int, Float[np.ndarray, " vocab"]] = {}
+        for row, running in self._rows.items():
+            if running.matcher is None or running.job.has_ended:
+                continue
+            try:
+                masked = running.request._replace(mask=running.matcher.mask())
+            except HymbaError as error:
+                running.job.fail(error)
+            else:
+                biases[row] = masked.bias(self.model.config.num_embeddings)
+        return biases
 
     def _push(self, rows: dict[int, int], sampled: SampledTokens) -> None:
         """Delivers what was sampled for these rows of the batch, each in a row of `sampled`."""
         values: Any = jax.device_get(sampled)
         for row, index in rows.items():
-            job, stream = self._rows[row]
+            job, stream, _, matcher = self._rows[row]
             if job.has_ended:  # since this step began
                 continue
             try:
@@ -387,3 +413,5 @@ class Scheduler:
             if stream.finished:
                 self._num_completed += 1
                 self._release(row)
+            elif matcher is not None:
+                matcher.push(int(values[0][index][0]))

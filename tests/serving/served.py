@@ -4,7 +4,7 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import uvicorn
@@ -12,9 +12,10 @@ from inference.models import byte_tokenizer, make_model
 
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.language_model import LanguageModel
-from hymba_jax.serving.app import Api, ApiOptions
+from hymba_jax.serving.app import Api
 from hymba_jax.serving.model_thread import ModelThread
 from hymba_jax.serving.scheduler import GenerationRequest, Job, Output, Scheduler
+from hymba_jax.serving.served_model import ApiOptions
 from hymba_jax.tokenizer import Tokenizer
 
 CONTEXT, CHUNK, SLOTS = 64, 16, 4
@@ -27,9 +28,12 @@ TEMPLATE = (
 
 
 @functools.cache
-def model() -> LanguageModel:
+def model(scale: float = 1.0) -> LanguageModel:
+    """Another one for each scale of its embedding."""
     tokenizer = Tokenizer(byte_tokenizer().model, "<s>", "</s>", TEMPLATE)
-    return LanguageModel(make_model(), tokenizer, context=CONTEXT, max_chunk=CHUNK)
+    hymba = make_model()
+    hymba.embedding[...] *= scale
+    return LanguageModel(hymba, tokenizer, context=CONTEXT, max_chunk=CHUNK)
 
 
 class ScriptedThread(ModelThread):
@@ -62,12 +66,17 @@ class ScriptedThread(ModelThread):
 
 
 @contextmanager
-def serving(options: ApiOptions) -> Iterator[tuple[str, ScriptedThread]]:
-    """The address of a server on this machine, and the thread of its model."""
+def serving(
+    options: ApiOptions, others: Mapping[str, LanguageModel] | None = None
+) -> Iterator[tuple[str, ScriptedThread]]:
+    """The address of a server on this machine, and the thread of its model "tiny"."""
     thread = ScriptedThread(Scheduler(model(), slots=SLOTS))
+    threads: dict[str, ModelThread] = {"tiny": thread}
+    for name, other in (others or {}).items():
+        threads[name] = ModelThread(Scheduler(other, slots=SLOTS))
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        Api(model(), thread, options).app(),
+        Api(threads, options).app(),
         log_level="error",
         lifespan="off",
         ws="none",
@@ -75,16 +84,18 @@ def serving(options: ApiOptions) -> Iterator[tuple[str, ScriptedThread]]:
     )
     server = uvicorn.Server(config)
     runner = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
+    for each in threads.values():
+        each.start()
     runner.start()
     try:
-        wait_until(lambda: thread.is_ready and server.started)
+        wait_until(lambda: all(t.is_ready for t in threads.values()) and server.started)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", thread
     finally:
         server.should_exit = True
         runner.join()
-        thread.stop()
-    assert thread.error is None
+        for each in threads.values():
+            each.stop()
+    assert not any(each.error for each in threads.values())
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:

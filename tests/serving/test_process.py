@@ -16,6 +16,8 @@ from serving.served import model, wait_until
 
 from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
+from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.serving.command import ServeConfig
 
 
 @contextmanager
@@ -82,6 +84,8 @@ def test_streams_that_take_longer_than_the_grace_are_cancelled(tmp_path):
         (["--queue", "0"], "queue is 0, not above 0"),
         (["--prefix-cache", "-1"], "prefix_cache is -1, not at least 0"),
         (["--api-key", ""], "api_key is empty"),
+        (["--adapter", "one"], "adapter is 'one', not NAME=DIRECTORY"),
+        (["--adapter", "gone=a"], "adapter: two models have the same name"),
         (["--port", "65536"], "port is 65536, not 0 to 65535"),
         (["--host", "203.0.113.1"], "203.0.113.1, port 8000: Cannot assign requested address: na"),
         (["--port", "0"], "gone: no model found"),
@@ -93,6 +97,21 @@ def test_what_cannot_be_served(monkeypatch, options, message):
         cli.main(["serve", "--model", "gone", *options])
     assert str(stopped.value).startswith(f"error: {message}")
     assert "\n" not in str(stopped.value)
+
+
+def test_adapters_by_name(monkeypatch):
+    """Each is merged into a copy of the model."""
+    loaded = []
+
+    def load(choice, *, max_chunk):
+        loaded.append((choice.model, choice.adapter, max_chunk))
+        return model()
+
+    monkeypatch.setattr(ModelChoice, "load", load)
+    choice = ModelChoice("runs/base")
+    config = ServeConfig(choice, adapter=("a=x", "b=y=z"), prefill_chunk=64, prefix_cache=0)
+    assert [*config.load()] == ["base", "a", "b"]
+    assert loaded == [("runs/base", adapter, 64) for adapter in ("", "x", "y=z")]
 
 
 def test_a_missing_package(monkeypatch):

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import random
+import re
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,11 @@ from serving.served import CONTEXT, model, serving, wait_until
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.serving import bench
-from hymba_jax.serving.app import ApiOptions
 from hymba_jax.serving.bench import BenchConfig, Measured
 from hymba_jax.serving.scheduler import Scheduler
+from hymba_jax.serving.served_model import ApiOptions
 
-OPTIONS = ApiOptions("tiny", ("secret", "other"), max_body=20_000, max_tokens=50, timeout=60)
+OPTIONS = ApiOptions(("secret", "other"), max_body=20_000, max_tokens=50, timeout=60)
 TOOLS = [
     {
         "type": "function",
@@ -339,6 +340,30 @@ OK = {"model": "tiny", "prompt": "a"}
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "h"}]}
 
 
+def test_the_model_that_is_named_answers():
+    """As an adapter's name does; each counts its own requests."""
+    with (
+        serving(ApiOptions(), {"second": model(1.5)}) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        assert [each.id for each in client.models.list().data] == ["tiny", "second"]
+        texts = {}
+        for name, which in (("tiny", model()), ("second", model(1.5)), ("second", model(1.5))):
+            answer = client.completions.create(
+                model=name, prompt="def f", max_tokens=8, temperature=0
+            )
+            assert answer.model == name
+            assert answer.choices[0].text == which.generate("def f", max_new_tokens=8)[0].text
+            texts[name] = answer.choices[0].text
+        assert texts["tiny"] != texts["second"]
+        with pytest.raises(openai.NotFoundError, match="there is no model 'x', only 'tiny', 'sec"):
+            client.completions.create(model="x", prompt="a")
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        counts = dict(line.rsplit(" ", 1) for line in lines if "latency_seconds_count" in line)
+        name = 'vllm:e2e_request_latency_seconds_count{{model_name="{}"}}'
+        assert [counts[name.format(each)] for each in ("tiny", "second")] == ["1.0", "2.0"]
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("path", "body", "status", "message"),
@@ -383,7 +408,6 @@ class TestErrors:
                 "leaves no room for an answer in the context of 64",
             ),
             ("chat/completions", HI | {"top_logprobs": 1}, 400, "top_logprobs needs logprobs"),
-            ("chat/completions", HI | {"response_format": {"type": "json_object"}}, 400, "respon"),
             ("chat/completions", HI | {"tool_choice": "required"}, 400, "there are no tools"),
             (
                 "chat/completions",
@@ -463,7 +487,7 @@ class TestErrors:
 
     def test_an_error_of_our_own(self, client, server, monkeypatch):
         """Says nothing of what happened here."""
-        monkeypatch.setattr("hymba_jax.serving.app.logit_bias", lambda asked: 1 / 0)
+        monkeypatch.setattr("hymba_jax.serving.served_model.logit_bias", lambda asked: 1 / 0)
         with pytest.raises(openai.InternalServerError) as error:
             client.completions.create(**OK)
         assert error.value.body["message"] == "internal error"
@@ -481,6 +505,15 @@ def test_health_and_metrics(client, server):
     assert float(values['vllm:prefix_cache_queries_total{model_name="tiny"}']) == 0
     assert float(values['vllm:time_to_first_token_seconds_count{model_name="tiny"}']) >= 1
     assert server[1].scheduler.num_completed == before + 1
+
+
+def test_the_page(server):
+    """It comes without a key, and loads nothing from elsewhere (driven in test_chat_page.py)."""
+    response = httpx.get(server[0])
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+    assert not re.search(r"(src|href)=|https?:|innerHTML", response.text)
 
 
 @pytest.mark.parametrize("stream", [True, False])

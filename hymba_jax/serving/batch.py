@@ -1,0 +1,186 @@
+"""`hymba batch`: requests from a file, answers to a file, in the format of OpenAI's Batch API.
+
+The requests go to the endpoints of `hymba serve`, without a network between: the file is answered
+as a server of the same model would answer it.
+"""
+
+import asyncio
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any
+
+import httpx
+import tyro
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import check_output_file, json_text, parse_json, read_text, resolve_path
+from hymba_jax.inference.hidden_fields import without
+from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.serving.app import Api
+from hymba_jax.serving.model_thread import ModelThread
+from hymba_jax.serving.scheduler import Scheduler
+from hymba_jax.serving.served_model import ApiOptions
+
+MAX_WAITING = 2**20  # prompts; a request may have many
+URLS = ("/v1/completions", "/v1/chat/completions")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Answers the requests of a file, many at a time.
+
+    A line of the input is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or
+    "/v1/completions", "body": {...}}; one of the output has its custom_id, and the response with
+    its status. Answers come in the order in which they are complete. They are collected in
+    OUTPUT.partial, with which the same command resumes where it was stopped.
+
+    Attributes:
+      input: file of JSON lines.
+      output: file that is there when all requests are answered.
+      name: of the model in the requests; that of its directory if absent.
+      slots: sequences that are decoded at the same time, a power of two.
+      prefix_cache: bytes of memory for states after beginnings of prompts, so that what prompts
+        share is prefilled once; 0 is none.
+    """
+
+    choice: Annotated[
+        ModelChoice,
+        tyro.conf.arg(name="", constructor=without(ModelChoice, "batch_size")),
+    ]
+    input: str
+    output: str
+    name: str = ""
+    slots: int = 8
+    prefix_cache: int = 2**28
+
+
+def main(config: BatchConfig) -> None:
+    """Answers what is not answered yet, and says how many requests were refused.
+
+    Raises:
+      HymbaError: a file or the model cannot be read, or a line is no request.
+    """
+    output = resolve_path(config.output)
+    check_output_file(output)
+    requests = read_requests(config.input)
+    partial = output.with_name(f"{output.name}.partial")
+    done = _answered(partial)
+    left = [request for request in requests if request["custom_id"] not in done]
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if done:
+        console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")
+    if left:
+        name = config.name or PurePath(config.choice.model).name
+        scheduler = Scheduler(
+            config.choice.load(), config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache
+        )
+        thread = ModelThread(scheduler)
+        thread.start()
+        try:
+            asyncio.run(_answer_all({name: thread}, left, partial, console))
+        finally:
+            thread.stop()
+        if thread.error is not None:
+            raise HymbaError(f"the model has failed: {thread.error}")
+    answers = [parse_json(line) for line in read_text(partial).splitlines()]
+    os.replace(partial, output)
+    refused = sum(answer["error"] is not None for answer in answers)
+    console.print(f"{output}: {len(answers)} answers, {refused} of them errors")
+
+
+def read_requests(name: str) -> list[dict[str, Any]]:
+    """The requests of a file. Raises HymbaError if a line is none, or has the id of another."""
+    requests, ids = [], set[str]()
+    for place, value in _lines(resolve_path(name)):
+        if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
+            raise HymbaError(f'{place}: not an object with a "custom_id"')
+        if value.get("method") != "POST" or value.get("url") not in URLS:
+            raise HymbaError(f'{place}: "method" is not POST, or "url" none of {", ".join(URLS)}')
+        if not isinstance(value.get("body"), dict) or value["body"].get("stream"):
+            raise HymbaError(f'{place}: no "body", or one with "stream"')
+        if value["custom_id"] in ids:
+            raise HymbaError(f"{place}: another line has the custom_id {value['custom_id']!r}")
+        ids.add(value["custom_id"])
+        requests.append(value)
+    if not requests:
+        raise HymbaError(f"{name}: there are no requests in it")
+    return requests
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = read_text(path)
+    except FileNotFoundError as error:
+        raise HymbaError(f"{path}: no such file") from error
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {i}", parse_json(line)
+            except ValueError as error:
+                raise HymbaError(f"{path}, line {i}: broken JSON ({error})") from error
+
+
+def _answered(partial: Path) -> set[str]:
+    """The ids in a file of answers, whose last line is dropped if it was cut off."""
+    if not partial.exists():
+        return set()
+    whole = partial.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if len(kept) < len(whole):
+        os.truncate(partial, len(kept))
+    return {value["custom_id"] for _, value in _lines(partial)}
+
+
+async def _answer_all(
+    threads: dict[str, ModelThread],
+    requests: list[dict[str, Any]],
+    partial: Path,
+    console: Console,
+) -> None:
+    """Appends the answers to a file as they are complete."""
+    app = Api(threads, ApiOptions(max_body=2**62, timeout=math.inf)).app()
+    slots = sum(thread.scheduler.slots for thread in threads.values())
+    waiting = iter(requests)  # shared by all clients
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with (
+        partial.open("a", encoding="utf-8") as file,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("answering", total=len(requests))
+
+        async def answer_some(client: httpx.AsyncClient) -> None:
+            for request in waiting:
+                response = await client.post(request["url"], content=json_text(request["body"]))
+                if not all(thread.is_alive for thread in threads.values()):
+                    return  # that is no answer
+                file.write(json_text(_answer(request["custom_id"], response)) + "\n")
+                file.flush()
+                progress.advance(task)
+
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://batch", timeout=None
+        ) as client:
+            # As many again as there are slots are prepared meanwhile.
+            await asyncio.gather(*(answer_some(client) for _ in range(2 * slots)))
+
+
+def _answer(custom_id: str, response: httpx.Response) -> dict[str, Any]:
+    body = json.loads(response.content)
+    return {
+        "id": f"batch_req_{secrets.token_hex(12)}",
+        "custom_id": custom_id,
+        "response": {
+            "status_code": response.status_code,
+            "request_id": body.get("id", ""),
+            "body": body,
+        },
+        "error": body.get("error"),
+    }

@@ -1,0 +1,99 @@
+"""Answers that a grammar allows: JSON schemas, regular expressions and Lark grammars.
+
+llguidance says before each token which ones may come, and what is sampled is one of them. A mask is
+computed on the host, while the device waits, in about a tenth of a millisecond.
+"""
+
+import functools
+from typing import Any
+
+import llguidance
+import llguidance.numpy as bitmasks
+import numpy as np
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.tokenizer import chat_template
+from hymba_jax.types import Bool
+
+
+class Matcher:
+    """Where an answer is in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, num_tokens: int) -> None:
+        self._matcher = matcher
+        self._mask = np.zeros(vocab_size, bool)
+        self._bits = bitmasks.allocate_token_bitmask(1, num_tokens)
+
+    def mask(self) -> Bool[np.ndarray, " vocab"]:
+        """The tokens that may come next.
+
+        Raises:
+          HymbaError: there are none, or the grammar has become too complex.
+        """
+        bitmasks.fill_next_token_bitmask(self._matcher, self._bits)
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(self._mask)]
+        self._mask[: len(allowed)] = allowed
+        if self._matcher.is_error() or not self._mask.any():
+            raise HymbaError(f"the grammar allows no token: {_line(self._matcher.get_error())}")
+        return self._mask
+
+    def push(self, token: int) -> None:
+        """Goes on behind a token that the mask allowed."""
+        self._matcher.consume_token(token)
+
+
+class Grammar:
+    """A grammar that answers have to follow."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, num_tokens: int) -> None:
+        self._matcher, self._sizes = matcher, (vocab_size, num_tokens)
+
+    def start(self) -> Matcher:
+        """The beginning of an answer."""
+        return Matcher(self._matcher.deep_copy(), *self._sizes)
+
+
+class Grammars:
+    """Compiles grammars for the tokens of a model.
+
+    Attributes:
+      ends: tokens that an answer may end with, where its grammar lets it.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._vocab_size = model.config.num_embeddings
+        self._model = model.tokenizer.model
+        ends = {model.config.eos_token_id, *model.defaults.eos_token_ids}
+        if model.tokenizer.chat_template is not None:
+            ends.update(chat_template.answer_end(model.tokenizer)[1])
+        self.ends = tuple(sorted(ends))
+
+    @functools.cached_property
+    def _tokens(self) -> llguidance.LLTokenizer:
+        try:
+            return llguidance.LLTokenizer(self._model.to_str(), eos_token=[*self.ends])
+        except Exception as error:
+            raise HymbaError(f"grammars: the tokenizer is not supported: {error}") from error
+
+    def of_json_schema(self, schema: dict[str, Any]) -> Grammar:
+        """JSON that a schema describes. Raises HymbaError if it is no schema."""
+        return self._compile(llguidance.LLMatcher.grammar_from_json_schema(schema))
+
+    def of_regex(self, pattern: str) -> Grammar:
+        """Text that a regular expression matches. Raises HymbaError if it is none."""
+        return self._compile(llguidance.LLMatcher.grammar_from_regex(pattern))
+
+    def of_lark(self, text: str) -> Grammar:
+        """Text of a language in Lark's notation. Raises HymbaError if it is none."""
+        return self._compile(llguidance.LLMatcher.grammar_from_lark(text))
+
+    def _compile(self, grammar: str) -> Grammar:
+        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise HymbaError(f"the grammar is invalid: {_line(matcher.get_error())}")
+        return Grammar(matcher, self._vocab_size, self._tokens.vocab_size)
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())[:300]

@@ -1,0 +1,86 @@
+"""`hymba batch`: a file of requests, answered as by a server."""
+
+import json
+
+import pytest
+from serving.served import model
+
+from hymba_jax.errors import HymbaError
+from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.serving import batch
+from hymba_jax.serving.batch import BatchConfig
+
+CHAT = {"messages": [{"role": "user", "content": "h"}], "temperature": 0, "max_tokens": 5}
+
+
+def line(custom_id, url="/v1/completions", **body):
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m"} | body}
+
+
+LINES = [
+    *(line(f"t{n}", prompt="ab", max_tokens=n, temperature=0) for n in range(1, 15)),
+    line("chat", "/v1/chat/completions", **CHAT),
+    line("é", prompt="a", n=0),
+    line("big", prompt="a" * 99),
+]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(ModelChoice, "load", lambda self: model())
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    names = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "out.jsonl")}
+    return BatchConfig(ModelChoice("runs/m"), **names, slots=4, prefix_cache=0)
+
+
+def read(path):
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    return {answer["custom_id"]: answer for answer in answers}
+
+
+def test_every_request_is_answered_once(config, tmp_path, capsys):
+    """Also if the command was killed, in the middle of a line: what is answered stays as it is."""
+    kept = {"custom_id": "t3", "response": "kept", "error": None}
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text(json.dumps(kept) + '\n{"custom_id": "t4", "resp')
+    batch.main(config)
+    assert not partial.exists()
+    answers = read(tmp_path / "out.jsonl")
+    assert sorted(answers) == sorted(each["custom_id"] for each in LINES)
+    assert answers.pop("t3") == kept
+    (whole,) = model().generate("ab", max_new_tokens=14)
+    for n in {*range(1, 15)} - {3}:
+        response = answers[f"t{n}"]["response"]
+        assert response["status_code"] == 200
+        assert response["body"]["choices"][0]["text"] == whole.text[:n]
+        assert response["request_id"] == response["body"]["id"]
+    prompt = model().encode_chat(CHAT["messages"])
+    (wanted,) = model().generate([prompt], max_new_tokens=5)
+    (choice,) = answers["chat"]["response"]["body"]["choices"]
+    assert choice["message"]["content"] == wanted.text
+    for refused in ("é", "big"):
+        assert answers[refused]["response"]["status_code"] == 400
+        assert answers[refused]["error"]["type"] == "invalid_request_error"
+    notes = capsys.readouterr().err
+    assert f"resumes with {len(LINES) - 1} of {len(LINES)} requests" in notes
+    assert f"{len(LINES)} answers, 2 of them errors" in notes
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "there are no requests in it"),
+        (["{"], "line 1: broken JSON"),
+        ([LINES[0], {}], 'line 2: not an object with a "custom_id"'),
+        ([LINES[0], LINES[0]], "line 2: another line has the custom_id 't1'"),
+        ([line("a", "/v1/models")], '"url" none of /v1/completions, /v1/chat/completions'),
+        ([line("a", stream=True)], 'no "body", or one with "stream"'),
+    ],
+)
+def test_what_is_refused(config, tmp_path, lines, message):
+    text = "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(HymbaError) as error:
+        batch.main(config)
+    assert message in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()

@@ -1,0 +1,142 @@
+"""Answers that follow a grammar: what llguidance allows, whatever the model says."""
+
+import json
+import re
+
+import openai
+import pytest
+from serving.served import CONTEXT, SLOTS, model, serving
+
+from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.errors import HymbaError
+from hymba_jax.serving.grammar import Grammars
+from hymba_jax.serving.scheduler import GenerationRequest, Scheduler
+from hymba_jax.serving.served_model import ApiOptions
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 23]}, "b": {"type": "array", "items": {"type": "boolean"}}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "h"}], "max_tokens": 40}
+TEXT = {"model": "tiny", "prompt": "a", "max_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        serving(ApiOptions()) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def response_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_json_schema(client, seed):
+    """A random model, at a temperature at which it writes anything, ends where the object does."""
+    options = CHAT | {"temperature": 3.0, "n": 2, "response_format": response_format(SCHEMA)}
+    for choice in client.chat.completions.create(**options, seed=seed).choices:
+        assert choice.message.content.strip()[0] == "{"
+        if choice.finish_reason == "stop":
+            value = json.loads(choice.message.content)
+            assert value["a"] in (1, 23)
+            assert set(value) <= {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "pattern"),
+    [
+        ({"regex": r"[0-9]{3}-(x|yz)"}, r"[0-9]{3}-(x|yz)"),
+        ({"grammar": 'start: item ("," item)+\nitem: "no" | "yes"'}, r"(no|yes)(,(no|yes))+"),
+        ({"json": {"const": "é"}}, r'"é"'),
+    ],
+)
+def test_other_grammars(client, outputs, pattern):
+    extra = {"structured_outputs": outputs}
+    options = TEXT | {"temperature": 1.5, "logit_bias": {str(model().tokenizer.eos_id): 90}}
+    (choice,) = client.completions.create(**options, extra_body=extra).choices
+    assert re.fullmatch(pattern, choice.text)
+    assert choice.finish_reason == "stop"
+    parts = client.completions.create(**options, seed=5, stream=True, extra_body=extra)
+    assert re.fullmatch(pattern, "".join(part.choices[0].text for part in parts))
+
+
+def test_rows_beside_it_are_as_they_were():
+    """A row with a grammar, whose mask changes in each step, and rows without, bit for bit."""
+    scheduler = Scheduler(model(), slots=SLOTS, decode_steps=4)
+    grammar = Grammars(model()).of_regex("(ab)*c")
+    free = GenerationRequest([1, 5], SamplingConfig(max_new_tokens=20))
+    bound = GenerationRequest(
+        [1, 6], SamplingConfig(max_new_tokens=15, temperature=1.0), num_samples=2, grammar=grammar
+    )
+
+    def served(*requests):
+        outputs = [[] for _ in requests]
+        for request, to in zip(requests, outputs, strict=True):
+            scheduler.submit(request, to.append)
+        while scheduler.has_work:
+            scheduler.step()
+        return [
+            (
+                [token for delta in to for token in delta.tokens],
+                [value for delta in to for value in delta.log_probs],
+                "".join(delta.text for delta in to if delta.sample == 0),
+            )
+            for to in outputs
+        ]
+
+    together = served(bound, free, free)
+    assert together[1] == together[2] == served(free)[0]
+    assert re.fullmatch("(ab)*(c|a?)", together[0][2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"response_format": response_format({"type": "objec"})}, "the grammar is invalid: "),
+        ({"response_format": {"type": "json_schema"}}, 'json_schema belongs to the type "json_sc'),
+        ({"response_format": {"type": "x"}}, "response_format.type: Input should be"),
+        ({"structured_outputs": {"regex": "(a"}}, "the grammar is invalid: "),
+        ({"structured_outputs": {"grammar": "start: x"}}, "the grammar is invalid: "),
+        ({"structured_outputs": {}}, "names not one of json, regex and grammar"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "exclude each other",
+        ),
+        (
+            {
+                "response_format": {"type": "json_object"},
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            "calls tools cannot follow a grammar",
+        ),
+    ],
+)
+def test_what_is_refused(client, changes, message):
+    extra = {name: changes[name] for name in changes if name == "structured_outputs"}
+    known = {name: changes[name] for name in changes if name != "structured_outputs"}
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**CHAT | known, extra_body=extra)
+    assert message in error.value.body["message"]
+
+
+def test_a_grammar_that_no_token_can_follow(monkeypatch):
+    """The request ends with an error, and its slot is free."""
+    scheduler, outputs = Scheduler(model(), slots=SLOTS), []
+    grammar = Grammars(model()).of_regex("ab")
+    request = GenerationRequest([1], SamplingConfig(max_new_tokens=CONTEXT // 2), grammar=grammar)
+    scheduler.submit(request, outputs.append)
+    while not outputs:
+        scheduler.step()
+    (running,) = scheduler._rows.values()
+    running.matcher.push(model().tokenizer.encode("z")[0])  # not what was sampled
+    while scheduler.has_work:
+        scheduler.step()
+    assert isinstance(outputs[-1], HymbaError)
+    assert str(outputs[-1]).startswith("the grammar allows no token: ")
+    assert len(scheduler._free) == SLOTS
