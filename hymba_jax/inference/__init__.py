@@ -4,7 +4,8 @@
 |------------------------|-------------------------------------------------------------------|
 | `language_model.py`    | text in, text out                                                 |
 | `prompts.py`           | prompts to tokens                                                 |
-| `engine.py`            | the compiled programs: prefill, insert, decode                    |
+| `engine.py`            | the compiled programs: prefill, insert, decode, verify            |
+| `prompt_lookup.py`     | drafts of what comes next, from what the text said before         |
 | `prefix_cache.py`      | states after the beginnings of prompts, kept between requests     |
 | `sampling.py`          | sampling the next token                                           |
 | `completion_stream.py` | sampled tokens to the deltas of a completion                      |

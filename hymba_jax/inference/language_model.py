@@ -183,7 +183,9 @@ class LanguageModel:
         rows = min(len(sequences) * config.num_samples, self.batch_size)
         longest = max(map(len, sequences))
         self.engine.check_memory(
-            rows, longest + min(config.max_new_tokens, self.engine.max_context - longest)
+            rows,
+            longest + min(config.max_new_tokens, self.engine.max_context - longest),
+            prefilled=self.prefix_states,
         )
         return self._deltas(sequences, config, stream_interval)
 

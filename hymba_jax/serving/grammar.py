@@ -67,7 +67,7 @@ class Grammars:
         ends = {model.config.eos_token_id, *model.defaults.eos_token_ids}
         if model.tokenizer.chat_template is not None:
             ends.update(chat_template.answer_end(model.tokenizer)[1])
-        self.ends = tuple(sorted(ends))
+        self.ends = tuple(sorted(ends & {*self._model.get_vocab().values()}))
 
     @functools.cached_property
     def _tokens(self) -> llguidance.LLTokenizer:

@@ -349,7 +349,13 @@ class Scheduler:
             sample=sample,
             alternatives=request.alternatives,
         )
-        matcher = request.grammar.start() if request.grammar else None
+        try:
+            matcher = request.grammar.start() if request.grammar else None
+            mask = matcher.mask() if matcher else None
+        except HymbaError as error:
+            job.fail(error)
+            self._prefill = None
+            return
         inserted = Request(
             request.prompt,
             request.sampling,
@@ -358,7 +364,7 @@ class Scheduler:
             self.model.stop_tokens(request.sampling),
             request.logit_bias,
             alternatives=request.alternatives > 0,
-            mask=matcher.mask() if matcher else None,
+            mask=mask,
         )
         self._state, sampled = self._engine.insert(state, [inserted], self._state, [row])
         self._free.pop()

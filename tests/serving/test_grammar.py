@@ -9,7 +9,7 @@ from serving.served import CONTEXT, SLOTS, model, serving
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.serving.grammar import Grammars
+from hymba_jax.serving.grammar import Grammar, Grammars
 from hymba_jax.serving.scheduler import GenerationRequest, Scheduler
 from hymba_jax.serving.served_model import ApiOptions
 
@@ -125,18 +125,31 @@ def test_what_is_refused(client, changes, message):
     assert message in error.value.body["message"]
 
 
-def test_a_grammar_that_no_token_can_follow(monkeypatch):
-    """The request ends with an error, and its slot is free."""
-    scheduler, outputs = Scheduler(model(), slots=SLOTS), []
+@pytest.mark.parametrize("at_first", [True, False])
+def test_a_grammar_that_no_token_can_follow(at_first):
+    """The request ends with an error, and its slot is free; others are served."""
+    scheduler, outputs, others = Scheduler(model(), slots=SLOTS), [], []
+    (wrong,) = model().tokenizer.encode("z")
+
+    class Broken(Grammar):
+        def start(self):
+            matcher = super().start()
+            matcher.push(wrong)
+            return matcher
+
     grammar = Grammars(model()).of_regex("ab")
+    if at_first:
+        grammar = Broken(grammar._matcher, *grammar._sizes)
     request = GenerationRequest([1], SamplingConfig(max_new_tokens=CONTEXT // 2), grammar=grammar)
     scheduler.submit(request, outputs.append)
-    while not outputs:
-        scheduler.step()
-    (running,) = scheduler._rows.values()
-    running.matcher.push(model().tokenizer.encode("z")[0])  # not what was sampled
+    scheduler.submit(GenerationRequest([1], SamplingConfig(max_new_tokens=3)), others.append)
+    if not at_first:
+        while not outputs:
+            scheduler.step()
+        next(iter(scheduler._rows.values())).matcher.push(wrong)  # not what was sampled
     while scheduler.has_work:
         scheduler.step()
     assert isinstance(outputs[-1], HymbaError)
     assert str(outputs[-1]).startswith("the grammar allows no token: ")
+    assert others[-1].finish_reason
     assert len(scheduler._free) == SLOTS
