@@ -28,6 +28,7 @@ from hymba_jax.serving.model_thread import ModelThread
 from hymba_jax.serving.scheduler import Scheduler
 from hymba_jax.serving.served_model import ApiOptions
 
+CHUNK = 256  # tokens of prompts that are prefilled at once; the prefix cache keeps whole chunks
 MAX_WAITING = 2**20  # prompts; a request may have many
 URLS = ("/v1/completions", "/v1/chat/completions")
 
@@ -78,9 +79,8 @@ def main(config: BatchConfig) -> None:
         console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")
     if left:
         name = config.name or PurePath(config.choice.model).name
-        scheduler = Scheduler(
-            config.choice.load(), config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache
-        )
+        model = config.choice.load(max_chunk=CHUNK)
+        scheduler = Scheduler(model, config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache)
         thread = ModelThread(scheduler)
         thread.start()
         try:

@@ -50,7 +50,7 @@ def test_rounding():
 
 def test_a_model_has_the_quantized_values():
     """All kernels but that of dt, in prefill and in decoding."""
-    config = dataclasses.replace(TINY, tie_embeddings=False)
+    config = dataclasses.replace(TINY, layers="G", tie_embeddings=False)
     quantized = LanguageModel(make_model(config), byte_tokenizer(), weights="int8")
     model = make_model(config)
     for path, weight in nnx.to_flat_state(nnx.state(model)):

@@ -27,7 +27,7 @@ LINES = [
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(ModelChoice, "load", lambda self: model())
+    monkeypatch.setattr(ModelChoice, "load", lambda self, **options: model())
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, LINES)))
     names = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "out.jsonl")}
     return BatchConfig(ModelChoice("runs/m"), **names, slots=4, prefix_cache=0)
