@@ -61,7 +61,7 @@ def measured(options: Options) -> Iterator[Row]:
     for weights in FORMATS if options.shape else ():
         model = random_model(PRESETS[f"hymba-{options.shape}"], "float32")
         step = step_ms(Engine(model, weights=weights, context=CONTEXT))
-        yield {"model": options.shape, "weights": weights, "step, ms": step}
+        yield {"model": options.shape, "weights": weights, "step, ms": step, "bits per byte": ""}
     for weights in FORMATS if options.model else ():
         trained = load(options.model, weights=weights, context=CONTEXT)
         step, bits = step_ms(trained.engine), bits_per_byte(trained, options)
