@@ -19,7 +19,9 @@ from hymba_jax.parallel.mesh import AnyMesh, make_mesh
 def load_model(
     directory: str | os.PathLike[str], *, dtype: DType | None = None, step: Step | None = None
 ) -> Hymba:
-    """The model on one device, its layers stacked as the directory has them; an adapter is merged.
+    """The model on one device of this process, its layers stacked as the directory has them.
+
+    An adapter is merged.
 
     Args:
       dtype: of parameters and activations; by default that of the training, but float32 on CPUs,
@@ -35,7 +37,7 @@ def load_model(
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else compute.dtype
     compute = dataclasses.replace(compute, remat="none", dtype=dtype, param_dtype=dtype)
-    devices = jax.devices()[:1]
+    devices = jax.local_devices()[:1]
     mesh = make_mesh(devices)
     graph, template = abstract_model(config, compute, mesh)
     check_fits(

@@ -9,6 +9,7 @@ from typing import Any
 from hymba_jax.checkpoint.checksums import digest, tree_checksums
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
+from hymba_jax.parallel.processes import is_main_process
 
 
 class Answers:
@@ -40,10 +41,15 @@ class Answers:
     def __getitem__(self, key: str) -> Any:
         return self._answers[key]
 
+    @property
+    def digest(self) -> str:
+        """Of what is answered."""
+        return hashlib.blake2b(repr(sorted(self._answers)).encode(), digest_size=16).hexdigest()
+
     def add(self, answers: dict[str, Any]) -> None:
-        """Keeps answers, and appends them to the file."""
+        """Keeps answers, and appends them to the file; of several processes the first does."""
         self._answers |= answers
-        if self._path and answers:
+        if self._path and answers and is_main_process():
             lines = (json.dumps({"key": key, "answer": value}) for key, value in answers.items())
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in lines))

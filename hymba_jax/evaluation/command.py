@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hymba_jax.checkpoint.checkpoints import checkpoint_steps, resolve_step
 from hymba_jax.config.data import LossOn, OnBadRecord
+from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
 from hymba_jax.data.content import make_content
 from hymba_jax.data.documents import read_documents
@@ -20,6 +21,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.documents import EncodedDocument, encode_documents
 from hymba_jax.evaluation.perplexity import score_documents
 from hymba_jax.evaluation.progress import progress_bar
+from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.evaluation.report import (
     PerplexityReport,
     curve_table,
@@ -31,6 +33,7 @@ from hymba_jax.figures import make_figure
 from hymba_jax.files import check_output_file, replace_text, resolve_location, resolve_path
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.parallel.processes import distributed_session, is_main_process
 from hymba_jax.tokenizer import Tokenizer
 
 _MANY = "no model has so long a context"
@@ -77,6 +80,9 @@ class EvaluateConfig:
     in windows, each of which adds the next `stride` tokens: a token is predicted from all that come
     before it, or from more than `window - stride` of them.
 
+    Every device has a copy of the model and computes batches of its own, also those of several
+    processes, each of which is given the same options and the same files.
+
     Attributes:
       window: tokens that a token is predicted from, at most; the model's context if 0.
       stride: tokens between windows; half a window if 0.
@@ -111,6 +117,7 @@ class EvaluateConfig:
     answers: str = ""
     limit: int = 0
     output: str = ""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         if problems := [*self._problems()]:
@@ -140,10 +147,11 @@ def main(config: EvaluateConfig) -> None:
     Raises:
       HymbaError: there is no such model, text or task, or a file cannot be written.
     """
-    if config.task_names:
-        _run_tasks(config)
-    else:
-        _measure_perplexity(config)
+    with distributed_session(config.distributed):
+        if config.task_names:
+            _run_tasks(config)
+        else:
+            _measure_perplexity(config)
 
 
 def _run_tasks(config: EvaluateConfig) -> None:
@@ -157,13 +165,15 @@ def _run_tasks(config: EvaluateConfig) -> None:
     if config.apply_chat_template and not model.tokenizer.chat_templates:
         raise HymbaError(f"{config.choice.model}: its tokenizer has no chat template")
     results = tasks.run_tasks(
-        harness.HarnessModel(model, harness.open_answers(config.answers, model)),
+        harness.HarnessModel(model, harness.open_answers(config.answers, model), Replicas(model)),
         config.task_names,
         manager,
         num_fewshot=config.num_fewshot,
         limit=config.limit,
         apply_chat_template=config.apply_chat_template,
     )
+    if not is_main_process():
+        return
     print(tasks.tables(results))
     if output:
         results["config"] |= _about_model(config.choice, model)
@@ -177,8 +187,10 @@ def _measure_perplexity(config: EvaluateConfig) -> None:
         check_output_file(path)
     if image:
         make_figure(image, 1, 1)  # complains now, not after the evaluation
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, quiet=not is_main_process())
     report = evaluate(config.choice.load(), config, console)
+    if not is_main_process():
+        return
     console.print(summary_table(report))
     console.print(curve_table(report))
     if output:
@@ -210,7 +222,9 @@ def evaluate(model: LanguageModel, config: EvaluateConfig, console: Console) -> 
     if not any(document.is_scored.any() for document in documents):
         raise HymbaError(f"{config.data.path}: no token to score: give longer documents")
     with progress_bar("scoring", "tokens") as advance:
-        scores, positions = score_documents(model, documents, window, stride, advance)
+        scores, positions = score_documents(
+            model, documents, window, stride, advance, Replicas(model)
+        )
     about = {
         **_about_model(config.choice, model),
         "data": config.data.path,

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import batched
 from typing import Any
 
@@ -22,12 +22,14 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.answers import Answers
 from hymba_jax.evaluation.control_marks import encode_marked, has_marks, mark
 from hymba_jax.evaluation.progress import progress_bar
+from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.files import check_output_file, resolve_path
 from hymba_jax.host import prepare_host
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.completion_stream import check_finite
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.warmup import use_compilation_cache
+from hymba_jax.parallel.processes import require_agreement
 from hymba_jax.tokenizer.chat_template import render_chat
 
 try:
@@ -63,16 +65,26 @@ class HarnessModel(TemplateLM):
     are computed in batches of about the same length; each is computed once, however often it is
     asked. A context that is too long is truncated from the left.
 
+    The same requests have answers of the same bits in any order and on any number of devices; what
+    is computed in one batch depends on the batch size, which changes log-likelihoods by rounding.
+
     Args:
       answers: where answers are kept.
+      replicas: what computes them; the model where it is if absent.
 
     Raises:
       HymbaError: from its methods, if the model cannot do what a task asks for.
     """
 
-    def __init__(self, model: LanguageModel, answers: Answers | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        answers: Answers | None = None,
+        replicas: Replicas | None = None,
+    ) -> None:
         super().__init__()
         self._model, self._answers = model, answers or Answers()
+        self._replicas = replicas or Replicas(model, [model.engine.device])
 
     @classmethod
     def create_from_arg_obj(
@@ -103,7 +115,7 @@ class HarnessModel(TemplateLM):
         if not directory:
             raise HymbaError("model_args: name a model: path=DIRECTORY")
         model = ModelChoice(directory, **given).load()
-        return cls(model, open_answers(file, model))
+        return cls(model, open_answers(file, model), Replicas(model))
 
     @classmethod
     def create_from_arg_string(
@@ -218,22 +230,12 @@ class HarnessModel(TemplateLM):
 
     def _score(self, missing: dict[str, tuple[list[int], int]], quiet: bool) -> None:
         """Computes these, and keeps their answers."""
-        engine, batch_size = self._model.engine, self._model.batch_size
-        jobs = sorted(missing.items(), key=lambda job: len(job[1][0]), reverse=True)
+        # Of equal length by their tokens, so that batches do not depend on the order of requests.
+        jobs = sorted(missing.items(), key=lambda job: (len(job[1][0]), job[1]), reverse=True)
         if jobs:
-            engine.check_memory(min(len(jobs), batch_size), len(jobs[0][1][0]) - 1)
-        with progress_bar("scoring", "requests", disable=quiet) as advance:
-            for done, batch in enumerate(batched(jobs, batch_size)):
-                advance(done * batch_size, len(jobs))
-                answers = {}
-                scores = engine.score([tokens for _, (tokens, _) in batch])
-                for (key, (_, count)), score in zip(batch, scores, strict=True):
-                    continuation = slice(len(score.log_probs) - count, None)
-                    log_probs = score.log_probs[continuation]
-                    check_finite("a request", score.log_probs)
-                    total = float(log_probs.sum(dtype=np.float64))
-                    answers[key] = total, bool(score.is_likeliest[continuation].all())
-                self._answers.add(answers)
+            rows = min(len(jobs), self._model.batch_size)
+            self._model.engine.check_memory(rows, len(jobs[0][1][0]) - 1)
+        self._compute("scoring", _score_batch, [*batched(jobs, self._model.batch_size)], quiet)
 
     def generate_until(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions up to a stop string, without it.
@@ -273,17 +275,24 @@ class HarnessModel(TemplateLM):
         by_config: dict[SamplingConfig, list[tuple[str, list[int]]]] = {}
         for key, (prompt, config) in missing.items():
             by_config.setdefault(config, []).append((key, prompt))
-        done = 0
-        with progress_bar("generating", "requests", disable=quiet) as advance:
-            for config, jobs in by_config.items():
-                jobs.sort(key=lambda job: len(job[1]), reverse=True)
-                for batch in batched(jobs, self._model.batch_size):
-                    advance(done, len(missing))
-                    completions = self._model.generate([prompt for _, prompt in batch], config)
-                    self._answers.add(
-                        {key: each.text for (key, _), each in zip(batch, completions, strict=True)}
-                    )
-                    done += len(batch)
+        batches: list[tuple[SamplingConfig, tuple[tuple[str, list[int]], ...]]] = []
+        for config, jobs in by_config.items():
+            jobs.sort(key=lambda job: (len(job[1]), job[1]), reverse=True)
+            batches += ((config, batch) for batch in batched(jobs, self._model.batch_size))
+        self._compute("generating", _generate_batch, batches, quiet)
+
+    def _compute[Batch](
+        self,
+        what: str,
+        function: Callable[[LanguageModel, Batch], dict[str, Any]],
+        batches: Sequence[Batch],
+        quiet: bool,
+    ) -> None:
+        """Keeps the answers to batches of requests, by their keys, as they come."""
+        with progress_bar(what, "batches", disable=quiet) as advance:
+            for done, answers in enumerate(self._replicas.map(function, batches), 1):
+                self._answers.add(answers)
+                advance(done, len(batches))
 
     def _sampling(self, options: Mapping[str, Any]) -> SamplingConfig:
         """The sampling that a task asks for; filters have no effect on greedy decoding."""
@@ -304,17 +313,43 @@ class HarnessModel(TemplateLM):
         )
 
 
+def _score_batch(
+    model: LanguageModel, batch: Sequence[tuple[str, tuple[list[int], int]]]
+) -> dict[str, tuple[float, bool]]:
+    """By key the log-likelihood of a continuation, and whether it is greedy."""
+    answers = {}
+    scores = model.engine.score([tokens for _, (tokens, _) in batch])
+    for (key, (_, count)), score in zip(batch, scores, strict=True):
+        continuation = slice(len(score.log_probs) - count, None)
+        check_finite("a request", score.log_probs)
+        total = float(score.log_probs[continuation].sum(dtype=np.float64))
+        answers[key] = total, bool(score.is_likeliest[continuation].all())
+    return answers
+
+
+def _generate_batch(
+    model: LanguageModel, batch: tuple[SamplingConfig, Sequence[tuple[str, list[int]]]]
+) -> dict[str, str]:
+    """By key the completion of a prompt."""
+    config, jobs = batch
+    completions = model.generate([prompt for _, prompt in jobs], config)
+    return {key: each.text for (key, _), each in zip(jobs, completions, strict=True)}
+
+
 def open_answers(file: str, model: LanguageModel) -> Answers:
     """The answers in a file, which need not exist yet; those of this process without a name.
 
     Raises:
-      HymbaError: the file cannot be written, or holds something else.
+      HymbaError: the file cannot be written, or holds something else, or is not the same file for
+        all processes.
     """
     if not file:
         return Answers()
     path = resolve_path(file)
     check_output_file(path)
-    return Answers(path, model)
+    answers = Answers(path, model)
+    require_agreement({f"what {file} has answers to": answers.digest})
+    return answers
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.documents import EncodedDocument
+from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.evaluation.windows import Window, windows
 from hymba_jax.inference import LanguageModel
 from hymba_jax.types import Float, Int
@@ -58,15 +59,17 @@ def score_documents(
     window: int,
     stride: int,
     advance: Callable[[int, int], object] = lambda done, total: None,
+    replicas: Replicas | None = None,
 ) -> tuple[list[DocumentScores], PositionSums]:
     """The scores of each document from its own start, long ones in windows (`windows`).
 
     Windows of about the same length are computed together, so little is padding. What is computed
-    beside a window changes its scores by float32 rounding at most.
+    beside a window changes its scores by float32 rounding at most; the number of devices does not.
 
     Args:
       window, stride: of long documents, in tokens.
       advance: called with how many tokens are done, of all that are computed.
+      replicas: what computes them; the model where it is if absent.
 
     Raises:
       HymbaError: too little memory, or the model's logits are not finite.
@@ -84,13 +87,21 @@ def score_documents(
     if jobs:
         longest = jobs[0].window.stop - jobs[0].window.start - 1
         model.engine.check_memory(min(len(jobs), model.batch_size), longest)
-    for batch in batched(jobs, model.batch_size):
-        parts = [documents[i].tokens[w.start : w.stop].tolist() for i, w in batch]
-        for (i, each), (log_probs, _) in zip(batch, model.engine.score(parts), strict=True):
+
+    def score(model: LanguageModel, batch: Sequence[_Job]) -> list[list[float]]:
+        """The log-probabilities of each window's tokens but the first."""
+        windows = [documents[i].tokens[w.start : w.stop].tolist() for i, w in batch]
+        return [each.log_probs.tolist() for each in model.engine.score(windows)]
+
+    replicas = replicas or Replicas(model, [model.engine.device])
+    batches = [*batched(jobs, model.batch_size)]
+    for batch, scored in zip(batches, replicas.map(score, batches), strict=True):
+        for (i, each), values in zip(batch, scored, strict=True):
+            log_probs = np.array(values, np.float32)
             _check_finite(documents[i], each, log_probs)
             nats[i][each.first : each.stop] = -log_probs[each.first - each.start - 1 :]
             _add(sums, documents[i], each, -log_probs)
-        done += sum(map(len, parts))
+            done += each.stop - each.start
         advance(done, total)
     scores = [
         DocumentScores(

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from hymba_jax.parallel.processes import is_main_process
+
 
 @contextmanager
 def progress_bar(
@@ -15,7 +17,7 @@ def progress_bar(
 
     Args:
       unit: of these numbers.
-      disable: shows nothing, even on a terminal.
+      disable: shows nothing, even on a terminal; nor do processes but the first.
     """
     columns = (
         *Progress.get_default_columns()[:2],
@@ -23,7 +25,7 @@ def progress_bar(
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    disable = disable or not console.is_terminal
+    disable = disable or not console.is_terminal or not is_main_process()
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(what, total=0)
         yield lambda done, total: progress.update(task, completed=done, total=total)

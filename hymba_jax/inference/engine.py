@@ -8,6 +8,7 @@
 A program is compiled once for each shape; shapes are rounded up (`bucket`), so they are few.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -211,6 +212,15 @@ class Engine:
         self.state_dtype = state_dtype
         self.programs = _programs(graph, model.config, model.compute, state_dtype)
 
+    def on_device(self, device: jax.Device) -> "Engine":
+        """This engine if its parameters are on that device, else one with a copy of them there."""
+        if self._devices() == {device}:
+            return self
+        replica = copy.copy(self)
+        replica.params, replica.allowed = jax.device_put((self.params, self.allowed), device)
+        vars(replica).pop("meta_state", None)
+        return replica
+
     @functools.cached_property
     def meta_state(self) -> MetaState:
         """The state after the meta tokens, computed once."""
@@ -219,6 +229,11 @@ class Engine:
     @property
     def num_params(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that holds the parameters, or one of them."""
+        return next(iter(self._devices()))
 
     @property
     def device_description(self) -> str:

@@ -1,5 +1,6 @@
 """Text in, text out: a model with its tokenizer."""
 
+import copy
 import dataclasses
 import itertools
 import operator
@@ -130,6 +131,15 @@ class LanguageModel:
             f"context {engine.max_context}, vocabulary {config.num_embeddings}, "
             f"batch_size {self.batch_size})"
         )
+
+    def on_device(self, device: jax.Device) -> "LanguageModel":
+        """This model if its parameters are on that device, else one with a copy of them there."""
+        engine = self.engine.on_device(device)
+        if engine is self.engine:
+            return self
+        replica = copy.copy(self)
+        replica.engine = engine
+        return replica
 
     def generate(
         self,

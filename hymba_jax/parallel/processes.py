@@ -43,14 +43,14 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def distributed_session(config: DistributedConfig, output: str) -> Iterator[None]:
-    """Joins the run's processes before JAX uses a device; no-op for a single process.
+def distributed_session(config: DistributedConfig, output: str = "") -> Iterator[None]:
+    """Joins the other processes before JAX uses a device; no-op for a single process.
 
     An exception inside ends the process immediately, and JAX then ends the others; a normal exit
     would wait for them, and they for it.
 
     Args:
-      output: the run directory.
+      output: the run directory; empty for a command that has none.
 
     Raises:
       HymbaError: the processes cannot be initialized.

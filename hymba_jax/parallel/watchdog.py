@@ -23,7 +23,7 @@ def watch_stderr(output: str, where: str, seconds: int) -> None:
     """Filters this process's standard error, replacing JAX's messages about a lost process.
 
     Args:
-      output: the run directory.
+      output: the run directory; empty for a command that has none.
       where: the coordinator's address, if it is known.
       seconds: the timeout.
     """
@@ -58,7 +58,7 @@ def explain(stderr_text: str, output: str, where: str, seconds: int) -> str:
             f"error: another process has connected{where} with this process's id: give each "
             f"process its own id and each run its own port, then {again}"
         )
-    rest = _what_follows(output)
+    name, rest = (f"{output}: ", f" {_what_follows(output)}") if output else ("", "")
     silent = re.search(r"stopped sending heartbeats\):\s*([\d, \n]*\d)", stderr_text)
     if silent:
         who = "process " + ", ".join(re.findall(r"\d+", silent[1]))
@@ -67,8 +67,8 @@ def explain(stderr_text: str, output: str, where: str, seconds: int) -> str:
     else:
         who = "another process"
     return (
-        f"error: {output}: lost {who}, which stopped, was killed or cannot be reached: check "
-        f"its output, then {again} {rest}"
+        f"error: {name}lost {who}, which stopped, was killed or cannot be reached: check "
+        f"its output, then {again}{rest}"
     )
 
 

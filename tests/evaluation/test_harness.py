@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry.processes import addresses, ends, start
 from inference.models import byte_tokenizer, make_model
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: extra evaluate")
@@ -22,6 +23,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.answers import Answers
 from hymba_jax.evaluation.control_marks import MARK
 from hymba_jax.evaluation.harness import HarnessModel
+from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.evaluation.tasks import GROUPS, run_tasks, tables, write_results
 from hymba_jax.inference import LanguageModel
 from hymba_jax.tokenizer import Tokenizer, chat_template
@@ -130,6 +132,13 @@ class TestLoglikelihood:
             assert result[0] == pytest.approx(other[0], abs=TOLERANCE)
             assert result[1] == other[1] == expected[1]
 
+    def test_the_order_of_requests_changes_no_bit(self, model):
+        harness = [HarnessModel(model) for _ in range(2)]
+        arguments = [(context, text) for context, text in self.PAIRS] + [("the bad", " dog")]
+        first = harness[0].loglikelihood(requests(*arguments), disable_tqdm=True)
+        reverse = harness[1].loglikelihood(requests(*arguments[::-1]), disable_tqdm=True)
+        assert first == reverse[::-1]
+
     def test_it_knows_what_greedy_decoding_gives(self, model, greedy):
         tokens = greedy(begun("the"), 4)
         pairs = [(None, begun("the"), tokens), (None, begun("the"), [*tokens[:3], tokens[3] ^ 1])]
@@ -202,6 +211,25 @@ class TestGeneration:
     def test_what_cannot_be_done_is_an_error(self, model, task, message):
         with pytest.raises(HymbaError, match=message):
             HarnessModel(model).generate_until(requests(("a", task)))
+
+
+class TestReplicas:
+    def test_results_have_the_same_bits_on_several_devices(self, hymba, model):
+        """Of three, where batches of three requests do not come out even."""
+        words = ["the", "old", "dog", "sat", "on", "the", "red", "mat"]
+        pairs = [(" ".join(words[:i]), f" {words[i]}") for i in range(len(words))] * 2
+        tasks = [
+            {"max_gen_toks": 6},
+            {"max_gen_toks": 6, "do_sample": True, "temperature": 1.0},
+        ]
+        prompts = [(context, task) for context, _ in pairs for task in tasks]
+        alone = HarnessModel(model)
+        several = HarnessModel(model, replicas=Replicas(model, jax.devices()[:3]))
+        for method, arguments in (("loglikelihood", pairs), ("generate_until", prompts)):
+            expected = getattr(alone, method)(requests(*arguments), disable_tqdm=True)
+            actual = getattr(several, method)(requests(*arguments), disable_tqdm=True)
+            assert actual == expected
+            assert len(set(map(str, actual))) > 4
 
 
 class TestChat:
@@ -341,6 +369,47 @@ class TestTasks:
         assert "exact_match" in tables(results)
         write_results(results, tmp_path / "out.json")
         assert json.loads((tmp_path / "out.json").read_text())["results"].keys() == TASKS.keys()
+
+    @pytest.mark.parametrize("batch_size", [1, 8])
+    def test_accuracies_do_not_depend_on_batch_size_and_devices(
+        self, hymba, model, local_tasks, tmp_path, batch_size
+    ):
+        """Log-likelihoods do, by rounding, which decides nothing unless two are as close."""
+        manager = TaskManager(include_path=tmp_path / "tasks", include_defaults=False)
+        expected = run_tasks(HarnessModel(model), [*TASKS], manager)["results"]
+        other = language_model(hymba, batch_size)
+        replicas = Replicas(other, jax.devices()[:2])
+        harness = HarnessModel(other, replicas=replicas)
+        actual = run_tasks(harness, [*reversed(TASKS)], manager)["results"]
+        for task, metric in (("choice", "acc,none"), ("completion", "exact_match,none")):
+            assert actual[task][metric] == expected[task][metric]
+        bits = [each["rolling"]["bits_per_byte,none"] for each in (expected, actual)]
+        assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+
+    @pytest.mark.slow
+    def test_two_processes_have_the_results_of_one(self, hymba, local_tasks, tmp_path):
+        """Of two devices each; the first one writes, and answers are known to both."""
+        save_model(tmp_path / "model", hymba, byte_tokenizer())
+        output, answers = tmp_path / "out.json", tmp_path / "answers.jsonl"
+        command = ["hymba_jax", "evaluate", "--model", str(tmp_path / "model"), "--batch-size", "1"]
+        command += ["--context", str(CONTEXT), "--include-path", str(tmp_path / "tasks")]
+        command += ["--tasks", ",".join(TASKS), "--output", str(output)]
+        results, texts = [], []
+        for processes in (1, 2):
+            where = addresses(processes) if processes > 1 else [([], {})]
+            where = [([*options, "--answers", str(answers)], env) for options, env in where]
+            started = [
+                start([*command, *options], 2, tmp_path / "cache", env, program="-m")
+                for options, env in where
+            ]
+            ended = ends(started)
+            assert [each.status for each in ended] == [0] * processes, ended
+            assert all("exact_match" not in each.stdout for each in ended[1:])
+            results.append(json.loads(output.read_text())["results"])
+            texts.append(sorted(answers.read_text().splitlines()))
+            answers.unlink()
+        assert texts[0] == texts[1]
+        assert results[0] == results[1]
 
     @pytest.mark.slow
     def test_the_papers_tasks_exist(self):

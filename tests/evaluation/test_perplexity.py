@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from inference.models import byte_tokenizer, make_model
 
 from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
+from hymba_jax.config.adapter import AdapterConfig
+from hymba_jax.convert.peft import write_peft
 from hymba_jax.data.conversations import Conversations
 from hymba_jax.data.documents import read_documents
 from hymba_jax.data.listing import list_files
@@ -22,9 +25,11 @@ from hymba_jax.data.records import Document
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.documents import encode_documents
 from hymba_jax.evaluation.perplexity import PositionSums, score_documents
+from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.evaluation.statistics import Totals, by_position, estimates
 from hymba_jax.evaluation.windows import windows
 from hymba_jax.inference import LanguageModel
+from hymba_jax.model import Hymba, merge_adapters
 from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 TEXTS = {
@@ -113,6 +118,17 @@ class TestScores:
             assert score.name == other.name
             np.testing.assert_allclose(score.nats, other.nats, atol=TOLERANCE)
         np.testing.assert_allclose(sums.nats, other_sums.nats, rtol=TOLERANCE)
+
+    def test_they_have_the_same_bits_on_several_devices(self, hymba, model):
+        """Three of them, whose last batches are fewer."""
+        expected, sums = score_documents(model, encoded(), WINDOW, STRIDE)
+        model = LanguageModel(hymba, byte_tokenizer(), batch_size=4)
+        replicas = Replicas(model, jax.devices()[1:4])
+        actual, other_sums = score_documents(model, encoded(), WINDOW, STRIDE, replicas=replicas)
+        for score, other in zip(expected, actual, strict=True):
+            assert score.name == other.name
+            np.testing.assert_array_equal(score.nats, other.nats)
+        np.testing.assert_array_equal(sums.nats, other_sums.nats)
 
     def test_logits_that_are_not_finite_are_an_error(self):
         broken = make_model(layers="W", num_meta_tokens=0)
@@ -256,6 +272,37 @@ class TestCommand:
         assert [row["start"] for row in result["by_position"]] == [1, 17, 33, 49]
         assert result["by_position"][0]["tokens"] == sums.tokens[:16].sum()
         assert image.read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_an_adapter_is_merged(self, hymba, directory, tmp_path, dtype):
+        """Into float32 values; bfloat16 then has 8 bits of each number."""
+        adapter = AdapterConfig(kind="lora", rank=2)
+        adapted = Hymba(hymba.config, hymba.compute, nnx.Rngs(0), adapter)
+        nnx.update(adapted, nnx.state(hymba))
+        rng = np.random.default_rng(1)
+        for path, leaf in nnx.to_flat_state(nnx.state(adapted)):
+            if "adapter" in path:
+                leaf[...] += 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+        params = nnx.to_pure_dict(nnx.state(adapted))
+        (tmp_path / "adapter").mkdir()
+        write_peft(
+            tmp_path / "adapter", params, hymba.config, adapter, scan_layers=False, base_model=""
+        )
+        (tmp_path / "a.txt").write_text(TEXTS["long.txt"])
+        output = tmp_path / "out.json"
+        command = f"evaluate --model {directory} --adapter {tmp_path / 'adapter'} --dtype {dtype}"
+        cli.main(f"{command} --data.path {tmp_path / 'a.txt'} --output {output}".split())
+        result = json.loads(output.read_text())
+        assert (result["dtype"], result["adapter"]) == (dtype, str(tmp_path / "adapter"))
+        document = encoded({"long": TEXTS["long.txt"]})
+        means = [
+            score_documents(LanguageModel(each, byte_tokenizer()), document, 512, 256)[0]
+            for each in (merge_adapters(adapted), hymba)
+        ]
+        merged, base = (float(scores[0].nats.mean(dtype=np.float64)) for scores in means)
+        tolerance = {"float32": TOLERANCE, "bfloat16": 0.02}[dtype]
+        assert result["nats_per_token"]["value"] == pytest.approx(merged, rel=tolerance)
+        assert abs(base / merged - 1) > 0.1  # the adapter matters
 
     @pytest.mark.parametrize(
         ("options", "message"),
