@@ -136,6 +136,12 @@ def test_it_resumes_from_the_newest_step(tmp_path):
     assert explain(FIRST, str(tmp_path), "", 9).endswith("to resume from step 10")
 
 
+def test_a_command_that_is_no_run_resumes_nothing():
+    said = explain(FIRST, "", "", 9)
+    assert said.startswith("error: lost process 0, which ")
+    assert said.endswith("then start all processes again with the same command")
+
+
 def test_the_watcher_runs_nothing_of_the_working_directory(tmp_path):
     for name in ("subprocess", "re", "sitecustomize", "hymba_jax"):
         (tmp_path / f"{name}.py").write_text('open("run", "w").write("")')

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from inference.models import byte_tokenizer, make_model
+from slow import slow_but
 
 from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
@@ -273,7 +274,7 @@ class TestCommand:
         assert result["by_position"][0]["tokens"] == sums.tokens[:16].sum()
         assert image.read_bytes().startswith(b"\x89PNG")
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16"], "bfloat16"))
     def test_an_adapter_is_merged(self, hymba, directory, tmp_path, dtype):
         """Into float32 values; bfloat16 then has 8 bits of each number."""
         adapter = AdapterConfig(kind="lora", rank=2)
