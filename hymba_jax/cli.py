@@ -27,6 +27,7 @@ commands:
   batch        answers the requests of a file, in the format of OpenAI's Batch API
   bench-serve  measures a server of that API
   evaluate     measures perplexity and bits per byte of documents, or runs tasks
+  report       writes an HTML page about a model: curves, evaluations, a look inside, costs
   warmup       compiles the programs of generation in advance
   memory       shows the memory footprint of a model, its cache and its training
   designs      compares the designs of the paper's comparison: parameters, caches and FLOPs
@@ -50,8 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs `hymba COMMAND ...`; each command imports what it needs and no more."""
     args = sys.argv[1:] if args is None else args
     commands: tuple[Callable[[Sequence[str], str], None], ...] = (
-        *(tokenize, train, generate, chat, serve, batch, bench_serve, evaluate, warmup),
-        *(memory, designs, schedule, compile, export, convert, inspect),
+        *(tokenize, train, generate, chat, serve, batch, bench_serve, evaluate, report),
+        *(warmup, memory, designs, schedule, compile, export, convert, inspect),
     )
     by_name = {command.__name__.replace("_", "-"): command for command in commands}
     name = args[0] if args else "--help"
@@ -129,6 +130,14 @@ def evaluate(args: Sequence[str], prog: str) -> None:
         from hymba_jax.evaluation import command
 
         command.main(tyro.cli(command.EvaluateConfig, args=args, prog=prog))
+
+
+def report(args: Sequence[str], prog: str) -> None:
+    """Runs `hymba report ...`."""
+    with _inference_command():
+        from hymba_jax.report import command
+
+        command.main(tyro.cli(command.ReportConfig, args=args, prog=prog))
 
 
 def serve(args: Sequence[str], prog: str) -> None:

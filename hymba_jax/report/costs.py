@@ -1,0 +1,111 @@
+"""Parameters, memory, and the speed on this machine."""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from hymba_jax.analysis.figures import draw_cache
+from hymba_jax.analysis.memory import param_bytes, training_bytes
+from hymba_jax.config import HymbaConfig
+from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.convert.inspect import count_by_part
+from hymba_jax.display import format_bytes
+from hymba_jax.inference import LanguageModel
+from hymba_jax.inference.engine import DECODE_STEPS, Request
+from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
+from hymba_jax.report.page import Picture, Section, Table
+from hymba_jax.report.svg import new_figure
+
+_NEW = 4 * DECODE_STEPS  # tokens that are decoded
+
+
+class Speed(NamedTuple):
+    """Tokens per second of a batch of so many sequences."""
+
+    batch: int
+    prompt: int
+    prefill: float
+    decode: float
+
+
+def measure_speed(
+    model: LanguageModel,
+    tokens: Sequence[int],
+    *,
+    batches: Sequence[int] = (1, 8),
+    prompt: int = 256,
+) -> list[Speed]:
+    """The speed of prefill and of greedy decoding behind it, each timed once when compiled.
+
+    Args:
+      tokens: prompts are the first of them.
+      batches: sequences at a time.
+      prompt: tokens of each prompt, fewer where the model's context is short.
+    """
+    prompt = min(prompt, model.engine.max_context - _NEW - 1)
+    return [_measure(model, tokens[:prompt], batch) for batch in batches] if prompt > 0 else []
+
+
+def _measure(model: LanguageModel, prompt: Sequence[int], batch: int) -> Speed:
+    engine, context = model.engine, len(prompt) + _NEW + 1
+    requests = [Request(prompt, SamplingConfig(), 0, _NEW + 1)] * batch
+    engine.check_memory(batch, context)
+    for _ in range(2):  # the first time compiles
+        start = time.perf_counter()
+        prefilled = jax.block_until_ready(engine.prefill([prompt] * batch, context))
+        prefill = time.perf_counter() - start
+        state = jax.block_until_ready(engine.insert(prefilled, requests)[0])
+        start = time.perf_counter()
+        for _ in range(_NEW // DECODE_STEPS):
+            state, _ = engine.decode(state)
+        jax.block_until_ready(state)
+        decode = time.perf_counter() - start
+    return Speed(batch, len(prompt), batch * len(prompt) / prefill, batch * _NEW / decode)
+
+
+def costs_section(model: LanguageModel, speeds: Sequence[Speed]) -> Section:
+    """Tables, and the cache over the context."""
+    config, dtype = model.config, model.engine.dtype
+    figure = new_figure(9, 3.2)
+    draw_cache(figure.subplots(), config, dtype)
+    caption = (
+        "What one sequence keeps between tokens. Global layers keep keys and values of all "
+        "tokens, window layers of the last ones, SSM heads a state of fixed size; layers that "
+        "share keys and values keep none. The paper's Tab. 1 compares designs by this size."
+    )
+    speed = Table(
+        "Speed here",
+        ("sequences", "tokens of each prompt", "prefill, tokens/s", "decode, tokens/s"),
+        [(f"{s.batch}", f"{s.prompt}", f"{s.prefill:,.0f}", f"{s.decode:,.0f}") for s in speeds],
+        f"{model.engine.device_description}, {dtype}, greedily, compiled before; timed once",
+    )
+    return Section(
+        "Memory and speed",
+        pictures=[Picture("The cache over the context", caption, figure)],
+        tables=[_memory(config, model), *([speed] if speeds else []), _parameters(config)],
+    )
+
+
+def _memory(config: HymbaConfig, model: LanguageModel) -> Table:
+    dtype, state_dtype = model.engine.dtype, model.engine.state_dtype
+    context = model.engine.max_context
+    training = training_bytes(config, "float32")
+    sizes = {
+        f"parameters, {dtype}": param_bytes(config, dtype),
+        f"cache of a sequence of {context:,} tokens": sum(
+            cache_bytes(config, context, dtype, state_dtype).values()
+        ),
+        "state after the meta tokens, once": sum(meta_state_bytes(config, dtype).values()),
+        "training in float32 by AdamW, without activations": training.total,
+    }
+    rows = [(name, format_bytes(size)) for name, size in sizes.items()]
+    return Table("Memory", ("", "size"), rows)
+
+
+def _parameters(config: HymbaConfig) -> Table:
+    counts = count_by_part(config)
+    rows = [(part, f"{count:,}", f"{count / counts.total():.1%}") for part, count in counts.items()]
+    rows.append(("in all", f"{counts.total():,}", "100.0%"))
+    return Table("Parameters", ("part", "number", "share"), rows)

@@ -1,0 +1,88 @@
+"""Files of `hymba evaluate --output` as tables and curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hymba_jax.analysis.figures import COLORS
+from hymba_jax.errors import HymbaError
+from hymba_jax.evaluation.report import MEASURES
+from hymba_jax.files import read_json
+from hymba_jax.report.page import Picture, Section, Table
+from hymba_jax.report.svg import new_figure
+
+_STDERR = "_stderr"  # the harness' suffix of a metric's name
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results in a file.
+
+    Raises:
+      HymbaError: `hymba evaluate --output` did not write it.
+    """
+    results = read_json(path)
+    if not isinstance(results.get("results"), dict) and "by_position" not in results:
+        raise HymbaError(f"{path}: not a file that `hymba evaluate --output` writes")
+    return results
+
+
+def results_section(files: Mapping[str, dict[str, Any]]) -> Section:
+    """Tables of all files, by their names, and curves of those of documents."""
+    tables, pictures = [], []
+    for name, results in files.items():
+        if "results" in results:
+            tables.append(_tasks(name, results["results"]))
+        else:
+            tables.append(_documents(name, results))
+            pictures += _curve(name, results)
+    return Section("Evaluations", pictures=pictures, tables=tables)
+
+
+def _tasks(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            if metric.endswith(_STDERR) or not isinstance(value, int | float) or not filter_name:
+                continue
+            error = metrics.get(f"{metric}{_STDERR},{filter_name}")
+            shown = f"{error:.4f}" if isinstance(error, int | float) else ""
+            kind = metric if filter_name == "none" else f"{metric}, {filter_name}"
+            rows.append((task, kind, f"{value:.4f}", shown))
+    return Table(f"Tasks: {name}", ("task", "metric", "value", "standard error"), rows)
+
+
+def _documents(name: str, results: Mapping[str, Any]) -> Table:
+    rows = [
+        (label, _shown(results[key].get("value")), _shown(results[key].get("standard_error")))
+        for key, label in MEASURES.items()
+    ]
+    caption = (
+        f"{results['data']}: documents {results['documents']:,}, tokens {results['tokens']:,}, "
+        f"window {results['window']:,}; standard errors by bootstrap over documents"
+    )
+    return Table(f"Documents: {name}", ("mean", "value", "standard error"), rows, caption)
+
+
+def _curve(name: str, results: Mapping[str, Any]) -> list[Picture]:
+    """Bits per byte, or nats per token where bytes are not known, over the context."""
+    measure = "bits_per_byte" if results["text_bytes"] else "nats_per_token"
+    points = [
+        ((span["start"] + span["stop"] - 1) / 2, span[measure])
+        for span in results["by_position"]
+        if span[measure] is not None
+    ]
+    if len(points) < 2:
+        return []
+    figure = new_figure(9, 3)
+    axis = figure.subplots()
+    axis.plot(*zip(*points, strict=True), "o-", color=COLORS["cross"], markersize=4)
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel(MEASURES[measure])
+    axis.set_xlim(0)
+    caption = "Of all tokens of all windows: what the model gains from more context."
+    return [Picture(f"Over the position in the context: {name}", caption, figure)]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4f}"
