@@ -16,7 +16,7 @@ from hymba_jax import cli
 VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 COMMANDS = [
     *("tokenize", "train", "generate", "chat", "serve", "batch", "bench-serve", "evaluate"),
-    *("warmup", "memory", "designs"),
+    *("report", "warmup", "memory", "designs"),
     *("schedule", "compile", "export", "convert", "inspect"),
 ]
 MEMORY = ["memory", "--preset", "hymba-125m"]
