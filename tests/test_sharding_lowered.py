@@ -57,10 +57,9 @@ def scans(given, rows, positions):
     return [shapes for shapes in given if shapes[0] == (rows, positions, CHANNELS)]
 
 
-def splash(given, rows, queries, keys):
-    """With queries and keys as they are filled up to blocks of 128; a single row is no axis."""
-    row = (rows,) if rows > 1 else ()
-    wanted = [(*row, HEADS, queries, HEAD_DIM), (*row, KV_HEADS, keys, HEAD_DIM)]
+def attention(given, rows, queries, keys):
+    """With queries and keys as they are filled up to blocks of 128."""
+    wanted = [(rows, HEADS * HEAD_DIM, queries), (rows, KV_HEADS * HEAD_DIM, keys)]
     return [shapes for shapes in given if shapes[2:4] == wanted]
 
 
@@ -73,8 +72,8 @@ def assert_kinds(given, *kinds):
 def test_every_tpu_runs_the_kernels_on_its_shard():
     """The meta tokens' are on all devices."""
     given = [*calls(lower("tpu", "bfloat16"), "tpu_custom_call")]
-    tokens = scans(given, ROWS, LENGTH), splash(given, ROWS, LENGTH, 384)
-    assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), splash(given, 1, 128, 128))
+    tokens = scans(given, ROWS, LENGTH), attention(given, ROWS, LENGTH, 384)
+    assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), attention(given, 1, 128, 128))
 
 
 def test_every_gpu_runs_the_scan_on_its_shard():
@@ -87,8 +86,8 @@ def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
     """Meta tokens, a window and its own part are met; the meta tokens' own pass is sharded, too."""
     given = [*calls(lower("tpu", "bfloat16", ("fsdp", "sequence", "tensor")), "tpu_custom_call")]
     rows, length = 2 * ROWS, LENGTH // 2
-    tokens = scans(given, rows, length), splash(given, rows, length, 384)
-    assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), splash(given, 1, 128, 128))
+    tokens = scans(given, rows, length), attention(given, rows, length, 384)
+    assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), attention(given, 1, 128, 128))
 
 
 @pytest.mark.slow

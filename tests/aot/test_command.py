@@ -209,7 +209,7 @@ def test_with_the_compiler_of_tpus(config):
     # Half of 4 sequences, 16 + 112 positions, half of 128 channels; layers, micro-batches.
     assert table["4 x selective_scan_forward per chip, largest array"] == "2 x 128 x 64"
     assert table["4 x selective_scan_backward per chip, largest array"] == "2 x 128 x 64"
-    assert any("splash_mha_fwd" in name for name in table)
+    assert any("attention_forward" in name for name in table)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Attention by kernels that come with JAX, as far as they run on a CPU, against `reference`.
+"""Attention by kernels, as far as they run on a CPU, against `reference`.
 
 The kernels for TPUs run in Pallas's interpret mode. cuDNN does not run: XLA's attention stands in
 for it, which takes the same arguments, so what is tested is that they are the right ones.
@@ -11,26 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu.splash_attention import make_splash_mha_single_device
+from jax.experimental import pallas as pl
 from slow import slow_but
+from test_attention import assert_documents_apart, attend_by
 
 from hymba_jax.ops.attention import api
 from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.pallas_tpu import pallas_tpu
 from hymba_jax.ops.attention.reference import reference
-from hymba_jax.ops.attention.splash import splash
 
-HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 6, 2, 8, 16
+HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 4, 2, 8, 16
 # Relative to the largest entry. Float32 rounds at 6e-8, sums have some hundred terms; bfloat16
 # rounds at 4e-3, and so do weights, values and results.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2}
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [splash, cudnn])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [pallas_tpu, cudnn])
 
 
 @pytest.fixture(autouse=True)
 def stand_ins():
     """Also blocks of 128, for short sequences to have some."""
-    module = "hymba_jax.ops.attention.splash"
-    interpreted = partial(make_splash_mha_single_device, interpret=True)
+    interpreted = partial(pl.pallas_call, interpret=True)
     xla = jax.nn.dot_product_attention
 
     def stand_in(*arrays, implementation, **kwargs):
@@ -38,8 +38,8 @@ def stand_ins():
         return xla(*arrays, implementation="xla", **kwargs)
 
     with (
-        patch(f"{module}._BLOCK", 128),
-        patch(f"{module}.make_splash_mha_single_device", interpreted),
+        patch("hymba_jax.ops.attention.pallas_tpu._BLOCK", 128),
+        patch.object(pl, "pallas_call", interpreted),
         patch("jax.nn.dot_product_attention", stand_in),
         jax.default_matmul_precision("highest"),
     ):
@@ -98,16 +98,56 @@ def test_full_sequences(implementation, window, meta, dtype):
     assert_same(implementation, arrays, window=window, num_meta_tokens=meta)
 
 
-@IMPLEMENTATIONS
+@pytest.mark.parametrize("implementation", slow_but([pallas_tpu, cudnn], cudnn))
 def test_a_sequence_that_fits_into_the_window(implementation):
     assert_same(implementation, inputs(3, 5), window=4, num_meta_tokens=2)
 
 
 @pytest.mark.parametrize("window", slow_but([None, 37], 37))
-def test_splash_with_fewer_queries_and_invalid_keys(window):
+def test_fewer_queries_and_invalid_keys(window):
     kv_start = jnp.asarray([0, 220])  # before the first query, and after it
     kwargs = {"window": window, "num_meta_tokens": 5, "kv_start": kv_start}
-    assert_same(splash, inputs(150, 303), **kwargs)
+    assert_same(pallas_tpu, inputs(150, 303), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("window", "meta", "dtype"),
+    slow_but(
+        [(None, 5, "float32"), (37, 5, "float32"), (130, 0, "float32"), (37, 5, "bfloat16")],
+        (None, 5, "float32"),
+    ),
+)
+def test_documents(window, meta, dtype):
+    """Of one position, of whole blocks, and across blocks."""
+    starts = np.zeros((2, 303), int)
+    for row, of_row in enumerate(([4, 5, 128, 256], [150])):
+        starts[row, of_row] = of_row
+    kv_start = jnp.asarray(np.maximum.accumulate(starts, axis=1) + meta)
+    arrays = inputs(303, 303 + meta, dtype)
+    assert_same(pallas_tpu, arrays, window=window, num_meta_tokens=meta, kv_start=kv_start)
+
+
+def test_documents_do_not_see_each_other():
+    """Outputs and gradients of each are the same to the last bit, whatever the others hold."""
+    *arrays, cotangent = (np.asarray(a[:1]) for a in inputs(303, 303))
+    meta = [a[0, :5] for a in arrays[1:]]
+    starts = [0, 4, 5, 200]
+    ids = np.zeros((1, 303), int)
+    ids[:, starts[1:]] = 1
+    kwargs = {"window": 150, "segment_ids": jnp.asarray(ids.cumsum(1))}
+    assert_documents_apart(attend_by(pallas_tpu), [*arrays, *meta], cotangent, starts, **kwargs)
+
+
+def test_a_query_that_sees_nothing_gives_nothing():
+    """Such are the positions before a sequence that is padded on the left."""
+    *arrays, cotangent = inputs(140, 140)
+    kv_start = jnp.asarray([7, 130])
+    run = partial(pallas_tpu, window=None, num_meta_tokens=0, kv_start=kv_start)
+    output, vjp = jax.vjp(run, *arrays)
+    for result in (output, *vjp(cotangent)):
+        assert np.isfinite(result).all()
+        assert not result[0, :7].any()
+        assert not result[1, :130].any()
 
 
 @pytest.mark.parametrize(("queries", "kv_start"), [(3, None), (7, [0, 4])])
@@ -118,23 +158,22 @@ def test_cudnn_refuses_partial_sequences(queries, kv_start):
         cudnn(*arrays, window=None, num_meta_tokens=2, kv_start=kv_start)
 
 
-@pytest.mark.parametrize("implementation", ["splash", "cudnn"])
-def test_kernels_refuse_documents(implementation):
+def test_cudnn_refuses_documents():
     *arrays, _ = inputs(9, 9)
     kwargs = {"window": 4, "segment_ids": jnp.zeros((2, 9), int)}
     message = (
-        f"attention '{implementation}' does not support segment_ids; choose blocks or reference"
+        "attention 'cudnn' does not support segment_ids; choose blocks or pallas_tpu or reference"
     )
     with pytest.raises(ValueError, match=message):
-        api.attention(*arrays, **kwargs, implementation=implementation)
+        api.attention(*arrays, **kwargs, implementation="cudnn")
 
 
 @pytest.mark.parametrize(
     ("platform", "queries", "kv_start", "dtype", "chosen"),
     [
         ("cpu", 9, None, "bfloat16", "blocks"),
-        ("tpu", 9, None, "float32", "splash"),
-        ("tpu", 3, [2, 4], "bfloat16", "splash"),
+        ("tpu", 9, None, "float32", "pallas_tpu"),
+        ("tpu", 3, [2, 4], "bfloat16", "pallas_tpu"),
         ("gpu", 9, None, "bfloat16", "cudnn"),
         ("older gpu", 9, None, "bfloat16", "cudnn"),
         ("gpu", 9, None, "float32", "blocks"),
@@ -163,4 +202,12 @@ def test_the_platform_chooses_what_can_do_it(
 
     jax.eval_shape(run, *arrays)
     jax.eval_shape(run, *arrays, segment_ids=jnp.zeros((2, queries), int))
-    assert called == [chosen, "blocks"]
+    assert called == [chosen, "pallas_tpu" if platform == "tpu" else "blocks"]
+
+
+def test_tpus_choose_blocks_for_keys_that_do_not_fit_into_vmem(monkeypatch):
+    monkeypatch.setattr(api, "target_platform", lambda: "tpu")
+    for dtype, most in (("float32", 2**14), ("bfloat16", 2**15)):
+        for keys, chosen in ((most, "pallas_tpu"), (most + 1, "blocks")):
+            key = jnp.zeros((1, keys, 1, 64), dtype)
+            assert api.fastest(key, key, None, num_meta_tokens=0) == chosen

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu.splash_attention import make_splash_mha_single_device
+from jax.experimental import pallas as pl
 from slow import slow_but
 from test_attention import (
     HEAD_DIM,
@@ -24,8 +24,8 @@ from test_attention import (
 )
 
 from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.ops.attention.pallas_tpu import pallas_tpu
 from hymba_jax.ops.attention.reference import reference
-from hymba_jax.ops.attention.splash import splash
 from hymba_jax.parallel.mesh import make_mesh
 
 # 8 shards of 5 positions, 2 of 20, and 4 of 10 on devices that have whole groups of heads.
@@ -137,20 +137,19 @@ def test_a_length_that_the_mesh_does_not_divide_is_replicated():
 
 
 @pytest.mark.parametrize("window", slow_but([None, 150], 150))
-def test_splash(window):
+def test_pallas_tpu(window):
     """In Pallas's interpret mode, with blocks of which a shard has some."""
     rng = np.random.default_rng(0)
     rows = [(1, 512, 4, 8), (1, 512, 2, 8), (1, 512, 2, 16)]
     shapes = [*rows, (5, 2, 8), (5, 2, 16), (1, 512, 4, 16)]
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
     expected = with_gradients(defined, *arrays, window=window)
-    module = "hymba_jax.ops.attention.splash"
-    interpreted = partial(make_splash_mha_single_device, interpret=True)
+    interpreted = partial(pl.pallas_call, interpret=True)
     with (
         jax.set_mesh(make_mesh(jax.devices("cpu")[:4], ParallelConfig(fsdp=1, sequence=4))),
-        patch(f"{module}._BLOCK", 128),
-        patch(f"{module}.make_splash_mha_single_device", interpreted),
+        patch("hymba_jax.ops.attention.pallas_tpu._BLOCK", 128),
+        patch.object(pl, "pallas_call", interpreted),
         jax.default_matmul_precision("highest"),
     ):
-        actual = with_gradients(partial(attend, function=splash), *arrays, window=window)
+        actual = with_gradients(partial(attend, function=pallas_tpu), *arrays, window=window)
     assert_close(actual, expected)

@@ -4,14 +4,13 @@
 |----------------|--------------------------------------------------------------------|
 | `reference`    | the definition, with all weights in memory                         |
 | `blocks`       | plain XLA, a block of queries and of keys at a time                |
-| `splash`       | the TPU kernels that come with JAX                                 |
+| `pallas_tpu`   | kernels for TPUs                                                   |
 | `cudnn`        | NVIDIA's kernels, for whole sequences in 16 bits                   |
 
 All but the first take time and memory in proportion to the unmasked blocks: linear in the length
 with a window. Where the mesh in context shards the length (`sharded`), all but `cudnn` can run on
-the shards; on GPUs `blocks` does. Only `reference` and `blocks` support `segment_ids`: the masks of
-`splash` and `cudnn` cannot express "own document or meta token". `attention_step` is one new token,
-for decoding.
+the shards; on GPUs `blocks` does. All but `cudnn`, whose mask cannot express "own document or meta
+token", support `segment_ids`. `attention_step` is one new token, for decoding.
 """
 
 from hymba_jax.ops.attention.api import attention

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.pallas_tpu import fits_in_vmem, pallas_tpu
 from hymba_jax.ops.attention.reference import KVStart, reference
 from hymba_jax.ops.attention.sharded import attention_sharded
-from hymba_jax.ops.attention.splash import splash
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
@@ -19,11 +19,11 @@ from hymba_jax.types import Array, Bool, Float, Int
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "blocks": blocks,
     "cudnn": cudnn,
+    "pallas_tpu": pallas_tpu,
     "reference": reference,
-    "splash": splash,
 }
-# Splash and cuDNN have no mask for several documents in a row; `blocks` replaces them.
-SUPPORT_SEGMENT_IDS = ("blocks", "reference")
+# cuDNN has no mask for several documents in a row; `blocks` replaces it.
+SUPPORT_SEGMENT_IDS = ("blocks", "pallas_tpu", "reference")
 
 
 def attention(
@@ -52,7 +52,7 @@ def attention(
         meta tokens and to keys of its own document. A document starts where the id changes; the
         first one includes the keys before it.
       implementation: a name in IMPLEMENTATIONS; by default the fastest for the platform that
-        supports the arguments: `blocks` on CPUs, and everywhere with `segment_ids`.
+        supports the arguments: `blocks` on CPUs, and on GPUs with `segment_ids`.
 
     Raises:
       ValueError: there is no implementation of that name, or it does not support the arguments or
@@ -174,10 +174,8 @@ def fastest(
 ) -> str:
     """The implementation for the platform that is traced for."""
     platform = target_platform()
-    if _is_by_query(kv_start):
-        return "blocks"  # the fastest of SUPPORT_SEGMENT_IDS
-    if platform == "tpu":
-        return "splash"
+    if platform == "tpu" and fits_in_vmem(key):
+        return "pallas_tpu"
     is_full_sequence = query.shape[1] + num_meta_tokens == key.shape[1] and kv_start is None
     if platform.endswith("gpu") and is_full_sequence and query.dtype != jnp.float32:
         return "cudnn"
