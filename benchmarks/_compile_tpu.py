@@ -90,6 +90,19 @@ def vmem_allocations(file: Path) -> tuple[int, int]:
     return total, sum(size for size, tag in sizes if tag.startswith("spilled"))
 
 
+def scheduled_bundles(file: Path) -> tuple[int, list[int]]:
+    """Bundles of a dumped kernel's final schedule: of a program outside of its loops, and of one
+    iteration of each loop, in order. A bundle takes a cycle, without stalls for memory."""
+    outside, loops = 0, list[int]()
+    for label, nested in re.findall(r"^ *0x[0-9a-f]+ +(\w\w)? *: (>*)", file.read_text(), re.M):
+        if label == "LB" and nested == ">>":
+            loops.append(0)
+        if nested == ">>":
+            loops[-1] += 1
+        outside += nested == ">"
+    return outside, loops
+
+
 def _hbm_bytes(block: Any, grid: tuple[int, ...]) -> int:
     """Bytes of the blocks that are brought in or out: one whenever the index changes."""
     points = np.indices(grid).reshape(len(grid), -1)

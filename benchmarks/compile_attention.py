@@ -3,8 +3,10 @@
 python benchmarks/compile_attention.py [--target v5e v6e h100] [--json FILE]
 
 Beside the scores that it does without, were they float32: XLA's temporaries in HBM. For TPUs: the
-most VMEM that one of the kernels has, and spills, as they do with a whole block of scores. For an
-H100: what XLA will ask of cuDNN, which chooses kernels and workspace on the machine itself.
+most VMEM that one of the kernels has, and spills, as they do with a whole block of scores; the
+cycles of the kernels, from their final schedules and the blocks that the mask shows, without stalls
+for memory. For an H100: what XLA will ask of cuDNN, which chooses kernels and workspace on the
+machine itself.
 """
 
 import os
@@ -22,16 +24,17 @@ from typing import Any, Literal
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import numpy as np
 import tyro
-from _compile_tpu import vmem_allocations
+from _compile_tpu import scheduled_bundles, vmem_allocations
 from _report import Row, report, write_json
 from compile_scan import TPUS, Target, installed
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from hymba_jax.aot.topology import H100, without_a_tpu
+from hymba_jax.ops.attention import pallas_tpu as on_tpu
 from hymba_jax.ops.attention.cudnn import cudnn
-from hymba_jax.ops.attention.splash import splash
 
 HEAD_DIM, VALUE_DIM, WINDOW, META_TOKENS = 64, 128, 1024, 128
 HEADS = {"125M": (8, 4), "1.5B": (25, 5)}
@@ -67,7 +70,7 @@ def main(options: Options) -> None:
             if target in TPUS:
                 topology = topologies.get_topology_desc(TPUS[target], platform="tpu")
                 compile_pass = partial(compile_for_tpu, topology, Path(dump))
-                tables[target] = list(rows(target, splash, compile_pass, options))
+                tables[target] = list(rows(target, on_tpu.pallas_tpu, compile_pass, options))
     for name, table in tables.items():
         report(f"attention compiled for {name}, window {WINDOW}", table)
     if options.json is not None:
@@ -77,7 +80,7 @@ def main(options: Options) -> None:
 def rows(
     target: str,
     attention: Callable[..., jax.Array],
-    compile_pass: Callable[..., Row],
+    compile_pass: Callable[..., dict[str, Any]],
     options: Options,
 ) -> Iterator[Row]:
     """One for each size and pass: the forward pass, and output and gradients together."""
@@ -116,7 +119,12 @@ def rows(
                 "pass": name,
                 "scores MB": batch * heads * length * (META_TOKENS + length) * 4 / 1e6,
             }
-            yield row | compile_pass(function, inputs)
+            compiled: dict[str, Any] = compile_pass(function, inputs)
+            if "bundles" in compiled:
+                cycles = kernel_cycles(compiled.pop("bundles"), length, layer)
+                compiled["1e6 cycles"] = batch * kv_heads * cycles / 1e6
+            row |= compiled
+            yield row
 
 
 def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) -> Row:
@@ -135,13 +143,16 @@ def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) ->
     }
 
 
-def compile_for_tpu(topology: Any, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
+def compile_for_tpu(
+    topology: Any, dump: Path, function: Callable[..., Any], inputs: Any
+) -> dict[str, Any]:
     try:
         compiled = _compile(topology, "tpu", function, inputs)
     except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:40]}
-    kernels = [f for f in dump.iterdir() if re.search(r"splash.*-\d+-post-ra\.txt", f.name)]
+    kernels = dumped(dump, "post-ra")
     allocations = [vmem_allocations(file) for file in kernels]
+    bundles = [scheduled_bundles(file) for file in dumped(dump, "final_bundles")]
     for file in dump.iterdir():
         file.unlink()
     return {
@@ -150,7 +161,29 @@ def compile_for_tpu(topology: Any, dump: Path, function: Callable[..., Any], inp
         "kernels": len(kernels),
         "VMEM MiB": max(total for total, _ in allocations) / 2**20,
         "spilled MiB": max(spilled for _, spilled in allocations) / 2**20,
+        "bundles": bundles,
     }
+
+
+def dumped(dump: Path, stage: str) -> list[Path]:
+    """The kernels after a stage of the compiler."""
+    name = rf"attention_\w+[.\d]*-\d+-{stage}\.txt"
+    return [f for f in dump.iterdir() if re.search(name, f.name)]
+
+
+def kernel_cycles(bundles: list[tuple[int, list[int]]], length: int, layer: str) -> int:
+    """Of the kernels for one row and key/value head, whose loops are over tiles of keys at the
+    first and the last block of queries, and over the blocks of keys that a block of queries sees.
+    """
+    block = on_tpu._BLOCK
+    start = np.arange(0, length, block)
+    begin = np.maximum(start - WINDOW, 0) // block if layer == "window" else 0
+    visits = int((start // block + 1 - begin).sum())
+    tiles = (META_TOKENS + length) // 128
+    return sum(
+        len(start) * outside + tiles * (first + sum(last)) + visits * each
+        for outside, (first, each, *last) in bundles
+    )
 
 
 def _compile(topology: Any, platform: str, function: Callable[..., Any], inputs: Any) -> Any:

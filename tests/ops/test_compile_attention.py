@@ -35,8 +35,8 @@ def rows(target, compiler, dtype, tmp_path):
 @pytest.mark.parametrize("target", ["v5e", "v6e"])
 def test_kernels_compile(target, dtype, tmp_path):
     for row in rows(target, "libtpu", dtype, tmp_path):
-        assert row["kernels"] == {"forward": 1, "training": 3}[row["pass"]]
-        assert row["VMEM MiB"] < 8  # of the 16 that a kernel has unasked
+        assert row["kernels"] == {"forward": 1, "training": 2}[row["pass"]]
+        assert row["VMEM MiB"] < 50  # of the 100 that a kernel may have, for up to 4 times the keys
 
 
 @pytest.mark.slow
