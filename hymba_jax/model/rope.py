@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from hymba_jax.config import HymbaConfig
@@ -15,14 +16,38 @@ class Rope(NamedTuple):
     cos: Float[Array, "batch_or_1 length half_dim"]
     sin: Float[Array, "batch_or_1 length half_dim"]
 
+    @jax.named_scope("rope")
     def rotate(
         self, x: Float[Array, "batch length heads head_dim"]
     ) -> Float[Array, "batch length heads head_dim"]:
         """Rotates pairs (i, i + head_dim / 2) of each head by its position's angles."""
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
-        rotated = (first * cos - second * sin, second * cos + first * sin)
-        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+        return _rotate(x, self.cos, self.sin)
+
+
+@jax.custom_vjp
+def _rotate(
+    x: Float[Array, "batch length heads head_dim"],
+    cos: Float[Array, "batch_or_1 length half_dim"],
+    sin: Float[Array, "batch_or_1 length half_dim"],
+) -> Float[Array, "batch length heads head_dim"]:
+    """Halves have an axis of their own: concatenated, TPUs would pad each to 128 lanes first."""
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    signed_sin = jnp.stack((-sin, sin), axis=-2)[:, :, None]
+    rotated = halves * cos[:, :, None, None] + jnp.flip(halves, axis=-2) * signed_sin
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_fwd(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_bwd(angles: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
+    """Rotates back. Angles follow from positions, which have no gradient."""
+    cos, sin = angles
+    return _rotate(dy, cos, -sin), None, None
+
+
+_rotate.defvjp(_rotate_fwd, _rotate_bwd)
 
 
 def max_fixed_positions(config: HymbaConfig) -> int | float:

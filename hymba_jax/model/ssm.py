@@ -69,7 +69,6 @@ class SSM(nnx.Module):
             ("dt_rank", "channels"),
             compute,
             rngs,
-            dtype=jnp.float32,
             init=uniform(rank**-0.5),
         )
         self.dt_bias = nnx.Param(initial_dt_bias(rngs.params(), channels), axes=("channels",))
@@ -79,6 +78,7 @@ class SSM(nnx.Module):
         )
         self.D = nnx.Param(jnp.ones(channels, jnp.float32), axes=("channels",))
 
+    @jax.named_scope("ssm")
     def __call__(
         self,
         x: Float[Array, "batch length hidden"],

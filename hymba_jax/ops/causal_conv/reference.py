@@ -1,5 +1,6 @@
 """The causal convolution as a sum of shifted products."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -31,12 +32,9 @@ def causal_conv_reference(
         document_inputs = documents.state.astype(x.dtype)
 
     inputs = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
-    y = bias.astype(dtype)[None, None]
-    for tap in range(before + 1):
-        shifted = inputs[:, tap : tap + length].astype(dtype)
-        if documents is not None:
-            shifted = jnp.where((positions - before + tap >= latest)[:, :, None], shifted, 0)
-        y = y + weight[tap].astype(dtype)[None, None] * shifted
+    y = bias.astype(dtype)[None, None] + _shifted_sum(
+        inputs, weight.astype(dtype), None if documents is None else positions - latest
+    )
     if documents is not None:
         # All documents start from the same inputs.
         for position in range(before):
@@ -61,3 +59,52 @@ def causal_conv_reference(
         of_before = jnp.take_along_axis(document_inputs, index[:, :, None], axis=1)
         final_inputs = jnp.where((last >= start)[:, :, None], final_inputs, of_before)
     return y.astype(x.dtype), final_inputs
+
+
+@jax.custom_vjp
+def _shifted_sum(
+    inputs: Float[Array, "batch length_with_before channels"],
+    weight: Float[Array, "kernel channels"],
+    seen: Int[Array, "batch length"] | None,
+) -> Float[Array, "batch length channels"]:
+    """The sum over taps of weight[tap] times the inputs from that position on, in weight's dtype.
+
+    Args:
+      seen: positions of its own document before each; earlier inputs count as zeros.
+    """
+    length = inputs.shape[1] - weight.shape[0] + 1
+    terms = (
+        row[None, None] * _own(inputs[:, tap : tap + length].astype(row.dtype), tap, weight, seen)
+        for tap, row in enumerate(weight)
+    )
+    return sum(terms, start=jnp.zeros((), weight.dtype))
+
+
+def _shifted_sum_fwd(
+    inputs: Array, weight: Array, seen: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _shifted_sum(inputs, weight, seen), (inputs, weight, seen)
+
+
+def _shifted_sum_bwd(
+    residuals: tuple[Array, Array, Array | None], dy: Array
+) -> tuple[Array, Array, None]:
+    """One sum of the shifted dy, rounded once; JAX's own gradient rounds each term."""
+    inputs, weight, seen = residuals
+    before, length = weight.shape[0] - 1, dy.shape[1]
+    dinputs, dweight = jnp.zeros((), weight.dtype), []
+    for tap, row in enumerate(weight):
+        own = _own(dy, tap, weight, seen)
+        dinputs = dinputs + row[None, None] * jnp.pad(own, ((0, 0), (tap, before - tap), (0, 0)))
+        dweight.append((own * inputs[:, tap : tap + length].astype(dy.dtype)).sum((0, 1)))
+    return dinputs.astype(inputs.dtype), jnp.stack(dweight), None
+
+
+_shifted_sum.defvjp(_shifted_sum_fwd, _shifted_sum_bwd)
+
+
+def _own(v: Array, tap: int, weight: Array, seen: Array | None) -> Array:
+    """v where this tap's input belongs to the position's own document, else zeros."""
+    if seen is None:
+        return v
+    return jnp.where((seen >= weight.shape[0] - 1 - tap)[:, :, None], v, 0)
