@@ -1,6 +1,7 @@
 """Compiles the selective scan for TPUs on a machine without one, and says what it will cost there.
 
-VMEM and spills are the compiler's, from the allocations that it dumps. Bytes are the kernel's, a
+VMEM and spills are the compiler's, from the allocations that it dumps, and so are cycles, those of
+a position and 640 channels, from its schedules. Bytes are the kernel's, a
 block whenever its index changes, plus what XLA counts for the rest of the program (no kernels).
 Exponentials, with all that a TPU has the same slot for, are counted in the kernel's jaxpr.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from _bundles import cycles_per_grid_step
 from _report import Row
 from _scan_passes import (
     compile_scans,
@@ -59,6 +61,10 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     dumped = set(dump.iterdir()) - before
     (file,) = (f for f in dumped if re.search(r"selective_scan.*-\d+-post-ra\.txt", f.name))
     vmem, spilled = vmem_allocations(file)
+    (schedule,) = (
+        f for f in dumped if re.search(r"selective_scan.*-\d+-final_bundles\.txt", f.name)
+    )
+    cycles = cycles_per_grid_step(schedule)
 
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "pallas_call")
@@ -69,12 +75,14 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     )
 
     taken = math.prod(grid_mapping.grid) * exponentials(kernel.params["jaxpr"])
-    batch, length, _ = kernel.invars[0].aval.shape
+    batch, length, channels = kernel.invars[0].aval.shape
+    blocks = batch * length * channels / 640  # positions of as many channels as a block has
     return {
         "compiled": "yes",
         "VMEM MiB": vmem / 2**20,
         "of limit": vmem / kernel.params["compiler_params"].vmem_limit_bytes,
         "spilled": spilled,
+        "cycles a position": cycles * math.prod(grid_mapping.grid) / blocks,
         "HBM MB": moved / 1e6,
         "HBM vs minimum": moved / min_bytes(jaxpr),
         "1e6 exp": taken / 1e6,

@@ -59,7 +59,8 @@ def count(args: Args) -> Iterator[Row]:
     base = with_vocabulary(RunConfig.from_toml("configs/hymba_1_5b.toml")).resolved_stages[0].run
     base = replace(base, model=replace(base.model, layers=args.layers))
     for chips in args.chips:
-        devices = parse_topology(slice_of(chips)).devices()
+        topology = parse_topology(slice_of(chips))
+        devices = topology.devices()
         parallel = ParallelConfig(data=-1, fsdp=min(chips, PARAMETER_SHARDS))
         for scaling, batch in {"strong": max(args.chips), "weak": chips}.items():
             if scaling == "weak" and chips == max(args.chips):
@@ -68,7 +69,7 @@ def count(args: Args) -> Iterator[Row]:
                 base.training, batch_size=batch, gradient_accumulation_steps=batch // chips
             )
             program = training_program(replace(base, training=training, parallel=parallel), devices)
-            _, cost = compile_and_analyze(program)
+            _, cost = compile_and_analyze(program, topology.chip)
             if cost is None:
                 raise SystemExit(f"{chips} chips, {scaling}: does not fit")
             work = cost.work

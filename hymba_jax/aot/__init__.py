@@ -7,6 +7,8 @@ traffic      HBM bytes of each instruction
 matmuls      their FLOPs
 kernels      calls of kernels, and the size of their arrays
 collectives  what the chips send each other
+kernel_time  how long kernels take by their own instructions
+instructions what each instruction costs, and the part of the model it belongs to
 cost         all of these, of a program
 fit          memory against the chip's, and what to change if it is not enough
 estimate     the time of a step

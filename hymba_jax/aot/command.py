@@ -12,6 +12,7 @@ from rich.table import Table
 from hymba_jax.aot.cost import ProgramCost, compile_and_analyze
 from hymba_jax.aot.estimate import assumptions
 from hymba_jax.aot.fit import Memory
+from hymba_jax.aot.instructions import by_part
 from hymba_jax.aot.programs import AotProgram, inference_program, training_program
 from hymba_jax.aot.topology import Chip, Topology, parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
@@ -40,6 +41,7 @@ class CompileConfig:
       batch: sequences that are prefilled or decoded at once, 1 if not named; a run has
         training.batch_size.
       context: tokens that they have, data.sequence_length if not named.
+      by_part: also print the estimated time and the HBM bytes of each part of the model.
 
     Raises:
       HymbaError: a batch or a context is named for training, or a stage for other programs, or one
@@ -51,6 +53,7 @@ class CompileConfig:
     stage: str = ""
     batch: int | None = None
     context: int | None = None
+    by_part: bool = False
 
     def __post_init__(self) -> None:
         if problems := [*type_problems(self)] or [*bound_problems(self, COMPILE_BOUNDS)]:
@@ -77,7 +80,7 @@ def main(args: Sequence[str], prog: str) -> None:
     topology = parse_topology(choice.topology)
     console = Console(soft_wrap=True, highlight=False)
     needed = [
-        _report(program, topology, console)
+        _report(program, topology, console, show_parts=choice.by_part)
         for program in _programs(choice, run, topology.devices(), console)
     ]
     if too_large := [size for size in needed if size is not None]:
@@ -118,15 +121,19 @@ def _programs(
     yield inference_program(last, choice.program, devices, batch, context)
 
 
-def _report(program: AotProgram, topology: Topology, console: Console) -> int | None:
+def _report(
+    program: AotProgram, topology: Topology, console: Console, *, show_parts: bool
+) -> int | None:
     """Compiles a program and prints what it costs; what it needs per chip if it does not fit."""
     console.print(f"{program.num_params:,} parameters, {topology.name}: {program.step}")
     console.print(program.sharding)
     begun = time.perf_counter()
-    memory, cost = compile_and_analyze(program)
+    memory, cost = compile_and_analyze(program, topology.chip)
     console.print(f"compiled in {time.perf_counter() - begun:.0f} s")
     console.print(_table(program, topology.chip, memory, cost))
     if cost is not None:
+        if show_parts:
+            console.print(_parts_table(cost, topology.chip))
         console.print(assumptions(topology.chip))
     if memory.total <= topology.chip.memory and cost is not None:
         return None
@@ -168,8 +175,19 @@ def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | 
         table.add_row(f"{name} alone", _seconds(value))
     step = max(seconds.values())
     table.add_row("step time, lower bound", _seconds(step))
-    mfu = program.model_flops / (chips * chip.peak_flops * step)
-    table.add_row("MFU, upper bound", f"{mfu:.1%}")
+    peak = chips * chip.peak_flops
+    table.add_row("MFU, upper bound", f"{program.model_flops / (peak * step):.1%}")
+    table.add_section()
+    estimate = cost.step_seconds(chip)
+    table.add_row("step time, estimated", _seconds(estimate))
+    table.add_row("MFU, estimated", f"{program.model_flops / (peak * estimate):.1%}")
+    return table
+
+
+def _parts_table(cost: ProgramCost, chip: Chip) -> Table:
+    table = Table("part", "estimated time", "HBM bytes")
+    for part, (seconds, size) in by_part(cost.instructions, chip).items():
+        table.add_row(part, _seconds(seconds), format_bytes(size))
     return table
 
 

@@ -1,4 +1,4 @@
-"""A lower bound of a step's time on a chip, from its data sheet."""
+"""Bounds of a step's time on a chip, from its data sheet, and the assumptions behind estimates."""
 
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ def assumptions(chip: Chip) -> str:
         f"estimated for a chip with {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, "
         f"{chip.bandwidth / 1e9:,.0f} GB/s of HBM bandwidth and "
         f"{chip.interconnect / 1e9:,.0f} GB/s over all its links (data sheet), each at its full "
-        "rate and all at once: a step takes the longest of the three or more, and MFU is that or "
-        "less"
+        "rate. Lower bound: all at once, so that a step takes the longest of the three or more. "
+        "Estimated: one instruction after another, each for the longer of its FLOPs and its HBM "
+        "bytes, the selective scan for its own instructions, and the FLOPs of other kernels at "
+        "the matmuls' rate"
     )

@@ -56,7 +56,7 @@ def training_advice(
         yield _shard_more(mesh, run.model.hidden_size, memory.arguments, available)
         return
     too_many, temporaries = memory.temporaries / room, format_bytes(memory.temporaries)
-    if run.compute.remat == "none":
+    if run.compute.remat != "block":
         yield "compute.remat block: stores only the input of each layer"
     rows = run.training.micro_batch_size // batch_shards(mesh)
     if rows > 1:

@@ -29,9 +29,9 @@ def kernels(program: Program) -> list[Kernel]:
     for name, times in program.runs():
         for line in program.computations[name]:
             for inner in program.fused(line):
-                if not _KERNEL.search(inner.attributes):
+                if not is_kernel(inner):
                     continue
-                kernel = _name(inner)
+                kernel = kernel_name(inner)
                 _, calls, shape = found.get(kernel, Kernel(kernel, 0, ()))
                 arrays = [a for operand in inner.operands for a in program.arrays[operand]]
                 shapes = [shape, *(array.shape for array in (*inner.results, *arrays))]
@@ -40,7 +40,12 @@ def kernels(program: Program) -> list[Kernel]:
     return [found[name] for name in sorted(found)]
 
 
-def _name(line: Instruction) -> str:
+def is_kernel(line: Instruction) -> bool:
+    """Whether an instruction calls a kernel."""
+    return line.op == "custom-call" and bool(_KERNEL.search(line.attributes))
+
+
+def kernel_name(line: Instruction) -> str:
     """As JAX traced it: what is inside `jvp(...)`, before the primitive that calls a kernel."""
     traced = re.search(r'op_name="(.*?)(?:/pallas_call|/mpmd_map)?"', line.attributes)
     path = traced[1] if traced else line.name.rstrip(".0123456789")

@@ -12,17 +12,8 @@ from hymba_jax.aot.hlo import Instruction, Program
 _LIBRARY_MATMUL = r'"lhs_contracting_dimensions":\[([\d",]*)\]'
 
 
-def matmul_flops(program: Program) -> int:
-    """Of one run of the program on one chip."""
-    return sum(
-        times * _flops(program, inner)
-        for name, times in program.runs()
-        for line in program.computations[name]
-        for inner in program.fused(line)
-    )
-
-
-def _flops(program: Program, line: Instruction) -> int:
+def instruction_flops(program: Program, line: Instruction) -> int:
+    """FLOPs of an instruction; 0 unless it is a matmul."""
     if line.op == "dot":
         return _of_dot(program, line, r"lhs_contracting_dims=\{([\d,]*)\}")
     if line.op == "custom-call" and re.search(_LIBRARY_MATMUL, line.attributes):

@@ -2,9 +2,11 @@
 
 What each instruction reads and writes, including the padding of tiles, not the other memories of
 TPUs. A slice or gather reads its result, an update in place reads and writes the update, a fusion
-reads of each operand what its instructions read. A kernel reads its arguments and writes its
-results once.
+reads of each operand what its instructions read, and writes an update that it computes. A kernel
+reads its arguments and writes its results once.
 """
+
+import math
 
 from hymba_jax.aot.hlo import HLOArray, Instruction, Program
 
@@ -16,15 +18,8 @@ _FREE = {
 }
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
-
-
-def total_hbm_bytes(program: Program) -> int:
-    """Bytes that one run of a program reads and writes."""
-    return sum(
-        times * hbm_bytes(program, line)
-        for name, times in program.runs()
-        for line in program.computations[name]
-    )
+# Of which a slice reads no more of the operand than of the result: as many elements, in any order.
+_ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
 
 
 def hbm_bytes(program: Program, line: Instruction) -> int:
@@ -52,46 +47,49 @@ def hbm_bytes(program: Program, line: Instruction) -> int:
 
 def _fusion_bytes(program: Program, line: Instruction) -> int:
     read = sum(
-        min(array.in_hbm_size, _read(program, line.called, i))
+        array.in_hbm_size * _share_read(program, line.called, i)
         for i, name in enumerate(line.operands)
         for array in program.arrays[name][:1]
     )
     results = line.results
     if line.op == "fusion-start":  # has its operands among its results
         results = program.computations[line.called][-1].results
-    return read + _written(program, line.called, results)
+    return round(read) + _written(program, line.called, results)
 
 
-def _read(program: Program, computation: str, number: int) -> int:
-    """Bytes that a fusion reads of its operand of that number, at most."""
+def _share_read(program: Program, computation: str, number: int) -> float:
+    """The share of its operand of that number that a fusion reads."""
     lines = program.computations[computation]
     (parameter,) = (
         line.name for line in lines if line.op == "parameter" and line.operands == [str(number)]
     )
-    return _used(program, lines, parameter)
+    return _share_used(program, lines, parameter)
 
 
-def _used(program: Program, lines: list[Instruction], name: str) -> int:
-    total = 0
+def _share_used(program: Program, lines: list[Instruction], name: str) -> float:
+    """The share of an array that the instructions of a fusion use; what two slices share is read
+    once."""
+    total = 0.0
+    size = max(math.prod(program.arrays[name][0].shape), 1)
     for line in lines:
         for place, operand in enumerate(line.operands):
             if operand != name:
                 continue
             if line.op in _SLICES and place == 0:
-                total += line.results[0].size
+                total += math.prod(line.results[0].shape) / size
             elif line.op == "tuple" or (line.op in _UPDATES and place == 0):
                 continue
-            elif line.op == "bitcast" and line is not lines[-1]:
-                total += _used(program, lines, line.name)
+            elif line.op in _ELEMENTWISE and line is not lines[-1]:
+                total += _share_used(program, lines, line.name)
             elif line.op == "fusion":
-                total += _read(program, line.called, place)
+                total += _share_read(program, line.called, place)
             else:
-                total += program.arrays[name][0].size
-    return total
+                return 1.0
+    return min(total, 1.0)
 
 
 def _written(program: Program, computation: str, results: list[HLOArray]) -> int:
-    """Bytes that a fusion writes, or reads and writes where it updates an operand in place."""
+    """Bytes that a fusion writes; a scatter also reads what it adds to."""
     lines = {line.name: line for line in program.computations[computation]}
     root = list(lines.values())[-1]
     ends = root.operands if root.op == "tuple" else [root.name]
@@ -103,7 +101,8 @@ def _written(program: Program, computation: str, results: list[HLOArray]) -> int
         if line.op == "parameter":
             continue  # passed through
         if line.op in _UPDATES:
-            total += 2 * program.arrays[line.operands[_UPDATES[line.op]]][0].size
+            reads = 2 if line.op == "scatter" else 1
+            total += reads * program.arrays[line.operands[_UPDATES[line.op]]][0].size
         elif line.op == "fusion":
             total += _written(program, line.called, [result])
         else:

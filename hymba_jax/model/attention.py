@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -49,6 +50,7 @@ class Attention(nnx.Module):
             )
             self.key_norm = _qk_norm(config, kv_heads, compute)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "batch length hidden"],

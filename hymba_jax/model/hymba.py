@@ -275,6 +275,7 @@ class Hymba(nnx.Module):
         total = num_meta_tokens + (start + lengths).max()  # without padding
         return Context(make_rope(self.config, positions, total), start, lengths)
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """The tokens' embeddings, in the compute dtype."""
         embedding = gather_param(self.embedding)  # not cast: gradients are summed in float32

@@ -46,6 +46,7 @@ class Linear(nnx.Module):
         self.dtype = dtype or compute.dtype
         self.adapter: Callable[..., Any] | None = nnx.data(None)
 
+    @jax.named_scope("projection")
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
         return self.project(x) if self.adapter is None else self.adapter(x, self)
 
@@ -66,6 +67,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, dtype), axes=axes)
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading features"]:
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)

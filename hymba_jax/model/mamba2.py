@@ -56,6 +56,7 @@ class Mamba2(nnx.Module):
         axes = ("ssm_groups", "channels")
         self.norm = RMSNorm(of_group, axes, config.norm_eps, compute.param_dtype)
 
+    @jax.named_scope("ssm")
     def __call__(
         self,
         x: Float[Array, "batch length hidden"],

@@ -24,6 +24,7 @@ class MLP(nnx.Module):
         self.up_proj = Linear(hidden, inner, ("hidden", "mlp"), compute, rngs)
         self.down_proj = Linear(inner, hidden, ("mlp", "hidden"), compute, rngs)
 
+    @jax.named_scope("mlp")
     def __call__(
         self, x: Float[Array, "batch length hidden"]
     ) -> Float[Array, "batch length hidden"]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -77,6 +78,7 @@ def scale_gradient(
     return dx, dkernel
 
 
+@jax.named_scope("logits")
 def sum_over_chunks(
     loss: Loss,
     logits: Projection,

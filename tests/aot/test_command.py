@@ -13,6 +13,7 @@ from hymba_jax.aot import command
 from hymba_jax.aot.cost import ProgramCost
 from hymba_jax.aot.estimate import Work
 from hymba_jax.aot.fit import Memory
+from hymba_jax.aot.instructions import InstructionCost
 from hymba_jax.aot.topology import Topology, parse_topology
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.parallel.mesh import make_mesh
@@ -57,12 +58,12 @@ def four_cpus(monkeypatch):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """In place of compiling, which `test_a_training_step` does: a program that costs 1 of each."""
-    cost = ProgramCost(Work(1, 1, 1), 1, [], 0, {})
-    monkeypatch.setattr(command, "compile_and_analyze", lambda _: (Memory(1, 1, 2), cost))
+    cost = ProgramCost(Work(1, 1, 1), 1, [], 0, {}, [InstructionCost("mlp", 1, 1, 0)])
+    monkeypatch.setattr(command, "compile_and_analyze", lambda *_: (Memory(1, 1, 2), cost))
 
 
 def compile_for(capsys, *arguments):
-    """The lines before the table, the values of its rows by their names, and those after it."""
+    """The lines before tables, the last values of their rows by their names, and those after."""
     cli.main(["compile", *map(str, arguments)])
     return parse(capsys.readouterr().out)
 
@@ -71,12 +72,12 @@ def parse(printed):
     lines = printed.splitlines()
     rows = [line.strip("│ ").split("│") for line in lines if line.startswith("│")]
     words = [line for line in lines if line[:1] not in "┌├│└"]
-    return words, {name.strip(): value.strip() for name, value in rows}
+    return words, {row[0].strip(): row[-1].strip() for row in rows}
 
 
 def test_a_training_step(capsys, config, four_cpus):
     words, table = compile_for(
-        capsys, "--config", config, "--topology", "v5e:2x2", "--parallel.tensor", 2
+        capsys, "--config", config, "--topology", "v5e:2x2", "--parallel.tensor", 2, "--by-part"
     )
     assert words[0].endswith("v5e:2x2: training, 8 sequences of 112 tokens per step, 4 at a time")
     assert words[1].startswith(
@@ -89,6 +90,8 @@ def test_a_training_step(capsys, config, four_cpus):
     assert sum(n for name, n in counts.items() if "all-reduce" in name) > 2 * 2
     steps = ("arithmetic alone", "memory alone", "interconnect alone")
     assert table["step time, lower bound"] in [table[name] for name in steps]
+    assert "step time, estimated" in table
+    assert {"mlp/projection", "attention/rope", "logits"} <= {*table}
 
 
 @pytest.mark.usefixtures("four_cpus", "no_compiler")
@@ -157,7 +160,7 @@ def refusal(capsys, *arguments):
 def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     """The compiler refuses it: 10 GB of arguments and 12 of temporaries, for a sequence a chip."""
     memory = Memory(10 * 10**9, 12 * 10**9, 22 * 10**9)
-    monkeypatch.setattr(command, "compile_and_analyze", lambda _: (memory, None))
+    monkeypatch.setattr(command, "compile_and_analyze", lambda *_: (memory, None))
     message, printed = refusal(capsys, "--config", config, "--topology", "v5e:2x2")
     assert message == "error: it does not fit: 22.00 GB of 16.00 GB per chip"
     words, table = parse(printed)

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hymba_jax.aot.collectives import Collective, by_kind, collectives
 from hymba_jax.aot.hlo import Program
+from hymba_jax.aot.instructions import InstructionCost, by_part, instruction_costs
+from hymba_jax.aot.kernel_time import SCAN_CYCLES
 from hymba_jax.aot.kernels import Kernel, kernels
-from hymba_jax.aot.matmuls import matmul_flops
-from hymba_jax.aot.traffic import total_hbm_bytes
+from hymba_jax.aot.topology import CHIPS
 
 TRIPS, INNER, ROWS, WIDTH = 5, 3, 16, 32
 FLOAT = 4  # bytes
@@ -30,6 +31,14 @@ def compiled(function, *shapes, mesh=None, specs=None):
         shardings = [NamedSharding(mesh, spec) for spec in specs]
         arrays = [a.update(sharding=s) for a, s in zip(arrays, shardings, strict=True)]
     return Program(jax.jit(function).lower(*arrays).compile().as_text())
+
+
+def matmul_flops(program):
+    return sum(cost.flops for cost in instruction_costs(program, CHIPS["v5e"]))
+
+
+def total_hbm_bytes(program):
+    return sum(cost.hbm_bytes for cost in instruction_costs(program, CHIPS["v5e"]))
 
 
 def repeated(body, trips):
@@ -235,3 +244,70 @@ ENTRY %main (a: bf16[16,128]) -> bf16[2,128] {{
 }}
 """  # noqa: E501
     assert kernels(Program(text)) == [Kernel(name, 1, (16, 128))]
+
+
+# Slices of an operand that a fusion converts first, and an update in place of what it computes.
+FUSED = """HloModule jit_f
+
+%fused (p: bf16[8,128], q: f32[16,128], i: s32[]) -> f32[16,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %q = f32[16,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %wide = f32[8,128]{1,0} convert(%p)
+  %first = f32[2,128]{1,0} slice(%wide), slice={[0:2], [0:128]}
+  %again = f32[2,128]{1,0} slice(%wide), slice={[1:3], [0:128]}
+  %sum = f32[2,128]{1,0} add(%first, %again)
+  ROOT %updated = f32[16,128]{1,0} dynamic-update-slice(%q, %sum, %i, %zero)
+}
+
+ENTRY %main (a: bf16[8,128], b: f32[16,128], j: s32[]) -> f32[16,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = f32[16,128]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %f = f32[16,128]{1,0} fusion(%a, %b, %j), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/transpose(jvp(ssm))/conv/add"}
+}
+"""  # noqa: E501
+
+
+def test_slices_and_updates_in_a_fusion():
+    """Twice 2 of 8 rows of bfloat16, the 4 bytes of the index, and 2 rows of float32."""
+    (cost,) = instruction_costs(Program(FUSED), CHIPS["v5e"])
+    assert cost.hbm_bytes == 2 * 2 * 128 * 2 + 4 + 2 * 128 * 4
+
+
+def test_parts_are_the_scopes_that_an_instruction_was_traced_in():
+    program = Program(FUSED)
+    chip = CHIPS["v5e"]
+    (cost,) = instruction_costs(program, chip)
+    expected = (cost.hbm_bytes / chip.bandwidth, cost.hbm_bytes)
+    assert by_part([cost, cost], chip) == {"ssm/conv": tuple(2 * total for total in expected)}
+
+
+def test_an_instruction_takes_the_longest_of_its_costs():
+    """One second of each on a v5e, then two of one of them."""
+    chip = CHIPS["v5e"]
+    for costs, seconds in [((197e12, 819e9, 1), 1), ((394e12, 0, 0), 2), ((0, 0, 3), 3)]:
+        assert InstructionCost("mlp", *costs).seconds(chip) == seconds
+
+
+SCAN = """HloModule jit_f
+
+ENTRY %main (x: bf16[2,128,640], B: f32[2,16,128], A: f32[16,640], D: f32[1,640]) -> bf16[2,128,640] {
+  %x = bf16[2,128,640]{2,1,0} parameter(0)
+  %B = f32[2,16,128]{2,1,0} parameter(1)
+  %D = f32[1,640]{1,0} parameter(3)
+  %A = f32[16,640]{1,0} parameter(2)
+  ROOT %y = bf16[2,128,640]{2,1,0} custom-call(%x, %B, %A, %D), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(selective_scan_forward)/pallas_call"}
+}
+"""  # noqa: E501
+
+
+def test_the_scan_is_charged_by_its_schedule():
+    """256 positions of one block of channels."""
+    (cost,) = instruction_costs(Program(SCAN), CHIPS["v6e"])
+    cycles = SCAN_CYCLES["TPU v6 lite"]["selective_scan_forward"]
+    assert cost.kernel_seconds == pytest.approx(256 * cycles / 1.75e9)
+    assert cost.part == "selective_scan_forward"
+    (on_gpu,) = instruction_costs(Program(SCAN), CHIPS["h100"])
+    assert on_gpu.kernel_seconds == pytest.approx(256 * 640 * 18 / (132 * 16 * 1.98e9))

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
@@ -20,6 +21,7 @@ AXES: dict[str, Axes] = {
 }
 
 
+@jax.named_scope("conv")
 def causal_conv(
     x: Float[Array, "batch length channels"],
     weight: Float[Array, "kernel channels"],
