@@ -92,6 +92,7 @@ class TestHFImplementation:
     [
         pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
         pytest.param({"remat": "block"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "kernels"}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         {"scan_layers": False, "remat": "block"},
     ],

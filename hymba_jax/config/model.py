@@ -20,7 +20,7 @@ type Auto = Literal["auto"]
 RopeType = Literal["auto", "default", "ntk", "dynamic_ntk"]
 DType = Literal["float32", "bfloat16"]
 WeightFormat = Literal["float", "int8"]
-Remat = Literal["none", "block", "dots"]
+Remat = Literal["none", "block", "kernels", "dots"]
 QKNorm = Literal["none", "rms", "perhead-rms"]
 Fusion = Literal["mean", "concat"]
 MLPActivation = Literal["silu", "relu2"]
@@ -348,12 +348,13 @@ class ComputeConfig:
     """How a model computes; none of it changes what the model is.
 
     Attributes:
-      dtype: of activations and matmuls. Norms, rotary angles, softmax, the time step, the
-        SSM state, logits and loss are float32 whatever it is.
+      dtype: of activations and matmuls. Norms, rotary angles, softmax, the time step after its
+        projection, the SSM state, logits and loss are float32 whatever it is.
       param_dtype: of the stored parameters; the SSM's A_log, D and time-step bias stay float32.
         Training updates float32 copies of those that are not float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
-        input of each block, "dots" the results of matmuls.
+        input of each block, "kernels" also what the scan computes, and "dots" the results of
+        matmuls, too, so that no projection is run again.
       scan_layers: apply repeated layer groups by a scan over stacked parameters.
     """
 

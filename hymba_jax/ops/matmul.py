@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hymba_jax.ops.precision import dot_general
+from hymba_jax.ops.remat import MATMUL, named
 from hymba_jax.parallel.mesh import gather, scatter
 from hymba_jax.types import Array, Float
 
@@ -35,7 +36,7 @@ def matmul(
 def _forward(
     x: Array, kernel: Array, dtype: DTypeLike | None, axes: tuple[str, ...]
 ) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel, dtype, axes), (x, kernel)
+    return named(MATMUL, matmul(x, kernel, dtype, axes)), (x, kernel)
 
 
 def _backward(

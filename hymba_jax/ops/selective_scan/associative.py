@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.types import Array, Bool, Float
 
@@ -95,7 +96,7 @@ def _scan_fwd(
         _, _, h = _states(x, dt, A, B, chunk_state, starts, document_state)
         return h[:, -1], ((h * C[..., None]).sum(2), chunk_state)
 
-    final_state, (y, chunk_states) = lax.scan(chunk, h, (x, dt, B, C, starts))
+    final_state, (y, chunk_states) = named(SCAN, lax.scan(chunk, h, (x, dt, B, C, starts)))
     return (y, final_state), (x, dt, A, B, C, chunk_states, starts, document_state)
 
 

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Float
 
@@ -141,7 +142,7 @@ def _scan(inputs: _Inputs, block: int) -> tuple[Array, Array]:
 def _scan_fwd(
     inputs: _Inputs, block: int
 ) -> tuple[tuple[Array, Array], tuple[_Inputs, Array | None]]:
-    y, final_state, chunk_states = _forward(inputs, block, keep_chunk_states=True)
+    y, final_state, chunk_states = named(SCAN, _forward(inputs, block, keep_chunk_states=True))
     return (y, final_state), (inputs, chunk_states)
 
 

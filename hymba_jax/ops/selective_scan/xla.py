@@ -17,6 +17,7 @@ from jax import lax
 from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot
+from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Bool, Float
@@ -94,7 +95,8 @@ def _scan_fwd(
         end = jnp.minimum(first + _CHUNK, len(x))
         return lax.fori_loop(first, end, step, carry), carry[0]
 
-    (h, y), chunk_states = lax.scan(chunk, (h, jnp.zeros_like(x)), jnp.arange(0, len(x), _CHUNK))
+    firsts = jnp.arange(0, len(x), _CHUNK)
+    (h, y), chunk_states = named(SCAN, lax.scan(chunk, (h, jnp.zeros_like(x)), firsts))
     return (y, h), (A, x, dt, B, C, starts, document_state, chunk_states)
 
 

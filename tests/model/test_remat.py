@@ -1,0 +1,52 @@
+"""What each policy of `compute.remat` runs again: matmul FLOPs of compiled gradients, by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hymba_jax.aot.hlo import Program
+from hymba_jax.aot.instructions import instruction_costs
+from hymba_jax.aot.topology import CHIPS
+from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.model import Hymba
+
+LAYERS, ROWS, LENGTH = 2, 2, 24
+HIDDEN, MLP, CHANNELS, RANK, STATE = 32, 64, 64, 2, 16
+# Mamba layers: the matmuls are projections and, in the scan, the sums over states.
+CONFIG = HymbaConfig(
+    vocab_size=16, hidden_size=HIDDEN, mlp_size=MLP, layers="2*M", num_meta_tokens=0
+)
+FLOPS_PER_ENTRY = 2 * LAYERS * ROWS * LENGTH  # of a kernel, and pass
+MIXER = 3 * HIDDEN * CHANNELS + CHANNELS * (RANK + 2 * STATE) + RANK * CHANNELS
+# The loop over the 8 positions of a chunk is counted once.
+SCAN_FORWARD = 2 * LAYERS * ROWS * (LENGTH // 8) * STATE * CHANNELS
+
+
+@functools.cache
+def flops(remat):
+    compute = ComputeConfig(remat=remat, scan_layers=False)
+    graph, params = nnx.split(Hymba(CONFIG, compute, nnx.Rngs(0)))
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+
+    def loss(params):
+        return nnx.merge(graph, params)(tokens).astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    costs = instruction_costs(Program(compiled.as_text()), CHIPS["v5e"])
+    return sum(cost.flops for cost in costs)
+
+
+def test_dots_runs_no_matmul_and_no_scan_again():
+    assert flops("dots") == flops("none")
+
+
+def test_kernels_runs_projections_again_but_not_the_scan():
+    """All but the last projection, whose result no gradient needs."""
+    again = FLOPS_PER_ENTRY * (MIXER + 2 * HIDDEN * MLP)
+    assert flops("kernels") - flops("none") == again
+
+
+def test_block_runs_projections_and_scan_again():
+    assert flops("block") - flops("kernels") == SCAN_FORWARD
