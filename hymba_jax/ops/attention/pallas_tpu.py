@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.attention.reference import KVStart
+from hymba_jax.ops.remat import ATTENTION, named
 from hymba_jax.types import Array, Bool, Float, Int
 
 _SUBLANES, _LANES = 8, 128  # of a tile of float32
@@ -180,7 +181,7 @@ def _attention(inputs: _Inputs, sizes: _Sizes) -> Array:
 
 
 def _attention_fwd(inputs: _Inputs, sizes: _Sizes) -> tuple[Array, tuple[_Inputs, Array, Array]]:
-    output, log_sum = _forward(inputs, sizes)
+    output, log_sum = named(ATTENTION, _forward(inputs, sizes))
     return output, (inputs, output, log_sum)
 
 
