@@ -63,6 +63,12 @@ def attention(given, rows, queries, keys):
     return [shapes for shapes in given if shapes[2:4] == wanted]
 
 
+def attention_kernels(given, rows, queries, keys):
+    """With queries and keys as they are filled up to blocks of 128."""
+    wanted = [(rows, queries, HEADS, HEAD_DIM), (rows, keys, KV_HEADS, HEAD_DIM)]
+    return [shapes for shapes in given if shapes[:2] == wanted]
+
+
 def assert_kinds(given, *kinds):
     """These kinds of calls and no others."""
     assert all(kinds)
@@ -76,10 +82,12 @@ def test_every_tpu_runs_the_kernels_on_its_shard():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), attention(given, 1, 128, 128))
 
 
-def test_every_gpu_runs_the_scan_on_its_shard():
-    """In float32, as cuDNN cannot be asked without devices; see tests/ops/test_shard_map.py."""
-    given = [*calls(lower("gpu", "float32"), "mosaic_gpu_v2")]
-    assert_kinds(given, scans(given, ROWS, LENGTH), scans(given, 1, GPU_CHUNK))
+def test_every_gpu_runs_the_kernels_on_its_shard():
+    """The meta tokens' are on all devices."""
+    given = [*calls(lower("gpu", "bfloat16"), "mosaic_gpu_v2")]
+    tokens = scans(given, ROWS, LENGTH), attention_kernels(given, ROWS, LENGTH, 384)
+    meta = scans(given, 1, GPU_CHUNK), attention_kernels(given, 1, 128, 128)
+    assert_kinds(given, *tokens, *meta)
 
 
 def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
@@ -91,6 +99,10 @@ def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
 
 
 @pytest.mark.slow
-def test_every_gpu_runs_the_scan_on_its_shard_of_the_length():
-    given = [*calls(lower("gpu", "float32", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
-    assert_kinds(given, scans(given, 2 * ROWS, LENGTH // 2), scans(given, 1, GPU_CHUNK))
+def test_every_gpu_runs_the_kernels_on_its_shard_of_the_length():
+    """Meta tokens, a window and its own part are met."""
+    given = [*calls(lower("gpu", "bfloat16", ("fsdp", "sequence", "tensor")), "mosaic_gpu_v2")]
+    rows, length = 2 * ROWS, LENGTH // 2
+    tokens = scans(given, rows, length), attention_kernels(given, rows, length, 384)
+    meta = scans(given, 1, GPU_CHUNK), attention_kernels(given, 1, 128, 128)
+    assert_kinds(given, *tokens, *meta)

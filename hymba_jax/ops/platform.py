@@ -4,7 +4,8 @@ import jax
 
 
 def target_platform() -> str:
-    """`cpu`, `tpu`, `gpu` or `older gpu` (before Hopper, without its asynchronous copies).
+    """`cpu`, `tpu`, `gpu` (Hopper), `older gpu` (without its asynchronous copies) or `newer gpu`
+    (without its matrix instructions).
 
     That of the mesh in context (`jax.set_mesh`), which may be an ahead-of-time target, else of this
     process's devices.
@@ -12,6 +13,6 @@ def target_platform() -> str:
     target = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if target is None else target.platform
     if platform == jax.default_backend() == "gpu":
-        capability = float(jax.devices()[0].compute_capability)
-        return "gpu" if capability >= 9 else "older gpu"
+        generation = int(float(jax.devices()[0].compute_capability))
+        return "gpu" if generation == 9 else "older gpu" if generation < 9 else "newer gpu"
     return platform

@@ -423,6 +423,7 @@ def test_one_call_chooses(implementation):
 def test_an_unknown_implementation_is_refused():
     arrays = cast(inputs(3)[:3])
     with pytest.raises(
-        ValueError, match="no attention 'fastest'; there are blocks, cudnn, pallas_tpu, reference"
+        ValueError,
+        match="no attention 'fastest'; there are blocks, cudnn, pallas_gpu, pallas_tpu, reference",
     ):
         attention(*arrays, window=None, implementation="fastest")

@@ -162,27 +162,30 @@ def test_cudnn_refuses_documents():
     *arrays, _ = inputs(9, 9)
     kwargs = {"window": 4, "segment_ids": jnp.zeros((2, 9), int)}
     message = (
-        "attention 'cudnn' does not support segment_ids; choose blocks or pallas_tpu or reference"
+        "attention 'cudnn' does not support segment_ids; these do: blocks, pallas_gpu, "
+        "pallas_tpu, reference"
     )
     with pytest.raises(ValueError, match=message):
         api.attention(*arrays, **kwargs, implementation="cudnn")
 
 
 @pytest.mark.parametrize(
-    ("platform", "queries", "kv_start", "dtype", "chosen"),
+    ("platform", "queries", "kv_start", "dtype", "chosen", "with_documents"),
     [
-        ("cpu", 9, None, "bfloat16", "blocks"),
-        ("tpu", 9, None, "float32", "pallas_tpu"),
-        ("tpu", 3, [2, 4], "bfloat16", "pallas_tpu"),
-        ("gpu", 9, None, "bfloat16", "cudnn"),
-        ("older gpu", 9, None, "bfloat16", "cudnn"),
-        ("gpu", 9, None, "float32", "blocks"),
-        ("gpu", 3, None, "bfloat16", "blocks"),
-        ("gpu", 9, [2, 4], "bfloat16", "blocks"),
+        ("cpu", 9, None, "bfloat16", "blocks", "blocks"),
+        ("tpu", 9, None, "float32", "pallas_tpu", "pallas_tpu"),
+        ("tpu", 3, [2, 4], "bfloat16", "pallas_tpu", "pallas_tpu"),
+        ("gpu", 9, None, "bfloat16", "pallas_gpu", "pallas_gpu"),
+        ("gpu", 3, [2, 4], "bfloat16", "pallas_gpu", "pallas_gpu"),
+        ("gpu", 9, None, "float32", "blocks", "blocks"),
+        ("older gpu", 9, None, "bfloat16", "cudnn", "blocks"),
+        ("newer gpu", 9, None, "bfloat16", "cudnn", "blocks"),
+        ("newer gpu", 3, None, "bfloat16", "blocks", "blocks"),
+        ("newer gpu", 9, [2, 4], "bfloat16", "blocks", "blocks"),
     ],
 )
 def test_the_platform_chooses_what_can_do_it(
-    monkeypatch, platform, queries, kv_start, dtype, chosen
+    monkeypatch, platform, queries, kv_start, dtype, chosen, with_documents
 ):
     monkeypatch.setattr(api, "target_platform", lambda: platform)
     called = []
@@ -202,7 +205,7 @@ def test_the_platform_chooses_what_can_do_it(
 
     jax.eval_shape(run, *arrays)
     jax.eval_shape(run, *arrays, segment_ids=jnp.zeros((2, queries), int))
-    assert called == [chosen, "pallas_tpu" if platform == "tpu" else "blocks"]
+    assert called == [chosen, with_documents]
 
 
 def test_tpus_choose_blocks_for_keys_that_do_not_fit_into_vmem(monkeypatch):

@@ -1,4 +1,4 @@
-"""cuDNN's attention on a GPU, at the sizes of the family, against `reference` in float32."""
+"""Attention's kernels on a GPU, at the sizes of the family, against `reference` in float32."""
 
 from functools import partial
 
@@ -8,24 +8,28 @@ import numpy as np
 import pytest
 
 from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
 from hymba_jax.ops.attention.reference import reference
 from hymba_jax.ops.platform import target_platform
 
 pytestmark = pytest.mark.skipif(
-    not target_platform().endswith("gpu"), reason="cuDNN runs on NVIDIA GPUs only"
+    not target_platform().endswith("gpu"), reason="they run on NVIDIA GPUs only"
 )
 HEAD_DIM, VALUE_DIM = 64, 128
 # Relative to the largest entry: bfloat16 rounds weights, values and results at 4e-3.
 TOLERANCE = 1e-2
 
 
+@pytest.mark.parametrize("implementation", [cudnn, pallas_gpu])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 4), (25, 5)])
 @pytest.mark.parametrize(
     ("length", "window", "meta"),
     [(1000, None, 128), (1152, 1024, 128), (2176, 1024, 128), (900, 256, 128), (303, 40, 6)],
 )
-def test_values_and_gradients(heads, kv_heads, length, window, meta):
+def test_values_and_gradients(implementation, heads, kv_heads, length, window, meta):
     """Lengths that fit into the window and that do not, which windows divide and do not."""
+    if implementation is pallas_gpu and target_platform() != "gpu":
+        pytest.skip("its matrix instructions are Hopper's")
     rng = np.random.default_rng(length)
     shapes = [(heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, VALUE_DIM), (heads, VALUE_DIM)]
     lengths = [length, meta + length, meta + length, length]
@@ -42,7 +46,7 @@ def test_values_and_gradients(heads, kv_heads, length, window, meta):
         return output, *vjp(cotangent)
 
     expected = run(reference, *(a.astype(jnp.float32) for a in arrays))
-    for actual, wanted in zip(run(cudnn, *arrays), expected, strict=True):
+    for actual, wanted in zip(run(implementation, *arrays), expected, strict=True):
         assert actual.dtype == jnp.bfloat16
         error = jnp.abs(actual.astype(jnp.float32) - wanted).max() / jnp.abs(wanted).max()
         assert error < TOLERANCE

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def rows(target, compiler, dtype, tmp_path):
-    """Two layers, two passes each, of one long sequence."""
+def rows(target, compiler, dtype, tmp_path, table=None):
+    """Two layers, two passes each, of one long sequence; of a target's table of this name."""
     if find_spec(compiler) is None:
         pytest.skip(f"{compiler}, the compiler for {target}, is not installed")
     file = tmp_path / "rows.json"
@@ -21,6 +21,7 @@ def rows(target, compiler, dtype, tmp_path):
     # In a process of its own: JAX and its compilers read the environment once.
     subprocess.run([*command, "--target", target, "--dtype", dtype, *sizes], check=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row for row in rows if row["target"] == (table or target)]
     assert {(row["layer"], row["pass"]) for row in rows} == {
         (layer, name) for layer in ("window", "global") for name in ("forward", "training")
     }
@@ -40,8 +41,17 @@ def test_kernels_compile(target, dtype, tmp_path):
 
 
 @pytest.mark.slow
-def test_cudnn_is_asked_for_what_it_does(tmp_path):
+def test_gpu_kernels_compile(tmp_path):
     for row in rows("h100", "jax_cuda13_plugin", "bfloat16", tmp_path):
+        assert row["kernels"] == {"forward": 1, "training": 3}[row["pass"]]
+        assert row["registers"] <= 255
+        assert row["spilled"] == 0
+        assert row["shared KiB"] <= 227  # of a thread block
+
+
+@pytest.mark.slow
+def test_cudnn_is_asked_for_what_it_does(tmp_path):
+    for row in rows("h100", "jax_cuda13_plugin", "bfloat16", tmp_path, "h100, cuDNN"):
         passes = {"forward": 1, "training": 2}[row["pass"]]
         assert row["causal calls"] == passes
         assert row["masked calls"] == passes * (row["layer"] == "window")

@@ -6,6 +6,7 @@
 | `blocks`       | plain XLA, a block of queries and of keys at a time                |
 | `pallas_tpu`   | kernels for TPUs                                                   |
 | `cudnn`        | NVIDIA's kernels, for whole sequences in 16 bits                   |
+| `pallas_gpu`   | our kernels for Hopper, in bfloat16                                |
 
 All but the first take time and memory in proportion to the unmasked blocks: linear in the length
 with a window. Where the mesh in context shards the length (`sharded`), all but `cudnn` can run on

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.pallas_gpu import pallas_gpu, supports
 from hymba_jax.ops.attention.pallas_tpu import fits_in_vmem, pallas_tpu
 from hymba_jax.ops.attention.reference import KVStart, reference
 from hymba_jax.ops.attention.sharded import attention_sharded
@@ -19,11 +20,12 @@ from hymba_jax.types import Array, Bool, Float, Int
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "blocks": blocks,
     "cudnn": cudnn,
+    "pallas_gpu": pallas_gpu,
     "pallas_tpu": pallas_tpu,
     "reference": reference,
 }
-# cuDNN has no mask for several documents in a row; `blocks` replaces it.
-SUPPORT_SEGMENT_IDS = ("blocks", "pallas_tpu", "reference")
+# cuDNN has no mask for several documents in a row.
+SUPPORT_SEGMENT_IDS = ("blocks", "pallas_gpu", "pallas_tpu", "reference")
 
 
 def attention(
@@ -52,7 +54,7 @@ def attention(
         meta tokens and to keys of its own document. A document starts where the id changes; the
         first one includes the keys before it.
       implementation: a name in IMPLEMENTATIONS; by default the fastest for the platform that
-        supports the arguments: `blocks` on CPUs, and on GPUs with `segment_ids`.
+        supports the arguments: `blocks` on CPUs, and elsewhere where no kernel does.
 
     Raises:
       ValueError: there is no implementation of that name, or it does not support the arguments or
@@ -150,12 +152,12 @@ def _attend(
     kv_start: KVStart | None,
     window: int | None,
 ) -> Array:
-    name = implementation or fastest(query, key, kv_start, num_meta_tokens)
+    name = implementation or fastest(query, key, value, kv_start, num_meta_tokens)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if _is_by_query(kv_start) and name not in SUPPORT_SEGMENT_IDS:
-        choices = " or ".join(SUPPORT_SEGMENT_IDS)
-        raise ValueError(f"attention {name!r} does not support segment_ids; choose {choices}")
+        choices = ", ".join(SUPPORT_SEGMENT_IDS)
+        raise ValueError(f"attention {name!r} does not support segment_ids; these do: {choices}")
     return IMPLEMENTATIONS[name](
         query,
         key,
@@ -169,6 +171,7 @@ def _attend(
 def fastest(
     query: Float[Array, "batch queries heads head_dim"],
     key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads value_dim"],
     kv_start: KVStart | None,
     num_meta_tokens: int,
 ) -> str:
@@ -176,6 +179,8 @@ def fastest(
     platform = target_platform()
     if platform == "tpu" and fits_in_vmem(key):
         return "pallas_tpu"
+    if platform == "gpu" and supports(query.dtype, query.shape[-1], value.shape[-1]):
+        return "pallas_gpu"
     is_full_sequence = query.shape[1] + num_meta_tokens == key.shape[1] and kv_start is None
     if platform.endswith("gpu") and is_full_sequence and query.dtype != jnp.float32:
         return "cudnn"

@@ -25,7 +25,7 @@ IMPLEMENTATIONS = {
     "xla": selective_scan_xla,
 }
 # By platform; all others run `xla`.
-FASTEST = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+FASTEST = {"gpu": "pallas_gpu", "newer gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 _SEQUENCE, _STATE = ("batch", "length", "channels"), ("batch", None, "channels")
 AXES: dict[str, Axes] = {
     "x": _SEQUENCE,
