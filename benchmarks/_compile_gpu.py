@@ -50,12 +50,11 @@ def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> R
     traced = jax.jit(function, in_shardings=SingleDeviceSharding(device)).trace(*inputs)
     lowered = traced.lower(lowering_platforms=("cuda",))
     try:
-        with _captured() as log:
+        with captured() as log:
             lowered.compile()
     except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:60]}
-    (registers,) = set(re.findall(r"Used (\d+) registers", log[0]))
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log[0]))
+    ((registers, spilled),) = registers_and_spills(log[0]).values()
 
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "mpmd_map")
@@ -63,10 +62,6 @@ def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> R
     blocks = math.prod((*mesh.grid, *mesh.cluster))
     (body,) = kernel.params["jaxprs"]
     in_kernel = list(equations(body))
-    (scope,) = (e for e, _ in in_kernel if e.primitive.name == "run_scoped")
-    shared = kernel.params["compiler_params"].reduction_scratch_bytes + sum(
-        size(v.aval) for v in scope.params["jaxpr"].invars if hasattr(v.aval.dtype, "itemsize")
-    )
     around = sum(
         size(v.aval)
         for e, _ in equations(jaxpr)
@@ -78,15 +73,36 @@ def _compile(device: jax.Device, function: Callable[..., Any], inputs: Any) -> R
     batch, length, _ = traced.jaxpr.jaxpr.invars[0].aval.shape
     return {
         "compiled": "yes",
-        "registers": int(registers),
+        "registers": registers,
         "spilled": spilled,
-        "shared KiB": shared / 2**10,
+        "shared KiB": shared_bytes(kernel) / 2**10,
         "waves": 4 * blocks / SCHEDULERS,
         "HBM MB": moved / 1e6,
         "HBM vs minimum": moved / min_bytes(jaxpr),
         "1e6 exp": taken / 1e6,
         "exponentials vs minimum": taken / min_exponentials(length, batch),
     }
+
+
+def registers_and_spills(log: str) -> dict[str, tuple[int, int]]:
+    """Of each kernel that was compiled, by name: registers, and bytes of spills, as ptxas says."""
+    found = re.findall(
+        r"entry function '(\w+)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores, (\d+) bytes spill "
+        r"loads.*?Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    return {name: (int(used), int(out) + int(back)) for name, out, back, used in found}
+
+
+def shared_bytes(kernel: Any) -> int:
+    """Shared memory of a kernel's blocks, from its jaxpr."""
+    (body,) = kernel.params["jaxprs"]
+    scope, *_ = (e for e, _ in equations(body) if e.primitive.name == "run_scoped")
+    scratch = scope.params["jaxpr"].invars
+    return kernel.params["compiler_params"].reduction_scratch_bytes + sum(
+        size(v.aval) for v in scratch if hasattr(v.aval.dtype, "itemsize")
+    )
 
 
 def _hbm_bytes(equation: Any, mesh: Any) -> float:
@@ -107,7 +123,7 @@ def _hbm_bytes(equation: Any, mesh: Any) -> float:
 
 
 @contextmanager
-def _captured() -> Iterator[list[str]]:
+def captured() -> Iterator[list[str]]:
     """What the compiler prints past Python."""
     log: list[str] = []
     with tempfile.TemporaryDirectory() as directory:

@@ -61,6 +61,8 @@ class Heads(NamedTuple):
     meta: int
     head_dim: int = 64
     value_dim: int = 128
+    documents: int = 1
+    """In a row."""
 
 
 def machine(recorder: Recorder) -> None:
@@ -176,6 +178,8 @@ def conforming_attention(recorder: Recorder) -> None:
         ("bfloat16", Heads(*narrow, 1000, None, 128)),
         ("bfloat16", Heads(*narrow, *sizes)),
         ("bfloat16", Heads(*wide, *sizes)),
+        ("bfloat16", Heads(*wide, *sizes)._replace(documents=5)),
+        ("bfloat16", Heads(*narrow, *sizes)._replace(window=None, documents=3)),
         ("float32", Heads(*narrow, *sizes)),
     )
     for wanted in ("forward", "backward"):
@@ -192,7 +196,7 @@ def conforming_attention(recorder: Recorder) -> None:
                     jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
                     for shape in (*of_rows[:3], *of_meta, of_rows[3])
                 )
-                row["implementation"] = fastest(inputs[0], inputs[1], None, 0)
+                row["implementation"] = fastest(inputs[0], inputs[1], inputs[2], None, 0)
                 actual = _run_attention(wanted, None, heads, inputs, cotangent)
                 *inputs, cotangent = (v.astype(jnp.float32) for v in (*inputs, cotangent))
                 expected = _run_attention(wanted, "reference", heads, inputs, cotangent)
@@ -201,14 +205,21 @@ def conforming_attention(recorder: Recorder) -> None:
 
 
 def _mask(heads: Heads) -> str:
-    return f"{heads.length} positions, window {heads.window}, {heads.meta} meta tokens"
+    return (
+        f"{heads.length} positions, window {heads.window}, {heads.meta} meta tokens, "
+        f"{heads.documents} documents a row"
+    )
 
 
 def _run_attention(
     wanted: str, implementation: str | None, heads: Heads, inputs: list[Any], cotangent: Any
 ) -> dict[str, Any]:
     """The output, or the gradient of every input, by name."""
-    run = partial(attend, window=heads.window, implementation=implementation)
+    ids = None
+    if heads.documents > 1:
+        ids = jnp.arange(heads.length) * heads.documents // heads.length
+        ids = jnp.stack([ids, ids[::-1]])  # so that boundaries differ between rows
+    run = partial(attend, window=heads.window, segment_ids=ids, implementation=implementation)
 
     def backward(*inputs: Any) -> dict[str, jax.Array]:
         gradients = jax.vjp(run, *inputs)[1](cotangent)

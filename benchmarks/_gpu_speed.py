@@ -137,7 +137,7 @@ def _associative(
 def attention(recorder: Recorder) -> None:
     """A layer's attention in the 1.5B, 8 x 2048 tokens behind the meta tokens, bfloat16.
 
-    TFLOP/s are those that the mask asks for.
+    TFLOP/s are those that the mask asks for. On GPUs also cuDNN, which knows no documents.
     """
     config = TINY if recorder.dry_run else PRESETS["hymba-1.5b"]
     batch, length = (2, 32) if recorder.dry_run else (8, 2048)
@@ -151,12 +151,17 @@ def attention(recorder: Recorder) -> None:
         _normal(meta, heads.num_kv_heads, config.value_dim),
     )
     doutput = row_of(heads.num_heads, config.value_dim)
-    chosen = fastest(inputs[0], inputs[1], None, num_meta_tokens=0)
+    chosen = fastest(*inputs[:3], None, num_meta_tokens=0)
     k, v = config.head_dim, config.value_dim
-    for name in dict.fromkeys((chosen, "blocks")):
+    on_gpus = ("cudnn",) if target_platform().endswith("gpu") else ()
+    cases = [(name, 1) for name in dict.fromkeys((chosen, *on_gpus, "blocks"))]
+    cases += [(name, 4) for name in dict.fromkeys((chosen, "blocks"))]
+    for name, documents in cases:
+        each = length // documents
+        ids = None if documents == 1 else jnp.tile(jnp.arange(length) // each, (batch, 1))
         for window in (heads.window, None):
-            function = partial(attend, window=window, implementation=name)
-            seen = pairs_seen(length, length, 0, window or length, meta)
+            function = partial(attend, window=window, segment_ids=ids, implementation=name)
+            seen = documents * pairs_seen(each, each, 0, window or each, meta)
             pairs = 2 * batch * heads.num_heads * seen
             # Back: the scores once more, and two matmuls for each one forward.
             passes: dict[str, tuple[Callable[..., Any], tuple[Any, ...], int]] = {
@@ -168,7 +173,8 @@ def attention(recorder: Recorder) -> None:
                 ),
             }
             for wanted, (call, arguments, flops) in passes.items():
-                with recorder.case(f"{name}, window {window}, {wanted}") as row:
+                title = f"{name}, window {window}, {documents} documents a row, {wanted}"
+                with recorder.case(title) as row:
                     compiled = _compile(row, call, *arguments)
                     row["ms"] = _milliseconds(partial(compiled, *arguments))
                     row["TFLOP/s"] = flops / row["ms"] / 1e9

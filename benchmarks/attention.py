@@ -126,9 +126,9 @@ def main(options: Options) -> None:
     rows: list[Row] = []
     for queries, keys, kv_start, has_window in CASES:
         fits = queries * keys <= _REFERENCE_LIMIT
-        _, (query, key, *_) = make_inputs(options, queries, keys)
+        _, (query, key, value, *_) = make_inputs(options, queries, keys)
         first = None if kv_start is None else jnp.full(1, kv_start)
-        chosen = fastest(query, key, first, num_meta_tokens=0)
+        chosen = fastest(query, key, value, first, num_meta_tokens=0)
         for name in dict.fromkeys((*(("reference",) if fits else ()), "blocks", chosen)):
             rows.append(costs(options, name, queries, keys, kv_start, has_window))
     title = f"attention, heads={options.heads} kv_heads={options.kv_heads} meta={options.meta}"

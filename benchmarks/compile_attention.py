@@ -5,8 +5,8 @@ python benchmarks/compile_attention.py [--target v5e v6e h100] [--json FILE]
 Beside the scores that it does without, were they float32: XLA's temporaries in HBM. For TPUs: the
 most VMEM that one of the kernels has, and spills, as they do with a whole block of scores; the
 cycles of the kernels, from their final schedules and the blocks that the mask shows, without stalls
-for memory. For an H100: what XLA will ask of cuDNN, which chooses kernels and workspace on the
-machine itself.
+for memory. For an H100: the most registers and shared memory that one of our kernels has, and
+spills; and what XLA will ask of cuDNN, which chooses kernels and workspace on the machine itself.
 """
 
 import os
@@ -21,20 +21,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 # Before JAX starts: the accelerators' compilers are wanted, not the accelerators.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
 import jax
 import numpy as np
 import tyro
+from _compile_gpu import captured, registers_and_spills, shared_bytes
 from _compile_tpu import scheduled_bundles, vmem_allocations
 from _report import Row, report, write_json
+from _scan_passes import equations
 from compile_scan import TPUS, Target, installed
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.topology import H100, without_a_tpu
+from hymba_jax.aot.traffic import total_hbm_bytes
 from hymba_jax.ops.attention import pallas_tpu as on_tpu
 from hymba_jax.ops.attention.cudnn import cudnn
+from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
 
 HEAD_DIM, VALUE_DIM, WINDOW, META_TOKENS = 64, 128, 1024, 128
 HEADS = {"125M": (8, 4), "1.5B": (25, 5)}
@@ -61,9 +66,13 @@ def main(options: Options) -> None:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=H100, topology="1x1x1"
         )
-        # cuDNN has no attention in float32.
+        # Neither has attention in float32.
         bfloat16 = replace(options, dtype=("bfloat16",))
-        tables["h100"] = list(rows("h100", cudnn, partial(compile_for_gpu, topology), bfloat16))
+        for name, attention, compile_pass in (
+            ("h100", pallas_gpu, partial(compile_for_gpu, {})),
+            ("h100, cuDNN", cudnn, compile_cudnn),
+        ):
+            tables[name] = list(rows(name, attention, partial(compile_pass, topology), bfloat16))
     with tempfile.TemporaryDirectory() as dump:
         without_a_tpu(f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
         for target in options.target:
@@ -127,7 +136,31 @@ def rows(
             yield row
 
 
-def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) -> Row:
+def compile_for_gpu(
+    known: dict[str, tuple[int, int]], topology: Any, function: Callable[..., Any], inputs: Any
+) -> Row:
+    """`known` gets registers and spills: a kernel is compiled once, whichever passes call it."""
+    traced = jax.jit(function).trace(*inputs).jaxpr.jaxpr
+    kernels = [e for e, _ in equations(traced) if e.primitive.name == "mpmd_map"]
+    try:
+        with captured() as log:
+            compiled = _compile(topology, "cuda", function, inputs)
+    except Exception as error:  # reported as a row
+        return {"compiled": str(error).splitlines()[0][:40]}
+    known |= registers_and_spills(log[0])
+    registers, spilled = zip(*(known[kernel.params["name"]] for kernel in kernels), strict=True)
+    return {
+        "compiled": "yes",
+        "temporary MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "HBM MB": _hbm_megabytes(compiled),
+        "kernels": len(kernels),
+        "registers": max(registers),
+        "spilled": sum(spilled),
+        "shared KiB": max(map(shared_bytes, kernels)) / 2**10,
+    }
+
+
+def compile_cudnn(topology: Any, function: Callable[..., Any], inputs: Any) -> Row:
     try:
         compiled = _compile(topology, "cuda", function, inputs)
     except Exception as error:  # reported as a row
@@ -138,6 +171,7 @@ def compile_for_gpu(topology: Any, function: Callable[..., Any], inputs: Any) ->
     return {
         "compiled": "yes",
         "temporary MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "HBM MB": _hbm_megabytes(compiled),
         "causal calls": calls.count(("", "CAUSAL")),
         "masked calls": calls.count(("ScaleBias", "NO_MASK")),
     }
@@ -184,6 +218,11 @@ def kernel_cycles(bundles: list[tuple[int, list[int]]], length: int, layer: str)
         len(start) * outside + tiles * (first + sum(last)) + visits * each
         for outside, (first, each, *last) in bundles
     )
+
+
+def _hbm_megabytes(compiled: Any) -> float:
+    """As `hymba compile` counts: each array that an operation reads or writes, once."""
+    return total_hbm_bytes(Program(compiled.as_text())) / 1e6
 
 
 def _compile(topology: Any, platform: str, function: Callable[..., Any], inputs: Any) -> Any:
