@@ -35,8 +35,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from hymba_jax.aot.hlo import Program
-from hymba_jax.aot.topology import H100, without_a_tpu
-from hymba_jax.aot.traffic import total_hbm_bytes
+from hymba_jax.aot.instructions import instruction_costs
+from hymba_jax.aot.topology import CHIPS, H100, without_a_tpu
 from hymba_jax.ops.attention import pallas_tpu as on_tpu
 from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
@@ -222,7 +222,8 @@ def kernel_cycles(bundles: list[tuple[int, list[int]]], length: int, layer: str)
 
 def _hbm_megabytes(compiled: Any) -> float:
     """As `hymba compile` counts: each array that an operation reads or writes, once."""
-    return total_hbm_bytes(Program(compiled.as_text())) / 1e6
+    costs = instruction_costs(Program(compiled.as_text()), CHIPS["h100"])
+    return sum(cost.hbm_bytes for cost in costs) / 1e6
 
 
 def _compile(topology: Any, platform: str, function: Callable[..., Any], inputs: Any) -> Any:

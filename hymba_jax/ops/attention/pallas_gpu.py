@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from hymba_jax.ops.attention.gpu_kernels import backward_key_value, backward_query, forward
 from hymba_jax.ops.attention.gpu_tiles import Sizes
 from hymba_jax.ops.attention.reference import KVStart
+from hymba_jax.ops.remat import ATTENTION, named
 from hymba_jax.types import Array, Float
 
 # What registers and shared memory hold. Narrower heads are padded to a swizzled row, 128 bytes.
@@ -79,7 +80,7 @@ def _attention(query: Array, key: Array, value: Array, lowest: Array, sizes: Siz
 def _attention_fwd(
     query: Array, key: Array, value: Array, lowest: Array, sizes: Sizes
 ) -> tuple[Array, tuple[Array, ...]]:
-    output, log_sum = forward(query, key, value, lowest, sizes)
+    output, log_sum = named(ATTENTION, forward(query, key, value, lowest, sizes))
     return output, (query, key, value, lowest, output, log_sum)
 
 
