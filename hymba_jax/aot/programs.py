@@ -81,7 +81,7 @@ def training_program(
     objective = objective or objective_of(run)
     teacher_graph = teacher.graph if teacher else None
     train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh, teacher_graph)
-    passes = 3 if run.compute.remat == "none" else 4  # forward, twice as much back, and forward
+    passes = 4 if run.compute.remat == "block" else 3  # forward, twice as much back, and forward
     kernels = head_flops(run.model, length) * passes * training.batch_size
     flops = training_flops(run.model, length, trainable) * training.batch_size
     if teacher:

@@ -353,8 +353,8 @@ class ComputeConfig:
       param_dtype: of the stored parameters; the SSM's A_log, D and time-step bias stay float32.
         Training updates float32 copies of those that are not float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
-        input of each block, "kernels" also what the scan and attention kernels compute, and
-        "dots" the results of matmuls, too, so that no projection is run again.
+        input of each block, "kernels" also what scan and attention compute, and "dots" the
+        results of matmuls, too, so that no projection is run again.
       scan_layers: apply repeated layer groups by a scan over stacked parameters.
     """
 

@@ -1,5 +1,6 @@
 """What each policy of `compute.remat` runs again: matmul FLOPs of compiled gradients, by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,14 +10,19 @@ from flax import nnx
 from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.instructions import instruction_costs
 from hymba_jax.aot.topology import CHIPS
-from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.model import Hymba
 
 LAYERS, ROWS, LENGTH = 2, 2, 24
 HIDDEN, MLP, CHANNELS, RANK, STATE = 32, 64, 64, 2, 16
 # Mamba layers: the matmuls are projections and, in the scan, the sums over states.
 CONFIG = HymbaConfig(
-    vocab_size=16, hidden_size=HIDDEN, mlp_size=MLP, layers="2*M", num_meta_tokens=0
+    vocab_size=16,
+    hidden_size=HIDDEN,
+    mlp_size=MLP,
+    layers="2*M",
+    num_meta_tokens=0,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2),
 )
 FLOPS_PER_ENTRY = 2 * LAYERS * ROWS * LENGTH  # of a kernel, and pass
 MIXER = 3 * HIDDEN * CHANNELS + CHANNELS * (RANK + 2 * STATE) + RANK * CHANNELS
@@ -25,9 +31,10 @@ SCAN_FORWARD = 2 * LAYERS * ROWS * (LENGTH // 8) * STATE * CHANNELS
 
 
 @functools.cache
-def flops(remat):
+def flops(remat, layers="2*M"):
+    config = dataclasses.replace(CONFIG, layers=layers)
     compute = ComputeConfig(remat=remat, scan_layers=False)
-    graph, params = nnx.split(Hymba(CONFIG, compute, nnx.Rngs(0)))
+    graph, params = nnx.split(Hymba(config, compute, nnx.Rngs(0)))
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
 
     def loss(params):
@@ -50,3 +57,9 @@ def test_kernels_runs_projections_again_but_not_the_scan():
 
 def test_block_runs_projections_and_scan_again():
     assert flops("block") - flops("kernels") == SCAN_FORWARD
+
+
+def test_block_runs_attention_again_and_kernels_does_not():
+    """Of a layer with both kinds of heads; XLA merges the scores with those of the backward pass."""
+    values = 2 * ROWS * LENGTH * LENGTH * CHANNELS
+    assert flops("block", "G") - flops("kernels", "G") == values + SCAN_FORWARD // LAYERS

@@ -16,6 +16,7 @@ from jax import lax
 
 from hymba_jax.ops.attention.reference import KVStart, attention_mask
 from hymba_jax.ops.precision import einsum
+from hymba_jax.ops.remat import ATTENTION, named
 from hymba_jax.types import Array, Float, Int
 
 # Lower than any score, but finite: the difference of two of them is a number.
@@ -97,7 +98,7 @@ def _forward(
 
     q = _split(query, mask.block)
     _, (output, log_sum) = lax.scan(query_block, None, (_starts(query, key, q), q))
-    output = _join(output, query.shape[1])
+    output, log_sum = named(ATTENTION, (_join(output, query.shape[1]), log_sum))
     return output, (query, key, value, kv_start, output, log_sum)
 
 
