@@ -60,6 +60,6 @@ def test_block_runs_projections_and_scan_again():
 
 
 def test_block_runs_attention_again_and_kernels_does_not():
-    """Of a layer with both kinds of heads; XLA merges the scores with those of the backward pass."""
+    """In a layer with both kinds of heads; XLA merges scores with those of the backward pass."""
     values = 2 * ROWS * LENGTH * LENGTH * CHANNELS
     assert flops("block", "G") - flops("kernels", "G") == values + SCAN_FORWARD // LAYERS
