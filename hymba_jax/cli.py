@@ -128,8 +128,11 @@ def evaluate(args: Sequence[str], prog: str) -> None:
     """Runs `hymba evaluate ...`."""
     with _inference_command():
         from hymba_jax.evaluation import command
+        from hymba_jax.parallel.processes import distributed_session
 
-        command.main(tyro.cli(command.EvaluateConfig, args=args, prog=prog))
+        config = tyro.cli(command.EvaluateConfig, args=args, prog=prog)
+        with distributed_session(config.distributed), _one_line_errors():
+            command.main(config)
 
 
 def report(args: Sequence[str], prog: str) -> None:

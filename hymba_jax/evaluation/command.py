@@ -33,7 +33,7 @@ from hymba_jax.figures import make_figure
 from hymba_jax.files import check_output_file, replace_text, resolve_location, resolve_path
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.parallel.processes import distributed_session, is_main_process
+from hymba_jax.parallel.processes import is_main_process
 from hymba_jax.tokenizer import Tokenizer
 
 _MANY = "no model has so long a context"
@@ -147,11 +147,10 @@ def main(config: EvaluateConfig) -> None:
     Raises:
       HymbaError: there is no such model, text or task, or a file cannot be written.
     """
-    with distributed_session(config.distributed):
-        if config.task_names:
-            _run_tasks(config)
-        else:
-            _measure_perplexity(config)
+    if config.task_names:
+        _run_tasks(config)
+    else:
+        _measure_perplexity(config)
 
 
 def _run_tasks(config: EvaluateConfig) -> None:

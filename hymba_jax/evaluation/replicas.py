@@ -6,6 +6,7 @@ from itertools import batched
 
 import jax
 
+from hymba_jax.checkpoint.checksums import digest, tree_checksums
 from hymba_jax.inference import LanguageModel
 from hymba_jax.parallel.processes import gather, require_agreement
 
@@ -21,12 +22,19 @@ class Replicas:
       devices: of this process; all of them if absent.
 
     Raises:
-      HymbaError: the processes have different numbers of devices.
+      HymbaError: the processes have different models or numbers of devices.
     """
 
     def __init__(self, model: LanguageModel, devices: Sequence[jax.Device] | None = None) -> None:
         devices = jax.local_devices() if devices is None else devices
-        require_agreement({"number of devices": len(devices)})
+        if jax.process_count() > 1:
+            require_agreement(
+                {
+                    "number of devices": len(devices),
+                    "batch_size": model.batch_size,
+                    "parameters of the model": digest(tree_checksums(model.engine.params)),
+                }
+            )
         self._models = [model.on_device(device) for device in devices]
         self._pool = ThreadPoolExecutor(len(devices))
 

@@ -11,7 +11,7 @@ A program is compiled once for each shape; shapes are rounded up (`bucket`), so 
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +196,10 @@ class Engine:
         max_chunk: int = MAX_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
+        if weights not in get_args(WeightFormat):
+            raise HymbaError(
+                f"weights is {weights!r}, not one of {', '.join(get_args(WeightFormat))}"
+            )
         fused = fuse_projections(merge_adapters(unstack_layers(model)))
         if weights == "int8":
             quantize_kernels(fused)

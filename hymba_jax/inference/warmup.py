@@ -9,9 +9,10 @@ import jax
 import tyro
 from rich.console import Console
 
+from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import cache_directory
-from hymba_jax.inference.engine import MIN_CHUNK, Engine, bucket
+from hymba_jax.inference.engine import MIN_CHUNK, Engine, Request, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 
@@ -73,13 +74,19 @@ def prompt_lengths(engine: Engine) -> Iterator[int]:
 
 
 def warm(model: LanguageModel, rows: int, length: int) -> None:
-    """Generates three tokens after each of `rows` prompts of `length` tokens, where they fit.
+    """Generates two tokens after each of `rows` prompts of `length` tokens, where they fit.
 
-    The second may be drafted, so that the third is verified.
+    Of one prompt it also verifies a draft, if the model speculates.
     """
     prompts = [[model.tokenizer.eos_id] * length] * rows
-    for delta in model.stream(prompts, max_new_tokens=3):
+    for delta in model.stream(prompts, max_new_tokens=2):
         del delta
+    if model.speculate and rows == 1:
+        engine = model.engine
+        context = min(length + 2, engine.max_context)
+        request = Request(prompts[0], SamplingConfig(), 0, 2)
+        state, _ = engine.insert(engine.prefill(prompts, context), [request])
+        engine.verify(state, prompts[0][:1])
 
 
 def use_compilation_cache() -> None:

@@ -25,7 +25,7 @@ def quantize_kernels(model: Hymba) -> Hymba:
     """The same model, changed in place: linear maps and the output projection are quantized.
 
     The embedding, of which a token reads one row, stays as it is, and so do norms, convolutions and
-    the maps that are computed in float32 whatever the compute dtype is, as they are small.
+    Mamba's dt_proj, as they are small.
 
     Args:
       model: without adapters.

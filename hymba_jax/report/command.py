@@ -110,7 +110,7 @@ def make_page(config: ReportConfig) -> Page:
     paths = [resolve_path(name) for name in config.evaluations]
     results = {_name(path, paths): read_results(path) for path in paths}
     tokens, text_name = _tokens(config, tokenizer, architecture.max_positions)
-    metrics = read_metrics(directory)
+    metrics = [line for line in read_metrics(directory) if step is None or line["step"] <= step]
     hymba = load_model(config.model, dtype=config.dtype, step=step)
     if config.adapter:
         hymba = merge_peft(resolve_path(config.adapter), hymba)

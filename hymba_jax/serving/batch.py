@@ -49,6 +49,9 @@ class BatchConfig:
       slots: sequences that are decoded at the same time, a power of two.
       prefix_cache: bytes of memory for states after beginnings of prompts, so that what prompts
         share is prefilled once; 0 is none.
+
+    Raises:
+      HymbaError: a number is impossible.
     """
 
     choice: Annotated[
@@ -61,6 +64,10 @@ class BatchConfig:
     slots: int = 8
     prefix_cache: int = 2**28
 
+    def __post_init__(self) -> None:
+        if self.prefix_cache < 0:
+            raise HymbaError(f"prefix_cache is {self.prefix_cache}, not a number of bytes")
+
 
 def main(config: BatchConfig) -> None:
     """Answers what is not answered yet, and says how many requests were refused.
@@ -68,15 +75,19 @@ def main(config: BatchConfig) -> None:
     Raises:
       HymbaError: a file or the model cannot be read, or a line is no request.
     """
-    output = resolve_path(config.output)
+    output = resolve_path(config.output).resolve()
     check_output_file(output)
+    if output.exists() and not output.is_file():
+        raise HymbaError(f"{output}: not a regular file")
     requests = read_requests(config.input)
     partial = output.with_name(f"{output.name}.partial")
     done = _answered(partial)
     left = [request for request in requests if request["custom_id"] not in done]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if done:
-        console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")
+        console.print(
+            f"{partial}: resumes with {len(left)} of {len(requests)} requests", markup=False
+        )
     if left:
         name = config.name or PurePath(config.choice.model).name
         model = config.choice.load(max_chunk=CHUNK)
@@ -89,10 +100,10 @@ def main(config: BatchConfig) -> None:
             thread.stop()
         if thread.error is not None:
             raise HymbaError(f"the model has failed: {thread.error}")
-    answers = [parse_json(line) for line in read_text(partial).splitlines()]
+    answers = [value for _, value in _lines(partial)]
     os.replace(partial, output)
     refused = sum(answer["error"] is not None for answer in answers)
-    console.print(f"{output}: {len(answers)} answers, {refused} of them errors")
+    console.print(f"{output}: {len(answers)} answers, {refused} of them errors", markup=False)
 
 
 def read_requests(name: str) -> list[dict[str, Any]]:
@@ -164,7 +175,7 @@ async def _answer_all(
                 file.flush()
                 progress.advance(task)
 
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://batch", timeout=None
         ) as client:

@@ -78,7 +78,11 @@ class Grammars:
 
     def of_json_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that a schema describes. Raises HymbaError if it is no schema."""
-        return self._compile(llguidance.LLMatcher.grammar_from_json_schema(schema))
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+        except ValueError as error:  # half of a UTF-16 pair, or a number beyond 64 bits
+            raise HymbaError(f"the grammar is invalid: {_line(str(error))}") from error
+        return self._compile(grammar)
 
     def of_regex(self, pattern: str) -> Grammar:
         """Text that a regular expression matches. Raises HymbaError if it is none."""

@@ -10,7 +10,7 @@
 
 All but the first take time and memory in proportion to the unmasked blocks: linear in the length
 with a window. Where the mesh in context shards the length (`sharded`), all but `cudnn` can run on
-the shards; on GPUs `blocks` does. All but `cudnn`, whose mask cannot express "own document or meta
+the shards. All but `cudnn`, whose mask cannot express "own document or meta
 token", support `segment_ids`. `attention_step` is one new token, for decoding.
 """
 

@@ -31,7 +31,7 @@ def pallas_gpu(
     num_meta_tokens: int,
     kv_start: KVStart | None = None,
 ) -> Float[Array, "batch queries heads value_dim"]:
-    """`attention` on NVIDIA GPUs from Hopper on; elsewhere only in Pallas's interpret mode.
+    """`attention` on Hopper GPUs; elsewhere only in Pallas's interpret mode.
 
     A query without valid keys has output zero.
 
