@@ -213,4 +213,4 @@ def test_tpus_choose_blocks_for_keys_that_do_not_fit_into_vmem(monkeypatch):
     for dtype, most in (("float32", 2**14), ("bfloat16", 2**15)):
         for keys, chosen in ((most, "pallas_tpu"), (most + 1, "blocks")):
             key = jnp.zeros((1, keys, 1, 64), dtype)
-            assert api.fastest(key, key, None, num_meta_tokens=0) == chosen
+            assert api.fastest(key, key, key, None, num_meta_tokens=0) == chosen
