@@ -7,7 +7,6 @@ trained model; times are the shortest of six loops of 16 steps. Bits per byte of
 those of the beginnings of text files, by default modules of hymba_jax.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -51,9 +50,7 @@ class Options:
 def main(options: Options) -> None:
     prepare_host()
     rows = [*measured(options)]
-    report("int8 weights", rows)
-    if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report("int8 weights", rows, options.json)
 
 
 def measured(options: Options) -> Iterator[Row]:

@@ -9,7 +9,6 @@ with one slot; and by all clients at once, from one with as many slots.
 """
 
 import asyncio
-import json
 import re
 import subprocess
 import sys
@@ -59,9 +58,11 @@ def main(options: Options) -> None:
             row(model, options, clients=options.clients, requests=2 * options.clients),
         ]
     rates = [float(row["tokens/s"]) for row in rows]
-    report(f"{options.clients} clients: {rates[1] / rates[0]:.1f} times the throughput", rows)
-    if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report(
+        f"{options.clients} clients: {rates[1] / rates[0]:.1f} times the throughput",
+        rows,
+        options.json,
+    )
 
 
 def row(model: Path, options: Options, *, clients: int, requests: int) -> Row:

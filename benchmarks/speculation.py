@@ -8,7 +8,6 @@ at temperature 0.8, "random" at 1.3 from next to nothing. Times are the shortest
 take turns; "verified" are the tokens of an average verification.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,9 +88,7 @@ def main(options: Options) -> None:
                     "verified": sum(verified) / max(len(verified), 1),
                 }
             )
-    report("speculation", rows)
-    if options.json:
-        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report("speculation", rows, options.json)
 
 
 def generate(model: LanguageModel, text: str, asked: dict[str, Any]) -> list[int]:

@@ -138,12 +138,20 @@ def read_json(path: PathLike) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError if it is invalid or nested too deeply."""
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
+    """The value of a JSON text. Raises ValueError if it is invalid or nested too deeply.
+
+    Args:
+      strict: NaN and infinities, which Python's parser takes, are invalid, as JSON has none.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant if strict else None)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def json_text(value: Any) -> str:

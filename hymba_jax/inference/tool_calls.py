@@ -1,11 +1,11 @@
 """The tools that an answer calls, which models write as `<toolcall> {...} </toolcall>`."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import parse_json
 
 START, END = "<toolcall>", "</toolcall>"
 
@@ -69,15 +69,11 @@ def first_call(text: str) -> FoundCall | None:
 def _parse(text: str) -> ToolCall:
     shown = text.strip()[:80]
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text, strict=True)
+    except ValueError as error:
         raise HymbaError(f"tool call that is not JSON ({error}): {shown!r}") from error
     arguments = value.get("arguments", {}) if isinstance(value, dict) else None
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(arguments, dict) or not (isinstance(name, str) and name.isprintable()):
         raise HymbaError(f"tool call without a name, or with arguments that are none: {shown!r}")
     return ToolCall(name, arguments)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")

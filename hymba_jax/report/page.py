@@ -1,7 +1,7 @@
 """What a page consists of, and its HTML."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ class Page:
     subtitle: str
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section]
-    footer: str = field(default="")
+    footer: str = ""
 
     def render(self) -> str:
         """The HTML, inside `page_style`. Everything is in it: no script, no link elsewhere."""

@@ -5,7 +5,6 @@ OpenAI's API lacks are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` 
 `structured_outputs`.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import parse_json
 
 MAX_DEPTH = 64  # of objects and lists in a request's body
 MAX_SAMPLES = 128
@@ -217,10 +217,9 @@ def parse[T: _Model](kind: type[T], body: bytes) -> T:
       ApiError: it is not JSON, or not such a request.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"the body is not JSON: {reason}") from error
+        value = parse_json(body, strict=True)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object")
     if _depth(value) > MAX_DEPTH:
@@ -269,10 +268,6 @@ def logit_bias(fields: GenerationFields) -> tuple[tuple[int, float], ...]:
     if wrong := [token for token in biases if not (token.isascii() and token.isdigit())]:
         raise ApiError(400, f"logit_bias: {wrong[0]!r} is not a token id", param="logit_bias")
     return tuple((int(token), value) for token, value in biases.items())
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _depth(value: Any) -> int:

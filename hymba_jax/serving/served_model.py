@@ -98,7 +98,10 @@ class ServedModel:
         prompts = self._model.encode(given, max_new_tokens=max_tokens)
         sampling = self._sampling(asked, max_tokens)
         alternatives = asked.logprobs or 0
-        requests = [self._request(asked, prompt, sampling, alternatives) for prompt in prompts]
+        grammar = self._grammar(asked)  # compiled once, however many prompts there are
+        requests = [
+            self._request(asked, prompt, sampling, alternatives, grammar) for prompt in prompts
+        ]
         echoes = [""] * len(prompts)
         if asked.echo:
             decode = self._model.tokenizer.decode
@@ -145,8 +148,9 @@ class ServedModel:
             forced=forced,
             closes_call=is_one_call,
         )
+        alternatives, grammar = asked.top_logprobs or 0, self._grammar(asked)
         return Prepared(
-            self, [self._request(asked, prompt, sampling, asked.top_logprobs or 0)], answer
+            self, [self._request(asked, prompt, sampling, alternatives, grammar)], answer
         )
 
     def _max_tokens(self, wanted: int) -> int:
@@ -197,8 +201,8 @@ class ServedModel:
         prompt: list[int],
         sampling: SamplingConfig,
         alternatives: int,
+        grammar: Grammar | None,
     ) -> GenerationRequest:
-        grammar = self._grammar(asked)
         if grammar is not None:
             ends = (*sampling.stop_tokens, *self._grammars.ends)
             sampling = replace(sampling, stop_tokens=ends)
