@@ -63,3 +63,23 @@ def test_block_runs_attention_again_and_kernels_does_not():
     """In a layer with both kinds of heads; XLA merges scores with those of the backward pass."""
     values = 2 * ROWS * LENGTH * LENGTH * CHANNELS
     assert flops("block", "G") - flops("kernels", "G") == values + SCAN_FORWARD // LAYERS
+
+
+def test_masks_of_documents_are_no_inputs_of_a_scan_over_layers():
+    """They would be read by every layer, one for each channel."""
+    graph, params = nnx.split(Hymba(CONFIG, ComputeConfig(remat="block"), nnx.Rngs(0)))
+    tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
+    segment_ids = jnp.asarray([[0] * 10 + [1] * 14] * ROWS)
+
+    def loss(params):
+        logits = nnx.merge(graph, params)(tokens, segment_ids=segment_ids)
+        return logits.astype(jnp.float32).sum()
+
+    scans = [
+        equation
+        for equation in jax.make_jaxpr(jax.grad(loss))(params).eqns
+        if equation.primitive.name == "scan" and equation.params["length"] == LAYERS
+    ]
+    assert len(scans) == 2  # forward and backward pass
+    for scan in scans:
+        assert (ROWS, LENGTH, CHANNELS) not in [array.aval.shape for array in scan.invars]

@@ -26,7 +26,10 @@ def causal_conv_reference(
         valid = positions < lengths[:, None]
         x = jnp.where(valid[:, :, None], x, 0)
     if documents is not None:
-        starts = documents.starts if lengths is None else documents.starts & valid
+        # Made to depend on x: what is the same in all layers, such as the masks broadcast over
+        # channels, would be computed before a scan over layers, and read in each.
+        _, starts = lax.optimization_barrier((x[:1, :1, :1], documents.starts))
+        starts = starts if lengths is None else starts & valid
         # Where the document of each position starts, if not before the first one.
         latest = lax.cummax(jnp.where(starts, positions, -before), axis=1)
         document_inputs = documents.state.astype(x.dtype)
@@ -107,4 +110,5 @@ def _own(v: Array, tap: int, weight: Array, seen: Array | None) -> Array:
     """v where this tap's input belongs to the position's own document, else zeros."""
     if seen is None:
         return v
-    return jnp.where((seen >= weight.shape[0] - 1 - tap)[:, :, None], v, 0)
+    zeros = (0 * seen).astype(v.dtype)  # not a constant, which would be an array before the scan
+    return jnp.where((seen >= weight.shape[0] - 1 - tap)[:, :, None], v, zeros[:, :, None])
