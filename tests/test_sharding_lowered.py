@@ -32,7 +32,8 @@ GPU_CHUNK = 64  # that the kernel for GPUs fills fewer positions up to
 
 def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     """The training step as 8 devices of a platform are given it, 2 along each of these axes."""
-    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    kind = "TPU v6 lite" if platform == "tpu" else "any"
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     sizes = [2 if axis in axes else 1 for axis in AXES]
     mesh = AbstractMesh(tuple(sizes), AXES, (AxisType.Auto,) * 4, abstract_device=device)
     optimizer = make_optimizer(TrainingConfig())

@@ -5,7 +5,7 @@ programs     the training step, prefill and decode, as the real commands run the
 hlo          the compiled program as a table of instructions, with trip counts
 traffic      HBM bytes of each instruction
 matmuls      their FLOPs
-kernels      calls of kernels, and the size of their arrays
+kernels      calls of kernels, the size of their arrays, and what they say they cost
 collectives  what the chips send each other
 kernel_time  how long kernels take by their own instructions
 instructions what each instruction costs, and the part of the model it belongs to

@@ -158,14 +158,15 @@ def _table(program: AotProgram, chip: Chip, memory: Memory, cost: ProgramCost | 
     table.add_row("model FLOPs per step and chip", _tera(program.model_flops / chips))
     if cost is None:
         return table
-    table.add_row("matmul FLOPs, as compiled", _tera(cost.matmul_flops))
-    table.add_row("kernel FLOPs, from the model", _tera(cost.work.flops - cost.matmul_flops))
+    table.add_row("matmul FLOPs", _tera(cost.work.flops - cost.kernel_flops))
+    table.add_row("matmul FLOPs in kernels", _tera(cost.kernel_flops))
     table.add_row("HBM bytes per chip", format_bytes(cost.work.hbm_bytes))
     if cost.unknown_loops:
         table.add_row("loops of unknown trip count, counted once", str(cost.unknown_loops))
     table.add_section()
-    for name, calls, shape in cost.kernels:
-        table.add_row(f"{calls:,} x {name} per chip, largest array", " x ".join(map(str, shape)))
+    for kernel in cost.kernels:
+        called = f"{kernel.calls:,} x {kernel.name} per chip, largest array"
+        table.add_row(called, " x ".join(map(str, kernel.shape)))
     table.add_section()
     for kind, (count, size) in cost.collectives.items():
         table.add_row(f"{count:,} x {kind}, bytes sent per chip", format_bytes(size))

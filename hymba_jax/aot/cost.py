@@ -18,23 +18,25 @@ class ProgramCost(NamedTuple):
     """One run of a program on one chip.
 
     Attributes:
-      matmul_flops: without those of kernels.
       unknown_loops: loops whose trip count is unknown, counted once.
       collectives: by kind, how many and the bytes that a chip sends for them.
       instructions: what each costs.
     """
 
     work: Work
-    matmul_flops: float
     kernels: list[Kernel]
     unknown_loops: int
     collectives: dict[str, tuple[int, float]]
     instructions: list[InstructionCost]
 
+    @property
+    def kernel_flops(self) -> float:
+        """Of the matmuls in kernels."""
+        return sum(kernel.flops for kernel in self.kernels)
+
     def step_seconds(self, chip: Chip) -> float:
         """Time of a step that runs one instruction after another, collectives beside them."""
-        in_kernels = (self.work.flops - self.matmul_flops) / chip.peak_flops
-        alone = sum(cost.seconds(chip) for cost in self.instructions) + in_kernels
+        alone = sum(cost.seconds(chip) for cost in self.instructions)
         return max(alone, self.work.seconds(chip)["interconnect"])
 
 
@@ -48,14 +50,16 @@ def compile_and_analyze(program: AotProgram, chip: Chip) -> tuple[Memory, Progra
         if memory is None:
             raise
         return memory, None
-    return compiled_memory(compiled), _analyze(program, Program(compiled.as_text()), chip)
+    return compiled_memory(compiled), analyze(Program(compiled.as_text()), chip)
 
 
-def _analyze(program: AotProgram, hlo: Program, chip: Chip) -> ProgramCost:
+def analyze(hlo: Program, chip: Chip) -> ProgramCost:
+    """What a compiled program costs."""
     costs = [*instruction_costs(hlo, chip)]
-    matmuls = sum(cost.flops for cost in costs)
-    sent, called = by_kind(collectives(hlo)), kernels(hlo)
-    flops = matmuls + (program.kernel_flops if called else 0)
-    moved = sum(cost.hbm_bytes for cost in costs)
-    work = Work(flops, moved, sum(size for _, size in sent.values()))
-    return ProgramCost(work, matmuls, called, hlo.unknown_loops, sent, costs)
+    sent = by_kind(collectives(hlo))
+    work = Work(
+        flops=sum(cost.flops for cost in costs),
+        hbm_bytes=sum(cost.hbm_bytes for cost in costs),
+        collective_bytes=sum(size for _, size in sent.values()),
+    )
+    return ProgramCost(work, kernels(hlo), hlo.unknown_loops, sent, costs)

@@ -9,7 +9,7 @@ class Work(NamedTuple):
     """Cost of one step on one chip.
 
     Attributes:
-      flops: of matmuls and of kernels.
+      flops: of matmuls, those in kernels included.
       hbm_bytes: read and written.
       collective_bytes: sent to other chips.
     """
@@ -30,6 +30,12 @@ class Work(NamedTuple):
         }
 
 
+_OWN_INSTRUCTIONS = {
+    True: "the cycles of their compiled schedules",
+    False: "their exponentials and shared-memory traffic",
+}
+
+
 def assumptions(chip: Chip) -> str:
     """Assumptions of an estimate, in words."""
     return (
@@ -37,7 +43,6 @@ def assumptions(chip: Chip) -> str:
         f"{chip.bandwidth / 1e9:,.0f} GB/s of HBM bandwidth and "
         f"{chip.interconnect / 1e9:,.0f} GB/s over all its links (data sheet), each at its full "
         "rate. Lower bound: all at once, so that a step takes the longest of the three or more. "
-        "Estimated: one instruction after another, each for the longer of its FLOPs and its HBM "
-        "bytes, the selective scan for its own instructions, and the FLOPs of other kernels at "
-        "the matmuls' rate"
+        "Estimated: one instruction after another, each for the longest of its FLOPs, its HBM "
+        f"bytes and, of our kernels, {_OWN_INSTRUCTIONS[chip.is_tpu]}"
     )

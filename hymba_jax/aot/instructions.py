@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from hymba_jax.aot.hlo import Instruction, Program
 from hymba_jax.aot.kernel_time import kernel_seconds
-from hymba_jax.aot.kernels import is_kernel, kernel_name
+from hymba_jax.aot.kernels import is_kernel, kernel_name, stated_cost
 from hymba_jax.aot.matmuls import instruction_flops
 from hymba_jax.aot.topology import Chip
 from hymba_jax.aot.traffic import hbm_bytes
@@ -21,7 +21,7 @@ class InstructionCost(NamedTuple):
 
     Attributes:
       part: of the model, `ssm/conv` for example.
-      flops: of matmuls.
+      flops: of matmuls, those in kernels included.
       hbm_bytes: read and written.
       kernel_seconds: that a kernel of ours takes by its own schedule; 0 for others.
     """
@@ -43,9 +43,12 @@ def instruction_costs(program: Program, chip: Chip) -> Iterator[InstructionCost]
     for name, times in program.runs():
         for line in program.computations[name]:
             inner = [*program.fused(line)]
-            flops = sum(instruction_flops(program, instruction) for instruction in inner)
-            kernels = (kernel_seconds(program, k, chip) for k in inner if is_kernel(k))
-            costs = (flops, hbm_bytes(program, line), sum(kernels))
+            kernels = [instruction for instruction in inner if is_kernel(instruction)]
+            flops = sum(instruction_flops(program, instruction) for instruction in inner) + sum(
+                stated_cost(kernel).flops for kernel in kernels
+            )
+            seconds = sum(kernel_seconds(kernel, chip) for kernel in kernels)
+            costs = (flops, hbm_bytes(program, line), seconds)
             if any(costs):
                 yield InstructionCost(part_of(line, inner), *(times * cost for cost in costs))
 

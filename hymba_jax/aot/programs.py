@@ -1,6 +1,5 @@
 """The programs that are compiled ahead of time: exactly those that the other commands run."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,15 +18,12 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Engine, PaddedChunk
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
-from hymba_jax.model.flops import forward_flops, head_flops, training_flops
+from hymba_jax.model.flops import forward_flops, training_flops
 from hymba_jax.model.sharding import describe_sharding
 from hymba_jax.model.trainable import trainable_of
 from hymba_jax.parallel.mesh import (
-    batch_shards,
     bytes_per_device,
-    length_sharded_over,
     make_mesh,
-    sharded_over,
 )
 from hymba_jax.training.distillation import read_teacher
 from hymba_jax.training.loss import Objective
@@ -43,7 +39,6 @@ class AotProgram(NamedTuple):
       step: what one run of it does, in words.
       arguments: bytes per chip.
       model_flops: FLOPs that the model needs for a step, on all chips together.
-      kernel_flops: FLOPs of kernels, on one chip, which are not in the HLO text.
       advice: what to change, given its memory and what is available.
     """
 
@@ -53,7 +48,6 @@ class AotProgram(NamedTuple):
     num_params: int
     arguments: int
     model_flops: float
-    kernel_flops: float
     compile: Callable[[], Any]
     advice: Callable[[Memory, float], Iterator[str]]
 
@@ -81,14 +75,10 @@ def training_program(
     objective = objective or objective_of(run)
     teacher_graph = teacher.graph if teacher else None
     train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh, teacher_graph)
-    passes = 4 if run.compute.remat == "block" else 3  # forward, twice as much back, and forward
-    kernels = head_flops(run.model, length) * passes * training.batch_size
     flops = training_flops(run.model, length, trainable) * training.batch_size
     if teacher:
         config = teacher.source.config
-        kernels += head_flops(config, length) * training.batch_size
         flops += forward_flops(config, length, predicted=length) * training.batch_size
-    shards = batch_shards(mesh) * _kernel_shards(run.model, length, mesh)
     is_partial = abstract.num_trained < abstract.num_params
     return AotProgram(
         mesh,
@@ -100,18 +90,9 @@ def training_program(
         abstract.num_params,
         bytes_per_device((abstract.state, batch, given)),
         flops,
-        kernels / shards,
         partial(compile_train_step, train_step, abstract.state, batch, *given),
         partial(training_advice, run, mesh),
     )
-
-
-def _kernel_shards(config: HymbaConfig, length: int, mesh: Mesh) -> int:
-    """How many shards the kernels' work on a sequence has, where heads are not fewer."""
-    names = list(sharded_over("heads", config.attention.num_kv_heads, mesh))
-    if length_axis := length_sharded_over(length, mesh):
-        names.append(length_axis)
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def inference_program(
@@ -135,11 +116,11 @@ def inference_program(
     flops = partial(forward_flops, run.model)
     if name == "prefill":
         step = f"prefill of {batch} prompts of {context} tokens"
-        model, kernels = flops(context, predicted=0), head_flops(run.model, context)
+        model = flops(context, predicted=0)
     else:
         step = f"decoding {batch} sequences of {context} tokens, one token each per step"
         before = flops(context - 1, predicted=0)
-        model, kernels = flops(context, predicted=1) - before, 0.0
+        model = flops(context, predicted=1) - before
     return AotProgram(
         mesh,
         step,
@@ -147,7 +128,6 @@ def inference_program(
         sum(leaf.size for leaf in jax.tree.leaves(params)),
         bytes_per_device(traced.arguments),
         model * batch,
-        kernels * batch,
         lambda: traced.program.lower().compile(),
         partial(inference_advice, batch, bytes_per_device(programs.params)),
     )

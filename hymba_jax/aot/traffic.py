@@ -3,12 +3,14 @@
 What each instruction reads and writes, including the padding of tiles, not the other memories of
 TPUs. A slice or gather reads its result, an update in place reads and writes the update, a fusion
 reads of each operand what its instructions read, and writes an update that it computes. A kernel
-reads its arguments and writes its results once.
+reads its arguments and writes its results once, and again as often as it says that it does.
 """
 
 import math
+from collections.abc import Iterator
 
 from hymba_jax.aot.hlo import HLOArray, Instruction, Program
+from hymba_jax.aot.kernels import stated_cost
 
 # Neither reads nor writes: names for arrays, what other computations do, and branches.
 _FREE = {
@@ -38,6 +40,10 @@ def hbm_bytes(program: Program, line: Instruction) -> int:
     # What is started has its operands among its results.
     results = line.results[-1:] if line.op.endswith("-start") else line.results
     written = sum(array.in_hbm_size for array in results)
+    if stated := stated_cost(line).hbm_bytes:
+        arrays = (*inputs, *results)
+        again = stated / sum(array.data_size for array in arrays)
+        return round(max(again, 1.0) * sum(array.in_hbm_size for array in arrays))
     if line.op in _SLICES:
         return 2 * written
     if line.op in _UPDATES:
@@ -71,13 +77,14 @@ def _share_used(program: Program, lines: list[Instruction], name: str) -> float:
     once."""
     total = 0.0
     size = max(math.prod(program.arrays[name][0].shape), 1)
+    in_place = {line.name for line in _updates_in_place(lines)}
     for line in lines:
         for place, operand in enumerate(line.operands):
             if operand != name:
                 continue
             if line.op in _SLICES and place == 0:
                 total += math.prod(line.results[0].shape) / size
-            elif line.op == "tuple" or (line.op in _UPDATES and place == 0):
+            elif line.op == "tuple" or (line.name in in_place and place == 0):
                 continue
             elif line.op in _ELEMENTWISE and line is not lines[-1]:
                 total += _share_used(program, lines, line.name)
@@ -90,21 +97,42 @@ def _share_used(program: Program, lines: list[Instruction], name: str) -> float:
 
 def _written(program: Program, computation: str, results: list[HLOArray]) -> int:
     """Bytes that a fusion writes; a scatter also reads what it adds to."""
-    lines = {line.name: line for line in program.computations[computation]}
-    root = list(lines.values())[-1]
-    ends = root.operands if root.op == "tuple" else [root.name]
+    lines = program.computations[computation]
+    by_name = {line.name: line for line in lines}
+    in_place = {line.name for line in _updates_in_place(lines)}
     total = 0
-    for end, result in zip(ends, results, strict=False):
-        line = lines[end]
-        while line.op == "bitcast":
-            line = lines[line.operands[0]]
-        if line.op == "parameter":
-            continue  # passed through
-        if line.op in _UPDATES:
+    for end, result in zip(_ends(lines), results, strict=False):
+        line = _behind_bitcasts(by_name, end)
+        while line.name in in_place:
             reads = 2 if line.op == "scatter" else 1
             total += reads * program.arrays[line.operands[_UPDATES[line.op]]][0].size
-        elif line.op == "fusion":
+            line = _behind_bitcasts(by_name, line.operands[0])
+        if line.op == "fusion":
             total += _written(program, line.called, [result])
-        else:
+        elif line.op != "parameter":  # which is passed through, or updated
             total += result.in_hbm_size
     return total
+
+
+def _updates_in_place(lines: list[Instruction]) -> Iterator[Instruction]:
+    """Updates of a parameter, one after another, that a fusion returns. Others are new arrays."""
+    by_name = {line.name: line for line in lines}
+    for end in _ends(lines):
+        chain = [_behind_bitcasts(by_name, end)]
+        while chain[-1].op in _UPDATES:
+            chain.append(_behind_bitcasts(by_name, chain[-1].operands[0]))
+        if chain[-1].op == "parameter":
+            yield from chain[:-1]
+
+
+def _ends(lines: list[Instruction]) -> list[str]:
+    """What a fusion returns."""
+    root = lines[-1]
+    return root.operands if root.op == "tuple" else [root.name]
+
+
+def _behind_bitcasts(by_name: dict[str, Instruction], name: str) -> Instruction:
+    line = by_name[name]
+    while line.op == "bitcast":
+        line = by_name[line.operands[0]]
+    return line

@@ -58,7 +58,7 @@ def four_cpus(monkeypatch):
 @pytest.fixture
 def no_compiler(monkeypatch):
     """In place of compiling, which `test_a_training_step` does: a program that costs 1 of each."""
-    cost = ProgramCost(Work(1, 1, 1), 1, [], 0, {}, [InstructionCost("mlp", 1, 1, 0)])
+    cost = ProgramCost(Work(1, 1, 1), [], 0, {}, [InstructionCost("mlp", 1, 1, 0)])
     monkeypatch.setattr(command, "compile_and_analyze", lambda *_: (Memory(1, 1, 2), cost))
 
 

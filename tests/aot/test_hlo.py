@@ -9,9 +9,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hymba_jax.aot.collectives import Collective, by_kind, collectives
+from hymba_jax.aot.cost import analyze
 from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.instructions import InstructionCost, by_part, instruction_costs
-from hymba_jax.aot.kernel_time import SCAN_CYCLES
+from hymba_jax.aot.kernel_time import CYCLES
 from hymba_jax.aot.kernels import Kernel, kernels
 from hymba_jax.aot.topology import CHIPS
 
@@ -188,7 +189,10 @@ def test_a_program_for_tpus():
         Collective("reduce-scatter", 7, 8, 128 * 128 * 4),
     ]
     assert matmul_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
-    assert kernels(program) == [Kernel("u", 7, (5, 16, 128)), Kernel("v", 7, (5, 64, 128))]
+    assert kernels(program) == [
+        Kernel("u", 7, (5, 16, 128), 0.0),
+        Kernel("v", 7, (5, 64, 128), 0.0),
+    ]
 
 
 def test_a_loop_that_was_unrolled_rises_in_larger_steps():
@@ -243,7 +247,7 @@ ENTRY %main (a: bf16[16,128]) -> bf16[2,128] {{
   ROOT %g = bf16[2,128]{{1,0}} custom-call(%a), custom_call_target="mosaic_gpu_v2", metadata={{op_name="{traced}" stack_frame_id=4}}
 }}
 """  # noqa: E501
-    assert kernels(Program(text)) == [Kernel(name, 1, (16, 128))]
+    assert kernels(Program(text)) == [Kernel(name, 1, (16, 128), 0.0)]
 
 
 # Slices of an operand that a fusion converts first, and an update in place of what it computes.
@@ -276,6 +280,37 @@ def test_slices_and_updates_in_a_fusion():
     assert cost.hbm_bytes == 2 * 2 * 128 * 2 + 4 + 2 * 128 * 4
 
 
+@pytest.mark.parametrize(
+    ("updated", "moved"),
+    [
+        # In place: a parameter, also behind a bitcast, or what another update made of it.
+        ("%q", 2 * 2 * 128 * 2 + 4 + 2 * 128 * 4),
+        ("%cast", 2 * 2 * 128 * 2 + 4 + 2 * 128 * 4),
+        ("%before", 2 * 2 * 128 * 2 + 4 + 2 * 2 * 128 * 4),
+        # A new array of 16 rows, and all of the parameter that it is computed from.
+        ("%negative", 2 * 2 * 128 * 2 + 4 + 2 * 16 * 128 * 4),
+    ],
+)
+def test_an_update_is_in_place_only_of_a_parameter(updated, moved):
+    text = FUSED.replace(
+        "  %zero = s32[] constant(0)",
+        """  %zero = s32[] constant(0)
+  %cast = f32[16,128]{1,0} bitcast(%q)
+  %negative = f32[16,128]{1,0} negate(%q)""",
+    ).replace("dynamic-update-slice(%q", f"dynamic-update-slice({updated}")
+    text = text.replace(
+        "  ROOT %updated",
+        """  %before = f32[16,128]{1,0} dynamic-update-slice(%cast, %sum, %zero, %zero)
+  ROOT %updated""",
+    )
+    unused = {"%negative", "%cast", "%before"} - {updated}
+    if updated == "%before":
+        unused -= {"%cast"}
+    lines = [line for line in text.splitlines() if line.split(" = ")[0].strip() not in unused]
+    (cost,) = instruction_costs(Program("\n".join(lines)), CHIPS["v5e"])
+    assert cost.hbm_bytes == moved
+
+
 def test_parts_are_the_scopes_that_an_instruction_was_traced_in():
     program = Program(FUSED)
     chip = CHIPS["v5e"]
@@ -291,23 +326,47 @@ def test_an_instruction_takes_the_longest_of_its_costs():
         assert InstructionCost("mlp", *costs).seconds(chip) == seconds
 
 
-SCAN = """HloModule jit_f
+# A scan of 256 positions, 640 channels and 16 states, with a softplus and a gate, that fetches some
+# of its operands twice; and attention that computes 2**20 scores of heads of 64 and values of 128.
+KERNELS = """HloModule jit_f
 
-ENTRY %main (x: bf16[2,128,640], B: f32[2,16,128], A: f32[16,640], D: f32[1,640]) -> bf16[2,128,640] {
+ENTRY %main (x: bf16[2,128,640], q: bf16[2,128,640]) -> bf16[2,128,640] {
   %x = bf16[2,128,640]{2,1,0} parameter(0)
-  %B = f32[2,16,128]{2,1,0} parameter(1)
-  %D = f32[1,640]{1,0} parameter(3)
-  %A = f32[16,640]{1,0} parameter(2)
-  ROOT %y = bf16[2,128,640]{2,1,0} custom-call(%x, %B, %A, %D), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(selective_scan_forward)/pallas_call"}
+  %q = bf16[2,128,640]{2,1,0} parameter(1)
+  %y = bf16[2,128,640]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(selective_scan_forward)/pallas_call"}, backend_config={"custom_call_config":{"body":"TUw","cost_estimate":{"flops":"0","transcendentals":"2949120","bytes_accessed":"720896"}}}
+  ROOT %o = bf16[2,128,640]{2,1,0} custom-call(%q), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/attention_forward/mpmd_map"}, backend_config={cost_estimate_json = "{\\22flops\\22: 402653184, \\22transcendentals\\22: 1048576, \\22bytes_accessed\\22: 655360}"}
 }
 """  # noqa: E501
 
 
-def test_the_scan_is_charged_by_its_schedule():
-    """256 positions of one block of channels."""
-    (cost,) = instruction_costs(Program(SCAN), CHIPS["v6e"])
-    cycles = SCAN_CYCLES["TPU v6 lite"]["selective_scan_forward"]
-    assert cost.kernel_seconds == pytest.approx(256 * cycles / 1.75e9)
-    assert cost.part == "selective_scan_forward"
-    (on_gpu,) = instruction_costs(Program(SCAN), CHIPS["h100"])
-    assert on_gpu.kernel_seconds == pytest.approx(256 * 640 * 18 / (132 * 16 * 1.98e9))
+@pytest.mark.parametrize(
+    ("chip", "scan", "attention"),
+    [
+        # Cycles per 1024 exponentials.
+        (
+            "v6e",
+            2949120 / 1024 * CYCLES["TPU v6 lite"]["selective_scan_forward"] / 1.75e9,
+            1024 * CYCLES["TPU v6 lite"]["attention_forward"] / 1.75e9,
+        ),
+        # 16 exponentials, or 128 bytes of shared memory, per cycle and multiprocessor.
+        ("h100", 2949120 / (132 * 16 * 1.98e9), 2**20 * 10 / (132 * 128 * 1.98e9)),
+    ],
+)
+def test_kernels_are_charged_what_they_state(chip, scan, attention):
+    first, second = instruction_costs(Program(KERNELS), CHIPS[chip])
+    assert (first.part, second.part) == ("selective_scan_forward", "attention_forward")
+    assert first.kernel_seconds == pytest.approx(scan)
+    assert second.kernel_seconds == pytest.approx(attention)
+    assert (first.flops, second.flops) == (0, 2 * 2**20 * (64 + 128))
+    # Two arrays of 327680 bytes, of which the scan states a tenth more.
+    assert (first.hbm_bytes, second.hbm_bytes) == (720896, 655360)
+
+
+def test_an_estimate_adds_up_what_instructions_take():
+    """No FLOPs are charged twice: those of kernels are in their own times."""
+    program, chip = Program(KERNELS), CHIPS["v6e"]
+    cost = analyze(program, chip)
+    assert cost.kernel_flops == cost.work.flops == 2 * 2**20 * (64 + 128)
+    expected = sum(c.seconds(chip) for c in instruction_costs(program, chip))
+    assert cost.step_seconds(chip) == expected
+    assert all(c.seconds(chip) == c.kernel_seconds for c in cost.instructions)

@@ -5,6 +5,7 @@ for it, which takes the same arguments, so what is tested is that they are the r
 """
 
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from slow import slow_but
 from test_attention import assert_documents_apart, attend_by
 
@@ -188,6 +190,7 @@ def test_the_platform_chooses_what_can_do_it(
     monkeypatch, platform, queries, kv_start, dtype, chosen, with_documents
 ):
     monkeypatch.setattr(api, "target_platform", lambda: platform)
+    monkeypatch.setattr(api, "fits_in_vmem", lambda *_: True)
     called = []
 
     def stand_in(name, *args, **kwargs):
@@ -208,9 +211,24 @@ def test_the_platform_chooses_what_can_do_it(
     assert called == [chosen, with_documents]
 
 
-def test_tpus_choose_blocks_for_keys_that_do_not_fit_into_vmem(monkeypatch):
+@pytest.mark.parametrize(
+    ("mebibytes", "dtype", "head_dim", "value_dim", "most"),
+    [
+        # Of 7/8, 16 MiB are for what does not depend on the length. A key and its value take two
+        # buffers each, also for gradients, the transposed key and two sums in float32:
+        (128, "bfloat16", 64, 128, 96 * 2**20 // (8 * 192 + 6 * 128 + 4 * 128)),
+        (128, "float32", 64, 128, 96 * 2**20 // (16 * 192 + 8 * 128 + 4 * 128)),
+        # A v5p's, and heads that fill their lanes and sublanes as little as wider ones do.
+        (64, "bfloat16", 64, 128, 40 * 2**20 // (8 * 192 + 6 * 128 + 4 * 128)),
+        (128, "bfloat16", 8, 16, 96 * 2**20 // (8 * 144 + 6 * 128 + 4 * 128)),
+    ],
+)
+def test_tpus_choose_blocks_for_keys_that_do_not_fit_into_vmem(
+    monkeypatch, mebibytes, dtype, head_dim, value_dim, most
+):
     monkeypatch.setattr(api, "target_platform", lambda: "tpu")
-    for dtype, most in (("float32", 2**14), ("bfloat16", 2**15)):
-        for keys, chosen in ((most, "pallas_tpu"), (most + 1, "blocks")):
-            key = jnp.zeros((1, keys, 1, 64), dtype)
-            assert api.fastest(key, key, key, None, num_meta_tokens=0) == chosen
+    info = SimpleNamespace(vmem_capacity_bytes=mebibytes * 2**20)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
+    for keys, chosen in ((most, "pallas_tpu"), (most + 1, "blocks")):
+        key, value = (jnp.zeros((1, keys, 1, n), dtype) for n in (head_dim, value_dim))
+        assert api.fastest(key, key, value, None, num_meta_tokens=0) == chosen

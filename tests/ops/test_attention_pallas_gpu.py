@@ -143,7 +143,7 @@ def test_documents_do_not_see_each_other():
 )
 def test_spans(offset, meta, window):
     """Blocks outside of them see nothing; those in full spans see everything."""
-    queries, sizes = 64, small(offset, meta, 1.0)
+    queries, sizes = 64, small(offset, meta, None, 1.0)
     keys = -(-(offset + queries) // sizes.block) * sizes.block
     positions = np.arange(offset, offset + queries)
     rng = np.random.default_rng(offset)

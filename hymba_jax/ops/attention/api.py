@@ -177,7 +177,7 @@ def fastest(
 ) -> str:
     """The implementation for the platform that is traced for."""
     platform = target_platform()
-    if platform == "tpu" and fits_in_vmem(key):
+    if platform == "tpu" and fits_in_vmem(key, value):
         return "pallas_tpu"
     if platform == "gpu" and supports(query.dtype, query.shape[-1], value.shape[-1]):
         return "pallas_gpu"

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hymba_jax.ops.attention.gpu_tiles import (
@@ -31,6 +32,7 @@ from hymba_jax.ops.attention.gpu_tiles import (
     spread,
     zeros,
 )
+from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost, visited_blocks
 from hymba_jax.types import Array, Float, Int
 
 # Lower than any score, but finite: the difference of two of them is a number.
@@ -91,13 +93,15 @@ def forward(
         result = sums * spread(1.0 / total, sums, 0)
         put(result, output_s.at[tile.warpgroup], output.at[tile.row, tile.rows, tile.head])
 
+    out_type = (
+        jax.ShapeDtypeStruct((batch, queries, heads, value_dim), query.dtype),
+        jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+    )
     run = kernel(
         attention_forward,
-        (
-            jax.ShapeDtypeStruct((batch, queries, heads, value_dim), query.dtype),
-            jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
-        ),
+        out_type,
         {"blocks": queries // sizes.block, "batch": batch, "heads": heads},
+        _cost(head_dim + value_dim, sizes, query, key, value, out_type),
         query_s=shared(WARPGROUPS, sizes.rows, head_dim),
         output_s=shared(WARPGROUPS, sizes.rows, value_dim),
         loaded=plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -159,6 +163,7 @@ def backward_query(
         attention_backward_query,
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         {"blocks": queries // sizes.block, "batch": batch, "heads": heads},
+        _cost(2 * head_dim + value_dim, sizes, query, key, value, doutput, query),
         query_s=shared(WARPGROUPS, sizes.rows, head_dim),
         doutput_s=shared(WARPGROUPS, sizes.rows, value_dim),
         loaded=plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
@@ -225,6 +230,7 @@ def backward_key_value(
         attention_backward_key_value,
         tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (key, value)),
         {"blocks": keys // sizes.block, "batch": batch, "heads": kv_heads},
+        _cost(2 * (head_dim + value_dim), sizes, query, key, value, doutput, key, value),
         key_s=shared(WARPGROUPS, sizes.rows, head_dim),
         value_s=shared(WARPGROUPS, sizes.rows, value_dim),
         loaded=plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
@@ -236,3 +242,23 @@ def backward_key_value(
     )
     spans = query_spans(lowest, keys, sizes)
     return run(query, key, value, doutput, log_sum, mean, lowest, spans)
+
+
+def _cost(widths: int, sizes: Sizes, query: Array, key: Array, *others: Any) -> pl.CostEstimate:
+    """Of a kernel with matmuls of `widths` channels in all for each score that it computes.
+
+    What blocks fetch again is taken to be in the L2 cache, which is larger than a row's keys and
+    values.
+    """
+    batch, queries, heads, _ = query.shape
+    visits = visited_blocks(
+        sizes.offset,
+        queries,
+        key.shape[1],
+        sizes.window,
+        sizes.block,
+        sizes.keys,
+        sizes.meta_blocks,
+    )
+    scores = batch * heads * visits * sizes.block * sizes.keys
+    return kernel_cost(2 * widths * scores, scores, array_bytes(query, key, others))

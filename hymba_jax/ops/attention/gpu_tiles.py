@@ -27,6 +27,7 @@ class Sizes(NamedTuple):
     Attributes:
       offset: the position of the first query.
       meta: tokens that every later query sees.
+      window: as in `attention`; only the cost depends on it.
       scale: of scores.
       rows: of a warpgroup, as its matrix instructions have.
       keys: that rows of queries take at a time.
@@ -35,6 +36,7 @@ class Sizes(NamedTuple):
 
     offset: int
     meta: int
+    window: int | None
     scale: float
     rows: int = 64
     keys: int = 128
@@ -311,7 +313,9 @@ def shared(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED)
 
 
-def kernel(body: Any, out_type: Any, grid: dict[str, int], **scratch: Any) -> Callable[..., Any]:
+def kernel(
+    body: Any, out_type: Any, grid: dict[str, int], cost: pl.CostEstimate, **scratch: Any
+) -> Callable[..., Any]:
     """A kernel of `WARPGROUPS` in each block of the grid."""
     return plgpu.kernel(
         body,
@@ -321,6 +325,7 @@ def kernel(body: Any, out_type: Any, grid: dict[str, int], **scratch: Any) -> Ca
         grid_names=tuple(grid),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
+        cost_estimate=cost,
         # The exponential unit, which errs by 2**-22.
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )

@@ -46,7 +46,7 @@ def pallas_gpu(
             f"{value.shape[-1]}"
         )
     (batch, queries), offset = query.shape[:2], key.shape[1] - query.shape[1]
-    sizes = Sizes(offset, min(num_meta_tokens, key.shape[1]), query.shape[-1] ** -0.5)
+    sizes = Sizes(offset, min(num_meta_tokens, key.shape[1]), window, query.shape[-1] ** -0.5)
     lowest = jnp.zeros((batch, queries), jnp.int32)
     if window is not None:
         positions = offset + jnp.arange(queries, dtype=jnp.int32)[None]

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.attention.reference import KVStart
+from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost, visited_blocks
 from hymba_jax.ops.remat import ATTENTION, named
 from hymba_jax.types import Array, Bool, Float, Int
 
@@ -35,11 +36,10 @@ _ROWS = 16
 # Lower than any score, but finite: the difference of two of them is a number.
 _LOWEST = -1e30
 
-# Bytes of a row's keys of one head that VMEM has space for, with values twice as wide, their
-# gradients and the sums for these; 32768 of bfloat16 and 64 wide. It has 128 MiB, of which 16 are
-# for all that does not depend on the length.
-_MAX_KEY_BYTES = 2**22
+# Bytes of VMEM for all that does not depend on the length, and of its capacity how much the kernels
+# may have: XLA keeps arrays there, too.
 _VMEM = 16 * 2**20
+_VMEM_SHARE = 7 / 8
 
 # A VMEM or SMEM ref.
 Ref = Any
@@ -54,6 +54,7 @@ class _Sizes(NamedTuple):
       kv_heads, group: heads of keys and values, and query heads of each.
       rows, value_dim: of a head, filled up to whole tiles.
       block_q, block_k: queries and keys per block.
+      window: as in `attention`; only the cost depends on it.
       scale: of the scores.
     """
 
@@ -65,6 +66,7 @@ class _Sizes(NamedTuple):
     value_dim: int
     block_q: int
     block_k: int
+    window: int | None
     scale: float
 
     @property
@@ -115,6 +117,7 @@ def pallas_tpu(
         value_dim=_whole(value_dim, _LANES),
         block_q=min(_BLOCK, _whole(queries, _LANES)),
         block_k=min(_BLOCK, _whole(tokens, _LANES)),
+        window=window,
         scale=head_dim**-0.5,
     )
     first = _first_keys(queries, sizes, window, kv_start)
@@ -132,9 +135,13 @@ def pallas_tpu(
     return output[:, :queries, :, :value_dim]
 
 
-def fits_in_vmem(key: Float[Array, "batch keys kv_heads head_dim"]) -> bool:
-    """Whether the kernels can take rows of so many keys."""
-    return key.shape[1] * key.shape[3] * key.dtype.itemsize <= _MAX_KEY_BYTES
+def fits_in_vmem(
+    key: Float[Array, "batch keys kv_heads head_dim"],
+    value: Float[Array, "batch keys kv_heads value_dim"],
+) -> bool:
+    """Whether the kernels can take rows of so many keys on the TPU that is traced for."""
+    needed = _vmem_bytes(key.shape[1], key.shape[3], value.shape[3], key.dtype.itemsize)
+    return needed <= _VMEM_SHARE * pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def _first_keys(
@@ -202,12 +209,18 @@ def _forward(
     """The output, and the logarithm to base 2 of each query's sum of exponentials."""
     batch, _, queries = inputs.query.shape
     keys, dtype = inputs.key.shape[2], inputs.query.dtype
+    channels = inputs.value.shape[2] * sizes.group
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, queries, channels), inputs.value.dtype),
+        jax.ShapeDtypeStruct((batch, sizes.kv_heads, sizes.group, queries), jnp.float32),
+    ]
     specs = _specs(inputs, sizes)
+    out_specs = [_output_spec(sizes), _log_sum_spec(sizes)]
     grid = _grid(
         inputs,
         sizes,
         in_specs=[specs],
-        out_specs=[_output_spec(sizes), _log_sum_spec(sizes)],
+        out_specs=out_specs,
         scratch_shapes=[
             pltpu.VMEM((keys, sizes.rows), dtype),
             pltpu.VMEM((sizes.value_dim, keys), dtype),
@@ -216,15 +229,17 @@ def _forward(
             pltpu.VMEM((sizes.group, sizes.value_dim, sizes.block_q), jnp.float32),
         ],
     )
-    channels = inputs.value.shape[2] * sizes.group
     return pl.pallas_call(
         partial(_forward_kernel, sizes=sizes),
         grid_spec=grid,
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, queries, channels), inputs.value.dtype),
-            jax.ShapeDtypeStruct((batch, sizes.kv_heads, sizes.group, queries), jnp.float32),
-        ],
+        out_shape=out_shape,
         compiler_params=_params(inputs, sizes),
+        cost_estimate=_cost(
+            inputs,
+            sizes,
+            sizes.rows + sizes.value_dim,
+            block_bytes(_programs(inputs, sizes), [specs, out_specs], [inputs[1:], out_shape]),
+        ),
         name="attention_forward",
     )(*inputs)
 
@@ -277,11 +292,16 @@ def _backward(
     """The gradients of queries, keys and values."""
     keys, dtype = inputs.key.shape[2], inputs.query.dtype
     specs = _specs(inputs, sizes)
+    in_specs = [specs, _output_spec(sizes), _log_sum_spec(sizes), _output_spec(sizes)]
+    out_specs = [specs.query, specs.key, specs.value]
+    out_shape = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.query, inputs.key, inputs.value)
+    ]
     grid = _grid(
         inputs,
         sizes,
-        in_specs=[specs, _output_spec(sizes), _log_sum_spec(sizes), _output_spec(sizes)],
-        out_specs=[specs.query, specs.key, specs.value],
+        in_specs=in_specs,
+        out_specs=out_specs,
         scratch_shapes=[
             pltpu.VMEM((keys, sizes.rows), dtype),
             pltpu.VMEM((sizes.group, _SUBLANES, sizes.block_q), jnp.float32),
@@ -294,10 +314,18 @@ def _backward(
     return pl.pallas_call(
         partial(_backward_kernel, sizes=sizes),
         grid_spec=grid,
-        out_shape=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.query, inputs.key, inputs.value)
-        ],
+        out_shape=out_shape,
         compiler_params=_params(inputs, sizes),
+        cost_estimate=_cost(
+            inputs,
+            sizes,
+            3 * sizes.rows + 2 * sizes.value_dim,
+            block_bytes(
+                _programs(inputs, sizes),
+                [in_specs, out_specs],
+                [inputs[1:], output, log_sum, doutput, out_shape],
+            ),
+        ),
         name="attention_backward",
     )(*inputs, output, log_sum, doutput)
 
@@ -446,16 +474,20 @@ def _dot(a: Array, b: Array, contracted: tuple[int, int] = (1, 0)) -> Array:
 
 
 def _grid(inputs: _Inputs, sizes: _Sizes, **specs: Any) -> pltpu.PrefetchScalarGridSpec:
-    """Rows, key/value heads, and blocks of queries."""
-    batch, _, queries = inputs.query.shape
     in_specs = [*specs.pop("in_specs")]
     inputs_specs: _Inputs = in_specs.pop(0)
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        grid=(batch, sizes.kv_heads, queries // sizes.block_q),
+        grid=_programs(inputs, sizes),
         in_specs=[*inputs_specs[1:], *in_specs],
         **specs,
     )
+
+
+def _programs(inputs: _Inputs, sizes: _Sizes) -> tuple[int, int, int]:
+    """Rows, key/value heads, and blocks of queries."""
+    batch, _, queries = inputs.query.shape
+    return batch, sizes.kv_heads, queries // sizes.block_q
 
 
 def _specs(inputs: _Inputs, sizes: _Sizes) -> _Inputs:
@@ -481,16 +513,31 @@ def _log_sum_spec(sizes: _Sizes) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, sizes.group, sizes.block_q), lambda b, h, i, *_: (b, h, 0, i))
 
 
+def _cost(inputs: _Inputs, sizes: _Sizes, widths: int, hbm_bytes: int) -> pl.CostEstimate:
+    """Of a kernel with matmuls of `widths` channels in all for each score that it computes."""
+    batch, _, queries = inputs.query.shape
+    keys = inputs.key.shape[2] - sizes.offset
+    visits = visited_blocks(sizes.start, queries, keys, sizes.window, sizes.block_q, sizes.block_k)
+    seen = queries * sizes.offset + visits * sizes.block_q * sizes.block_k
+    scores = batch * sizes.kv_heads * sizes.group * seen
+    return kernel_cost(2 * widths * scores, scores, hbm_bytes)
+
+
 def _params(inputs: _Inputs, sizes: _Sizes) -> pltpu.CompilerParams:
-    """With the VMEM that the backward pass needs: two buffers of keys, values and their gradients,
-    the transposed keys, and the sums in float32."""
-    itemsize = inputs.key.dtype.itemsize
-    of_key = 4 * (sizes.rows + sizes.value_dim) * itemsize
-    of_key += _whole(sizes.rows, _LANES) * (itemsize + 4) + sizes.value_dim * 4
+    keys, itemsize = inputs.key.shape[2], inputs.key.dtype.itemsize
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=_VMEM + inputs.key.shape[2] * of_key,
+        vmem_limit_bytes=_vmem_bytes(keys, sizes.rows, sizes.value_dim, itemsize),
     )
+
+
+def _vmem_bytes(keys: int, head_dim: int, value_dim: int, itemsize: int) -> int:
+    """What the backward pass needs: two buffers of keys, values and their gradients, the transposed
+    keys, and the sums in float32."""
+    rows, value_dim = _whole(head_dim, _ROWS), _whole(value_dim, _LANES)
+    of_key = 4 * (rows + value_dim) * itemsize
+    of_key += _whole(rows, _LANES) * (itemsize + 4) + value_dim * 4
+    return _VMEM + keys * of_key
 
 
 def _whole(length: int, tile: int) -> int:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost
 from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Float
@@ -150,14 +151,17 @@ def _forward(inputs: _Inputs, *, keep_chunk_states: bool) -> tuple[Array, ...]:
     h = inputs.initial_state
     shapes = [inputs.x, h, jax.ShapeDtypeStruct((batch, chunks, *h.shape[1:]), h.dtype)]
     outputs = 3 if keep_chunk_states else 2
+    out_specs = [specs.x, specs.initial_state, chunk_state_spec][:outputs]
+    moved = block_bytes(grid, [specs, out_specs], [inputs, shapes[:outputs]])
     return pl.pallas_call(
         partial(_forward_kernel, edge=_edge(inputs)),
         grid=grid,
         in_specs=[specs],
-        out_specs=[specs.x, specs.initial_state, chunk_state_spec][:outputs],
+        out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in shapes][:outputs],
         scratch_shapes=[_steps(inputs), _terms(inputs, _CHUNK)],
         compiler_params=_PARAMS,
+        cost_estimate=_cost(inputs, 1, 2, moved),
         name="selective_scan_forward",
     )(inputs)
 
@@ -210,17 +214,18 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _In
         "dt_bias": (channels_spec, (batch, *inputs.dt_bias.shape)),
     }
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), inputs)
+    shapes = shapes._replace(
+        starts=None, **{k: jax.ShapeDtypeStruct(v, jnp.float32) for k, (_, v) in shared.items()}
+    )
+    in_specs = [specs, chunk_state_spec, specs.x, specs.initial_state]
+    out_specs = specs._replace(starts=None, **{k: spec for k, (spec, _) in shared.items()})
+    operands = (inputs, chunk_states, dy, dh)
     (gradients,) = pl.pallas_call(
         partial(_backward_kernel, edge=_edge(inputs)),
         grid=grid,
-        in_specs=[specs, chunk_state_spec, specs.x, specs.initial_state],
-        out_specs=[specs._replace(starts=None, **{k: spec for k, (spec, _) in shared.items()})],
-        out_shape=[
-            shapes._replace(
-                starts=None,
-                **{k: jax.ShapeDtypeStruct(v, jnp.float32) for k, (_, v) in shared.items()},
-            )
-        ],
+        in_specs=in_specs,
+        out_specs=[out_specs],
+        out_shape=[shapes],
         scratch_shapes=[
             _steps(inputs),
             pltpu.VMEM(
@@ -231,8 +236,11 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _In
             _terms(inputs, _SUBLANES),
         ],
         compiler_params=_PARAMS,
+        cost_estimate=_cost(
+            inputs, 2, 3, block_bytes(grid, [in_specs, out_specs], [operands, shapes])
+        ),
         name="selective_scan_backward",
-    )(inputs, chunk_states, dy, dh)
+    )(*operands)
     return gradients._replace(
         B=gradients.B.sum(1),
         C=gradients.C.sum(1),
@@ -494,6 +502,14 @@ def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, p
         document_state=None if inputs.document_state is None else states,
     )
     return specs, pl.BlockSpec((1, 1, state, block), lambda b, e, t: (b, chunk(t), 0, e))
+
+
+def _cost(inputs: _Inputs, decays: int, others: int, hbm_bytes: int) -> pl.CostEstimate:
+    """Of a kernel with so many decays per position, channel and state, and other exponentials per
+    position and channel, such as a softplus."""
+    state, length = inputs.B.shape[1:]
+    positions = inputs.x.shape[0] * length * inputs.A.shape[1]
+    return kernel_cost(0, positions * (decays * state + others), hbm_bytes)
 
 
 def _steps(inputs: _Inputs) -> _Steps:

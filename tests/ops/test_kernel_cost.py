@@ -1,0 +1,114 @@
+"""What kernels state of themselves, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
+from hymba_jax.ops.attention.pallas_tpu import pallas_tpu
+from hymba_jax.ops.kernel_cost import block_bytes, visited_blocks
+from hymba_jax.ops.selective_scan import selective_scan
+
+
+def test_a_block_is_copied_whenever_its_index_changes():
+    """Programs (0, 0), (0, 1), (0, 2), (1, 0), ...: a row's block stays, a column's comes anew."""
+    array = jax.ShapeDtypeStruct((8, 12), jnp.float32)
+    specs = [
+        pl.BlockSpec((4, 12), lambda i, j: (i, 0)),
+        pl.BlockSpec((8, 4), lambda i, j: (0, j)),
+        pl.BlockSpec((8, 12), lambda i, j: (0, 0)),
+    ]
+    size = 8 * 12 * 4
+    for spec, copies in zip(specs, (1, 2, 1), strict=True):
+        assert block_bytes((2, 3), [spec], [array]) == copies * size
+    assert block_bytes((2, 3), specs, [array] * 3) == 4 * size
+
+
+@pytest.mark.parametrize("window", [None, 300, 20])
+@pytest.mark.parametrize("start", [0, 256])
+@pytest.mark.parametrize("always", [0, 1])
+def test_blocks_that_a_window_visits(window, start, always):
+    queries, block_q, block_k = 512, 128, 64
+    query = start + np.arange(queries)[:, None]
+    key = np.arange(start + queries)[None]
+    seen = key <= query
+    if window is not None:
+        seen &= (query - key <= window) | (key < always * block_k)
+    pairs = seen.reshape(queries // block_q, block_q, -1, block_k).any(axis=(1, 3))
+    counted = visited_blocks(start, queries, start + queries, window, block_q, block_k, always)
+    assert counted == pairs.sum()
+
+
+def stated(function, *arrays):
+    """The costs of the kernels that a function calls, in order."""
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if cost := equation.params.get("cost_estimate"):
+                yield cost
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+            ):
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+    return [*walk(jax.make_jaxpr(function)(*arrays).jaxpr)]
+
+
+def gradient(function):
+    """The output and all gradients, as a training step needs them."""
+
+    def run(*arrays):
+        output, vjp = jax.vjp(function, *arrays)
+        return output, vjp(output)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("attention", "widths"),
+    [(pallas_tpu, [64 + 128, 3 * 64 + 2 * 128]), (pallas_gpu, [192, 256, 384])],
+)
+def test_attention_states_the_scores_that_it_computes(attention, widths):
+    """Two rows, two heads of one key/value head, 512 queries behind 128 meta tokens, in a window of
+    100. TPUs take blocks of 256: 128 meta tokens each, and their own block, the second also the one
+    before. GPUs take 128: the meta tokens, the own, and all but the first the one before."""
+    arrays = [
+        jax.ShapeDtypeStruct((2, n, heads, width), jnp.bfloat16)
+        for n, heads, width in ((512, 2, 64), (640, 1, 64), (640, 1, 128))
+    ]
+
+    def run(*arrays):
+        return attention(*arrays, window=100, num_meta_tokens=128)
+
+    on_tpu = attention is pallas_tpu
+    of_head = 512 * 128 + 3 * 256**2 if on_tpu else (4 + 4 + 3) * 128**2
+    scores = 2 * 2 * of_head
+    costs = stated(gradient(run), *arrays)
+    assert [cost.transcendentals for cost in costs] == [scores] * len(widths)
+    assert [cost.flops for cost in costs] == [2 * width * scores for width in widths]
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_the_scan_states_its_exponentials_and_bytes(implementation):
+    """Two rows, 256 positions, 1280 channels, which TPUs take in two blocks: both fetch B and C."""
+    sequence = jax.ShapeDtypeStruct((2, 256, 1280), jnp.float32)
+    projection = jax.ShapeDtypeStruct((2, 256, 16), jnp.float32)
+    A, D = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 1280), (1280,)))
+
+    def run(x, dt, A, B, C, D, z):
+        return selective_scan(x, dt, A, B, C, D, z, D, implementation=implementation)
+
+    arrays = (sequence, sequence, A, projection, projection, D, sequence)
+    forward, backward = stated(gradient(run), *arrays)
+    positions = 2 * 256 * 1280
+    assert forward.transcendentals == positions * (16 + 2)
+    assert backward.transcendentals == positions * (2 * 16 + 3)
+    if implementation == "pallas_tpu":
+        state = 2 * 16 * 1280
+        once = 4 * positions + 2 * state + 2 * state  # x, dt, z, y; first, last and chunks' states
+        fetched = 2 * 2 * 256 * 16 * 2  # B and C, twice
+        of_channels = 2 * (16 + 2) * 1280  # A, D and the bias, for each row
+        assert forward.bytes_accessed == 4 * (once + fetched + of_channels)
