@@ -1,7 +1,8 @@
-"""Cycles of a Pallas kernel for TPUs, from the final schedule that libtpu dumps.
+"""Cycles of a Pallas kernel for TPUs, from the final schedule that libtpu dumps, without stalls for
+memory.
 
 A line of it is a bundle of instructions, which takes a cycle; `>` before a bundle says how many
-loops it is in, `LB` that a loop begins there. The outermost loop goes over the grid.
+loops its instructions are in, `LB` that a loop begins there. The outermost loop goes over the grid.
 """
 
 import re
@@ -14,15 +15,25 @@ _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (\(%p\w+\), )?%(s\w+), (\d+) /\* 
 
 
 @dataclass
-class _Loop:
-    depth: int
-    own: int = 0  # bundles that are in no inner loop
-    text: str = ""
-    inner: list["_Loop"] = field(default_factory=list)
+class Loop:
+    """A loop of a schedule.
+
+    Attributes:
+      own: bundles that are in no inner loop.
+      inner: the loops in it, in order.
+    """
+
+    own: int = 0
+    text: str = field(default="", repr=False)
+    inner: list["Loop"] = field(default_factory=list)
 
     @property
     def trips(self) -> int:
-        """From its exit test, and what is added to the counter that it tests."""
+        """From its exit test, and what is added to the counter that it tests.
+
+        Raises:
+          ValueError: it is not a constant.
+        """
         tests = [(c, limit) for nested, c, limit in _EXIT.findall(self.text) if not nested]
         text = self.text + "".join(loop.text for loop in self.inner)
         for loop in self.inner if not tests else []:
@@ -34,29 +45,41 @@ class _Loop:
 
     @property
     def cycles(self) -> int:
-        """Of one iteration."""
+        """Of one iteration, branches taken.
+
+        Raises:
+          ValueError: an inner loop's trip count is not a constant.
+        """
         return self.own + sum(loop.trips * loop.cycles for loop in self.inner)
 
 
-def cycles_per_grid_step(file: Path) -> int:
-    """Cycles of one iteration of the loop over the grid, branches taken.
+def grid_loop(file: Path) -> Loop:
+    """The loop over the grid in a dumped schedule.
 
-    Raises:
-      ValueError: an inner loop's trip count is not a constant.
+    A loop extends to the last bundle that is marked as in it, and what empty ones follow, for the
+    latency of its branch. Among these are others: empty ones, too, which have no marks, and those
+    with what is predicated to run when it ends.
     """
-    outside = _Loop(0)
-    stack = [outside]
-    for line in file.read_text().splitlines():
-        if not (bundle := _BUNDLE.match(line)):
-            continue
-        begins, marks, text = bundle.groups()
-        if not text.strip().startswith("}"):  # empty ones, for latencies, have no marks
-            while stack[-1].depth > len(marks) or (begins and stack[-1].depth == len(marks)):
-                stack.pop()
-            if begins:
-                loop = _Loop(len(marks))
-                stack[-1].inner.append(loop)
-                stack.append(loop)
-        stack[-1].own += 1
-        stack[-1].text += text
-    return max(loop.cycles for loop in outside.inner)
+    bundles = [
+        match.groups() for match in map(_BUNDLE.match, file.read_text().splitlines()) if match
+    ]
+    depths = [len(marks) for _, marks, _ in bundles]
+    begins = [i for i, (begin, _, _) in enumerate(bundles) if begin]
+    outside = Loop()
+    stack = [(outside, len(bundles))]
+    for i, (begin, _, text) in enumerate(bundles):
+        while i >= stack[-1][1]:
+            stack.pop()
+        if begin:
+            depth = depths[i]
+            following = (j for j in begins if j > i and depths[j] <= depth)
+            limit = next(following, len(bundles))
+            end = 1 + max(j for j in range(i, limit) if depths[j] >= depth)
+            while end < limit and bundles[end][2].startswith("}"):
+                end += 1
+            loop = Loop()
+            stack[-1][0].inner.append(loop)
+            stack.append((loop, end))
+        stack[-1][0].own += 1
+        stack[-1][0].text += text
+    return max(outside.inner, key=lambda loop: loop.own)

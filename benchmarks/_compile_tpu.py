@@ -1,9 +1,9 @@
 """Compiles the selective scan for TPUs on a machine without one, and says what it will cost there.
 
 VMEM and spills are the compiler's, from the allocations that it dumps, and so are cycles, those of
-a position and 640 channels, from its schedules. Bytes are the kernel's, a
-block whenever its index changes, plus what XLA counts for the rest of the program (no kernels).
-Exponentials, with all that a TPU has the same slot for, are counted in the kernel's jaxpr.
+a position and 640 channels, from its schedules. Bytes are XLA's count, in which the kernel has what
+it states: a block whenever its index changes. Exponentials, with all that a TPU has the same slot
+for, are counted in the kernel's jaxpr.
 """
 
 import math
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from _bundles import cycles_per_grid_step
+from _bundles import grid_loop
 from _report import Row
 from _scan_passes import (
     compile_scans,
@@ -24,10 +23,8 @@ from _scan_passes import (
     exponentials,
     min_bytes,
     min_exponentials,
-    size,
 )
 from jax.experimental import topologies
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hymba_jax.aot.topology import without_a_tpu
@@ -64,15 +61,13 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     (schedule,) = (
         f for f in dumped if re.search(r"selective_scan.*-\d+-final_bundles\.txt", f.name)
     )
-    cycles = cycles_per_grid_step(schedule)
+    cycles = grid_loop(schedule).cycles
 
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "pallas_call")
     grid_mapping = kernel.params["grid_mapping"]
     costs: Any = compiled.cost_analysis()
-    moved = costs["bytes accessed"] + sum(
-        _hbm_bytes(block, grid_mapping.grid) for block in grid_mapping.block_mappings
-    )
+    moved = costs["bytes accessed"]
 
     taken = math.prod(grid_mapping.grid) * exponentials(kernel.params["jaxpr"])
     batch, length, channels = kernel.invars[0].aval.shape
@@ -96,24 +91,3 @@ def vmem_allocations(file: Path) -> tuple[int, int]:
     sizes = [(int(size, 16), tag) for size, tag in re.findall(pattern, file.read_text())]
     total = sum(size for size, _ in sizes)
     return total, sum(size for size, tag in sizes if tag.startswith("spilled"))
-
-
-def scheduled_bundles(file: Path) -> tuple[int, list[int]]:
-    """Bundles of a dumped kernel's final schedule: of a program outside of its loops, and of one
-    iteration of each loop, in order. A bundle takes a cycle, without stalls for memory."""
-    outside, loops = 0, list[int]()
-    for label, nested in re.findall(r"^ *0x[0-9a-f]+ +(\w\w)? *: (>*)", file.read_text(), re.M):
-        if label == "LB" and nested == ">>":
-            loops.append(0)
-        if nested == ">>":
-            loops[-1] += 1
-        outside += nested == ">"
-    return outside, loops
-
-
-def _hbm_bytes(block: Any, grid: tuple[int, ...]) -> int:
-    """Bytes of the blocks that are brought in or out: one whenever the index changes."""
-    points = np.indices(grid).reshape(len(grid), -1)
-    indices = np.stack(jax.vmap(jaxpr_as_fun(block.index_map_jaxpr))(*points), axis=1)
-    changes = 1 + (indices[1:] != indices[:-1]).any(axis=1).sum()
-    return int(changes) * size(block.ref_aval)

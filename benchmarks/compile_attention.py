@@ -24,10 +24,10 @@ from typing import Any, Literal
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
 import jax
-import numpy as np
 import tyro
+from _bundles import Loop, grid_loop
 from _compile_gpu import captured, registers_and_spills, shared_bytes
-from _compile_tpu import scheduled_bundles, vmem_allocations
+from _compile_tpu import vmem_allocations
 from _report import Row, report, write_json
 from _scan_passes import equations
 from compile_scan import TPUS, Target, installed
@@ -40,6 +40,7 @@ from hymba_jax.aot.topology import CHIPS, H100, without_a_tpu
 from hymba_jax.ops.attention import pallas_tpu as on_tpu
 from hymba_jax.ops.attention.cudnn import cudnn
 from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
+from hymba_jax.ops.kernel_cost import visited_blocks
 
 HEAD_DIM, VALUE_DIM, WINDOW, META_TOKENS = 64, 128, 1024, 128
 HEADS = {"125M": (8, 4), "1.5B": (25, 5)}
@@ -129,9 +130,11 @@ def rows(
                 "scores MB": batch * heads * length * (META_TOKENS + length) * 4 / 1e6,
             }
             compiled: dict[str, Any] = compile_pass(function, inputs)
-            if "bundles" in compiled:
-                cycles = kernel_cycles(compiled.pop("bundles"), length, layer)
-                compiled["1e6 cycles"] = batch * kv_heads * cycles / 1e6
+            for kernel, loop in compiled.pop("loops", {}).items():
+                cycles, scores = kernel_cycles(loop, length, layer)
+                compiled[f"1e6 cycles {kernel}"] = batch * kv_heads * cycles / 1e6
+                of_head = scores * heads // kv_heads
+                compiled[f"per 1024 scores {kernel}"] = cycles / of_head * 1024
             row |= compiled
             yield row
 
@@ -186,7 +189,12 @@ def compile_for_tpu(
         return {"compiled": str(error).splitlines()[0][:40]}
     kernels = dumped(dump, "post-ra")
     allocations = [vmem_allocations(file) for file in kernels]
-    bundles = [scheduled_bundles(file) for file in dumped(dump, "final_bundles")]
+    loops = {
+        name: grid_loop(file)
+        for file in dumped(dump, "final_bundles")
+        for name in ("forward", "backward")
+        if name in file.name
+    }
     for file in dump.iterdir():
         file.unlink()
     return {
@@ -195,7 +203,7 @@ def compile_for_tpu(
         "kernels": len(kernels),
         "VMEM MiB": max(total for total, _ in allocations) / 2**20,
         "spilled MiB": max(spilled for _, spilled in allocations) / 2**20,
-        "bundles": bundles,
+        "loops": loops,
     }
 
 
@@ -205,19 +213,18 @@ def dumped(dump: Path, stage: str) -> list[Path]:
     return [f for f in dump.iterdir() if re.search(name, f.name)]
 
 
-def kernel_cycles(bundles: list[tuple[int, list[int]]], length: int, layer: str) -> int:
-    """Of the kernels for one row and key/value head, whose loops are over tiles of keys at the
-    first and the last block of queries, and over the blocks of keys that a block of queries sees.
+def kernel_cycles(loop: Loop, length: int, layer: str) -> tuple[int, int]:
+    """Of a kernel for one row and key/value head, and the scores of one of its query heads.
+
+    Its loops are over tiles of keys at the first and the last block of queries, and over the blocks
+    of keys that a block of queries sees.
     """
-    block = on_tpu._BLOCK
-    start = np.arange(0, length, block)
-    begin = np.maximum(start - WINDOW, 0) // block if layer == "window" else 0
-    visits = int((start // block + 1 - begin).sum())
-    tiles = (META_TOKENS + length) // 128
-    return sum(
-        len(start) * outside + tiles * (first + sum(last)) + visits * each
-        for outside, (first, each, *last) in bundles
-    )
+    block, window = on_tpu._BLOCK, WINDOW if layer == "window" else None
+    visits = visited_blocks(0, length, length, window, block, block)
+    first, each, *last = (inner.cycles for inner in loop.inner)
+    cycles = length // block * loop.own + visits * each
+    cycles += (META_TOKENS + length) // 128 * (first + sum(last))
+    return cycles, length * META_TOKENS + visits * block**2
 
 
 def _hbm_megabytes(compiled: Any) -> float:

@@ -24,21 +24,32 @@ LH: loop header
 
 
 @pytest.fixture
-def cycles_per_grid_step(monkeypatch):
+def grid_loop(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from _bundles import cycles_per_grid_step
+    from _bundles import grid_loop
 
-    return cycles_per_grid_step
+    return grid_loop
 
 
-def test_loops_are_counted_by_their_exit_tests(cycles_per_grid_step, tmp_path):
+def test_loops_are_counted_by_their_exit_tests(grid_loop, tmp_path):
     file = tmp_path / "final_bundles.txt"
     file.write_text(SCHEDULE)
-    assert cycles_per_grid_step(file) == 3 + 128 // 4 * 3 + 16 * (1 + 2 * 1)
+    loop = grid_loop(file)
+    assert loop.cycles == 3 + 128 // 4 * 3 + 16 * (1 + 2 * 1)
+    assert (loop.own, [inner.cycles for inner in loop.inner]) == (3, [3, 1 + 2 * 1])
 
 
-def test_a_loop_of_unknown_trip_count_is_refused(cycles_per_grid_step, tmp_path):
+def test_a_loop_extends_to_its_last_bundle(grid_loop, tmp_path):
+    """What runs after a loop may be in its bundles, predicated."""
+    hoisted = "   0x3   : > { %v2 = vld [vmem:[%s1]] (%p1_p0) }"
+    file = tmp_path / "final_bundles.txt"
+    before = "   0x3   : >> { %4"
+    file.write_text(SCHEDULE.replace(before, f"{hoisted}\n{before}"))
+    assert grid_loop(file).cycles == 3 + 128 // 4 * 4 + 16 * (1 + 2 * 1)
+
+
+def test_a_loop_of_unknown_trip_count_is_refused(grid_loop, tmp_path):
     file = tmp_path / "final_bundles.txt"
     file.write_text(SCHEDULE.replace("%s3_s0, 128", "%s3_s0, %s11"))
     with pytest.raises(ValueError, match="trip count"):
-        cycles_per_grid_step(file)
+        _ = grid_loop(file).cycles
