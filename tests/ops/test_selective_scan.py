@@ -15,7 +15,12 @@ from jax.sharding import PartitionSpec as P
 from slow import slow_but
 
 from hymba_jax.ops.platform import target_platform
-from hymba_jax.ops.selective_scan import pallas_gpu, selective_scan, selective_scan_step
+from hymba_jax.ops.selective_scan import (
+    pallas_gpu,
+    pallas_tpu,
+    selective_scan,
+    selective_scan_step,
+)
 from hymba_jax.ops.selective_scan.api import FASTEST, IMPLEMENTATIONS
 
 SEQUENCES = ("x", "dt", "B", "C", "z")
@@ -28,9 +33,13 @@ FLOAT32 = 1e-5
 CHUNK = {"associative": 32, "pallas_gpu": 64, "pallas_tpu": 128, "reference": 1, "xla": 8}
 
 
+@contextmanager
 def pallas_interpreter():
-    """Runs a kernel as XLA operations, with NaN wherever nothing was written."""
-    return patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    """Runs a kernel as XLA operations, with NaN wherever nothing was written; its loops are not
+    unrolled, so that it compiles faster."""
+    rolled = patch.multiple(pallas_tpu, _UNROLL_ITERATIONS=1, _UNROLL_POSITIONS=1)
+    with patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)), rolled:
+        yield
 
 
 # What runs a kernel on a machine that it cannot be compiled for.
