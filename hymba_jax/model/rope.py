@@ -30,11 +30,13 @@ def _rotate(
     cos: Float[Array, "batch_or_1 length half_dim"],
     sin: Float[Array, "batch_or_1 length half_dim"],
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Halves have an axis of their own: concatenated, TPUs would pad each to 128 lanes first."""
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    signed_sin = jnp.stack((-sin, sin), axis=-2)[:, :, None]
-    rotated = halves * cos[:, :, None, None] + jnp.flip(halves, axis=-2) * signed_sin
-    return rotated.reshape(x.shape).astype(x.dtype)
+    """Halves have an axis of their own: side by side, TPUs would pad each to 128 lanes first. Each
+    is converted by itself: a conversion of both would be written to memory."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    first, second = (halves[..., i, :].astype(jnp.float32) for i in range(2))
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.stack((first * cos - second * sin, second * cos + first * sin), axis=-2)
+    return rotated.astype(x.dtype).reshape(x.shape)
 
 
 def _rotate_fwd(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:

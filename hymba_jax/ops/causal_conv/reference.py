@@ -92,14 +92,20 @@ def _shifted_sum_fwd(
 def _shifted_sum_bwd(
     residuals: tuple[Array, Array, Array | None], dy: Array
 ) -> tuple[Array, Array, None]:
-    """One sum of the shifted dy, rounded once; JAX's own gradient rounds each term."""
+    """One sum of the shifted dy, rounded once; JAX's own gradient rounds each term.
+
+    As y is rounded to the inputs' dtype, so is dy already. It is shifted in that dtype: XLA would
+    write its conversion to memory.
+    """
     inputs, weight, seen = residuals
-    before, length = weight.shape[0] - 1, dy.shape[1]
-    dinputs, dweight = jnp.zeros((), weight.dtype), []
+    (before, dtype), length = (weight.shape[0] - 1, weight.dtype), dy.shape[1]
+    dinputs, dweight = jnp.zeros((), dtype), []
     for tap, row in enumerate(weight):
-        own = _own(dy, tap, weight, seen)
-        dinputs = dinputs + row[None, None] * jnp.pad(own, ((0, 0), (tap, before - tap), (0, 0)))
-        dweight.append((own * inputs[:, tap : tap + length].astype(dy.dtype)).sum((0, 1)))
+        own = _own(dy.astype(inputs.dtype), tap, weight, seen)
+        shifted = jnp.pad(own, ((0, 0), (tap, before - tap), (0, 0)))
+        dinputs = dinputs + row[None, None] * shifted.astype(dtype)
+        taken = inputs[:, tap : tap + length].astype(dtype)
+        dweight.append((own.astype(dtype) * taken).sum((0, 1)))
     return dinputs.astype(inputs.dtype), jnp.stack(dweight), None
 
 
