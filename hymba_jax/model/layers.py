@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig
 from hymba_jax.ops.matmul import matmul
+from hymba_jax.ops.remat import NORM, named
 from hymba_jax.parallel.mesh import gather_param
 from hymba_jax.types import Array, Float
 
@@ -70,7 +71,7 @@ class RMSNorm(nnx.Module):
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading features"]:
         x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        mean_square = named(NORM, jnp.mean(jnp.square(x32), axis=-1, keepdims=True))
         normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
         scale = gather_param(self.scale, x.dtype)
         return normed * jnp.broadcast_to(scale, x.shape)

@@ -7,7 +7,7 @@ forward pass, such as the states between chunks: where these are kept, it is not
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-MATMUL, ATTENTION, SCAN = "matmul", "attention", "selective_scan"
+MATMUL, ATTENTION, SCAN, NORM = "matmul", "attention", "selective_scan", "norm"
 
 
 def named[T](name: str, results: T) -> T:

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 from hymba_jax.aot.hlo import Program
@@ -30,17 +31,23 @@ MIXER = 3 * HIDDEN * CHANNELS + CHANNELS * (RANK + 2 * STATE) + RANK * CHANNELS
 SCAN_FORWARD = 2 * LAYERS * ROWS * (LENGTH // 8) * STATE * CHANNELS
 
 
-@functools.cache
-def flops(remat, layers="2*M"):
+def gradient(remat, layers="2*M"):
+    """Of a loss, by the parameters, and their shapes."""
     config = dataclasses.replace(CONFIG, layers=layers)
     compute = ComputeConfig(remat=remat, scan_layers=False)
-    graph, params = nnx.split(Hymba(config, compute, nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0))))
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
 
     def loss(params):
         return nnx.merge(graph, params)(tokens).astype(jnp.float32).sum()
 
-    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    return jax.grad(loss), params
+
+
+@functools.cache
+def flops(remat, layers="2*M"):
+    function, params = gradient(remat, layers)
+    compiled = jax.jit(function).lower(params).compile()
     costs = instruction_costs(Program(compiled.as_text()), CHIPS["v5e"])
     return sum(cost.flops for cost in costs)
 
@@ -83,3 +90,20 @@ def test_masks_of_documents_are_no_inputs_of_a_scan_over_layers():
     assert len(scans) == 2  # forward and backward pass
     for scan in scans:
         assert (ROWS, LENGTH, CHANNELS) not in [array.aval.shape for array in scan.invars]
+
+
+def squares(jaxpr):
+    """How often a jaxpr squares an array, as only norms do."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "square"
+        inner = jax.tree.leaves([*equation.params.values()], is_leaf=lambda v: hasattr(v, "eqns"))
+        count += sum(squares(part) for part in inner if hasattr(part, "eqns"))
+    return count
+
+
+@pytest.mark.parametrize(("remat", "again"), [("block", 5), ("kernels", 0), ("dots", 0)])
+def test_only_block_computes_mean_squares_again(remat, again):
+    """Of five norms a layer; the last of the model is in none."""
+    function, params = gradient(remat)
+    assert squares(jax.make_jaxpr(function)(params).jaxpr) == (5 + again) * LAYERS + 1
