@@ -7,6 +7,7 @@ from flax import nnx
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model.layers import Linear
+from hymba_jax.ops.gated_silu import gated_silu
 from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float
 
@@ -29,5 +30,5 @@ class MLP(nnx.Module):
         self, x: Float[Array, "batch length hidden"]
     ) -> Float[Array, "batch length hidden"]:
         up = self.up_proj(x)
-        inner = jax.nn.silu(self.gate_proj(x)) * up if self.gated else jax.nn.relu(up) ** 2
+        inner = gated_silu(self.gate_proj(x), up) if self.gated else jax.nn.relu(up) ** 2
         return self.down_proj(constrain(inner, "batch", "length", "mlp"))
