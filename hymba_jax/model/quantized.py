@@ -48,4 +48,6 @@ def quantize_kernels(model: Hymba) -> Hymba:
         setattr(module, name, quantized(linear))
     kernel = model.output_projection[...]
     model.quantized_output = QuantizedLinear(kernel.T if model.config.tie_embeddings else kernel)
+    if not model.config.tie_embeddings:
+        del model.lm_head  # else its floats would stay in memory
     return model

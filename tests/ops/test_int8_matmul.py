@@ -59,6 +59,9 @@ def test_a_model_has_the_quantized_values():
     expected = LanguageModel(model, byte_tokenizer())
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(quantized.engine.params)}
     assert dtypes == {"float32", "int8"}
+    output = (config.hidden_size, config.num_embeddings)
+    kernels = [a for a in jax.tree.leaves(quantized.engine.params) if a.shape == output]
+    assert [str(a.dtype) for a in kernels] == ["int8"]
     (wanted,), (actual,) = (
         each.generate("the old dog", max_new_tokens=20) for each in (expected, quantized)
     )
