@@ -38,7 +38,7 @@ from hymba_jax.aot.hlo import Instruction, Program
 from hymba_jax.aot.programs import InferencePrograms, TracedProgram
 from hymba_jax.aot.topology import CHIPS, parse_topology
 from hymba_jax.aot.traffic import hbm_bytes
-from hymba_jax.config import PRESETS, DType
+from hymba_jax.config import PRESETS, CacheFormat, DType, WeightFormat
 from hymba_jax.parallel.mesh import bytes_per_device
 
 STEP = 8  # granularity of the search for the largest batch
@@ -51,6 +51,7 @@ class Options:
     Attributes:
       batch, context: of decoding.
       prompts, prompt: how many are prefilled at once, and tokens of each; no prompts, no such row.
+      weights, kv_cache: formats, as of `hymba generate`.
       search: where a batch does not fit, look for the largest that does.
     """
 
@@ -61,6 +62,8 @@ class Options:
     prompt: int = 1024
     dtype: DType = "bfloat16"
     state_dtype: tuple[DType, ...] = ("bfloat16", "float32")
+    weights: WeightFormat = "float"
+    kv_cache: CacheFormat = "float"
     search: bool = True
     json: Path | None = None
 
@@ -73,7 +76,8 @@ def main(options: Options) -> None:
     }
     for target, rows in tables.items():
         decode = [row for row in rows if row["program"] == "decode"]
-        report(f"Hymba-1.5B compiled for {target}, {options.dtype}: memory, GB", _memory(rows))
+        formats = f"{options.dtype}, weights {options.weights}, KV cache {options.kv_cache}"
+        report(f"Hymba-1.5B compiled for {target}, {formats}: memory, GB", _memory(rows))
         report(f"HBM traffic per decoding step on {target}, GB", _traffic(decode))
     if options.json is not None:
         write_json([row for rows in tables.values() for row in rows], options.json)
@@ -82,7 +86,14 @@ def main(options: Options) -> None:
 def compile_all(target: Target, mesh: Mesh, options: Options) -> Iterator[Row]:
     """A row for each state dtype and program, and for the largest batch where one does not fit."""
     for state_dtype in options.state_dtype:
-        programs = InferencePrograms(PRESETS["hymba-1.5b"], mesh, options.dtype, state_dtype)
+        programs = InferencePrograms(
+            PRESETS["hymba-1.5b"],
+            mesh,
+            options.dtype,
+            state_dtype,
+            weights=options.weights,
+            kv_cache=options.kv_cache,
+        )
         about: Row = {"target": target, "state dtype": state_dtype}
 
         def decode(batch: int, programs: InferencePrograms = programs, about: Row = about) -> Row:

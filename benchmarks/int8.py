@@ -1,4 +1,4 @@
-"""Weights in 8 bits (`--weights int8`) against float32, on the CPU.
+"""Weights, and keys and values, in 8 bits (`--weights int8 --kv-cache int8`), on the CPU.
 
 python benchmarks/int8.py [--shape 125m] [--model runs/tiny --text FILE ...] [--json FILE]
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import jax
 import tyro
@@ -20,14 +19,19 @@ from _report import Row, report
 from inference import random_model
 
 from hymba_jax import inference, load
-from hymba_jax.config import PRESETS, WeightFormat
+from hymba_jax.config import PRESETS, CacheFormat, WeightFormat
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.host import prepare_host
 from hymba_jax.inference.engine import DECODE_STEPS, Engine, Request
 from hymba_jax.inference.language_model import LanguageModel
 
 CONTEXT = 512
-FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+FORMATS: tuple[tuple[WeightFormat, CacheFormat], ...] = (  # of weights; of keys and values
+    ("float", "float"),
+    ("int8", "float"),
+    ("float", "int8"),
+    ("int8", "int8"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,31 @@ class Options:
 def main(options: Options) -> None:
     prepare_host()
     rows = [*measured(options)]
-    report("int8 weights", rows, options.json)
+    report("weights, keys and values in 8 bits", rows, options.json)
 
 
 def measured(options: Options) -> Iterator[Row]:
     """A row for each model and format."""
-    for weights in FORMATS if options.shape else ():
-        model = random_model(PRESETS[f"hymba-{options.shape}"], "float32")
-        step = step_ms(Engine(model, weights=weights, context=CONTEXT))
-        yield {"model": options.shape, "weights": weights, "step, ms": step, "bits per byte": ""}
-    for weights in FORMATS if options.model else ():
-        trained = load(options.model, weights=weights, context=CONTEXT)
-        step, bits = step_ms(trained.engine), bits_per_byte(trained, options)
-        row: Row = {"model": options.model, "weights": weights, "step, ms": step}
-        yield {**row, "bits per byte": f"{bits:.4f}"}
+    for weights, kv_cache in FORMATS:
+        formats: Row = {"weights": weights, "KV cache": kv_cache}
+        if options.shape:
+            model = random_model(PRESETS[f"hymba-{options.shape}"], "float32")
+            engine = Engine(model, weights=weights, kv_cache=kv_cache, context=CONTEXT)
+            yield {
+                "model": options.shape,
+                **formats,
+                "step, ms": step_ms(engine),
+                "bits per byte": "",
+            }
+        if options.model:
+            trained = load(options.model, weights=weights, kv_cache=kv_cache, context=CONTEXT)
+            step, bits = step_ms(trained.engine), bits_per_byte(trained, options)
+            yield {
+                "model": options.model,
+                **formats,
+                "step, ms": step,
+                "bits per byte": f"{bits:.4f}",
+            }
 
 
 def step_ms(engine: Engine) -> float:

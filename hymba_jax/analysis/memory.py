@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hymba_jax.checkpoint.model_file import read_model, read_trainable
-from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
+from hymba_jax.config import PRESETS, CacheFormat, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.run import RunConfig, read_table
 from hymba_jax.config.sampling import INT32_MAX
@@ -36,6 +36,7 @@ class MemoryConfig:
       batch: sequences at a time.
       dtype: of parameters, keys, values and states in inference.
       state_dtype: of SSM states; dtype if absent. Generation uses float32 by default.
+      kv_cache: format of keys and values in inference, "float" in `dtype` or "int8".
       param_dtype: of parameters and gradients in training; that of the config, or of a preset
         float32, if absent.
     """
@@ -46,6 +47,7 @@ class MemoryConfig:
     batch: int = 1
     dtype: DType = "bfloat16"
     state_dtype: DType | None = None
+    kv_cache: CacheFormat = "float"
     param_dtype: DType | None = None
 
 
@@ -78,7 +80,7 @@ def main(args: MemoryConfig) -> None:
             raise HymbaError(f"{name} is {size}, not between 1 and {INT32_MAX}, a 32-bit number")
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
-    cache = cache_bytes(config, args.context, args.dtype, state_dtype)
+    cache = cache_bytes(config, args.context, args.dtype, state_dtype, args.kv_cache)
     sequence = sum(cache.values())
     meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)

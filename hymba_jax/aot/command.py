@@ -16,6 +16,7 @@ from hymba_jax.aot.instructions import by_part
 from hymba_jax.aot.programs import AotProgram, inference_program, training_program
 from hymba_jax.aot.topology import Chip, Topology, parse_topology
 from hymba_jax.checkpoint.model_file import with_vocabulary
+from hymba_jax.config import CacheFormat, WeightFormat
 from hymba_jax.config.data import DATA_BOUNDS
 from hymba_jax.config.field_types import bound_problems, type_problems
 from hymba_jax.config.run import RunConfig
@@ -41,10 +42,13 @@ class CompileConfig:
       batch: sequences that are prefilled or decoded at once, 1 if not named; a run has
         training.batch_size.
       context: tokens that they have, data.sequence_length if not named.
+      weights: of matmuls in prefill and decode, "float" or "int8", with a scale for each output.
+      kv_cache: format of keys and values in prefill and decode, "float" or "int8", with a scale for
+        each head of each token.
       by_part: also print the estimated time and the HBM bytes of each part of the model.
 
     Raises:
-      HymbaError: a batch or a context is named for training, or a stage for other programs, or one
+      HymbaError: an option of inference is named for training, or a stage for inference, or one
         is impossible.
     """
 
@@ -53,6 +57,8 @@ class CompileConfig:
     stage: str = ""
     batch: int | None = None
     context: int | None = None
+    weights: WeightFormat = "float"
+    kv_cache: CacheFormat = "float"
     by_part: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +69,8 @@ class CompileConfig:
                 "batch and context apply to prefill and decode only: "
                 "training uses training.batch_size and data.sequence_length"
             )
+        if self.program == "train" and (self.weights, self.kv_cache) != ("float", "float"):
+            raise HymbaError("weights and kv_cache apply to prefill and decode only")
         if self.program != "train" and self.stage:
             raise HymbaError(f"stage {self.stage} applies to training only")
 
@@ -118,7 +126,9 @@ def _programs(
     last = stages[-1].run
     context = last.data.sequence_length if choice.context is None else choice.context
     batch = 1 if choice.batch is None else choice.batch
-    yield inference_program(last, choice.program, devices, batch, context)
+    yield inference_program(
+        last, choice.program, devices, batch, context, choice.weights, choice.kv_cache
+    )
 
 
 def _report(

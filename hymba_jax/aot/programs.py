@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hymba_jax.aot.fit import Memory, inference_advice, training_advice
 from hymba_jax.checkpoint.train_state import abstract_train_state
-from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.config import CacheFormat, ComputeConfig, DType, HymbaConfig, WeightFormat
 from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Engine, PaddedChunk
@@ -96,7 +96,13 @@ def training_program(
 
 
 def inference_program(
-    run: RunConfig, name: str, devices: Sequence[jax.Device], batch: int, context: int
+    run: RunConfig,
+    name: str,
+    devices: Sequence[jax.Device],
+    batch: int,
+    context: int,
+    weights: WeightFormat = "float",
+    kv_cache: CacheFormat = "float",
 ) -> AotProgram:
     """What `hymba generate` runs, on one of these devices as it does.
 
@@ -110,7 +116,9 @@ def inference_program(
     if batch < 1:
         raise HymbaError(f"batch is {batch}, not at least 1")
     mesh = Mesh(np.array(devices[:1]), ("chip",))
-    programs = InferencePrograms(run.model, mesh, run.compute.dtype, "float32", context)
+    programs = InferencePrograms(
+        run.model, mesh, run.compute.dtype, "float32", context, weights, kv_cache
+    )
     traced = (programs.prefill if name == "prefill" else programs.decode)(batch, context)
     _, params = abstract_model(run.model, run.compute, make_mesh(devices[:1]))
     flops = partial(forward_flops, run.model)
@@ -157,6 +165,8 @@ class InferencePrograms:
         dtype: DType,
         state_dtype: DType,
         context: int | None = None,
+        weights: WeightFormat = "float",
+        kv_cache: CacheFormat = "float",
     ):
         self.mesh, self.vocab_size = mesh, config.num_embeddings
         compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
@@ -164,7 +174,10 @@ class InferencePrograms:
 
         def make_params() -> Any:
             model = Hymba(config, compute, nnx.Rngs(0))
-            engines.append(Engine(model, state_dtype=state_dtype, context=context))
+            engine = Engine(
+                model, state_dtype=state_dtype, weights=weights, kv_cache=kv_cache, context=context
+            )
+            engines.append(engine)
             return engines[0].params
 
         self.params = self._shapes(make_params)  # nothing is computed

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hymba_jax.config import ComputeConfig, DType, HymbaConfig, WeightFormat
+from hymba_jax.config import CacheFormat, ComputeConfig, DType, HymbaConfig, WeightFormat
 from hymba_jax.config.field_types import shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
@@ -174,6 +174,8 @@ class Engine:
       model: its adapters are merged, and its projections fused for decoding (`fuse_projections`).
       state_dtype: that SSM states are stored in between tokens.
       weights: of matmuls, "float" as the model has them or "int8".
+      kv_cache: format of keys and values between tokens, "float" in the model's dtype or "int8"
+        with a scale for each head of each token.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once, which bounds the memory of prefill.
       allowed: the tokens that may be sampled; all of them if absent.
@@ -192,14 +194,17 @@ class Engine:
         *,
         state_dtype: DType = "float32",
         weights: WeightFormat = "float",
+        kv_cache: CacheFormat = "float",
         context: int | None = None,
         max_chunk: int = MAX_CHUNK,
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
-        if weights not in get_args(WeightFormat):
-            raise HymbaError(
-                f"weights is {weights!r}, not one of {', '.join(get_args(WeightFormat))}"
-            )
+        for name, value, formats in (
+            ("weights", weights, get_args(WeightFormat)),
+            ("kv_cache", kv_cache, get_args(CacheFormat)),
+        ):
+            if value not in formats:
+                raise HymbaError(f"{name} is {value!r}, not one of {', '.join(formats)}")
         fused = fuse_projections(merge_adapters(unstack_layers(model)))
         if weights == "int8":
             quantize_kernels(fused)
@@ -213,8 +218,8 @@ class Engine:
         )
         self.max_context = _max_context(model.config, context)
         self._smallest_context = context or MIN_CONTEXT
-        self.state_dtype = state_dtype
-        self.programs = _programs(graph, model.config, model.compute, state_dtype)
+        self.state_dtype, self.kv_cache = state_dtype, kv_cache
+        self.programs = _programs(graph, model.config, model.compute, state_dtype, kv_cache)
 
     def on_device(self, device: jax.Device) -> "Engine":
         """This engine if its parameters are on that device, else one with a copy of them there."""
@@ -249,26 +254,41 @@ class Engine:
     def row_bytes(self, context: int) -> int:
         """Bytes of one sequence's cache of so many tokens."""
         _, context = self._sizes(1, context)
-        return sum(cache_bytes(self.config, context, self.dtype, self.state_dtype).values())
+        sizes = cache_bytes(self.config, context, self.dtype, self.state_dtype, self.kv_cache)
+        return sum(sizes.values())
 
-    def check_memory(self, rows: int, context: int, prefilled: int = 0) -> None:
-        """Refuses what the device cannot hold, before anything is allocated for it.
+    def memory_bytes(self, rows: int, context: int, prefilled: int = 0) -> int:
+        """Bytes of the parameters, and of states.
 
         Args:
           rows: sequences at the same time.
           context: tokens that the longest may grow to.
           prefilled: prompts whose states are there besides.
+        """
+        rows, context = self._sizes(rows, context)
+        return (
+            tree_bytes(self.params)
+            + sum(meta_state_bytes(self.config, self.dtype).values())
+            + (rows + prefilled) * self.row_bytes(context)
+            + rows * self.config.num_embeddings * VOCAB_BYTES
+        )
+
+    def check_memory(self, rows: int, context: int, prefilled: int = 0, others: int = 0) -> None:
+        """Refuses what the device cannot hold, before anything is allocated for it.
+
+        Args:
+          rows, context, prefilled: as of `memory_bytes`.
+          others: bytes that other models take on the device.
 
         Raises:
           HymbaError: parameters and states together are larger than its memory.
         """
+        size = self.memory_bytes(rows, context, prefilled) + others
         rows, context = self._sizes(rows, context)
+        beside = "the parameters and states of other models" if others else "the model's parameters"
         check_fits(
-            f"{rows} sequences of {context} tokens beside the model's parameters",
-            tree_bytes(self.params)
-            + sum(meta_state_bytes(self.config, self.dtype).values())
-            + (rows + prefilled) * self.row_bytes(context)
-            + rows * self.config.num_embeddings * VOCAB_BYTES,
+            f"{rows} sequences of {context} tokens beside {beside}",
+            size,
             [*self._devices()],
             "reduce batch_size, context or max_new_tokens",
         )
@@ -493,7 +513,11 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _programs(
-    graph: nnx.GraphDef[Hymba], config: HymbaConfig, compute: ComputeConfig, state_dtype: DType
+    graph: nnx.GraphDef[Hymba],
+    config: HymbaConfig,
+    compute: ComputeConfig,
+    state_dtype: DType,
+    kv_cache: CacheFormat,
 ) -> Programs:
     """The programs of a model, compiled as their shapes come; large arguments are reused."""
 
@@ -501,7 +525,8 @@ def _programs(
         return nnx.merge(graph, params).meta_state()
 
     def init_prefill(params: Params, meta: MetaState, batch: int, context: int) -> Prefilled:
-        cache = nnx.merge(graph, params).init_state(batch, context, state_dtype).initialize(meta)
+        model = nnx.merge(graph, params)
+        cache = model.init_state(batch, context, state_dtype, kv_cache).initialize(meta)
         return Prefilled(cache, jnp.zeros((batch, config.hidden_size), compute.dtype))
 
     def extend(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hymba_jax.config import DType, WeightFormat
+from hymba_jax.config import CacheFormat, DType, WeightFormat
 from hymba_jax.config.field_types import fits, shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
@@ -75,6 +75,7 @@ class LanguageModel:
     Args:
       state_dtype: that SSM states are stored in; they are computed in float32.
       weights: of matmuls, "float" as the model has them or "int8".
+      kv_cache: format of keys and values between tokens, "float" in the model's dtype or "int8".
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
@@ -95,6 +96,7 @@ class LanguageModel:
         *,
         state_dtype: DType = "float32",
         weights: WeightFormat = "float",
+        kv_cache: CacheFormat = "float",
         batch_size: int = 8,
         context: int | None = None,
         max_chunk: int = MAX_CHUNK,
@@ -112,6 +114,7 @@ class LanguageModel:
             model,
             state_dtype=state_dtype,
             weights=weights,
+            kv_cache=kv_cache,
             context=None if context is None else _as_int("context", context),
             max_chunk=max_chunk,
             allowed=self._in_tokenizer,

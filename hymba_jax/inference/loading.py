@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
-from hymba_jax.config import DType, WeightFormat
+from hymba_jax.config import CacheFormat, DType, WeightFormat
 from hymba_jax.convert.peft import merge_peft
 from hymba_jax.files import resolve_location, resolve_path
 from hymba_jax.inference.engine import MAX_CHUNK
@@ -21,6 +21,7 @@ def load(
     dtype: DType | None = None,
     state_dtype: DType = "float32",
     weights: WeightFormat = "float",
+    kv_cache: CacheFormat = "float",
     batch_size: int = 8,
     context: int | None = None,
     max_chunk: int = MAX_CHUNK,
@@ -39,6 +40,7 @@ def load(
         CPUs, where it is fastest.
       state_dtype: that the SSM's states are kept in between tokens.
       weights: of matmuls, "float" as the model has them or "int8".
+      kv_cache: format of keys and values between tokens, "float" in `dtype` or "int8".
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
@@ -65,6 +67,7 @@ def load(
         defaults=read_generation_defaults(resolve_location(directory)),
         state_dtype=state_dtype,
         weights=weights,
+        kv_cache=kv_cache,
         batch_size=batch_size,
         context=context,
         max_chunk=max_chunk,
@@ -85,6 +88,8 @@ class ModelChoice:
       dtype: of parameters, activations and cache; that of the training if absent, float32 on CPUs.
       state_dtype: that the SSM's states are kept in between tokens.
       weights: of matmuls, "float" as the model has them or "int8", with a scale for each output.
+      kv_cache: format of keys and values between tokens, "float" in `dtype` or "int8", with a scale
+        for each head of each token.
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
     """
@@ -95,6 +100,7 @@ class ModelChoice:
     dtype: DType | None = None
     state_dtype: DType = "float32"
     weights: WeightFormat = "float"
+    kv_cache: CacheFormat = "float"
     batch_size: int = 8
     context: int | None = None
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from hymba_jax.config import ComputeConfig, DType, HymbaConfig
+from hymba_jax.config import CacheFormat, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.state import LayerState
@@ -18,7 +18,11 @@ from hymba_jax.parallel.memory import tree_bytes
 
 @functools.lru_cache
 def cache_bytes(
-    config: HymbaConfig, context: int, dtype: DType, state_dtype: DType
+    config: HymbaConfig,
+    context: int,
+    dtype: DType,
+    state_dtype: DType,
+    kv_cache: CacheFormat = "float",
 ) -> Mapping[str, int]:
     """Bytes of one sequence's state, by purpose and dtype, such as "window KV, bfloat16".
 
@@ -28,7 +32,7 @@ def cache_bytes(
 
     def init_state(spec: LayerSpec) -> LayerState:
         mixer = make_mixer(config, spec, compute, nnx.Rngs(0))
-        return mixer.init_state(1, context, dtype, state_dtype)
+        return mixer.init_state(1, context, dtype, state_dtype, kv_cache)
 
     sizes: Counter[str] = Counter()
     for spec, count in Counter(config.layer_specs).items():

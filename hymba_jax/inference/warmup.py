@@ -21,7 +21,7 @@ from hymba_jax.inference.loading import ModelChoice
 class WarmupConfig:
     """Compiles a model's programs for one context, and caches them for later commands.
 
-    Those need the same `context`, `dtype`, `state_dtype` and `weights`.
+    Those need the same `context`, `dtype`, `state_dtype`, `weights` and `kv_cache`.
 
     Attributes:
       prompts: largest batch; every power of two up to it is compiled.

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config import CacheFormat, ComputeConfig, HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KeyValue, KVCache
@@ -17,6 +17,7 @@ from hymba_jax.model.layers import Linear, RMSNorm
 from hymba_jax.model.rope import Rope
 from hymba_jax.ops.attention import attention, attention_step
 from hymba_jax.ops.attention.reference import attention_mask, attention_weights
+from hymba_jax.ops.int8_rows import Int8Rows
 from hymba_jax.types import Array, Float
 
 
@@ -68,7 +69,8 @@ class Attention(nnx.Module):
         """
         query = self.query(x, context.rope)
         if not self.reuses_kv:
-            shared = AttendedKV(self.key_value(x, context.rope), cache, meta)
+            new = self.key_value(x, context.rope)
+            shared = AttendedKV(new if cache is None else cache.rounded(new), cache, meta)
         elif shared is None:
             raise ValueError("this layer reuses keys and values, and was given none")
         return self.attend(query, shared, context).reshape(*x.shape[:2], -1), shared
@@ -76,13 +78,14 @@ class Attention(nnx.Module):
     def attend(
         self, query: Float[Array, "batch length heads head_dim"], kv: AttendedKV, context: Context
     ) -> Float[Array, "batch length heads value_dim"]:
+        new = kv.new.astype(query.dtype)
         if kv.meta is None:
-            return attention(query, *kv.new, window=None)  # meta tokens are not windowed
+            return attention(query, *new, window=None)  # meta tokens are not windowed
         if kv.cache is not None and context.start is not None and query.shape[1] == 1:
             output = attention_step(
                 query[:, 0],
-                kv.new.key[:, 0],
-                kv.new.value[:, 0],
+                new.key[:, 0],
+                new.value[:, 0],
                 past_key=kv.cache.key,
                 past_value=kv.cache.value,
                 past_length=context.start,
@@ -90,7 +93,7 @@ class Attention(nnx.Module):
                 meta_value=kv.meta.value[0],
             )
             return output[:, None]
-        tokens, kv_start = kv.tokens(context.start)
+        tokens, kv_start = kv.tokens(context.start, query.dtype)
         meta_key, meta_value = (a[0].swapaxes(0, 1) for a in kv.meta)
         return attention(
             query,
@@ -102,14 +105,17 @@ class Attention(nnx.Module):
             segment_ids=context.segment_ids,
         )
 
-    def init_state(self, batch: int, max_length: int, dtype: DTypeLike) -> KVCache | None:
+    def init_state(
+        self, batch: int, max_length: int, dtype: DTypeLike, kv_cache: CacheFormat
+    ) -> KVCache | None:
         """An empty cache for up to `max_length` tokens a sequence; None if the layer needs none."""
         if self.reuses_kv:
             return None
         slots = max_length if self.window is None else min(self.window, max_length)
         shape = (batch, self.num_kv_heads, slots)
+        zeros = Int8Rows.zeros if kv_cache == "int8" else jnp.zeros
         return KVCache(
-            jnp.zeros((*shape, self.head_dim), dtype), jnp.zeros((*shape, self.value_dim), dtype)
+            zeros((*shape, self.head_dim), dtype), zeros((*shape, self.value_dim), dtype)
         )
 
     def flops(self, length: int) -> float:

@@ -11,7 +11,8 @@ class Context(NamedTuple):
 
     Attributes:
       rope: rotary cos and sin of the positions.
-      start: tokens of each row that are in the cache already; None without a cache.
+      start: tokens of each row that are in the cache already; None without a cache, or if it is
+        empty.
       lengths: valid positions of each row; the rest is padding.
       segment_ids: the document of each position; None if each row is one document.
     """

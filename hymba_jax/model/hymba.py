@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config import CacheFormat, ComputeConfig, HymbaConfig
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.layer_pattern import GroupSpec
 from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta, run_replay
@@ -177,15 +177,20 @@ class Hymba(nnx.Module):
         )
 
     def init_state(
-        self, batch: int, max_length: int, state_dtype: DTypeLike = "float32"
+        self,
+        batch: int,
+        max_length: int,
+        state_dtype: DTypeLike = "float32",
+        kv_cache: CacheFormat = "float",
     ) -> ModelState:
         """A state of zeros, for sequences of up to `max_length` tokens.
 
         Args:
           state_dtype: that SSM states are stored in; they are computed in float32.
+          kv_cache: format of keys and values, "float" in the model's dtype or "int8".
         """
         layers = tuple(
-            block.mixer.init_state(batch, max_length, self.compute.dtype, state_dtype)
+            block.mixer.init_state(batch, max_length, self.compute.dtype, state_dtype, kv_cache)
             for block in self.blocks()
         )
         return ModelState(layers, jnp.zeros(batch, jnp.int32))
@@ -209,12 +214,13 @@ class Hymba(nnx.Module):
         """
         start = state.lengths
         context = self._context(tokens, start, lengths)
+        if is_start:
+            context = context._replace(start=None)
         before = iter(zip(state.layers, meta, strict=True))
         x, layers = self.embed(tokens), []
         for group in self._unrolled():
             states, metas = zip(*(next(before) for _ in group.blocks), strict=True)
-            seen = [layer._replace(kv=None) for layer in states] if is_start else states
-            outputs = group(x, context, seen, [layer.kv for layer in metas])
+            outputs = group(x, context, states, [layer.kv for layer in metas])
             # Updated after its last use, so that XLA updates it in place.
             x, kv = jax.lax.optimization_barrier((outputs[-1].x, [layer.kv for layer in states]))
             layers += [

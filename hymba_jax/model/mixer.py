@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hymba_jax.config import ComputeConfig, HymbaConfig
+from hymba_jax.config import CacheFormat, ComputeConfig, HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec, SSMKind
 from hymba_jax.model.attention import Attention
 from hymba_jax.model.context import Context
@@ -83,10 +83,15 @@ class HybridMixer(nnx.Module):
         return self.ssm(x, context, state.ssm)[1]
 
     def init_state(
-        self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
+        self,
+        batch: int,
+        max_length: int,
+        dtype: DTypeLike,
+        state_dtype: DTypeLike,
+        kv_cache: CacheFormat = "float",
     ) -> LayerState:
         return LayerState(
-            self.attention.init_state(batch, max_length, dtype),
+            self.attention.init_state(batch, max_length, dtype, kv_cache),
             self.ssm.init_state(batch, dtype, state_dtype),
         )
 
@@ -120,9 +125,14 @@ class AttentionMixer(nnx.Module):
         """There are no SSM heads."""
 
     def init_state(
-        self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
+        self,
+        batch: int,
+        max_length: int,
+        dtype: DTypeLike,
+        state_dtype: DTypeLike,
+        kv_cache: CacheFormat = "float",
     ) -> LayerState:
-        return LayerState(kv=self.attention.init_state(batch, max_length, dtype))
+        return LayerState(kv=self.attention.init_state(batch, max_length, dtype, kv_cache))
 
     def flops(self, length: int) -> float:
         return self.attention.flops(length)
@@ -155,7 +165,12 @@ class SSMMixer(nnx.Module):
         return self.ssm(x, context, state.ssm)[1]
 
     def init_state(
-        self, batch: int, max_length: int, dtype: DTypeLike, state_dtype: DTypeLike
+        self,
+        batch: int,
+        max_length: int,
+        dtype: DTypeLike,
+        state_dtype: DTypeLike,
+        kv_cache: CacheFormat = "float",
     ) -> LayerState:
         return LayerState(ssm=self.ssm.init_state(batch, dtype, state_dtype))
 

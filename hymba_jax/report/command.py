@@ -30,7 +30,6 @@ from hymba_jax.files import (
     resolve_path,
 )
 from hymba_jax.inference import LanguageModel
-from hymba_jax.inference.memory import cache_bytes
 from hymba_jax.report.analyses import analyses_section
 from hymba_jax.report.costs import Speed, costs_section, measure_speed
 from hymba_jax.report.page import Page, Section
@@ -146,8 +145,8 @@ def _facts(
         yield f"{validated[-1]['validation_bits_per_byte']:.3f}", "bits per byte, validation"
     if metrics and "tokens_seen" in metrics[-1]:
         yield _short(metrics[-1]["tokens_seen"]), "tokens of training"
-    cache = cache_bytes(config, context, model.engine.dtype, model.engine.state_dtype)
-    yield format_bytes(sum(cache.values())), f"cache at {context:,} tokens"
+    cache = model.engine.row_bytes(context)
+    yield format_bytes(cache), f"cache at {context:,} tokens"
     if speeds:
         yield f"{speeds[-1].decode:,.0f}", f"tokens/s decoded here, {speeds[-1].batch} sequences"
 

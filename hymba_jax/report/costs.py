@@ -14,7 +14,7 @@ from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.display import format_bytes
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import DECODE_STEPS, Request
-from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
+from hymba_jax.inference.memory import meta_state_bytes
 from hymba_jax.report.page import Picture, Section, Table
 from hymba_jax.report.svg import new_figure
 
@@ -89,14 +89,12 @@ def costs_section(model: LanguageModel, speeds: Sequence[Speed]) -> Section:
 
 
 def _memory(config: HymbaConfig, model: LanguageModel) -> Table:
-    dtype, state_dtype = model.engine.dtype, model.engine.state_dtype
+    dtype = model.engine.dtype
     context = model.engine.max_context
     training = training_bytes(config, "float32")
     sizes = {
         f"parameters, {dtype}": param_bytes(config, dtype),
-        f"cache of a sequence of {context:,} tokens": sum(
-            cache_bytes(config, context, dtype, state_dtype).values()
-        ),
+        f"cache of a sequence of {context:,} tokens": model.engine.row_bytes(context),
         "state after the meta tokens, once": sum(meta_state_bytes(config, dtype).values()),
         "training in float32 by AdamW, without activations": training.total,
     }

@@ -176,6 +176,10 @@ def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     [
         (["--topology", "v5e"], "not a chip and a shape"),
         (["--topology", "v5e:2x2", "--batch", 2], "batch and context apply to prefill and decode"),
+        (
+            ["--topology", "v5e:2x2", "--kv-cache", "int8"],
+            "weights and kv_cache apply to prefill and",
+        ),
         (["--topology", "v5e:2x2", "--parallel.tensor", 3], "is not the number of devices, 4"),
         (
             ["--topology", "v5e:2x2", "--training.gradient-accumulation-steps", 4],

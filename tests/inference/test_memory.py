@@ -53,6 +53,14 @@ LLAMA = HymbaConfig(
 )
 
 
+def test_a_cache_of_8_bits():
+    """A byte for each key and value of the 1.5B, and a scale for those of each head and token."""
+    sizes = cache_bytes(PRESETS["hymba-1.5b"], 8192, "bfloat16", "bfloat16", "int8")
+    for kind, slots in (("global", 3 * 8192 * 5), ("window", 14 * 1024 * 5)):
+        assert sizes[f"{kind} KV, int8"] == slots * (64 + 128)
+        assert sizes[f"{kind} KV, bfloat16"] == slots * 2 * 2
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

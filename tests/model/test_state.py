@@ -18,7 +18,9 @@ from slow import slow_but
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.model import Hymba
+from hymba_jax.model.attention import Attention
 from hymba_jax.model.hymba import unstack_layers
+from hymba_jax.model.kv_cache import KeyValue
 
 ROWS, LENGTH = 3, 48
 WIDTHS = (1, 16)  # of a chunk with its padding: a step, and more than a window
@@ -122,7 +124,7 @@ class Prefiller:
             x, state = model.extend(chunk, state, meta, lengths, is_start=is_start)
             return model.logits(x), state
 
-        self.extend = extend
+        self.graph, self.extend = graph, extend
         self.forward = jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
         self.full = np.asarray(self.forward(self.params, self.tokens))
         self.meta = jit(lambda params: nnx.merge(graph, params).meta_state())(self.params)
@@ -258,6 +260,38 @@ def test_bfloat16_state_is_accurate():
     by_weights = np.asarray(prefiller.forward(rounded, prefiller.tokens)) - prefiller.full
     error, bound = (np.sqrt(np.mean(e**2)) for e in (logits - prefiller.full, by_weights))
     assert 0 < error <= bound < np.std(prefiller.full) / 10
+
+
+class RoundedAttention(Attention):
+    """With keys and values of tokens rounded to 254 steps between the largest and its negative."""
+
+    def key_value(self, x, rope):
+        kv = super().key_value(x, rope)
+        if len(x) == 1:  # meta tokens, whose cache has floats
+            return kv
+        steps = (jnp.abs(a).max(-1, keepdims=True) / 127 for a in kv)
+        return KeyValue(*(jnp.round(a / step) * step for a, step in zip(kv, steps, strict=True)))
+
+
+def test_a_cache_of_8_bits_is_the_full_forward_with_rounded_keys_and_values():
+    """Whatever the chunks. A value halfway between two integers may be rounded to either, which
+    moves the logits by less than a tenth of what the rounding of all does."""
+    prefiller = prefiller_of("more meta tokens than the window")
+    compute = ComputeConfig(scan_layers=False)
+    model = nnx.eval_shape(lambda: Hymba(prefiller.config, compute, nnx.Rngs(0)))
+    empty = model.init_state(ROWS, LENGTH, kv_cache="int8").initialize(prefiller.meta)
+    logits, cache = prefiller.prefill(CHUNKING, empty)
+    assert {str(a.dtype) for layer in cache.layers for a in jax.tree.leaves(layer.kv)} == {
+        "float32",
+        "int8",
+    }
+    model = nnx.merge(prefiller.graph, prefiller.params)
+    for block in model.blocks():
+        block.mixer.attention.__class__ = RoundedAttention
+    expected = np.asarray(jit(lambda tokens: model(tokens))(prefiller.tokens))
+    moved = np.abs(expected - prefiller.full).max()
+    assert 0 < np.abs(logits - expected).max() <= moved / 10
+    assert moved <= np.ptp(prefiller.full) / 20
 
 
 def state_shapes(config, batch, context, dtype="bfloat16"):

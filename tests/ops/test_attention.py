@@ -13,6 +13,7 @@ from slow import slow_but
 from hymba_jax.ops.attention import api, attention, attention_step
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.reference import attention_mask, reference
+from hymba_jax.ops.int8_rows import Int8Rows
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 8, 12
 # In blocks so small that short sequences have several, cut everywhere in the window.
@@ -391,6 +392,41 @@ def test_a_step_sees_meta_tokens_filled_slots_and_itself(meta, dtype):
     largest = max(np.abs(value).max(), np.abs(meta_value).max(initial=0))
     atol = 2e-6 if dtype == "float32" else 4 * 2**-8 * largest
     np.testing.assert_allclose(actual.astype(jnp.float32), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_with_a_cache_of_8_bits(dtype):
+    """Is that with the floats which the cache stands for, whose scales differ by 1000 here."""
+    slots, filled = 9, jnp.asarray([0, 4, 9])
+    query, key, value, meta_key, meta_value, _ = inputs(1, slots + 1, meta=3, batch=3)
+    spread = np.geomspace(1, 1e-3, slots)[:, None, None]
+    past = cast((a.swapaxes(1, 2) for a in (key[:, :-1], value[:, :-1] * spread)), dtype)
+    past_key, past_value = map(Int8Rows.of, past)
+    by_head = cast((a.swapaxes(0, 1) for a in (meta_key, meta_value)), dtype)
+    step = partial(jax.jit(attention_step), *cast((query[:, 0], key[:, -1], value[:, -1]), dtype))
+    step = partial(step, past_length=filled, meta_key=by_head[0], meta_value=by_head[1])
+    actual = step(past_key=past_key, past_value=past_value)
+    floats = (a.astype(dtype) for a in (past_key, past_value))
+    expected = step(**dict(zip(("past_key", "past_value"), floats, strict=True)))
+    # Another order of multiplying in float32; in bfloat16 keys, weights and values are rounded.
+    largest = max(np.abs(value).max(), np.abs(meta_value).max())
+    atol = (2e-6 if dtype == "float32" else 4 * 2**-8) * largest
+    np.testing.assert_allclose(*cast((actual, expected), "float32"), rtol=0, atol=atol)
+
+
+def test_rows_of_8_bits():
+    """Scales and integers by numpy; to nearest, so within half a scale."""
+    x = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+    x[1, 2] = 0
+    rows = Int8Rows.of(jnp.asarray(x))
+    scale = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    scale[1, 2] = np.float32(1) / 127
+    np.testing.assert_allclose(rows.scale, scale, rtol=2e-7)  # XLA multiplies by 1/127
+    np.testing.assert_array_equal(rows.integers, np.rint(x / np.asarray(rows.scale)))
+    assert (np.abs(rows.astype("float32") - x) <= scale / 2 * (1 + 1e-6)).all()
+    coarse = Int8Rows.of(jnp.asarray(x, "bfloat16"))
+    assert (coarse.integers.dtype, coarse.scale.dtype) == ("int8", "bfloat16")
+    assert np.isnan(Int8Rows.of(jnp.asarray([[1.0, np.nan]])).scale).all()  # not hidden
 
 
 def test_the_mask_counts_absolute_positions():
