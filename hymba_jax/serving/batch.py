@@ -19,8 +19,17 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from hymba_jax.checkpoint.checkpoints import checkpoint_steps, resolve_step
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import check_output_file, json_text, parse_json, read_text, resolve_path
+from hymba_jax.files import (
+    check_output_file,
+    json_text,
+    parse_json,
+    read_text,
+    replace_text,
+    resolve_location,
+    resolve_path,
+)
 from hymba_jax.inference.hidden_fields import without
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.serving.app import Api
@@ -40,7 +49,8 @@ class BatchConfig:
     A line of the input is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or
     "/v1/completions", "body": {...}}; one of the output has its custom_id, and the response with
     its status. Answers come in the order in which they are complete. They are collected in
-    OUTPUT.partial, with which the same command resumes where it was stopped.
+    OUTPUT.partial, with which the same command resumes where it was stopped; another model, which
+    OUTPUT.model names, is refused.
 
     Attributes:
       input: file of JSON lines.
@@ -80,8 +90,9 @@ def main(config: BatchConfig) -> None:
     if output.exists() and not output.is_file():
         raise HymbaError(f"{output}: not a regular file")
     requests = read_requests(config.input)
-    partial = output.with_name(f"{output.name}.partial")
+    partial, begun = (output.with_name(f"{output.name}.{end}") for end in ("partial", "model"))
     done = _answered(partial)
+    check_model(begun, config.choice, is_new=not done)
     left = [request for request in requests if request["custom_id"] not in done]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if done:
@@ -102,6 +113,7 @@ def main(config: BatchConfig) -> None:
             raise HymbaError(f"the model has failed: {thread.error}")
     answers = [value for _, value in _lines(partial)]
     os.replace(partial, output)
+    begun.unlink()
     refused = sum(answer["error"] is not None for answer in answers)
     console.print(f"{output}: {len(answers)} answers, {refused} of them errors", markup=False)
 
@@ -123,6 +135,38 @@ def read_requests(name: str) -> list[dict[str, Any]]:
     if not requests:
         raise HymbaError(f"{name}: there are no requests in it")
     return requests
+
+
+def check_model(record: Path, choice: ModelChoice, *, is_new: bool) -> None:
+    """Records which model answers, and how it computes; or compares it, where there are answers.
+
+    Raises:
+      HymbaError: the answers are another model's.
+    """
+    chosen = _what_answers(choice)
+    if is_new:
+        replace_text(record, json_text(chosen) + "\n")
+        return
+    partial = record.with_suffix(".partial")
+    if not record.exists():
+        raise HymbaError(f"{partial}: {record.name}, which says whose answers it has, is missing")
+    begun = parse_json(read_text(record))
+    if changed := [name for name in chosen if begun.get(name) != chosen[name]]:
+        what = ", ".join(f"{name} {begun.get(name)}, not {chosen[name]}" for name in changed)
+        raise HymbaError(f"{partial}: begun with {what}: give that, or delete the file")
+
+
+def _what_answers(choice: ModelChoice) -> dict[str, Any]:
+    """All that answers depend on, but for the requests: the model, its checkpoint, and formats."""
+    location, step = resolve_location(choice.model), resolve_step(choice.model, choice.step)
+    if step is None:  # the newest of a run; a standalone model has none
+        step = max(checkpoint_steps(location), default=None)
+    return {
+        "model": str(location.resolve() if isinstance(location, Path) else location),
+        "step": step,
+        "adapter": str(resolve_path(choice.adapter).resolve()) if choice.adapter else "",
+        **{name: getattr(choice, name) for name in ("dtype", "state_dtype", "weights", "kv_cache")},
+    }
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

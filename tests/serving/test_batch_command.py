@@ -1,6 +1,7 @@
 """`hymba batch`: a file of requests, answered as by a server."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from serving.served import model
@@ -42,9 +43,10 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
     """Also if the command was killed, in the middle of a line: what is answered stays as it is."""
     kept = {"custom_id": "t3", "response": "kept", "error": None}
     partial = tmp_path / "out.jsonl.partial"
+    batch.check_model(tmp_path / "out.jsonl.model", config.choice, is_new=True)
     partial.write_text(json.dumps(kept) + '\n{"custom_id": "t4", "resp')
     batch.main(config)
-    assert not partial.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     answers = read(tmp_path / "out.jsonl")
     assert sorted(answers) == sorted(each["custom_id"] for each in LINES)
     assert answers.pop("t3") == kept
@@ -64,6 +66,24 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
     notes = capsys.readouterr().err
     assert f"resumes with {len(LINES) - 1} of {len(LINES)} requests" in notes
     assert f"{len(LINES)} answers, 2 of them errors" in notes
+
+
+def test_answers_of_two_models_are_not_mixed(config, tmp_path):
+    """Nor of one model in two formats; without an answer, either may begin."""
+    record, partial = (tmp_path / f"out.jsonl.{end}" for end in ("model", "partial"))
+    batch.check_model(record, ModelChoice("runs/other"), is_new=True)
+    partial.write_text('{"custom_id": "t3", "response": "kept", "error": null}\n')
+    with pytest.raises(HymbaError, match=r"out.jsonl.partial: begun with model .*other, not .*m: "):
+        batch.main(config)
+    batch.check_model(record, replace(config.choice, weights="int8"), is_new=True)
+    with pytest.raises(HymbaError, match="begun with weights int8, not float"):
+        batch.main(config)
+    record.unlink()
+    with pytest.raises(HymbaError, match="out.jsonl.model, which says whose answers it "):
+        batch.main(config)
+    partial.write_text("")
+    batch.main(config)
+    assert len(read(tmp_path / "out.jsonl")) == len(LINES)
 
 
 @pytest.mark.parametrize(
