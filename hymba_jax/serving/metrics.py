@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from hymba_jax.inference.completion_stream import Delta
+from hymba_jax.inference.completion_stream import Delta, FinishReason
 from hymba_jax.serving.scheduler import Scheduler
 
 _TO_FIRST = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -51,6 +51,13 @@ class Metrics:
         self._whole = histogram(
             "vllm:e2e_request_latency_seconds", "from the request to its last token", _WHOLE
         )
+        for name in schedulers:  # so that every series is there, at zero, before the first request
+            for counter_ in (self._prompt_tokens, self._generated):
+                counter_.labels(name)
+            for histogram_ in (self._to_first, self._between, self._whole):
+                histogram_.labels(name)
+            for reason in get_args(FinishReason.__value__):
+                self._finished.labels(name, reason)
 
     async def observe(
         self, model: str, deltas: AsyncIterator[Delta], prompt_tokens: int
