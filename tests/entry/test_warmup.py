@@ -11,6 +11,7 @@ from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
+from hymba_jax.inference.prompt_lookup import PromptLookup
 from hymba_jax.inference.warmup import prompt_lengths, use_compilation_cache, warm
 
 
@@ -45,6 +46,19 @@ def test_a_warm_model_compiles_nothing(hymba):
         for length in (1, 31, 33, 69):
             prompts = [[5] * length, [6] * (length // 2)]
             model.generate(prompts, max_new_tokens=40, temperature=0.7, top_k=5, seed=3)
+    assert names == []
+
+
+def test_a_warm_model_that_speculates_compiles_nothing(hymba, monkeypatch):
+    model = LanguageModel(hymba, byte_tokenizer(), context=70, max_chunk=32, speculate=True)
+    for length in prompt_lengths(model.engine):
+        warm(model, 1, length)
+    verified, verify = [], model.engine.verify
+    monkeypatch.setattr(model.engine, "verify", lambda *a: verified.append(a) or verify(*a))
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, limit: [5] * min(limit, 3))
+    with compilations() as names:
+        model.generate([[5] * 20], max_new_tokens=40)
+    assert verified
     assert names == []
 
 
