@@ -10,7 +10,7 @@ import numpy as np
 
 from hymba_jax.config.sampling import INT32_MAX, SamplingConfig
 from hymba_jax.ops.platform import target_platform
-from hymba_jax.types import Array, Bool, Float, Int, Key
+from hymba_jax.types import Array, Bool, Float, Int, Key, UInt
 
 # The JAX generator whose samples do not depend on other rows.
 PRNG = "threefry2x32"
@@ -46,7 +46,7 @@ def make_sampler(configs: Sequence[SamplingConfig], samples: Sequence[int]) -> S
         repetition_penalty=values("repetition_penalty", np.float32),
         frequency_penalty=values("frequency_penalty", np.float32),
         presence_penalty=values("presence_penalty", np.float32),
-        key=jnp.stack([_key(*row) for row in zip(configs, samples, strict=True)]),
+        key=_keys(np.array([config.seed for config in configs], np.uint32), np.array(samples)),
     )
 
 
@@ -54,8 +54,10 @@ def _values(configs: Sequence[SamplingConfig], name: str, dtype: type) -> Array:
     return jnp.asarray(np.array([getattr(config, name) for config in configs], dtype))
 
 
-def _key(config: SamplingConfig, number: int) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.key(config.seed, impl=PRNG), number)
+@jax.jit
+@jax.vmap
+def _keys(seed: UInt[Array, ""], number: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.key(seed, impl=PRNG), number)
 
 
 class ActiveFilters(NamedTuple):

@@ -44,6 +44,9 @@ class ServeConfig:
       queue: requests that may wait for a slot; more are refused with status 429.
       prefill_chunk: tokens of prompts that are prefilled between two tokens of an answer, a power
         of two: fewer make answers steadier, more make prompts faster.
+      decode_steps: tokens of each answer that are decoded at once, 1 to 16, while no prompt is
+        prefilled: more serve more tokens a second, in larger deltas, and a new request waits for
+        so many steps at most.
       prefix_cache: bytes of memory for states after beginnings of prompts, so that conversations
         and shared system messages are not prefilled anew; 0 is none.
       max_body: bytes of a request.
@@ -67,6 +70,7 @@ class ServeConfig:
     slots: int = 8
     queue: int = 256
     prefill_chunk: int = 256
+    decode_steps: int = 4
     prefix_cache: int = 2**28
     max_body: int = 4_000_000
     max_tokens: int | None = None
@@ -106,11 +110,18 @@ class ServeConfig:
         for adapter in self.adapter:
             name, _, directory = adapter.partition("=")
             choices[name] = replace(self.choice, adapter=directory)
-        return {name: ModelThread(self._scheduler(choice)) for name, choice in choices.items()}
-
-    def _scheduler(self, choice: ModelChoice) -> Scheduler:
-        model = choice.load(max_chunk=self.prefill_chunk)
-        return Scheduler(model, self.slots, self.queue, prefix_bytes=self.prefix_cache)
+        threads: dict[str, ModelThread] = {}
+        for name, each in choices.items():
+            scheduler = Scheduler(
+                each.load(max_chunk=self.prefill_chunk),
+                self.slots,
+                self.queue,
+                self.decode_steps,
+                self.prefix_cache,
+                other_models=sum(thread.scheduler.num_bytes for thread in threads.values()),
+            )
+            threads[name] = ModelThread(scheduler)
+        return threads
 
 
 def main(config: ServeConfig) -> None:

@@ -5,7 +5,9 @@ import dataclasses
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.completion_stream import Delta
@@ -18,6 +20,28 @@ def _nothing() -> None:
 
 class ModelFailed(HymbaError):
     """The model's thread has ended by an error of its own."""
+
+
+class Outbox:
+    """What the model's thread puts into queues of a loop, which it wakes once for many outputs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._outputs: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._is_woken = False
+
+    def put(self, queue: asyncio.Queue[Any], output: Any) -> None:
+        """Puts an output into a queue soon; from any thread."""
+        self._outputs.append((queue, output))
+        if not self._is_woken and not self.loop.is_closed():
+            self._is_woken = True
+            self.loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._is_woken = False  # first: what comes while this runs may wake the loop again
+        while self._outputs:
+            queue, output = self._outputs.popleft()
+            queue.put_nowait(output)
 
 
 class ModelThread:
@@ -35,6 +59,7 @@ class ModelThread:
         self._on_ready = self._on_end = _nothing
         self._wake = threading.Event()
         self._stopping = False
+        self._outbox: Outbox | None = None
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     @property
@@ -68,6 +93,13 @@ class ModelThread:
         self._wake.set()
         return job
 
+    def outbox(self) -> Outbox:
+        """That of the running loop, which its generations share."""
+        loop = asyncio.get_running_loop()
+        if self._outbox is None or self._outbox.loop is not loop:
+            self._outbox = Outbox(loop)
+        return self._outbox
+
     def _run(self) -> None:
         try:
             self.scheduler.warmup()
@@ -100,7 +132,7 @@ class Generation:
     """
 
     def __init__(self, thread: ModelThread, requests: Sequence[GenerationRequest]) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._outbox = thread.outbox()
         self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self._samples_left = sum(request.num_samples for request in requests)
         self._jobs: list[Job] = []
@@ -134,7 +166,6 @@ class Generation:
 
     def _deliver_as(self, index: int) -> Callable[[Output], None]:
         def deliver(output: Output) -> None:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))
+            self._outbox.put(self._queue, (index, output))
 
         return deliver

@@ -6,7 +6,8 @@ The batch has a fixed number of slots, its rows. Each step of the scheduler
 2. prefills waiting requests in the order of their arrival, one at a time, in chunks: at most
    `Engine.max_chunk` tokens a step, padding included, where each sequence that joins the batch
    counts as `MIN_CHUNK` tokens besides its chunks;
-3. decodes one token (or `decode_steps`) for every running sequence.
+3. decodes one token for every running sequence, or `decode_steps` if no prompt is left to prefill
+   into a free slot, and no sequence follows a grammar, whose next mask depends on the token before.
 
 So whoever is being answered waits for that many prompt tokens between two of its own at most,
 however long the prompts of others are. A prompt is prefilled alone and in the same chunks whenever
@@ -138,9 +139,11 @@ class Scheduler:
     Attributes:
       slots: sequences that are decoded at the same time, a power of two.
       max_waiting: requests that may wait for a slot.
-      decode_steps: tokens of each sequence between two looks at the queue.
+      decode_steps: tokens of each sequence between two looks at the queue, at most.
       prefix_bytes: of memory for states after beginnings of prompts (`PrefixCache`).
+      other_models: bytes that they take on the device.
       clock: seconds, for deadlines.
+      num_bytes: of the device's memory, for the model and its states.
 
     Raises:
       HymbaError: a value is impossible, or the device has too little memory.
@@ -149,8 +152,9 @@ class Scheduler:
     model: LanguageModel
     slots: int = 8
     max_waiting: int = 256
-    decode_steps: int = 1
+    decode_steps: int = 4
     prefix_bytes: int = 0
+    other_models: int = 0
     clock: Callable[[], float] = time.monotonic
     _waiting: deque[Job] = field(init=False, default_factory=deque)
     _prefill: _Prefill | None = field(init=False, default=None)
@@ -165,7 +169,9 @@ class Scheduler:
         self._context = self._engine.max_context
         max_states = self.prefix_bytes // self._engine.row_bytes(self._context)
         # With two prompts: one that is being prefilled, and the copy that becomes a row.
-        self._engine.check_memory(self.slots, self._context, prefilled=2 + max_states)
+        sizes = self.slots, self._context, 2 + max_states
+        self.num_bytes = self._engine.memory_bytes(*sizes)
+        self._engine.check_memory(*sizes, self.other_models)
         self.prefixes = PrefixCache(self._engine.max_chunk, max_states)
         self._state = self._engine.init_state(self.slots, self._context, MAX_STOP_TOKENS)
         self._free = [*range(self.slots)]
@@ -384,7 +390,8 @@ class Scheduler:
         biases = self._masked_biases()
         if biases:
             self._state = self._engine.set_bias(self._state, biases)
-        steps = 1 if biases else self.decode_steps  # the next mask depends on the next token
+        is_prefilling = self._prefill is not None and self._free
+        steps = 1 if biases or is_prefilling else self.decode_steps
         self._state, sampled = self._engine.decode(self._state, steps)
         self._push({row: row for row in self._rows}, sampled)
 

@@ -79,7 +79,7 @@ def test_answers_of_two_models_are_not_mixed(config, tmp_path):
     with pytest.raises(HymbaError, match="begun with weights int8, not float"):
         batch.main(config)
     record.unlink()
-    with pytest.raises(HymbaError, match="out.jsonl.model, which says whose answers it "):
+    with pytest.raises(HymbaError, match=r"out.jsonl.model, which says whose answers it "):
         batch.main(config)
     partial.write_text("")
     batch.main(config)

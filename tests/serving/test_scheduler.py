@@ -14,6 +14,9 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.completion_stream import Delta
 from hymba_jax.inference.engine import MIN_CHUNK
+from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.parallel import memory
+from hymba_jax.serving.command import ServeConfig
 from hymba_jax.serving.scheduler import (
     DeadlineExceeded,
     GenerationRequest,
@@ -33,8 +36,8 @@ def shared_scheduler():
 
 @functools.cache
 def cold_scheduler():
-    """It keeps no state between requests."""
-    return Scheduler(model(), slots=SLOTS)
+    """It keeps no state between requests, and looks at each token."""
+    return Scheduler(model(), slots=SLOTS, decode_steps=1)
 
 
 def prompt_of(length):
@@ -116,8 +119,8 @@ ARRIVALS = st.tuples(
 @example([(i % len(REQUESTS), 0, None) for i in range(9)])  # more than there are slots
 @example([(4, 0, None), (1, 3, None), (4, 3, 2), (2, 3, None), (3, 4, 0)])
 def test_tokens_do_not_depend_on_the_schedule(arrivals):
-    """To the bit, log-probabilities too, whatever prefixes are kept; a cancelled request has the
-    first of them."""
+    """To the bit, log-probabilities too, whatever prefixes are kept and however many tokens are
+    decoded at once; a cancelled request has the first of them."""
     results = serve([Arrival(REQUESTS[i], *when) for i, *when in arrivals])
     for (i, _, cancelled), outputs in zip(arrivals, results, strict=True):
         expected, actual = alone(i), sampled(outputs)
@@ -233,6 +236,32 @@ def test_prefixes_are_prefilled_once():
     assert scheduler.prefixes.queried_tokens == sum(map(len, turns))
 
 
+def test_several_tokens_are_decoded_at_once_when_no_prompt_is_to_be_prefilled(monkeypatch):
+    """Into a free slot; what waits for a slot does not hold up the others."""
+    scheduler, engine, steps = shared_scheduler(), model().engine, []
+
+    def decode(state, count):
+        steps.append(count)
+        return type(engine).decode(engine, state, count)
+
+    monkeypatch.setattr(engine, "decode", decode)
+    scheduler.submit(request_of(2, 40), lambda delta: None)
+    while scheduler.num_running < 1:
+        scheduler.step()
+    scheduler.step()
+    assert steps[-1] == 4
+    for _ in range(SLOTS):
+        scheduler.submit(request_of(2, 40), lambda delta: None)
+    scheduler.step()
+    assert steps[-1] == 1
+    while scheduler.num_running < SLOTS:
+        scheduler.step()
+    scheduler.step()
+    assert (steps[-1], scheduler.num_waiting) == (4, 1)
+    while scheduler.has_work:
+        scheduler.step()
+
+
 def test_requests_are_served_in_their_order():
     first = []
     requests = [request_of(60, 4), *[request_of(2, 4)] * 8]
@@ -264,7 +293,7 @@ def test_a_cancelled_request_frees_its_slots_at_the_next_step():
 def test_deadlines():
     """Of requests that run, one that is being prefilled and one that waits."""
     now = [100.0]
-    scheduler = Scheduler(model(), slots=SLOTS, clock=lambda: now[0])
+    scheduler = Scheduler(model(), slots=SLOTS, decode_steps=1, clock=lambda: now[0])
     requests = [
         *[request_of(2, 60, timeout=5)] * (SLOTS - 1),
         request_of(63, 1, timeout=8),
@@ -327,6 +356,18 @@ def test_what_could_never_be_served_is_refused(request_, message):
 def test_impossible_options(options, message):
     with pytest.raises(HymbaError, match=message):
         Scheduler(model(), **options)
+
+
+def test_the_memory_of_several_models_is_counted(monkeypatch):
+    """Each alone would fit."""
+    monkeypatch.setattr(ModelChoice, "load", lambda self, **options: model())
+    config = ServeConfig(ModelChoice("m"), adapter=("a=dir",), slots=SLOTS, prefix_cache=0)
+    needed = Scheduler(model(), slots=SLOTS).num_bytes
+    monkeypatch.setattr(memory, "host_memory", lambda: 2 * needed - 1)
+    with pytest.raises(HymbaError, match="beside the parameters and states of other models: "):
+        config.load()
+    monkeypatch.setattr(memory, "host_memory", lambda: 2 * needed)
+    assert [*config.load()] == ["m", "a"]
 
 
 def test_logits_that_are_not_finite_end_one_request(monkeypatch):

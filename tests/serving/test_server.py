@@ -17,6 +17,7 @@ from serving.served import CONTEXT, model, serving, wait_until
 from hymba_jax.errors import HymbaError
 from hymba_jax.serving import bench
 from hymba_jax.serving.bench import BenchConfig, Measured
+from hymba_jax.serving.metrics import Metrics
 from hymba_jax.serving.scheduler import Scheduler
 from hymba_jax.serving.served_model import ApiOptions
 
@@ -507,6 +508,20 @@ def test_health_and_metrics(client, server):
     assert server[1].scheduler.num_completed == before + 1
 
 
+def test_every_series_is_there_before_the_first_request():
+    """Else a rate over it would miss the first ones."""
+    lines = Metrics({"tiny": Scheduler(model(), slots=1)}).text().decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    names = ["prompt_tokens_total", "generation_tokens_total", "inter_token_latency_seconds_count"]
+    names += ["time_to_first_token_seconds_count", "e2e_request_latency_seconds_sum"]
+    series = [f'vllm:{name}{{model_name="tiny"}}' for name in names]
+    series += [
+        f'vllm:request_success_total{{finished_reason="{reason}",model_name="tiny"}}'
+        for reason in ("stop", "length")
+    ]
+    assert [float(values[each]) for each in series] == [0] * len(series)
+
+
 def test_the_page(server):
     """It comes without a key, and loads nothing from elsewhere (driven in test_chat_page.py)."""
     response = httpx.get(server[0])
@@ -541,7 +556,7 @@ def _slowly(decode):
     wait = threading.Event()
 
     def slow(*args):
-        wait.wait(0.02)
+        wait.wait(0.05)
         return decode(*args)
 
     return slow
