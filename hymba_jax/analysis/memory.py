@@ -13,6 +13,7 @@ from rich.table import Table
 from hymba_jax.checkpoint.model_file import read_model, read_trainable
 from hymba_jax.config import PRESETS, CacheFormat, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
+from hymba_jax.config.model import find_preset
 from hymba_jax.config.run import RunConfig, read_table
 from hymba_jax.config.sampling import INT32_MAX
 from hymba_jax.config.training import TrainingConfig
@@ -146,9 +147,7 @@ def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
                 "of that model, or of the run, or a preset"
             )
         return read_model(args.config)
-    if args.preset not in PRESETS:
-        raise HymbaError(f"preset is {args.preset!r}, not one of {', '.join(PRESETS)}")
-    return PRESETS[args.preset], ComputeConfig()
+    return find_preset(args.preset), ComputeConfig()
 
 
 def gb(size: int) -> str:

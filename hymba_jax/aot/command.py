@@ -1,5 +1,6 @@
 """`hymba compile`: compiles a run's program ahead of time, no device needed."""
 
+import dataclasses
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.config import CacheFormat, WeightFormat
 from hymba_jax.config.data import DATA_BOUNDS
 from hymba_jax.config.field_types import bound_problems, type_problems
+from hymba_jax.config.model import find_preset
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TRAINING_BOUNDS
+from hymba_jax.convert.init_from import InitialModel, read_initial_model
 from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.arguments import parse_choice
+from hymba_jax.training.arguments import names_model, parse_choice
 
 COMPILE_BOUNDS = {
     "batch": TRAINING_BOUNDS["batch_size"],
@@ -37,6 +40,9 @@ class CompileConfig:
 
     Attributes:
       topology: a slice of chips, v5e:16x16, v5p:4x4x4, v6e:4x4 or h100:8 for example.
+      preset: the model of a config that has no table [model] because --init-from names one:
+        hymba-125m, hymba-350m or hymba-1.5b.
+      teacher_preset: the teacher of objective distill, in place of the model in distill.teacher.
       program: the training step, prefill or decode.
       stage: of training, the only stage to compile; all, one after another, if not named.
       batch: sequences that are prefilled or decoded at once, 1 if not named; a run has
@@ -53,6 +59,8 @@ class CompileConfig:
     """
 
     topology: str
+    preset: str = ""
+    teacher_preset: str = ""
     program: Literal["train", "prefill", "decode"] = "train"
     stage: str = ""
     batch: int | None = None
@@ -71,8 +79,9 @@ class CompileConfig:
             )
         if self.program == "train" and (self.weights, self.kv_cache) != ("float", "float"):
             raise HymbaError("weights and kv_cache apply to prefill and decode only")
-        if self.program != "train" and self.stage:
-            raise HymbaError(f"stage {self.stage} applies to training only")
+        for name in ("stage", "teacher_preset"):
+            if self.program != "train" and (value := getattr(self, name)):
+                raise HymbaError(f"{name} {value} applies to training only")
 
 
 def main(args: Sequence[str], prog: str) -> None:
@@ -83,13 +92,23 @@ def main(args: Sequence[str], prog: str) -> None:
     """
     does = "Compiles a run's programs ahead of time, no device needed, and says what they cost."
     choice, run = parse_choice(CompileConfig, args, prog, does)
+    if not names_model(args):
+        raise HymbaError(
+            "no model is named: use --preset hymba-1.5b, --init-from DIRECTORY, or a config with "
+            "a table [model]"
+        )
+    teacher = _teacher(choice, run)
+    if teacher:  # its vocabulary is the student's
+        run = dataclasses.replace(
+            run, model=run.model.with_vocabulary(teacher.config.num_embeddings)
+        )
     run = with_vocabulary(run)
     jax.config.update("jax_platforms", "cpu")  # the compiler is wanted, not its devices
     topology = parse_topology(choice.topology)
     console = Console(soft_wrap=True, highlight=False)
     needed = [
         _report(program, topology, console, show_parts=choice.by_part)
-        for program in _programs(choice, run, topology.devices(), console)
+        for program in _programs(choice, run, teacher, topology.devices(), console)
     ]
     if too_large := [size for size in needed if size is not None]:
         sizes = ", ".join(map(format_bytes, too_large))
@@ -97,8 +116,30 @@ def main(args: Sequence[str], prog: str) -> None:
         raise HymbaError(f"it does not fit: {sizes} of {available} per chip")
 
 
+def _teacher(choice: CompileConfig, run: RunConfig) -> InitialModel | None:
+    """The teacher of a run that has one.
+
+    Raises:
+      HymbaError: there is no such model, or nothing that it would teach.
+    """
+    if not run.distill.teacher:
+        if choice.teacher_preset:
+            raise HymbaError(
+                f"teacher_preset is {choice.teacher_preset}, and the run has no objective distill"
+            )
+        return None
+    if not choice.teacher_preset:
+        return read_initial_model(run.distill.teacher)
+    config = find_preset(choice.teacher_preset).resolved()
+    return InitialModel(choice.teacher_preset, config, run.compute.scan_layers, None)
+
+
 def _programs(
-    choice: CompileConfig, run: RunConfig, devices: Sequence[jax.Device], console: Console
+    choice: CompileConfig,
+    run: RunConfig,
+    teacher: InitialModel | None,
+    devices: Sequence[jax.Device],
+    console: Console,
 ) -> Iterator[AotProgram]:
     """What to compile; of a run with stages, each is announced before its own.
 
@@ -121,7 +162,7 @@ def _programs(
             if same != stage.name:
                 console.print(f"the same program as stage {same}")
                 continue
-            yield training_program(stage.run, devices)
+            yield training_program(stage.run, devices, teacher=teacher)
         return
     last = stages[-1].run
     context = last.data.sequence_length if choice.context is None else choice.context

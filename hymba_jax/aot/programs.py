@@ -14,6 +14,7 @@ from hymba_jax.aot.fit import Memory, inference_advice, training_advice
 from hymba_jax.checkpoint.train_state import abstract_train_state
 from hymba_jax.config import CacheFormat, ComputeConfig, DType, HymbaConfig, WeightFormat
 from hymba_jax.config.run import RunConfig
+from hymba_jax.convert.init_from import InitialModel
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.engine import Engine, PaddedChunk
 from hymba_jax.model import Hymba
@@ -53,13 +54,17 @@ class AotProgram(NamedTuple):
 
 
 def training_program(
-    run: RunConfig, devices: Sequence[jax.Device], objective: Objective | None = None
+    run: RunConfig,
+    devices: Sequence[jax.Device],
+    objective: Objective | None = None,
+    teacher: InitialModel | None = None,
 ) -> AotProgram:
     """The step that `hymba train` runs on these devices.
 
     Args:
       run: without stages, as a stage of a run is.
       objective: what the run minimizes, in place of the config's.
+      teacher: in place of the model that the config names, if the objective has one.
 
     Raises:
       HymbaError: the run cannot be sharded over them as configured.
@@ -70,14 +75,14 @@ def training_program(
     optimizer = make_optimizer(training)
     trainable = trainable_of(run)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh, trainable)
-    teacher = read_teacher(run, mesh)
-    given = (teacher.abstract,) if teacher else ()
+    taught = read_teacher(run, mesh, teacher)
+    given = (taught.abstract,) if taught else ()
     objective = objective or objective_of(run)
-    teacher_graph = teacher.graph if teacher else None
+    teacher_graph = taught.graph if taught else None
     train_step, batch = run_step(run, objective, abstract.graph, optimizer, mesh, teacher_graph)
     flops = training_flops(run.model, length, trainable) * training.batch_size
-    if teacher:
-        config = teacher.source.config
+    if taught:
+        config = taught.source.config
         flops += forward_flops(config, length, predicted=length) * training.batch_size
     is_partial = abstract.num_trained < abstract.num_params
     return AotProgram(

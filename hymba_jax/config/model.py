@@ -390,3 +390,14 @@ PRESETS = {
     ),
     "hymba-1.5b": HymbaConfig(),
 }
+
+
+def find_preset(name: str) -> HymbaConfig:
+    """The architecture of this name.
+
+    Raises:
+      HymbaError: there is none.
+    """
+    if name not in PRESETS:
+        raise HymbaError(f"preset is {shown(name)}, not one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -2,17 +2,19 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import tyro
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.config.distributed import DistributedConfig
+from hymba_jax.config.model import find_preset
 from hymba_jax.config.run import RunConfig
 from hymba_jax.convert.init_from import read_config
 from hymba_jax.data.listing import is_url
-from hymba_jax.files import resolve_location, resolve_path
+from hymba_jax.errors import HymbaError
+from hymba_jax.files import read_toml, resolve_location, resolve_path
 
 
 def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
@@ -102,17 +104,50 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
 
 
 def run_defaults(args: Sequence[str]) -> RunConfig:
-    """The run of a command line's `--config` and `--init-from`, before its fields are overridden.
+    """The run of a command line's `--config` and model, before its fields are overridden.
+
+    The model is that of `--init-from` or, for commands that have it, of `--preset`.
 
     Raises:
-      HymbaError: one of them cannot be read.
+      HymbaError: one of them cannot be read, or several name a model.
     """
+    named = _named(args)
+    base = RunConfig()
+    if named.init_from:
+        base = _started_from(named.init_from)
+    if named.preset:
+        if others := [*_models(named)][1:]:
+            raise HymbaError(f"--preset {named.preset} and {others[0]} both name a model: drop one")
+        base = RunConfig(model=find_preset(named.preset))
+    return base if named.config is None else RunConfig.from_toml(named.config, base)
+
+
+def names_model(args: Sequence[str]) -> bool:
+    """Whether a command line says what model its run has.
+
+    Raises:
+      HymbaError: its config cannot be read.
+    """
+    return any(_models(_named(args)))
+
+
+def _named(args: Sequence[str]) -> argparse.Namespace:
+    """The files and models that a command line names."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--config")
+    peek.add_argument("--preset")
     peek.add_argument("--init-from", "--init_from")  # tyro takes both
-    named = peek.parse_known_args(args)[0]
-    base = _started_from(named.init_from) if named.init_from else RunConfig()
-    return base if named.config is None else RunConfig.from_toml(named.config, base)
+    return peek.parse_known_args(args)[0]
+
+
+def _models(named: argparse.Namespace) -> Iterator[str]:
+    """What names the model of a run, in words."""
+    if named.preset:
+        yield f"--preset {named.preset}"
+    if named.init_from:
+        yield f"--init-from {named.init_from}"
+    if named.config is not None and "model" in read_toml(resolve_location(named.config)):
+        yield f"[model] of {named.config}"
 
 
 def _started_from(directory: str) -> RunConfig:

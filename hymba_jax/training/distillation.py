@@ -72,24 +72,29 @@ class Teacher:
         return self.source.load_params(self.source.config, self.compute, mesh)
 
 
-def read_teacher(run: RunConfig, mesh: AnyMesh) -> Teacher | None:
+def read_teacher(
+    run: RunConfig, mesh: AnyMesh, source: InitialModel | None = None
+) -> Teacher | None:
     """The teacher of a run without stages, if its objective has one; its parameters are not read.
+
+    Args:
+      source: the teacher, in place of the model that `distill.teacher` names.
 
     Raises:
       HymbaError: there is no such model, or it has other shapes of logits.
     """
     if run.training.objective != "distill":
         return None
-    source = read_initial_model(run.distill.teacher)
+    source = source or read_initial_model(run.distill.teacher)
     own, wanted = source.config.num_embeddings, run.model.num_embeddings
     if own != wanted:
         raise HymbaError(
-            f"{run.distill.teacher}: the teacher's vocabulary has {own:,} rows, that of the model "
+            f"{source.directory}: the teacher's vocabulary has {own:,} rows, that of the model "
             f"{wanted:,}: choose a teacher with the same tokenizer, or set model.vocab_size {own}"
         )
     if run.data.sequence_length > source.config.max_positions:
         raise HymbaError(
-            f"{run.distill.teacher}: the teacher has {source.config.max_positions:,} positions, "
+            f"{source.directory}: the teacher has {source.config.max_positions:,} positions, "
             f"data.sequence_length is {run.data.sequence_length:,}: shorten it"
         )
     compute = dataclasses.replace(run.compute, param_dtype=run.compute.dtype, remat="none")

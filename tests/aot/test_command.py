@@ -132,6 +132,83 @@ def test_stages_with_one_program_compile_it_once(capsys, config):
     assert words[-2:] == ["stage decay: steps 11 to 20", "the same program as stage stable"]
 
 
+TUNED = """
+[adapter]
+kind = "dora"
+rank = 4
+
+[compute]
+dtype = "bfloat16"
+
+[training]
+batch_size = 4
+"""
+MAPS = {  # inputs and outputs of those of a layer of the 125M
+    "query, in, gate, out": [(512, 512), (512, 1024), (512, 1024), (1024, 512)],
+    "x, dt": [(1024, 64), (32, 1024)],
+    "MLP": [(512, 1664), (512, 1664), (1664, 512)],
+    "key, value": [(512, 256), (512, 512)],
+}
+DORA_125M = sum(
+    (13 if part == "key, value" else 24)  # the other 11 layers reuse those of a neighbor
+    * (4 * (inputs + outputs) + outputs)  # A, B, magnitudes
+    for part, maps in MAPS.items()
+    for inputs, outputs in maps
+)
+PAIRS = """
+[training]
+objective = "dpo"
+batch_size = 4
+
+[data]
+path = "pairs.jsonl"
+format = "preference"
+packing = "documents"
+validation_packing = "documents"
+"""
+STUDENT = CONFIG.replace("vocab_size = 64", 'vocab_size = "auto"').replace(
+    "[training]", '[distill]\nteacher = "nowhere"\n\n[training]\nobjective = "distill"'
+)
+
+
+@pytest.mark.usefixtures("four_cpus", "no_compiler")
+@pytest.mark.parametrize(
+    ("text", "arguments", "told"),
+    [
+        (TUNED, ["--preset", "hymba-125m"], f"training {DORA_125M:,} of them, 4 sequences of 512"),
+        (PAIRS, ["--preset", "hymba-125m"], "training by dpo, 4 sequences of 512 tokens"),
+        (STUDENT, ["--teacher-preset", "hymba-125m"], "training by distill, 8 sequences of 112"),
+    ],
+    ids=["an adapter", "preferences", "a student"],
+)
+def test_what_starts_from_another_model(capsys, config, text, arguments, told):
+    config.write_text(text)
+    words, table = compile_for(capsys, "--config", config, "--topology", "v5e:2x2", *arguments)
+    assert told in words[0]
+    assert "model FLOPs per step and chip" in table
+
+
+@pytest.mark.usefixtures("four_cpus", "no_compiler")
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (TUNED, [], "no model is named: use --preset hymba-1.5b, --init-from DIRECTORY, or a"),
+        (TUNED, ["--preset", "hymba-1b"], "preset is 'hymba-1b', not one of hymba-125m, "),
+        (CONFIG, ["--preset", "hymba-125m"], "--preset hymba-125m and [model] of "),
+        (CONFIG, ["--teacher-preset", "hymba-125m"], "and the run has no objective distill"),
+        (STUDENT, [], "nowhere: no model found"),
+        (
+            STUDENT,
+            ["--teacher-preset", "hymba-125m", "--program", "decode"],
+            "teacher_preset hymba-125m applies to training only",
+        ),
+    ],
+)
+def test_models_that_are_not_named_or_twice(capsys, config, text, arguments, message):
+    config.write_text(text)
+    assert message in refusal(capsys, "--config", config, "--topology", "v5e:2x2", *arguments)[0]
+
+
 @pytest.mark.parametrize(
     ("program", "step"),
     [
