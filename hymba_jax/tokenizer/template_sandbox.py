@@ -18,7 +18,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hymba_jax.tokenizer.traced_text import Traced, concat, generated, merge_origins, traced
@@ -216,7 +216,15 @@ def _to_json(
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
+        default=_refuse,
     )
+
+
+def _refuse(value: object) -> NoReturn:
+    """Names the field that the messages lack, or the type that JSON does not have."""
+    if isinstance(value, Undefined):
+        value()  # raises UndefinedError, as any use of it does
+    raise TemplateError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _raise(message: str) -> NoReturn:

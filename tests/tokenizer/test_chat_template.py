@@ -152,6 +152,8 @@ def test_what_templates_call():
         ("\n\n{{ 1 | nothing }}", "line 3: No filter named 'nothing'"),
         ("{{ messages[0]['tool'].name }}", "has no attribute 'tool'|no element 0"),
         ("{{ nothing.at_all }}", "'nothing' is undefined"),
+        ("{{ {'name': 1}.arguments | tojson }}", "'dict object' has no attribute 'arguments'"),
+        ("{{ [namespace] | tojson }}", "cannot be written as JSON"),
         ("{{ 1 // 0 }}", "by zero"),
         ("{{ 'a' + 1 }}", "can only concatenate str"),
         ("{{ raise_exception('no\n  system role') }}", "failed: no system role$"),
