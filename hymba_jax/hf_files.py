@@ -20,6 +20,8 @@ from hymba_jax.files import (
 
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+"""Of an adapter in PEFT's format."""
 COPIES_FILE = "hf_copies.json"
 """Tied tensors of an HF checkpoint, which are stored once: name to name."""
 TOKENIZER_FILES = (

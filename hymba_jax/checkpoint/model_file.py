@@ -9,7 +9,7 @@ from hymba_jax.config.run import CONFIG_FILE, RunConfig, read_table
 from hymba_jax.config.toml import override_from, toml_lines
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location
-from hymba_jax.hf_files import HF_CONFIG, download_advice
+from hymba_jax.hf_files import ADAPTER_CONFIG, HF_CONFIG, download_advice
 from hymba_jax.model.trainable import Trainable
 from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.tokenizer import Tokenizer
@@ -78,6 +78,8 @@ def read_model_directory(
     advice = download_advice(directory)
     if (directory / HF_CONFIG).is_file():
         advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"
+    elif (directory / ADAPTER_CONFIG).is_file():
+        advice = f": it is an adapter, generate with --model BASE --adapter {directory}"
     raise HymbaError(f"{directory}: no model found, {CONFIG_FILE} is missing{advice}")
 
 

@@ -32,13 +32,14 @@ from hymba_jax.convert.mapping import HFSlice, hf_slices
 from hymba_jax.convert.tensor_file import TensorFile
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_json
+from hymba_jax.hf_files import ADAPTER_CONFIG
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import ParamPath, Params
 from hymba_jax.model.lora import LowRankUpdate, column_norms
 from hymba_jax.model.trainable import ADAPTER
 from hymba_jax.types import Array
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BASE = "base_embedding"  # in the metadata of the weights: checksum of the base's embedding
 _TENSOR = re.compile(
@@ -102,7 +103,7 @@ def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
     Raises:
       HymbaError: a file cannot be read, or has options or tensors that are not supported.
     """
-    settings, file = _read_settings(directory / CONFIG), TensorFile(directory / WEIGHTS)
+    settings, file = _read_settings(directory / ADAPTER_CONFIG), TensorFile(directory / WEIGHTS)
     tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     problems = []
     for name in file.tensors:
@@ -174,7 +175,7 @@ def write_peft(
             ranks[module] = len(blocks["lora_A.weight"])
             tensors |= {f"{_PREFIX}{module}.{name}": array for name, array in blocks.items()}
     settings = _settings(adapter, ranks, [*parts], base_model)
-    (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     metadata = {"format": "pt", _BASE: _checksum(flat)}
     save_file(tensors, directory / WEIGHTS, metadata)
 

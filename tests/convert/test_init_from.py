@@ -169,6 +169,9 @@ class TestCommandLine:
     def test_a_directory_without_model(self, tmp_path):
         with pytest.raises(HymbaError, match="no model found"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(HymbaError, match="is missing: it is an adapter, generate with"):
+            parse_run(["--init-from", str(tmp_path)], "train.py")
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(HymbaError, match=r"config\.json cannot be read"):
             parse_run(["--init-from", str(tmp_path)], "train.py")

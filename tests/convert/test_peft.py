@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.config.adapter import AdapterConfig
-from hymba_jax.convert.peft import CONFIG, WEIGHTS, merge_peft, read_peft, write_peft
+from hymba_jax.convert.peft import WEIGHTS, merge_peft, read_peft, write_peft
 from hymba_jax.errors import HymbaError
+from hymba_jax.hf_files import ADAPTER_CONFIG
 from hymba_jax.model import Hymba, merge_adapters, stack_layers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -83,8 +84,8 @@ def test_a_round_trip_changes_nothing(kind, scan_layers, tmp_path):
 def test_the_files_are_those_of_peft(tmp_path):
     """The matrices are put together by hand, in float64, as peft computes with them."""
     adapted = write(tmp_path, "lora")
-    settings = json.loads((tmp_path / CONFIG).read_text())
-    golden = json.loads((GOLDEN / "peft-lora" / CONFIG).read_text())
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    golden = json.loads((GOLDEN / "peft-lora" / ADAPTER_CONFIG).read_text())
     assert settings.keys() <= golden.keys()
     assert settings["target_modules"] == [
         "mamba.in_proj",
@@ -117,14 +118,14 @@ def test_the_files_are_those_of_peft(tmp_path):
 
 def test_a_projection_that_some_layers_lack_is_named_in_full(tmp_path):
     write(tmp_path, "lora", targets=("key_proj",))
-    settings = json.loads((tmp_path / CONFIG).read_text())
+    settings = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert settings["target_modules"] == [f"model.layers.{i}.mamba.in_proj" for i in (0, 1, 3)]
     assert settings["rank_pattern"] == {}
 
 
 def edit(directory, **settings):
-    held = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps(held | settings))
+    held = json.loads((directory / ADAPTER_CONFIG).read_text())
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(held | settings))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_options_that_change_what_it_computes_are_refused(settings, message, tmp
     edit(tmp_path, **settings)
     with pytest.raises(HymbaError) as caught:
         read_peft(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / CONFIG}: {message}")
+    assert str(caught.value).startswith(f"{tmp_path / ADAPTER_CONFIG}: {message}")
 
 
 def test_tensors_that_do_not_fit_the_options_are_refused(tmp_path):
