@@ -66,22 +66,6 @@ class FlatShard:
         return np.concatenate([[0], starts]) if start == 0 < stop else starts
 
 
-class ArrayShard(FlatShard):
-    """Tokens in memory.
-
-    Args:
-      name: what errors call it.
-      tokens: one document behind another.
-      eos_id: the token that ends every document; None if they are not told apart.
-    """
-
-    def __init__(
-        self, name: PathLike, tokens: UInt[np.ndarray, " tokens"], eos_id: int | None = None
-    ) -> None:
-        self.path, self._tokens, self._eos_id = Path(name), tokens, eos_id
-        self.num_tokens = len(tokens)
-
-
 type Shard = MegatronShard | FlatShard
 """Tokens of one file; documents do not go on from one shard to the next."""
 

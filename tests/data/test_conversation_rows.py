@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from data.array_shard import ArrayShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hymba_jax.data import conversation_rows
 from hymba_jax.data.batch import IGNORED_TARGET
 from hymba_jax.data.conversation_rows import ConversationRows, pack_whole
-from hymba_jax.data.token_store import ArrayShard, TokenStore
+from hymba_jax.data.token_store import TokenStore
 
 END = 2
 

@@ -3,10 +3,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from data.array_shard import ArrayShard
 
 from hymba_jax.data.examples import Examples
 from hymba_jax.data.mixture import Mixture
-from hymba_jax.data.token_store import ArrayShard, TokenStore
+from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
 
 SIZES = {"a": 7, "b": 20}

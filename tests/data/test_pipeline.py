@@ -3,12 +3,13 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from data.array_shard import ArrayShard
 
 from hymba_jax.data import IGNORED_TARGET, train_batches, validation_batches
 from hymba_jax.data.examples import Examples
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.pipeline import ValidationSet, make_rows
-from hymba_jax.data.token_store import ArrayShard, TokenStore
+from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
 
 TOKENS = np.arange(1000, 1000 + 37 * 8 + 5, dtype=np.uint16)  # 37 windows of 8, and 4 targets over

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from data.array_shard import ArrayShard
 
 from hymba_jax.data import IGNORED_TARGET
-from hymba_jax.data.token_store import ArrayShard, TokenStore
+from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
 
 
