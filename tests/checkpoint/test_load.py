@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer
+from random_weights import random_weights
 
 import hymba_jax
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, silence_orbax
@@ -24,7 +25,7 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.loading import ModelChoice
-from hymba_jax.model import Hymba, unstack_layers
+from hymba_jax.model import unstack_layers
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.parallel.mesh import make_mesh
 
@@ -37,7 +38,7 @@ CONFIG = dataclasses.replace(TINY, layers="2*W", max_positions=64)
 
 @pytest.fixture(scope="module")
 def initial():
-    return nnx.to_pure_dict(nnx.state(Hymba(CONFIG, ComputeConfig(), nnx.Rngs(0))))
+    return nnx.to_pure_dict(random_weights(CONFIG)[1])
 
 
 def write_run(directory, compute, initial):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from inference.models import TINY, byte_tokenizer
+from random_weights import random_weights
 
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params
 from hymba_jax.checkpoint.model_file import read_model_directory
@@ -19,7 +20,6 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.convert import export
 from hymba_jax.convert.export import ExportConfig, main
 from hymba_jax.errors import HymbaError
-from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.parallel.mesh import make_mesh
 
@@ -47,7 +47,7 @@ def times(factor, params):
 
 @pytest.fixture(scope="module")
 def initial():
-    return nnx.to_pure_dict(nnx.state(Hymba(CONFIG, COMPUTE, nnx.Rngs(0))))
+    return nnx.to_pure_dict(random_weights(CONFIG)[1])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from random_weights import random_weights
 from slow import slow_but
 
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
@@ -31,7 +32,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 24)))
 @pytest.mark.parametrize("scan_layers", slow_but([True, False], True))
 def test_is_causal(scan_layers):
     config = dataclasses.replace(CONFIG, layers="G 2*W")
-    graph, params = nnx.split(Hymba(config, ComputeConfig(scan_layers=scan_layers), nnx.Rngs(0)))
+    graph, params = random_weights(config, scan_layers=scan_layers)
     model = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
     before, after = model(TOKENS), model(TOKENS.at[:, 15].add(1))
     np.testing.assert_array_equal(before[:, :15], after[:, :15])
@@ -63,7 +64,7 @@ def test_initialization_is_equal_scanned_or_unrolled():
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 def test_dtypes(tie_embeddings):
     config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings)
-    model = Hymba(config, ComputeConfig(dtype="bfloat16"), nnx.Rngs(0))
+    model = Hymba.abstract(config, ComputeConfig(dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
         jnp.dtype("float32")
     }
@@ -77,7 +78,7 @@ def test_meta_tokens_are_seen_from_beyond_the_window():
     config = dataclasses.replace(
         CONFIG, layers="L", attention=dataclasses.replace(CONFIG.attention, value_dim=8)
     )
-    model, forward = Hymba(config, ComputeConfig(), nnx.Rngs(0)), nnx.jit(Hymba.__call__)
+    model, forward = nnx.merge(*random_weights(config)), nnx.jit(Hymba.__call__)
     before = np.asarray(forward(model, TOKENS))
     model.meta_tokens[...] = model.meta_tokens[...].at[0].add(1.0)
     after = np.asarray(forward(model, TOKENS))
@@ -187,20 +188,21 @@ def test_documents_whose_rotation_depends_on_their_length_are_refused():
         CONFIG.attention, rope_type="dynamic_ntk", rope_original_positions=20
     )
     config = dataclasses.replace(CONFIG, attention=attention, layers="A")
-    model = nnx.eval_shape(lambda: Hymba(config, ComputeConfig(), nnx.Rngs(0)))
+    model = Hymba.abstract(config, ComputeConfig())
     with pytest.raises(ValueError, match="depends on the length of each document"):
         model(TOKENS, jnp.zeros_like(TOKENS))
 
 
 def test_parameters_name_every_axis():
-    model = nnx.eval_shape(lambda: Hymba(CONFIG, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    model = Hymba.abstract(CONFIG, ComputeConfig(scan_layers=False))
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         assert len(leaf.get_metadata("axes")) == leaf.get_raw_value().ndim, path
 
 
 def test_float32_matmuls_have_highest_precision():
     """Forward and backward: by default GPUs and TPUs multiply fewer bits."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: Hymba(CONFIG, ComputeConfig(), nnx.Rngs(0))))
+    config = dataclasses.replace(CONFIG, layers="2*Ww")
+    graph, params = nnx.split(Hymba.abstract(config, ComputeConfig()))
     loss = jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(TOKENS)))
     lines = jax.jit(loss).lower(params).as_text().splitlines()
     products = [line for line in lines if "stablehlo.dot_general" in line]

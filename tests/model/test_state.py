@@ -14,6 +14,7 @@ from flax import nnx
 from golden_cases import CASES, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_weights import random_weights
 from slow import slow_but
 
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
@@ -80,28 +81,11 @@ QUICK = (
 )
 
 
-# Of weights whose values are not about 0 where training starts.
-CENTERS = {"scale": 1.0, "D": 1.0, "A_log": 1.0, "dt_bias": -4.6}
-
-
 def init_state(config, batch, context, dtype, state_dtype):
     """A state of zeros, of a model that computes in `dtype`."""
     compute = ComputeConfig(dtype=dtype, scan_layers=False)
     model = nnx.eval_shape(lambda: Hymba(config, compute, nnx.Rngs(0)))
     return model.init_state(batch, context, state_dtype)
-
-
-def random_weights(config, **compute):
-    """A model far from where training starts, so that every part of every layer matters.
-
-    By NumPy: JAX would compile every shape's random numbers.
-    """
-    graph, abstract = nnx.split(Hymba.abstract(config, ComputeConfig(**compute)))
-    rng, flat = np.random.default_rng(1), []
-    for path, weight in nnx.to_flat_state(abstract):
-        values = CENTERS.get(path[-1], 0.0) + 0.4 * rng.normal(size=weight.shape)
-        flat.append((path, weight.replace(jnp.asarray(values, weight.dtype))))
-    return graph, nnx.from_flat_state(flat)
 
 
 class Prefiller:
