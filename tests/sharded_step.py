@@ -61,13 +61,20 @@ LONG = dataclasses.replace(
     attention=dataclasses.replace(EVEN.attention, num_kv_heads=4, window=30),
     num_meta_tokens=6,
 )
+# Both of them: heads and a vocabulary that 2 devices cannot shard, and meta tokens that they can.
+ODD_LONG = dataclasses.replace(
+    ODD,
+    layers=LONG.layers,
+    attention=dataclasses.replace(ODD.attention, window=LONG.attention.window),
+    num_meta_tokens=LONG.num_meta_tokens,
+)
 # Mamba2 alone: 8 heads of two groups, in more chunks than one.
 MAMBA2 = dataclasses.replace(
     EVEN,
     layers=f"{STACKED}*S-",
     ssm=SSMConfig(state_size=6, head_dim=8, groups=2),
 )
-LENGTHS = {EVEN: 21, ODD: 21, LONG: 104, MAMBA2: 160}  # tokens of a sequence
+LENGTHS = {EVEN: 21, ODD: 21, LONG: 104, ODD_LONG: 104, MAMBA2: 160}  # tokens of a sequence
 CASES = {
     "data-8": (EVEN, ParallelConfig(data=8, fsdp=1)),
     "fsdp-8": (EVEN, ParallelConfig(fsdp=8)),
@@ -76,6 +83,7 @@ CASES = {
     "2x2x2-odd": (ODD, ParallelConfig(data=2, fsdp=2, tensor=2)),
     "sequence-8": (LONG, ParallelConfig(fsdp=1, sequence=8)),
     "2x2x2-sequence": (LONG, ParallelConfig(fsdp=2, sequence=2, tensor=2)),
+    "2x2x2-odd-sequence": (ODD_LONG, ParallelConfig(fsdp=2, sequence=2, tensor=2)),
     "2x2x2-mamba2": (MAMBA2, ParallelConfig(fsdp=2, sequence=2, tensor=2)),
     "2x2x2-sequence-data": (LONG, ParallelConfig(data=2, fsdp=2, sequence=2)),
 }

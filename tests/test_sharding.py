@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from sharded_step import CASES, EVEN, LENGTHS, ODD, SNAPSHOTS, STACKED, ShardedStep
+from slow import slow_but
 
 from hymba_jax.config import PRESETS
 from hymba_jax.config.parallel import ParallelConfig
@@ -30,15 +31,12 @@ def on_one():
     return run
 
 
-# Axes that other cases show, alone or mixed; up to two minutes of processor time each.
-SLOW = (
-    *("data-8", "fsdp-8", "tensor-8", "2x2x2"),
-    *("2x2x2-mamba2", "2x2x2-sequence-data", "2x2x2-sequence"),
-)
-PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+# All axes but data, along which `tests/training/test_adapters.py` shards a step, and the options of
+# how it computes. The others take up to two minutes of processor time each.
+QUICK = "2x2x2-odd-sequence"
 
 
-@pytest.fixture(scope="module", params=PARAMS)
+@pytest.fixture(scope="module", params=slow_but(CASES, QUICK))
 def step(request):
     config, parallel = CASES[request.param]
     step = ShardedStep(config, jax.devices()[:8], parallel)
@@ -81,15 +79,16 @@ def test_parameters_agree(results):
 
 
 def test_each_device_initializes_its_own_shard(on_one):
-    step = ShardedStep(ODD, jax.devices()[:8], CASES["2x2x2-odd"][1])
+    config, parallel = CASES[QUICK]
+    step = ShardedStep(config, jax.devices()[:8], parallel)
     initial = step.initialize()
-    expected, _ = on_one(ODD)
+    expected, _ = on_one(config)
     for array, whole in zip(*map(jax.tree.leaves, (initial, expected)), strict=True):
         np.testing.assert_allclose(array, whole, rtol=1e-6)
     assert jax.tree.map(lambda array: array.sharding, initial) == step.abstract.shardings
-    kernel = initial.params["groups"][0]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
+    kernel = initial.params["groups"][1]["group"]["blocks"][0]["mlp"]["up_proj"]["kernel"]
     parts = {shard.data.shape for shard in kernel.addressable_shards}
-    assert parts == {(STACKED, ODD.hidden_size // 2, ODD.mlp_size // 2)}
+    assert parts == {(STACKED, config.hidden_size // 2, config.mlp_size // 2)}
 
 
 def gathered(step):

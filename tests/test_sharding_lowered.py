@@ -76,6 +76,7 @@ def assert_kinds(given, *kinds):
     assert sum(map(len, kinds)) == len(given)
 
 
+@pytest.mark.slow  # with the length sharded, too: below
 def test_every_tpu_runs_the_kernels_on_its_shard():
     """The meta tokens' are on all devices."""
     given = [*calls(lower("tpu", "bfloat16"), "tpu_custom_call")]

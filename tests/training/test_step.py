@@ -182,7 +182,7 @@ def test_an_update_that_is_not_finite_is_skipped(value):
         jax.tree.map(np.testing.assert_array_equal, following, state)
 
 
-@pytest.mark.slow  # both are in 2x2x2-odd of tests/test_sharding.py
+@pytest.mark.slow  # both are in 2x2x2-odd-sequence of tests/test_sharding.py
 def test_many_devices_and_gradient_accumulation_equal_one_big_batch(one_device, state, batch):
     actual = Setup(num_devices=4, accumulation=2).run(state, batch)
     assert actual[0].params["embedding"].sharding.num_devices == 4
