@@ -1,9 +1,13 @@
 """Losses that do not depend on the number of devices."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from slow import slow_but
 from training.tiny import COMPUTE, MODEL
 
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
@@ -23,7 +27,8 @@ LENGTH = 8  # twice the window
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 8, LENGTH + 1)).astype(np.int32)
 
 
-def train(num_devices: int, reduction_shards: int):
+@functools.cache
+def train(layers: str, num_devices: int, reduction_shards: int):
     """The state and each step's loss, after three steps of Muon, clipped, with an average."""
     training = TrainingConfig(
         batch_size=8,
@@ -32,14 +37,15 @@ def train(num_devices: int, reduction_shards: int):
         ema_decay=0.9,
         warmup_fraction=0.0,
     )
-    run = RunConfig(model=MODEL, data=DataConfig(sequence_length=LENGTH), training=training)
+    model = dataclasses.replace(MODEL, layers=layers)
+    run = RunConfig(model=model, data=DataConfig(sequence_length=LENGTH), training=training)
     mesh = make_mesh(jax.devices()[:num_devices], ParallelConfig(data=-1, fsdp=1))
     optimizer = make_optimizer(training)
     with jax.set_mesh(mesh):
-        abstract = abstract_train_state(MODEL, COMPUTE, optimizer, mesh)
+        abstract = abstract_train_state(model, COMPUTE, optimizer, mesh)
         step, batch = run_step(run, next_token_loss, abstract.graph, optimizer, mesh)
         compiled = compile_train_step(step, abstract.state, batch)
-        state = init_state(MODEL, COMPUTE, optimizer, abstract, seed=3)
+        state = init_state(model, COMPUTE, optimizer, abstract, seed=3)
         losses = []
         for tokens in TOKENS:
             rows = Batch(tokens[:, :-1], tokens[:, 1:].copy())
@@ -48,25 +54,24 @@ def train(num_devices: int, reduction_shards: int):
     return jax.tree.map(np.asarray, state), losses
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    return train(1, reduction_shards=8)
-
-
+# Layers with attention alone compile in half the time.
 @pytest.mark.parametrize(
-    "num_devices",
-    [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 8],
+    ("layers", "num_devices"),
+    slow_but([("2*W", 2), ("2*W", 4), ("2*W", 8), ("2*L", 8)], ("2*L", 8)),
 )
-def test_state_and_losses_have_the_same_bits_on_any_number_of_devices(on_one_device, num_devices):
-    state, losses = train(num_devices, reduction_shards=8)
-    assert losses == on_one_device[1]
-    jax.tree.map(np.testing.assert_array_equal, state, on_one_device[0])
+def test_state_and_losses_have_the_same_bits_on_any_number_of_devices(layers, num_devices):
+    state, losses = train(layers, num_devices, reduction_shards=8)
+    expected, expected_losses = train(layers, 1, reduction_shards=8)
+    assert losses == expected_losses
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
-def test_losses_are_those_of_the_batch_as_a_whole(on_one_device):
+@pytest.mark.parametrize("layers", slow_but(["2*W", "2*L"], "2*L"))
+def test_losses_are_those_of_the_batch_as_a_whole(layers):
     """The third follows two updates, so they are compared, too."""
-    _, losses = train(1, reduction_shards=0)
-    assert losses == pytest.approx(on_one_device[1], rel=1e-5)  # float32 sums in another order
+    _, losses = train(layers, 1, reduction_shards=0)
+    _, expected = train(layers, 1, reduction_shards=8)
+    assert losses == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
 
 
 def test_shards_are_added_in_the_order_of_the_batch():
