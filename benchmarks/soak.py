@@ -80,10 +80,12 @@ class Options:
     Attributes:
       kills: signals to send.
       seed: of the moments and the signals.
+      layers: of the model.
     """
 
     kills: int = 200
     seed: int = 0
+    layers: str = "W"
 
 
 def fork(function: Callable[[], None], log: Path) -> int:
@@ -228,7 +230,7 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
 
 def soak(directory: Path, options: Options) -> Counter[str]:
     """Kills runs and compares them; how many of which signals came, and runs ended."""
-    config = write_config(directory, directory / "alone", layers="W")
+    config = write_config(directory, directory / "alone", options.layers)
     config.write_text(config.read_text().replace("\nsteps = 4\n", "\n") + STAGES)
     alone, run = Run(config, directory / "alone"), Run(config, directory / "killed")
     gaps = alone.finish()

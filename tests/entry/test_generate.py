@@ -73,11 +73,25 @@ def continued(model, prompts, **sampling):
     return "".join(head + text for head, text in zip(heads, texts, strict=True))
 
 
-def test_one_prompt_in_a_process_of_its_own(directory, model, cache):
-    command = [HYMBA, "generate", "--model", directory, "--prompt", PROMPTS[0]]
-    result = run([*command, "--max-new-tokens", "9"], cache)
+def test_one_prompt_in_a_process_of_its_own(directory, model, tmp_path):
+    """It finds all programs that `hymba warmup` has compiled in another one."""
+    cache, options = tmp_path / "cache", ["--model", directory, "--context", "32"]
+
+    def compiled():
+        return {path.name for path in cache.iterdir() if not path.name.endswith("-atime")}
+
+    result = run([HYMBA, "warmup", *options], cache)
+    assert (result.returncode, result.stderr) == (0, "")
+    warmed, kept = result.stdout.splitlines()
+    assert warmed.startswith("1 x 1 tokens: ")
+    assert kept == f"kept in {cache}"
+    before = compiled()
+    assert before
+    command = [HYMBA, "generate", *options, "--prompt", PROMPTS[0], "--max-new-tokens", "9"]
+    result = run(command, cache)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == continued(model, PROMPTS[:1])
+    assert compiled() == before
 
 
 def test_one_prompt_is_streamed(generate, model, monkeypatch):

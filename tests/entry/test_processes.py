@@ -106,11 +106,11 @@ def assert_lost(ended, victim, output):
             assert line.endswith("with the same command to resume from step 20")
 
 
-def test_a_run_resumes_on_other_processes_and_devices(config, uninterrupted, cache, tmp_path):
-    """4 devices in 2 processes, of which one is killed; 2 in 2 processes of SLURM's. On fewer
-    processes, the run that a signal stops resumes."""
+def test_a_run_of_which_a_process_is_killed_resumes(config, uninterrupted, cache, tmp_path):
+    """In two processes of SLURM's. In fewer, on fewer devices, the run that a signal stops resumes
+    below."""
     short = ("--distributed.heartbeat-timeout", "10")
-    ended, _ = interrupt(config, tmp_path, cache, 2, addresses(2), 1, signal.SIGKILL, *short)
+    ended, _ = interrupt(config, tmp_path, cache, 1, addresses(2), 1, signal.SIGKILL, *short)
     assert ended[1].status == -signal.SIGKILL
     assert_lost(ended, 1, tmp_path)
     sample, counted = ("--training.sample-tokens", "4"), "tests/entry/count_rows.py"

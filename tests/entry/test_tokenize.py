@@ -1,4 +1,4 @@
-"""`hymba tokenize` in processes of its own: killed at random moments, and told what is wrong."""
+"""`hymba tokenize`: killed at random moments, and told what is wrong."""
 
 import contextlib
 import random
@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
-from entry.command import environment, read_metrics, run, train_py, write_config
+from entry.command import environment, read_metrics, write_config
 
 from hymba_jax import cli
 from hymba_jax.data import tokenize_records
+from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.training import loop
 
 # The command with units of few files, so that a small corpus has many.
 SMALL_UNITS = """
@@ -141,7 +144,7 @@ def test_what_is_wrong_is_one_line(corpus, tmp_path, options, message):
     assert "\n" not in stopped.value.code
 
 
-def test_train_reads_what_it_wrote(corpus, tmp_path, cache, monkeypatch):
+def test_train_reads_what_it_wrote(corpus, tmp_path, monkeypatch, capsys):
     """Whole documents packed into rows, and a run does not resume on other tokens."""
     tokens, output = tmp_path / "tokens", tmp_path / "run"
     options = ("--tokenizer", "bytes", "--data.validation-fraction", "0.2")
@@ -150,16 +153,16 @@ def test_train_reads_what_it_wrote(corpus, tmp_path, cache, monkeypatch):
     config = write_config(tmp_path / "other", output)
     packed = ("--data.path", tokens, "--data.packing", "documents")
     short = ("--training.steps", "2", "--training.sample-tokens", "0")
-    result = run(train_py("--config", config, *packed, *short), cache)
-    assert result.returncode == 0, result.stderr
-    assert (
-        f"{tokens}: is tokenized: its tokenizer and validation documents are used" in result.stdout
-    )
+    mesh = make_mesh(jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", lambda parallel: mesh)
+    cli.train([str(argument) for argument in ("--config", config, *packed, *short)])
+    said = f"{tokens}: is tokenized: its tokenizer and validation documents are used"
+    assert said in capsys.readouterr().out
     assert [line["step"] for line in read_metrics(output)] == [1, 2]
     shutil.rmtree(tokens)
     (corpus / "00.txt").write_text("another text")
     cli.main(arguments(corpus, tokens, *options))
-    monkeypatch.setattr("hymba_jax.training.loop.compile_stage", pytest.fail)
+    monkeypatch.setattr(loop, "compile_stage", pytest.fail)
     longer = ("--config", config, *packed, "--training.steps", "3")
     with pytest.raises(SystemExit) as stopped:
         cli.train([str(argument) for argument in longer])

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from entry.command import HYMBA, run
 from inference.models import byte_tokenizer, compilations, make_model
 
 from hymba_jax import cli
-from hymba_jax.checkpoint.save import save_model
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.prompt_lookup import PromptLookup
@@ -60,27 +58,6 @@ def test_a_warm_model_that_speculates_compiles_nothing(hymba, monkeypatch):
         model.generate([[5] * 20], max_new_tokens=40)
     assert verified
     assert names == []
-
-
-def test_a_later_process_finds_the_programs(tmp_path):
-    save_model(tmp_path / "model", make_model(layers="L"), byte_tokenizer())
-    options = ["--model", tmp_path / "model", "--context", "32"]
-
-    def compiled():
-        names = {path.name for path in (tmp_path / "cache").iterdir()}
-        return {name for name in names if not name.endswith("-atime")}
-
-    result = run([HYMBA, "warmup", *options], tmp_path / "cache")
-    assert (result.returncode, result.stderr) == (0, "")
-    warmed, kept = result.stdout.splitlines()
-    assert warmed.startswith("1 x 1 tokens: ")
-    assert kept == f"kept in {tmp_path / 'cache'}"
-    before = compiled()
-    assert before
-    command = [HYMBA, "generate", *options, "--prompt", "the", "--max-new-tokens", "9"]
-    result = run(command, tmp_path / "cache")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert compiled() == before
 
 
 @pytest.mark.parametrize(
