@@ -165,7 +165,7 @@ def test_values_and_gradients(name, length, window, meta, starts):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", slow_but([None, 4], 4))
 def test_bfloat16(name, window):
     """Weights and values are rounded to 8 bits, their products summed in more: 2 * 2**-8."""
     arrays = cast(inputs(23), jnp.bfloat16)
@@ -214,7 +214,7 @@ def test_fewer_queries_than_keys(name, place, window, meta):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", slow_but([None, 4], 4))
 def test_documents_do_not_see_each_other(name, window):
     """Outputs and gradients of each are the same to the last bit, whatever the others hold."""
     length, starts = 23, [4, 5, 15]
@@ -251,7 +251,7 @@ def assert_documents_apart(function, arrays, cotangent, starts, **kwargs):
         assert not any(before[:, other].any() for before in gradients[:3])
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", slow_but([None, 40], 40))
 def test_blocks_of_the_default_size(window):
     """Several of them, and several windows."""
     arrays = cast(inputs(600, meta=10, batch=1))

@@ -271,6 +271,7 @@ def full_sizes(implementation):
 
 
 def marked_sizes(implementation):
+    """Of the cases with documents, which share a program."""
     return (2, int(2.3 * CHUNK[implementation]) + 4, 6, 4)
 
 
@@ -300,7 +301,8 @@ def test_what_follows_the_end_does_not_matter(scan, implementation):
 
 def assert_documents_apart(scan, inputs, weights, segment_ids):
     """The values and gradients of each are the same to the last bit, whatever the others hold. Of
-    what they share, the gradients are the document's own only while the others hold numbers."""
+    what they share, the gradients are the document's own only while the others hold numbers. Rows
+    have the same documents."""
     lengths = np.full(*segment_ids.shape)
     marks = on_device({"segment_ids": segment_ids, "lengths": lengths})
     documents = list(documents_of(segment_ids[0]))
@@ -334,12 +336,17 @@ def assert_documents_apart(scan, inputs, weights, segment_ids):
 
 def test_documents_do_not_see_each_other(scan, implementation):
     """One of them is a single position, the one after it lies across the border of a chunk."""
-    sizes = (1, int(1.5 * CHUNK[implementation]) + 3, 6, 3)
+    sizes = marked_sizes(implementation)
     segment_ids = np.zeros(sizes[:2], int)
     segment_ids[:, sizes[1] // 3] = 1
     assert_documents_apart(scan, make_inputs(*sizes), make_weights(*sizes), segment_ids)
 
 
+# Kernels, and what CPUs use.
+QUICK = slow_but(sorted(IMPLEMENTATIONS), "pallas_gpu", "pallas_tpu", "xla")
+
+
+@pytest.mark.parametrize("implementation", QUICK, indirect=True)
 @pytest.mark.parametrize(
     "without",
     [
@@ -355,6 +362,7 @@ def test_optional_inputs(scan, without):
     assert_conforms(scan, inputs, weights, exact_gradients(sizes, without, marked), **marks)
 
 
+@pytest.mark.parametrize("implementation", QUICK, indirect=True)
 def test_bfloat16(scan):
     """Arithmetic in float32, so the only error beyond it is the rounding of each result to
     8 bits, 2**-9 of its size; a bound of 2**-8 leaves a result on the edge its neighbour."""
