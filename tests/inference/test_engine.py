@@ -394,14 +394,14 @@ class TestDecoding:
         """Each has the tokens that it has alone, whatever its row held and the others do."""
         engine = tiny_engine()
         config = SamplingConfig(temperature=1.0, seed=1, repetition_penalty=1.5)
-        lengths, new = [5, 20, 9, 33], [9, 3, 12, 4]
+        lengths, new = [5, 20, 3, 9, 33], [9, 3, 2, 12, 4]
         alone = [TestRowsOfABatch.alone(n, config) for n in lengths]
-        free = alone[2][0]
+        free = alone[3][0]
         stop_tokens = (*range(300, 306), free[7])  # more than the batch has room for
         requests = requests_for([prompt_of(n) for n in lengths], new, config)
-        requests[2] = requests[2]._replace(stop_tokens=stop_tokens)
-        new[2] = free.index(free[7])
-        context, rows, tokens = longest(requests), [3, 1, 0, 1], [[] for _ in lengths]
+        requests[3] = requests[3]._replace(stop_tokens=stop_tokens)
+        new[3] = free.index(free[7])
+        context, rows, tokens = longest(requests), [3, 1, 2, 0, 1], [[] for _ in lengths]
 
         def insert(state, *which):
             chosen = [requests[i] for i in which]
@@ -418,15 +418,17 @@ class TestDecoding:
                 tokens[i] += row[row != NO_TOKEN].tolist()
             return state
 
-        state = insert(engine.init_state(4, context), 0, 1)
+        new_batch, _ = begin(engine, requests_for([prompt_of(n) for n in (5, 20, 33)], 4))
+        engine.decode(new_batch)
+        state = insert(engine.init_state(4, context), 0, 1, 2)
         with compilations() as names:
-            state = decode(state, 2, 0, 1)
+            state = decode(state, 2, 0, 1, 2)
         assert names == []  # but for the stop tokens the program of a new batch
         assert state.stopped.tolist() == [True, True, True, False]
-        state = insert(state, 2)
-        state = decode(state, 2, 0, 2)
         state = insert(state, 3)
-        state = decode(state, 16, 0, 2, 3)
+        state = decode(state, 2, 0, 3)
+        state = insert(state, 4)
+        state = decode(state, 16, 0, 3, 4)
         assert state.stopped.all()
         assert tokens == [own[:n] for (own, _), n in zip(alone, new, strict=True)]
 
