@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from entry.processes import addresses, ends, start
 from inference.models import byte_tokenizer, make_model
+from slow import slow_but
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: extra evaluate")
 
@@ -370,7 +371,7 @@ class TestTasks:
         write_results(results, tmp_path / "out.json")
         assert json.loads((tmp_path / "out.json").read_text())["results"].keys() == TASKS.keys()
 
-    @pytest.mark.parametrize("batch_size", [1, 8])
+    @pytest.mark.parametrize("batch_size", slow_but([1, 8], 1))
     def test_accuracies_do_not_depend_on_batch_size_and_devices(
         self, hymba, model, local_tasks, tmp_path, batch_size
     ):
