@@ -3,6 +3,10 @@
 Float sums depend on their order, and devices enter it twice: each adds up the rows that it has, and
 XLA adds up the devices. Here a batch has shards of a fixed size, each of which one device computes
 alone, by the same program whatever the number of devices; shards are added one after another.
+How XLA fuses operations decides how they round, so a shard is computed in a loop of its own: XLA
+compiles the body of a loop apart from what is around it, which differs between meshes. One device
+does without XLA's partitioner, so there a shard of other functions might still be fused otherwise:
+the slow test compares one device with several for the model.
 """
 
 import functools
@@ -38,21 +42,27 @@ def in_fixed_order(
         size = batch.inputs.shape[0] // num_shards
 
         def of_device(params: Params, batch: Batch) -> Any:
-            def of_shard(index: Int[Array, ""]) -> Any:
+            def of_shard(index: Int[Array, ""], _: Any = None) -> Any:
                 rows = jax.tree.map(
                     lambda a: lax.dynamic_slice_in_dim(a, index * size, size), batch
                 )
-                # What is fused across the barriers would depend on the number of rounds.
                 return lax.optimization_barrier(function(*lax.optimization_barrier((params, rows))))
 
-            def add_round(totals: Any, first: Int[Array, ""]) -> tuple[Any, None]:
-                results = of_shard(first + lax.axis_index(MESH_AXES["batch"]))
-                return jax.tree.map(_add_devices, totals, results), None
-
             shapes = jax.eval_shape(of_shard, jnp.int32(0))
+
+            def add_round(carry: tuple[Any, Int[Array, ""]]) -> tuple[Any, Int[Array, ""]]:
+                totals, index = carry
+                zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+                # One round, of which XLA does not know that it is one: else it would be inlined.
+                results = lax.fori_loop(index, index + 1, of_shard, zeros)
+                return jax.tree.map(_add_devices, totals, results), index + num_devices
+
             zeros = jax.tree.map(lambda a: jnp.zeros(-(-a.size // num_devices), a.dtype), shapes)
-            rounds = jnp.arange(0, num_shards, num_devices, dtype=jnp.int32)
-            totals, _ = lax.scan(add_round, zeros, rounds)
+            # From no constant on, as XLA would inline a loop that it knows to be of one round.
+            first = lax.axis_index(MESH_AXES["batch"])
+            totals, _ = lax.while_loop(
+                lambda carry: carry[1] < num_shards, add_round, (zeros, first)
+            )
             return jax.tree.map(lambda a, like: _gather(a, like.shape), totals, shapes)
 
         everywhere = PartitionSpec()

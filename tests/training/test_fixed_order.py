@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry.command import read_metrics, run, train_py, write_config
 from slow import slow_but
 from training.tiny import COMPUTE, MODEL
 
@@ -87,6 +89,36 @@ def test_shards_are_added_in_the_order_of_the_batch():
         with jax.set_mesh(make_mesh(jax.devices()[:num_devices])):
             total = jax.jit(total_of)({"w": jnp.asarray(weights)}, batch)
         np.testing.assert_array_equal(total, expected)
+
+
+def test_a_shard_is_compiled_by_itself_whatever_the_number_of_rounds():
+    """In a loop, whose body XLA does not mix with what is around it: 8 devices have one round."""
+    batch = Batch(jnp.ones((8, 4)), jnp.zeros((8, 4), jnp.int32))
+    total_of = in_fixed_order(lambda params, rows: jnp.tanh(rows.inputs @ params), num_shards=8)
+    for num_devices in (1, 8):
+        with jax.set_mesh(make_mesh(jax.devices()[:num_devices])):
+            compiled = jax.jit(total_of).lower(jnp.ones((4, 4)), batch).compile()
+        loops = re.findall(r"\) while\(", compiled.as_text())
+        assert len(loops) == 2  # over the rounds, and around a shard
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_have_the_same_metrics(tmp_path):
+    """As they are compiled for people, where how operations are fused decides how they round."""
+    found = []
+    config = write_config(tmp_path, tmp_path / "run", layers="W")
+    fixed = ("--training.reduction-shards", "8", "--parallel.data", "-1", "--parallel.fsdp", "1")
+    longer = ("--training.steps", "12", "--training.sample-tokens", "0")
+    for num_devices in (1, 2, 8):
+        output = tmp_path / str(num_devices)
+        command = train_py("--config", config, "--output", output, *fixed, *longer)
+        devices = f"XLA_FLAGS=--xla_force_host_platform_device_count={num_devices}"
+        compiler = "JAX_DISABLE_MOST_OPTIMIZATIONS=0"
+        result = run(command, tmp_path / "cache", ("env", devices, compiler))
+        assert result.returncode == 0, result.stderr
+        found.append(read_metrics(output))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
 
 
 @pytest.mark.parametrize(
