@@ -1,7 +1,8 @@
 """Learning rates: a schedule is one function here, and a name of `config.training.Schedule`.
 
 A stage begins with a linear warm-up from the rate at which the one before it ended, 0 for the
-first, so the rate never jumps.
+first. The rate jumps only where a stage has no warm-up: if it says so, or if it is so short that
+its fraction of the steps rounds to none.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -54,18 +54,16 @@ def main(args: Sequence[str], prog: str) -> None:
     """
     does = "Shows the learning rate, the data and the sequence length of a run over its tokens."
     choice, run = parse_choice(ScheduleConfig, args, prog, does)
-    if choice.image:
-        draw(run, resolve_path(choice.image))
     curves = schedule_curves(run, _COLUMNS)
     console = Console(soft_wrap=True, highlight=False)
     for stage in run.resolved_stages:
         console.print(stage.describe())
     for name, values in _plotted(curves).items():
-        low, high = values.min(), values.max()
-        console.print(f"{name}, {low:.3g} to {high:.3g}")
+        console.print(f"{name}, {_number(values.min())} to {_number(values.max())}")
         console.print(f"  {bars(values)}")
     console.print(f"  0{f'{_total(run):,} tokens':>{_COLUMNS - 1}}")
     if choice.image:
+        draw(run, resolve_path(choice.image))
         console.print(choice.image)
 
 
@@ -95,7 +93,7 @@ def bars(values: Float[np.ndarray, " points"]) -> str:
 
 
 def draw(run: RunConfig, path: Path) -> None:
-    """Writes a plot of a run's schedule.
+    """Writes a plot of a run's schedule, into a directory that is made if it is not there.
 
     Raises:
       HymbaError: matplotlib is not installed, or does not know the file's suffix.
@@ -125,6 +123,7 @@ def draw(run: RunConfig, path: Path) -> None:
                 xycoords=("data", "axes fraction"),
                 fontsize="small",
             )
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path)
 
 
@@ -134,6 +133,11 @@ def _plotted(curves: Curves) -> dict[str, Float[np.ndarray, " points"]]:
     plotted = {"learning rate": curves.learning_rate}
     plotted |= {name: share for name, share in shares.items() if len(shares) > 1}
     return plotted | {"sequence length": curves.sequence_length.astype(np.float64)}
+
+
+def _number(value: float) -> str:
+    """A learning rate or a share in three digits, and a length in all of its own."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _total(run: RunConfig) -> int:

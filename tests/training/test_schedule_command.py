@@ -57,17 +57,23 @@ def test_bars_are_as_high_as_their_values():
 
 
 def test_the_command_prints_and_draws(recipe, tmp_path, capsys):
-    image = tmp_path / "schedule.png"
+    image = tmp_path / "plots" / "schedule.png"
+    recipe.write_text(
+        recipe.read_text().replace("length = 16", "length = 16384\nmax_positions = 16384")
+    )
     cli.main(["schedule", "--config", str(recipe), "--image", str(image)])
     printed = capsys.readouterr().out
     for words in (
         "stage stable: steps 1 to 6",
         "0.1 to 0.02, linear, decay 4",
         "web 0.75, books 0.25",
+        "learning rate, 0.02 to 0.1\n",
+        "sequence length, 8 to 16,384\n",
     ):
         assert words in printed
-    assert "448 tokens" in printed
+    assert "262,336 tokens" in printed
     assert image.read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"recipe.toml", "schedule.png"}
+    assert [path.name for path in image.parent.iterdir()] == ["schedule.png"]
     with pytest.raises(SystemExit, match=r"an image ends in \.png"):
         cli.main(["schedule", "--config", str(recipe), "--image", str(tmp_path / "it.xyz")])
+    assert capsys.readouterr().out.startswith("stage stable")
