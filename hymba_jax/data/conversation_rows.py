@@ -48,7 +48,7 @@ class ConversationRows:
     """Documents that follow one another of each."""
 
     def __init__(self, tokens: TokenStore, length: int, too_long: TooLong = "truncate") -> None:
-        self._tokens, self._length = tokens, length
+        self._tokens, self.length = tokens, length
         starts = tokens.document_starts(0, tokens.num_tokens)
         sizes = np.diff(starts, append=tokens.num_tokens) - 1  # targets: all tokens but the first
         starts, sizes = (each.reshape(-1, self._sides) for each in (starts, sizes))
@@ -71,7 +71,7 @@ class ConversationRows:
 
     def _fitting(self, sizes: Int[np.ndarray, "items sides"]) -> Int[np.ndarray, "items sides"]:
         """How many targets are left of each document once it is truncated."""
-        return np.minimum(sizes, self._length)
+        return np.minimum(sizes, self.length)
 
     def _are_alike(
         self, starts: Int[np.ndarray, "items sides"], sizes: Int[np.ndarray, "items sides"]
@@ -85,7 +85,7 @@ class ConversationRows:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        inputs, targets, segment_ids = np.zeros((3, self._length), np.int32)
+        inputs, targets, segment_ids = np.zeros((3, self.length), np.int32)
         targets[:] = IGNORED_TARGET
         done, items = 0, self._rows[index]
         starts, sizes = self._starts[items].ravel().tolist(), self._sizes[items].ravel().tolist()
@@ -99,6 +99,11 @@ class ConversationRows:
             done += size
         return Batch(inputs, targets, segment_ids)
 
+    @property
+    def padding(self) -> float:
+        """Share of positions that are padding."""
+        return 1 - int(self._sizes.sum()) / (len(self) * self.length)
+
     def describe_left_out(self) -> str | None:
         """What is not in the rows, in words; None if everything is."""
         counts = [f"{self.num_truncated:,} truncated"] * bool(self.num_truncated)
@@ -107,7 +112,7 @@ class ConversationRows:
             return None
         return (
             f"of {self.num_items:,} {self.item} {' and '.join(counts)}, as they do not fit rows "
-            f"of {self._length:,} tokens"
+            f"of {self.length:,} tokens"
         )
 
     def _count_targets(

@@ -47,7 +47,7 @@ class DocumentRows:
     """
 
     def __init__(self, tokens: TokenStore, length: int) -> None:
-        self._tokens, self._length = tokens, length
+        self._tokens, self.length = tokens, length
         positions = ROWS_PER_BLOCK * length
         self._block = positions - -(-positions // SLACK)
 
@@ -64,6 +64,17 @@ class DocumentRows:
             )
         return self._tokens.num_tokens - documents
 
+    @property
+    def padding(self) -> float:
+        """Share of positions that are padding: of the first block, if documents are not counted."""
+        num_targets, num_rows = self._tokens.num_tokens, len(self)
+        if self._tokens.num_documents is None:
+            stop = min(self._block, num_targets)
+            num_targets, num_rows = int(self._fragments(0, stop)[1].sum()), self._num_rows(stop)
+        else:
+            num_targets = self.num_targets
+        return 1 - num_targets / (num_rows * self.length)
+
     def __len__(self) -> int:
         blocks, rest = divmod(self._tokens.num_tokens, self._block)
         return blocks * ROWS_PER_BLOCK + self._num_rows(rest)
@@ -75,7 +86,7 @@ class DocumentRows:
         start = block * self._block
         stop = min(start + self._block, self._tokens.num_tokens)
         firsts, sizes = self._fragments(start, stop)
-        rows = pack_fragments(sizes, self._num_rows(stop - start), self._length)
+        rows = pack_fragments(sizes, self._num_rows(stop - start), self.length)
         return self._row([(int(firsts[i]) + offset, size) for i, offset, size in rows[row]])
 
     def _num_rows(self, tokens: int) -> int:
@@ -93,7 +104,7 @@ class DocumentRows:
 
     def _row(self, pieces: Sequence[tuple[int, int]]) -> Batch:
         """A row of these pieces: where their targets start in the stream, and how many they are."""
-        inputs, targets, segment_ids = np.zeros((3, self._length), np.int32)
+        inputs, targets, segment_ids = np.zeros((3, self.length), np.int32)
         targets[:] = IGNORED_TARGET
         done = 0
         for segment_id, (first, size) in enumerate(pieces, start=1):

@@ -7,6 +7,7 @@ taken, and a run resumes exactly on any number of processes and devices.
 
 import sys
 from collections.abc import Mapping
+from fractions import Fraction
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -33,6 +34,18 @@ class Origin(NamedTuple):
     row: int
 
 
+class Read(NamedTuple):
+    """How much of a source a run has read, in all of its stages.
+
+    Attributes:
+      sequences: examples of it.
+      epochs: how often they go through it.
+    """
+
+    sequences: int = 0
+    epochs: Fraction = Fraction()
+
+
 class Examples:
     """The endless training examples, by index.
 
@@ -42,6 +55,7 @@ class Examples:
       seed: not negative.
       order: of the orders that there are for a seed.
       taken: how many examples of each source are taken already, by another mixture.
+      read: what the run has read before, in this order and in others.
 
     Attributes:
       rows: as given.
@@ -54,9 +68,10 @@ class Examples:
         seed: int,
         order: int = 0,
         taken: Mapping[str, int] = MappingProxyType({}),
+        read: Mapping[str, Read] = MappingProxyType({}),
     ) -> None:
         self.rows, self._mixture, self._seed = rows, mixture, seed
-        self._order, self._taken = order, taken
+        self._order, self._taken, self._read = order, taken, read
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -80,12 +95,30 @@ class Examples:
             for name in dict.fromkeys([*self._taken, *counts])
         }
 
+    def read(self, examples: int) -> dict[str, Read]:
+        """What the run has read of each source with the first `examples`."""
+        read = dict(self._read)
+        for name, count in self._mixture.counts(examples).items():
+            before = read.get(name, Read())
+            epochs = before.epochs + Fraction(count, len(self.rows[name]))
+            read[name] = Read(before.sequences + count, epochs)
+        return read
+
     def left_out(self) -> list[str]:
         """Which conversations of each source are not in its rows, in words, a line each."""
         return [
             f"{name}: {line}"
             for name, rows in self.rows.items()
             if isinstance(rows, ConversationRows) and (line := rows.describe_left_out())
+        ]
+
+    def padding(self) -> list[str]:
+        """How much of the rows of packed documents is padding, in words, a line each."""
+        return [
+            f"{name}: packed as documents, {rows.padding:.1%} of its rows of {rows.length:,} "
+            "positions is padding"
+            for name, rows in self.rows.items()
+            if not isinstance(rows, Windows)
         ]
 
     def describe(self, start: int, stop: int) -> str:
@@ -96,16 +129,14 @@ class Examples:
         return f"sequences {start} to {stop - 1} (rows {named}{more})"
 
     def progress(self, examples: int) -> dict[str, int | float]:
-        """Metrics of what the first `examples` have read.
+        """Metrics of what the run has read with the first `examples`.
 
-        `epoch` is how often they go through the source; of several sources, `sequences/NAME` and
+        `epoch` is how often it went through the source; of several sources, `sequences/NAME` and
         `epoch/NAME` are those of each.
         """
-        counts = self.counts(examples)
-        epochs = {
-            name: round(counts[name] / len(self.rows[name]), 4) for name in self._mixture.shares
-        }
-        if len(counts) == 1:
+        read = self.read(examples)
+        epochs = {name: round(float(each.epochs), 4) for name, each in read.items()}
+        if len(read) == 1:
             return {"epoch": next(iter(epochs.values()))}
-        sequences = {f"sequences/{name}": count for name, count in counts.items()}
+        sequences = {f"sequences/{name}": each.sequences for name, each in read.items()}
         return sequences | {f"epoch/{name}": epoch for name, epoch in epochs.items()}

@@ -18,7 +18,7 @@ from hymba_jax.config.data import DataConfig, Packing
 from hymba_jax.data.batch import IGNORED_TARGET, Batch, stack_rows
 from hymba_jax.data.conversation_rows import ConversationRows
 from hymba_jax.data.document_rows import DocumentRows
-from hymba_jax.data.examples import Examples, Rows
+from hymba_jax.data.examples import Examples, Read, Rows
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.preference_rows import PreferenceRows
 from hymba_jax.data.sources import Tokens, open_sources
@@ -104,14 +104,16 @@ class Data:
         """
         examples: list[Examples] = []
         order, taken, before = 0, dict[str, int](), None
+        read: dict[str, Read] = {}
         for config, num_examples in stages:
             rows_of = config.packing, config.sequence_length
             if before not in (None, rows_of):
                 order, taken = order + 1, {}
             mixture = Mixture({name: config.train_sources[name].weight for name in self.train})
             rows = {name: self._train_rows(name, config) for name in mixture.shares}
-            examples.append(Examples(rows, mixture, seed, order, taken))
+            examples.append(Examples(rows, mixture, seed, order, taken, read))
             taken, before = examples[-1].counts(num_examples), rows_of
+            read = examples[-1].read(num_examples)
         return examples
 
     def _train_rows(self, name: str, config: DataConfig) -> Rows:

@@ -46,14 +46,14 @@ class PreferenceRows(ConversationRows):
         if self.reference is None:
             return row
         sizes = self._sizes[self._rows[index]].ravel()
-        reference = np.zeros(self._length, np.float32)
+        reference = np.zeros(self.length, np.float32)
         reference[np.cumsum(sizes) - sizes] = self.reference[self._rows[index]].ravel()
         return row._replace(reference_log_probs=reference)
 
     def _fitting(self, sizes: Int[np.ndarray, "items sides"]) -> Int[np.ndarray, "items sides"]:
         shorter = sizes.min(1, keepdims=True)
-        room = np.maximum(self._length - shorter, self._length // 2)
-        return np.where(sizes.sum(1, keepdims=True) > self._length, np.minimum(sizes, room), sizes)
+        room = np.maximum(self.length - shorter, self.length // 2)
+        return np.where(sizes.sum(1, keepdims=True) > self.length, np.minimum(sizes, room), sizes)
 
     def _are_alike(
         self, starts: Int[np.ndarray, "items sides"], sizes: Int[np.ndarray, "items sides"]

@@ -91,6 +91,8 @@ def test_a_conversation_is_in_one_row_and_its_answers_are_targets(monkeypatch, l
     assert not found
     assert rows.num_targets == num_targets
     assert rows.num_truncated == num_truncated
+    empty = sum((rows[index].segment_ids == 0).sum() for index in range(len(rows)))
+    assert rows.padding == pytest.approx(empty / (len(rows) * length))
     left_out = rows.describe_left_out()
     if length >= 39:
         assert (rows.num_dropped, left_out) == (0, None)

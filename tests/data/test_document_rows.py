@@ -37,14 +37,17 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(make_store, le
     starts = np.cumsum(lengths) - lengths
     firsts = {int(start) + 1 for start in starts}
     document = np.repeat(np.arange(count), lengths)
-    rows = DocumentRows(make_store(lengths), length)
+    store = make_store(lengths)
+    rows = DocumentRows(store, length)
     found: Counter[int] = Counter()
+    padding = []
     for i in range(len(rows)):
         inputs, targets, segment_ids, *_ = rows[i]
         is_padding = targets == IGNORED_TARGET
         assert inputs.dtype == targets.dtype == segment_ids.dtype == np.int32
         assert inputs.shape == targets.shape == segment_ids.shape == (length,)
         assert (is_padding == (segment_ids == 0)).all()
+        padding.append(is_padding.mean())
         assert not inputs[is_padding].any()
         valid = length - is_padding.sum()
         assert not is_padding[:valid].any()
@@ -61,6 +64,9 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(make_store, le
         found.update(targets[:valid].tolist())
     assert set(found.values()) <= {1}
     assert set(found) == set(range(1, lengths.sum() + 1)) - firsts
+    assert rows.padding == pytest.approx(np.mean(padding))
+    store.num_documents = None
+    assert rows.padding == pytest.approx(np.mean(padding[:ROWS_PER_BLOCK]))
     with pytest.raises(IndexError):
         rows[len(rows)]
 

@@ -1,11 +1,12 @@
 from collections import Counter
 from fractions import Fraction
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 from data.array_shard import ArrayShard
 
-from hymba_jax.data.examples import Examples
+from hymba_jax.data.examples import Examples, Read
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
@@ -14,7 +15,7 @@ SIZES = {"a": 7, "b": 20}
 FIRST = {"a": 1000, "b": 2000}  # the first token of each source
 
 
-def make(seed=0, weights=(1.0, 2.0)):
+def make(seed=0, weights=(1.0, 2.0), read=MappingProxyType({})):
     rows = {
         name: Windows(
             TokenStore(
@@ -28,7 +29,7 @@ def make(seed=0, weights=(1.0, 2.0)):
         )
         for name, size in SIZES.items()
     }
-    return Examples(rows, Mixture(dict(zip("ab", weights, strict=True))), seed)
+    return Examples(rows, Mixture(dict(zip("ab", weights, strict=True))), seed, read=read)
 
 
 def read(example):
@@ -75,6 +76,20 @@ def test_progress_counts_sequences_and_epochs():
         "epoch/b": pytest.approx(counts["b"] / 20, abs=1e-4),
     }
     assert make(weights=(1.0, 0.0)).progress(100) == {"epoch": pytest.approx(100 / 7, abs=1e-4)}
+
+
+def test_progress_goes_on_from_stages_with_other_rows_and_sources():
+    """There `c` had 8 rows, and `a` half as many as here."""
+    before = {"c": Read(12, Fraction(12, 8)), "a": Read(7, Fraction(2))}
+    counts = Counter(make().origin(index).source for index in range(100))
+    assert make(read=before).progress(100) == {
+        "sequences/c": 12,
+        "sequences/a": 7 + counts["a"],
+        "sequences/b": counts["b"],
+        "epoch/c": 1.5,
+        "epoch/a": pytest.approx(2 + counts["a"] / 7, abs=1e-4),
+        "epoch/b": pytest.approx(counts["b"] / 20, abs=1e-4),
+    }
 
 
 def test_examples_are_named_by_source_and_row():

@@ -256,7 +256,7 @@ def test_stages_go_on_where_the_one_before_stopped(corpus, output):
     assert len(set(first_epoch)) == len(first_epoch) > 12
     assert examples[2].progress(30)["sequences/b"] == 27
     assert examples[1].progress(7)["sequences/a"] == 5
-    assert examples[3].progress(20)["sequences/b"] == 10
+    assert examples[3].progress(20)["sequences/b"] == 27 + 10
     (alone,) = open_data(both, None, output).train_examples([(longer, 0)], seed=0)
     assert [alone.origin(index) for index in range(20)] != origins[3]
 
