@@ -16,7 +16,7 @@ from hymba_jax.training.loss import Average, Averages, add_averages, means
 from hymba_jax.training.metrics import MetricsWriter
 from hymba_jax.training.mfu import Workload
 from hymba_jax.training.spikes import SpikeDetector
-from hymba_jax.training.step import SKIPPED, Metrics
+from hymba_jax.training.step import PADDING, SKIPPED, Metrics
 
 type Stall = Literal["input", "checkpoint"]
 STALLS: tuple[Stall, ...] = ("input", "checkpoint")
@@ -40,6 +40,7 @@ class RecorderState:
       skipped_in_a_row: of them, those that led to `step`.
       losses: the last ones, for the spikes.
       bits_per_byte, validation_loss: of the last validation, as far as it had them.
+      padding: positions of padding since the start of the run.
     """
 
     step: int = 0
@@ -53,6 +54,7 @@ class RecorderState:
     losses: list[float] = field(default_factory=list)
     bits_per_byte: float | None = None
     validation_loss: float | None = None
+    padding: int = 0
 
 
 class StageRecords(NamedTuple):
@@ -82,10 +84,11 @@ class Recorder:
 
     A line of metrics covers the steps since the line before: averages over them (`loss` per token,
     `grad_norm` per step), the last value of others (`learning_rate`), and the throughput.
-    `tokens_seen`, what was read of the data and `skipped_steps` count from the start of the run;
-    the averages are without the steps that were skipped. Those and loss spikes are printed with
-    their data. Of several processes, lines at every `log_every` steps name the slowest: the one
-    that spent most time on a step, `slowest_process_seconds`, besides waiting for its devices.
+    `tokens_seen`, without padding, what was read of the data and `skipped_steps` count from the
+    start of the run; the averages are without the steps that were skipped. Those and loss spikes
+    are printed with their data. Of several processes, lines at every `log_every` steps name the
+    slowest: the one that spent most time on a step, `slowest_process_seconds`, besides waiting for
+    its devices.
 
     `begin_stage` comes before the first step.
 
@@ -111,6 +114,7 @@ class Recorder:
         self._averages = {name: Average(*pair) for name, pair in state.averages.items()}
         self._latest, self._stalls = dict(state.latest), dict(state.stalls)
         self._skipped, self._skipped_in_a_row = state.skipped, state.skipped_in_a_row
+        self._padding = state.padding
         self._spikes = SpikeDetector(state.losses)
         self._bits_per_byte, self._validation_loss = state.bits_per_byte, state.validation_loss
         self._slowest = SlowestProcess()
@@ -161,7 +165,8 @@ class Recorder:
         if self._step % self._log_every == 0 or evaluated:
             (self._display.say if evaluated else self._display.log)(line)
             done = self._step - stage.start
-            values["tokens_seen"] = stage.tokens_before + done * stage.workload.tokens
+            positions = stage.tokens_before + done * stage.workload.tokens
+            values["tokens_seen"] = positions - self._padding
             values |= stage.data_progress(self._step)
             values |= {f"{what}_seconds": round(stall, 4) for what, stall in self._stalls.items()}
             name = {"stage": stage.name} if stage.name else {}
@@ -187,6 +192,7 @@ class Recorder:
             self._spikes.losses,
             self._bits_per_byte,
             self._validation_loss,
+            self._padding,
         )
 
     def _read(self) -> bool:
@@ -199,6 +205,8 @@ class Recorder:
         self._seconds = time.monotonic() - self._logged_at
         averages = {name: value for name, value in metrics.items() if isinstance(value, Average)}
         others = {name: value for name, value in metrics.items() if name not in averages}
+        if padding := averages.get(PADDING):
+            self._padding += int(padding.total)
         is_skipped = others.pop(SKIPPED, None)
         if is_skipped:
             self._skip(averages)

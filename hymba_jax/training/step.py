@@ -25,13 +25,14 @@ from hymba_jax.training.objectives import has_reference
 from hymba_jax.training.optimizer import applied_learning_rate
 from hymba_jax.types import Array, Float, UInt
 
-SKIPPED = "skipped"
+SKIPPED, PADDING = "skipped", "padding"
 
 type Metrics = dict[str, Average | Float[Array, ""]]
 """Metrics of an update, by name.
 
 Those of the objective, `loss` among them; `grad_norm`, before clipping; `learning_rate`, if the
-optimizer's state has it; and SKIPPED, 1 or 0, if updates may be skipped.
+optimizer's state has it; PADDING, the share of positions that packed documents leave; and SKIPPED,
+1 or 0, if updates may be skipped.
 """
 
 type TrainStep = Callable[..., tuple[TrainState, Metrics]]
@@ -95,6 +96,9 @@ def make_train_step(
         following = TrainState(join(optax.apply_updates(trained, updates), frozen), moments)
         grad_norm = optax.tree.norm(grads)
         metrics = averages | {"grad_norm": Average(grad_norm, 1)}
+        if batch.segment_ids is not None:
+            is_padding = batch.segment_ids == 0
+            metrics[PADDING] = Average(is_padding.sum(), is_padding.size)
         if (rate := applied_learning_rate(moments)) is not None:
             metrics["learning_rate"] = rate
         if skip_nonfinite:

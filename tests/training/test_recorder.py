@@ -142,6 +142,27 @@ def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
     assert (first["learning_rate"], second["learning_rate"]) == (2.0, 3.0)
 
 
+def test_padding_is_not_seen(tmp_path):
+    """Not that of skipped steps either, nor of those before a run was resumed."""
+
+    def padded(total, is_skipped=0.0):
+        return metrics(2.0) | {
+            "padding": Average(jnp.int32(total), 1000),
+            "skipped": jnp.float32(is_skipped),
+        }
+
+    with MetricsWriter(RunStart(tmp_path)) as writer:
+        recorder = new_recorder(writer)
+        recorder.submit(1, padded(100))
+        resumed = new_recorder(writer, recorder.state())
+        resumed.submit(2, padded(400))
+        resumed.submit(3, padded(50, is_skipped=1.0))
+        resumed.submit(4, padded(200))
+        resumed.flush()
+    found = [(line["tokens_seen"], line["padding"]) for line in lines(tmp_path)]
+    assert found == [(1500, 0.25), (3250, 0.2)]
+
+
 def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
     values = metrics(2.0)
     del values["learning_rate"]

@@ -136,6 +136,10 @@ def test_any_objective_is_a_weighted_mean():
         np.testing.assert_allclose(metrics["grad_norm"].mean, abs(gradient), rtol=1e-6)
         assert metrics["size"].mean == 5.5
         assert "learning_rate" not in metrics
+        assert "padding" not in metrics
+    packed = batch._replace(segment_ids=(inputs != 0).astype(np.int32))
+    _, metrics = step(TrainState(params, optimizer.init(params)), packed)
+    assert metrics["padding"] == (6, 12)
 
 
 def test_the_z_loss_of_the_config_is_the_objectives():
