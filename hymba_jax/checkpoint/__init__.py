@@ -4,7 +4,7 @@
 |---------------------------|---------------------------------------------------------------|
 | `train_state.py`          | parameters and optimizer state: abstract, initialized, placed |
 | `checkpoints.py`          | saving and restoring through Orbax                            |
-| `best.py`                 | keeping the checkpoint with the lowest validation loss        |
+| `preservation.py`         | which checkpoints stay, and which is the best                 |
 | `uploaded_checkpoints.py` | checkpoints in s3:// buckets, to which Orbax does not write   |
 | `local_copy.py`           | a model directory in a bucket, copied to the disk             |
 | `checksums.py`            | checksums of arrays, whatever their sharding                  |

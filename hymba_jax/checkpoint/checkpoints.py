@@ -25,10 +25,10 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from hymba_jax.checkpoint.best import Best, PreserveBest
 from hymba_jax.checkpoint.checksums import check_tree, checksums_metadata, dotted, tree_checksums
+from hymba_jax.checkpoint.preservation import Best, Preservation
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.closing import Closing
 from hymba_jax.errors import HymbaError
@@ -73,6 +73,11 @@ def silence_orbax() -> None:
     sys.unraisablehook = report_unless_dropped
 
 
+def always(_: int) -> bool:
+    """A schedule of checkpoints: after every step that is saved."""
+    return True
+
+
 class LoopState(NamedTuple):
     """The part of a checkpoint that is not arrays.
 
@@ -98,9 +103,10 @@ class Checkpoints(Closing):
 
     Args:
       run_directory: holds them in its folder `checkpoints`, one directory per step.
-      keep: how many stay, newest first.
+      keep: how many on schedule stay, newest first; the newest of all does anyway.
       keep_steps: others that stay.
       keep_best: whether the best one stays, too.
+      is_scheduled: whether a step's is on schedule.
     """
 
     def __init__(
@@ -110,34 +116,31 @@ class Checkpoints(Closing):
         keep_steps: Sequence[int] = (),
         *,
         keep_best: bool = False,
+        is_scheduled: Callable[[int], bool] = always,
     ):
         self.directory = (resolve_location(run_directory) / FOLDER).absolute()
-        self._open(self.directory, keep, keep_steps, keep_best=keep_best)
+        self._keep_best = keep_best
+        self._preservation = Preservation(keep, is_scheduled, keep_steps)
+        self._open(self.directory, self._preservation)
 
     def _open(
         self,
         directory: Location,
-        keep: int,
-        keep_steps: Sequence[int] = (),
-        *,
-        keep_best: bool,
+        policy: PreservationPolicy,
         on_written: Callable[[], None] | None = None,
     ) -> None:
         """Opens Orbax's manager.
 
         Args:
           directory: where it writes.
-          keep, keep_steps, keep_best: as of the class.
+          policy: which of what is there stays.
           on_written: is called by the thread that writes, before each checkpoint is complete.
         """
-        self._keep_best, self._preserve_best = keep_best, PreserveBest()
         with one_line(self.directory, "cannot be used for checkpoints"):
             self._manager = ocp.CheckpointManager(
                 os.fspath(directory),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=AnyPreservationPolicy(
-                        [LatestN(keep), CustomSteps(keep_steps), self._preserve_best]
-                    ),
+                    preservation_policy=policy,
                     cleanup_tmp_directories=True,
                     enable_background_delete=True,
                     async_options=ocp.AsyncOptions(post_finalization_callback=on_written),
@@ -168,7 +171,7 @@ class Checkpoints(Closing):
                 say(f"{problem}: set aside as {self._set_aside(other)}, step {step} is used")
             if damaged:
                 self._manager.reload()
-            self._preserve_best.best = self._restored_best(restored[1])
+            self._preservation.best = self._restored_best(restored[1])
             return restored
         raise HymbaError(
             f"{self.directory}: no checkpoint is intact ({'; '.join(damaged.values())}): restore "
@@ -185,11 +188,11 @@ class Checkpoints(Closing):
 
         Then a checkpoint of the step is due; it replaces the best so far.
         """
-        return self._keep_best and self._preserve_best.improves(step, loss)
+        return self._keep_best and self._preservation.improves(step, loss)
 
     def forget_best(self) -> None:
         """Makes the next validation the best so far, where earlier ones were of other text."""
-        self._preserve_best.best = None
+        self._preservation.best = None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
         """A checkpoint, if it is intact for all processes. Raises _DamagedError if it is not."""
@@ -215,7 +218,7 @@ class Checkpoints(Closing):
         Raises:
           HymbaError: this checkpoint, or one before it, cannot be written.
         """
-        loop = loop._replace(best=self._preserve_best.best)
+        loop = loop._replace(best=self._preservation.best)
         fields = loop._asdict() | {_CHECKSUM: _loop_checksum(loop)}
         written = self.directory / str(loop.step) / LOOP / _LOOP_FILE
         if written.is_file():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any
 
@@ -88,6 +88,8 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
     changed = [*_differences("", before, now)]
     begun = [stage for stage in previous.resolved_stages if stage.start < step or not stage.start]
     stages = config.resolved_stages
+    if previous.data.sources:
+        _check_new_sources(config, stages[: len(begun)], config.data.sources.keys() - both)
     for number, old in enumerate(begun):
         if number == len(stages):
             changed.append(f"stages.{old.name} has gone")
@@ -114,6 +116,20 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
             f"{config.output}: is at step {step}, {name} is {last.run.training.steps}: set more "
             "steps, or choose another output"
         )
+
+
+def _check_new_sources(config: RunConfig, begun: Sequence[Stage], new: Set[str]) -> None:
+    """Raises HymbaError if stages that have begun would read new sources, as they name none."""
+    for stage in begun:
+        names_none = not stage.name or not config.stages[stage.name].sources
+        if names_none and (read := [name for name in stage.shares if name in new]):
+            source = read[0]
+            raise HymbaError(
+                f"{config.output}: {stage.label} has begun without the new source {source}, and "
+                "reads it now, as it names no sources: set "
+                f"data.sources.{source}.weight to 0, and stages.NAME.sources.{source}.weight of "
+                "the new stages that are to read it"
+            )
 
 
 def _differences(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

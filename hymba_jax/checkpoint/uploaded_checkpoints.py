@@ -5,12 +5,15 @@ writes each checkpoint into a temporary directory; its thread then uploads that,
 object that commits it, as Orbax does in gs:// buckets. The disk holds two checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, read_checkpoint
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, always, read_checkpoint
+from hymba_jax.checkpoint.preservation import Preservation
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.files import on_disk, resolve_location
 from hymba_jax.remote import RemotePath
@@ -18,19 +21,20 @@ from hymba_jax.run_files import COMMITTED, FOLDER, checkpoint_steps, uses_orbax
 
 
 def open_checkpoints(
-    run_directory: str, keep: int, keep_steps: Sequence[int] = (), *, keep_best: bool = False
+    run_directory: str,
+    keep: int,
+    keep_steps: Sequence[int] = (),
+    *,
+    keep_best: bool = False,
+    is_scheduled: Callable[[int], bool] = always,
 ) -> Checkpoints:
-    """The checkpoints of a run, on a disk or in a bucket.
-
-    Args:
-      keep: how many stay, newest first.
-      keep_steps: others that stay.
-      keep_best: whether the best one stays, too.
-    """
+    """The checkpoints of a run, on a disk or in a bucket, as of `Checkpoints`."""
     directory = resolve_location(run_directory)
     if isinstance(directory, RemotePath) and not uses_orbax(directory):
-        return UploadedCheckpoints(directory, keep, keep_steps, keep_best=keep_best)
-    return Checkpoints(directory, keep, keep_steps, keep_best=keep_best)
+        return UploadedCheckpoints(
+            directory, keep, keep_steps, keep_best=keep_best, is_scheduled=is_scheduled
+        )
+    return Checkpoints(directory, keep, keep_steps, keep_best=keep_best, is_scheduled=is_scheduled)
 
 
 class UploadedCheckpoints(Checkpoints):
@@ -38,9 +42,7 @@ class UploadedCheckpoints(Checkpoints):
 
     Args:
       run_directory: holds them in its folder `checkpoints`.
-      keep: how many stay, newest first.
-      keep_steps: others that stay.
-      keep_best: whether the best one stays, too.
+      keep, keep_steps, keep_best, is_scheduled: as of `Checkpoints`.
 
     Raises:
       HymbaError: the store refuses it.
@@ -54,13 +56,15 @@ class UploadedCheckpoints(Checkpoints):
         keep_steps: Sequence[int] = (),
         *,
         keep_best: bool = False,
+        is_scheduled: Callable[[int], bool] = always,
     ):
         self.directory = self._bucket = run_directory / FOLDER
-        self._keep, self._keep_steps = keep, keep_steps
+        self._keep_best = keep_best
+        self._preservation = Preservation(keep, is_scheduled, keep_steps)
         self._remove_partial()
         with ExitStack() as opened:
             self._local = Path(opened.enter_context(TemporaryDirectory(prefix="hymba-")))
-            self._open(self._local, 1, keep_best=keep_best, on_written=self._upload)
+            self._open(self._local, LatestN(1), self._upload)
             self._opened = opened.pop_all()
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, LoopState]:
@@ -79,9 +83,8 @@ class UploadedCheckpoints(Checkpoints):
         target = self._bucket / written.name.partition(".")[0]
         target.upload(written)
         (target / COMMITTED).write_bytes(b"")
-        steps = checkpoint_steps(self._bucket.parent)[: -self._keep]
-        best = self._preserve_best.best
-        for step in {*steps} - {*self._keep_steps, best and best.step}:
+        steps = checkpoint_steps(self._bucket.parent)
+        for step in {*steps} - self._preservation.preserved(steps):
             old = self._bucket / str(step)
             (old / COMMITTED).unlink()  # first: what is left after a kill is no checkpoint
             old.rmtree()

@@ -137,6 +137,14 @@ class RunConfig:
         stages = self.resolved_stages
         return next((stage for stage in stages if step <= stage.stop), stages[-1])
 
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Whether a step has a checkpoint on schedule, as a multiple or the last of a stage.
+
+        Those of interruptions, of the best validations and before decays are others.
+        """
+        ends = any(step == stage.stop for stage in self.resolved_stages)
+        return ends or step % self.training.checkpoint_every == 0
+
     @property
     def data_of_all_stages(self) -> DataConfig:
         """The data with the sources that any stage reads, which have its weight or another's."""

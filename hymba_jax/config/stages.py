@@ -122,14 +122,12 @@ class Stage:
         return (self.run.model, *sizes, data.packing, training.objective)
 
     @property
-    def validated_on(self) -> tuple[int, int, str]:
-        """The length of the sequences that validation samples, their number, and the objective.
+    def validated_on(self) -> tuple[int, str]:
+        """The length of the sequences that validation samples, and the objective.
 
         Losses of stages that agree in it are of the same text.
         """
-        training = self.run.training
-        sequences = training.validation_batches * training.batch_size
-        return self.run.data.sequence_length, sequences, training.objective
+        return self.run.data.sequence_length, self.run.training.objective
 
     @property
     def shares(self) -> dict[str, float]:

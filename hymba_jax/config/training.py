@@ -41,7 +41,7 @@ TRAINING_BOUNDS = {
     "z_loss": _RATE._replace(at_least=0),
     "log_every": _COUNT,
     "validate_every": _COUNT,
-    "validation_batches": _COUNT,
+    "validation_sequences": _COUNT,
     "checkpoint_every": _COUNT,
     "keep_checkpoints": _COUNT,
     "sample_tokens": Bounds(0, 2**23, "no model has so many positions"),
@@ -99,14 +99,14 @@ class TrainingConfig:
         which leaves parameters, optimizer and schedule as they were.
       log_every: steps between lines of metrics; a validation adds one.
       validate_every: steps between validations.
-      validation_batches: batches of `batch_size` sequences per validation; the last validation uses
-        all held-out text.
+      validation_sequences: sequences of each validation set per validation; the last validation
+        uses all held-out text.
       checkpoint_every: steps between checkpoints; the last step has one too.
-      keep_checkpoints: checkpoints kept, newest first.
+      keep_checkpoints: checkpoints kept, newest first, of those that are due by `checkpoint_every`
+        or end a stage; the newest of all, which an interruption may have saved, stays anyway.
       keep_best: keeps the checkpoint with the lowest validation loss, too; a validation that is the
         best so far saves one. It is the mean over all validation sets, of the same sequences each
-        time. In a stage with sequences of another length, or another number of them, it starts
-        anew.
+        time. In a stage with sequences of another length it starts anew.
       freeze: name patterns, as in `[adapter]`, of parameters that are not trained: embedding or
         mixer.ssm, for example. Frozen parameters have neither gradients nor optimizer state.
       sample_prompt: prompt of the sample that is written at the end of the run.
@@ -141,7 +141,7 @@ class TrainingConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 10
     validate_every: int = 250
-    validation_batches: int = 16
+    validation_sequences: int = 128
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     keep_best: bool = True

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
 
-from hymba_jax.checkpoint.checkpoints import OPTIMIZER, load_params, one_line
+from hymba_jax.checkpoint.checkpoints import OPTIMIZER, Step, load_params, one_line, resolve_step
 from hymba_jax.checkpoint.checksums import check_tree
 from hymba_jax.checkpoint.load import merged_params
 from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
@@ -33,7 +33,7 @@ LAST = "last:"
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Writes the parameters of a run's newest checkpoint, or an average, as a standalone model.
+    """Writes the parameters of a run's checkpoint, or an average, as a standalone model.
 
     A run that trained an adapter needs --merge or --adapter.
 
@@ -41,23 +41,29 @@ class ExportConfig:
       run: directory of a training run.
       output: directory to write, which must not exist.
       average: `ema`, the moving average of a run with training.ema_decay; or `last:N`, the mean of
-        the newest N checkpoints.
+        the newest N of the training.keep_checkpoints that a run keeps on its schedule: at multiples
+        of training.checkpoint_every and where stages end.
+      step: which checkpoint, or "best", of the lowest validation loss; the newest if absent.
       merge: merges the run's adapter into the model.
       adapter: writes the run's adapter alone, as a PEFT adapter of the model that it started from.
 
     Raises:
-      HymbaError: there is no such average, or both a model and an adapter are wanted.
+      HymbaError: there is no such average, or it is of no step, or both a model and an adapter
+        are wanted.
     """
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     output: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
     average: str = ""
+    step: Step | None = None
     merge: bool = False
     adapter: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(f"|{EMA}|{LAST}[1-9][0-9]{{0,8}}", self.average):
             raise HymbaError(f"average is {self.average!r}, neither {EMA} nor last:N")
+        if self.average.startswith(LAST) and self.step is not None:
+            raise HymbaError(f"{self.average} is of the newest checkpoints: leave --step out")
         if self.merge and self.adapter:
             raise HymbaError("merge writes a model, adapter an adapter: name one of them")
 
@@ -75,6 +81,8 @@ def main(args: ExportConfig) -> None:
     steps = checkpoint_steps(run)
     if not steps:
         raise HymbaError(f"{run}: no run with a checkpoint")
+    step = resolve_step(run, args.step)
+    step = steps[-1] if step is None else step
     trainable = read_trainable(run)
     adapter = trainable.adapter
     _check_form(run, args, adapter)
@@ -82,14 +90,15 @@ def main(args: ExportConfig) -> None:
     graph, abstract = abstract_model(config, compute, mesh, adapter)
     trained, frozen = trainable.split(abstract)
     if args.average == EMA:
-        what, params = f"moving average at step {steps[-1]}", _ema(run, trained, steps[-1])
+        what, params = f"moving average at step {step}", _ema(run, trained, step)
     elif args.average:
-        steps = _last(run, steps, int(args.average.removeprefix(LAST)))
+        steps = _last(run, int(args.average.removeprefix(LAST)))
+        step = steps[-1]
         what, params = f"mean of steps {', '.join(map(str, steps))}", _mean(run, abstract, steps)
     else:
-        what, params = f"step {steps[-1]}", load_params(run, abstract, steps[-1])
+        what, params = f"step {step}", load_params(run, abstract, step)
     if args.average and frozen:  # the moving average has none, and a mean would round them
-        params = join(params, trainable.split(load_params(run, abstract, steps[-1]))[1])
+        params = join(params, trainable.split(load_params(run, abstract, step))[1])
     if args.adapter:
         base = RunConfig.from_toml(run / CONFIG_FILE).init_from
         with written_beside(output) as beside:
@@ -115,13 +124,17 @@ def _check_form(run: Path, args: ExportConfig, adapter: AdapterConfig) -> None:
         raise HymbaError(f"{run}: trained no adapter: leave --merge and --adapter out")
 
 
-def _last(run: Path, steps: list[int], count: int) -> list[int]:
-    if len(steps) < count:
+def _last(run: Path, count: int) -> list[int]:
+    """The newest checkpoints on schedule, without gaps: older ones may be there by chance."""
+    config = RunConfig.from_toml(run / CONFIG_FILE)
+    steps = [step for step in checkpoint_steps(run) if config.is_checkpoint_due(step)]
+    kept = steps[-config.training.keep_checkpoints :]
+    if len(kept) < count:
         raise HymbaError(
-            f"{run / FOLDER}: has {len(steps)} checkpoints, not {count}: average fewer, or train "
-            "with a larger training.keep_checkpoints"
+            f"{run / FOLDER}: keeps {len(kept)} checkpoints on schedule, not {count}: average "
+            "fewer, or train with a larger training.keep_checkpoints"
         )
-    return steps[-count:]
+    return kept[-count:]
 
 
 def _mean(run: Path, abstract: Params, steps: list[int]) -> Params:

@@ -5,7 +5,7 @@
 | `arguments.py`         | the command line of a run                                           |
 | `loop.py`              | the run, from top to bottom                                         |
 | `stage_program.py`     | what the steps of a stage need, compiled                            |
-| `extension.py`         | extending a run by steps or stages                                  |
+| `extension.py`         | what a resumed run does otherwise: steps, stages, updates           |
 | `schedule.py`          | learning rates, through stages                                      |
 | `schedule_command.py`  | `hymba schedule`                                                    |
 | `loss.py`              | objectives: next-token cross entropy; averages that add up exactly  |

@@ -1,14 +1,22 @@
-"""Extending a run: resuming it with more steps or stages than it was started with."""
+"""Resuming a run with other settings: more steps or stages, and other updates."""
 
 from collections.abc import Iterator
 
+from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
 from hymba_jax.run_files import FOLDER
 from hymba_jax.training.schedule import run_schedule
 
+_OF_UPDATES = (
+    *("compute.dtype", "training.weight_decay", "training.beta1", "training.beta2"),
+    *("training.muon_momentum", "training.muon_update_rms", "training.clip_norm"),
+    *("training.z_loss", "training.on_nonfinite"),
+)
+"""Settings that decide an update, beside the learning rate, and may change between two."""
 
-def describe_extension(previous: RunConfig, config: RunConfig, step: int) -> Iterator[str]:
-    """What a config changes in the stages of a run, and what that does to its learning rate.
+
+def describe_changes(previous: RunConfig, config: RunConfig, step: int) -> Iterator[str]:
+    """What a config changes in a run: its stages, its learning rate and its updates.
 
     Args:
       previous: the config that the run had before.
@@ -36,6 +44,11 @@ def describe_extension(previous: RunConfig, config: RunConfig, step: int) -> Ite
                 yield f"the learning rate of step {step + 1:,} is {now:.3g}, it was {before:.3g}"
     if added := [new.name for new in news[len(olds) :]]:
         yield f"stages added: {', '.join(added)}"
+    settings = [dict(leaves(run, "")) for run in (previous, config)]
+    for name in _OF_UPDATES:
+        before, now = (each[name] for each in settings)
+        if before != now:
+            yield f"{name} is {now!r} from step {step + 1:,} on, it was {before!r}"
 
 
 def _rate(run: RunConfig, step: int) -> float:

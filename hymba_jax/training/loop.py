@@ -52,7 +52,7 @@ from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.distillation import read_teacher
 from hymba_jax.training.evaluation import Evaluation, check_evaluations
-from hymba_jax.training.extension import describe_extension
+from hymba_jax.training.extension import describe_changes
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective
 from hymba_jax.training.metrics import MetricsWriter, last_step
@@ -136,8 +136,8 @@ def _train(
         check_objective(stage, data, teacher)
         check_memory(abstract, mesh, teacher.abstract if teacher else None)
     examples = _examples(stages, data, config.seed)
-    left_out = _left_out(stages, examples, data)
-    _announce(config, abstract, data, left_out, mesh, display)
+    notes = [*data.notes, *_describe_rows(stages, examples, data)]
+    _announce(config, abstract, data, notes, mesh, display)
 
     compiled_steps: dict[Hashable, CompiledSteps] = {}
 
@@ -171,7 +171,11 @@ def _train(
     known = (*stages, *(previous.resolved_stages if previous else ()))
     kept = [stage.decay_start for stage in known if stage.decay_start]
     with open_checkpoints(
-        config.output, training.keep_checkpoints, kept, keep_best=training.keep_best
+        config.output,
+        training.keep_checkpoints,
+        kept,
+        keep_best=training.keep_best,
+        is_scheduled=config.is_checkpoint_due,
     ) as checkpoints:
         if state is None:
             assert previous is not None
@@ -182,10 +186,11 @@ def _train(
             if saved.digests.keys() - {TEACHER} != data.digests.keys():
                 display.say("other sources than before: the best checkpoint is that of later steps")
                 checkpoints.forget_best()
-            for line in describe_extension(previous, config, saved.step):
-                display.say(line)
-        _write_directory(config, data.tokenizer, is_new=previous is None)
         if left:
+            if previous and saved:
+                for line in describe_changes(previous, config, saved.step):
+                    display.say(line)
+            _write_directory(config, data.tokenizer, is_new=previous is None)
             programs = (ready.pop() if ready else compiled(stage) for stage in left)
             state = _run_stages(
                 state, saved, config, programs, data.digests, checkpoints, interrupts, display
@@ -271,7 +276,7 @@ def _run_stages(
                     step,
                     program,
                     validation_due=validation_due,
-                    save_every=config.training.checkpoint_every,
+                    is_save_due=config.is_checkpoint_due,
                     save=save,
                     checkpoints=checkpoints,
                     interrupts=interrupts,
@@ -292,7 +297,7 @@ def _run_steps(
     program: StageProgram,
     *,
     validation_due: bool,
-    save_every: int,
+    is_save_due: Callable[[int], bool],
     save: Callable[[TrainState, int, bool], None],
     checkpoints: Checkpoints,
     interrupts: Interrupts,
@@ -334,7 +339,7 @@ def _run_steps(
                 recorder.flush(evaluated)
                 improves = checkpoints.improves(step, comparable_loss(evaluated))
             validation_due = stops = evaluated is None
-        saves = ends or improves or step % save_every == 0 or step == stage.decay_start
+        saves = improves or is_save_due(step) or step == stage.decay_start
         # At the start, the checkpoint is there already, and does not know of this validation.
         if (step > start and (stops or saves)) or (step == start and validated):
             if not validation_due:  # whose line of metrics waits for it
@@ -449,10 +454,13 @@ def _init_state(
     return initial.load_state(config.model, config.compute, optimizer, abstract, mesh, config.seed)
 
 
-def _left_out(stages: Sequence[Stage], examples: Mapping[str, Examples], data: Data) -> list[str]:
-    """Which conversations no stage trains on or validates with, in words, a line each."""
+def _describe_rows(
+    stages: Sequence[Stage], examples: Mapping[str, Examples], data: Data
+) -> list[str]:
+    """The padding of packed rows, and conversations that are left out, in words, a line each."""
     lines = []
     for stage in stages:
+        lines += examples[stage.name].padding()
         lines += examples[stage.name].left_out()
         preferences = stage.run.training.objective == "dpo"
         lines += data.validation_left_out(stage.run.data, preferences=preferences)
@@ -463,11 +471,15 @@ def _announce(
     config: RunConfig,
     abstract: AbstractTrainState,
     data: Data,
-    left_out: Sequence[str],
+    notes: Sequence[str],
     mesh: Mesh,
     display: Display,
 ) -> None:
-    """Says what is trained, on what, and what of it is left out."""
+    """Says what is trained, and on what.
+
+    Args:
+      notes: on the data.
+    """
     devices, stages = jax.devices(), config.resolved_stages
     tokens = sum(stage.tokens for stage in stages)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -484,7 +496,7 @@ def _announce(
             f"{rows - known:,} of {rows:,} rows of the embedding are padding: the tokenizer has "
             f"{known:,} tokens"
         )
-    for note in (*data.notes, *left_out):
+    for note in notes:
         display.say(note)
     if mesh.size > 1:
         for length in dict.fromkeys(stage.run.data.sequence_length for stage in stages):

@@ -107,7 +107,7 @@ def compile_stage(
         sets,
         mesh,
         training.micro_batch_size,
-        training.validation_batches * training.batch_size,
+        training.validation_sequences,
         interrupts.poll,
     )
     rows = process_rows(mesh, training.batch_size)

@@ -112,6 +112,23 @@ def test_the_newest_is_restored_and_the_last_few_are_kept(run):
     assert_equal(restored, make_state(3))
 
 
+def test_those_on_schedule_do_not_depend_on_others(tmp_path):
+    """Checkpoint 3 is the best, 5 and 7 are of interruptions."""
+
+    def is_even(step):
+        return step % 2 == 0
+
+    with Checkpoints(tmp_path, keep=2, keep_best=True, is_scheduled=is_even) as checkpoints:
+        for step in (2, 3, 4, 5, 6, 7):
+            if step == 3:
+                assert checkpoints.improves(step, 1.0)
+            checkpoints.save(make_state(step), loop(step))
+    assert checkpoint_steps(tmp_path) == [3, 4, 6, 7]
+    with Checkpoints(tmp_path, keep=2, is_scheduled=is_even) as checkpoints:
+        checkpoints.save(make_state(8), loop(8))
+    assert checkpoint_steps(tmp_path) == [6, 8]
+
+
 def save_with_losses(run, losses):
     """Checkpoints with these validation losses, saved if one is the best so far or told to be."""
     with Checkpoints(run, keep=1, keep_best=True) as checkpoints:

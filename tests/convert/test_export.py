@@ -17,6 +17,7 @@ from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.convert import export
 from hymba_jax.convert.export import ExportConfig, main
 from hymba_jax.errors import HymbaError
@@ -33,9 +34,13 @@ COMPUTE = ComputeConfig()
 def write_run(directory, states):
     """A run with these checkpoints, of parameters and optimizer state at each step."""
     data = DataConfig(tokenizer="bytes", sequence_length=24)
-    run = RunConfig(output=str(directory), model=CONFIG, compute=COMPUTE, data=data)
+    training = TrainingConfig(steps=4, checkpoint_every=2, keep_checkpoints=2)
+    run = RunConfig(
+        output=str(directory), model=CONFIG, compute=COMPUTE, data=data, training=training
+    )
     write_run_directory(run, byte_tokenizer())
-    with Checkpoints(directory, keep=len(states)) as checkpoints:
+    with Checkpoints(directory, keep=len(states), keep_best=True) as checkpoints:
+        checkpoints.improves(3, 1.5)
         for step, (params, optimizer) in states.items():
             state = TrainState(params, {"count": jnp.int32(step)} | optimizer)
             checkpoints.save(state, LoopState(step, {}, "", ""))
@@ -53,22 +58,23 @@ def initial():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, initial):
     directory = tmp_path_factory.mktemp("export") / "run"
-    states = {step: (times(step, initial), {}) for step in (1, 2, 4)}
+    states = {step: (times(step, initial), {}) for step in (1, 2, 3, 4)}
     states[4][1]["ema"] = times(-1, initial)
     write_run(directory, states)
     return directory
 
 
 @pytest.mark.parametrize(
-    ("average", "factor", "report"),
+    ("average", "step", "factor", "report"),
     [
-        ("", 4, "step 4 of"),
-        ("last:2", 3, "mean of steps 2, 4 of"),
-        ("ema", -1, "moving average at step 4 of"),
+        ("", None, 4, "step 4 of"),
+        ("", "best", 3, "step 3 of"),
+        ("last:2", None, 3, "mean of steps 2, 4 of"),  # 3 is not on schedule
+        ("ema", None, -1, "moving average at step 4 of"),
     ],
 )
 def test_the_model_that_is_written(
-    run, initial, tmp_path, capsys, monkeypatch, average, factor, report
+    run, initial, tmp_path, capsys, monkeypatch, average, step, factor, report
 ):
     read = []
 
@@ -77,20 +83,21 @@ def test_the_model_that_is_written(
         return load_params(directory, abstract, step)
 
     monkeypatch.setattr(export, "load_params", load)
-    main(ExportConfig(str(run), str(tmp_path / "model"), average))
+    main(ExportConfig(str(run), str(tmp_path / "model"), average, step))
     assert report in capsys.readouterr().out
     assert read_model_directory(tmp_path / "model") == (CONFIG, COMPUTE)
     like = abstract_model(CONFIG, COMPUTE, make_mesh(jax.devices()[:1]))[1]
     written = load_params(tmp_path / "model", like)
     jax.tree.map(np.testing.assert_array_equal, written, times(factor, initial))
-    assert read == {"": [4], "last:2": [2, 4], "ema": []}[average]  # no more than is needed
+    needed = {"": [3 if step else 4], "last:2": [2, 4], "ema": []}
+    assert read == needed[average]  # no more than is needed
     assert (tmp_path / "model" / "tokenizer.json").is_file()
 
 
 def test_what_cannot_be_exported(run, tmp_path):
     output = str(tmp_path / "model")
     for source, average, message in (
-        (run, "last:4", "has 3 checkpoints, not 4"),
+        (run, "last:3", "keeps 2 checkpoints on schedule, not 3"),
         (run, "last:0", "average is 'last:0', neither ema nor last:N"),
         (tmp_path / "none", "", "no model found"),
     ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -88,15 +89,17 @@ def train(config, output=None, interrupts=None, evaluations=()):
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
-def test_validation_does_not_depend_on_gradient_accumulation(config, tmp_path):
+def test_validation_does_not_depend_on_batch_size_or_gradient_accumulation(config, tmp_path):
     """One of 8 sequences after step 3, and one of the whole text after step 4."""
     lines = [
-        train(changed(config, gradient_accumulation_steps=steps), tmp_path / str(steps))
-        for steps in (1, 4)
+        train(changed(config, **batches), tmp_path / str(number))
+        for number, batches in enumerate(
+            ({}, {"gradient_accumulation_steps": 4}, {"batch_size": 3})
+        )
     ]
-    assert "validation_loss" in lines[0][2]
-    assert lines[0][2]["validation_loss"] != lines[0][3]["validation_loss"]
-    assert lines[1:] == lines[:1]
+    assert lines[1] == lines[0]
+    sampled, last = ([each[step]["validation_loss"] for each in lines] for step in (2, 3))
+    assert sampled[0] == sampled[2] != last[0] == last[2]
 
 
 def test_a_resumed_run_has_the_lines_of_one_that_never_stopped(config, tmp_path, capsys):
@@ -134,7 +137,7 @@ class InterruptedAt(Interrupts):
 
 def test_a_run_that_is_interrupted_has_the_lines_of_one_that_was_not(config, tmp_path):
     """Validations that were due, and the lines of metrics that wait for them, come after all."""
-    config = changed(config, steps=5, log_every=2, validate_every=3, validation_batches=2)
+    config = changed(config, steps=5, log_every=2, validate_every=3, validation_sequences=16)
     config = changed(config, checkpoint_every=100)
     expected = train(config, tmp_path / "elsewhere")
     assert [line["step"] for line in expected] == [2, 3, 4, 5]
@@ -342,9 +345,9 @@ def test_stages_are_one_run(config, tmp_path):
         (9, "longer", found[3][2] + per_step["longer"]),
         (11, "longer", found[3][2] + 3 * per_step["longer"]),
     ]
-    # 36 sequences of 24 tokens are one order, through two stages.
-    assert [line["epoch"] for line in lines[:4]] == sorted(line["epoch"] for line in lines[:4])
-    assert lines[4]["epoch"] < lines[3]["epoch"]
+    # Sequences of 24 tokens, through two stages, then of 48.
+    epochs = [line["epoch"] / line["tokens_seen"] for line in lines]
+    assert epochs == pytest.approx([epochs[0]] * 6, rel=0.05)  # what makes no whole sequence
     validated = [line["step"] for line in lines if "validation_loss" in line]
     assert validated == [3, 4, 6, 8, 9, 11]
     whole = [line["step"] for line in lines if "validation_sample_loss" in line]
@@ -415,7 +418,7 @@ def test_a_stage_on_a_new_source_is_added(config, tmp_path, capsys):
     both = staged_on(stages, pages=pages, other=other)
     expected = train(both, tmp_path / "elsewhere")
     train(staged_on([STABLE], pages=pages))
-    with pytest.raises(HymbaError, match=r"stages\.stable: the share of pages was 1\.0, is 0\.5"):
+    with pytest.raises(HymbaError, match=r"stable has begun without the new source other"):
         train(staged_on([STABLE], pages=pages, other=other))
     capsys.readouterr()
     lines = train(both)
@@ -425,6 +428,54 @@ def test_a_stage_on_a_new_source_is_added(config, tmp_path, capsys):
     assert [without_validation(line) for line in lines] == [*map(without_validation, expected)]
     with pytest.raises(HymbaError, match=r"the share of other was 1\.0, and has gone"):
         train(staged_on([STABLE, ("more", 3, {})], pages=pages))
+
+
+def test_a_new_source_that_a_stage_would_read_from_now_on_is_refused(config, tmp_path):
+    """Until it has no weight of its own, as the message says."""
+    other = tmp_path / "other.txt"
+    other.write_text("another corpus, of one document " * 40)
+    pages = {"pages": WeightedSourceConfig(config.data.path)}
+
+    def on(sources, *stages):
+        data = dataclasses.replace(config.data, path="", sources=sources)
+        return staged(dataclasses.replace(config, data=data), *stages)
+
+    train(on(pages, STABLE))
+    stages = STABLE, ("more", 3, {"sources": {"other": StageSourceConfig()}})
+    problem = (
+        "stage stable has begun without the new source other, and reads it now, as it names no "
+        r"sources: set data\.sources\.other\.weight to 0, and stages\.NAME\.sources\.other\.weight "
+    )
+    with pytest.raises(HymbaError, match=problem):
+        train(on(pages | {"other": WeightedSourceConfig(str(other))}, *stages))
+    lines = train(on(pages | {"other": WeightedSourceConfig(str(other), weight=0.0)}, *stages))
+    assert lines[-1]["sequences/pages"] == 4 * 8
+    assert lines[-1]["sequences/other"] == 3 * 8
+
+
+def test_changed_updates_are_reported_if_there_are_any(config, capsys):
+    train(changed(config, steps=4))
+    other = changed(config, weight_decay=0.2, clip_norm=2.0)
+    saved = Path(config.output, "config.toml").read_text()
+    capsys.readouterr()
+    train(other)
+    said = capsys.readouterr().out
+    assert "complete at step 4" in said
+    assert "weight_decay" not in said
+    assert Path(config.output, "config.toml").read_text() == saved
+    train(changed(other, steps=5))
+    said = capsys.readouterr().out
+    assert "training.weight_decay is 0.2 from step 5 on, it was 0.1\n" in said
+    assert "training.clip_norm is 2.0 from step 5 on, it was 1.0\n" in said
+    assert "weight_decay = 0.2" in Path(config.output, "config.toml").read_text()
+
+
+def test_a_run_on_packed_documents_says_how_much_is_padding(config, capsys):
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, packing="documents")))
+    said = capsys.readouterr().out
+    assert re.search(
+        r"corpus: packed as documents, \d+\.\d% of its rows of 24 positions is padding\n", said
+    )
 
 
 def test_a_decay_that_is_lengthened_says_what_it_does(config, capsys):
