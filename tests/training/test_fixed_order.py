@@ -94,10 +94,12 @@ def test_shards_are_added_in_the_order_of_the_batch():
 def test_a_shard_is_compiled_by_itself_whatever_the_number_of_rounds():
     """In a loop, whose body XLA does not mix with what is around it: 8 devices have one round."""
     batch = Batch(jnp.ones((8, 4)), jnp.zeros((8, 4), jnp.int32))
-    total_of = in_fixed_order(lambda params, rows: jnp.tanh(rows.inputs @ params), num_shards=8)
+    total_of = in_fixed_order(
+        lambda params, rows: jnp.tanh(rows.inputs @ params["w"]), num_shards=8
+    )
     for num_devices in (1, 8):
         with jax.set_mesh(make_mesh(jax.devices()[:num_devices])):
-            compiled = jax.jit(total_of).lower(jnp.ones((4, 4)), batch).compile()
+            compiled = jax.jit(total_of).lower({"w": jnp.ones((4, 4))}, batch).compile()
         loops = re.findall(r"\) while\(", compiled.as_text())
         assert len(loops) == 2  # over the rounds, and around a shard
 
