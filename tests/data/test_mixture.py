@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hymba_jax.data.mixture import LONGEST_PERIOD, Mixture
+from hymba_jax.data.mixture import Mixture, _block, _counts
 from hymba_jax.data.permutation import Permutation, shuffled_row
 from hymba_jax.errors import HymbaError
 
@@ -33,20 +33,34 @@ def test_shares_hold_at_every_moment(numbers):
     assert_shares_hold(mixture, 2 * sum(numbers) + 1)
 
 
-def test_shares_hold_in_the_longest_period():
-    weights = {str(name): math.sqrt(name + 1) for name in range(30)}
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"a": 0.70001, "b": 0.29999},
+        {str(name): math.sqrt(name + 1) for name in range(12)},
+        {"large": 1.0, "small": 1e-9, "third": 1 / 3},
+    ],
+    ids=["two", "twelve", "small"],
+)
+def test_shares_hold_whatever_the_weights(weights, monkeypatch):
+    """Across the borders of blocks, which are small here, also far from the first one."""
+    monkeypatch.setattr("hymba_jax.data.mixture.BLOCK", 8)
+    _block.cache_clear()
+    _counts.cache_clear()
     mixture = Mixture(weights)
-    shares = mixture.shares
-    assert sum(shares.values()) == 1
-    for name, weight in weights.items():
-        assert abs(shares[name] - weight / sum(weights.values())) < 1 / LONGEST_PERIOD
-    for i in [*range(0, LONGEST_PERIOD, 97), LONGEST_PERIOD - 1]:
-        counts = mixture.counts(i)
-        assert sum(counts.values()) == i
-        assert all(abs(counts[name] - i * share) < 1 for name, share in shares.items())
-        name, position = mixture(i)
-        assert position == counts[name]
-        assert mixture.counts(i + 1) == counts | {name: position + 1}
+    total = sum(map(Fraction, map(repr, weights.values())))
+    assert mixture.shares == {name: Fraction(repr(w)) / total for name, w in weights.items()}
+    for start in (0, 200_000, 10**9 + 7):
+        counts = mixture.counts(start)
+        for i in range(start, start + 200):
+            assert sum(counts.values()) == i
+            assert all(abs(counts[name] - i * share) < 1 for name, share in mixture.shares.items())
+            name, position = mixture(i)
+            assert position == counts[name]
+            counts[name] += 1
+        assert mixture.counts(start + 200) == counts
+    _block.cache_clear()
+    _counts.cache_clear()
 
 
 def test_weights_are_taken_as_they_are_written():
@@ -72,7 +86,6 @@ def test_weights_are_taken_as_they_are_written():
         ({"a": math.inf, "b": 1.0}, "the weight of 'a' is inf"),
         ({"a": 0.0, "b": 0}, "no source has a weight above 0"),
         ({}, "no source has a weight above 0"),
-        ({"a": 1.0, "b": 1e-7}, "the weight of 'b', 1e-07, is less than 1 in 65536"),
     ],
 )
 def test_bad_weights(weights, message):
