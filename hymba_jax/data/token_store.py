@@ -43,8 +43,9 @@ class FlatShard:
         self.num_tokens = len(self._tokens)
 
     def read(self, start: int, stop: int) -> UInt[np.ndarray, " _"]:
-        """The tokens from `start` up to `stop`; read-only."""
-        return self._tokens[start:stop]
+        """The tokens from `start` up to `stop`, in the byte order of this machine; read-only."""
+        tokens = self._tokens[start:stop]
+        return tokens.astype(tokens.dtype.newbyteorder("="), copy=False)
 
     def read_mask(self, start: int, stop: int) -> Bool[np.ndarray, " _"]:
         """Whether the loss is on each of the tokens from `start` up to `stop`."""
@@ -182,10 +183,14 @@ def open_tokens(
 
 
 def _open_shard(path: Path, dtype: str | None, eos_id: int | None) -> Shard:
-    is_flat = path.suffix == ".bin" and not megatron_files(path)[1].exists()
-    if _is_npy(path) or is_flat:
+    if _is_npy(path) or is_flat(path):
         return FlatShard(path, dtype, eos_id)
     return MegatronShard(path)
+
+
+def is_flat(path: Path) -> bool:
+    """Whether a file is a `.bin` that is not Megatron's."""
+    return path.suffix == ".bin" and not megatron_files(path)[1].exists()
 
 
 def _is_npy(path: Path) -> bool:
@@ -208,7 +213,7 @@ def _map_bin(path: Path, dtype: str | None) -> Any:
 def _map_npy(path: Path) -> Any:
     file_size(path)  # a file that cannot be mapped is refused in one line
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        array = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
     except (ValueError, EOFError) as error:
         raise HymbaError(f"{path}: not a .npy file, or truncated ({error})") from error
     if array.ndim != 1 or array.dtype.name not in (*FLAT_DTYPES, "int32"):
@@ -216,4 +221,4 @@ def _map_npy(path: Path) -> Any:
             f"{path}: {array.dtype} of shape {array.shape}: token ids are one dimension of "
             f"{', '.join(FLAT_DTYPES)} or int32"
         )
-    return array.view(f"u{array.itemsize}")  # ids are not negative
+    return array.view(np.dtype(f"u{array.itemsize}").newbyteorder(array.dtype.byteorder))

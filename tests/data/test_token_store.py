@@ -43,6 +43,15 @@ def test_shards_are_one_stream(shards):
             store.read(start, stop)
 
 
+@pytest.mark.parametrize("dtype", [">u2", ">u4", ">i4"])
+def test_the_other_byte_order(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", np.array([1, 500, EOS, 7], dtype))
+    store = open_tokens([tmp_path / "a.npy"], eos_id=EOS)
+    assert store.read(0, 4).tolist() == [1, 500, EOS, 7]
+    assert store.read(0, 4).dtype.isnative
+    assert store.document_starts(0, 4).tolist() == [0, 3]
+
+
 def test_documents_that_are_told_apart(shards):
     (megatron, flat, *_), _ = shards
     assert open_tokens([megatron, megatron.with_suffix("")]).num_documents == 12
@@ -55,6 +64,8 @@ def test_documents_that_are_told_apart(shards):
 def test_files_that_are_none(tmp_path):
     np.save(tmp_path / "wide.npy", np.zeros((2, 2), np.uint16))
     np.save(tmp_path / "float.npy", np.zeros(2))
+    np.savez(tmp_path / "archive.npz", np.zeros(2, np.uint16))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY")
     np.save(tmp_path / "short.npy", np.zeros(100, np.uint16))
     (tmp_path / "short.npy").write_bytes((tmp_path / "short.npy").read_bytes()[:-9])
@@ -64,6 +75,7 @@ def test_files_that_are_none(tmp_path):
     for name, dtype, message in (
         ("wide.npy", None, r"uint16 of shape \(2, 2\)"),
         ("float.npy", None, r"float64 of shape \(2,\)"),
+        ("archive.npy", None, "not a .npy file, or truncated"),
         ("broken.npy", None, "not a .npy file, or truncated"),
         ("short.npy", None, "not a .npy file, or truncated"),
         ("odd.bin", "uint16", "3 bytes are no whole number of uint16 tokens"),
