@@ -16,7 +16,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -378,6 +378,15 @@ def _read_metadata(path: Location, unreadable: str) -> Any:
 
 def _loop_checksum(loop: LoopState) -> int:
     return zlib.crc32(json.dumps(loop, sort_keys=True).encode())
+
+
+def trained_on(run_directory: str) -> dict[str, str]:
+    """The digests of the tokens that the newest checkpoint depends on; none if there is none."""
+    directory = resolve_location(run_directory)
+    for step in reversed(checkpoint_steps(directory)):
+        with suppress(HymbaError):  # damaged: the one before it is used
+            return _read_loop((directory / FOLDER / str(step) / LOOP).absolute()).digests
+    return {}
 
 
 def _read_loop(directory: Location) -> LoopState:

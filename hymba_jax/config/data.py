@@ -118,7 +118,7 @@ class DataConfig:
     validation: Mapping[str, SourceConfig] = field(default_factory=dict)
     """Sources of validation by name: tables `[data.validation.NAME]` in place of
     `validation_fraction`. Of text, documents that are also there are not trained on; what is
-    tokenized already is taken as it is (see `hymba tokenize --data.exclude`)."""
+    tokenized already is taken whole, and not searched (see `hymba tokenize --data.exclude`)."""
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]

@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from hymba_jax.config.data import OnBadRecord
@@ -14,15 +15,12 @@ from hymba_jax.data.listing import File
 from hymba_jax.data.manifest import SIDES, TRAIN
 from hymba_jax.data.preferences import Preferences
 from hymba_jax.data.records import Content, Document, Problem
-from hymba_jax.data.split import document_hash, hold_out_tail, is_held_out
+from hymba_jax.data.split import Split, document_hash, find_split, hold_out_tail
 from hymba_jax.data.text_field import TextField
 
+STANDARD_LIBRARY = "Python's standard library"
+
 _NOT_LIBRARY = {"test", "idlelib", "site-packages", "dist-packages"}
-
-
-def held_out_by_text(document: Document, fraction: float) -> bool:
-    """The rule for every corpus that people bring: `split.is_held_out`."""
-    return is_held_out(document.text, fraction)
 
 
 def held_out_by_file_name(document: Document, fraction: float) -> bool:
@@ -46,7 +44,8 @@ class Corpus:
       content: what of each record is the document.
       on_bad_record: what is done about bad records.
       validation_fraction: about this share of the documents is held out; 0 holds out none, 1 all.
-      held_out: whether a document is, by its first piece and the fraction.
+      held_out: whether a document is, by its first piece and the fraction; if absent, by a hash of
+        its text, and so that neither side is empty.
       excluded: hashes of documents that are skipped, as they are for validation elsewhere.
     """
 
@@ -55,7 +54,7 @@ class Corpus:
     content: Content = field(default_factory=TextField)
     on_bad_record: OnBadRecord = "stop"
     validation_fraction: float = 0.0
-    held_out: Callable[[Document, float], bool] = held_out_by_text
+    held_out: Callable[[Document, float], bool] | None = None
     excluded: frozenset[int] = frozenset()
 
     @property
@@ -87,18 +86,31 @@ class Corpus:
         documents = self._kept(
             read_documents(files, self.content, self.on_bad_record, report), report
         )
-        if 0 < self.validation_fraction < 1 and (length := self._length_of_only_document()):
-            for piece, held_out in hold_out_tail(documents, length, self.validation_fraction):
-                yield piece, SIDES[held_out]
+        if self.held_out is None and (length := self._split.only_length):
+            for pieces in _whole(documents):
+                for piece, is_tail in hold_out_tail(pieces, length, self.validation_fraction):
+                    yield piece, SIDES[is_tail]
             return
         held_out = False
         for document, is_first in _with_starts(documents):
-            if is_first:
+            if is_first and self.held_out:
                 held_out = self.held_out(document, self.validation_fraction)
+            elif is_first:
+                held_out = document_hash(document.text) < self._split.limit
             yield document, SIDES[held_out]
 
+    @property
+    def exceptions(self) -> frozenset[int]:
+        """Hashes of documents that are on another side than the fraction alone would have them."""
+        return frozenset() if self.held_out else self._split.exceptions
+
+    @cached_property
+    def _split(self) -> Split:
+        documents = self._kept(read_documents(self.files, self.content, self.on_bad_record))
+        return find_split(_whole(documents), self.validation_fraction)
+
     def _kept(
-        self, documents: Iterable[Document], report: Callable[[Problem], None] | None
+        self, documents: Iterable[Document], report: Callable[[Problem], None] | None = None
     ) -> Iterator[Document]:
         """The documents that are not excluded; the others are reported."""
         if not self.excluded:
@@ -116,19 +128,6 @@ class Corpus:
     def training_texts(self) -> Iterator[str]:
         """The pieces of the documents that are trained on."""
         return (piece.text for piece, side in self.documents(self.files) if side == TRAIN)
-
-    def _length_of_only_document(self) -> int:
-        """Characters of the corpus, if it is one document of at least two; else 0."""
-        if len(self.files) > 1:
-            return 0
-        length, has_ended = 0, False
-        for document in read_documents(self.files, self.content, self.on_bad_record):
-            if has_ended:
-                return 0
-            if document.chat:  # a conversation has no tail that could be held out
-                return 0
-            length, has_ended = length + len(document.text), not document.continues
-        return length if length > 1 else 0
 
 
 def document_hashes(corpora: Iterable[Corpus]) -> frozenset[int]:
@@ -151,6 +150,22 @@ def _with_starts(documents: Iterable[Document]) -> Iterator[tuple[Document, bool
         is_first = not document.continues
 
 
+def _whole(documents: Iterable[Document]) -> Iterator[Iterator[Document]]:
+    """The pieces of each document."""
+    stream = iter(documents)
+
+    def pieces(first: Document) -> Iterator[Document]:
+        yield first
+        while first.continues:
+            yield (first := next(stream))
+
+    for first in stream:
+        document = pieces(first)
+        yield document
+        for _ in document:  # what was not asked for
+            pass
+
+
 def _digest(hashes: frozenset[int]) -> str:
     """Tells a set of hashes from others."""
     content = b"".join(value.to_bytes(8) for value in sorted(hashes))
@@ -163,7 +178,7 @@ def standard_library(validation_fraction: float) -> Corpus:
     names = (path.relative_to(root) for path in sorted(root.rglob("*.py")))
     sizes = {name: (root / name).stat().st_size for name in names}
     return Corpus(
-        path="Python's standard library",
+        path=STANDARD_LIBRARY,
         files=tuple(
             File(name.as_posix(), str(root / name), size)
             for name, size in sizes.items()

@@ -71,7 +71,7 @@ def _read(file: File, content: Content) -> Iterator[Document | Problem]:
 
 
 def _bad_records(file: File, problems: list[Problem], count: int) -> BadRecordsError:
-    advice = 'or set on_bad_record to "skip"'
+    advice = 'or set data.on_bad_record to "skip" (--data.on-bad-record skip)'
     lines = [f"{file.path}{_place(file, problem)}: {problem.reason}" for problem in problems]
     if count == 1:
         return BadRecordsError(f"{lines[0]}, {advice}")

@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +24,8 @@ from hymba_jax.remote import URL, filesystem, store_errors
 _WILDCARD = re.compile(r"[*?[]")
 # What makes a directory that of a run, here or in another place.
 _RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
+# What stores call it that tells contents of an object apart.
+_VERSIONS = ("etag", "ETag", "LastModified", "last_modified", "mtime")
 # Bytes that are asked of a server at once, at least.
 _REMOTE_BLOCK = 1 << 20
 
@@ -41,11 +43,13 @@ class File:
       name: its path below the corpus with `/` between its parts, or a lone file's own name.
       path: a local path or a URL.
       size: bytes; None where a server does not say.
+      version: time of modification, or what a server has to tell contents apart; empty if unknown.
     """
 
     name: str
     path: str
     size: int | None
+    version: str = ""
 
     def open(self) -> io.BufferedReader:
         """The file, opened for reading bytes.
@@ -156,7 +160,7 @@ def _local(path: Path, skip: Collection[PathLike], skipped: Counter[str]) -> lis
         status = root.stat()
         kind = file_kind(status.st_mode)
         if kind == "regular file" and not pattern:
-            return [File(root.name, str(root), status.st_size)]
+            return [File(root.name, str(root), status.st_size, str(status.st_mtime_ns))]
         if kind != "directory":
             raise HymbaError(f"{root}: is a {kind}: give a file, a directory or a glob")
         if os.path.realpath(root) in outputs:
@@ -187,12 +191,15 @@ def _walk(
                     real = _real_path(entry, above[-1])
                     if real in above:
                         skipped["link loops"] += 1
-                    elif real in outputs or _is_run(entry.path):
+                    elif real in outputs:
+                        skipped["the output"] += 1
+                    elif _is_run(entry.path):
                         skipped["run directories"] += 1
                     elif depth is None or name.count("/") + 1 < depth:
                         pending.append((entry.path, f"{name}/", (*above, real)))
                 elif kind == "regular file":
-                    yield File(name, entry.path, entry.stat().st_size)
+                    status = entry.stat()
+                    yield File(name, entry.path, status.st_size, str(status.st_mtime_ns))
                 else:
                     skipped[kind] += 1
 
@@ -234,7 +241,7 @@ def _remote(url: str, skip: Collection[PathLike], skipped: Counter[str]) -> list
         matches, depth = _matcher(pattern, url)
         info = store.info(path)
         if info["type"] != "directory" and not pattern:
-            return [File(path.rpartition("/")[2], url, info["size"])]
+            return [File(path.rpartition("/")[2], url, info["size"], _version(info))]
         if path in outputs:
             raise _same_as_output(url)
         entries = store.find(path, maxdepth=depth, withdirs=True, detail=True)
@@ -244,12 +251,18 @@ def _remote(url: str, skip: Collection[PathLike], skipped: Counter[str]) -> list
         for name, entry in entries.items()
         if name != path and not name.endswith("/")
     }
-    runs = {output.removeprefix(f"{path}/") for output in outputs} | _runs(below)
+    kinds = dict.fromkeys(_runs(below), "run directories")
+    kinds |= {output.removeprefix(f"{path}/"): "the output" for output in outputs}
     return [
-        File(name, f"{root.rstrip('/')}/{name}", below[name]["size"])
-        for name in _outside(below, runs, skipped)
+        File(name, f"{root.rstrip('/')}/{name}", below[name]["size"], _version(below[name]))
+        for name in _outside(below, kinds, skipped)
         if below[name]["type"] != "directory" and matches(name)
     ]
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """What a server says that another content of the same file would not have."""
+    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
 def _above(name: str) -> Iterator[str]:
@@ -265,17 +278,20 @@ def _runs(names: Collection[str]) -> set[str]:
     return {d for d in directories if all(f"{d}/{other}" in paths for other in others)}
 
 
-def _outside(names: Collection[str], runs: set[str], skipped: Counter[str]) -> Iterator[str]:
-    """The names that are neither hidden nor in a run directory; what keeps others is counted."""
+def _outside(
+    names: Collection[str], kinds: Mapping[str, str], skipped: Counter[str]
+) -> Iterator[str]:
+    """The names that are neither hidden nor in a directory of `kinds`, which has what it is counted
+    as; what keeps others is counted."""
     met = set()
     for name in names:
         for above in _above(name):
-            if above in runs or above.rpartition("/")[2].startswith("."):
+            if above in kinds or above.rpartition("/")[2].startswith("."):
                 met.add(above)
                 break
         else:
             yield name
-    skipped.update("run directories" if above in runs else "hidden entries" for above in met)
+    skipped.update(kinds.get(above, "hidden entries") for above in met)
 
 
 class _RemoteFile(io.RawIOBase):

@@ -180,7 +180,7 @@ def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> D
     sources = open_sources(config, tokenizer, output)
     _check_chat_options(config, [*sources.train.values(), *sources.validation.values()])
     unused = [
-        f"data.sources.{name}: has weight 0 and is not read"
+        f"data.sources.{name}: is not read, as its weight is 0 wherever a stage names it"
         for name, source in config.train_sources.items()
         if not source.weight
     ]

@@ -4,23 +4,24 @@ One process calls `tokenize_sources`; then all processes open the same tokens.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.content import make_content
-from hymba_jax.data.corpus import Corpus, document_hashes, standard_library
+from hymba_jax.data.corpus import STANDARD_LIBRARY, Corpus, document_hashes, standard_library
 from hymba_jax.data.listing import File, is_url, list_files
-from hymba_jax.data.manifest import MANIFEST, SIDES, TRAIN, VALIDATION
+from hymba_jax.data.manifest import SIDES, TRAIN, VALIDATION
 from hymba_jax.data.token_files import digest_of, find_token_files
-from hymba_jax.data.token_store import TokenStore, open_tokens
-from hymba_jax.data.tokenize_corpus import tokenize_corpus
+from hymba_jax.data.token_store import TokenStore, is_flat, open_tokens
+from hymba_jax.data.tokenize_corpus import one_line_full_disk, tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
-from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
+from hymba_jax.data.tokenized import TokenizedCorpus, digest_of_tokens, is_tokenized
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, resolve_location, resolve_path
@@ -68,12 +69,14 @@ class _Place:
     """Where a source is, as it is opened.
 
     Attributes:
+      name: what `Data.digests` calls its tokens.
       label: what messages call it.
       source: of the config.
       held_out: share of the documents that are for validation, if it is text.
       directory: for its tokens, if it is text.
     """
 
+    name: str
     label: str
     source: SourceConfig
     held_out: float
@@ -100,6 +103,12 @@ class _Place:
         return resolve_path(self.directory) if self.is_text else None
 
     @cached_property
+    def files(self) -> frozenset[Path]:
+        """The files of tokens, or the directory of a tokenized corpus, wherever links lead."""
+        paths = [resolve_path(self.path)] if self._is_tokenized else self.token_files
+        return frozenset(path.resolve() for path in paths)
+
+    @cached_property
     def token_files(self) -> list[Path]:
         return find_token_files(self.path)
 
@@ -115,10 +124,15 @@ def _places(config: DataConfig, output: str) -> Iterator[tuple[bool, str, _Place
     for name, source in config.train_sources.items():
         if source.weight:
             label = f"data.sources.{name}" if config.sources else "data.path"
-            yield True, name, _Place(label, source, held_out, root / "train" / name)
+            directory = root / "train" / name
+            yield True, name, _Place(f"training source {name}", label, source, held_out, directory)
     for name, held_out_source in config.validation.items():
-        place = _Place(f"data.validation.{name}", held_out_source, 1.0, root / "validation" / name)
-        yield False, name, place
+        label, directory = f"data.validation.{name}", root / "validation" / name
+        yield (
+            False,
+            name,
+            _Place(f"validation source {name}", label, held_out_source, 1.0, directory),
+        )
 
 
 # --- By one process: text to tokens ---
@@ -131,33 +145,34 @@ def tokenize_sources(
     check: Callable[[Tokenizer], object],
     display: Display,
     *,
-    is_resumed: bool,
+    trained_on: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Tokenizes every source that is text into the run directory, unless it is there already.
 
     What was interrupted continues. Tokens of other text or options are removed, unless a checkpoint
-    depends on them: a run that is resumed has its own tokens, and reads the text of new sources
-    only.
+    depends on them: then their text is not read, and may have moved, but is no other.
 
     Args:
       tokenizer: that of the run, if it has one already; else that of the sources that are tokens
         or, if all are text, what `config` asks for: a BPE is trained on their training documents.
       output: the run directory, which is no part of a source.
       check: raises HymbaError if the run cannot use a tokenizer, before anything is written.
-      is_resumed: whether the run has a checkpoint.
+      trained_on: `Data.digests` of the newest checkpoint.
 
     Raises:
       HymbaError: a source or the tokenizer is unusable, or they do not go together.
     """
     places = [place for _, _, place in _places(config, output)]
+    _check_places(places)
     text_sources = [place for place in places if place.is_text]
     held_out = [place for place in text_sources if place.is_held_out]
-    if is_resumed:
-        done = [place for place in text_sources if (place.directory / MANIFEST).exists()]
+    done = [place for place in text_sources if _is_trained_on(place, trained_on)]
+    for place in done:
+        _check_moved(place, output, display)
+    if done:
         text_sources = [place for place in text_sources if place not in done]
-        if done:
-            names = ", ".join(place.label for place in done)
-            display.say(f"{names}: the run has the tokens, no text is read")
+        names = ", ".join(place.label for place in done)
+        display.say(f"{names}: the run has the tokens, no text is read")
     if not text_sources:
         return
     root = resolve_location(output) / TOKENS
@@ -185,10 +200,12 @@ def tokenize_sources(
             ]
 
         hashes = document_hashes(corpus for _, corpus in of(held_out))
-        return [
-            corpus if place.is_held_out else replace(corpus, excluded=hashes)
-            for place, corpus in of(text_sources)
-        ]
+        return _without_exceptions(
+            [
+                corpus if place.is_held_out else replace(corpus, excluded=hashes)
+                for place, corpus in of(text_sources)
+            ]
+        )
 
     tokenizer = tokenizer or _given_tokenizer(config, places)
     if tokenizer is None:
@@ -202,21 +219,80 @@ def tokenize_sources(
         trained = build_tokenizer(config.tokenizer, with_progress(training, display))
         tokenizer = trained.with_chat_template_of(config.chat_template)
     check(tokenizer)
-    for place, corpus in zip(text_sources, corpora(tokenizer), strict=True):
-        directory = resolve_path(place.directory)
-        options = {"data.path": corpus.path, **corpus.options, "tokenizer": tokenizer.fingerprint}
-        if tokenize_records.difference(directory, options, corpus.files):
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tokenize_records.begin(directory, options, corpus.files)
-        tokenizer.save(directory)
-        display.begin(f"tokenizing {corpus.path}")
-        manifest = tokenize_corpus(corpus, tokenizer, directory, display)
-        if manifest and manifest.skipped:
-            display.say(
-                f"{corpus.path}: skipped {manifest.skipped:,} records, listed in "
-                f"{directory / tokenize_records.UNITS}/*.skipped.jsonl"
-            )
+    for place in places:
+        if not place.is_text:
+            _check_tokens(place, tokenizer, config)
+    with one_line_full_disk(root):
+        for place, corpus in zip(text_sources, corpora(tokenizer), strict=True):
+            _tokenize(place, corpus, tokenizer, display)
+            _check_trained_on(place, output, trained_on)
+
+
+def _tokenize(place: _Place, corpus: Corpus, tokenizer: Tokenizer, display: Display) -> None:
+    """Tokenizes a source into its directory, unless that has the same tokens already."""
+    directory = resolve_path(place.directory)
+    options = {"data.path": corpus.path, **corpus.options, "tokenizer": tokenizer.fingerprint}
+    if tokenize_records.difference(directory, options, corpus.files):
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenize_records.begin(directory, options, corpus.files)
+    tokenizer.save(directory)
+    display.begin(f"tokenizing {corpus.path}")
+    manifest = tokenize_corpus(corpus, tokenizer, directory, display)
+    if manifest and manifest.skipped:
+        display.say(
+            f"{corpus.path}: skipped {manifest.skipped:,} records, listed in "
+            f"{directory / tokenize_records.UNITS}/*.skipped.jsonl"
+        )
+
+
+def _is_trained_on(place: _Place, trained_on: Mapping[str, str]) -> bool:
+    """Whether the tokens of a source are there, and those of a checkpoint."""
+    directory = resolve_location(place.directory)
+    if isinstance(directory, RemotePath) or place.name not in trained_on:
+        return False
+    return digest_of_tokens(directory) == trained_on[place.name]
+
+
+def _check_moved(place: _Place, output: str, display: Display) -> None:
+    """Raises HymbaError if the text of tokens that were trained on is said to be another."""
+    directory = resolve_path(place.directory)
+    recorded = tokenize_records.recorded_path(directory)
+    if (place.path or STANDARD_LIBRARY) == recorded:
+        return
+    files = _list_text(place, output, display) if place.path else standard_library(0).files
+    if changed := tokenize_records.moved_difference(directory, files):
+        raise HymbaError(
+            f"{place.label}: {place.path or STANDARD_LIBRARY} is not {recorded}, on whose tokens "
+            f"the run was trained ({changed}): name that again, which is not read, or choose "
+            "another output"
+        )
+
+
+def _check_trained_on(place: _Place, output: str, trained_on: Mapping[str, str]) -> None:
+    """Raises HymbaError, and removes the tokens, if they are not those that were trained on."""
+    directory = resolve_path(place.directory)
+    digest = digest_of_tokens(directory)
+    if trained_on.get(place.name, digest) != digest:
+        shutil.rmtree(directory)
+        raise HymbaError(
+            f"{output}: the {place.name} has other tokens than those the run was trained on: "
+            f"restore {place.path or 'the Python of then'}, or choose another output"
+        )
+
+
+def _without_exceptions(corpora: Sequence[Corpus]) -> list[Corpus]:
+    """The same, none with a document that another one has for itself on both sides, or on another
+    side than the rest."""
+    if len(corpora) < 2:
+        return [*corpora]
+    every = frozenset().union(*(corpus.exceptions for corpus in corpora))
+    return [
+        replace(corpus, excluded=corpus.excluded | others)
+        if 0 < corpus.validation_fraction < 1 and (others := every - corpus.exceptions)
+        else corpus
+        for corpus in corpora
+    ]
 
 
 def _list_text(place: _Place, output: str, display: Display) -> tuple[File, ...]:
@@ -260,8 +336,9 @@ def _given_tokenizer(config: DataConfig, places: list[_Place]) -> Tokenizer | No
     Raises:
       HymbaError: it would be trained, but there are tokens that do not say what made them.
     """
-    tokenized = [place.tokenized for place in places if not place.is_text]
-    if own := [Tokenizer.load(directory) for directory in tokenized if directory]:
+    tokenized = [place for place in places if not place.is_text and place.tokenized]
+    if own := [Tokenizer.load(place.tokenized) for place in tokenized if place.tokenized]:
+        _check_named_tokenizer(config, tokenized[0].path, own[0])
         return _first_for_chat(own).with_chat_template_of(config.chat_template)
     if config.bpe_size is None:
         given = build_tokenizer(config.tokenizer, ())
@@ -272,6 +349,19 @@ def _given_tokenizer(config: DataConfig, places: list[_Place]) -> Tokenizer | No
             "that tokenizer"
         )
     return None
+
+
+def _check_named_tokenizer(config: DataConfig, path: str, own: Tokenizer) -> None:
+    """Raises HymbaError if the config names a tokenizer, rather than the size of a BPE to train,
+    and tokens were made by another one."""
+    if config.bpe_size is not None:
+        return
+    named = build_tokenizer(config.tokenizer, ())
+    if named.text_fingerprint != own.text_fingerprint:
+        raise HymbaError(
+            f"{path}: was tokenized by another tokenizer than data.tokenizer {config.tokenizer}: "
+            f"tokenize it with that one, or set data.tokenizer to {path}"
+        )
 
 
 def _first_for_chat(tokenizers: Sequence[Tokenizer]) -> Tokenizer:
@@ -292,27 +382,23 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
       HymbaError: tokens are damaged, of different tokenizers, or there are none on one side.
     """
     places = [*_places(config, output)]
+    _check_places([place for *_, place in places])
     tokenized = {
         place.directory: TokenizedCorpus.open(place.tokenized)
         for _, _, place in places
         if place.tokenized is not None
     }
     if tokenizer is None:
+        tokenizer = _given_tokenizer(config, [place for *_, place in places])
+    if tokenizer is None:
         own = [corpus.tokenizer for corpus in tokenized.values()]
-        tokenizer = (
-            _first_for_chat(own).with_chat_template_of(config.chat_template)
-            if own
-            else _given_tokenizer(config, [place for *_, place in places])
-        )
-    assert tokenizer is not None  # else there was text, which is tokenized
+        tokenizer = _first_for_chat(own).with_chat_template_of(config.chat_template)
     train: dict[str, Tokens] = {}
     validation: dict[str, Tokens] = {}
     notes = []
     for is_training, name, place in places:
         if place.tokenized is None:
-            if config.has_answers(place.source):
-                raise HymbaError(f"{place.path}: {_other_format(place, 'text', config)}")
-            (train if is_training else validation)[name] = _open_files(place, tokenizer)
+            (train if is_training else validation)[name] = _open_files(place, tokenizer, config)
             continue
         corpus = tokenized[place.directory]
         _check_tokenizer(place, corpus, tokenizer)
@@ -323,10 +409,14 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
             if not config.validation and VALIDATION in sides:
                 validation[name] = sides[VALIDATION]
         else:
-            validation[name] = sides.get(VALIDATION) or _train_side(place, sides)
+            validation[name] = _whole(place, corpus)
         if not place.is_text:
-            kept = "tokenizer" if config.validation else "tokenizer and validation documents"
-            notes.append(f"{place.path}: is tokenized: its {kept} are used")
+            kept = (
+                "tokenizer is used"
+                if config.validation
+                else "tokenizer and validation documents are used"
+            )
+            notes.append(f"{place.path}: is tokenized: its {kept}")
     if not validation:
         names = ", ".join(place.path or "the standard library" for *_, place in places)
         raise HymbaError(
@@ -339,10 +429,97 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
             for is_training, name, place in places
             if is_training and name not in validation
         ]
+    notes += _shared_documents(config, places, tokenized)
+    notes += _without_effect(config, [place for *_, place in places])
     return Sources(tokenizer, train, validation, tuple(notes))
 
 
-def _open_files(place: _Place, tokenizer: Tokenizer) -> Tokens:
+def _check_places(places: Sequence[_Place]) -> None:
+    """Raises HymbaError if tokens are on both sides, or an option of a source has no effect."""
+    for place in places:
+        source = place.source
+        if source.text_field and not place.is_text:
+            raise HymbaError(
+                f"{place.label}.text_field has no effect: {place.path} is tokenized already: leave "
+                "it out"
+            )
+        if source.token_dtype and not any(map(is_flat, place.token_files)):
+            raise HymbaError(
+                f"{place.label}.token_dtype has no effect: {place.path} is no flat .bin: leave it "
+                "out"
+            )
+    for held_out in (place for place in places if place.is_held_out and not place.is_text):
+        for place in places:
+            if not (place.is_held_out or place.is_text) and place.files & held_out.files:
+                raise HymbaError(
+                    f"{held_out.path}: is {place.label}, too, which is trained on: leave out "
+                    f"{held_out.label}, or name tokens of other documents"
+                )
+
+
+def _check_tokens(place: _Place, tokenizer: Tokenizer, config: DataConfig) -> None:
+    """Raises HymbaError if a source that is tokens cannot be used: before text is tokenized."""
+    if place.tokenized is None:
+        _open_files(place, tokenizer, config)
+        return
+    corpus = TokenizedCorpus.open(place.tokenized)
+    _check_tokenizer(place, corpus, tokenizer)
+    _check_format(place, corpus, config)
+
+
+def _shared_documents(
+    config: DataConfig,
+    places: Sequence[tuple[bool, str, _Place]],
+    tokenized: Mapping[Location, TokenizedCorpus],
+) -> Iterator[str]:
+    """Says where documents may be on both sides of the split, which only text is searched for."""
+
+    def excludes(place: _Place) -> bool:
+        """Whether a tokenized corpus is without some text that was named with `--data.exclude`."""
+        corpus = tokenized.get(place.directory)
+        return corpus is not None and "excluded documents" in corpus.manifest.options
+
+    train = [place for is_training, _, place in places if is_training]
+    held_out = [place for is_training, _, place in places if not is_training]
+    if all(place.is_text for place in held_out):
+        unsure = [place.label for place in train if not (place.is_text or excludes(place))]
+    else:
+        unsure = [place.label for place in train if place.is_text or not excludes(place)]
+    if held_out and unsure:
+        names = ", ".join(place.label for place in held_out)
+        yield (
+            f"{', '.join(unsure)}: not searched for documents of {names}, as what is tokenized is "
+            "not read again: hymba tokenize --data.exclude leaves them out"
+        )
+    if held_out or not unsure or len(train) < 2:
+        return
+    shares = {
+        tokenized[place.directory].manifest.options["validation_fraction"]
+        if place.directory in tokenized
+        else 0.0
+        for place in train
+    }
+    if len(shares) > 1:
+        yield (
+            f"{', '.join(place.label for place in train)}: hold out different shares: a document "
+            "of several may be trained on and validated with: tokenize them with one "
+            "validation_fraction"
+        )
+
+
+def _without_effect(config: DataConfig, places: Sequence[_Place]) -> Iterator[str]:
+    """Says which options of text are set where there is none."""
+    names = ["validation_fraction"] * bool(config.validation)
+    if not any(place.is_text for place in places):
+        names = ["text_field", "on_bad_record", "validation_fraction"]
+    for name in names:
+        if getattr(config, name) != getattr(DataConfig, name):
+            yield f"data.{name}: has no effect on these sources"
+
+
+def _open_files(place: _Place, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
+    if config.has_answers(place.source):
+        raise HymbaError(f"{place.path}: {_other_format(place, 'text', config)}")
     files = place.token_files
     store = open_tokens(
         files, place.source.token_dtype or None, tokenizer.eos_id, tokenizer.vocab_size
@@ -362,6 +539,19 @@ def _sides(corpus: TokenizedCorpus) -> dict[str, Tokens]:
         for side in SIDES
         if (store := getattr(corpus, side)) is not None
     }
+
+
+def _whole(place: _Place, corpus: TokenizedCorpus) -> Tokens:
+    """All documents of a tokenized corpus."""
+    store, manifest = corpus.whole(), corpus.manifest
+    if store is None:
+        raise HymbaError(f"{place.path}: {place.label} has no documents: name one that has some")
+    return Tokens(
+        store,
+        corpus.digest,
+        manifest.train.text_bytes + manifest.validation.text_bytes,
+        corpus.format == "preference",
+    )
 
 
 def _train_side(place: _Place, sides: dict[str, Tokens]) -> Tokens:

@@ -1,30 +1,67 @@
 """Which side of the validation split text is on.
 
 Documents are held out by a hash of their text, so that identical ones are on the same side and a
-document stays on its side when others are added. A corpus of one document holds out its tail.
+document stays on its side when others are added. Where that would leave a side empty, the document
+with the lowest hash is held out, or that with the highest is not; a corpus of one document, however
+often it has it, holds out its tail.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from hymba_jax.data.records import Document
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to validation: about this fraction of different ones does.
+class Split(NamedTuple):
+    """Which documents of a corpus are held out.
 
-    It does if the first 64 bits of the BLAKE2b of its UTF-8, as a big-endian integer, are below
-    `fraction * 2**64`; so what a smaller fraction holds out, a larger one does, too.
+    Attributes:
+      limit: those are whose hash is below it. It is the fraction of 2**64, the number of hashes, so
+        that what a smaller fraction holds out, a larger one does, too.
+      only_length: characters of the only text, which holds out its tail; 0 if there are several.
+      exceptions: hashes of documents that the fraction alone would have on the other side, or whole
+        on one.
+    """
+
+    limit: float
+    only_length: int = 0
+    exceptions: frozenset[int] = frozenset()
+
+
+def find_split(documents: Iterable[Iterator[Document]], fraction: float) -> Split:
+    """The split of documents, which are read until there is one on either side.
 
     Args:
-      text: the document, of one in pieces its first piece.
+      documents: the pieces of each.
+      fraction: about this share is held out; 0 holds out none, 1 all.
     """
-    return document_hash(text) < fraction * 2**64  # exact, as are Python's comparisons
+    split = Split(fraction * 2**64)
+    if not 0 < fraction < 1:
+        return split
+    lowest, highest, length = 2**64, -1, sys.maxsize
+    for pieces in documents:
+        first = next(pieces)
+        value = document_hash(first.text)
+        lowest, highest = min(lowest, value), max(highest, value)
+        if lowest < split.limit <= highest:
+            return split
+        if lowest == highest:  # the only one so far; a conversation has no tail
+            whole = 0 if first.chat else len(first.text) + sum(len(piece.text) for piece in pieces)
+            length = min(length, whole)
+    if lowest < highest:
+        is_without_validation = lowest >= split.limit
+        limit, exception = (lowest + 1, lowest) if is_without_validation else (highest, highest)
+        return Split(limit, exceptions=frozenset([exception]))
+    if highest < 0 or length < 2:
+        return split
+    return Split(split.limit, length, frozenset([lowest]))
 
 
 def document_hash(text: str) -> int:
-    """64 bits that tell a document from others.
+    """64 bits that tell a document from others: the first of the BLAKE2b of its UTF-8, big-endian.
 
     Args:
       text: the document, of one in pieces its first piece.

@@ -1,12 +1,14 @@
 """`hymba tokenize`: a corpus to shards of tokens, on all cores, of one host or of several."""
 
 import dataclasses
-import errno
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from hymba_jax.config.data import DataConfig, Format, LossOn, OnBadRecord
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
@@ -16,7 +18,7 @@ from hymba_jax.data.corpus import Corpus, document_hashes
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest
 from hymba_jax.data.show_examples import examples
-from hymba_jax.data.tokenize_corpus import tokenize_corpus
+from hymba_jax.data.tokenize_corpus import one_line_full_disk, tokenize_corpus
 from hymba_jax.data.tokenize_progress import with_progress
 from hymba_jax.data.tokenized import TokenizedCorpus, damage
 from hymba_jax.display import Display
@@ -30,8 +32,8 @@ TOKENIZE_BOUNDS = {
     "show": Bounds(0, 10_000, "nobody reads so many"),
 }
 
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _PART = re.compile(r"\d{1,6}/\d{1,6}")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,23 @@ class TokenizeConfig:
             yield f"tokenizer {self.tokenizer} is trained on text: name one that there is"
         if self.data.loss_on != "all" and self.data.format == "text":
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
-        if self.show and (self.check or self.tokenizer_only):
-            yield "show has no effect with check or tokenizer_only, which tokenize nothing"
+        if self.show and self.tokenizer_only:
+            yield "show has no effect with tokenizer_only, which tokenizes nothing"
         if not self.data.text_field:
             yield "data.text_field is empty"
+        if self.check:
+            yield from self._unchecked()
         if not 0 <= self.data.validation_fraction < 1:
             yield f"data.validation_fraction is {self.data.validation_fraction}, not in [0, 1)"
         if not (_PART.fullmatch(self.part) and 0 <= self.part_of[0] < self.part_of[1]):
             yield f"part is {self.part!r}: give i/n with i from 1 to n, such as 1/4"
+
+    def _unchecked(self) -> Iterator[str]:
+        """Options that are set, and have no effect with `check`."""
+        for each in dataclasses.fields(self):
+            default = TokenizeDataConfig() if each.name == "data" else each.default
+            if each.name not in ("output", "check") and getattr(self, each.name) != default:
+                yield f"{each.name} has no effect with check, which reads what is in output"
 
     @property
     def bpe_size(self) -> int | None:
@@ -146,8 +157,9 @@ def main(config: TokenizeConfig) -> None:
         _check(directory)
         return
     with (
+        _one_line_signals(directory),
         Display() as display,
-        _one_line_full_disk(directory),
+        one_line_full_disk(directory),
         _locked_part(directory, config.part_of, display),
     ):
         _tokenize(config, directory, display)
@@ -260,6 +272,9 @@ def _summarize(manifest: Manifest, directory: Path, display: Display) -> None:
             f"{name}: {side.documents:,} documents, {side.tokens:,} tokens, {side.text_bytes:,} "
             f"bytes of text, {len(side.shards)} shards"
         )
+    for side, what in ((manifest.train, "train on"), (manifest.validation, "validate with")):
+        if not side.documents and manifest.options["validation_fraction"]:
+            display.say(f"no document is left to {what}: tokenize more of them together")
     if manifest.skipped:
         display.say(
             f"skipped records: {manifest.skipped:,}, listed in "
@@ -295,15 +310,33 @@ def _locked_part(directory: Path, part_of: tuple[int, int], display: Display) ->
         yield
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal has come, of the number that it has as its argument."""
+
+
 @contextmanager
-def _one_line_full_disk(directory: Path) -> Iterator[None]:
+def _one_line_signals(directory: Path) -> Iterator[None]:
+    """Ends the body at Ctrl-C or SIGTERM, says how to continue, and exits with 128 + signal.
+
+    What is ignored, as in a shell's background, stays ignored.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise _Stopped(signal.Signals(number))
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    handled = [number for number in _SIGNALS if before[number] is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, stop)
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise HymbaError(
-                f"{directory}: cannot be written ({error.strerror}): make room and run the same "
-                "command again, it continues"
-            ) from error
-        error.filename = error.filename or str(directory)
-        raise
+    except _Stopped as stopped:
+        (number,) = stopped.args
+        sys.stderr.write(
+            f"stopped by {_SIGNALS[number]}: run the same command again to continue in "
+            f"{directory}\n"
+        )
+        sys.exit(128 + number)
+    finally:
+        for number in handled:
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: set by no Python code

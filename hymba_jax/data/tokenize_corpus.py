@@ -7,6 +7,7 @@ shard depends on files and options alone, its bytes are those of a run that was 
 are also what hosts share: of n parts, part i has every n-th one.
 """
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -38,8 +39,11 @@ from hymba_jax.data.records import Document, Problem
 from hymba_jax.data.tokenize_progress import Progress, ProgressLine, total_size
 from hymba_jax.data.tokenize_records import UnitRecord, corpus_digest, make_units, record_path
 from hymba_jax.display import Display
+from hymba_jax.errors import HymbaError
 from hymba_jax.files import replace_text
 from hymba_jax.tokenizer import Tokenizer
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def tokenize_corpus(
@@ -75,6 +79,21 @@ def tokenize_corpus(
     with Encoder(tokenizer, workers or default_workers(writer.total_bytes)) as encoder:
         writer.write(encoder)
     return None if writer.remaining_units() else writer.write_manifest()
+
+
+@contextmanager
+def one_line_full_disk(directory: Path) -> Iterator[None]:
+    """Raises HymbaError where the disk that a directory is on is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise HymbaError(
+                f"{directory}: cannot be written ({error.strerror}): make room and run the same "
+                "command again, it continues"
+            ) from error
+        error.filename = error.filename or str(directory)
+        raise
 
 
 class CorpusWriter:

@@ -39,7 +39,7 @@ class Progress:
     def following(self, files: Iterable[File]) -> Iterator[File]:
         """The same files, whose reading is followed."""
         for file in files:
-            yield _FollowedFile(file.name, file.path, file.size, self)
+            yield _FollowedFile(file.name, file.path, file.size, progress=self)
             self._stream = None
             self._bytes_before += file.size or 0
 
@@ -48,7 +48,7 @@ class Progress:
         self._stream = stream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _FollowedFile(File):
     progress: Progress
 

@@ -30,6 +30,8 @@ UNIT_BYTES = 1 << 28
 SHARD_TOKENS = 1 << 28
 """Tokens after which the shards of a unit are closed, at the end of a document."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 _CORPUS = "corpus.json"
 
 
@@ -101,8 +103,10 @@ def corpus_digest(directory: Path, tokenizer: str) -> str:
 def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) -> None:
     """Records what is tokenized, or compares it with what was recorded.
 
+    Other options or files replace what was recorded while nothing is there that took work.
+
     Raises:
-      HymbaError: the directory is of other options or files, or holds something else.
+      HymbaError: the directory has shards of other options or files, or holds something else.
     """
     path = directory / UNITS / _CORPUS
     foreign = [entry.name for entry in directory.iterdir() if _is_foreign(entry)]
@@ -115,9 +119,21 @@ def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) ->
         path.parent.mkdir(exist_ok=True)
         replace_text(path, json.dumps(_corpus(options, files)) + "\n")
     if changed := difference(directory, options, files):
-        raise HymbaError(
-            f"{directory}: was begun with {changed}: give the same again, or another --output"
-        )
+        if has_results(directory):
+            raise HymbaError(
+                f"{directory}: was begun with {changed}: give the same again, or another --output"
+            )
+        for name in TOKENIZER_FILES:
+            (directory / name).unlink(missing_ok=True)
+        replace_text(path, json.dumps(_corpus(options, files)) + "\n")
+
+
+def has_results(directory: Path) -> bool:
+    """Whether anything is there that took work: a shard, or a tokenizer that was trained."""
+    units = directory / UNITS
+    name = read_json(units / _CORPUS)["options"].get("tokenizer", "")
+    is_trained = name.startswith("bpe:") and (directory / TOKENIZER_FILES[0]).exists()
+    return is_trained or any(units.glob("*[0-9].json"))
 
 
 def difference(directory: Path, options: Mapping[str, Any], files: Sequence[File]) -> str:
@@ -126,11 +142,30 @@ def difference(directory: Path, options: Mapping[str, Any], files: Sequence[File
     return _difference(read_json(path), _corpus(options, files)) if path.exists() else ""
 
 
+def moved_difference(directory: Path, files: Sequence[File]) -> str:
+    """How files at another path than the recorded one differ by name or size, in words.
+
+    Empty if they do not: a corpus may move, which changes the times of its files.
+    """
+    recorded = read_json(directory / UNITS / _CORPUS)
+    old = {"options": {}, "files": [[name, size] for name, size, *_ in recorded["files"]]}
+    new = {"options": {}, "files": [[file.name, file.size] for file in files]}
+    return _difference(old, new)
+
+
+def recorded_path(directory: Path) -> str:
+    """The path of what is tokenized, as it was given."""
+    return str(read_json(directory / UNITS / _CORPUS)["options"]["data.path"])
+
+
 def _corpus(options: Mapping[str, Any], files: Sequence[File]) -> dict[str, Any]:
     """What is recorded of a corpus."""
     # With other limits the shards would be others.
     limits = {"unit bytes": UNIT_BYTES, "shard tokens": SHARD_TOKENS}
-    return {"options": {**options, **limits}, "files": [[file.name, file.size] for file in files]}
+    return {
+        "options": {**options, **limits},
+        "files": [[file.name, file.size, file.version] for file in files],
+    }
 
 
 def count_done(directory: Path) -> tuple[int, int] | None:
@@ -138,7 +173,7 @@ def count_done(directory: Path) -> tuple[int, int] | None:
     path = directory / UNITS / _CORPUS
     if not path.exists():
         return None
-    units = make_units([File(name, name, size) for name, size in read_json(path)["files"]])
+    units = make_units([File(name, name, size) for name, size, *_ in read_json(path)["files"]])
     records = (record_path(directory, unit) for unit in range(len(units)))
     return sum(path.exists() and read_json(path)["done"] for path in records), len(units)
 
@@ -155,7 +190,9 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         old, new = before["options"].get(name), now["options"].get(name)
         if old != new:
             return f"{name} {old!r}, which is {new!r} now"
-    old_files, new_files = dict(before["files"]), dict(now["files"])
+    old_files, new_files = (
+        {name: tuple(rest) for name, *rest in each["files"]} for each in (before, now)
+    )
     if old_files == new_files:
         return ""
     changed = {name for name, _ in old_files.items() ^ new_files.items()}
@@ -164,6 +201,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         what = "is gone"
     elif first not in old_files:
         what = "is new"
+    elif new_files[first][0] != old_files[first][0]:
+        what = f"has {new_files[first][0]} bytes instead of {old_files[first][0]}"
     else:
-        what = f"has {new_files[first]} bytes instead of {old_files[first]}"
+        what = "was modified"
     return f"other files: {first} {what}" + f" (and {len(changed) - 1} more)" * (len(changed) > 1)

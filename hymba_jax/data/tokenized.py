@@ -1,14 +1,14 @@
 """A corpus that `hymba tokenize` has tokenized: its tokenizer and its two streams of tokens."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hymba_jax.data.block_checksums import VerifiedShard
-from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest, Side
+from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest, ShardInfo
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.tokenize_records import count_done
 from hymba_jax.errors import HymbaError
@@ -40,6 +40,11 @@ class TokenizedCorpus:
         """What its documents are, as `data.format`; of a pair the chosen side comes first."""
         return str(self.manifest.options.get("format", "text"))
 
+    def whole(self) -> TokenStore | None:
+        """The documents of both sides as one stream; None if there are none."""
+        shards = (*self.manifest.train.shards, *self.manifest.validation.shards)
+        return _open_shards(self.directory, self.manifest, shards)
+
     @classmethod
     def open(cls, directory: PathLike) -> "TokenizedCorpus":
         """Opens all shards and compares their sizes, and indices, with the manifest.
@@ -61,8 +66,8 @@ class TokenizedCorpus:
             manifest=manifest,
             digest=digest,
             tokenizer=tokenizer,
-            train=_open_side(directory, manifest, manifest.train),
-            validation=_open_side(directory, manifest, manifest.validation),
+            train=_open_shards(directory, manifest, manifest.train.shards),
+            validation=_open_shards(directory, manifest, manifest.validation.shards),
         )
 
 
@@ -90,10 +95,18 @@ def damage(directory: PathLike) -> Iterator[str]:
                 yield from shard.damage()
 
 
+def digest_of_tokens(directory: PathLike) -> str | None:
+    """`TokenizedCorpus.digest` of what is in a directory; None if tokenizing is not finished."""
+    path = resolve_path(directory) / MANIFEST
+    if not path.exists():
+        return None
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
 def _read_manifest(directory: Path) -> tuple[Manifest, str]:
     """The manifest and a digest of it."""
-    path = directory / MANIFEST
-    if not path.exists():
+    digest = digest_of_tokens(directory)
+    if digest is None:
         done = count_done(directory)
         if done is None:
             raise HymbaError(f"{directory}: no tokenized corpus: it has no {MANIFEST}")
@@ -101,11 +114,12 @@ def _read_manifest(directory: Path) -> tuple[Manifest, str]:
             f"{directory}: tokenizing is not finished: {done[0]} of {done[1]} groups of files are "
             "done: run the same `hymba tokenize` again"
         )
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return Manifest.read(path), digest
+    return Manifest.read(directory / MANIFEST), digest
 
 
-def _open_side(directory: Path, manifest: Manifest, side: Side) -> TokenStore | None:
+def _open_shards(
+    directory: Path, manifest: Manifest, infos: Sequence[ShardInfo]
+) -> TokenStore | None:
     itemsize = np.dtype(manifest.tokenizer.dtype).itemsize
-    shards = [VerifiedShard(directory / info.name, info, itemsize) for info in side.shards]
+    shards = [VerifiedShard(directory / info.name, info, itemsize) for info in infos]
     return TokenStore(shards) if shards else None

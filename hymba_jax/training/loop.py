@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState
+from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, trained_on
 from hymba_jax.checkpoint.run_directory import (
     check_data,
     check_output,
@@ -416,7 +416,7 @@ def _read_data(
         )
         tokenizer = tokenizer.with_chat_template_of(config.chat_template)
     if is_main_process():
-        tokenize_sources(config, tokenizer, output, check, display, is_resumed=is_resumed)
+        tokenize_sources(config, tokenizer, output, check, display, trained_on=trained_on(output))
     wait_for_all("tokens")
     data = open_data(config, tokenizer, output)
     if initial is not None:
@@ -433,7 +433,9 @@ def _fit_model(config: RunConfig, source: HymbaConfig | None, tokenizer: Tokeniz
     """
     embeddings = source.num_embeddings if source else tokenizer.vocab_size
     model, training = config.model.with_vocabulary(embeddings), config.training
-    tokenizer.check_fits(model, config.data.tokenizer)
+    # A size asks for a tokenizer to be trained, where neither tokens nor the source model have one.
+    name = config.data.tokenizer if config.data.bpe_size is None else "of the data"
+    tokenizer.check_fits(model, name)
     positions = config.resolved_stages[-1].run.model.max_positions
     check_sample(training.sample_prompt, training.sample_tokens, tokenizer, positions)
     return model

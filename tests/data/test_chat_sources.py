@@ -1,6 +1,7 @@
 """Conversations as sources of a run, beside text."""
 
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def config(path="", **options):
     return DataConfig(path=str(path), **options)
 
 
-def prepare(data, output, tokenizer=None, is_resumed=False):
-    tokenize_sources(data, tokenizer, output, str, Display(quiet=True), is_resumed=is_resumed)
+def prepare(data, output, tokenizer=None, trained_on=MappingProxyType({})):
+    tokenize_sources(data, tokenizer, output, str, Display(quiet=True), trained_on=trained_on)
     return open_data(data, tokenizer, output)
 
 
@@ -92,7 +93,7 @@ def test_a_run_trains_on_answers_and_keeps_the_template(chats, template, output)
     chats.unlink()
     tokenizer = Tokenizer.load(f"{output}/tokens/train/corpus")
     assert tokenizer.chat_template == TEMPLATE
-    again = prepare(data, output, tokenizer, is_resumed=True)
+    again = prepare(data, output, tokenizer, opened.digests)
     assert again.digests == opened.digests
 
 

@@ -8,9 +8,11 @@ import pytest
 from hymba_jax.data.documents import BadRecordsError, read_documents
 from hymba_jax.data.listing import File, list_files
 from hymba_jax.data.records import Document, Problem
-from hymba_jax.data.split import hold_out_tail, is_held_out
+from hymba_jax.data.split import document_hash, hold_out_tail
 from hymba_jax.data.text_field import TextField
 from hymba_jax.errors import HymbaError
+
+ADVICE = 'or set data.on_bad_record to "skip" (--data.on-bad-record skip)'
 
 
 def lines(*texts):
@@ -70,7 +72,7 @@ def test_bad_records_of_a_file_are_listed_together(tmp_path):
     texts, (first, *others) = read_broken(files)
     assert texts == ["one", "two"]  # nothing after the first bad record
     path = tmp_path / "b.jsonl"
-    assert first == f'{path}: 3 problems: fix them, or set on_bad_record to "skip"'
+    assert first == f"{path}: 3 problems: fix them, {ADVICE}"
     for number, reason, line in zip((2, 3, 4), ("broken", "not U", "not a"), others, strict=True):
         assert line.startswith(f"  {path}:{number}: {reason}")
 
@@ -82,7 +84,7 @@ def test_bad_records_of_a_file_are_listed_together(tmp_path):
     files = write(tmp_path, b_jsonl=b"{\x1b\n")
     _, (alone,) = read_broken(files)
     assert alone.startswith(f"{path}:1: broken JSON")
-    assert alone.endswith('or set on_bad_record to "skip"')
+    assert alone.endswith(ADVICE)
 
 
 def test_bad_records_are_skipped_and_reported(tmp_path):
@@ -127,7 +129,7 @@ def test_split_is_by_hash_of_the_text():
     texts = [f"text {number} é" for number in range(10_000)]
     before = set()
     for fraction in (0.001, 0.05, 0.3, 0.99):
-        held = {text for text in texts if is_held_out(text, fraction)}
+        held = {text for text in texts if document_hash(text) < fraction * 2**64}
         assert held == {
             text
             for text in texts

@@ -61,7 +61,8 @@ def test_files_are_sorted_named_from_the_root_and_open(corpus):
         with file.open() as opened:
             assert opened.read(3) == (b"123" if file.size == 5 else b"67")
             assert opened.seek(0, io.SEEK_END) == file.size
-    assert list_files(f"{root}/a/z.txt").files == (File("z.txt", f"{root}/a/z.txt", 5),)
+    (alone,) = list_files(f"{root}/a/z.txt").files
+    assert (alone.name, alone.path, alone.size) == ("z.txt", f"{root}/a/z.txt", 5)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,12 @@ def test_hidden_empty_and_run_files_are_left_out_and_counted(corpus):
     write("started/log.jsonl")
     listing = list_files(root, skip=[f"{root}/started"])
     assert [file.name for file in listing.files] == ["b/config.toml", "config.toml", "kept.txt"]
-    assert listing.skipped == {"hidden entries": 3, "empty files": 1, "run directories": 3}
+    assert listing.skipped == {
+        "hidden entries": 3,
+        "empty files": 1,
+        "run directories": 2,
+        "the output": 1,
+    }
     assert names(f"{root}/**/*.toml") == ["b/config.toml", "config.toml"]
     assert names(f"{root}/.git") == ["a", "b"]  # which was asked for by name
     assert "choose an output of its own" in error_of(root, skip=[root])
@@ -120,11 +126,13 @@ def test_directories_of_object_stores(bucket, monkeypatch):
 
     def objects(self, path, **options):
         found = find(self, path, **{**options, "withdirs": False})
+        found = {name: entry | {"etag": f"of {name}"} for name, entry in found.items()}
         return {**found, "/bucket/a/": {"name": "/bucket/a/", "size": 0, "type": "file"}}
 
     monkeypatch.setattr(type(memory), "find", objects)
     listing = list_files(bucket)
-    assert [file.name for file in listing.files] == ["a/1.txt"]
+    (file,) = listing.files
+    assert (file.name, file.version) == ("a/1.txt", "of /bucket/a/1.txt")
     assert listing.skipped == {"run directories": 1}
 
 

@@ -1,7 +1,10 @@
 import dataclasses
 import json
+import os
+import shutil
 from collections import Counter
 from itertools import islice, pairwise
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -41,8 +44,8 @@ def config(path="", **options):
     return DataConfig(path=str(path), **options)
 
 
-def prepare(data, output, tokenizer=None, is_resumed=False):
-    tokenize_sources(data, tokenizer, output, str, Display(quiet=True), is_resumed=is_resumed)
+def prepare(data, output, tokenizer=None, trained_on=MappingProxyType({})):
+    tokenize_sources(data, tokenizer, output, str, Display(quiet=True), trained_on=trained_on)
     return open_sources(data, tokenizer, output)
 
 
@@ -65,7 +68,8 @@ def test_text_is_tokenized_once(corpus, output):
     assert sorted(found) == sorted(expected)
     assert validation.text_bytes == sum(len(ids) - 2 for ids in documents(validation))
     corpus.unlink()  # it is not read again, nor the tokenizer trained
-    again = prepare(config(corpus), output, Tokenizer.load(f"{output}/tokens/train/corpus"), True)
+    tokenizer = Tokenizer.load(f"{output}/tokens/train/corpus")
+    again = prepare(config(corpus), output, tokenizer, {"training source corpus": train.digest})
     assert again.train["corpus"].digest == train.digest
 
 
@@ -162,6 +166,7 @@ def test_a_tokenized_corpus_is_opened_as_it_is(tokenized, output):
     assert sorted(found) == sorted(expected)
     assert sources.notes == (
         f"{tokenized}: is tokenized: its tokenizer and validation documents are used",
+        "data.validation_fraction: has no effect on these sources",
     )
     with pytest.raises(HymbaError, match="was tokenized by another tokenizer than the run's"):
         prepare(config(tokenized), output, build_tokenizer("bpe:270", ["a b a b"]))
@@ -177,7 +182,7 @@ def test_text_beside_tokens_is_tokenized_as_they_were(corpus, tokenized, output)
     opened = prepare(data, output)
     assert documents(opened.train["text"]) == documents(opened.train["tokens"])
     notes = open_data(data, None, output).notes
-    assert notes[-1] == "data.sources.unused: has weight 0 and is not read"
+    assert "data.sources.unused: is not read, as its weight is 0 wherever a stage names it" in notes
 
 
 @pytest.mark.parametrize("kind", ["megatron", "bin", "npy"])
@@ -205,6 +210,11 @@ def test_tokens_that_others_wrote(tmp_path, output, kind):
         validation={"some": held_out},
         validation_packing="documents",
     )
+    with pytest.raises(HymbaError, match=r"is data\.sources\.web, too, which is trained on"):
+        prepare(data, output)
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    held_out = dataclasses.replace(held_out, path=held_out.path.replace(str(shards), str(copy)))
+    data = dataclasses.replace(data, validation={"some": held_out})
     opened = prepare(data, output)
     assert documents(opened.train["web"]) == streams[::2] + streams[1::2]
     validation = open_data(data, None, output).validation_sets(data)["some"]
@@ -290,3 +300,113 @@ def test_each_problem_is_one_line(corpus, tokenized, tmp_path, output):
     prepare(data, output)
     with pytest.raises(HymbaError, match=r"foreign\.npy: has token 500 among"):
         next(train_batches(train_examples(data, output), 2))
+
+
+def test_a_named_tokenizer_is_that_of_the_tokens(corpus, tokenized, tmp_path, output):
+    build_tokenizer("bpe:270", ["a b a b"]).save(tmp_path / "other")
+    with pytest.raises(HymbaError, match=r"by another tokenizer than data\.tokenizer .*other: tok"):
+        prepare(config(tokenized, tokenizer=str(tmp_path / "other")), output)
+    same = prepare(config(tokenized, tokenizer="bytes"), output)
+    assert same.tokenizer.vocab_size == 259
+
+
+def test_a_tokenized_corpus_for_validation_is_used_whole(corpus, tokenized, tmp_path, output):
+    other = tmp_path / "other.txt"
+    other.write_text("another text")
+    for path in (tokenized, tokenize(corpus, tmp_path / "whole", 0)):
+        opened = prepare(config(other, validation={"v": SourceConfig(str(path))}), output)
+        validation = opened.validation["v"]
+        assert len(documents(validation)) == len(TEXTS)
+        assert validation.text_bytes == sum(len(text.encode()) for text in TEXTS)
+        assert any("not searched for documents of data.validation.v" in n for n in opened.notes)
+    with pytest.raises(HymbaError, match=r"tokenized: is data\.path, too, which is trained on"):
+        prepare(config(tokenized, validation={"v": SourceConfig(str(tokenized))}), output)
+
+
+def test_tokenized_with_different_shares_is_said(corpus, tokenized, tmp_path, output):
+    half = tokenize(corpus, tmp_path / "half", 0.5)
+    for other, is_said in ((half, True), (tokenize(corpus, tmp_path / "same", 0.2), False)):
+        sources = {"a": WeightedSourceConfig(str(tokenized)), "b": WeightedSourceConfig(str(other))}
+        notes = prepare(config(sources=sources, tokenizer="bpe:4096"), output).notes
+        assert any("hold out different shares" in note for note in notes) == is_said
+
+
+def test_a_document_that_is_cut_in_two_is_in_no_other_source(tmp_path, output):
+    """Nor is one that a small corpus has on another side than its hash says."""
+    one = "".join(f"line {number}\n" for number in range(50))
+    (tmp_path / "one.txt").write_text(one)
+    lines = [json.dumps({"text": text}) for text in [*TEXTS, one]]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    sources = {
+        name: WeightedSourceConfig(str(tmp_path / file))
+        for name, file in (("one", "one.txt"), ("many", "many.jsonl"))
+    }
+    opened = prepare(config(sources=sources), output)
+    decode = opened.tokenizer.decode
+    many = [opened.train["many"], opened.validation["many"]]
+    assert {decode(ids) for side in many for ids in documents(side)} == set(TEXTS)
+    head, tail = (decode(documents(side["one"])[0]) for side in (opened.train, opened.validation))
+    assert head + tail == one
+
+
+def test_on_resume_a_source_is_the_same_text(corpus, tmp_path, output):
+    """Where a checkpoint depends on its tokens; else they are made again."""
+    first = prepare(config(corpus), output)
+    digest = first.train["corpus"].digest
+    used = {"training source corpus": digest}
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text() + "\n" + json.dumps({"text": "one more"}))
+    with pytest.raises(HymbaError, match=r"other\.jsonl is not .*corpus\.jsonl, on whose tokens"):
+        prepare(config(other), output, first.tokenizer, used)
+    (tmp_path / "moved").mkdir()
+    moved = shutil.copy(corpus, tmp_path / "moved")
+    assert prepare(config(moved), output, first.tokenizer, used).train["corpus"].digest == digest
+    again = prepare(config(other), output, first.tokenizer, {"training source x": digest})
+    assert again.train["corpus"].digest != digest
+
+
+def test_tokens_of_a_refused_resume_do_not_stay(corpus, tmp_path, output):
+    first = prepare(config(corpus), output)
+    digest = first.train["corpus"].digest
+    used = {"training source corpus": digest}
+    shutil.rmtree(f"{output}/tokens")
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text() + "\n" + json.dumps({"text": "one more"}))
+    with pytest.raises(HymbaError, match="source corpus has other tokens than those the run was"):
+        prepare(config(other), output, first.tokenizer, used)
+    assert prepare(config(corpus), output, first.tokenizer, used).train["corpus"].digest == digest
+
+
+def test_text_that_was_edited_at_the_same_size_is_tokenized_again(corpus, output):
+    first = prepare(config(corpus), output)
+    before = corpus.stat()
+    corpus.write_text(corpus.read_text().replace("document 7", "Document 7"))
+    os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert corpus.stat().st_size == before.st_size
+    second = prepare(config(corpus), output)
+    assert second.train["corpus"].digest != first.train["corpus"].digest
+
+
+def test_tokens_are_refused_before_text_is_tokenized(corpus, tmp_path, output):
+    broken = tmp_path / "broken.bin"
+    broken.write_bytes(b"123")
+    sources = {
+        "text": WeightedSourceConfig(str(corpus)),
+        "broken": WeightedSourceConfig(str(broken), token_dtype="uint16"),
+    }
+    with pytest.raises(HymbaError, match="are no whole number of uint16 tokens"):
+        prepare(config(sources=sources), output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_without_effect_are_refused(corpus, tokenized, tmp_path, output):
+    npy = tmp_path / "tokens.npy"
+    np.save(npy, np.array([1, 5, 2] * 20, np.uint16))
+    for path, options, message in (
+        (corpus, {"token_dtype": "uint16"}, "token_dtype has no effect: .* is no flat"),
+        (npy, {"token_dtype": "uint16"}, "token_dtype has no effect: .* is no flat"),
+        (tokenized, {"text_field": "body"}, "text_field has no effect: .* is tokenized already"),
+    ):
+        sources = {"a": WeightedSourceConfig(str(path), **options)}
+        with pytest.raises(HymbaError, match=message):
+            prepare(config(sources=sources), output)

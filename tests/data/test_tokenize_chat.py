@@ -113,7 +113,7 @@ def test_damage_to_a_mask_is_noticed(corpus, tmp_path, suffix):
 
 def test_bad_records_are_skipped_and_listed(corpus, tmp_path):
     write_lines(corpus / "99.jsonl", [record("no answer"), record("a", "b")])
-    with pytest.raises(HymbaError, match=r"99.jsonl:1: no answer.*, or set on_bad_record"):
+    with pytest.raises(HymbaError, match=r"99.jsonl:1: no answer.*, or set data.on_bad_record"):
         tokenize(corpus, tmp_path / "stop")
     output = tokenize(corpus, tmp_path / "skip", {"on_bad_record": "skip"})
     manifest = TokenizedCorpus.open(output).manifest

@@ -202,6 +202,64 @@ def test_what_differs_is_refused(corpus, tmp_path):
         tokenize(directory, tmp_path / "mine", tokenizer=name)
 
 
+def test_what_has_no_shards_yet_begins_anew(tmp_path):
+    """With a file that was fixed, and with the option that the error names."""
+    lines = [json.dumps({"text": text}) for text in WORDS * 3]
+    path, output = tmp_path / "corpus.jsonl", tmp_path / "out"
+    path.write_text("\n".join([*lines, "bad"]))
+    with pytest.raises(HymbaError, match=r"--data\.on-bad-record skip"):
+        tokenize(path, output, tokenizer="bytes")
+    path.write_text("\n".join([*lines, "worse"]))
+    tokenize(path, output, {"on_bad_record": "skip"}, tokenizer="bytes")
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert (manifest["skipped"], manifest["options"]["on_bad_record"]) == (1, "skip")
+    path.write_text("\n".join([*lines, "other"]))
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(HymbaError, match=r"other files: corpus\.jsonl was modified: give the same"):
+        tokenize(path, output, {"on_bad_record": "skip"}, tokenizer="bytes")
+
+
+def test_a_small_corpus_has_both_sides(tmp_path):
+    """By the lowest hash or the highest, where the fraction leaves one empty."""
+    texts = [f"text {number}" for number in range(60)]
+    held = [text for text in texts if is_held_out(text)]
+    kept = [text for text in texts if not is_held_out(text)]
+
+    def value(text):
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+    for name, chosen in (("kept", kept[:4]), ("held", held[:3])):
+        for number, text in enumerate(chosen):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{number}.txt").write_text(text)
+        tokenize(tmp_path / name, tmp_path / f"{name}-out", tokenizer="bytes")
+        decode = Tokenizer.load(tmp_path / f"{name}-out").decode
+        train, validation = (
+            {decode(ids) for ids in read_documents(tmp_path / f"{name}-out", side)}
+            for side in ("train", "validation")
+        )
+        assert train | validation == set(chosen)
+        alone = validation if name == "kept" else train
+        assert alone == {min(chosen, key=value) if name == "kept" else max(chosen, key=value)}
+
+
+@pytest.mark.parametrize("beside", [b"\0", None], ids=["a bad one", "a copy"])
+def test_the_only_text_of_a_directory_gives_its_tail(tmp_path, beside):
+    text = "".join(f"line {number}\n" for number in range(100))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text(text)
+    (tmp_path / "corpus" / "b.txt").write_bytes(beside or text.encode())
+    output = tmp_path / "out"
+    tokenize(tmp_path / "corpus", output, {"on_bad_record": "skip"}, tokenizer="bytes")
+    decode = Tokenizer.load(output).decode
+    train, validation = (
+        [decode(ids) for ids in read_documents(output, side)] for side in ("train", "validation")
+    )
+    assert len(train) == len(validation) == (1 if beside else 2)
+    assert set(train) == {train[0]}
+    assert {train[0] + each for each in validation} == {text}
+
+
 def test_another_tokenizer_of_the_same_name_is_refused(corpus, tmp_path):
     directory, _ = corpus
     name = str(tmp_path / "tokenizer")
@@ -317,6 +375,8 @@ def wait_for_end(process):
             r"fraction is 1.0, not in \[0",
         ),
         ({"output": ""}, "output is empty"),
+        ({"check": True}, "data has no effect with check.*tokenizer has no effect with check"),
+        ({"check": True, "part": "1/2", "workers": 2}, "workers has no .*part has no effect with"),
     ],
 )
 def test_impossible_options(options, message):

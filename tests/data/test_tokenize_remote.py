@@ -79,5 +79,5 @@ def test_text_is_not_tokenized_into_a_bucket(corpus, bucket_url):
     with pytest.raises(
         HymbaError, match=f"^{bucket_url}: text is tokenized into the run directory"
     ):
-        tokenize_sources(config, None, bucket_url, print, Display(quiet=True), is_resumed=False)
+        tokenize_sources(config, None, bucket_url, print, Display(quiet=True))
     assert not RemotePath(bucket_url).exists()

@@ -102,6 +102,28 @@ def test_killed_it_continues_to_the_same_bytes(corpus, tmp_path, cache, monkeypa
     assert len(contents(whole)) > 100
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_one_line(corpus, tmp_path, cache, name):
+    output, number = tmp_path / "stopped", signal.Signals[name]
+    command = arguments(corpus, output, "--tokenizer", "bytes", "--workers", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_UNITS, *command],
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not [*output.glob("units/0*.json")]:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    what = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}[name]
+    assert error == f"stopped by {what}: run the same command again to continue in {output}\n"
+    assert process.returncode == 128 + number
+    assert not [*output.glob("*.lock")]
+
+
 def test_a_corpus_from_the_command_line(corpus, tmp_path, capsys):
     options = ("--tokenizer", "bpe:270", "--data.validation-fraction", "0.5")
     cli.main(arguments(corpus, tmp_path / "out", *options))
