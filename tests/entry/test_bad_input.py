@@ -108,7 +108,10 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
     for costly, nothing in (("compile_stage", None), ("init_state", TrainState({}, ()))):
         monkeypatch.setattr(f"hymba_jax.training.loop.{costly}", lambda *_, value=nothing: value)
     message = refusal("--config", config)
-    assert message == f"error: {output}: No space left on device"
+    assert message == (
+        f"error: {output}/tokens: cannot be written (No space left on device): make room and run "
+        "the same command again, it continues"
+    )
     assert not list(output.glob("*.toml*"))
 
 
