@@ -47,7 +47,7 @@ TIMES = ("second", "seconds", "second_per_device")  # ends of the metrics that n
 OPTIONS = {
     "training.log-every": 4,
     "training.validate-every": 7,
-    "training.validation-batches": 4,
+    "training.validation-sequences": 16,
     "training.checkpoint-every": 5,
     "training.keep-checkpoints": 1,
     "training.sample-tokens": 4,
