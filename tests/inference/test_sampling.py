@@ -456,5 +456,5 @@ def test_the_largest_values_are_possible():
 
 
 def test_a_row_needs_a_config_and_a_sample_number():
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="inconsistent sizes"):
         make_sampler([SAMPLED, SAMPLED], [0])

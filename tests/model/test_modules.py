@@ -108,7 +108,7 @@ def test_the_mixer_is_its_formula(fusion):
     mixer = make_mixer(config, LayerSpec("window", ssm="mamba"), ComputeConfig(), nnx.Rngs(0))
     x = jnp.asarray(rng_array(2, 9, 32), jnp.float32)
     rope = make_rope(config, jnp.arange(9)[None], 9)
-    context, meta = Context(rope), mixer.attention.init_state(1, 0, "float32")
+    context, meta = Context(rope), mixer.attention.init_state(1, 0, "float32", "float")
     attention, _ = mixer.attention(x, context, meta=meta)
     heads = [np.asarray(attention), np.asarray(mixer.ssm(x, context)[0])]
     normed = [a / np.sqrt(np.mean(np.square(a), -1, keepdims=True) + 1e-6) for a in heads]
