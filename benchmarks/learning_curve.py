@@ -1,4 +1,4 @@
-"""A run's bits a byte on held-out text, against general compressors on the same files.
+"""A run's bits per byte on held-out text, against general compressors on the same files.
 
 python benchmarks/learning_curve.py runs/tiny
 """
@@ -48,8 +48,8 @@ def main(args: Args) -> None:
         "gzip -9": bits_per_byte(held_out, lambda text: gzip.compress(text, 9)),
         "xz -9": bits_per_byte(held_out, lambda text: lzma.compress(text, preset=9)),
     }
-    rows: list[Row] = [{"held-out text": name, "bits a byte": v} for name, v in compressors.items()]
-    rows.append({"held-out text": f"Hymba, {args.run}", "bits a byte": bits[-1]})
+    rows: list[Row] = [{"held-out text": name, "bits per byte": v} for name, v in compressors.items()]
+    rows.append({"held-out text": f"Hymba, {args.run}", "bits per byte": bits[-1]})
     report("each held-out file by itself; Hymba in windows of its sequence length", rows, args.json)
 
     plt.figure(figsize=(7, 3.5), layout="constrained")
@@ -58,8 +58,8 @@ def main(args: Args) -> None:
     )
     for style, (name, value) in zip(("--", ":"), compressors.items(), strict=True):
         plt.axhline(value, color="gray", linestyle=style, label=name)
-    plt.xlabel("million tokens of training")
-    plt.ylabel("bits a byte, held-out files")
+    plt.xlabel("training tokens, millions")
+    plt.ylabel("bits per byte, held-out files")
     plt.legend()
     plt.savefig(args.picture, dpi=120)
 
