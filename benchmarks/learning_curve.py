@@ -48,7 +48,9 @@ def main(args: Args) -> None:
         "gzip -9": bits_per_byte(held_out, lambda text: gzip.compress(text, 9)),
         "xz -9": bits_per_byte(held_out, lambda text: lzma.compress(text, preset=9)),
     }
-    rows: list[Row] = [{"held-out text": name, "bits per byte": v} for name, v in compressors.items()]
+    rows: list[Row] = [
+        {"held-out text": name, "bits per byte": v} for name, v in compressors.items()
+    ]
     rows.append({"held-out text": f"Hymba, {args.run}", "bits per byte": bits[-1]})
     report("each held-out file by itself; Hymba in windows of its sequence length", rows, args.json)
 
