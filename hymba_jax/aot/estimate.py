@@ -30,19 +30,18 @@ class Work(NamedTuple):
         }
 
 
-_OWN_INSTRUCTIONS = {
-    True: "the cycles of their compiled schedules",
-    False: "their exponentials and shared-memory traffic",
-}
-
-
 def assumptions(chip: Chip) -> str:
     """Assumptions of an estimate, in words."""
+    of_kernels = (
+        "the cycles of their compiled schedules"
+        if chip.is_tpu
+        else "their exponentials and shared-memory traffic"
+    )
     return (
         f"estimated for a chip with {chip.peak_flops / 1e12:,.0f} TFLOP/s in bfloat16, "
         f"{chip.bandwidth / 1e9:,.0f} GB/s of HBM bandwidth and "
         f"{chip.interconnect / 1e9:,.0f} GB/s over all its links (data sheet), each at its full "
         "rate. Lower bound: all at once, so that a step takes the longest of the three or more. "
         "Estimated: one instruction after another, each for the longest of its FLOPs, its HBM "
-        f"bytes and, of our kernels, {_OWN_INSTRUCTIONS[chip.is_tpu]}"
+        f"bytes and, of our kernels, {of_kernels}"
     )

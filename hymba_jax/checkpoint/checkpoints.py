@@ -345,6 +345,18 @@ def resolve_step(directory: str | os.PathLike[str], step: Step | None) -> int | 
     return Best(*best).step
 
 
+def loaded_step(directory: str | os.PathLike[str], step: Step | None) -> int | None:
+    """The step of the checkpoint that is loaded: as of `resolve_step`, or if none is named the
+    newest of a run; None of a standalone model.
+
+    Raises:
+      HymbaError: the run knows no best checkpoint.
+    """
+    if step is None:
+        return max(checkpoint_steps(resolve_location(directory)), default=None)
+    return resolve_step(directory, step)
+
+
 def params_path(directory: Location, step: int | None) -> Location:
     """Where the parameters of a run's checkpoint, or of a standalone model, are.
 

@@ -336,10 +336,14 @@ def _given_tokenizer(config: DataConfig, places: list[_Place]) -> Tokenizer | No
     Raises:
       HymbaError: it would be trained, but there are tokens that do not say what made them.
     """
-    tokenized = [place for place in places if not place.is_text and place.tokenized]
-    if own := [Tokenizer.load(place.tokenized) for place in tokenized if place.tokenized]:
-        _check_named_tokenizer(config, tokenized[0].path, own[0])
-        return _first_for_chat(own).with_chat_template_of(config.chat_template)
+    own = {
+        place.path: Tokenizer.load(directory)
+        for place in places
+        if not place.is_text and (directory := place.tokenized)
+    }
+    if own:
+        _check_named_tokenizer(config, *next(iter(own.items())))
+        return _first_for_chat([*own.values()]).with_chat_template_of(config.chat_template)
     if config.bpe_size is None:
         given = build_tokenizer(config.tokenizer, ())
         return given.with_chat_template_of(config.chat_template)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from hymba_jax.checkpoint.checkpoints import checkpoint_steps, resolve_step
+from hymba_jax.checkpoint.checkpoints import loaded_step
 from hymba_jax.config.data import LossOn, OnBadRecord
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
@@ -30,7 +30,7 @@ from hymba_jax.evaluation.report import (
     summary_table,
 )
 from hymba_jax.figures import make_figure
-from hymba_jax.files import check_output_file, replace_text, resolve_location, resolve_path
+from hymba_jax.files import check_output_file, replace_text, resolve_path
 from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.parallel.processes import is_main_process
@@ -236,11 +236,9 @@ def evaluate(model: LanguageModel, config: EvaluateConfig, console: Console) -> 
 
 def _about_model(choice: ModelChoice, model: LanguageModel) -> dict[str, Any]:
     """What was evaluated, for a file of results."""
-    step = resolve_step(choice.model, choice.step)
-    steps = checkpoint_steps(resolve_location(choice.model))
     return {
         "model": choice.model,
-        "step": steps[-1] if steps and step is None else step,
+        "step": loaded_step(choice.model, choice.step),
         "adapter": choice.adapter or None,
         "dtype": model.engine.dtype,
     }

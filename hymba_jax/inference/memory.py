@@ -12,7 +12,7 @@ from flax import nnx
 from hymba_jax.config import CacheFormat, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.mixer import make_mixer
-from hymba_jax.model.state import LayerState
+from hymba_jax.model.state import LayerState, StateFormats
 from hymba_jax.parallel.memory import tree_bytes
 
 
@@ -32,7 +32,7 @@ def cache_bytes(
 
     def init_state(spec: LayerSpec) -> LayerState:
         mixer = make_mixer(config, spec, compute, nnx.Rngs(0))
-        return mixer.init_state(1, context, dtype, state_dtype, kv_cache)
+        return mixer.init_state(1, context, StateFormats(dtype, state_dtype, kv_cache))
 
     sizes: Counter[str] = Counter()
     for spec, count in Counter(config.layer_specs).items():

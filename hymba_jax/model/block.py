@@ -16,7 +16,7 @@ from hymba_jax.model.layers import rms_norm
 from hymba_jax.model.lora import add_adapters, start_dropout
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
-from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState
+from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState, StateFormats
 from hymba_jax.ops.remat import ATTENTION, MATMUL, NORM, SCAN
 from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float, Key
@@ -90,7 +90,7 @@ class Block(nnx.Module):
     ) -> WithMeta:
         """The layer's output for sequences that start from the state after the meta tokens."""
         if x.meta is None or context.meta is None:
-            meta, start = None, self.mixer.init_state(1, 0, x.tokens.dtype, "float32")
+            meta, start = None, self.mixer.init_state(1, 0, StateFormats(x.tokens.dtype))
         else:
             meta = self(x.meta, context.meta, LayerState(), None, shared.meta)
             start = LayerState(meta.kv and KVCache.of(meta.kv.new), meta.ssm)

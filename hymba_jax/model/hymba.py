@@ -20,7 +20,7 @@ from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import KVCache
 from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
 from hymba_jax.model.rope import make_rope, max_fixed_positions
-from hymba_jax.model.state import LayerState, MetaState, ModelState
+from hymba_jax.model.state import LayerState, MetaState, ModelState, StateFormats
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.matmul import matmul, matmul_transposed
 from hymba_jax.parallel.mesh import constrain, gather_param
@@ -189,9 +189,9 @@ class Hymba(nnx.Module):
           state_dtype: that SSM states are stored in; they are computed in float32.
           kv_cache: format of keys and values, "float" in the model's dtype or "int8".
         """
+        formats = StateFormats(self.compute.dtype, state_dtype, kv_cache)
         layers = tuple(
-            block.mixer.init_state(batch, max_length, self.compute.dtype, state_dtype, kv_cache)
-            for block in self.blocks()
+            block.mixer.init_state(batch, max_length, formats) for block in self.blocks()
         )
         return ModelState(layers, jnp.zeros(batch, jnp.int32))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from hymba_jax.config import CacheFormat, ComputeConfig, HymbaConfig
+from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.layer_pattern import LayerSpec, SSMKind
 from hymba_jax.model.attention import Attention
 from hymba_jax.model.context import Context
@@ -15,7 +15,7 @@ from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layers import Linear, rms_norm
 from hymba_jax.model.mamba2 import Mamba2
 from hymba_jax.model.ssm import SSM
-from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState
+from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState, StateFormats
 from hymba_jax.types import Array, Float
 
 
@@ -82,17 +82,10 @@ class HybridMixer(nnx.Module):
         """The SSM heads' state after the valid positions, without an output."""
         return self.ssm(x, context, state.ssm)[1]
 
-    def init_state(
-        self,
-        batch: int,
-        max_length: int,
-        dtype: DTypeLike,
-        state_dtype: DTypeLike,
-        kv_cache: CacheFormat = "float",
-    ) -> LayerState:
+    def init_state(self, batch: int, max_length: int, formats: StateFormats) -> LayerState:
         return LayerState(
-            self.attention.init_state(batch, max_length, dtype, kv_cache),
-            self.ssm.init_state(batch, dtype, state_dtype),
+            self.attention.init_state(batch, max_length, formats.dtype, formats.kv_cache),
+            self.ssm.init_state(batch, formats.dtype, formats.ssm_dtype),
         )
 
     def flops(self, length: int) -> float:
@@ -124,15 +117,10 @@ class AttentionMixer(nnx.Module):
     ) -> None:
         """There are no SSM heads."""
 
-    def init_state(
-        self,
-        batch: int,
-        max_length: int,
-        dtype: DTypeLike,
-        state_dtype: DTypeLike,
-        kv_cache: CacheFormat = "float",
-    ) -> LayerState:
-        return LayerState(kv=self.attention.init_state(batch, max_length, dtype, kv_cache))
+    def init_state(self, batch: int, max_length: int, formats: StateFormats) -> LayerState:
+        return LayerState(
+            kv=self.attention.init_state(batch, max_length, formats.dtype, formats.kv_cache)
+        )
 
     def flops(self, length: int) -> float:
         return self.attention.flops(length)
@@ -164,15 +152,8 @@ class SSMMixer(nnx.Module):
         """The state after the valid positions, without an output."""
         return self.ssm(x, context, state.ssm)[1]
 
-    def init_state(
-        self,
-        batch: int,
-        max_length: int,
-        dtype: DTypeLike,
-        state_dtype: DTypeLike,
-        kv_cache: CacheFormat = "float",
-    ) -> LayerState:
-        return LayerState(ssm=self.ssm.init_state(batch, dtype, state_dtype))
+    def init_state(self, batch: int, max_length: int, formats: StateFormats) -> LayerState:
+        return LayerState(ssm=self.ssm.init_state(batch, formats.dtype, formats.ssm_dtype))
 
     def flops(self, length: int) -> float:
         return self.ssm.flops(length)

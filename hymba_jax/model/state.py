@@ -8,12 +8,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from hymba_jax.config import CacheFormat
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.types import Array, Float, Int
 
 RecurrentState = Any
 """State of SSM heads: a named tuple of arrays, each with the batch as its first axis."""
+
+
+class StateFormats(NamedTuple):
+    """What a layer's state is stored in between tokens.
+
+    Attributes:
+      dtype: of keys and values, their scales, and the convolution's inputs.
+      ssm_dtype: of SSM states, which are computed in float32.
+      kv_cache: of keys and values, "float" in `dtype` or "int8".
+    """
+
+    dtype: DTypeLike
+    ssm_dtype: DTypeLike = "float32"
+    kv_cache: CacheFormat = "float"
 
 
 class LayerOutput(NamedTuple):

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from hymba_jax.checkpoint.checkpoints import checkpoint_steps, resolve_step
+from hymba_jax.checkpoint.checkpoints import loaded_step
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import (
     check_output_file,
@@ -158,12 +158,10 @@ def check_model(record: Path, choice: ModelChoice, *, is_new: bool) -> None:
 
 def _what_answers(choice: ModelChoice) -> dict[str, Any]:
     """All that answers depend on, but for the requests: the model, its checkpoint, and formats."""
-    location, step = resolve_location(choice.model), resolve_step(choice.model, choice.step)
-    if step is None:  # the newest of a run; a standalone model has none
-        step = max(checkpoint_steps(location), default=None)
+    location = resolve_location(choice.model)
     return {
         "model": str(location.resolve() if isinstance(location, Path) else location),
-        "step": step,
+        "step": loaded_step(choice.model, choice.step),
         "adapter": str(resolve_path(choice.adapter).resolve()) if choice.adapter else "",
         **{name: getattr(choice, name) for name in ("dtype", "state_dtype", "weights", "kv_cache")},
     }

@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hymba_jax.ops.documents import Documents
-from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
+from hymba_jax.ops.kernel_cost import array_bytes
 from hymba_jax.ops.remat import SCAN, named
+from hymba_jax.ops.selective_scan.cost import backward_cost, forward_cost
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Float
 
@@ -322,7 +323,9 @@ def _forward(
             "rows": plgpu.SMEM((3, _CHUNK, block), _f32),
             "y_s": plgpu.SMEM((2, _CHUNK, block), inputs.x.dtype),
         },
-        cost_estimate=_cost(inputs, 1, 2, operands, outputs),
+        cost_estimate=forward_cost(
+            inputs.x.size, inputs.A.shape[1], array_bytes(operands, outputs)
+        ),
         **_grid(batch, channels, block, blocks),
     )
     y, final_state, *chunk_states = kernel(*operands.values())
@@ -491,7 +494,9 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
             "dB_s": plgpu.SMEM(by_block[-2:], _f32),
             "dC_s": plgpu.SMEM(by_block[-2:], _f32),
         },
-        cost_estimate=_cost(inputs, 2, 3, operands, outputs),
+        cost_estimate=backward_cost(
+            inputs.x.size, inputs.A.shape[1], array_bytes(operands, outputs)
+        ),
         **_grid(batch, channels, block, blocks),
     )
     out = dict(zip(outputs, kernel(*operands.values()), strict=True))
@@ -534,13 +539,6 @@ def _fetched(operands: dict[str, Array], block: int, blocks: int) -> dict[str, A
         "full": plgpu.Barrier(num_arrivals=len(slots), num_barriers=2),
         "free": plgpu.ClusterBarrier(collective_axes=("member",)) if blocks > 1 else None,
     }
-
-
-def _cost(inputs: _Inputs, decays: int, others: int, *arrays: Any) -> pl.CostEstimate:
-    """Of a kernel with so many decays per position, channel and state, and other exponentials per
-    position and channel, such as a softplus."""
-    exponentials = inputs.x.size * (decays * inputs.A.shape[1] + others)
-    return kernel_cost(0, exponentials, array_bytes(arrays))
 
 
 def _grid(batch: int, channels: int, block: int, blocks: int) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.documents import Documents
-from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost
+from hymba_jax.ops.kernel_cost import block_bytes
 from hymba_jax.ops.remat import SCAN, named
+from hymba_jax.ops.selective_scan.cost import backward_cost, forward_cost
 from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Float
 
@@ -162,7 +163,7 @@ def _forward(inputs: _Inputs, *, keep_chunk_states: bool) -> tuple[Array, ...]:
         out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in shapes][:outputs],
         scratch_shapes=[_steps(inputs), _terms(inputs, _CHUNK)],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(inputs, 1, 2, moved),
+        cost_estimate=forward_cost(*_sizes(inputs), moved),
         name="selective_scan_forward",
     )(inputs)
 
@@ -237,8 +238,8 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _In
             _terms(inputs, _SUBLANES),
         ],
         compiler_params=_PARAMS,
-        cost_estimate=_cost(
-            inputs, 2, 3, block_bytes(grid, [in_specs, out_specs], [operands, shapes])
+        cost_estimate=backward_cost(
+            *_sizes(inputs), block_bytes(grid, [in_specs, out_specs], [operands, shapes])
         ),
         name="selective_scan_backward",
     )(*operands)
@@ -505,12 +506,10 @@ def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, p
     return specs, pl.BlockSpec((1, 1, state, block), lambda b, e, t: (b, chunk(t), 0, e))
 
 
-def _cost(inputs: _Inputs, decays: int, others: int, hbm_bytes: int) -> pl.CostEstimate:
-    """Of a kernel with so many decays per position, channel and state, and other exponentials per
-    position and channel, such as a softplus."""
+def _sizes(inputs: _Inputs) -> tuple[int, int]:
+    """Positions times channels, of all rows, and states."""
     state, length = inputs.B.shape[1:]
-    positions = inputs.x.shape[0] * length * inputs.A.shape[1]
-    return kernel_cost(0, positions * (decays * state + others), hbm_bytes)
+    return inputs.x.shape[0] * length * inputs.A.shape[1], state
 
 
 def _steps(inputs: _Inputs) -> _Steps:
