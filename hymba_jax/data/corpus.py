@@ -78,7 +78,7 @@ class Corpus:
         """The documents of some of the files, each with the side that it is on.
 
         Args:
-          report: called with each bad record, and each excluded document, that is skipped.
+          report: called with each bad or empty record, and each excluded document, that is skipped.
 
         Raises:
           HymbaError: as `read_documents` does.

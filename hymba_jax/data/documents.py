@@ -34,7 +34,8 @@ def read_documents(
       files: such as those of a `Listing`.
       content: what of each record is the document.
       on_bad_record: "skip" goes on after bad records, and with the next file after a file that
-        cannot be read on; "stop" first looks for more of them in the same file.
+        cannot be read on; "stop" first looks for more of them in the same file. Empty records are
+        skipped.
       report: called with each problem that is skipped.
 
     Raises:
@@ -48,7 +49,7 @@ def read_documents(
             if isinstance(item, Document):
                 if not count:
                     yield item
-            elif on_bad_record == "stop":
+            elif item.is_bad and on_bad_record == "stop":
                 count += 1
                 if count <= _LISTED:
                     problems.append(item)

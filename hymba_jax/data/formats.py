@@ -29,9 +29,7 @@ _PARQUET = re.compile(rb"PAR1(?![ -~\s])")
 
 
 def read_records(file: BufferedIOBase, name: str, content: Content) -> Iterator[Document | Problem]:
-    """The documents of a file in order, and each bad record in its place.
-
-    Records without text are left out.
+    """The documents of a file in order, and each bad or empty record in its place.
 
     Args:
       file: open at its start; one of Parquet has to be seekable.

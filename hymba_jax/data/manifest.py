@@ -98,7 +98,7 @@ class Manifest:
 
     Attributes:
       options: how its documents were read and split, by name.
-      skipped: how many records were: bad ones, and documents that are held out elsewhere.
+      skipped: how many records were: bad and empty ones, and documents that are held out elsewhere.
     """
 
     sources: tuple[Source, ...]

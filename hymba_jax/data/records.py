@@ -46,11 +46,14 @@ class Problem:
       name: that of the record or the file, below the corpus.
       reason: what is wrong, and what to do.
       whole_file: whether it is a file; documents before the problem remain.
+      is_bad: whether something is wrong with it. With an empty record nothing is: it is skipped,
+        whatever is done about bad ones.
     """
 
     name: str
     reason: str
     whole_file: bool = False
+    is_bad: bool = True
 
 
 @runtime_checkable
@@ -109,7 +112,7 @@ def refuse_zero(block: bytes, start: int) -> None:
         raise BrokenFile(f"binary, not text (byte {start + zero} is zero): take it out")
 
 
-def documents(name: str, content: str | ChatText | ChatPair) -> Iterator[Document]:
+def documents(name: str, content: str | ChatText | ChatPair) -> Iterator[Document | Problem]:
     """The document of a record, in pieces if it is a long text; of a pair both."""
     if isinstance(content, str):
         yield from pieces(name, [content])
@@ -120,8 +123,8 @@ def documents(name: str, content: str | ChatText | ChatPair) -> Iterator[Documen
         yield Document(name, content.text, chat=content)
 
 
-def pieces(name: str, texts: Iterable[str]) -> Iterator[Document]:
-    """One document, in pieces if it is long, and none if it is empty."""
+def pieces(name: str, texts: Iterable[str]) -> Iterator[Document | Problem]:
+    """One document, in pieces if it is long, or that its record is empty."""
     rest, begun = "", False
     try:
         for text in texts:
@@ -136,3 +139,5 @@ def pieces(name: str, texts: Iterable[str]) -> Iterator[Document]:
         raise
     if rest:
         yield Document(name, rest)
+    else:
+        yield Problem(name, "has no text", is_bad=False)

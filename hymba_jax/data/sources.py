@@ -204,7 +204,13 @@ def tokenize_sources(
             [
                 corpus if place.is_held_out else replace(corpus, excluded=hashes)
                 for place, corpus in of(text_sources)
-            ]
+            ],
+            frozenset().union(
+                *(
+                    tokenize_records.recorded_exceptions(resolve_path(place.directory))
+                    for place in done
+                )
+            ),
         )
 
     tokenizer = tokenizer or _given_tokenizer(config, places)
@@ -235,7 +241,7 @@ def _tokenize(place: _Place, corpus: Corpus, tokenizer: Tokenizer, display: Disp
     if tokenize_records.difference(directory, options, corpus.files):
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenize_records.begin(directory, options, corpus.files)
+    tokenize_records.begin(directory, options, corpus.files, corpus.exceptions)
     tokenizer.save(directory)
     display.begin(f"tokenizing {corpus.path}")
     manifest = tokenize_corpus(corpus, tokenizer, directory, display)
@@ -281,12 +287,14 @@ def _check_trained_on(place: _Place, output: str, trained_on: Mapping[str, str])
         )
 
 
-def _without_exceptions(corpora: Sequence[Corpus]) -> list[Corpus]:
+def _without_exceptions(corpora: Sequence[Corpus], trained_on: frozenset[int]) -> list[Corpus]:
     """The same, none with a document that another one has for itself on both sides, or on another
-    side than the rest."""
-    if len(corpora) < 2:
-        return [*corpora]
-    every = frozenset().union(*(corpus.exceptions for corpus in corpora))
+    side than the rest.
+
+    Args:
+      trained_on: hashes of such documents of sources that are not read again.
+    """
+    every = trained_on.union(*(corpus.exceptions for corpus in corpora))
     return [
         replace(corpus, excluded=corpus.excluded | others)
         if 0 < corpus.validation_fraction < 1 and (others := every - corpus.exceptions)

@@ -194,7 +194,7 @@ def _tokenize(config: TokenizeConfig, directory: Path, display: Display) -> None
     for what, count in sorted(listing.skipped.items()):
         display.say(f"skipped {what}: {count:,}")
     if not manifest.train.documents + manifest.validation.documents:
-        why = "all are skipped or empty" if manifest.skipped else "all of its text is empty"
+        why = "all are skipped" if manifest.skipped else "all of its text is empty"
         raise HymbaError(f"{data.path}: has no documents, {why}")
     for example in examples(TokenizedCorpus.open(directory), config.show):
         display.say(example)

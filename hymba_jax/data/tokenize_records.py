@@ -5,14 +5,15 @@ the directory `units` has
 
 | file                  | content                                                           |
 |-----------------------|-------------------------------------------------------------------|
-| `corpus.json`         | options and files, that a command which resumes has to share      |
+| `corpus.json`         | options and files, that a command which resumes has to share, and |
+|                       | hashes of documents that are on a side of their own               |
 | `UUUUU.json`          | a unit's shards that are there, and whether these are all         |
 | `UUUUU.skipped.jsonl` | its records that were skipped, if there are any                   |
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -100,15 +101,25 @@ def corpus_digest(directory: Path, tokenizer: str) -> str:
     return hashlib.blake2b(content + tokenizer.encode(), digest_size=16).hexdigest()
 
 
-def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) -> None:
+def begin(
+    directory: Path,
+    options: Mapping[str, Any],
+    files: Sequence[File],
+    exceptions: Collection[int] = (),
+) -> None:
     """Records what is tokenized, or compares it with what was recorded.
 
     Other options or files replace what was recorded while nothing is there that took work.
+
+    Args:
+      exceptions: `Corpus.exceptions`, where other corpora have to know them.
 
     Raises:
       HymbaError: the directory has shards of other options or files, or holds something else.
     """
     path = directory / UNITS / _CORPUS
+    recorded = {**_corpus(options, files), "exceptions": sorted(exceptions)}
+    content = json.dumps(recorded) + "\n"
     foreign = [entry.name for entry in directory.iterdir() if _is_foreign(entry)]
     if not path.exists():  # nor was it, while other parts may have added what looks foreign
         if foreign:
@@ -117,7 +128,7 @@ def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) ->
                 "empty or a new --output"
             )
         path.parent.mkdir(exist_ok=True)
-        replace_text(path, json.dumps(_corpus(options, files)) + "\n")
+        replace_text(path, content)
     if changed := difference(directory, options, files):
         if has_results(directory):
             raise HymbaError(
@@ -125,7 +136,7 @@ def begin(directory: Path, options: Mapping[str, Any], files: Sequence[File]) ->
             )
         for name in TOKENIZER_FILES:
             (directory / name).unlink(missing_ok=True)
-        replace_text(path, json.dumps(_corpus(options, files)) + "\n")
+        replace_text(path, content)
 
 
 def has_results(directory: Path) -> bool:
@@ -156,6 +167,11 @@ def moved_difference(directory: Path, files: Sequence[File]) -> str:
 def recorded_path(directory: Path) -> str:
     """The path of what is tokenized, as it was given."""
     return str(read_json(directory / UNITS / _CORPUS)["options"]["data.path"])
+
+
+def recorded_exceptions(directory: Path) -> frozenset[int]:
+    """The hashes that `begin` was given."""
+    return frozenset(read_json(directory / UNITS / _CORPUS)["exceptions"])
 
 
 def _corpus(options: Mapping[str, Any], files: Sequence[File]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import hashlib
 import json
@@ -112,6 +113,23 @@ def test_bad_records_are_skipped_and_reported(tmp_path):
     ]
     assert problems[2] == Problem("c.pdf", "a PDF file, not text: convert it or take it out", True)
     assert read(files, on_bad_record="skip") == documents
+
+
+@pytest.mark.parametrize("on_bad_record", ["stop", "skip"])
+def test_empty_records_are_skipped_and_reported(tmp_path, on_bad_record):
+    array = json.dumps([{"text": ""}, {"text": "two"}]).encode()
+    files = write(
+        tmp_path,
+        a_jsonl=lines("one", "") + b"\n" + lines(" "),
+        b_json=array,
+        c_txt=codecs.BOM_UTF8,
+        d_txt_gz=gzip.compress(b""),
+    )
+    problems = []
+    documents = read(files, on_bad_record=on_bad_record, report=problems.append)
+    assert documents == [("a.jsonl:1", "one"), ("a.jsonl:4", " "), ("b.json:element 2", "two")]
+    names = ["a.jsonl:2", "b.json:element 1", "c.txt", "d.txt.gz"]
+    assert problems == [Problem(name, "has no text", is_bad=False) for name in names]
 
 
 def test_a_file_that_cannot_be_read_is_never_skipped(tmp_path):

@@ -132,8 +132,23 @@ def test_documents_of_validation_are_not_trained_on(corpus, tokenized, tmp_path,
     # The only document of a corpus is excluded, too, rather than cut in two.
     one = tmp_path / "one.jsonl"
     one.write_text(json.dumps({"text": "new"}))
-    with pytest.raises(SystemExit, match="has no documents, all are skipped or empty"):
+    with pytest.raises(SystemExit, match="has no documents, all are skipped"):
         tokenize(one, tmp_path / "one", 0.2, "--data.exclude", held)
+
+
+def test_a_new_source_is_without_what_an_earlier_one_cut_in_two(corpus, tmp_path, output):
+    """As if it had been there from the start."""
+    (tmp_path / "one.txt").write_text(max(TEXTS, key=len))
+    one, more = WeightedSourceConfig(str(tmp_path / "one.txt")), WeightedSourceConfig(str(corpus))
+    first = prepare(config(sources={"one": one}), output)
+    both = config(sources={"one": one, "more": more})
+    trained_on = {"training source one": first.train["one"].digest}
+    extended = prepare(both, output, first.tokenizer, trained_on)
+    assert extended.train["one"].digest == first.train["one"].digest
+    found = [*documents(extended.train["more"]), *documents(extended.validation["more"])]
+    texts = {extended.tokenizer.decode(ids) for ids in found}
+    assert texts == set(TEXTS) - {max(TEXTS, key=len)}
+    assert documents(prepare(both, f"{output}2").train["more"]) == documents(extended.train["more"])
 
 
 def test_the_run_directory_is_no_text(corpus, tmp_path):
