@@ -16,6 +16,7 @@ in the same dtype.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,21 +100,37 @@ def in_children(args: Args) -> list[Row]:
 def run_row(args: Args) -> Row:
     """Of the run's training step."""
     run = with_vocabulary(RunConfig.from_toml(args.config))
-    training, length = run.training, run.data.sequence_length
+    start = time.perf_counter()
+    one_step, params = make_step(run)
+    compile_seconds = time.perf_counter() - start
+    milliseconds = median_ms(one_step, repeats=args.steps)
+    shape = (run.training.batch_size, run.data.sequence_length)
+    return {
+        "config": args.config.stem,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "batch": f"{shape[0]} x {shape[1]}",
+        "dtype": run.compute.dtype,
+        "host prepared": str(args.prepare),
+        "compile s": compile_seconds,
+        "step ms": milliseconds,
+        **_rates(run.model, run.compute.dtype, params, shape, milliseconds),
+    }
+
+
+def make_step(run: RunConfig) -> tuple[Callable[[], object], Params]:
+    """A call that does the run's next training step, on random tokens, and the model's shapes."""
     mesh = make_mesh(parallel=run.parallel)
     optimizer = make_optimizer(run.training)
     abstract = abstract_train_state(run.model, run.compute, optimizer, mesh)
     state = init_state(run.model, run.compute, optimizer, abstract, run.seed)
     train_step, batch_shape = run_step(run, next_token_loss, abstract.graph, optimizer, mesh)
-    start = time.perf_counter()
     step = compile_train_step(train_step, abstract.state, batch_shape)
-    compile_seconds = time.perf_counter() - start
-    shape = (training.batch_size, length)
+    shape = (run.training.batch_size, run.data.sequence_length)
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, run.model.num_embeddings, shape, np.int32)
     batch = Batch(inputs=tokens, targets=tokens)
     if run.data.packing == "documents":  # four a row, in the mean
-        starts = rng.random(shape) < 3 / length
+        starts = rng.random(shape) < 3 / shape[1]
         batch = batch._replace(segment_ids=1 + np.cumsum(starts, axis=1, dtype=np.int32))
     batch = jax.device_put(batch, batch_sharding(mesh))
 
@@ -122,17 +139,7 @@ def run_row(args: Args) -> Row:
         state, metrics = step(state, batch)
         return metrics
 
-    milliseconds = median_ms(one_step, repeats=args.steps)
-    return {
-        "config": args.config.stem,
-        "parameters": abstract.num_params,
-        "batch": f"{shape[0]} x {length}",
-        "dtype": run.compute.dtype,
-        "host prepared": str(args.prepare),
-        "compile s": compile_seconds,
-        "step ms": milliseconds,
-        **_rates(run.model, run.compute.dtype, abstract.state.params, shape, milliseconds),
-    }
+    return one_step, abstract.state.params
 
 
 def shape_row(args: Args, config: HymbaConfig) -> Row:
