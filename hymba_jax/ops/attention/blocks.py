@@ -177,7 +177,7 @@ def _over_keys(
     begin = jnp.asarray(meta)
     if window is not None:
         begin = jnp.maximum(begin, query_start - window)
-    if kv_start is not None:
+    if kv_start is not None and keys - meta > size:  # a loop of one round costs more than it saves
         begin = jnp.maximum(begin, jnp.min(kv_start))
     end = query_start + query.shape[3]
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.precision import einsum
 from hymba_jax.types import Array, Float, Int
 
 
@@ -35,15 +36,12 @@ def causal_conv_reference(
         document_inputs = documents.state.astype(x.dtype)
 
     inputs = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
-    y = bias.astype(dtype)[None, None] + _shifted_sum(
-        inputs, weight.astype(dtype), None if documents is None else positions - latest
-    )
+    seen = of_documents = None
     if documents is not None:
-        # All documents start from the same inputs.
-        for position in range(before):
-            seen = document_inputs[:, position:].astype(dtype)
-            of_seen = (weight[: before - position].astype(dtype)[None] * seen).sum(1, keepdims=True)
-            y = jnp.where((positions == latest + position)[:, :, None], y + of_seen, y)
+        seen = positions - latest
+        of_documents = _of_initial_inputs(weight.astype(dtype), document_inputs.astype(dtype))
+    y = bias.astype(dtype)[None, None]
+    y = y + _shifted_sum(inputs, weight.astype(dtype), of_documents, seen)
 
     ends = length if lengths is None else lengths[:, None]
     last = ends + jnp.arange(-before, 0)[None]
@@ -64,15 +62,29 @@ def causal_conv_reference(
     return y.astype(x.dtype), final_inputs
 
 
+def _of_initial_inputs(
+    weight: Float[Array, "kernel channels"], inputs: Float[Array, "batch kernel-1 channels"]
+) -> Float[Array, "batch kernel-1 channels"]:
+    """What initial inputs add to each of the first positions after them."""
+    before = inputs.shape[1]
+    sums = [
+        sum(weight[tap][None] * inputs[:, position + tap] for tap in range(before - position))
+        for position in range(before)
+    ]
+    return jnp.stack(sums, axis=1) if sums else inputs
+
+
 @jax.custom_vjp
 def _shifted_sum(
     inputs: Float[Array, "batch length_with_before channels"],
     weight: Float[Array, "kernel channels"],
+    of_documents: Float[Array, "batch kernel-1 channels"] | None,
     seen: Int[Array, "batch length"] | None,
 ) -> Float[Array, "batch length channels"]:
     """The sum over taps of weight[tap] times the inputs from that position on, in weight's dtype.
 
     Args:
+      of_documents: added at the first positions of each document.
       seen: positions of its own document before each; earlier inputs count as zeros.
     """
     length = inputs.shape[1] - weight.shape[0] + 1
@@ -80,18 +92,23 @@ def _shifted_sum(
         row[None, None] * _own(inputs[:, tap : tap + length].astype(row.dtype), tap, weight, seen)
         for tap, row in enumerate(weight)
     )
-    return sum(terms, start=jnp.zeros((), weight.dtype))
+    total = sum(terms, start=jnp.zeros((), weight.dtype))
+    if of_documents is not None and seen is not None:
+        for position in range(of_documents.shape[1]):
+            added = total + of_documents[:, position : position + 1]
+            total = jnp.where((seen == position)[:, :, None], added, total)
+    return total
 
 
 def _shifted_sum_fwd(
-    inputs: Array, weight: Array, seen: Array | None
+    inputs: Array, weight: Array, of_documents: Array | None, seen: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return _shifted_sum(inputs, weight, seen), (inputs, weight, seen)
+    return _shifted_sum(inputs, weight, of_documents, seen), (inputs, weight, seen)
 
 
 def _shifted_sum_bwd(
     residuals: tuple[Array, Array, Array | None], dy: Array
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array, Array | None, None]:
     """One sum of the shifted dy, rounded once; JAX's own gradient rounds each term.
 
     As y is rounded to the inputs' dtype, so is dy already. It is shifted in that dtype: XLA would
@@ -105,8 +122,18 @@ def _shifted_sum_bwd(
         shifted = jnp.pad(own, ((0, 0), (tap, before - tap), (0, 0)))
         dinputs = dinputs + row[None, None] * shifted.astype(dtype)
         taken = inputs[:, tap : tap + length].astype(dtype)
-        dweight.append((own.astype(dtype) * taken).sum((0, 1)))
-    return dinputs.astype(inputs.dtype), jnp.stack(dweight), None
+        dweight.append(_own(dy.astype(dtype) * taken, tap, weight, seen).sum((0, 1)))
+    of_documents = None
+    if seen is not None:
+        is_there = seen[:, :, None] == jnp.arange(before)[None, None]
+        # A matmul reads dy once, where a masked sum for each position would read it as often.
+        of_documents = einsum(
+            "blp,blc->bpc",
+            is_there.astype(inputs.dtype),
+            dy.astype(inputs.dtype),
+            preferred_element_type=dtype,
+        )
+    return dinputs.astype(inputs.dtype), jnp.stack(dweight), of_documents, None
 
 
 _shifted_sum.defvjp(_shifted_sum_fwd, _shifted_sum_bwd)
@@ -114,7 +141,7 @@ _shifted_sum.defvjp(_shifted_sum_fwd, _shifted_sum_bwd)
 
 def _own(v: Array, tap: int, weight: Array, seen: Array | None) -> Array:
     """v where this tap's input belongs to the position's own document, else zeros."""
-    if seen is None:
+    if seen is None or tap == len(weight) - 1:
         return v
     zeros = (0 * seen).astype(v.dtype)  # not a constant, which would be an array before the scan
     return jnp.where((seen >= weight.shape[0] - 1 - tap)[:, :, None], v, zeros[:, :, None])
