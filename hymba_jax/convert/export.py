@@ -13,12 +13,12 @@ from flax import nnx
 
 from hymba_jax.checkpoint.checkpoints import OPTIMIZER, Step, load_params, one_line, resolve_step
 from hymba_jax.checkpoint.checksums import check_tree
-from hymba_jax.checkpoint.load import merged_params
+from hymba_jax.checkpoint.load import load_merged_params, merged_params
 from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
 from hymba_jax.checkpoint.save import check_absent, save_model
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
-from hymba_jax.convert.peft import write_peft
+from hymba_jax.convert.peft import merge_peft, write_peft
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.model.abstract import Params, abstract_model
@@ -38,7 +38,7 @@ class ExportConfig:
     A run that trained an adapter needs --merge or --adapter.
 
     Attributes:
-      run: directory of a training run.
+      run: directory of a training run; with `merge_peft`, of a standalone model, too.
       output: directory to write, which must not exist.
       average: `ema`, the moving average of a run with training.ema_decay; or `last:N`, the mean of
         the newest N of the training.keep_checkpoints that a run keeps on its schedule: at multiples
@@ -46,6 +46,7 @@ class ExportConfig:
       step: which checkpoint, or "best", of the lowest validation loss; the newest if absent.
       merge: merges the run's adapter into the model.
       adapter: writes the run's adapter alone, as a PEFT adapter of the model that it started from.
+      merge_peft: directory of a PEFT adapter, of whatever library, that is merged into the model.
 
     Raises:
       HymbaError: there is no such average, or it is of no step, or both a model and an adapter
@@ -58,6 +59,7 @@ class ExportConfig:
     step: Step | None = None
     merge: bool = False
     adapter: bool = False
+    merge_peft: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(f"|{EMA}|{LAST}[1-9][0-9]{{0,8}}", self.average):
@@ -66,6 +68,10 @@ class ExportConfig:
             raise HymbaError(f"{self.average} is of the newest checkpoints: leave --step out")
         if self.merge and self.adapter:
             raise HymbaError("merge writes a model, adapter an adapter: name one of them")
+        if self.merge_peft and (self.average or self.merge or self.adapter):
+            raise HymbaError(
+                "merge_peft takes a model as other commands do: leave average, merge and adapter out"
+            )
 
 
 def main(args: ExportConfig) -> None:
@@ -77,6 +83,9 @@ def main(args: ExportConfig) -> None:
     """
     run, output = resolve_path(args.run).absolute(), resolve_path(args.output)
     check_absent(output)
+    if args.merge_peft:
+        _write_merged(run, args.step, resolve_path(args.merge_peft), output)
+        return
     config, compute = read_model_directory(run)
     steps = checkpoint_steps(run)
     if not steps:
@@ -112,6 +121,17 @@ def main(args: ExportConfig) -> None:
         graph, _ = abstract_model(config, compute, mesh)
     save_model(output, nnx.merge(graph, params), Tokenizer.load(run), hf_files_of=run)
     print(f"{output}: {what} of {run}{', adapter merged' * bool(adapter)}")
+
+
+def _write_merged(directory: Path, step: Step | None, adapter: Path, output: Path) -> None:
+    """Writes the model of a directory with a PEFT adapter merged."""
+    found, mesh = resolve_step(directory, step), make_mesh(jax.devices()[:1])
+    config, compute = read_model_directory(directory, found)
+    graph, _ = abstract_model(config, compute, mesh)
+    params = load_merged_params(directory, config, compute, mesh, found)
+    model = merge_peft(adapter, nnx.merge(graph, params))
+    save_model(output, model, Tokenizer.load(directory), hf_files_of=directory)
+    print(f"{output}: {directory} with {adapter} merged")
 
 
 def _check_form(run: Path, args: ExportConfig, adapter: AdapterConfig) -> None:

@@ -41,7 +41,7 @@ from hymba_jax.types import Array
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_BASE = "base_embedding"  # in the metadata of the weights: checksum of the base's embedding
+_BASE = "base_checksum"  # in the metadata of the weights
 _TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?"
 )
@@ -70,14 +70,14 @@ def merge_peft(directory: Path, model: Hymba) -> Hymba:
     adapters, base = read_peft(directory)
     graph, state = nnx.split(model)
     params = flatten_dict(nnx.to_pure_dict(state))
-    if base is not None and base != _checksum(params):
-        raise HymbaError(
-            f"{directory}: belongs to a model with another embedding than this one: name the model "
-            "that it was trained on"
-        )
     shapes = {path: leaf.shape for path, leaf in params.items()}
     parts = _kernels(shapes, model.config, scan_layers=model.compute.scan_layers)
     _check_fit(directory, adapters, parts)
+    if base is not None and base != _checksum(params, parts[min(adapters)]):
+        raise HymbaError(
+            f"{directory}: belongs to another model than this one, or is merged into it already: "
+            "name the model that it was trained on"
+        )
     updates: dict[ParamPath, dict[int | None, LowRankUpdate]] = defaultdict(dict)
     for module, update in adapters.items():
         for part in parts[module]:
@@ -103,6 +103,11 @@ def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
     Raises:
       HymbaError: a file cannot be read, or has options or tensors that are not supported.
     """
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise HymbaError(
+            f"{directory}: no PEFT adapter, {ADAPTER_CONFIG} is missing; hymba export RUN DIRECTORY "
+            "--adapter writes that of a run"
+        )
     settings, file = _read_settings(directory / ADAPTER_CONFIG), TensorFile(directory / WEIGHTS)
     tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     problems = []
@@ -176,7 +181,7 @@ def write_peft(
             tensors |= {f"{_PREFIX}{module}.{name}": array for name, array in blocks.items()}
     settings = _settings(adapter, ranks, [*parts], base_model)
     (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    metadata = {"format": "pt", _BASE: _checksum(flat)}
+    metadata = {"format": "pt", _BASE: _checksum(flat, parts[min(ranks)])}
     save_file(tensors, directory / WEIGHTS, metadata)
 
 
@@ -367,7 +372,13 @@ def _settings(
     }
 
 
-def _checksum(params: Mapping[ParamPath, Any]) -> str:
-    """Of the embedding in bfloat16, so that it is the same in whatever dtype it is loaded."""
-    embedding = np.asarray(params["embedding",]).astype(ml_dtypes.bfloat16)
-    return f"{zlib.crc32(np.ascontiguousarray(embedding).view(np.uint16)):08x}"
+def _checksum(params: Mapping[ParamPath, Any], parts: list[HFSlice]) -> str:
+    """Of a base model: its embedding, and the kernels of a module that the adapter changes.
+
+    They are rounded to bfloat16, so that it is the same in whatever dtype they are loaded.
+    """
+    checksum = 0
+    for array in (params["embedding",], *(_layer(params[part.path], part) for part in parts)):
+        rounded = np.ascontiguousarray(np.asarray(array).astype(ml_dtypes.bfloat16))
+        checksum = zlib.crc32(rounded.view(np.uint16), checksum)
+    return f"{checksum:08x}"

@@ -1,6 +1,6 @@
 """Records whose document is the text in one field."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class TextField:
             raise ValueError('not a JSON object: write {"' + self.name + '": "..."}')
         if self.name not in value:
             fields = ", ".join(map(repr, value)) or "none"
-            raise ValueError(f"no field {self.name!r} (it has: {fields}): set text_field")
+            raise ValueError(f"no field {self.name!r} (it has: {fields}): {_advice(value)}")
         text = value[self.name]
         if not isinstance(text, str):
             raise ValueError(f"field {self.name!r} is not a string: fix it or set text_field")
@@ -57,7 +57,8 @@ class TextField:
         index = schema.get_field_index(self.name)
         if index < 0:
             columns = ", ".join(map(repr, schema.names)) or "none"
-            raise BrokenFile(f"no column {self.name!r} (it has: {columns}): set text_field")
+            advice = _advice(schema.names)
+            raise BrokenFile(f"no column {self.name!r} (it has: {columns}): {advice}")
         kind = schema.field(index).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if str(kind) not in ("string", "large_string", "string_view"):
@@ -69,3 +70,12 @@ class TextField:
     def of_file(self, blocks: Iterator[bytes]) -> Iterator[str]:
         """All of a text file."""
         return decode(blocks)
+
+
+def _advice(fields: Collection[str]) -> str:
+    """What to do about records of these fields, which have no text."""
+    if "chosen" in fields and "rejected" in fields:
+        return "set data.format to preference"
+    if "messages" in fields or "conversations" in fields or "completion" in fields:
+        return "set data.format to chat"
+    return "set text_field"

@@ -113,7 +113,11 @@ class TokenizeConfig:
         if not self.check and not self.tokenizer:
             yield "tokenizer is missing: give bytes, bpe:SIZE or the path of a tokenizer.json"
         if self.data.format != "text" and self.bpe_size is not None:
-            yield f"tokenizer {self.tokenizer} is trained on text: name one that there is"
+            yield (
+                f"tokenizer {self.tokenizer} is trained on text, which data.format "
+                f"{self.data.format} is not: train one on text first, with --tokenizer-only and "
+                "data.format text, and name its output"
+            )
         if self.data.loss_on != "all" and self.data.format == "text":
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
         if self.show and self.tokenizer_only:

@@ -106,15 +106,16 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
 def run_defaults(args: Sequence[str]) -> RunConfig:
     """The run of a command line's `--config` and model, before its fields are overridden.
 
-    The model is that of `--init-from` or, for commands that have it, of `--preset`.
+    The model is that of `--init-from` or, for commands that have it, of `--preset`; without them,
+    that of the config's `init_from` if it has no table [model] itself.
 
     Raises:
       HymbaError: one of them cannot be read, or several name a model.
     """
     named = _named(args)
     base = RunConfig()
-    if named.init_from:
-        base = _started_from(named.init_from)
+    if init_from := _init_from(named):
+        base = _started_from(init_from)
     if named.preset:
         if others := [*_models(named)][1:]:
             raise HymbaError(f"--preset {named.preset} and {others[0]} both name a model: drop one")
@@ -146,8 +147,23 @@ def _models(named: argparse.Namespace) -> Iterator[str]:
         yield f"--preset {named.preset}"
     if named.init_from:
         yield f"--init-from {named.init_from}"
-    if named.config is not None and "model" in read_toml(resolve_location(named.config)):
+    table = _table(named)
+    if "model" in table:
         yield f"[model] of {named.config}"
+    elif table.get("init_from") and not named.preset:
+        yield f"init_from of {named.config}"
+
+
+def _init_from(named: argparse.Namespace) -> str:
+    """The directory whose model is the default of a command line; empty if there is none."""
+    table = _table(named)
+    in_file = "" if named.preset or "model" in table else table.get("init_from")
+    return named.init_from or (in_file if isinstance(in_file, str) else "")
+
+
+def _table(named: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a command line's config, which are not checked yet."""
+    return read_toml(resolve_location(named.config)) if named.config is not None else {}
 
 
 def _started_from(directory: str) -> RunConfig:

@@ -263,6 +263,7 @@ def _run_stages(
                 _check_same_teacher(saved, program)
             if step == stage.start and stage.validated_on != config.stage_at(step).validated_on:
                 checkpoints.forget_best()
+                recorder.forget_losses()
             with interrupts.deferred():
                 if program.reference:
                     display.begin(

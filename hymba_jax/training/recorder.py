@@ -127,6 +127,11 @@ class Recorder:
         self._logged_at = now - self._seconds
         self._compared, self._compared_at, self._waited = self._step, now, 0.0
 
+    def forget_losses(self) -> None:
+        """Forgets earlier losses, training's and validation's, with which later ones do not compare."""
+        self._spikes = SpikeDetector()
+        self._bits_per_byte = self._validation_loss = None
+
     def submit(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of the step just begun; reads those of the step before."""
         self.flush()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ from hymba_jax.model import stack_layers, unstack_layers
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.tokenizer import build_tokenizer
 from hymba_jax.training import loop
-from hymba_jax.training.arguments import parse_run
+from hymba_jax.training.arguments import names_model, parse_run
 from hymba_jax.training.optimizer import make_optimizer
 
 CONFIG = dataclasses.replace(TINY, layers="G 2*Ww", max_positions=512)
@@ -160,6 +161,18 @@ class TestCommandLine:
         run, _ = parse_run(["--init-from", str(held[0]), "--config", str(path)], "train.py")
         assert run.data.tokenizer == "bytes"
         assert run.model == dataclasses.replace(CONFIG, max_positions=1000)
+
+    def test_a_file_may_name_the_directory(self, held, tmp_path):
+        directory, path = str(held[0]), tmp_path / "run.toml"
+        path.write_text(f'init_from = "{directory}"\ntraining.steps = 3\n')
+        run, _ = parse_run(["--config", str(path)], "train.py")
+        assert names_model(["--config", str(path)])
+        given, _ = parse_run(["--init-from", directory, "--training.steps", "3"], "train.py")
+        assert run == given
+        # As the config of a run, which has its model itself:
+        path.write_text(given.to_toml().replace(directory, "gone"))
+        run, _ = parse_run(["--config", str(path)], "train.py")
+        assert (run.model, Path(run.init_from).name) == (given.model, "gone")
 
     def test_without_a_tokenizer_there_it_is_the_usual_one(self, held, tmp_path):
         shutil.copyfile(held[0] / "config.toml", tmp_path / "config.toml")

@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from inference.models import byte_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.adapter import AdapterConfig
+from hymba_jax.checkpoint.load import load_model
+from hymba_jax.checkpoint.save import save_model
+from hymba_jax.convert.export import ExportConfig
+from hymba_jax.convert.export import main as export
 from hymba_jax.convert.peft import WEIGHTS, merge_peft, read_peft, write_peft
 from hymba_jax.errors import HymbaError
 from hymba_jax.hf_files import ADAPTER_CONFIG
@@ -173,7 +178,7 @@ def test_other_shapes_and_another_base_are_refused(tmp_path):
     with pytest.raises(HymbaError, match=r"x_proj\.0 is no linear map of this model"):
         merge_peft(tmp_path / "adapter", other)
     other = Hymba(MODEL, ComputeConfig(), nnx.Rngs(1))
-    with pytest.raises(HymbaError, match="belongs to a model with another embedding than this one"):
+    with pytest.raises(HymbaError, match="belongs to another model than this one"):
         merge_peft(tmp_path / "adapter", other)
     shutil.copytree(GOLDEN / "peft-lora", tmp_path / "of peft")
     with pytest.raises(HymbaError, match="in_proj is no linear map of this model"):
@@ -185,6 +190,71 @@ def test_other_shapes_and_another_base_are_refused(tmp_path):
     save_file(tensors, tmp_path / "of peft" / WEIGHTS)
     with pytest.raises(HymbaError, match="out_proj maps 32 to 17 there, 32 to 16 here"):
         merge_peft(tmp_path / "of peft", other)
+
+
+def test_an_adapter_is_merged_once(tmp_path):
+    write(tmp_path / "adapter", "lora", targets=("value_proj",))
+    merged = merge_peft(tmp_path / "adapter", make_base())
+    with pytest.raises(HymbaError, match="adapter: belongs to another model than this one, or is m"):
+        merge_peft(tmp_path / "adapter", merged)
+
+
+MAPS = {  # of linear maps of the shapes in `GOLDEN`: a model that has one, and their names
+    "in_proj": (
+        dataclasses.replace(MODEL, hidden_size=12, mlp_size=20),
+        "moe.experts.0.gate_proj",
+        ("mlp", "gate_proj"),
+    ),
+    "out_proj": (
+        dataclasses.replace(
+            MODEL,
+            hidden_size=10,
+            attention=AttentionConfig(num_heads=1, num_kv_heads=1, window=4),
+            ssm=SSMConfig(state_size=3, dt_rank=2),
+        ),
+        "mamba.x_proj.0",
+        ("mixer", "ssm", "x_proj"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("lora", "in_proj"), ("rslora", "out_proj"), ("dora", "out_proj")]
+)
+def test_an_adapter_of_peft_is_merged_into_a_directory(kind, name, tmp_path):
+    """The adapter is that of `GOLDEN`, by the HF checkpoint's names of one map in a layer."""
+    config, module, place = MAPS[name]
+    golden = GOLDEN / f"peft-{kind}"
+    base, expected = (
+        load_file(golden / f"{which}.safetensors")[f"{name}.weight"].T
+        for which in ("base", "merged")
+    )
+    params = params_of(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    path = ("groups", 1, "blocks", 0, *place, "kernel")
+    flat = flatten_dict(params)
+    flat[path] = base
+    graph = nnx.graphdef(Hymba(config, ComputeConfig(scan_layers=False), nnx.Rngs(0)))
+    save_model(tmp_path / "base", nnx.merge(graph, unflatten_dict(flat)), byte_tokenizer())
+    shutil.copytree(golden, tmp_path / "adapter")
+    tensors = {
+        tensor.replace(f".{name}.", f".model.layers.1.{module}."): array
+        for tensor, array in load_file(golden / WEIGHTS).items()
+        if f".{name}." in tensor
+    }
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    merge = ExportConfig(
+        str(tmp_path / "base"), str(tmp_path / "out"), merge_peft=str(tmp_path / "adapter")
+    )
+    export(merge)
+    merged = flatten_dict(params_of(load_model(tmp_path / "out")))
+    np.testing.assert_allclose(merged.pop(path), expected, rtol=0, atol=1e-6)
+    for other, kernel in merged.items():
+        np.testing.assert_array_equal(kernel, flat[other])
+
+
+def test_a_directory_without_adapter(tmp_path):
+    with pytest.raises(HymbaError, match="no PEFT adapter, adapter_config.json is missing; hymba"):
+        merge_peft(tmp_path, make_base())
 
 
 def test_a_base_in_bfloat16_is_the_same_base(tmp_path):

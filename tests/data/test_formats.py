@@ -269,6 +269,8 @@ def test_json_lines():
         (b"text", ["broken JSON", "column 1", "fix or remove"]),
         (b'{"body": "a", "n": 1}', ["no field 'text'", "'body', 'n'", "text_field"]),
         (b"{}", ["no field 'text'", "none"]),
+        (b'{"messages": []}', ["no field 'text'", "set data.format to chat"]),
+        (b'{"chosen": "a", "rejected": "b"}', ["no field 'text'", "data.format to preference"]),
         (b'["a"]', ["not a JSON object"]),
         (b'{"text": 3}', ["field 'text' is not a string"]),
         (b'{"text": "\xff"}', ["not UTF-8", "byte 10"]),

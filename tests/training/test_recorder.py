@@ -129,6 +129,21 @@ def test_a_validation_without_text_is_shown_by_its_loss(recorder, capsys):
     assert "step 1/6  17%  loss 2.5000  val loss 1.5000  " in capsys.readouterr().out
 
 
+def test_losses_of_another_objective_are_not_compared(recorder, capsys):
+    """Neither is the last validation shown, nor is a higher loss a spike."""
+    for step in range(1, 40):
+        recorder.submit(step, metrics(0.5))
+    recorder.flush({"validation_loss": 1.5})
+    capsys.readouterr()
+    recorder.forget_losses()
+    recorder.submit(40, metrics(5.0))
+    recorder.flush()
+    shown = capsys.readouterr().out
+    assert "step 40/6" in shown
+    assert "val" not in shown
+    assert "spike" not in shown
+
+
 def test_a_line_is_about_all_steps_since_the_line_before(recorder, tmp_path):
     for step, loss, norm, tokens in ((1, 3.0, 1.0, 100), (2, 2.0, 3.0, 300), (3, 5.0, 7.0, 10)):
         reward = Average(jnp.float32(step), jnp.int32(4 // step))  # 1, 2, 3 over 4, 2, 1
