@@ -4,8 +4,10 @@ A chat template that has `{% generation %}` blocks marks its answers itself. Of 
 starts where its prompt ends: the messages before it, rendered with the generation prompt, as
 inference does. It ends behind the token that ends answers (ChatML's "<|im_end|>"), or, where the
 template ends them with text, with all that it renders of the messages up to this one. Both
-renderings have to be how the whole conversation begins; else the template is refused. So what is
-trained on is what inference generates, up to where it stops.
+renderings have to be how the whole conversation begins; else the template is refused. So is one
+whose generation prompt ends in tokens that are others once an answer follows, as a space is that
+the tokenizer joins to a word. So what is trained on is what inference generates, up to where it
+stops.
 """
 
 import re
@@ -25,6 +27,7 @@ from hymba_jax.types import Bool
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _MARK = "mark answers with {% generation %} in the template"
+_WORDS = ("a", "in", "so", "the", "It", "The", "1")  # that answers begin with
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class AnswerRenderer:
         self._end_token = next(iter(answer_end(tokenizer)[1]), None)
         if not _has_generation_blocks(tokenizer):
             self._check_template()
+        self._check_prompt_end()
 
     def render(self, messages: Sequence[Message], num_given: int = 0, **options: Any) -> ChatText:
         """The conversation as text, and where the answers are.
@@ -188,6 +192,22 @@ class AnswerRenderer:
                 "asked for a generation prompt or not: let it heed add_generation_prompt, or "
                 f"{_MARK}"
             )
+
+    def _check_prompt_end(self) -> None:
+        """Refuses a template whose generation prompt ends inside a token of what follows it."""
+        messages = [{"role": "user", "content": "Hi"}]
+        prompt = self._rendered(messages, {}, add_generation_prompt=True)
+        ids = self._tokenizer.encode_traced(prompt, origins(prompt))
+        for word in _WORDS:
+            text = self._rendered([*messages, {"role": "assistant", "content": word}], {})
+            answered = self._tokenizer.encode_traced(text, origins(text))
+            if text.startswith(prompt) and answered[: len(ids)] != ids:
+                raise HymbaError(
+                    "the tokenizer joins the end of the generation prompt, "
+                    f"{str.__str__(prompt[-8:])!r}, to the beginning of an answer ({word!r}), so "
+                    "answers would be trained on behind other tokens than they are generated "
+                    "behind: let the template write that end as the beginning of answers"
+                )
 
     def _rendered(
         self,

@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from inference.models import byte_tokenizer
 from safetensors.numpy import load_file, save_file
 
-from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
-from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.save import save_model
+from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
+from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.convert.export import ExportConfig
 from hymba_jax.convert.export import main as export
 from hymba_jax.convert.peft import WEIGHTS, merge_peft, read_peft, write_peft
@@ -195,7 +195,9 @@ def test_other_shapes_and_another_base_are_refused(tmp_path):
 def test_an_adapter_is_merged_once(tmp_path):
     write(tmp_path / "adapter", "lora", targets=("value_proj",))
     merged = merge_peft(tmp_path / "adapter", make_base())
-    with pytest.raises(HymbaError, match="adapter: belongs to another model than this one, or is m"):
+    with pytest.raises(
+        HymbaError, match="adapter: belongs to another model than this one, or is m"
+    ):
         merge_peft(tmp_path / "adapter", merged)
 
 

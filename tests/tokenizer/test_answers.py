@@ -221,6 +221,27 @@ def test_templates_of_which_answers_cannot_be_told_are_refused(template, problem
         AnswerRenderer(with_template(template)).render(TURNS)
 
 
+def test_a_prompt_that_ends_inside_a_token_is_refused():
+    """There " a" is a token; the space of the prompt alone is another."""
+    spaced = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    marked = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
+    joined = build_tokenizer("bpe:262", ["b a a a a a a a a"])
+    assert len(joined.encode(" a")) == 1
+    for template in (spaced + prompt, marked + prompt):
+        tokenizer = Tokenizer(joined.model, "<s>", "</s>", template)
+        with pytest.raises(HymbaError, match=r"end of the generation prompt, 'istant: ', to the b"):
+            AnswerRenderer(tokenizer)
+        fixed = template.replace(": {", ":{").replace("{{ m.content", "{{ ' ' + m.content")
+        tokenizer = Tokenizer(joined.model, "<s>", "</s>", fixed)
+        assert answers(tokenizer, TURNS)[0].startswith(" Ho")
+        prompt_ids = encode(tokenizer, TURNS[:2])
+        assert encode(tokenizer, TURNS)[: len(prompt_ids)] == prompt_ids
+
+
 def test_an_answer_that_ends_otherwise_than_others_is_refused():
     template = TEMPLATES["chatml"].replace(
         "+ '<|im_end|>' +", "+ ('' if message['tool_calls'] else '<|im_end|>') +"
