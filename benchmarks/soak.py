@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py --kills 200
 
-The run has three stages, and saves and evaluates all the time. Each time a SIGKILL, SIGTERM or
+The run has three stages, of pretraining or (--recipe fine-tuning) SFT-1, SFT-2 and DPO, and saves
+and evaluates all the time. Each time a SIGKILL, SIGTERM or
 Ctrl-C comes, after which the same command resumes. A run that ends has to have the same parameters,
 optimizer state, metrics and sample, bit for bit; then the next one begins, until there were as many
 kills. SIGTERM and Ctrl-C have to end it within 30 seconds and say so; the longest time is reported.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -52,7 +54,7 @@ OPTIONS = {
     "training.keep-checkpoints": 1,
     "training.sample-tokens": 4,
 }
-STAGES = """
+PRETRAINING = """
 [[stages]]
 name = "stable"
 steps = 25
@@ -71,6 +73,45 @@ batch_size = 4
 sequence_length = 48
 max_positions = 128
 """
+CHATS = """
+format = "chat"
+chat_template = "{template}"
+packing = "documents"
+validation_packing = "documents"
+sequence_length = 64
+
+[data.sources.reasoning]
+path = "{directory}/reasoning.jsonl"
+
+[data.sources.instructions]
+path = "{directory}/instructions.jsonl"
+
+[data.sources.preferences]
+path = "{directory}/preferences.jsonl"
+format = "preference"
+"""
+FINE_TUNING = """
+[[stages]]
+name = "sft-1"
+steps = 15
+schedule = "cosine"
+sources.reasoning.weight = 1
+
+[[stages]]
+name = "sft-2"
+steps = 15
+schedule = "constant"
+sources.instructions.weight = 2
+sources.reasoning.weight = 1
+
+[[stages]]
+name = "dpo"
+objective = "dpo"
+steps = 25
+batch_size = 4
+schedule = "linear"
+sources.preferences.weight = 1
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +122,42 @@ class Options:
       kills: signals to send.
       seed: of the moments and the signals.
       layers: of the model.
+      recipe: of the run.
     """
 
     kills: int = 200
     seed: int = 0
     layers: str = "W"
+    recipe: Literal["pretraining", "fine-tuning"] = "pretraining"
+
+
+def write_recipe(directory: Path, options: Options) -> Path:
+    """The config of the run, with what it reads below `directory`."""
+    path = write_config(directory, directory / "alone", options.layers)
+    config = path.read_text().replace("\nsteps = 4\n", "\n")
+    if options.recipe == "pretraining":
+        path.write_text(config + PRETRAINING)
+        return path
+    words = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx"]
+    prompts = [first + second for first in words for second in words[:5]]
+    for name, answers in {
+        "reasoning": {"completion": lambda prompt: prompt[::-1]},
+        "instructions": {"completion": str.upper},
+        "preferences": {"chosen": str.upper, "rejected": str.title},
+    }.items():
+        records = (
+            {"prompt": prompt} | {field: answer(prompt) for field, answer in answers.items()}
+            for prompt in prompts
+        )
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (directory / f"{name}.jsonl").write_text(lines)
+    template = Path(__file__).parents[1] / "configs" / "chat.jinja"
+    chats = CHATS.format(template=template, directory=directory)
+    for line in (f'path = "{directory / "corpus"}"\n', "sequence_length = 24\n"):
+        config = config.replace(line, "")
+    data, training, rest = config.partition("\n[training]")
+    path.write_text(data + chats + training + rest + FINE_TUNING)
+    return path
 
 
 def fork(function: Callable[[], None], log: Path) -> int:
@@ -212,14 +284,17 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
     if status is not None:
         check(status, run.log)
         return None
+    was_starting = run.lines == 0  # Python raises KeyboardInterrupt, which destructors may swallow
     os.kill(process, number)
     began = time.monotonic()
     status = wait(process, LIMIT)
     seconds = time.monotonic() - began
     if status is None:
         os.kill(process, signal.SIGKILL)
+        wait(process, LIMIT)
+        if was_starting:
+            return 0.0
         sys.exit(f"{number.name} did not end the run in {LIMIT} s:\n{run.log.read_text()}")
-    was_starting = run.lines == 0  # signals are not handled yet
     if status == -signal.SIGKILL or (was_starting and status in (-number, 128 + number)):
         return 0.0
     if status == 128 + number and "stopped by" in run.log.read_text():
@@ -230,8 +305,7 @@ def kill(run: Run, number: signal.Signals, lines: int, delay: float) -> float | 
 
 def soak(directory: Path, options: Options) -> Counter[str]:
     """Kills runs and compares them; how many of which signals came, and runs ended."""
-    config = write_config(directory, directory / "alone", options.layers)
-    config.write_text(config.read_text().replace("\nsteps = 4\n", "\n") + STAGES)
+    config = write_recipe(directory, options)
     alone, run = Run(config, directory / "alone"), Run(config, directory / "killed")
     gaps = alone.finish()
     rng, counts, longest = random.Random(options.seed), Counter[str](), 0.0
