@@ -97,6 +97,7 @@ class Conversations:
         try:
             json.dumps([messages, options], ensure_ascii=False, default=str).encode()
             chat = self._renderer.render(messages, num_given, **options)
+            self._check_written(chat.text, messages, num_given, options)
         except UnicodeEncodeError as error:
             raise ValueError("holds half a surrogate pair, which is no text: fix it") from error
         except TemplateFailed as error:
@@ -106,6 +107,34 @@ class Conversations:
         if len(chat.text) > records.PIECE:
             raise ValueError(f"a conversation of more than {records.PIECE:,} characters: remove it")
         return chat
+
+    def _check_written(
+        self,
+        text: str,
+        messages: Sequence[Mapping[str, Any]],
+        num_given: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Raises ValueError if the template leaves tools, contexts or calls of a record out."""
+
+        def is_ignored(name: str) -> bool:
+            others = {other: value for other, value in options.items() if other != name}
+            try:
+                return self._renderer.render(messages, num_given, **others).text == text
+            except HymbaError:  # the template needs it
+                return False
+
+        unwritten = [*filter(is_ignored, options)]
+        unwritten += [
+            f"the tool calls of message {number}"
+            for number, message in enumerate(messages, start=1)
+            if any(name not in text for name in _called(message))
+        ]
+        if unwritten:
+            raise ValueError(
+                f"the chat template does not write {' and '.join(unwritten)}: remove the record, or "
+                "give a template that does"
+            )
 
     def of_row(self, row: dict[str, Any]) -> ChatText:
         """The conversation in a row of Parquet. Raises ValueError saying what is wrong.
@@ -192,6 +221,15 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
             'record, or choose its last answer by loss_on "last"'
         )
     return message
+
+
+def _called(message: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the functions that a message calls."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+            yield name
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -202,6 +202,17 @@ def test_what_is_wrong_with_a_record(conversations, record, problem):
     assert "\n" not in bad.reason
 
 
+def test_what_a_template_leaves_out_is_not_left_out_silently():
+    content = Conversations(chat_tokenizer(), "all", "the template")
+    record = {"messages": [USER, ANSWER], "tools": [{"name": "f"}], "contexts": ["c"]}
+    with pytest.raises(ValueError, match="does not write tools and contexts: remove the record"):
+        content.of_json(record)
+    for call in ({"name": "look_up"}, {"function": {"name": "look_up"}}):
+        record = {"messages": [USER, ANSWER | {"tool_calls": [call]}]}
+        with pytest.raises(ValueError, match="does not write the tool calls of message 2: remove"):
+            content.of_json(record)
+
+
 def test_bad_records_stop_with_a_line_each_or_are_skipped(conversations, tmp_path):
     path = tmp_path / "chats.jsonl"
     records = [{"messages": [USER]}, {"messages": [USER, ANSWER]}, {"prompt": ""}]
