@@ -35,10 +35,13 @@ def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
     is_dpo = objective == "dpo"
     for name in stage.shares:
         if data.train[name].is_preference != is_dpo:
-            found = "no pairs" if is_dpo else "pairs"
+            problem = (
+                'no pairs, which it is for: give it some (format "preference"), or set another'
+                if is_dpo
+                else 'pairs, which are for objective "dpo" alone: set training.objective'
+            )
             raise HymbaError(
-                f"{stage.label}: objective is {objective}, and data.sources.{name} has {found}: "
-                'pairs (format "preference") are for objective dpo, and it is for them alone'
+                f"{stage.label}: objective is {objective}, and data.sources.{name} has {problem}"
             )
     if not data.validated(preferences=is_dpo):
         what = "pairs" if is_dpo else "documents but pairs"
