@@ -140,11 +140,12 @@ def write_recipe(directory: Path, options: Options) -> Path:
         return path
     words = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx"]
     prompts = [first + second for first in words for second in words[:5]]
-    for name, answers in {
-        "reasoning": {"completion": lambda prompt: prompt[::-1]},
+    sources: dict[str, dict[str, Callable[[str], str]]] = {
+        "reasoning": {"completion": str.capitalize},
         "instructions": {"completion": str.upper},
         "preferences": {"chosen": str.upper, "rejected": str.title},
-    }.items():
+    }
+    for name, answers in sources.items():
         records = (
             {"prompt": prompt} | {field: answer(prompt) for field, answer in answers.items()}
             for prompt in prompts

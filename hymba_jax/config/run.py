@@ -52,8 +52,8 @@ class RunConfig:
       output: the run directory: config, tokenizer, metrics and checkpoints; local, gs:// or s3://.
       seed: random seed of the initial parameters, the order of the data and the sample.
       init_from: directory of a model or a run, local, gs:// or s3://, whose newest parameters
-        initialize this run; random if empty. On the command line, or in a file without [model], its
-        model and tokenizer become the defaults. Ignored when resuming.
+        initialize this run; random if empty. On a command line and in a config file its model and
+        tokenizer become the defaults. Ignored when resuming.
       stages: parts of the run by name, in order; none if it is the same throughout.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 

@@ -70,7 +70,7 @@ class ExportConfig:
             raise HymbaError("merge writes a model, adapter an adapter: name one of them")
         if self.merge_peft and (self.average or self.merge or self.adapter):
             raise HymbaError(
-                "merge_peft takes a model as other commands do: leave average, merge and adapter out"
+                "merge_peft takes a model as it is: leave average, merge and adapter out"
             )
 
 

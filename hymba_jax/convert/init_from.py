@@ -52,7 +52,8 @@ class InitialModel:
         if self.config != wanted and not _same_shapes(self.config, wanted):
             raise HymbaError(
                 f"{self.directory}: its parameters do not fit this model "
-                f"({'; '.join(self._differences(wanted))})"
+                f"({'; '.join(self._differences(wanted))}): leave these fields out of the config's "
+                "[model], or start from another model"
             )
 
     def tokenizer_for(self, data: DataConfig) -> Tokenizer | None:

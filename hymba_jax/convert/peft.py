@@ -105,8 +105,8 @@ def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
     """
     if not (directory / ADAPTER_CONFIG).is_file():
         raise HymbaError(
-            f"{directory}: no PEFT adapter, {ADAPTER_CONFIG} is missing; hymba export RUN DIRECTORY "
-            "--adapter writes that of a run"
+            f"{directory}: no PEFT adapter, {ADAPTER_CONFIG} is missing; hymba export RUN "
+            "DIRECTORY --adapter writes that of a run"
         )
     settings, file = _read_settings(directory / ADAPTER_CONFIG), TensorFile(directory / WEIGHTS)
     tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)

@@ -132,8 +132,8 @@ class Conversations:
         ]
         if unwritten:
             raise ValueError(
-                f"the chat template does not write {' and '.join(unwritten)}: remove the record, or "
-                "give a template that does"
+                f"the chat template does not write {' and '.join(unwritten)}: remove the record, "
+                "or give a template that does"
             )
 
     def of_row(self, row: dict[str, Any]) -> ChatText:

@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any
 
 import tyro
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.config.distributed import DistributedConfig
-from hymba_jax.config.model import find_preset
+from hymba_jax.config.model import HymbaConfig, find_preset
 from hymba_jax.config.run import RunConfig
 from hymba_jax.convert.init_from import read_config
 from hymba_jax.data.listing import is_url
@@ -107,7 +108,7 @@ def run_defaults(args: Sequence[str]) -> RunConfig:
     """The run of a command line's `--config` and model, before its fields are overridden.
 
     The model is that of `--init-from` or, for commands that have it, of `--preset`; without them,
-    that of the config's `init_from` if it has no table [model] itself.
+    that of the config's `init_from`.
 
     Raises:
       HymbaError: one of them cannot be read, or several name a model.
@@ -155,10 +156,15 @@ def _models(named: argparse.Namespace) -> Iterator[str]:
 
 
 def _init_from(named: argparse.Namespace) -> str:
-    """The directory whose model is the default of a command line; empty if there is none."""
+    """The directory whose model is the default of a command line; empty if there is none.
+
+    That of a config which has every field of a model, as a run's has, is not needed.
+    """
     table = _table(named)
-    in_file = "" if named.preset or "model" in table else table.get("init_from")
-    return named.init_from or (in_file if isinstance(in_file, str) else "")
+    in_file, model = table.get("init_from"), table.get("model")
+    is_whole = isinstance(model, dict) and {f.name for f in fields(HymbaConfig)} <= model.keys()
+    is_default = isinstance(in_file, str) and not is_whole and not named.preset
+    return str(named.init_from or (in_file if is_default else ""))
 
 
 def _table(named: argparse.Namespace) -> dict[str, Any]:

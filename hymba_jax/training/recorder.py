@@ -128,7 +128,7 @@ class Recorder:
         self._compared, self._compared_at, self._waited = self._step, now, 0.0
 
     def forget_losses(self) -> None:
-        """Forgets earlier losses, training's and validation's, with which later ones do not compare."""
+        """Forgets earlier losses, of training and validation: later ones do not compare."""
         self._spikes = SpikeDetector()
         self._bits_per_byte = self._validation_loss = None
 

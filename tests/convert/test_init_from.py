@@ -85,7 +85,8 @@ def test_another_architecture_is_one_line(held):
         read_initial_model(str(held[0])).check_model(other)
     assert str(caught.value) == (
         f"{held[0]}: its parameters do not fit this model (model.mlp_size is 24 there, 48 here; "
-        "model.num_meta_tokens is 3 there, 0 here)"
+        "model.num_meta_tokens is 3 there, 0 here): leave these fields out of the config's "
+        "[model], or start from another model"
     )
 
 
@@ -169,6 +170,9 @@ class TestCommandLine:
         assert names_model(["--config", str(path)])
         given, _ = parse_run(["--init-from", directory, "--training.steps", "3"], "train.py")
         assert run == given
+        path.write_text(path.read_text() + "model.max_positions = 1000\n")
+        run, _ = parse_run(["--config", str(path)], "train.py")
+        assert run.model == dataclasses.replace(CONFIG, max_positions=1000)
         # As the config of a run, which has its model itself:
         path.write_text(given.to_toml().replace(directory, "gone"))
         run, _ = parse_run(["--config", str(path)], "train.py")

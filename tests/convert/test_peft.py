@@ -255,7 +255,7 @@ def test_an_adapter_of_peft_is_merged_into_a_directory(kind, name, tmp_path):
 
 
 def test_a_directory_without_adapter(tmp_path):
-    with pytest.raises(HymbaError, match="no PEFT adapter, adapter_config.json is missing; hymba"):
+    with pytest.raises(HymbaError, match="no PEFT adapter, adapter_config"):
         merge_peft(tmp_path, make_base())
 
 

@@ -6,7 +6,6 @@ import pytest
 from entry.command import REPOSITORY, run
 from slow import slow_but
 
-
 # Seed 4 is a SIGKILL, then a SIGTERM.
 QUICK = ("pretraining", 4, 2, "L")
 
