@@ -6,7 +6,7 @@ import secrets
 import shutil
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -177,8 +177,14 @@ def read_toml(path: PathLike) -> dict[str, Any]:
         raise HymbaError(f"{path}: not a TOML file ({error})") from error
 
 
-def check_output_file(path: Path) -> None:
-    """Raises HymbaError if no file can be there, before any work is done for it."""
+def check_output_file(path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Raises HymbaError if no file can be there, before any work is done for it.
+
+    Args:
+      inputs: files that it must not replace.
+    """
+    if any(path.resolve() == file.resolve() for file in inputs):
+        raise HymbaError(f"{path}: is the input, name another file")
     if path.is_dir():
         raise HymbaError(f"{path}: is a directory, name a file")
     directory = path.resolve().parent  # that of what a symbolic link points to

@@ -43,8 +43,9 @@ class GenerateConfig:
       format: "text" is each prompt with its completion, each after a line "--- prompt 1, sample 1
         ---" where there are several; "json" is a line for each completion with its tokens and
         their log-probabilities, and the other fields of a prompt from a *.jsonl file.
-      speculate: with one completion, draft what comes next from what the text said before, where
-        that pays; its tokens are the same, up to the rounding of matmuls of several tokens.
+      speculate: with one completion at a time, draft what comes next from what the text said
+        before, where that pays; its tokens are the same, up to the rounding of matmuls of several
+        tokens.
       parse_special: parse names of control tokens in prompts, such as <s>; else they are ordinary
         text.
     """
@@ -77,14 +78,19 @@ def main(config: GenerateConfig) -> None:
     """
     output = resolve_path(config.output) if config.output else None
     if output:
-        check_output_file(output)
+        check_output_file(output, [] if config.file in ("", "-") else [resolve_path(config.file)])
     records = [*map(PromptRecord, config.prompt), *_file_prompts(config.file, config.format)]
     if not records and not config.file:
         records = [PromptRecord("")]
     prompts = [record.text for record in records]
+    count = len(prompts) * config.sampling.num_samples
+    if config.speculate and (together := min(count, config.choice.batch_size)) > 1:
+        raise HymbaError(
+            f"speculate has no effect on {together} completions at the same time: leave it out, or "
+            "set batch_size to 1"
+        )
     model = config.choice.load(speculate=config.speculate)
     special = config.parse_special
-    count = len(prompts) * config.sampling.num_samples
     if count == 1 and config.format == "text" and not output:
         deltas = model.stream(prompts, config.sampling, parse_special=special)
         completions = collect(_written_as_they_come(prompts[0], deltas))

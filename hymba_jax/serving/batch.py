@@ -5,11 +5,13 @@ as a server of the same model would answer it.
 """
 
 import asyncio
+import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -49,8 +51,8 @@ class BatchConfig:
     A line of the input is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or
     "/v1/completions", "body": {...}}; one of the output has its custom_id, and the response with
     its status. Answers come in the order in which they are complete. They are collected in
-    OUTPUT.partial, with which the same command resumes where it was stopped; another model, which
-    OUTPUT.model names, is refused.
+    OUTPUT.partial, with which the same command resumes where it was stopped; what they depend on is
+    in OUTPUT.model, so that another model, and another request of the same custom_id, are refused.
 
     Attributes:
       input: file of JSON lines.
@@ -78,6 +80,11 @@ class BatchConfig:
         if self.prefix_cache < 0:
             raise HymbaError(f"prefix_cache is {self.prefix_cache}, not a number of bytes")
 
+    @property
+    def model_name(self) -> str:
+        """Of the model in the requests."""
+        return self.name or PurePath(self.choice.model).name
+
 
 def main(config: BatchConfig) -> None:
     """Answers what is not answered yet, and says how many requests were refused.
@@ -86,13 +93,13 @@ def main(config: BatchConfig) -> None:
       HymbaError: a file or the model cannot be read, or a line is no request.
     """
     output = resolve_path(config.output).resolve()
-    check_output_file(output)
+    check_output_file(output, [resolve_path(config.input)])
     if output.exists() and not output.is_file():
         raise HymbaError(f"{output}: not a regular file")
     requests = read_requests(config.input)
     partial, begun = (output.with_name(f"{output.name}.{end}") for end in ("partial", "model"))
     done = _answered(partial)
-    check_model(begun, config.choice, is_new=not done)
+    check_same(begun, config, requests, done)
     left = [request for request in requests if request["custom_id"] not in done]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if done:
@@ -100,13 +107,12 @@ def main(config: BatchConfig) -> None:
             f"{partial}: resumes with {len(left)} of {len(requests)} requests", markup=False
         )
     if left:
-        name = config.name or PurePath(config.choice.model).name
         model = config.choice.load(max_chunk=CHUNK)
         scheduler = Scheduler(model, config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache)
         thread = ModelThread(scheduler)
         thread.start()
         try:
-            asyncio.run(_answer_all({name: thread}, left, partial, console))
+            asyncio.run(_answer_all({config.model_name: thread}, left, partial, console))
         finally:
             thread.stop()
         if thread.error is not None:
@@ -137,34 +143,55 @@ def read_requests(name: str) -> list[dict[str, Any]]:
     return requests
 
 
-def check_model(record: Path, choice: ModelChoice, *, is_new: bool) -> None:
-    """Records which model answers, and how it computes; or compares it, where there are answers.
+def check_same(
+    record: Path, config: BatchConfig, requests: Sequence[dict[str, Any]], done: AbstractSet[str]
+) -> None:
+    """Compares what the answers depend on with what it was, where there are some; and records it.
+
+    Args:
+      done: the ids of the requests that are answered.
 
     Raises:
-      HymbaError: the answers are another model's.
+      HymbaError: the answers are another model's, or other requests'.
     """
-    chosen = _what_answers(choice)
-    if is_new:
-        replace_text(record, json_text(chosen) + "\n")
-        return
+    chosen = _what_answers(config)
+    digests = {request["custom_id"]: _digest(request) for request in requests}
     partial = record.with_suffix(".partial")
-    if not record.exists():
-        raise HymbaError(f"{partial}: {record.name}, which says whose answers it has, is missing")
-    begun = parse_json(read_text(record))
-    if changed := [name for name in chosen if begun.get(name) != chosen[name]]:
-        what = ", ".join(f"{name} {begun.get(name)}, not {chosen[name]}" for name in changed)
-        raise HymbaError(f"{partial}: begun with {what}: give that, or delete the file")
+    if done:
+        if not record.exists():
+            raise HymbaError(
+                f"{partial}: {record.name}, which says whose answers it has, is missing"
+            )
+        begun = parse_json(read_text(record))
+        if changed := [name for name in chosen if begun.get(name) != chosen[name]]:
+            what = ", ".join(f"{name} {begun.get(name)}, not {chosen[name]}" for name in changed)
+            raise HymbaError(f"{partial}: begun with {what}: give that, or delete the file")
+        if wrong := [key for key in done if begun["requests"].get(key) != digests.get(key)]:
+            raise HymbaError(
+                f"{partial}: the request {min(wrong)!r}, which it answers, is gone or another one: "
+                "give the old one, or delete the file"
+            )
+    replace_text(record, json_text({**chosen, "requests": digests}) + "\n")
 
 
-def _what_answers(choice: ModelChoice) -> dict[str, Any]:
+def _what_answers(config: BatchConfig) -> dict[str, Any]:
     """All that answers depend on, but for the requests: the model, its checkpoint, and formats."""
+    choice = config.choice
     location = resolve_location(choice.model)
+    names = ("dtype", "state_dtype", "weights", "kv_cache", "context")
     return {
         "model": str(location.resolve() if isinstance(location, Path) else location),
+        "name": config.model_name,
         "step": loaded_step(choice.model, choice.step),
         "adapter": str(resolve_path(choice.adapter).resolve()) if choice.adapter else "",
-        **{name: getattr(choice, name) for name in ("dtype", "state_dtype", "weights", "kv_cache")},
+        **{name: getattr(choice, name) for name in names},
     }
+
+
+def _digest(request: dict[str, Any]) -> str:
+    """Of all that its answer depends on."""
+    asked = [request["url"], request["body"]]
+    return hashlib.blake2b(json_text(asked).encode(), digest_size=8).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -345,6 +345,13 @@ def test_unusable_files(refusal, tmp_path, name, content, message):
     assert refusal("--file", path).startswith(f"error: {message.format(path=path)}")
 
 
+def test_prompts_are_not_replaced_by_their_completions(refusal, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a")
+    names = str(tmp_path / "prompts.txt"), str(tmp_path / "." / "prompts.txt")
+    assert "is the input, name another file" in refusal("--file", names[0], "--output", names[1])
+    assert (tmp_path / "prompts.txt").read_text() == "a"
+
+
 def test_files_that_may_never_end(refusal, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     for path, kind in (("/dev/zero", "device"), (tmp_path / "fifo", "FIFO"), ("/", "directory")):
@@ -377,6 +384,10 @@ def test_standard_input_that_is_no_text(refusal):
         (["--max-new-tokens", str(10**12)], f"max_new_tokens is {10**12}, not between 1 and"),
         (["--context", str(10**12)], f"a context of {10**12} tokens: the model's is 1 to 512"),
         (["--stop", r"\d"], r"stop '\\d': \d is not an escape; valid are \n, \r, \t"),
+        (
+            ["--prompt", "a", "b", "--speculate"],
+            "speculate has no effect on 2 completions at the same time: leave it out, or set batch",
+        ),
         (["--batch-size", "0"], "batch_size is 0, not at least 1"),
         (["--context", "513"], "a context of 513 tokens: the model's is 1 to 512"),
         (["--output", "/no/such/place/out.txt"], "there is no directory /no/such/place"),

@@ -43,7 +43,7 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
     """Also if the command was killed, in the middle of a line: what is answered stays as it is."""
     kept = {"custom_id": "t3", "response": "kept", "error": None}
     partial = tmp_path / "out.jsonl.partial"
-    batch.check_model(tmp_path / "out.jsonl.model", config.choice, is_new=True)
+    batch.check_same(tmp_path / "out.jsonl.model", config, LINES, set())
     partial.write_text(json.dumps(kept) + '\n{"custom_id": "t4", "resp')
     batch.main(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -69,14 +69,25 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
 
 
 def test_answers_of_two_models_are_not_mixed(config, tmp_path):
-    """Nor of one model in two formats; without an answer, either may begin."""
+    """Nor of one model in two ways, nor of two requests; without an answer, either may begin."""
     record, partial = (tmp_path / f"out.jsonl.{end}" for end in ("model", "partial"))
-    batch.check_model(record, ModelChoice("runs/other"), is_new=True)
+
+    def begun_with(requests=LINES, name="", **changes):
+        choice = replace(config.choice, **changes)
+        batch.check_same(record, replace(config, choice=choice, name=name), requests, set())
+
+    begun_with(model="runs/other")
     partial.write_text('{"custom_id": "t3", "response": "kept", "error": null}\n')
     with pytest.raises(HymbaError, match=r"out.jsonl.partial: begun with model .*other, not .*m: "):
         batch.main(config)
-    batch.check_model(record, replace(config.choice, weights="int8"), is_new=True)
-    with pytest.raises(HymbaError, match="begun with weights int8, not float"):
+    begun_with(weights="int8", context=64)
+    with pytest.raises(HymbaError, match="weights int8, not float, context 64, not None: give"):
+        batch.main(config)
+    begun_with(name="n")
+    with pytest.raises(HymbaError, match="begun with name n, not m"):
+        batch.main(config)
+    begun_with([{**LINES[2], "body": {}}])
+    with pytest.raises(HymbaError, match="the request 't3', which it answers, is gone or another"):
         batch.main(config)
     record.unlink()
     with pytest.raises(HymbaError, match=r"out.jsonl.model, which says whose answers it "):
@@ -84,6 +95,12 @@ def test_answers_of_two_models_are_not_mixed(config, tmp_path):
     partial.write_text("")
     batch.main(config)
     assert len(read(tmp_path / "out.jsonl")) == len(LINES)
+
+
+def test_the_requests_are_not_replaced_by_their_answers(config):
+    with pytest.raises(HymbaError, match=r"in.jsonl: is the input, name another file"):
+        batch.main(replace(config, output=config.input))
+    assert len(batch.read_requests(config.input)) == len(LINES)
 
 
 @pytest.mark.parametrize(
