@@ -3,12 +3,11 @@
 import itertools
 from collections.abc import Sequence
 
-from hymba_jax.tokenizer import Tokenizer
+from hymba_jax.tokenizer import REPLACEMENT, Tokenizer
 
 # A character has up to 4 bytes, and a token at least one: what is decoded from the last 8 tokens
 # on is the same text, but for its beginning, as if all of them were decoded.
 CONTEXT = 8
-REPLACEMENT = "\ufffd"  # for undecodable bytes
 
 
 class TextStream:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from hymba_jax.files import json_text
 from hymba_jax.inference.completion_stream import Delta
-from hymba_jax.inference.text_stream import REPLACEMENT
 from hymba_jax.inference.tool_calls import END
 from hymba_jax.serving.tool_stream import ToolCallStream
 from hymba_jax.tokenizer import Tokenizer
@@ -107,12 +106,14 @@ class CompletionFormat:
         return {"index": choice, "text": text, "logprobs": log_probs, "finish_reason": reason}
 
     def _log_probs_of(self, choice: int, delta: Delta) -> Json:
+        sampled = zip(delta.tokens, delta.log_probs, strict=True)
         return {
-            "tokens": [token_text(self._tokenizer, token) for token in delta.tokens],
+            "tokens": [token_name(self._tokenizer, token) for token in delta.tokens],
             "token_logprobs": delta.log_probs,
             "top_logprobs": [
-                {token_text(self._tokenizer, token): value for token, value in top}
-                for top in delta.alternatives
+                # With the sampled one, which may be none of the likeliest.
+                {token_name(self._tokenizer, token): value for token, value in (*top, own)}
+                for top, own in zip(delta.alternatives, sampled, strict=False)
             ]
             or None,
             "text_offset": [len(self._echoes[choice]) + offset for offset in delta.offsets],
@@ -126,7 +127,7 @@ class ChatFormat:
       log_probs: whether they are reported.
       has_tools: whether tool calls in answers are taken out of their text.
       forced: what every answer begins with, as its prompt ends with that.
-      closes_call: whether each answer is one call, whose end the model's stop string is.
+      closes_call: whether each answer has one call at most, whose end the model's stop string is.
     """
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -215,12 +216,11 @@ class ChatFormat:
         }
 
     def _token(self, token: int, log_prob: float) -> Json:
-        text = self._tokenizer.decode([token])
-        whole = [*text.encode()] if text and REPLACEMENT not in text else None
+        text = self._tokenizer.token_text(token)
         return {
-            "token": token_text(self._tokenizer, token),
+            "token": token_name(self._tokenizer, token),
             "logprob": log_prob,
-            "bytes": whole,
+            "bytes": None if text is None else [*text.encode()],
         }
 
     @staticmethod
@@ -230,10 +230,10 @@ class ChatFormat:
         return {"index": choice, name: content, "logprobs": log_probs, "finish_reason": reason}
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's own text; "token_id:5" for one that has none, such as half of a character."""
-    text = tokenizer.decode([token])
-    return text if text and REPLACEMENT not in text else f"token_id:{token}"
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; "token_id:5" for one that has none, such as half of a character."""
+    text = tokenizer.token_text(token)
+    return f"token_id:{token}" if text is None else text
 
 
 def head(answer: AnswerFormat, model: str, *, is_chunk: bool) -> Json:

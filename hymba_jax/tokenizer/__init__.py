@@ -10,6 +10,6 @@
 | `traced_text.py`      | strings that know which characters the template wrote, and which users |
 """
 
-from hymba_jax.tokenizer.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.tokenizer.tokenizer import REPLACEMENT, Tokenizer, build_tokenizer
 
-__all__ = ["Tokenizer", "build_tokenizer"]
+__all__ = ["REPLACEMENT", "Tokenizer", "build_tokenizer"]

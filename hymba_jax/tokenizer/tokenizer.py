@@ -25,6 +25,9 @@ from hymba_jax.types import Int
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
+REPLACEMENT = "\ufffd"
+"""What bytes that are not UTF-8 are decoded to."""
+
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """The special tokens that a tokenizer_config.json names, and a chat template may use."""
 
@@ -186,6 +189,27 @@ class Tokenizer:
         """
         with _one_line("the tokenizer failed"):
             return str(self.model.decode(list(ids), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str | None:
+        """What a token adds to a text that it is in the middle of; the name of a special token.
+
+        None if that is not text, such as the first bytes of a character.
+        """
+        if token in self._special_names:
+            return self._special_names[token]
+        text = self.decode([*self._some_text, token])
+        before = self.decode(self._some_text)
+        # Alone, tokens of SentencePiece would lose the blank that they begin with.
+        text = text[len(before) :] if text.startswith(before) else self.decode([token])
+        return text if text and REPLACEMENT not in text else None
+
+    @cached_property
+    def _special_names(self) -> dict[int, str]:
+        return {number: name for name, number in self.special_tokens.items()}
+
+    @cached_property
+    def _some_text(self) -> list[int]:
+        return self.encode("a")
 
     def check_fits(self, model: HymbaConfig, name: str) -> None:
         """Raises HymbaError if the model cannot work with the tokenizer.

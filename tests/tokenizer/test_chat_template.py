@@ -207,6 +207,28 @@ def test_the_longest_name_counts():
     assert encode(tokenizer, []) == [260, *tokenizer.encode("b")]
 
 
+@pytest.mark.parametrize("name", ["byte level", "bpe, first", "unigram, always"])
+def test_what_each_token_adds_to_a_text(tmp_path, name):
+    """The blank that it begins with included; the end of a sequence has its name."""
+    write_tokenizer(tmp_path, name, "chatml")
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "Of cats A cat sat"
+    texts = [tokenizer.token_text(token) for token in tokenizer.encode(text)]
+    assert "".join(texts).removeprefix(" ") == text
+    assert len(texts) > 3
+    assert tokenizer.token_text(tokenizer.eos_id) == "</s>"
+
+
+def test_the_template_for_tokenizers_without_one_keeps_every_message():
+    template = (Path(__file__).parents[2] / "configs" / "chat.jinja").read_text("utf-8")
+    roles = ("system", "user", "assistant", "system", "user")
+    messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+    turns = [f"{role}\n{role} {i}</s>" for i, role in enumerate(roles)]
+    for kept in (0, 1):  # with and without a system message at the beginning
+        text = written(template, messages[kept:], add_generation_prompt=False)
+        assert str(text) == "<s>" + "".join(turns[kept:])
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_as_the_transformers_library(tmp_path, name):
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
