@@ -273,12 +273,20 @@ class Engine:
             + rows * self.config.num_embeddings * VOCAB_BYTES
         )
 
-    def check_memory(self, rows: int, context: int, prefilled: int = 0, others: int = 0) -> None:
+    def check_memory(
+        self,
+        rows: int,
+        context: int,
+        prefilled: int = 0,
+        others: int = 0,
+        advice: str = "reduce batch_size, context or max_new_tokens",
+    ) -> None:
         """Refuses what the device cannot hold, before anything is allocated for it.
 
         Args:
           rows, context, prefilled: as of `memory_bytes`.
           others: bytes that other models take on the device.
+          advice: what to do if they do not fit.
 
         Raises:
           HymbaError: parameters and states together are larger than its memory.
@@ -290,7 +298,7 @@ class Engine:
             f"{rows} sequences of {context} tokens beside {beside}",
             size,
             [*self._devices()],
-            "reduce batch_size, context or max_new_tokens",
+            advice,
         )
 
     def init_state(

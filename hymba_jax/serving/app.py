@@ -27,6 +27,7 @@ from hymba_jax.serving.answers import (
     merged,
     usage,
 )
+from hymba_jax.serving.grammar import GrammarError
 from hymba_jax.serving.metrics import Metrics
 from hymba_jax.serving.model_thread import Generation, ModelFailed, ModelThread
 from hymba_jax.serving.protocol import (
@@ -289,6 +290,8 @@ def _refusal(error: HymbaError) -> ApiError:
 def _failure(error: HymbaError) -> ApiError:
     """What a client is told of a request that was not completed."""
     match error:
+        case GrammarError():
+            return ApiError(400, str(error))
         case DeadlineExceeded():
             return ApiError(504, str(error), "timeout_error")
         case ModelFailed():

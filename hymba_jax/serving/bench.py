@@ -231,10 +231,11 @@ async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Mea
                 answer.error = f"status {response.status_code}: {response.text[:200]}"
                 return answer
             async for event in _events(response):
-                answer.error = str(event.get("error", {}).get("message", ""))
-                usage = event.get("usage") or {}
-                answer.prompt_tokens = usage.get("prompt_tokens", 0)
-                answer.completion_tokens = usage.get("completion_tokens", 0)
+                if error := event.get("error"):
+                    answer.error = str(error.get("message", error))
+                if usage := event.get("usage"):
+                    answer.prompt_tokens = usage["prompt_tokens"]
+                    answer.completion_tokens = usage["completion_tokens"]
                 if any(choice.get("text") for choice in event.get("choices", ())):
                     answer.times.append(time.perf_counter())
     except httpx.HTTPError as error:

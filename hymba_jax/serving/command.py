@@ -52,7 +52,7 @@ class ServeConfig:
       max_body: bytes of a request.
       max_tokens: that a request may ask for; as many as fit the context if absent.
       timeout: seconds that a request may take.
-      grace: seconds that running requests have to complete when the server stops.
+      grace: seconds, a whole number, that running requests have to complete when the server stops.
 
     Raises:
       HymbaError: a value is impossible.
@@ -75,7 +75,7 @@ class ServeConfig:
     max_body: int = 4_000_000
     max_tokens: int | None = None
     timeout: float = 600.0
-    grace: float = 30.0
+    grace: int = 30
 
     def __post_init__(self) -> None:
         if self.prefill_chunk != bucket(self.prefill_chunk, MIN_CHUNK):
@@ -88,9 +88,9 @@ class ServeConfig:
         names = [adapter.partition("=")[0] for adapter in self.adapter]
         if len({*names, self.model_name}) <= len(names):
             raise HymbaError("adapter: two models have the same name")
-        if not all(self.api_key):
-            raise HymbaError("api_key is empty")
-        for name in ("queue", "max_body", "max_tokens", "timeout"):
+        for key in self.api_key:
+            _check_key("api_key", key)
+        for name in ("queue", "max_body", "max_tokens", "timeout", "grace"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise HymbaError(f"{name} is {value}, not above 0")
@@ -137,7 +137,10 @@ def main(config: ServeConfig) -> None:
 
 def _serve(config: ServeConfig, listener: socket.socket) -> None:
     """Loads the models and serves them at a bound socket."""
-    keys = (*config.api_key, *filter(None, [os.environ.get(API_KEY)]))
+    keys = config.api_key
+    if key := os.environ.get(API_KEY):
+        _check_key(f"${API_KEY}", key)
+        keys += (key,)
     options = ApiOptions(keys, config.max_body, config.max_tokens, config.timeout)
     threads = config.load()
     name = ", ".join(threads)
@@ -148,7 +151,7 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
             access_log=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=max(1, round(config.grace)),
+            timeout_graceful_shutdown=config.grace,
         )
     )
     host, port = listener.getsockname()[:2]
@@ -175,6 +178,12 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     for model, thread in threads.items():
         if thread.error is not None:
             raise HymbaError(f"{model} has failed: {thread.error}")
+
+
+def _check_key(name: str, key: str) -> None:
+    """Raises HymbaError for a key that no request can have in its header."""
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise HymbaError(f"{name} is not a word of ASCII characters, which no request could send")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -17,6 +17,10 @@ from hymba_jax.tokenizer import chat_template
 from hymba_jax.types import Bool
 
 
+class GrammarError(HymbaError):
+    """What a request's answer has to follow is invalid, or leads nowhere."""
+
+
 class Matcher:
     """Where an answer is in its grammar."""
 
@@ -29,13 +33,14 @@ class Matcher:
         """The tokens that may come next.
 
         Raises:
-          HymbaError: there are none, or the grammar has become too complex.
+          GrammarError: there are none, or the grammar has become too complex.
         """
         bitmasks.fill_next_token_bitmask(self._matcher, self._bits)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(self._mask)]
         self._mask[: len(allowed)] = allowed
         if self._matcher.is_error() or not self._mask.any():
-            raise HymbaError(f"the grammar allows no token: {_line(self._matcher.get_error())}")
+            reason = _line(self._matcher.get_error()) or "it leads nowhere"
+            raise GrammarError(f"the grammar allows no token: {reason}")
         return self._mask
 
     def push(self, token: int) -> None:
@@ -77,27 +82,30 @@ class Grammars:
             raise HymbaError(f"grammars: the tokenizer is not supported: {error}") from error
 
     def of_json_schema(self, schema: dict[str, Any]) -> Grammar:
-        """JSON that a schema describes. Raises HymbaError if it is no schema."""
+        """JSON that a schema describes. Raises GrammarError if it is no schema."""
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
         except ValueError as error:  # half of a UTF-16 pair, or a number beyond 64 bits
-            raise HymbaError(f"the grammar is invalid: {_line(str(error))}") from error
+            raise GrammarError(f"the grammar is invalid: {_line(str(error))}") from error
         return self._compile(grammar)
 
     def of_regex(self, pattern: str) -> Grammar:
-        """Text that a regular expression matches. Raises HymbaError if it is none."""
+        """Text that a regular expression matches. Raises GrammarError if it is none."""
         return self._compile(llguidance.LLMatcher.grammar_from_regex(pattern))
 
     def of_lark(self, text: str) -> Grammar:
-        """Text of a language in Lark's notation. Raises HymbaError if it is none."""
+        """Text of a language in Lark's notation. Raises GrammarError if it is none."""
         return self._compile(llguidance.LLMatcher.grammar_from_lark(text))
 
     def _compile(self, grammar: str) -> Grammar:
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise HymbaError(f"the grammar is invalid: {_line(matcher.get_error())}")
-        return Grammar(matcher, self._vocab_size, self._tokens.vocab_size)
+            raise GrammarError(f"the grammar is invalid: {_line(matcher.get_error())}")
+        compiled = Grammar(matcher, self._vocab_size, self._tokens.vocab_size)
+        compiled.start().mask()  # raises if no answer can begin
+        return compiled
 
 
 def _line(message: str) -> str:
-    return " ".join(message.split())[:300]
+    reason = message.partition("<state>")[0]  # behind it, the parser's own
+    return " ".join(reason.split())[:300]

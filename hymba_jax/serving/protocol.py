@@ -1,11 +1,12 @@
 """Requests and errors of the OpenAI API, as far as it is served.
 
-Fields that would change an answer and are not served are refused, not ignored. Those of vLLM that
-OpenAI's API lacks are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and
-`structured_outputs`.
+Fields that would change an answer and are not served are refused, not ignored; where one has a
+value that changes nothing, as clients send it, that is accepted. Those of vLLM that OpenAI's API
+lacks are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `structured_outputs`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,7 @@ from hymba_jax.files import parse_json
 
 MAX_DEPTH = 64  # of objects and lists in a request's body
 MAX_SAMPLES = 128
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one way to write each
 
 
 class ApiError(Exception):
@@ -49,6 +51,7 @@ class _Model(BaseModel):
 
 class StreamOptions(_Model):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class StructuredOutputs(_Model):
@@ -79,7 +82,10 @@ class GenerationFields(_Model):
     logit_bias: dict[str, float] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Annotated[
+        str | Annotated[list[str], Field(max_length=16)] | None,
+        Field(description="a string, or a list of at most 16"),
+    ] = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -95,9 +101,14 @@ class GenerationFields(_Model):
 class CompletionRequest(GenerationFields):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]],
+        Field(description="a string, a list of strings, a list of tokens, or a list of such lists"),
+    ]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
 
 
 class TextPart(_Model):
@@ -178,8 +189,21 @@ class ChatRequest(GenerationFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None  # of what is stored
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
 
 
 def structured_outputs(asked: ChatRequest | CompletionRequest) -> StructuredOutputs | None:
@@ -228,8 +252,11 @@ def parse[T: _Model](kind: type[T], body: bytes) -> T:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{place}: {first['msg']}", param=place) from error
+        place = _place(value, first["loc"], is_missing=first["type"] == "missing")
+        field = kind.model_fields.get(str(first["loc"][0]))
+        wanted = field and field.description
+        message = f"not {wanted}" if wanted and place in value else first["msg"]
+        raise ApiError(400, f"{place}: {message}", param=place) from error
 
 
 def sampling_config(
@@ -265,9 +292,21 @@ def sampling_config(
 def logit_bias(fields: GenerationFields) -> tuple[tuple[int, float], ...]:
     """Tokens with what is added to their logits. Raises ApiError if a key is no token."""
     biases = fields.logit_bias or {}
-    if wrong := [token for token in biases if not (token.isascii() and token.isdigit())]:
-        raise ApiError(400, f"logit_bias: {wrong[0]!r} is not a token id", param="logit_bias")
+    if wrong := [token for token in biases if not _TOKEN_ID.fullmatch(token)]:
+        raise ApiError(400, f"logit_bias: {wrong[0][:20]!r} is not a token id", param="logit_bias")
     return tuple((int(token), value) for token, value in biases.items())
+
+
+def _place(value: Any, location: Sequence[str | int], *, is_missing: bool) -> str:
+    """Where in a request an error is; pydantic's location also names types of unions."""
+    parts = []
+    for part in location:
+        try:
+            value = value[part]
+        except (TypeError, LookupError):
+            continue
+        parts.append(part)
+    return ".".join(map(str, [*parts, *location[-1:]] if is_missing else parts))
 
 
 def _depth(value: Any) -> int:

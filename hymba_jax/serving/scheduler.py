@@ -171,7 +171,8 @@ class Scheduler:
         # With two prompts: one that is being prefilled, and the copy that becomes a row.
         sizes = self.slots, self._context, 2 + max_states
         self.num_bytes = self._engine.memory_bytes(*sizes)
-        self._engine.check_memory(*sizes, self.other_models)
+        advice = "reduce slots, context or prefix_cache"
+        self._engine.check_memory(*sizes, self.other_models, advice)
         self.prefixes = PrefixCache(self._engine.max_chunk, max_states)
         self._state = self._engine.init_state(self.slots, self._context, MAX_STOP_TOKENS)
         self._free = [*range(self.slots)]

@@ -95,7 +95,17 @@ class ServedModel:
             given = [given]
         allowed = self._options.max_tokens or COMPLETION_TOKENS
         max_tokens = self._max_tokens(asked.max_tokens or min(COMPLETION_TOKENS, allowed))
+        if asked.best_of not in (None, asked.n or 1):
+            raise ApiError(400, "best_of is served only where it is n", param="best_of")
         prompts = self._model.encode(given, max_new_tokens=max_tokens)
+        may_wait = self.thread.scheduler.max_waiting
+        if len(prompts) > max(may_wait, 1):
+            raise ApiError(
+                400,
+                f"there are {len(prompts)} prompts, and the server queues at most {may_wait}: "
+                "send them in several requests",
+                param="prompt",
+            )
         sampling = self._sampling(asked, max_tokens)
         alternatives = asked.logprobs or 0
         grammar = self._grammar(asked)  # compiled once, however many prompts there are
@@ -122,7 +132,9 @@ class ServedModel:
         prompt = self._model.encode_chat(template_messages(asked.messages), tools=tools)
         if forced:
             prompt += self._model.tokenizer.encode(forced, parse_special=True)
-        is_one_call = isinstance(asked.tool_choice, ToolChoice)
+        is_one_call = isinstance(asked.tool_choice, ToolChoice) or (
+            tools is not None and asked.parallel_tool_calls is False
+        )
         room = self._model.engine.max_context - len(prompt)
         wanted = asked.max_completion_tokens or asked.max_tokens
         if wanted is None:

@@ -8,7 +8,7 @@ import pytest
 from serving.served import CONTEXT, SLOTS, model, serving
 
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.errors import HymbaError
+from hymba_jax.serving.app import _failure
 from hymba_jax.serving.grammar import Grammar, Grammars
 from hymba_jax.serving.scheduler import GenerationRequest, Scheduler
 from hymba_jax.serving.served_model import ApiOptions
@@ -107,6 +107,10 @@ def test_rows_beside_it_are_as_they_were():
         ({"response_format": {"type": "x"}}, "response_format.type: Input should be"),
         ({"structured_outputs": {"regex": "(a"}}, "the grammar is invalid: "),
         ({"structured_outputs": {"grammar": "start: x"}}, "the grammar is invalid: "),
+        (
+            {"structured_outputs": {"json": {"$ref": "#"}}},
+            "allows no token: NoExtensionBias",
+        ),
         ({"structured_outputs": {}}, "names not one of json, regex and grammar"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
@@ -127,6 +131,7 @@ def test_what_is_refused(client, changes, message):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**CHAT | known, extra_body=extra)
     assert message in error.value.body["message"]
+    assert "<state>" not in error.value.body["message"]
 
 
 @pytest.mark.parametrize("at_first", [True, False])
@@ -153,7 +158,7 @@ def test_a_grammar_that_no_token_can_follow(at_first):
         next(iter(scheduler._rows.values())).matcher.push(wrong)  # not what was sampled
     while scheduler.has_work:
         scheduler.step()
-    assert isinstance(outputs[-1], HymbaError)
+    assert _failure(outputs[-1]).status == 400  # the request's fault
     assert str(outputs[-1]).startswith("the grammar allows no token: ")
     assert others[-1].finish_reason
     assert len(scheduler._free) == SLOTS

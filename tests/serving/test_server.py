@@ -169,6 +169,16 @@ class TestCompletions:
         lengths = [1 if text.startswith("token_id:") else len(text) for text in reported.tokens]
         assert reported.text_offset == [sum(lengths[:i]) for i in range(len(lengths))]
 
+    def test_the_sampled_token_is_among_the_likeliest(self, client):
+        """Whether it is one of them or not, as in OpenAI's API; and the end has its name."""
+        (choice,) = client.completions.create(
+            model="tiny", prompt="a", logprobs=1, max_tokens=9, temperature=1.5, seed=1
+        ).choices
+        reported = choice.logprobs
+        sampled = zip(reported.tokens, reported.token_logprobs, reported.top_logprobs, strict=True)
+        assert all(top[token] == value for token, value, top in sampled)
+        assert 2 in {len(top) for top in reported.top_logprobs} <= {1, 2}
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_offsets_of_tokens_without_text_of_their_own(self, client, stream):
         """The first byte of "é", again and again: each is a replacement character."""
@@ -305,6 +315,11 @@ class TestTools:
         with pytest.raises(openai.BadRequestError, match="not valid Unicode"):
             client.chat.completions.create(model="tiny", messages=[*asked, message], tools=TOOLS)
 
+    def test_one_call_at_most(self, client):
+        call = ("f", {"a": "é"})
+        answer = self.ask(client, "SAY", parallel_tool_calls=False)
+        assert answer == ("Well.", [call], "tool_calls")
+
     def test_a_demanded_call_without_an_end(self, client):
         """The end of the answer is none: what the answer began with, and its text, are text."""
         choice = {"type": "function", "function": {"name": "g"}}
@@ -341,6 +356,20 @@ OK = {"model": "tiny", "prompt": "a"}
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "h"}]}
 
 
+def test_fields_that_change_nothing(client):
+    """With the values that clients send, and OpenAI documents as those of absent fields."""
+    names = ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options")
+    others = ("functions", "function_call", "metadata", "tools", "tool_choice", "response_format")
+    nulls = dict.fromkeys((*names, *others))
+    same = {"store": False, "service_tier": "auto", "modalities": ["text"], "metadata": {}}
+    chat = client.chat.completions.create(**HI, temperature=0, extra_body=nulls | same)
+    plain = client.chat.completions.create(**HI, temperature=0)
+    assert chat.choices == plain.choices
+    body = {"best_of": 1, "suffix": None, "logprobs": None, "stop": None}
+    options = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert list(client.completions.create(**OK, **options, extra_body=body))
+
+
 def test_the_model_that_is_named_answers():
     """As an adapter's name does; each counts its own requests."""
     with (
@@ -373,7 +402,12 @@ class TestErrors:
             ("completions", OK | {"temperature": -1}, 400, "temperature is -1.0, not 0 or"),
             ("completions", OK | {"top_p": 2, "temperature": 0}, 400, "top_p is 2.0, not in (0"),
             ("completions", OK | {"temperature": "hot"}, 400, "temperature: Input should be a v"),
-            ("completions", OK | {"best_of": 2}, 400, "best_of: Extra inputs are not permitted"),
+            ("completions", OK | {"best_of": 2}, 400, "best_of is served only where it is n"),
+            ("completions", OK | {"a": None}, 400, "a: Extra inputs are not permitted"),
+            ("completions", OK | {"prompt": 5}, 400, "prompt: not a string, a list of strings,"),
+            ("completions", OK | {"prompt": ["a", [1]]}, 400, "prompt: not a string, a list of"),
+            ("completions", OK | {"stop": ["a"] * 17}, 400, "stop: not a string, or a list of at"),
+            ("completions", OK | {"prompt": ["a"] * 257}, 400, "257 prompts, and the server queue"),
             ("completions", OK | {"n": 1000}, 400, "n: Input should be less than or equal to 12"),
             ("completions", OK | {"max_tokens": 51}, 400, "max_tokens is 51: the server allows 50"),
             ("completions", OK | {"prompt": []}, 400, "there are no prompts"),
@@ -384,6 +418,8 @@ class TestErrors:
             ("completions", OK | {"logprobs": 1, "echo": True}, 400, "echoed prompts are not"),
             ("completions", OK | {"logit_bias": {"x": 1}}, 400, "'x' is not a token id"),
             ("completions", OK | {"logit_bias": {"999": 1}}, 400, "outside the vocabulary"),
+            ("completions", OK | {"logit_bias": {"01": 1}}, 400, "'01' is not a token id"),
+            ("completions", OK | {"logit_bias": {"9" * 5000: 1}}, 400, "999' is not a token id"),
             ("completions", OK | {"stop": ""}, 400, "not a list of non-empty strings"),
             ("completions", OK | {"stop": ["x<s>"]}, 400, "combines the special token <s>"),
             ("completions", OK | {"model": "big"}, 404, "there is no model 'big', only 'tiny'"),
@@ -400,7 +436,7 @@ class TestErrors:
                 "chat/completions",
                 HI | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
                 400,
-                "messages.0.content",
+                "messages.0.content: Input should be a valid string",
             ),
             (
                 "chat/completions",
@@ -698,6 +734,24 @@ class TestBench:
         assert report["prompt_tokens_per_second"] == pytest.approx(10 / 2.1)
         means = {name: values["mean"] for name, values in report["ms"].items()}
         assert means == pytest.approx({"TTFT": 300, "ITL": 200, "TPOT": 100, "latency": 550})
+
+    def test_an_endpoint_that_says_more(self):
+        """An error that is null, and usage before the last event."""
+        usage = {"prompt_tokens": 3, "completion_tokens": 2}
+        events = [
+            {"error": None, "choices": [{"text": "a"}], "usage": usage},
+            {"choices": [], "usage": None},
+        ]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+
+        async def ask():
+            async with httpx.AsyncClient(transport=transport) as client:
+                return await bench._ask(client, "http://other/v1", {})
+
+        answer = asyncio.run(ask())
+        assert (answer.error, answer.prompt_tokens, answer.completion_tokens) == ("", 3, 2)
+        assert len(answer.times) == 1
 
     @pytest.mark.parametrize(
         ("changes", "message"),
