@@ -17,6 +17,21 @@ type FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class PromptScores:
+    """How likely each token of a prompt is, given those before it.
+
+    Attributes:
+      tokens: of the prompt.
+      log_probs: natural, one for each of `tokens` but the first.
+      alternatives: as in `Delta`, for each of `tokens` but the first.
+    """
+
+    tokens: list[int]
+    log_probs: list[float]
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Delta:
     """What is new of one completion.
 
@@ -31,6 +46,7 @@ class Delta:
         likeliest first, if asked for.
       offsets: where in the completion's text each of `tokens` begins.
       stop_string: that ended it, if one did.
+      prompt: its scores, if asked for, in the first delta.
     """
 
     index: int
@@ -43,6 +59,7 @@ class Delta:
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     stop_string: str | None = None
+    prompt: PromptScores | None = None
 
 
 class CompletionStream:

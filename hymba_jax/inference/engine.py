@@ -154,10 +154,23 @@ class TokenScores(NamedTuple):
     Attributes:
       log_probs: NaN where the model's logits are not all finite.
       is_likeliest: whether no token has a larger logit; of several such, it is the first.
+      top_tokens, top_log_probs: the MAX_ALTERNATIVES likeliest tokens, the likeliest first; zeros
+        unless they are asked for.
     """
 
     log_probs: Float[np.ndarray, " targets"]
     is_likeliest: Bool[np.ndarray, " targets"]
+    top_tokens: Int[np.ndarray, "targets alternatives"]
+    top_log_probs: Float[np.ndarray, "targets alternatives"]
+
+
+class ChunkScores(NamedTuple):
+    """`TokenScores` of one chunk of each sequence of a batch, on the device."""
+
+    log_probs: Float[Array, "batch length"]
+    is_likeliest: Bool[Array, "batch length"]
+    top_tokens: Int[Array, "batch length alternatives"]
+    top_log_probs: Float[Array, "batch length alternatives"]
 
 
 class PaddedChunk(NamedTuple):
@@ -341,7 +354,26 @@ class Engine:
         """
         return self.programs.prefill(
             self.params, self.meta_state, prefilled, chunk, is_start=is_start
+        )[0]
+
+    def score_chunk(
+        self,
+        prefilled: Prefilled,
+        chunk: PaddedChunk,
+        targets: Int[np.ndarray, "batch length"],
+        *,
+        is_start: bool,
+        alternatives: bool = False,
+    ) -> tuple[Prefilled, ChunkScores]:
+        """As `prefill_chunk`, and how likely each target is after the token at its place.
+
+        Args:
+          alternatives: whether the likeliest tokens are asked for, too.
+        """
+        prefilled, hidden = self.programs.prefill(
+            self.params, self.meta_state, prefilled, chunk, is_start=is_start
         )
+        return prefilled, self.programs.score(self.params, hidden, targets, alternatives)
 
     def repeat(self, prefilled: Prefilled, rows: Sequence[int]) -> Prefilled:
         """These rows of what was prefilled, in this order, padded to a bucket."""
@@ -448,10 +480,9 @@ class Engine:
         inputs = self.chunks([sequence[:-1] for sequence in sequences])
         targets = self.chunks([sequence[1:] for sequence in sequences])
         for i, (chunk, next_chunk) in enumerate(zip(inputs, targets, strict=True)):
-            state, *arrays = self.programs.score(
-                self.params, self.meta_state, state, chunk, next_chunk.tokens, is_start=i == 0
-            )
-            arrays = jax.device_get(arrays)
+            next_tokens = np.asarray(next_chunk.tokens)
+            state, chunk_scores = self.score_chunk(state, chunk, next_tokens, is_start=i == 0)
+            arrays = jax.device_get(chunk_scores)
             for row, length, *values in zip(scores, chunk.lengths, *arrays, strict=False):
                 row.append(TokenScores(*(value[:length] for value in values)))
         return [TokenScores(*map(np.concatenate, zip(*row, strict=True))) for row in scores]
@@ -508,9 +539,9 @@ class Programs(NamedTuple):
 
     meta_state: Callable[..., MetaState]
     init_prefill: Callable[..., Prefilled]
-    prefill: Callable[..., Prefilled]
+    prefill: Callable[..., tuple[Prefilled, Array]]
     repeat: Callable[..., Prefilled]
-    score: Callable[..., tuple[Prefilled, Array, Array]]
+    score: Callable[..., ChunkScores]
     init_state: Callable[..., DecodeState]
     sample_first: Callable[..., tuple[DecodeState, SampledTokens]]
     insert: Callable[..., DecodeState]
@@ -537,42 +568,47 @@ def _programs(
         cache = model.init_state(batch, context, state_dtype, kv_cache).initialize(meta)
         return Prefilled(cache, jnp.zeros((batch, config.hidden_size), compute.dtype))
 
-    def extend(
+    def prefill(
         params: Params, meta: MetaState, state: Prefilled, chunk: PaddedChunk, is_start: bool
-    ) -> tuple[Array, Prefilled]:
+    ) -> tuple[Prefilled, Float[Array, "batch length hidden"]]:
         model = nnx.merge(graph, params)
         tokens, lengths = (jnp.asarray(a) for a in chunk)
         x, cache = model.extend(tokens, state.cache, meta, lengths, is_start=is_start)
         newest = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        return x, Prefilled(cache, jnp.where(lengths[:, None] > 0, newest, state.last_hidden))
-
-    def prefill(
-        params: Params, meta: MetaState, state: Prefilled, chunk: PaddedChunk, is_start: bool
-    ) -> Prefilled:
-        return extend(params, meta, state, chunk, is_start)[1]
+        return Prefilled(cache, jnp.where(lengths[:, None] > 0, newest, state.last_hidden)), x
 
     def score(
         params: Params,
-        meta: MetaState,
-        state: Prefilled,
-        chunk: PaddedChunk,
+        hidden: Float[Array, "batch length hidden"],
         targets: Int[Array, "batch length"],
-        is_start: bool,
-    ) -> tuple[Prefilled, Float[Array, "batch length"], Bool[Array, "batch length"]]:
+        alternatives: Bool[Array, ""],
+    ) -> ChunkScores:
         model = nnx.merge(graph, params)
-        x, state = extend(params, meta, state, chunk, is_start)
+        count = min(MAX_ALTERNATIVES, config.num_embeddings)
 
-        def scores(at: slice) -> tuple[Array, Array]:
-            logits = model.logits(x[:, at])
-            log_probs = jax.nn.log_softmax(logits)
-            log_probs = jnp.take_along_axis(log_probs, targets[:, at, None], axis=-1)[:, :, 0]
-            log_probs = jnp.where(jnp.isfinite(logits).all(-1), log_probs, jnp.nan)
-            return log_probs, logits.argmax(-1) == targets[:, at]
+        def scores(at: slice) -> ChunkScores:
+            logits = model.logits(hidden[:, at])
+            largest = logits.max(-1, keepdims=True)
+            log_sum = jnp.log(jnp.exp(logits - largest).sum(-1, keepdims=True))
+            of_targets = jnp.take_along_axis(logits, targets[:, at, None], axis=-1)
+            log_probs = (of_targets - largest - log_sum)[:, :, 0]
 
-        starts = range(0, x.shape[1], LOGIT_POSITIONS)
+            def top() -> tuple[Array, Array]:
+                values, tokens = jax.lax.top_k(logits, count)
+                return tokens, values - largest - log_sum
+
+            shape = (*log_probs.shape, count)
+            return ChunkScores(
+                jnp.where(jnp.isfinite(logits).all(-1), log_probs, jnp.nan),
+                logits.argmax(-1) == targets[:, at],
+                *jax.lax.cond(
+                    alternatives, top, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+                ),
+            )
+
+        starts = range(0, hidden.shape[1], LOGIT_POSITIONS)
         parts = [scores(slice(start, start + LOGIT_POSITIONS)) for start in starts]
-        log_probs, is_likeliest = (jnp.concatenate(part, 1) for part in zip(*parts, strict=True))
-        return state, log_probs, is_likeliest
+        return ChunkScores(*(jnp.concatenate(part, 1) for part in zip(*parts, strict=True)))
 
     def init_state(
         params: Params,
@@ -752,7 +788,7 @@ def _programs(
         init_prefill=jax.jit(init_prefill, static_argnames=("batch", "context")),
         prefill=jax.jit(prefill, static_argnames="is_start", donate_argnames="state"),
         repeat=jax.jit(lambda prefilled, rows: jax.tree.map(lambda a: a[rows], prefilled)),
-        score=jax.jit(score, static_argnames="is_start", donate_argnames="state"),
+        score=jax.jit(score),
         init_state=jax.jit(init_state, static_argnames=("batch", "context", "max_stop_tokens")),
         sample_first=jax.jit(sample_first, donate_argnames="cache"),
         insert=jax.jit(insert, donate_argnames="state"),

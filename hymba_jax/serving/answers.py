@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from hymba_jax.files import json_text
-from hymba_jax.inference.completion_stream import Delta
+from hymba_jax.inference.completion_stream import Delta, PromptScores
+from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.inference.tool_calls import END
 from hymba_jax.serving.tool_stream import ToolCallStream
 from hymba_jax.tokenizer import Tokenizer
@@ -30,8 +31,8 @@ class AnswerFormat(Protocol):
     chunk_kind: str
     prefix: str
 
-    def opening(self, choice: int) -> Json | None:
-        """What a stream says of a choice before its first delta."""
+    def opening(self, choice: int, delta: Delta) -> Json | None:
+        """What a stream says of a choice before its first delta, which is given."""
 
     def chunk(self, choice: int, delta: Delta) -> Json | None:
         """A choice of a chunk; None if there is nothing to say."""
@@ -62,6 +63,7 @@ def merged(deltas: Iterable[Delta]) -> Delta:
         alternatives=[top for part in parts for top in part.alternatives],
         offsets=[offset for part in parts for offset in part.offsets],
         stop_string=parts[-1].stop_string,
+        prompt=parts[0].prompt,
     )
 
 
@@ -89,35 +91,69 @@ class CompletionFormat:
         self._log_probs = log_probs
         self._echoes = [echo for echo in echoes for _ in range(num_samples)]
 
-    def opening(self, choice: int) -> Json | None:
+    def opening(self, choice: int, delta: Delta) -> Json | None:
+        """The prompt that is echoed."""
         echo = self._echoes[choice]
-        return self._choice(choice, echo, None, None) if echo else None
+        if not echo and delta.prompt is None:
+            return None
+        log_probs = self._prompt_log_probs(delta.prompt) if delta.prompt else None
+        return self._choice(choice, echo, log_probs, None)
 
-    def chunk(self, choice: int, delta: Delta) -> Json:
+    def chunk(self, choice: int, delta: Delta) -> Json | None:
+        if not (delta.text or delta.tokens or delta.finish_reason):
+            return None
         log_probs = self._log_probs_of(choice, delta) if self._log_probs else None
         return self._choice(choice, delta.text, log_probs, delta.finish_reason)
 
     def whole(self, choice: int, delta: Delta) -> Json:
-        result = self.chunk(choice, delta)
-        return {**result, "text": self._echoes[choice] + result["text"]}
+        log_probs = self._log_probs_of(choice, delta) if self._log_probs else None
+        if log_probs and delta.prompt:
+            before = self._prompt_log_probs(delta.prompt)
+            log_probs = {
+                name: (before[name] or []) + (values or []) or None
+                for name, values in log_probs.items()
+            }
+        text = self._echoes[choice] + delta.text
+        return self._choice(choice, text, log_probs, delta.finish_reason)
 
     @staticmethod
     def _choice(choice: int, text: str, log_probs: Json | None, reason: str | None) -> Json:
         return {"index": choice, "text": text, "logprobs": log_probs, "finish_reason": reason}
 
     def _log_probs_of(self, choice: int, delta: Delta) -> Json:
-        sampled = zip(delta.tokens, delta.log_probs, strict=True)
         return {
             "tokens": [token_name(self._tokenizer, token) for token in delta.tokens],
             "token_logprobs": delta.log_probs,
-            "top_logprobs": [
-                # With the sampled one, which may be none of the likeliest.
-                {token_name(self._tokenizer, token): value for token, value in (*top, own)}
-                for top, own in zip(delta.alternatives, sampled, strict=False)
-            ]
-            or None,
+            "top_logprobs": self._top(delta.alternatives, delta.tokens, delta.log_probs) or None,
             "text_offset": [len(self._echoes[choice]) + offset for offset in delta.offsets],
         }
+
+    def _prompt_log_probs(self, prompt: PromptScores) -> Json:
+        """Of the tokens of a prompt; the first one has none."""
+        text = TextStream(self._tokenizer, ())
+        for token in prompt.tokens:
+            text.push(token)
+        text.finish()
+        top = self._top(prompt.alternatives, prompt.tokens[1:], prompt.log_probs)
+        return {
+            "tokens": [token_name(self._tokenizer, token) for token in prompt.tokens],
+            "token_logprobs": [None, *prompt.log_probs],
+            "top_logprobs": [None, *top] if top else None,
+            "text_offset": text.offsets,
+        }
+
+    def _top(
+        self,
+        alternatives: Sequence[Sequence[tuple[int, float]]],
+        tokens: Sequence[int],
+        log_probs: Sequence[float],
+    ) -> list[dict[str, float]]:
+        """The likeliest tokens, and the one that is there, which may be none of them."""
+        own = zip(tokens, log_probs, strict=True)
+        return [
+            {token_name(self._tokenizer, token): value for token, value in (*top, pair)}
+            for top, pair in zip(alternatives, own, strict=False)
+        ]
 
 
 class ChatFormat:
@@ -147,7 +183,7 @@ class ChatFormat:
         self._has_tools, self._forced, self._closes_call = has_tools, forced, closes_call
         self._streams: dict[int, ToolCallStream] = {}
 
-    def opening(self, choice: int) -> Json | None:
+    def opening(self, choice: int, delta: Delta) -> Json | None:
         return self._choice(choice, "delta", {"role": "assistant", "content": ""}, None, None)
 
     def chunk(self, choice: int, delta: Delta) -> Json | None:

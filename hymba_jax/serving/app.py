@@ -169,7 +169,7 @@ class Api:
             async with aclosing(self._observed(prepared, generation)) as deltas:
                 async for delta in deltas:
                     choice = _choice(prepared, delta)
-                    opening = None if choice in opened else answer.opening(choice)
+                    opening = None if choice in opened else answer.opening(choice, delta)
                     opened.add(choice)
                     tokens += len(delta.tokens)
                     for part in (opening, answer.chunk(choice, delta)):

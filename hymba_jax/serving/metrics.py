@@ -68,6 +68,9 @@ class Metrics:
         self._prompt_tokens.labels(model).inc(prompt_tokens)
         async for delta in deltas:
             now, place = time.monotonic(), (delta.index, delta.sample)
+            if not (delta.tokens or delta.finish_reason):  # its prompt's scores
+                yield delta
+                continue
             if not before:
                 self._to_first.labels(model).observe(now - start)
             if delta.tokens:

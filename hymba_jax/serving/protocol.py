@@ -105,6 +105,7 @@ class CompletionRequest(GenerationFields):
         str | list[str] | list[int] | list[list[int]],
         Field(description="a string, a list of strings, a list of tokens, or a list of such lists"),
     ]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None

@@ -27,14 +27,22 @@ import numpy as np
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.completion_stream import CompletionStream, Delta
+from hymba_jax.inference.completion_stream import (
+    CompletionStream,
+    Delta,
+    FinishReason,
+    PromptScores,
+    check_finite,
+)
 from hymba_jax.inference.engine import (
     DECODE_STEPS,
     MIN_CHUNK,
+    ChunkScores,
     PaddedChunk,
     Prefilled,
     Request,
     SampledTokens,
+    TokenScores,
     bucket,
 )
 from hymba_jax.inference.language_model import LanguageModel
@@ -72,6 +80,8 @@ class GenerationRequest:
       alternatives: how many of the likeliest tokens are reported beside each sampled one.
       timeout: seconds from its submission in which it must be complete.
       grammar: that completions have to follow.
+      scores_prompt: whether the prompt's scores come before its completions.
+      is_prompt_only: it ends behind the prompt, and nothing is sampled.
     """
 
     prompt: Sequence[int]
@@ -81,6 +91,8 @@ class GenerationRequest:
     alternatives: int = 0
     timeout: float | None = None
     grammar: Grammar | None = None
+    scores_prompt: bool = False
+    is_prompt_only: bool = False
 
 
 @dataclass(eq=False)
@@ -118,6 +130,8 @@ class _Prefill:
     chunks: deque[PaddedChunk]
     length: int  # tokens that were prefilled
     to_keep: dict[int, bytes]  # as of `PrefixCache.look_up`
+    chunk_scores: list[ChunkScores] = field(default_factory=list)  # if asked for
+    scores: PromptScores | None = None
     next_sample: int = 0
 
 
@@ -236,7 +250,9 @@ class Scheduler:
         for length in prompt_lengths(self._engine):
             sampling = SamplingConfig(max_new_tokens=min(2, self._context - length))
             prompt = [self.model.tokenizer.eos_id] * length
-            self.submit(GenerationRequest(prompt, sampling, num_samples=2), outputs.append)
+            scored = length <= self._engine.max_chunk  # chunks of every width are among these
+            request = GenerationRequest(prompt, sampling, num_samples=2, scores_prompt=scored)
+            self.submit(request, outputs.append)
             while self.has_work:
                 self.step()
         for error in outputs:
@@ -254,7 +270,8 @@ class Scheduler:
 
     def _check(self, request: GenerationRequest) -> None:
         """Raises HymbaError for what could never be served."""
-        wanted, vocab = request.sampling.max_new_tokens, self.model.config.num_embeddings
+        wanted = 0 if request.is_prompt_only else request.sampling.max_new_tokens
+        vocab = self.model.config.num_embeddings
         if not request.prompt:
             raise HymbaError("the prompt is empty")
         if len(request.prompt) + wanted > self._context:
@@ -317,7 +334,21 @@ class Scheduler:
 
     def _prefill_chunk(self, prefill: _Prefill) -> None:
         chunk, is_start = prefill.chunks.popleft(), not prefill.length
-        prefill.state = self._engine.prefill_chunk(prefill.state, chunk, is_start=is_start)
+        request = prefill.job.request
+        if request.scores_prompt:
+            targets = np.zeros_like(chunk.tokens)
+            following = request.prompt[prefill.length + 1 :][: targets.shape[1]]
+            targets[0, : len(following)] = following
+            prefill.state, scores = self._engine.score_chunk(
+                prefill.state,
+                chunk,
+                targets,
+                is_start=is_start,
+                alternatives=request.alternatives > 0,
+            )
+            prefill.chunk_scores.append(scores)
+        else:
+            prefill.state = self._engine.prefill_chunk(prefill.state, chunk, is_start=is_start)
         prefill.length += int(chunk.lengths[0])
         if key := prefill.to_keep.get(prefill.length):
             self.prefixes.keep(key, self._copy(prefill.state))
@@ -332,7 +363,9 @@ class Scheduler:
             # It waits until it is here: an error that ends all requests must not miss it.
             job = self._waiting[0] if self._waiting else None
             if job is not None:
-                length, kept, to_keep = self.prefixes.look_up(job.request.prompt)
+                length, kept, to_keep = 0, None, dict[int, bytes]()
+                if not job.request.scores_prompt:  # which needs the logits behind every token
+                    length, kept, to_keep = self.prefixes.look_up(job.request.prompt)
                 chunks = self._engine.chunks([job.request.prompt[length:]])
                 state = self._copy(kept) if kept else self._engine.init_prefill(1, self._context)
                 self._prefill = _Prefill(job, state, deque(chunks), length, to_keep)
@@ -343,10 +376,12 @@ class Scheduler:
     def _join(self, prefill: _Prefill) -> None:
         """Inserts the next sample of a prefilled prompt into the batch."""
         job, sample, state = prefill.job, prefill.next_sample, prefill.state
-        is_last = sample + 1 == job.request.num_samples
+        request = job.request
+        is_last = sample + 1 == request.num_samples
+        if not self._deliver_prompt(prefill):
+            return
         if not is_last:
             state = self._copy(state)
-        request = job.request
         row = self._free[-1]
         stream = CompletionStream(
             self.model.tokenizer,
@@ -381,6 +416,39 @@ class Scheduler:
         self._abandoned.discard(row)
         self._rows[row] = _Running(job, stream, inserted, matcher)
         self._push({row: 0}, sampled)
+
+    def _deliver_prompt(self, prefill: _Prefill) -> bool:
+        """Delivers what a sample has before its first token, and says whether it has one."""
+        request = prefill.job.request
+        try:
+            if request.scores_prompt and prefill.scores is None:
+                prefill.scores = self._prompt_scores(prefill)
+        except HymbaError as error:
+            prefill.job.fail(error)
+            self._prefill = None
+            return False
+        reason: FinishReason | None = "length" if request.is_prompt_only else None
+        if prefill.scores or reason:
+            delta = Delta(0, prefill.next_sample, "", [], [], reason, prompt=prefill.scores)
+            prefill.job.deliver(delta)
+        if reason:
+            self._num_completed += 1
+            prefill.next_sample += 1
+            if prefill.next_sample == request.num_samples:
+                self._prefill = None
+        return reason is None
+
+    def _prompt_scores(self, prefill: _Prefill) -> PromptScores:
+        """How likely a prompt's tokens are. Raises HymbaError if the logits are not finite."""
+        request = prefill.job.request
+        chunks = zip(*jax.device_get(prefill.chunk_scores), strict=True)
+        count = len(request.prompt) - 1
+        scores = TokenScores(*(np.concatenate(each, 1)[0, :count] for each in chunks))
+        check_finite("the prompt", scores.log_probs)
+        top = zip(scores.top_tokens.tolist(), scores.top_log_probs.tolist(), strict=True)
+        likeliest = [[*zip(*pair, strict=True)][: request.alternatives] for pair in top]
+        alternatives = likeliest if request.alternatives else []
+        return PromptScores([*request.prompt], scores.log_probs.tolist(), alternatives)
 
     def _decode(self) -> None:
         if not self._rows:

@@ -88,13 +88,15 @@ class ServedModel:
 
     def prepare_completions(self, asked: CompletionRequest) -> Prepared:
         """A request for completions. Raises HymbaError or ApiError if it is impossible."""
-        if asked.echo and asked.logprobs is not None:
-            raise ApiError(400, "log-probabilities of echoed prompts are not served", param="echo")
         given: Any = asked.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
         allowed = self._options.max_tokens or COMPLETION_TOKENS
-        max_tokens = self._max_tokens(asked.max_tokens or min(COMPLETION_TOKENS, allowed))
+        max_tokens = min(COMPLETION_TOKENS, allowed)
+        if asked.max_tokens is not None:
+            max_tokens = self._max_tokens(asked.max_tokens)
+        if max_tokens == 0 and not asked.echo:
+            raise ApiError(400, "max_tokens is 0, which needs echo", param="max_tokens")
         if asked.best_of not in (None, asked.n or 1):
             raise ApiError(400, "best_of is served only where it is n", param="best_of")
         prompts = self._model.encode(given, max_new_tokens=max_tokens)
@@ -106,11 +108,16 @@ class ServedModel:
                 "send them in several requests",
                 param="prompt",
             )
-        sampling = self._sampling(asked, max_tokens)
+        sampling = self._sampling(asked, max(max_tokens, 1))
         alternatives = asked.logprobs or 0
         grammar = self._grammar(asked)  # compiled once, however many prompts there are
         requests = [
-            self._request(asked, prompt, sampling, alternatives, grammar) for prompt in prompts
+            replace(
+                self._request(asked, prompt, sampling, alternatives, grammar),
+                scores_prompt=bool(asked.echo) and asked.logprobs is not None,
+                is_prompt_only=max_tokens == 0,
+            )
+            for prompt in prompts
         ]
         echoes = [""] * len(prompts)
         if asked.echo:

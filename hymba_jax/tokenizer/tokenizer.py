@@ -99,6 +99,8 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         added = model.get_added_tokens_decoder().items()
         self.special_tokens = {token.content: number for number, token in added if token.special}
+        names = {number: name for name, number in self.special_tokens.items()}
+        self._token_texts: dict[int, str | None] = {**names}
         if isinstance(chat_template, str):
             chat_template = {"default": chat_template}
         self.chat_templates = dict(chat_template or {})
@@ -195,21 +197,13 @@ class Tokenizer:
 
         None if that is not text, such as the first bytes of a character.
         """
-        if token in self._special_names:
-            return self._special_names[token]
-        text = self.decode([*self._some_text, token])
-        before = self.decode(self._some_text)
-        # Alone, tokens of SentencePiece would lose the blank that they begin with.
-        text = text[len(before) :] if text.startswith(before) else self.decode([token])
-        return text if text and REPLACEMENT not in text else None
-
-    @cached_property
-    def _special_names(self) -> dict[int, str]:
-        return {number: name for name, number in self.special_tokens.items()}
-
-    @cached_property
-    def _some_text(self) -> list[int]:
-        return self.encode("a")
+        if token not in self._token_texts:
+            # Alone, tokens of SentencePiece would lose the blank that they begin with.
+            before = self.encode("a")
+            text, start = self.decode([*before, token]), self.decode(before)
+            text = text[len(start) :] if text.startswith(start) else self.decode([token])
+            self._token_texts[token] = text if text and REPLACEMENT not in text else None
+        return self._token_texts[token]
 
     def check_fits(self, model: HymbaConfig, name: str) -> None:
         """Raises HymbaError if the model cannot work with the tokenizer.

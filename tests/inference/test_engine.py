@@ -26,6 +26,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
 from hymba_jax.inference.engine import DECODE_STEPS, NO_TOKEN, Engine, Request, bucket
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.sampling import MAX_ALTERNATIVES
 from hymba_jax.model import Hymba, block
 from hymba_jax.ops.selective_scan import api
 
@@ -284,7 +285,8 @@ class TestPrefill:
         prompts = [prompt_of(length) for length in (2, 17, 1, 50, 33)]
         likeliest = logits_by_full_forward(tiny())(prompts).argmax(-1)
         prompts[1][-1], prompts[3][-1] = int(likeliest[1, 15]), int(likeliest[3, 48])
-        scores = Engine(tiny(), max_chunk=16).score(prompts)
+        engine = Engine(tiny(), max_chunk=16)
+        scores = engine.score(prompts)
         assert [len(each.log_probs) for each in scores] == [1, 16, 0, 49, 32]
         for actual, expected in zip(
             scores, log_probs_by_full_forward(tiny(), prompts), strict=True
@@ -295,6 +297,19 @@ class TestPrefill:
         for row, prompt, actual in zip(likeliest, prompts, scores, strict=True):
             expected = row[: len(prompt) - 1] == prompt[1:]
             assert actual.is_likeliest.tolist() == expected.tolist()
+
+        # The likeliest tokens, of the fourth sequence's first chunk.
+        chunk = engine.chunks([prompt[:-1] for prompt in prompts])[0]
+        _, read = engine.score_chunk(
+            engine.init_prefill(5, 49), chunk, chunk.tokens, is_start=True, alternatives=True
+        )
+        expected = log_softmax(logits_by_full_forward(tiny())([prompts[3]])[0][:16])
+        actual = np.asarray(read.top_log_probs[3])
+        tolerance = {"rtol": 0, "atol": ROUNDING * RANGE}
+        largest = np.sort(expected)[:, : -MAX_ALTERNATIVES - 1 : -1]
+        np.testing.assert_allclose(actual, largest, **tolerance)
+        named = np.take_along_axis(expected, np.asarray(read.top_tokens[3]), axis=-1)
+        np.testing.assert_allclose(actual, named, **tolerance)
 
     def test_greedy_equals_the_full_forward(self):
         """At every token, across six windows."""
@@ -465,7 +480,7 @@ class TestDecoding:
         read = engine.prefill([request.prompt], 40)
         kept = engine.params, engine.meta_state
         (chunk,) = engine.chunks([prompt_of(5)])
-        further = engine.programs.prefill(*kept, read, chunk, is_start=False)
+        further, _ = engine.programs.prefill(*kept, read, chunk, is_start=False)
         assert all(a.is_deleted() for a in jax.tree.leaves(read))
         state, _ = engine.insert(further, [request])
         assert all(a.is_deleted() for a in jax.tree.leaves(further.cache))

@@ -194,6 +194,52 @@ class TestCompletions:
         assert [name for each in reported for name in each.tokens] == [f"token_id:{byte}"] * 4
         assert [offset for each in reported for offset in each.text_offset] == [0, 1, 2, 3]
 
+    @pytest.mark.parametrize("new", [0, 3])
+    def test_log_probs_of_an_echoed_prompt(self, client, new):
+        """Longer than a chunk; those of `log_probs`, and the completion is that without echo."""
+        prompt = "".join(random.Random(0).choices("ab é", k=20))
+        tokens = model().encode(prompt)[0]
+        options = {"model": "tiny", "temperature": 0, "max_tokens": new, "logprobs": 2, "n": 2}
+        answer = client.completions.create(prompt=prompt, echo=True, **options)
+        tokens += expected(prompt, new)[0].tokens if new else []
+        assert answer.usage.total_tokens == len(tokens) + new
+        (wanted,) = model().log_probs([tokens])
+        for choice in answer.choices:
+            first, *log_probs = choice.logprobs.token_logprobs
+            assert first is None
+            # Prefilled in chunks of other widths, which float32 rounds otherwise.
+            assert log_probs == pytest.approx(wanted, abs=1.2e-4)
+            assert choice.text == prompt + (expected(prompt, new)[0].text if new else "")
+            assert choice.finish_reason == "length"
+            first, *top = choice.logprobs.top_logprobs
+            assert first is None
+            names = choice.logprobs.tokens[1:]
+            for name, value, likeliest in zip(names, log_probs, top, strict=True):
+                assert likeliest[name] == value
+                assert len(likeliest) == 2 + (sorted(likeliest.values())[-2] > value)
+            assert choice.logprobs.tokens[0] == "<s>"
+            offsets = choice.logprobs.text_offset
+            assert offsets[:2] == [0, 0]
+            assert all(
+                name.startswith("token_id:") or choice.text[start:].startswith(name)
+                for name, start in zip(names, offsets[1:], strict=True)
+            )
+        chunks = [
+            part
+            for chunk in client.completions.create(prompt=prompt, echo=True, stream=True, **options)
+            for part in chunk.choices
+        ]
+        for choice in answer.choices:
+            parts = [part for part in chunks if part.index == choice.index]
+            assert "".join(part.text for part in parts) == choice.text
+            for name, values in choice.logprobs.to_dict().items():
+                pieces = [part.logprobs.to_dict()[name] or () for part in parts]
+                assert [value for piece in pieces for value in piece] == values
+        echoed = [choice.text.removeprefix(prompt) for choice in answer.choices]
+        if new:
+            alone = client.completions.create(prompt=prompt, **options)
+            assert [choice.text for choice in alone.choices] == echoed
+
     def test_a_stream_is_the_whole_answer_in_deltas(self, client):
         options = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "seed": 5, "max_tokens": 9}
         whole = client.completions.create(**options, echo=True)
@@ -415,7 +461,8 @@ class TestErrors:
             ("completions", OK | {"prompt": [[999]]}, 400, "token 999 is outside the vocabulary"),
             ("completions", OK | {"prompt": "\ud800"}, 400, "is not valid Unicode"),
             ("completions", OK | {"logprobs": 21}, 400, "21 likeliest tokens are asked for"),
-            ("completions", OK | {"logprobs": 1, "echo": True}, 400, "echoed prompts are not"),
+            ("completions", OK | {"max_tokens": 0}, 400, "max_tokens is 0, which needs echo"),
+            ("completions", OK | {"max_tokens": -1, "echo": True}, 400, "max_tokens: Input should"),
             ("completions", OK | {"logit_bias": {"x": 1}}, 400, "'x' is not a token id"),
             ("completions", OK | {"logit_bias": {"999": 1}}, 400, "outside the vocabulary"),
             ("completions", OK | {"logit_bias": {"01": 1}}, 400, "'01' is not a token id"),
