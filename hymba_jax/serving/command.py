@@ -1,9 +1,11 @@
 """`hymba serve`: a model behind the OpenAI API, until it is told to stop."""
 
+import asyncio
 import os
 import signal
 import socket
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from types import FrameType
@@ -23,6 +25,7 @@ from hymba_jax.serving.served_model import ApiOptions
 
 TERMINATED = 128 + int(signal.SIGTERM)
 API_KEY = "HYMBA_API_KEY"
+READING = 10  # seconds that clients have to read what was sent to them when the server stops
 
 
 @dataclass(frozen=True)
@@ -144,15 +147,17 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     options = ApiOptions(keys, config.max_body, config.max_tokens, config.timeout)
     threads = config.load()
     name = ", ".join(threads)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             Api(threads, options).app(),
             log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=config.grace,
-        )
+            timeout_graceful_shutdown=config.grace + READING,
+        ),
+        config.grace,
+        threads.values(),
     )
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -178,6 +183,32 @@ def _serve(config: ServeConfig, listener: socket.socket) -> None:
     for model, thread in threads.items():
         if thread.error is not None:
             raise HymbaError(f"{model} has failed: {thread.error}")
+
+
+class _Server(uvicorn.Server):
+    """A server whose requests are told of its end when they have had their time to complete.
+
+    Args:
+      grace: seconds of it.
+      threads: of the models.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, grace: int, threads: Collection[ModelThread]
+    ) -> None:
+        super().__init__(config)
+        self._grace, self._threads = grace, threads
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._grace, self._end_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _end_requests(self) -> None:
+        for thread in self._threads:
+            thread.end()
 
 
 def _check_key(name: str, key: str) -> None:

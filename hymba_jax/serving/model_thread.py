@@ -79,10 +79,14 @@ class ModelThread:
         self._on_ready, self._on_end = on_ready, on_end
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after its step, and every request that is left."""
+    def end(self) -> None:
+        """Ends the thread after its step, and every request that is left with an error."""
         self._stopping = True
         self._wake.set()
+
+    def stop(self) -> None:
+        """Ends the thread, and waits for it."""
+        self.end()
         self._thread.join()
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Output], None]) -> Job:

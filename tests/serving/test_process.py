@@ -1,10 +1,11 @@
 """`hymba serve` as a process: its address, its messages, and how it ends."""
 
-import os
+import json
 import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -12,7 +13,7 @@ import openai
 import pytest
 from entry.command import HYMBA, environment
 from inference.models import make_model
-from serving.served import model, wait_until
+from serving.served import model
 
 from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
@@ -63,18 +64,23 @@ def test_sigterm_completes_the_streams_that_run(tmp_path):
 
 @pytest.mark.slow
 def test_streams_that_take_longer_than_the_grace_are_cancelled(tmp_path):
+    """One of 64,000 tokens, of which no machine samples all in a second."""
     with process(tmp_path, "--slots", "1", "--grace", "1") as (server, url):
-        body = {"model": "model", "prompt": "a", "max_tokens": 500, "stream": True}
+        body = {"model": "model", "prompt": "a", "max_tokens": 500, "n": 128, "stream": True}
         body["logit_bias"] = {str(model().tokenizer.encode("B")[0]): 100}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(server.pid, signal.SIGSTOP)  # the model is no slower than that
-            os.kill(server.pid, signal.SIGTERM)
-            os.kill(server.pid, signal.SIGCONT)
-            wait_until(lambda: server.poll() is not None)
-        assert server.returncode == 143
-        assert "stopped; " in server.stderr.read()
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            stream = response.iter_lines()
+            next(stream)
+            server.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            lines = [line for line in stream if line]
+            assert time.monotonic() - begun > 0.9
+        assert '"text": "B' in lines[-2]  # what it has sampled meanwhile
+        assert "the server is shutting down" in json.loads(lines[-1][6:])["error"]["message"]
+        assert server.wait(30) == 143
+        completed = sum('"finish_reason": "length"' in line for line in lines)
+        assert completed < 128
+        assert server.stderr.read() == f"model: stopped; {completed} completions were complete\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Continuous batching: whatever the schedule, each request has the tokens that it has alone."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -149,6 +150,7 @@ def test_tokens_are_those_of_generate(index):
 def test_nothing_is_compiled_after_warmup():
     shared_scheduler()
     mix = [*REQUESTS, request_of(63, 1, stop=("a", "bc"), stop_tokens=(*range(20),))]
+    mix += [replace(request_of(40, 2, alternatives=n), scores_prompt=True) for n in (0, 3)]
     with compilations() as names:
         serve([Arrival(request, i) for i, request in enumerate(mix * 2)])
     assert names == []
