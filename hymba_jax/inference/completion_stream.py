@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,19 @@ class PromptScores:
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
+class EndToken(NamedTuple):
+    """The stop token that ended a completion, and is no part of it.
+
+    Attributes:
+      log_prob, alternatives, offset: as in `Delta`.
+    """
+
+    token: int
+    log_prob: float
+    alternatives: list[tuple[int, float]]
+    offset: int
+
+
 @dataclass(frozen=True)
 class Delta:
     """What is new of one completion.
@@ -47,6 +60,7 @@ class Delta:
       offsets: where in the completion's text each of `tokens` begins.
       stop_string: that ended it, if one did.
       prompt: its scores, if asked for, in the first delta.
+      end: the token that ended it, if one did, in the last delta.
     """
 
     index: int
@@ -60,6 +74,7 @@ class Delta:
     offsets: list[int] = field(default_factory=list)
     stop_string: str | None = None
     prompt: PromptScores | None = None
+    end: EndToken | None = None
 
 
 class CompletionStream:
@@ -112,6 +127,7 @@ class CompletionStream:
         stopped: np.bool,
         top_tokens: Int[np.ndarray, "steps alternatives"],
         top_log_probs: Float[np.ndarray, "steps alternatives"],
+        ends: Int[np.ndarray, " steps"],
     ) -> Delta:
         """The delta that is final after these tokens, up to a stop string.
 
@@ -120,18 +136,23 @@ class CompletionStream:
         Raises:
           HymbaError: the model's logits are not finite.
         """
-        text = ""
+        text, end = "", None
         for i, (token, log_prob) in enumerate(
             zip(tokens.tolist(), log_probs.tolist(), strict=True)
         ):
             if token == NOT_FINITE and not self._stream.stopped:
                 raise _not_finite(self._name, self._length + len(self._sampled) - 1)
+            pairs: list[tuple[int, float]] = []
+            if self._num_alternatives:
+                pairs = [*zip(top_tokens[i].tolist(), top_log_probs[i].tolist(), strict=True)]
+            top = pairs[: self._num_alternatives]
             if token == NO_TOKEN or self._stream.stopped:
+                if ends[i] != NO_TOKEN and not self._stream.stopped:
+                    end = (int(ends[i]), log_prob, top)
                 break
             self._sampled.append((token, log_prob))
             if self._num_alternatives:
-                pairs = zip(top_tokens[i].tolist(), top_log_probs[i].tolist(), strict=True)
-                self._alternatives.append([*pairs][: self._num_alternatives])
+                self._alternatives.append(top)
             text += self._stream.push(token)
         self.finished = bool(stopped) or self._stream.stopped
         reason: FinishReason | None = None
@@ -151,6 +172,7 @@ class CompletionStream:
             alternatives=self._alternatives[new],
             offsets=self._stream.offsets[new],
             stop_string=self._stream.stop_string,
+            end=EndToken(*end, self._stream.num_characters) if end else None,
         )
 
 

@@ -93,7 +93,8 @@ class SampledTokens(NamedTuple):
     """Sampled tokens by row and step, with log-probabilities, and which rows have stopped.
 
     NO_TOKEN after a row has stopped, NOT_FINITE if its logits were not finite. The likeliest
-    tokens are there, as of `sampling.likeliest`, if any row asks for alternatives.
+    tokens are there, as of `sampling.likeliest`, if any row asks for alternatives. A stop token,
+    which is none of `tokens`, is in `ends` at the step in which it ended its row.
     """
 
     tokens: Int[Array, "batch steps"]
@@ -101,6 +102,7 @@ class SampledTokens(NamedTuple):
     stopped: Bool[Array, "batch"]
     top_tokens: Int[Array, "batch steps alternatives"]
     top_log_probs: Float[Array, "batch steps alternatives"]
+    ends: Int[Array, "batch steps"]
 
     def with_step(self, step: Int[Array, ""], new: "SampledTokens") -> "SampledTokens":
         """These with the tokens of one more step."""
@@ -659,18 +661,19 @@ def _programs(
         )
         wanted = (state.alternatives & ~state.stopped).any()
         top_tokens, top_log_probs = likeliest(logits, wanted)
-        ends = (token[:, None] == state.stop.stop_tokens).any(1) | ~finite
-        result = jnp.where(finite, jnp.where(ends, NO_TOKEN, token), NOT_FINITE)
+        is_stop = (token[:, None] == state.stop.stop_tokens).any(1)
+        result = jnp.where(finite, jnp.where(is_stop, NO_TOKEN, token), NOT_FINITE)
         result = jnp.where(state.stopped, NO_TOKEN, result)
+        ends = jnp.where(is_stop & finite & ~state.stopped, token, NO_TOKEN)
         num_sampled = state.num_sampled + ~state.stopped
         state = state._replace(
             token=token,
             num_sampled=num_sampled,
-            stopped=state.stopped | ends | (num_sampled >= state.stop.max_new_tokens),
+            stopped=state.stopped | is_stop | ~finite | (num_sampled >= state.stop.max_new_tokens),
             seen=state.seen.at[rows, token].set(True),
             counts=state.counts.at[rows, token].add(1),
         )
-        values = (result, log_probs, top_tokens, top_log_probs)
+        values = (result, log_probs, top_tokens, top_log_probs, ends)
         tokens, log_probs, *top = (value[:, None] for value in values)
         return state, SampledTokens(tokens, log_probs, state.stopped, *top)
 
@@ -781,6 +784,7 @@ def _programs(
             stopped=state.stopped,
             top_tokens=jnp.zeros(top, jnp.int32),
             top_log_probs=jnp.zeros(top),
+            ends=jnp.full(shape, NO_TOKEN),
         )
 
     return Programs(

@@ -47,6 +47,11 @@ class TextStream:
         """Whether a stop string was found."""
         return self.stop_string is not None
 
+    @property
+    def num_characters(self) -> int:
+        """Of the text so far, with what is held back."""
+        return self._num_final
+
     def push(self, token: int) -> str:
         """The new text that is final after one more token; often empty."""
         if self.stopped:

@@ -64,6 +64,7 @@ def merged(deltas: Iterable[Delta]) -> Delta:
         offsets=[offset for part in parts for offset in part.offsets],
         stop_string=parts[-1].stop_string,
         prompt=parts[0].prompt,
+        end=parts[-1].end,
     )
 
 
@@ -121,11 +122,19 @@ class CompletionFormat:
         return {"index": choice, "text": text, "logprobs": log_probs, "finish_reason": reason}
 
     def _log_probs_of(self, choice: int, delta: Delta) -> Json:
+        """Of the tokens of a completion, and of the one that ended it."""
+        tokens, log_probs, offsets = [*delta.tokens], [*delta.log_probs], [*delta.offsets]
+        alternatives = [*delta.alternatives]
+        if delta.end:
+            tokens.append(delta.end.token)
+            log_probs.append(delta.end.log_prob)
+            offsets.append(delta.end.offset)
+            alternatives += [delta.end.alternatives] if delta.end.alternatives else []
         return {
-            "tokens": [token_name(self._tokenizer, token) for token in delta.tokens],
-            "token_logprobs": delta.log_probs,
-            "top_logprobs": self._top(delta.alternatives, delta.tokens, delta.log_probs) or None,
-            "text_offset": [len(self._echoes[choice]) + offset for offset in delta.offsets],
+            "tokens": [token_name(self._tokenizer, token) for token in tokens],
+            "token_logprobs": log_probs,
+            "top_logprobs": self._top(alternatives, tokens, log_probs) or None,
+            "text_offset": [len(self._echoes[choice]) + offset for offset in offsets],
         }
 
     def _prompt_log_probs(self, prompt: PromptScores) -> Json:

@@ -194,6 +194,25 @@ class TestCompletions:
         assert [name for each in reported for name in each.tokens] == [f"token_id:{byte}"] * 4
         assert [offset for each in reported for offset in each.text_offset] == [0, 1, 2, 3]
 
+    def test_the_token_that_ends_a_completion(self, client):
+        """It has a log-probability, by its name, but no text, and does not count."""
+        end = model().tokenizer.eos_id
+        prompt = model().encode("ab")[0]
+        options = {"prompt": prompt, "logit_bias": {str(end): 100}, "echo": True, "logprobs": 1}
+        for stream in (False, True):
+            answer = client.completions.create(model="tiny", stream=stream, max_tokens=1, **options)
+            (*_, last) = answer if stream else [answer]
+            (choice,) = last.choices
+            assert choice.finish_reason == "stop"
+            reported = choice.logprobs
+            (wanted,) = model().log_probs([[*prompt, end]])
+            assert reported.tokens[-1] == "</s>"
+            assert reported.token_logprobs[-1] == pytest.approx(wanted[-1], abs=1.2e-4)
+            assert reported.top_logprobs[-1]["</s>"] == reported.token_logprobs[-1]
+            assert reported.text_offset[-1] == len("ab")
+            assert len(reported.tokens) == (1 if stream else len(prompt) + 1)
+        assert client.completions.create(model="tiny", **options).usage.completion_tokens == 0
+
     @pytest.mark.parametrize("new", [0, 3])
     def test_log_probs_of_an_echoed_prompt(self, client, new):
         """Longer than a chunk; those of `log_probs`, and the completion is that without echo."""
