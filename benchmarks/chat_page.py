@@ -50,7 +50,7 @@ def main(options: Options) -> None:
             browser = playwright.chromium.launch(
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
             )
-            page = browser.new_page(viewport={"width": 784, "height": 520})
+            page = browser.new_page(viewport={"width": 720, "height": 560})
             page.goto(url.removesuffix("v1"))
             expect(page.locator("#model")).to_have_value("demo")
             page.fill("#seed", str(options.seed))
