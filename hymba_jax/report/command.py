@@ -33,7 +33,7 @@ from hymba_jax.inference import LanguageModel
 from hymba_jax.report.analyses import analyses_section
 from hymba_jax.report.costs import Speed, costs_section, measure_speed
 from hymba_jax.report.page import Page, Section
-from hymba_jax.report.results import read_results, results_section
+from hymba_jax.report.results import results_section
 from hymba_jax.report.svg import page_style
 from hymba_jax.report.training import read_metrics, training_section
 from hymba_jax.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def make_page(config: ReportConfig) -> Page:
     tokenizer = Tokenizer.load(config.model)
     tokenizer.check_fits(architecture, config.model)
     paths = [resolve_path(name) for name in config.evaluations]
-    results = {_name(path, paths): read_results(path) for path in paths}
+    results = results_section({_name(path, paths): path for path in paths})
     tokens, text_name = _tokens(config, tokenizer, architecture.max_positions)
     metrics = [line for line in read_metrics(directory) if step is None or line["step"] <= step]
     hymba = load_model(config.model, dtype=config.dtype, step=step)
@@ -117,7 +117,7 @@ def make_page(config: ReportConfig) -> Page:
     speeds = measure_speed(model, tokens.ravel().tolist())
     sections = [
         *([training_section(metrics)] if metrics else []),
-        *([results_section(results)] if results else []),
+        *([results] if paths else []),
         analyses_section(hymba, tokens, text_name),
         costs_section(model, speeds),
         Section("Configuration", source=read_text(directory / CONFIG_FILE)),

@@ -12,8 +12,9 @@ from hymba_jax.config import HymbaConfig
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.display import format_bytes
+from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
-from hymba_jax.inference.engine import DECODE_STEPS, Request
+from hymba_jax.inference.engine import DECODE_STEPS, Engine, Request
 from hymba_jax.inference.memory import meta_state_bytes
 from hymba_jax.report.page import Picture, Section, Table
 from hymba_jax.report.svg import new_figure
@@ -41,17 +42,37 @@ def measure_speed(
 
     Args:
       tokens: prompts are the first of them.
-      batches: sequences at a time.
+      batches: sequences at a time; half as many, and so on, where they do not fit into memory.
       prompt: tokens of each prompt, fewer where the model's context is short.
+
+    Raises:
+      HymbaError: one sequence does not fit.
     """
     prompt = min(prompt, model.engine.max_context - _NEW - 1)
-    return [_measure(model, tokens[:prompt], batch) for batch in batches] if prompt > 0 else []
+    if prompt < 1:
+        return []
+    fitting = {_that_fit(model.engine, batch, prompt + _NEW + 1) for batch in batches}
+    return [_measure(model, tokens[:prompt], batch) for batch in sorted(fitting)]
+
+
+def _that_fit(engine: Engine, batch: int, context: int) -> int:
+    """As many sequences as fit into memory, of `batch`, half of it, and so on.
+
+    Raises:
+      HymbaError: one does not fit.
+    """
+    try:
+        engine.check_memory(batch, context)
+    except HymbaError:
+        if batch == 1:
+            raise
+        return _that_fit(engine, batch // 2, context)
+    return batch
 
 
 def _measure(model: LanguageModel, prompt: Sequence[int], batch: int) -> Speed:
     engine, context = model.engine, len(prompt) + _NEW + 1
     requests = [Request(prompt, SamplingConfig(), 0, _NEW + 1)] * batch
-    engine.check_memory(batch, context)
     for _ in range(2):  # the first time compiles
         start = time.perf_counter()
         prefilled = jax.block_until_ready(engine.prefill([prompt] * batch, context))

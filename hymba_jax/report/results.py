@@ -14,27 +14,25 @@ from hymba_jax.report.svg import new_figure
 _STDERR = "_stderr"  # the harness' suffix of a metric's name
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The results in a file.
+def results_section(files: Mapping[str, Path]) -> Section:
+    """Tables of all files, by their names, and curves of those of documents.
 
     Raises:
-      HymbaError: `hymba evaluate --output` did not write it.
+      HymbaError: a file cannot be read, or `hymba evaluate --output` did not write it.
     """
-    results = read_json(path)
-    if not isinstance(results.get("results"), dict) and "by_position" not in results:
-        raise HymbaError(f"{path}: not a file that `hymba evaluate --output` writes")
-    return results
-
-
-def results_section(files: Mapping[str, dict[str, Any]]) -> Section:
-    """Tables of all files, by their names, and curves of those of documents."""
     tables, pictures = [], []
-    for name, results in files.items():
-        if "results" in results:
-            tables.append(_tasks(name, results["results"]))
-        else:
-            tables.append(_documents(name, results))
-            pictures += _curve(name, results)
+    for name, path in files.items():
+        results = read_json(path)
+        try:
+            if "results" in results:
+                tables.append(_tasks(name, results["results"]))
+            else:
+                tables.append(_documents(name, results))
+                pictures += _curve(name, results)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another shape
+            raise HymbaError(
+                f"{path}: not a file that `hymba evaluate --output` writes"
+            ) from error
     return Section("Evaluations", pictures=pictures, tables=tables)
 
 
@@ -68,7 +66,7 @@ def _curve(name: str, results: Mapping[str, Any]) -> list[Picture]:
     """Bits per byte, or nats per token where bytes are not known, over the context."""
     measure = "bits_per_byte" if results["text_bytes"] else "nats_per_token"
     points = [
-        ((span["start"] + span["stop"] - 1) / 2, span[measure])
+        ((span["start"] + span["stop"] - 1) / 2, float(span[measure]))
         for span in results["by_position"]
         if span[measure] is not None
     ]

@@ -54,6 +54,16 @@ DOCUMENTS = {
     ],
 }
 
+# Objects that `hymba evaluate` does not write.
+OTHERS = [
+    {},
+    {"by_position": []},
+    {"results": {"piqa": 0.5}},
+    DOCUMENTS | {"bits_per_byte": {"value": "low"}},
+    DOCUMENTS | {"by_position": [{"start": 1}]},
+    DOCUMENTS | {"by_position": [{"start": 1, "stop": 2, "bits_per_byte": "low"}] * 2},
+]
+
 
 class Page(HTMLParser):
     """What a page has, by tag; an element that is not closed is an error."""
@@ -200,6 +210,18 @@ def test_speeds_count_the_tokens_of_all_sequences(model, monkeypatch):
     assert measure_speed(LanguageModel(model, byte_tokenizer(), context=64), [5] * 64) == []
 
 
+def test_speeds_are_of_as_many_sequences_as_fit(model, monkeypatch):
+    language_model = LanguageModel(model, byte_tokenizer(), context=100)
+    sizes = [language_model.engine.memory_bytes(rows, 100) for rows in (1, 2, 4)]
+    monkeypatch.setattr("hymba_jax.report.costs._measure", lambda model, prompt, batch: batch)
+    for memory, expected in ((sizes[2], [1, 4]), (sizes[2] - 1, [1, 2]), (sizes[0], [1])):
+        monkeypatch.setattr("hymba_jax.parallel.memory.device_memory", lambda _, size=memory: size)
+        assert measure_speed(language_model, [*range(60, 120)]) == expected
+    monkeypatch.setattr("hymba_jax.parallel.memory.device_memory", lambda _: sizes[0] - 1)
+    with pytest.raises(HymbaError, match=r"^1 sequences of \d+ tokens beside .*: reduce"):
+        measure_speed(language_model, [*range(60, 120)])
+
+
 def test_a_model_without_a_run_has_no_metrics(tmp_path):
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
@@ -211,7 +233,10 @@ def test_a_model_without_a_run_has_no_metrics(tmp_path):
     ("options", "message"),
     [
         (["--evaluations", "{0}/model/metrics.json"], "metrics.json: no such file"),
-        (["--evaluations", "{0}/other.json"], "other.json: not a file that `hymba evaluate"),
+        *(
+            (["--evaluations", f"{{0}}/other{i}.json"], f"other{i}.json: not a file that `hymba ev")
+            for i in range(len(OTHERS))
+        ),
         (["--length", "513"], "length is 513, the model's context is 512: give less"),
         (["--length", "8"], "length is 8, below 32"),
         (["--text", "{0}/short.txt"], r"short.txt: 5 tokens, 2 sequences of 48 take 96"),
@@ -220,7 +245,8 @@ def test_a_model_without_a_run_has_no_metrics(tmp_path):
     ],
 )
 def test_errors_are_one_line(directory, options, message):
-    (directory / "other.json").write_text("{}")
+    for i, other in enumerate(OTHERS):
+        (directory / f"other{i}.json").write_text(json.dumps(other))
     (directory / "short.txt").write_text("short")
     with pytest.raises(SystemExit, match=message) as error:
         cli.main(command(directory, *(each.format(directory) for each in options)))
