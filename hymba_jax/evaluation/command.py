@@ -135,6 +135,13 @@ class EvaluateConfig:
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
         if not self.data.text_field:
             yield "data.text_field is empty"
+        files = [resolve_path(name).resolve() for name in self._written if name]
+        if len({*files}) < len(files):
+            yield "output, image and answers name the same file: give each one of its own"
+
+    @property
+    def _written(self) -> tuple[str, ...]:
+        return self.output, self.image, self.answers
 
     @property
     def task_names(self) -> list[str]:

@@ -156,6 +156,7 @@ def draw(report: PerplexityReport, path: Path) -> None:
         documents.legend()
     documents.set_xlabel(f"{MEASURES[measure]} of a document")
     documents.set_ylabel("documents")
+    documents.yaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, path)
 
 

@@ -121,7 +121,7 @@ def _error(values: Float[np.ndarray, " resamples"]) -> float | None:
 
 @dataclass(frozen=True)
 class PositionSpan:
-    """The tokens that were predicted from `start` to `stop - 1` tokens."""
+    """The tokens that were predicted from `start` to `stop - 1` tokens, at most a window."""
 
     start: int
     stop: int
@@ -134,14 +134,17 @@ def by_position(sums: PositionSums, span: int) -> list[PositionSpan]:
     Args:
       span: positions of a point; the first is of the tokens predicted from 1 to `span` tokens.
     """
-    starts = np.arange(0, len(sums.tokens), span)
+    window = len(sums.tokens)
+    starts = np.arange(0, window, span)
     columns = (
         np.add.reduceat(column, starts) for column in (sums.nats, sums.tokens, sums.text_bytes)
     )
     return [
         PositionSpan(
-            int(start) + 1, int(start) + span + 1, Totals(float(nats), int(tokens), int(text_bytes))
+            start + 1,
+            min(start + span, window) + 1,
+            Totals(float(nats), int(tokens), int(text_bytes)),
         )
-        for start, nats, tokens, text_bytes in zip(starts, *columns, strict=True)
+        for start, nats, tokens, text_bytes in zip(starts.tolist(), *columns, strict=True)
         if tokens
     ]

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.harness import HarnessModel
-from hymba_jax.files import replace_text, resolve_path
+from hymba_jax.files import read_text, replace_text, resolve_path
 
 # After the harness module, which says how to install it.
 from lm_eval.evaluator import simple_evaluate  # isort: skip
@@ -19,24 +21,55 @@ GROUPS = Path(__file__).parent / "task_groups"
 """The paper's task lists."""
 
 
+class Tasks(TaskManager):
+    """The harness' tasks, whose errors are ours."""
+
+    def load(self, task_list: Any) -> Any:
+        """As the harness has it.
+
+        Raises:
+          HymbaError: what a task's YAML file or its documents are wrong for, which the harness
+            shows in exceptions of all kinds.
+        """
+        try:
+            return super().load(task_list)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else "it has no documents"
+            raise HymbaError(
+                f"tasks {', '.join(map(str, task_list))} cannot be loaded ({reason}): check their "
+                "YAML files and their data"
+            ) from error
+
+
 def find_tasks(names: Sequence[str], include_path: str = "") -> TaskManager:
     """The harness' tasks with the paper's lists, and with those of a directory.
 
     Raises:
-      HymbaError: there is no such directory, or a task is nowhere.
+      HymbaError: there is no such directory, a YAML file of it is broken, or a task is nowhere.
     """
     paths = [GROUPS]
     if include_path:
         paths.append(resolve_path(include_path))
         if not paths[-1].is_dir():
             raise HymbaError(f"{include_path}: no directory with the YAML files of tasks")
-    manager = TaskManager(include_path=paths)
+    manager = Tasks(include_path=paths)
     for name in names:
         if not manager.match_tasks([name]):
+            _check_syntax(paths[1:])
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f", did you mean {', '.join(near)}?" if near else ""
             raise HymbaError(f"no task {name!r}{hint or ': see `lm_eval ls tasks`'}")
     return manager
+
+
+def _check_syntax(directories: Sequence[Path]) -> None:
+    """Refuses YAML files that are broken, which the harness leaves out."""
+    for directory in directories:
+        for file in sorted(directory.rglob("*.yaml")):
+            try:
+                yaml.compose(read_text(file))
+            except yaml.YAMLError as error:
+                raise HymbaError(f"{file}: not a YAML file ({error})") from error
 
 
 def run_tasks(

@@ -30,9 +30,7 @@ def results_section(files: Mapping[str, Path]) -> Section:
                 tables.append(_documents(name, results))
                 pictures += _curve(name, results)
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another shape
-            raise HymbaError(
-                f"{path}: not a file that `hymba evaluate --output` writes"
-            ) from error
+            raise HymbaError(f"{path}: not a file that `hymba evaluate --output` writes") from error
     return Section("Evaluations", pictures=pictures, tables=tables)
 
 

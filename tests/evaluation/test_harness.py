@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 
 import jax
@@ -25,7 +26,14 @@ from hymba_jax.evaluation.answers import Answers
 from hymba_jax.evaluation.control_marks import MARK
 from hymba_jax.evaluation.harness import HarnessModel
 from hymba_jax.evaluation.replicas import Replicas
-from hymba_jax.evaluation.tasks import GROUPS, run_tasks, tables, write_results
+from hymba_jax.evaluation.tasks import (
+    GROUPS,
+    Tasks,
+    find_tasks,
+    run_tasks,
+    tables,
+    write_results,
+)
 from hymba_jax.inference import LanguageModel
 from hymba_jax.tokenizer import Tokenizer, chat_template
 
@@ -370,6 +378,25 @@ class TestTasks:
         assert "exact_match" in tables(results)
         write_results(results, tmp_path / "out.json")
         assert json.loads((tmp_path / "out.json").read_text())["results"].keys() == TASKS.keys()
+
+    def test_what_is_wrong_with_a_task(self, local_tasks, tmp_path, monkeypatch):
+        """The harness has tracebacks for its data and template, and leaves out what is no YAML."""
+        monkeypatch.setattr(
+            Tasks, "__init__", partialmethod(Tasks.__init__, include_defaults=False)
+        )
+        tasks, empty = tmp_path / "tasks", tmp_path / "empty.jsonl"
+        empty.touch()
+        text = TASK.format(name="empty", file=empty) + TASKS["rolling"]
+        (tasks / "empty.yaml").write_text(text)
+        text = TASK.format(name="field", file=tmp_path / "data.jsonl") + TASKS["completion"]
+        (tasks / "field.yaml").write_text(text.replace("{{question}}", "{{problem}}"))
+        manager = find_tasks(["empty", "field"], str(tasks))
+        for name, reason in (("empty", "no documents"), ("field", ".*'problem' is undefined")):
+            with pytest.raises(HymbaError, match=rf"^tasks {name} cannot be loaded \(.*{reason}\)"):
+                manager.load([name])
+        (tasks / "broken.yaml").write_text("task: broken\n  output_type: [")
+        with pytest.raises(HymbaError, match=r"broken\.yaml: not a YAML file \(mapping values"):
+            find_tasks(["broken"], str(tasks))
 
     @pytest.mark.parametrize("batch_size", slow_but([1, 8], 1))
     def test_accuracies_do_not_depend_on_batch_size_and_devices(

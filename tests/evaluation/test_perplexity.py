@@ -230,13 +230,14 @@ class TestStatistics:
 
     def test_spans_of_positions(self):
         sums = PositionSums(
-            np.array([1.0, 2.0, 4.0, 0.0, 0.0]),
-            np.array([2, 1, 1, 0, 0]),
-            np.array([2, 1, 3, 0, 0]),
+            np.array([1.0, 2.0, 4.0, 0.0, 0.0, 0.0, 5.0]),
+            np.array([2, 1, 1, 0, 0, 0, 1]),
+            np.array([2, 1, 3, 0, 0, 0, 2]),
         )
         spans = by_position(sums, 2)
-        assert [(span.start, span.stop) for span in spans] == [(1, 3), (3, 5)]
-        assert [dataclasses.astuple(span.totals) for span in spans] == [(3.0, 3, 3), (4.0, 1, 3)]
+        assert [(span.start, span.stop) for span in spans] == [(1, 3), (3, 5), (7, 8)]
+        expected = [(3.0, 3, 3), (4.0, 1, 3), (5.0, 1, 2)]
+        assert [dataclasses.astuple(span.totals) for span in spans] == expected
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +320,11 @@ class TestCommand:
             ("--data.path {texts} --window 8 --stride 9", "stride is 9, more than the window of 8"),
             ("--data.path {texts} --image a.jpx", r"a.jpx: an image ends in .png"),
             ("--data.path {texts} --output /no/where.json", "there is no directory /no"),
+            (
+                "--data.path {texts} --output a.png --image ./a.png",
+                "and answers name the same file",
+            ),
+            ("--tasks piqa --output a --answers a", "name the same file: give each"),
             ("--data.path {texts} --data.loss-on last", "data.loss_on has no effect on text"),
             ("--data.path {texts}/nothing", "no such"),
         ],
