@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -212,9 +214,8 @@ expand = 1
 """
 
 
-def test_the_command(tmp_path, capsys, monkeypatch):
+def test_the_command(tmp_path, capsys):
     """Attention 4 x 8 channels on 2 x 8, with its output; parameters add up to all there are."""
-    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "tiny.toml").write_text(TINY)
     cli.main(["designs", str(tmp_path), "--context", "10", "--format", "json"])
     design = json.loads(capsys.readouterr().out)
@@ -224,10 +225,23 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     shapes = param_shapes(read_model(tmp_path / "tiny.toml")[0], scan_layers=False)
     assert sum(design["parameters"].values()) == sum(map(np.prod, shapes.values()))
     assert design["cache"]["global KV, bfloat16"] == 2 * 10 * 2 * (8 + 8) * 2
-    cli.main(["designs", str(tmp_path / "tiny.toml"), "--context", "10"])
+
+
+def test_tables_fit_into_80_columns(tmp_path, capsys, monkeypatch):
+    """Of 1e9 parameters, and with a name that is folded rather than a number."""
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "1b_llama_with_a_name_that_is_long.toml"
+    shutil.copyfile(FOLDER / "1b_llama.toml", path)
+    cli.main(["designs", str(path)])
     printed = capsys.readouterr().out
-    assert "tiny" in printed
-    assert "attention : SSM" in printed
+    config = config_of("1b_llama")
+    count = sum(map(math.prod, param_shapes(config, scan_layers=False).values()))
+    cache = sum(cache_bytes(config, 8000, "bfloat16", "bfloat16").values())
+    flops = forward_flops(config, 8000, predicted=1) / 8000
+    for number in (f"{count / 1e6:,.1f}", f"{cache / 1e6:,.2f}", f"{flops / 1e6:,.0f}", "1:0"):
+        assert f" {number}" in printed
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

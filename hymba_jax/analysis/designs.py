@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -130,7 +131,8 @@ def main(args: DesignsConfig) -> None:
         return
     console = Console()
     console.print(_parameter_table(found))
-    console.print(_cost_table(found, args.context))
+    console.print(_cache_table(found, args.context))
+    console.print(_flops_table(found, args.context))
 
 
 def describe(name: str, config: HymbaConfig, context: int, dtype: DType) -> Design:
@@ -206,48 +208,42 @@ def ratio(attention: int, ssm: int) -> str:
     return f"1:{ssm / attention:.2f}" if attention and ssm else f"{attention and 1}:{ssm and 1}"
 
 
-# Of the components that `count_by_part` tells apart.
+# Of the components that `count_by_part` tells apart; the others are small.
 _COLUMNS = {
-    "embedding": "embedding",
-    "output projection": "output head",
-    "meta tokens": "meta tokens",
+    "embedding": "embed-\nding",
+    "output projection": "output\nhead",
     "attention": "attention",
     "SSM": "SSM",
-    "fusion of both": "fusion, projection",
+    "fusion of both": "fusion",
     "MLP": "MLP",
-    "norms of the residual stream": "norms",
 }
 
 
 def _parameter_table(designs: Sequence[Design]) -> Table:
-    table = Table(title="parameters, in millions")
     parts = [part for part in _COLUMNS if any(part in design.parameters for design in designs)]
-    table.add_column("design", no_wrap=True)
-    for name in (*(_COLUMNS[part] for part in parts), "in all"):
-        table.add_column(name, justify="right")
+    table = _table(
+        "parameters, in millions",
+        (*(_COLUMNS[part] for part in parts), "other", "in all"),
+        "fusion: norms and output projections of the heads; other: meta tokens, norms of the "
+        "residual stream",
+    )
     for design in designs:
         counts = [design.parameters.get(part, 0) for part in parts]
-        cells = (f"{count / 1e6:,.1f}" if count else "" for count in counts)
-        table.add_row(Text(printable(design.name)), *cells, f"{sum(counts) / 1e6:,.1f}")
+        total = sum(design.parameters.values())
+        cells = (f"{count / 1e6:,.1f}" if count else "" for count in (*counts, total - sum(counts)))
+        table.add_row(Text(printable(design.name)), *cells, f"{total / 1e6:,.1f}")
     return table
 
 
-def _cost_table(designs: Sequence[Design], context: int) -> Table:
-    table = Table(
-        title=f"sequences of {context:,} tokens",
-        caption="cache as the paper counts it: without inputs of the convolution beside "
+def _cache_table(designs: Sequence[Design], context: int) -> Table:
+    table = _table(
+        f"heads, and the cache of {context:,} tokens",
+        ("attention\n: SSM", "paper's", "cache\nMB", "as the paper\ncounts", "paper's"),
+        "the paper's ratio is of parameters; its cache is without inputs of the convolution beside "
         "attention, and with the meta tokens' keys and values of global layers",
     )
-    table.add_column("design", no_wrap=True)
-    for name in (
-        *("attention : SSM", "paper's"),
-        *("cache MB", "as the paper counts", "paper's"),
-        *("MFLOPs a token: training", "prefill", "decode"),
-    ):
-        table.add_column(name, justify="right")
     for design in designs:
         paper = design.paper
-        flops = (design.training_flops, design.prefill_flops, design.decode_flops)
         table.add_row(
             Text(printable(design.name)),
             ratio(design.attention_parameters, design.ssm_parameters),
@@ -255,6 +251,24 @@ def _cost_table(designs: Sequence[Design], context: int) -> Table:
             f"{sum(design.cache.values()) / 1e6:,.2f}",
             f"{design.paper_counts / 1e6:,.2f}",
             f"{paper.cache_mb:,.2f}" if paper else "",
-            *(f"{value / 1e6:,.0f}" for value in flops),
         )
+    return table
+
+
+def _flops_table(designs: Sequence[Design], context: int) -> Table:
+    table = _table(f"MFLOPs a token, of {context:,} tokens", ("training", "prefill", "decode"))
+    for design in designs:
+        flops = (design.training_flops, design.prefill_flops, design.decode_flops)
+        table.add_row(Text(printable(design.name)), *(f"{value / 1e6:,.0f}" for value in flops))
+    return table
+
+
+def _table(title: str, columns: Sequence[str], caption: str = "") -> Table:
+    """A table for 80 columns: a name that is too long is folded, and never a number."""
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1)
+    )
+    table.add_column("design", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     return table

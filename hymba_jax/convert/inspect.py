@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hymba_jax.checkpoint.checkpoints import Step, resolve_step
+from hymba_jax.checkpoint.checkpoints import Step, loaded_step
 from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.config import HymbaConfig
 from hymba_jax.convert.convert import open_checkpoint
@@ -63,15 +63,17 @@ def main(args: InspectConfig) -> None:
       HymbaError: there is no checkpoint, a file of it cannot be read, or it is not complete.
     """
     location = resolve_location(args.path)
-    step = resolve_step(location, args.step)
+    step = loaded_step(location, args.step)
     with local_copy(location, step) as directory:
-        _inspect(open_checkpoint(directory, step), args.path)
+        _inspect(open_checkpoint(directory, step), args.path, step)
 
 
-def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str) -> None:
+def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str, step: int | None) -> None:
     config = checkpoint.config
     table = Table(title=Text(printable(path)), show_header=False)
     table.add_row("form", "native" if isinstance(checkpoint, NativeCheckpoint) else "HF")
+    if step is not None:
+        table.add_row("step", f"{step:,}")
     if isinstance(checkpoint, NativeCheckpoint) and checkpoint.adapter:
         adapter = checkpoint.adapter
         table.add_row("adapter", f"{adapter.kind} of rank {adapter.rank}, used merged")

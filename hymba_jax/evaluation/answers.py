@@ -56,12 +56,13 @@ class Answers:
 
 
 def model_fingerprint(model: LanguageModel) -> str:
-    """A digest of all that decides a model's answers: parameters, config, dtypes, tokenizer."""
+    """A digest of all that decides a model's answers: parameters, config, formats, tokenizer."""
     engine = model.engine
     parts = (
         engine.config,
         engine.dtype,
         engine.state_dtype,
+        engine.kv_cache,
         engine.max_context,
         model.tokenizer.fingerprint,
         model.defaults,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -154,6 +154,9 @@ def main(config: EvaluateConfig) -> None:
     Raises:
       HymbaError: there is no such model, text or task, or a file cannot be written.
     """
+    # Named now, as a run may write others before the results are.
+    step = loaded_step(config.choice.model, config.choice.step)
+    config = replace(config, choice=replace(config.choice, step=step))
     if config.task_names:
         _run_tasks(config)
     else:
@@ -245,9 +248,10 @@ def _about_model(choice: ModelChoice, model: LanguageModel) -> dict[str, Any]:
     """What was evaluated, for a file of results."""
     return {
         "model": choice.model,
-        "step": loaded_step(choice.model, choice.step),
+        "step": choice.step,
         "adapter": choice.adapter or None,
         "dtype": model.engine.dtype,
+        **{name: getattr(choice, name) for name in ("state_dtype", "weights", "kv_cache")},
     }
 
 

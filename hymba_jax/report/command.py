@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 import hymba_jax
-from hymba_jax.checkpoint.checkpoints import Step, resolve_step
+from hymba_jax.checkpoint.checkpoints import Step, loaded_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import DType
@@ -102,7 +102,7 @@ def make_page(config: ReportConfig) -> Page:
       HymbaError: as `main`.
     """
     directory = resolve_location(config.model)
-    step = resolve_step(config.model, config.step)
+    step = loaded_step(config.model, config.step)
     architecture = read_model_directory(config.model, step)[0]
     tokenizer = Tokenizer.load(config.model)
     tokenizer.check_fits(architecture, config.model)

@@ -10,6 +10,7 @@ from flax import nnx
 from inference.models import TINY, byte_tokenizer
 from random_weights import random_weights
 
+from hymba_jax import cli
 from hymba_jax.checkpoint.checkpoints import Checkpoints, LoopState, load_params
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.checkpoint.run_directory import write_run_directory
@@ -106,6 +107,12 @@ def test_what_cannot_be_exported(run, tmp_path):
     with pytest.raises(HymbaError, match="exists already"):
         main(ExportConfig(str(run), str(tmp_path)))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("options", "step"), [([], 4), (["--step", "best"], 3)])
+def test_inspection_names_the_step(run, capsys, options, step):
+    cli.inspect([str(run), *options], "hymba inspect")
+    assert f"│ step │ {step} │" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_without_a_moving_average(initial, tmp_path):

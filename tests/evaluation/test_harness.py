@@ -296,10 +296,12 @@ class TestAnswers:
         assert len(computed) == 2
         assert len(path.read_text().splitlines()) == 4
 
-    def test_another_model_has_other_answers(self, model, tmp_path):
+    def test_another_model_has_other_answers(self, hymba, model, tmp_path):
         other = language_model(make_model(layers="W", norm_eps=1e-5))
-        keys = [Answers(tmp_path / "a", each).key("x") for each in (model, other)]
-        assert keys[0] != keys[1]
+        small = LanguageModel(hymba, byte_tokenizer(), context=CONTEXT, kv_cache="int8")
+        models = (model, other, LanguageModel(hymba, byte_tokenizer(), context=CONTEXT), small)
+        keys = [Answers(tmp_path / "a", each).key("x") for each in models]
+        assert len({*keys}) == len(keys)
         assert keys[0] == Answers(tmp_path / "b", model).key("x")
 
     def test_another_file_is_refused(self, tmp_path, model):

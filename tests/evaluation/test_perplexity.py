@@ -30,6 +30,7 @@ from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.evaluation.statistics import Totals, by_position, estimates
 from hymba_jax.evaluation.windows import windows
 from hymba_jax.inference import LanguageModel
+from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.model import Hymba, merge_adapters
 from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
@@ -274,6 +275,17 @@ class TestCommand:
         assert [row["start"] for row in result["by_position"]] == [1, 17, 33, 49]
         assert result["by_position"][0]["tokens"] == sums.tokens[:16].sum()
         assert image.read_bytes().startswith(b"\x89PNG")
+
+    def test_the_step_is_that_of_the_model(self, model, tmp_path, monkeypatch):
+        """Of a run that writes another checkpoint while this one is evaluated."""
+        newest, loaded = iter([10, 20]), []
+        monkeypatch.setattr("hymba_jax.evaluation.command.loaded_step", lambda *_: next(newest))
+        monkeypatch.setattr(ModelChoice, "load", lambda self: loaded.append(self.step) or model)
+        (tmp_path / "a.txt").write_text("text")
+        output = tmp_path / "out.json"
+        command = f"evaluate --model run --data.path {tmp_path / 'a.txt'} --output {output}"
+        cli.main(command.split())
+        assert loaded == [json.loads(output.read_text())["step"]] == [10]
 
     @pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16"], "bfloat16"))
     def test_an_adapter_is_merged(self, hymba, directory, tmp_path, dtype):
