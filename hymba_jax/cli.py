@@ -26,7 +26,7 @@ commands:
   serve        serves a model over HTTP, as the OpenAI API has it
   batch        answers the requests of a file, in the format of OpenAI's Batch API
   bench-serve  measures a server of that API
-  evaluate     measures perplexity and bits per byte of documents, or runs tasks
+  evaluate     measures perplexity and bits per byte of documents, runs tasks, or finds needles
   report       writes an HTML page about a model: curves, evaluations, a look inside, costs
   warmup       compiles the programs of generation in advance
   memory       shows the memory footprint of a model, its cache and its training

@@ -12,5 +12,6 @@
 | `control_marks.py` | control tokens of a chat template in the harness' strings            |
 | `answers.py`       | answers kept in a file, so that an interrupted evaluation resumes    |
 | `tasks.py`         | the harness' tasks, and the paper's task lists (`task_groups`)       |
+| `needle.py`        | a needle in a haystack                                               |
 | `progress.py`      | the bar that shows what is left                                      |
 """

@@ -1,24 +1,34 @@
-"""`hymba evaluate`: perplexity and bits per byte of documents, or tasks."""
+"""`hymba evaluate`: perplexity and bits per byte of documents, tasks, or needles."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 from hymba_jax.checkpoint.checkpoints import loaded_step
-from hymba_jax.config.data import LossOn, OnBadRecord
+from hymba_jax.config.data import DataConfig, LossOn, OnBadRecord
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.field_types import INT64, Bounds, bound_problems
 from hymba_jax.data.content import make_content
+from hymba_jax.data.corpus import STANDARD_LIBRARY, standard_library
 from hymba_jax.data.documents import read_documents
 from hymba_jax.data.listing import list_files
+from hymba_jax.data.manifest import VALIDATION
 from hymba_jax.data.records import Problem
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.documents import EncodedDocument, encode_documents
+from hymba_jax.evaluation.needle import (
+    NEEDLE_BOUNDS,
+    NeedleConfig,
+    draw_needles,
+    find_needles,
+    needle_table,
+)
 from hymba_jax.evaluation.perplexity import score_documents
 from hymba_jax.evaluation.progress import progress_bar
 from hymba_jax.evaluation.replicas import Replicas
@@ -47,9 +57,14 @@ EVALUATE_BOUNDS = {
 }
 
 
-# Options that have an effect on one of the two alone.
-_OF_DATA = ("window", "stride", "span", "seed", "image")
+# Options that have an effect on one of the evaluations alone, and those without on each.
+_OF_DATA = ("window", "stride", "span")
 _OF_TASKS = ("include_path", "num_fewshot", "apply_chat_template", "answers")
+_UNUSED = {
+    "data": _OF_TASKS,
+    "tasks": (*_OF_DATA, "seed", "image"),
+    "needles": (*_OF_DATA, *_OF_TASKS, "limit"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,8 @@ class EvaluateDataConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measures perplexity and bits per byte of documents, or runs tasks of lm-evaluation-harness.
+    """Measures perplexity and bits per byte of documents, runs tasks of lm-evaluation-harness, or
+    looks for needles in a haystack.
 
     Every token of a document is scored once. A document that is longer than the window is scored
     in windows, each of which adds the next `stride` tokens: a token is predicted from all that come
@@ -87,7 +103,7 @@ class EvaluateConfig:
       window: tokens that a token is predicted from, at most; the model's context if 0.
       stride: tokens between windows; half a window if 0.
       span: tokens of context of a point of the curve; a power of two for at most 16 points if 0.
-      seed: of the bootstrap over documents, which gives the errors.
+      seed: of the bootstrap over documents, which gives the errors, or of needles.
       image: file for a plot of the curve and of the documents, as PNG, PDF or SVG by its suffix.
       tasks: in place of data: names of tasks or groups, with commas between them; also the paper's
         lists hymba_commonsense, hymba_recall, hymba_language, hymba_base and hymba_instruct.
@@ -96,6 +112,7 @@ class EvaluateConfig:
       apply_chat_template: asks in conversations, by the tokenizer's chat template.
       answers: file of JSON lines to which each answer is appended as it comes, and from which a
         later run with the same model takes it: an interrupted evaluation resumes.
+      needle: in place of tasks, with needle.lengths: numbers in long texts, asked for at the end.
       limit: the first documents only, of each task; all if 0.
       output: JSON file, written atomically, with all results.
 
@@ -115,6 +132,7 @@ class EvaluateConfig:
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     answers: str = ""
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
     limit: int = 0
     output: str = ""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -125,12 +143,20 @@ class EvaluateConfig:
 
     def _problems(self) -> Iterator[str]:
         yield from bound_problems(self, EVALUATE_BOUNDS)
-        if bool(self.data.path) == bool(self.task_names):
-            yield "give either data.path, a file, a directory or a glob, or tasks"
-        unused = _OF_DATA if self.task_names else _OF_TASKS
+        yield from bound_problems(self.needle, NEEDLE_BOUNDS)
+        given = bool(self.data.path or self.needle.lengths), bool(self.task_names)
+        if given[0] == given[1]:
+            yield (
+                "give either data.path, a file, a directory or a glob, or tasks, or needle.lengths"
+            )
+        what = "needles" if self.needle.lengths else "tasks" if self.task_names else "data"
         for item in fields(self):
-            if item.name in unused and getattr(self, item.name) != item.default:
-                yield f"{item.name} has no effect on {'tasks' if self.task_names else 'data'}"
+            if item.name in _UNUSED[what] and getattr(self, item.name) != item.default:
+                yield f"{item.name} has no effect on {what}"
+        if self.needle.lengths and self.data.format != "text":
+            yield "data.format has no effect on needles: give a haystack of text"
+        if not self.needle.lengths and self.needle != NeedleConfig():
+            yield "needle has no effect without needle.lengths"
         if self.data.loss_on != "all" and self.data.format != "chat":
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
         if not self.data.text_field:
@@ -159,6 +185,8 @@ def main(config: EvaluateConfig) -> None:
     config = replace(config, choice=replace(config.choice, step=step))
     if config.task_names:
         _run_tasks(config)
+    elif config.needle.lengths:
+        _find_needles(config)
     else:
         _measure_perplexity(config)
 
@@ -190,12 +218,7 @@ def _run_tasks(config: EvaluateConfig) -> None:
 
 
 def _measure_perplexity(config: EvaluateConfig) -> None:
-    paths = [resolve_path(name) if name else None for name in (config.output, config.image)]
-    output, image = paths
-    for path in filter(None, paths):
-        check_output_file(path)
-    if image:
-        make_figure(image, 1, 1)  # complains now, not after the evaluation
+    output, image = _check_files(config)
     console = Console(soft_wrap=True, highlight=False, quiet=not is_main_process())
     report = evaluate(config.choice.load(), config, console)
     if not is_main_process():
@@ -203,10 +226,61 @@ def _measure_perplexity(config: EvaluateConfig) -> None:
     console.print(summary_table(report))
     console.print(curve_table(report))
     if output:
-        text = json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        replace_text(output, text + "\n")
+        _write_json(report.as_json(), output)
     if image:
         draw(report, image)
+
+
+def _find_needles(config: EvaluateConfig) -> None:
+    output, image = _check_files(config)
+    console = Console(soft_wrap=True, highlight=False, quiet=not is_main_process())
+    model = config.choice.load()
+    about = {
+        **_about_model(config.choice, model),
+        "data": config.data.path or STANDARD_LIBRARY,
+        "seed": config.seed,
+        "trials": config.needle.trials,
+        "phrase": config.needle.phrase,
+    }
+    with progress_bar("reading", "batches") as advance:
+        haystack = _haystack(config, model.tokenizer, console)
+        report = find_needles(model, haystack, config.needle, config.seed, about, advance)
+    if not is_main_process():
+        return
+    console.print(needle_table(report))
+    if output:
+        _write_json(report.as_json(), output)
+    if image:
+        draw_needles(report, image)
+
+
+def _haystack(
+    config: EvaluateConfig, tokenizer: Tokenizer, console: Console
+) -> Iterator[list[int]]:
+    """The tokens of each document; by default of what training on this machine holds out."""
+    if config.data.path:
+        for encoded in _documents(config, tokenizer, console):
+            yield encoded.tokens[len(tokenizer.bos_ids) :].tolist()
+    else:
+        corpus = standard_library(DataConfig().validation_fraction)
+        for document, side in corpus.documents(corpus.files):
+            if side == VALIDATION:
+                yield tokenizer.encode(document.text)
+
+
+def _check_files(config: EvaluateConfig) -> tuple[Path | None, Path | None]:
+    """The output and the image; what is wrong with them is said now, not after the evaluation."""
+    output, image = (resolve_path(name) if name else None for name in (config.output, config.image))
+    for path in filter(None, (output, image)):
+        check_output_file(path)
+    if image:
+        make_figure(image, 1, 1)
+    return output, image
+
+
+def _write_json(report: dict[str, Any], path: Path) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    replace_text(path, text + "\n")
 
 
 def evaluate(model: LanguageModel, config: EvaluateConfig, console: Console) -> PerplexityReport:
