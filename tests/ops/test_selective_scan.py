@@ -249,10 +249,14 @@ def test_forward_and_gradients(scan, implementation, chunks, channels):
     assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
 
 
-@pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
-def test_blocks_of_channels(scan):
-    """Two of 384, the second in part, and more states than a tile has sublanes."""
-    sizes = (2, 5, 700, 12)
+@pytest.mark.parametrize(
+    ("implementation", "channels"),
+    [("pallas_tpu", 700), ("xla", 256)],
+    indirect=["implementation"],
+)
+def test_blocks_of_channels(scan, channels):
+    """Two of 384, the second in part, and more states than a tile has sublanes; two of 128."""
+    sizes = (2, 5, channels, 12)
     assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
 
 

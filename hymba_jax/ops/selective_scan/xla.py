@@ -24,6 +24,9 @@ from hymba_jax.types import Array, Bool, Float
 
 # The gradient keeps the state before every so many positions.
 _CHUNK = 8
+# Channels whose loop over time runs before that of the next ones: their states fit into a
+# processor's first cache.
+_BLOCK = 128
 
 
 def selective_scan_xla(
@@ -84,88 +87,131 @@ def _scan_fwd(
     starts: Array | None,
     document_state: Array | None,
 ) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
-    def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        h, y = carry
-        x_t, dt_t, B_t, C_t, start = _at(t, (x, dt, B, C, starts))
-        delta, u = _discretise(x_t, dt_t)
-        h = _decay(delta, A) * _before(h, start, document_state) + u[None] * B_t[:, None]
-        return h, _put(y, t, dot(C_t, h))
+    x, dt = _rows_of_blocks(x), _rows_of_blocks(dt)
 
-    def chunk(carry: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
-        end = jnp.minimum(first + _CHUNK, len(x))
-        return lax.fori_loop(first, end, step, carry), carry[0]
+    def block(y: Array, of_block: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
+        j, A, h, document_state = of_block
 
-    firsts = jnp.arange(0, len(x), _CHUNK)
-    (h, y), chunk_states = named(SCAN, lax.scan(chunk, (h, jnp.zeros_like(x)), firsts))
-    return (y, h), (A, x, dt, B, C, starts, document_state, chunk_states)
+        def step(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            h, y = carry
+            B_t, C_t, start = _at(t, (B, C, starts))
+            delta, u = _discretise(*_at_block(t, j, (x, dt)))
+            h = _decay(delta, A) * _before(h, start, document_state) + u[None] * B_t[:, None]
+            return h, _put(y, t, j, dot(C_t, h))
+
+        def chunk(carry: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], Array]:
+            end = jnp.minimum(first + _CHUNK, len(x))
+            return lax.fori_loop(first, end, step, carry), carry[0]
+
+        (h, y), chunk_states = lax.scan(chunk, (h, y), jnp.arange(0, len(x), _CHUNK))
+        return y, (h, chunk_states)
+
+    blocks = jnp.arange(x.shape[1]), *jax.tree.map(_blocks, (A, h, document_state))
+    y, (h, chunk_states) = named(SCAN, lax.scan(block, jnp.zeros_like(x), blocks))
+    residuals = A, x, dt, B, C, starts, document_state, chunk_states
+    return (y.reshape(len(x), -1), _joined(h)), residuals
 
 
 def _scan_bwd(
     residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
     A, x, dt, B, C, starts, document_state, chunk_states = residuals
-    dy, dh = cotangents
+    dy, dh = _rows_of_blocks(cotangents[0]), cotangents[1]
 
-    def chunk(carry: Any, at: tuple[Array, Array]) -> tuple[Any, None]:
-        recomputed, gradients = carry
-        first, chunk_state = at
-        end = jnp.minimum(first + _CHUNK, len(x))
+    def block(carry: tuple[Array, ...], of_block: tuple[Any, ...]) -> tuple[Any, Any]:
+        before, dx, ddt, dB, dC = carry
+        j, A, dh, document_state, chunk_states = of_block
 
-        def again(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            h, before, dC = carry
-            x_t, dt_t, B_t, dy_t, start = _at(t, (x, dt, B, dy, starts))
-            delta, u = _discretise(x_t, dt_t)
-            h = _before(h, start, document_state)
-            before = _put(before, t - first, h)
-            h = _decay(delta, A) * h + u[None] * B_t[:, None]
-            return h, before, _put(dC, t, dot(h, dy_t))
+        def chunk(carry: Any, at: tuple[Array, Array]) -> tuple[Any, None]:
+            recomputed, gradients = carry
+            first, chunk_state = at
+            end = jnp.minimum(first + _CHUNK, len(x))
 
-        _, before, dC = lax.fori_loop(first, end, again, (chunk_state, *recomputed))
+            def again(t: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+                h, before, dC = carry
+                B_t, start = _at(t, (B, starts))
+                x_t, dt_t, dy_t = _at_block(t, j, (x, dt, dy))
+                delta, u = _discretise(x_t, dt_t)
+                h = _before(h, start, document_state)
+                before = lax.dynamic_update_index_in_dim(before, h, t - first, axis=0)
+                h = _decay(delta, A) * h + u[None] * B_t[:, None]
+                return h, before, _add(dC, t, dot(h, dy_t))
 
-        def back(k: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            dh, ddocument, dA, dx, ddt, dB = carry
-            t = end - 1 - k
-            x_t, dt_t, B_t, C_t, dy_t, start = _at(t, (x, dt, B, C, dy, starts))
-            delta, u = _discretise(x_t, dt_t)
-            dh = dh + dy_t[None] * C_t[:, None]
-            du = dot(B_t, dh)
-            dB = _put(dB, t, dot(dh, u))
-            dh = dh * _decay(delta, A)
-            dexponent = dh * before[t - first]
-            ddelta = du * x_t + _sum_over_states(dexponent * A)
-            dA = dA + delta[None] * dexponent
-            dx = _put(dx, t, du * delta)
-            if start is not None:
-                ddocument = ddocument + jnp.where(start, dh, 0)
-                dh = jnp.where(start, 0, dh)
-            ddt = _put(ddt, t, ddelta * jax.nn.sigmoid(dt_t))
-            return dh, ddocument, dA, dx, ddt, dB
+            _, before, dC = lax.fori_loop(first, end, again, (chunk_state, *recomputed))
 
-        gradients = lax.fori_loop(0, end - first, back, gradients)
-        return ((before, dC), gradients), None
+            def back(k: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+                dh, ddocument, dA, dx, ddt, dB = carry
+                t = end - 1 - k
+                B_t, C_t, start = _at(t, (B, C, starts))
+                x_t, dt_t, dy_t = _at_block(t, j, (x, dt, dy))
+                delta, u = _discretise(x_t, dt_t)
+                dh = dh + dy_t[None] * C_t[:, None]
+                du = dot(B_t, dh)
+                dB = _add(dB, t, dot(dh, u))
+                dh = dh * _decay(delta, A)
+                dexponent = dh * before[t - first]
+                ddelta = du * x_t + _sum_over_states(dexponent * A)
+                dA = dA + delta[None] * dexponent
+                dx = _put(dx, t, j, du * delta)
+                if start is not None:
+                    ddocument = ddocument + jnp.where(start, dh, 0)
+                    dh = jnp.where(start, 0, dh)
+                ddt = _put(ddt, t, j, ddelta * jax.nn.sigmoid(dt_t))
+                return dh, ddocument, dA, dx, ddt, dB
+
+            gradients = lax.fori_loop(0, end - first, back, gradients)
+            return ((before, dC), gradients), None
+
+        zeros = jnp.zeros_like(A)
+        ddocument = None if starts is None else zeros
+        ((before, dC), (dh, ddocument, dA, dx, ddt, dB)), _ = lax.scan(
+            chunk,
+            ((before, dC), (dh, ddocument, zeros, dx, ddt, dB)),
+            (jnp.arange(0, len(x), _CHUNK), chunk_states),
+            reverse=True,
+        )
+        return (before, dx, ddt, dB, dC), (dA, dh, ddocument)
 
     # `before` is carried only so that it is allocated once: no chunk reads another's.
-    before = jnp.zeros((_CHUNK, *dh.shape))
-    dA, dx, ddt, dB, dC = (jnp.zeros_like(v) for v in (A, x, dt, B, C))
-    ddocument = None if starts is None else jnp.zeros_like(dh)
-    ((_, dC), (dh, ddocument, dA, dx, ddt, dB)), _ = lax.scan(
-        chunk,
-        ((before, dC), (dh, ddocument, dA, dx, ddt, dB)),
-        (jnp.arange(0, len(x), _CHUNK), chunk_states),
-        reverse=True,
-    )
-    return dA, dx, ddt, dB, dC, dh, None, ddocument
+    before = jnp.zeros((_CHUNK, len(A), x.shape[2]))
+    blocks = jnp.arange(x.shape[1]), *jax.tree.map(_blocks, (A, dh, document_state)), chunk_states
+    carry = before, *(jnp.zeros_like(v) for v in (x, dt, B, C))
+    (_, dx, ddt, dB, dC), of_states = lax.scan(block, carry, blocks)
+    dA, dh, ddocument = jax.tree.map(_joined, of_states)
+    return dA, dx.reshape(len(x), -1), ddt.reshape(len(x), -1), dB, dC, dh, None, ddocument
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _rows_of_blocks(v: Float[Array, "length channels"]) -> Float[Array, "length blocks block"]:
+    """Blocks of channels, of equal size."""
+    channels = v.shape[1]
+    return v.reshape(len(v), -1, channels if channels % _BLOCK else _BLOCK)
+
+
+def _blocks(v: Float[Array, "state channels"]) -> Float[Array, "blocks state block"]:
+    return _rows_of_blocks(v).swapaxes(0, 1)
+
+
+def _joined(v: Float[Array, "blocks state block"]) -> Float[Array, "state channels"]:
+    return v.swapaxes(0, 1).reshape(v.shape[1], -1)
 
 
 def _at(t: Array, sequences: tuple[Array | None, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda v: v[t], sequences)
 
 
-def _put(sequence: Array, t: Array, value: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(sequence, value, t, axis=0)
+def _at_block(t: Array, j: Array, sequences: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(lax.dynamic_slice(v, (t, j, 0), (1, 1, v.shape[2]))[0, 0] for v in sequences)
+
+
+def _put(sequence: Array, t: Array, j: Array, value: Array) -> Array:
+    return lax.dynamic_update_slice(sequence, value[None, None], (t, j, 0))
+
+
+def _add(sequence: Array, t: Array, value: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(sequence, sequence[t] + value, t, axis=0)
 
 
 def _sum_over_states(v: Array) -> Array:
