@@ -73,8 +73,9 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean_square = named(NORM, jnp.mean(jnp.square(x32), axis=-1, keepdims=True))
         normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        scale = gather_param(self.scale, x.dtype)
-        return normed * jnp.broadcast_to(scale, x.shape)
+        # Broadcast in float32, in which its gradient is summed.
+        scale = gather_param(self.scale, x.dtype).astype(jnp.float32)
+        return normed * jnp.broadcast_to(scale, x.shape).astype(x.dtype)
 
 
 def rms_norm(features: int, axis: str, eps: float, compute: ComputeConfig) -> RMSNorm:
