@@ -70,7 +70,8 @@ def make_rope(
     """
     frequencies = inverse_frequencies(config, total)
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None]
-    return Rope(jnp.cos(angles), jnp.sin(angles))
+    # Else XLA may compute them again in every layer.
+    return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
 def inverse_frequencies(

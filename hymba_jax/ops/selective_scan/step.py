@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.types import Array, Float
 
@@ -32,7 +34,10 @@ def selective_scan_step(
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None]
     delta = jax.nn.softplus(dt)
-    h = jnp.exp(delta[:, None] * A[None]) * h + (delta * inputs)[:, None] * B[:, :, None]
+    u = delta * inputs
+    if target_platform() == "cpu":  # else XLA computes them, convolution included, for each state
+        delta, u, B = lax.optimization_barrier((delta, u, B))
+    h = jnp.exp(delta[:, None] * A[None]) * h + u[:, None] * B[:, :, None]
     y = (h * C[:, :, None]).sum(1)
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), h
 
