@@ -187,6 +187,10 @@ def tokenize_sources(
     listed = {
         place.directory: _list_text(place, output, display) for place in (*text_sources, *held_out)
     }
+    recorded = (
+        tokenize_records.recorded_exceptions(resolve_path(place.directory)) for place in done
+    )
+    exceptions = frozenset().union(*recorded)
 
     def corpora(tokenizer: Tokenizer | None) -> list[Corpus]:
         """The corpora, without documents that are for validation elsewhere: those of text if there
@@ -205,12 +209,7 @@ def tokenize_sources(
                 corpus if place.is_held_out else replace(corpus, excluded=hashes)
                 for place, corpus in of(text_sources)
             ],
-            frozenset().union(
-                *(
-                    tokenize_records.recorded_exceptions(resolve_path(place.directory))
-                    for place in done
-                )
-            ),
+            exceptions,
         )
 
     tokenizer = tokenizer or _given_tokenizer(config, places)

@@ -112,7 +112,7 @@ class EvaluateConfig:
       apply_chat_template: asks in conversations, by the tokenizer's chat template.
       answers: file of JSON lines to which each answer is appended as it comes, and from which a
         later run with the same model takes it: an interrupted evaluation resumes.
-      needle: in place of tasks, with needle.lengths: numbers in long texts, asked for at the end.
+      needle: in place of tasks, with needle.lengths: numbers in long prompts, asked for at the end.
       limit: the first documents only, of each task; all if 0.
       output: JSON file, written atomically, with all results.
 

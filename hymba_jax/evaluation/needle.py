@@ -1,8 +1,8 @@
-"""Needle in a haystack: a number at some depth of a long text, asked for at its end (Fig. 10).
+"""Needle in a haystack: a number at some depth of a long prompt, asked for at its end (Fig. 10).
 
-The text is of the haystack; in it, at a depth, stands the needle, a line that names a number. The
-last line begins as the needle does, so that the model has to go on with the number. It need not
-follow instructions: what is measured is recall, of any language model.
+The prompt is a part of the haystack; in it, at a depth, stands the needle, a line that names a
+number. Its last line begins as the needle does, so that the model has to complete it with the
+number. It need not follow instructions: what is measured is recall, of any language model.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +34,8 @@ class NeedleConfig:
     standard library.
 
     Attributes:
-      lengths: tokens that the number is predicted from, all of the text before it.
-      depths: places of the needle, from the beginning of the text to its end.
+      lengths: tokens of the prompts that the number is predicted from.
+      depths: places of the needle, from the beginning of the prompt to its end.
       trials: numbers and haystacks of each length and depth.
       phrase: the line of the needle, without the number.
     """
@@ -47,10 +47,10 @@ class NeedleConfig:
 
 
 class Trial(NamedTuple):
-    """A text that ends with the number.
+    """A prompt and the number that completes it.
 
     Attributes:
-      cell: of a length and a depth; the last depth is none, the text is without the needle.
+      cell: of a length and a depth; the last depth is none, the prompt is without the needle.
       tokens: all of them.
       answer: how many at the end are the number.
     """
@@ -66,11 +66,11 @@ class NeedleReport:
 
     Attributes:
       about: how it was measured.
-      lengths: of the texts, in tokens.
-      depths: of the needle, as a share of the text before the question.
+      lengths: of the prompts, in tokens.
+      depths: of the needle, as a share of the prompt before the question.
       accuracy: how often greedy decoding gives the number.
       nats: cross entropy of a token of the number.
-      without: the same of texts that have no needle.
+      without: the same of prompts that have no needle.
     """
 
     about: dict[str, Any]
@@ -99,11 +99,11 @@ def find_needles(
     about: dict[str, Any],
     advance: Callable[[int, int], object] = lambda done, total: None,
 ) -> NeedleReport:
-    """Scores all texts, on all devices.
+    """Scores all prompts, on all devices.
 
     Args:
       haystack: tokens of documents, of which as many are taken as are needed.
-      seed: of the numbers, and of where in the haystack a text begins.
+      seed: of the numbers, and of where in the haystack a prompt begins.
 
     Raises:
       HymbaError: a length is too short for needle and question, or longer than the model's context
@@ -136,7 +136,7 @@ def make_trials(
     seed: int,
     max_context: int,
 ) -> Iterable[Trial]:
-    """The texts of all lengths and depths; those of one trial and length have the same haystack.
+    """The prompts of all lengths and depths; those of one trial and length have the same haystack.
 
     Raises:
       HymbaError: as `find_needles`.
@@ -195,7 +195,7 @@ def needle_table(report: NeedleReport) -> Table:
     """Accuracy and cross entropy by depth and length."""
     table = Table(
         title="accuracy, and nats per token of the number",
-        caption="tokens of text from left to right, the needle's depth from top to bottom",
+        caption="tokens of the prompt from left to right, the needle's depth from top to bottom",
     )
     table.add_column("depth", justify="right")
     for length in report.lengths:
@@ -220,7 +220,7 @@ def draw_needles(report: NeedleReport, path: Path) -> None:
         picture = axis.imshow(values.T, aspect="auto", vmin=0, vmax=most, cmap="viridis")
         axis.set_xticks(range(len(report.lengths)), [f"{length:,}" for length in report.lengths])
         axis.set_yticks(range(len(report.depths)), [f"{depth:.0%}" for depth in report.depths])
-        axis.set_xlabel("tokens of text")
+        axis.set_xlabel("tokens of the prompt")
         axis.set_ylabel("depth of the needle")
         axis.set_title(name)
         figure.colorbar(picture)
