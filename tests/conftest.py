@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 
 # Before JAX starts: 8 CPU devices, so that sharding is tested on every machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -23,6 +24,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a CPU a test is mostly XLA's compiling, so it need not make machine code that is fast.
 QUICK_COMPILER = jax.default_backend() == "cpu"
 jax.config.update("jax_disable_most_optimizations", QUICK_COMPILER)
+# Many tests make programs anew that others of the same worker have compiled already.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # JAX holds millions of objects that live as long as a worker: do not search them all the time.
 gc.set_threshold(100_000, 20, 20)

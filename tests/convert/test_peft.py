@@ -13,6 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from inference.models import byte_tokenizer
 from safetensors.numpy import load_file, save_file
+from slow import slow_but
 
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.save import save_model
@@ -221,7 +222,12 @@ MAPS = {  # of linear maps of the shapes in `GOLDEN`: a model that has one, and 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("lora", "in_proj"), ("rslora", "out_proj"), ("dora", "out_proj")]
+    ("kind", "name"),
+    slow_but(
+        [("lora", "in_proj"), ("rslora", "out_proj"), ("dora", "out_proj")],
+        ("lora", "in_proj"),
+        ("dora", "out_proj"),
+    ),
 )
 def test_an_adapter_of_peft_is_merged_into_a_directory(kind, name, tmp_path):
     """The adapter is that of `GOLDEN`, by the HF checkpoint's names of one map in a layer."""

@@ -154,7 +154,7 @@ chunkings = st.lists(st.one_of(chunk_lengths, chunk_lengths, steps), min_size=3,
 
 
 @pytest.mark.parametrize("name", slow_but([*CASES, *CONFIGS], *QUICK))
-@settings(derandomize=True, deadline=None, max_examples=8, database=None)
+@settings(derandomize=True, deadline=None, max_examples=5, database=None)
 @given(chunking=chunkings)
 def test_any_chunking_equals_the_full_forward(name, chunking):
     prefiller = prefiller_of(name)
