@@ -20,7 +20,8 @@ from jax.extend.backend import get_backend
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
-from hymba_jax.inference.engine import NO_TOKEN, Engine, Request
+from hymba_jax.inference.batch_state import NO_TOKEN, Request
+from hymba_jax.inference.engine import Engine
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan

@@ -32,14 +32,8 @@ from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.data.batch import Batch, abstract_batch
-from hymba_jax.inference.engine import (
-    DECODE_STEPS,
-    MIN_STOP_TOKENS,
-    NO_TOKEN,
-    DecodeState,
-    SampledTokens,
-    StopCriteria,
-)
+from hymba_jax.inference.batch_state import NO_TOKEN, DecodeState, SampledTokens, StopCriteria
+from hymba_jax.inference.programs import DECODE_STEPS, MIN_STOP_TOKENS
 from hymba_jax.inference.sampling import SamplingConfig, make_sampler
 from hymba_jax.model.flops import training_flops
 from hymba_jax.model.state import ModelState

@@ -44,13 +44,10 @@ from train_step import best_matmul_rate
 from hymba_jax.config import PRESETS, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.host import prepare_host
-from hymba_jax.inference.engine import (
-    DECODE_STEPS,
-    Engine,
-    Request,
-    SampledTokens,
-)
+from hymba_jax.inference.batch_state import Request, SampledTokens
+from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.programs import DECODE_STEPS
 from hymba_jax.model import Hymba
 from hymba_jax.model.flops import forward_flops
 from hymba_jax.tokenizer import build_tokenizer

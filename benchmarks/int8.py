@@ -22,8 +22,10 @@ from hymba_jax import inference, load
 from hymba_jax.config import PRESETS, CacheFormat, WeightFormat
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.host import prepare_host
-from hymba_jax.inference.engine import DECODE_STEPS, Engine, Request
+from hymba_jax.inference.batch_state import Request
+from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.programs import DECODE_STEPS
 
 CONTEXT = 512
 FORMATS: tuple[tuple[WeightFormat, CacheFormat], ...] = (  # of weights; of keys and values

@@ -20,8 +20,9 @@ from _report import Row, report
 from hymba_jax import load
 from hymba_jax.host import prepare_host
 from hymba_jax.inference import engine
-from hymba_jax.inference.engine import DecodeState, SampledTokens
+from hymba_jax.inference.batch_state import DecodeState, SampledTokens
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.programs import DECODE_STEPS
 
 METHOD = "    def a(self):\n        return self.a\n\n"
 CODE = Path(engine.__file__).read_text()[:600]
@@ -62,7 +63,7 @@ def main(options: Options) -> None:
 
     rows: list[Row] = []
     for name, (text, sampling) in TEXTS.items():
-        for interval in (1, engine.DECODE_STEPS):
+        for interval in (1, DECODE_STEPS):
             asked = {**sampling, "max_new_tokens": options.tokens, "stream_interval": interval}
             seconds: dict[bool, list[float]] = {False: [], True: []}
             tokens: dict[bool, list[int]] = {}

@@ -16,7 +16,8 @@ from hymba_jax.config import CacheFormat, ComputeConfig, DType, HymbaConfig, Wei
 from hymba_jax.config.run import RunConfig
 from hymba_jax.convert.init_from import InitialModel
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.engine import Engine, PaddedChunk
+from hymba_jax.inference.batch_state import PaddedChunk
+from hymba_jax.inference.engine import Engine
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import forward_flops, training_flops

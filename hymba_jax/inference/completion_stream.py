@@ -8,7 +8,7 @@ import numpy as np
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.inference.engine import NO_TOKEN, NOT_FINITE
+from hymba_jax.inference.batch_state import NO_TOKEN, NOT_FINITE
 from hymba_jax.inference.text_stream import TextStream
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.types import Float, Int

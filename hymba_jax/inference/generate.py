@@ -21,9 +21,9 @@ from hymba_jax.files import (
     resolve_path,
 )
 from hymba_jax.inference.completion_stream import Delta
-from hymba_jax.inference.engine import DECODE_STEPS
 from hymba_jax.inference.language_model import Completion, collect
 from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.inference.programs import DECODE_STEPS
 from hymba_jax.inference.prompts import prompt_name
 
 _LINE_BREAK = re.compile("\r\n|\r|\n")

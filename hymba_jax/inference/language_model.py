@@ -15,23 +15,17 @@ from hymba_jax.config import CacheFormat, DType, WeightFormat
 from hymba_jax.config.field_types import fits, shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.batch_state import DecodeState, Request, SampledTokens
 from hymba_jax.inference.completion_stream import (
     CompletionStream,
     Delta,
     FinishReason,
     check_finite,
 )
-from hymba_jax.inference.engine import (
-    DECODE_STEPS,
-    MAX_CHUNK,
-    MAX_DRAFT,
-    DecodeState,
-    Engine,
-    Request,
-    SampledTokens,
-)
+from hymba_jax.inference.engine import MAX_CHUNK, MAX_DRAFT, Engine
 from hymba_jax.inference.generation_config import GenerationDefaults
 from hymba_jax.inference.prefix_cache import PrefixCache
+from hymba_jax.inference.programs import DECODE_STEPS
 from hymba_jax.inference.prompt_lookup import PromptLookup
 from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.model import Hymba

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hymba_jax.inference.engine import Engine, Prefilled
+from hymba_jax.inference.batch_state import Prefilled
+from hymba_jax.inference.engine import Engine
 
 MAX_KNOWN = 100_000  # beginnings of prompts that are remembered, 16 bytes each
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import cache_directory
-from hymba_jax.inference.engine import MIN_CHUNK, Engine, Request, bucket
+from hymba_jax.inference.batch_state import Request
+from hymba_jax.inference.engine import MIN_CHUNK, Engine, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 

@@ -14,8 +14,10 @@ from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
-from hymba_jax.inference.engine import DECODE_STEPS, Engine, Request
+from hymba_jax.inference.batch_state import Request
+from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.memory import meta_state_bytes
+from hymba_jax.inference.programs import DECODE_STEPS
 from hymba_jax.report.page import Picture, Section, Table
 from hymba_jax.report.svg import new_figure
 

@@ -27,6 +27,14 @@ import numpy as np
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.batch_state import (
+    ChunkScores,
+    PaddedChunk,
+    Prefilled,
+    Request,
+    SampledTokens,
+    TokenScores,
+)
 from hymba_jax.inference.completion_stream import (
     CompletionStream,
     Delta,
@@ -34,19 +42,10 @@ from hymba_jax.inference.completion_stream import (
     PromptScores,
     check_finite,
 )
-from hymba_jax.inference.engine import (
-    DECODE_STEPS,
-    MIN_CHUNK,
-    ChunkScores,
-    PaddedChunk,
-    Prefilled,
-    Request,
-    SampledTokens,
-    TokenScores,
-    bucket,
-)
+from hymba_jax.inference.engine import MIN_CHUNK, bucket
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.prefix_cache import PrefixCache
+from hymba_jax.inference.programs import DECODE_STEPS
 from hymba_jax.inference.sampling import MAX_ALTERNATIVES
 from hymba_jax.inference.warmup import prompt_lengths
 from hymba_jax.serving.grammar import Grammar, Matcher

@@ -24,8 +24,11 @@ from slow import slow_but
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import engine as engine_module
-from hymba_jax.inference.engine import DECODE_STEPS, NO_TOKEN, Engine, Request, bucket
+from hymba_jax.inference import programs as programs_module
+from hymba_jax.inference.batch_state import NO_TOKEN, Request
+from hymba_jax.inference.engine import Engine, bucket
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.programs import DECODE_STEPS
 from hymba_jax.inference.sampling import MAX_ALTERNATIVES
 from hymba_jax.model import Hymba, block
 from hymba_jax.ops.selective_scan import api
@@ -159,7 +162,7 @@ INTERPRETER = {
 @pytest.fixture
 def new_programs(monkeypatch):
     """Every new engine compiles its own programs."""
-    monkeypatch.setattr(engine_module, "_programs", engine_module._programs.__wrapped__)
+    monkeypatch.setattr(engine_module, "make_programs", engine_module.make_programs.__wrapped__)
 
 
 class TestHFImplementation:
@@ -281,7 +284,7 @@ class TestPrefill:
 
     def test_score_equals_the_full_forward(self, new_programs, monkeypatch):
         """Sequences of several chunks, whose logits are in memory a few positions at a time."""
-        monkeypatch.setattr(engine_module, "LOGIT_POSITIONS", 6)
+        monkeypatch.setattr(programs_module, "LOGIT_POSITIONS", 6)
         prompts = [prompt_of(length) for length in (2, 17, 1, 50, 33)]
         likeliest = logits_by_full_forward(tiny())(prompts).argmax(-1)
         prompts[1][-1], prompts[3][-1] = int(likeliest[1, 15]), int(likeliest[3, 48])

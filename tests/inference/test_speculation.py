@@ -6,7 +6,8 @@ from inference.models import byte_tokenizer, make_model
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.inference import LanguageModel
-from hymba_jax.inference.engine import MAX_DRAFT, NO_TOKEN, Request
+from hymba_jax.inference.batch_state import NO_TOKEN, Request
+from hymba_jax.inference.engine import MAX_DRAFT
 from hymba_jax.inference.language_model import collect
 from hymba_jax.inference.prompt_lookup import (
     MAX_LOSS,

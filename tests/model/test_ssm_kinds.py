@@ -13,7 +13,8 @@ from hymba_jax import cli
 from hymba_jax.config import layer_pattern
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.config.sampling import SamplingConfig
-from hymba_jax.inference.engine import Engine, Request
+from hymba_jax.inference.batch_state import Request
+from hymba_jax.inference.engine import Engine
 from hymba_jax.model import fuse_projections
 from hymba_jax.model.layers import Linear
 from hymba_jax.model.mixer import SSM_KINDS
