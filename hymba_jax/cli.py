@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import tyro
-
 import hymba_jax
+from hymba_jax.command_line import parse_command_line
 from hymba_jax.errors import HymbaError
 from hymba_jax.host import prepare_host
 from hymba_jax.remote import silence_stores
@@ -74,7 +73,7 @@ def tokenize(args: Sequence[str], prog: str) -> None:
     with _one_line_errors():
         from hymba_jax.data import tokenize_command
 
-        tokenize_command.main(tyro.cli(tokenize_command.TokenizeConfig, args=args, prog=prog))
+        tokenize_command.main(parse_command_line(tokenize_command.TokenizeConfig, args, prog))
 
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
@@ -110,7 +109,7 @@ def generate(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference.generation_config import with_defaults
 
         args = with_defaults(_with_leading_dashes(args, "--prompt", "--stop"))
-        generate.main(tyro.cli(generate.GenerateConfig, args=args, prog=prog))
+        generate.main(parse_command_line(generate.GenerateConfig, args, prog))
 
 
 def chat(args: Sequence[str], prog: str) -> None:
@@ -120,7 +119,7 @@ def chat(args: Sequence[str], prog: str) -> None:
         from hymba_jax.inference.generation_config import with_defaults
 
         args = with_defaults(_with_leading_dashes(args, "--system", "--stop"))
-        config = tyro.cli(chat.ChatConfig, args=args, prog=prog)
+        config = parse_command_line(chat.ChatConfig, args, prog)
         chat.run(chat.load(config), config)
 
 
@@ -130,7 +129,7 @@ def evaluate(args: Sequence[str], prog: str) -> None:
         from hymba_jax.evaluation import command
         from hymba_jax.parallel.processes import distributed_session
 
-        config = tyro.cli(command.EvaluateConfig, args=args, prog=prog)
+        config = parse_command_line(command.EvaluateConfig, args, prog)
         with distributed_session(config.distributed), _one_line_errors():
             command.main(config)
 
@@ -140,7 +139,7 @@ def report(args: Sequence[str], prog: str) -> None:
     with _inference_command():
         from hymba_jax.report import command
 
-        command.main(tyro.cli(command.ReportConfig, args=args, prog=prog))
+        command.main(parse_command_line(command.ReportConfig, args, prog))
 
 
 def serve(args: Sequence[str], prog: str) -> None:
@@ -148,7 +147,7 @@ def serve(args: Sequence[str], prog: str) -> None:
     with _inference_command():
         with _extra("serve"):
             from hymba_jax.serving import command
-        command.main(tyro.cli(command.ServeConfig, args=args, prog=prog))
+        command.main(parse_command_line(command.ServeConfig, args, prog))
 
 
 def batch(args: Sequence[str], prog: str) -> None:
@@ -156,7 +155,7 @@ def batch(args: Sequence[str], prog: str) -> None:
     with _inference_command():
         with _extra("serve"):
             from hymba_jax.serving import batch
-        batch.main(tyro.cli(batch.BatchConfig, args=args, prog=prog))
+        batch.main(parse_command_line(batch.BatchConfig, args, prog))
 
 
 def bench_serve(args: Sequence[str], prog: str) -> None:
@@ -164,7 +163,7 @@ def bench_serve(args: Sequence[str], prog: str) -> None:
     with _one_line_errors():
         with _extra("serve"):
             from hymba_jax.serving import bench
-        bench.main(tyro.cli(bench.BenchConfig, args=args, prog=prog))
+        bench.main(parse_command_line(bench.BenchConfig, args, prog))
 
 
 def warmup(args: Sequence[str], prog: str) -> None:
@@ -172,7 +171,7 @@ def warmup(args: Sequence[str], prog: str) -> None:
     with _inference_command():
         from hymba_jax.inference import warmup
 
-        warmup.main(tyro.cli(warmup.WarmupConfig, args=args, prog=prog))
+        warmup.main(parse_command_line(warmup.WarmupConfig, args, prog))
 
 
 def memory(args: Sequence[str], prog: str) -> None:
@@ -180,7 +179,7 @@ def memory(args: Sequence[str], prog: str) -> None:
     with _one_line_errors():
         from hymba_jax.analysis import memory
 
-        memory.main(tyro.cli(memory.MemoryConfig, args=args, prog=prog))
+        memory.main(parse_command_line(memory.MemoryConfig, args, prog))
 
 
 def designs(args: Sequence[str], prog: str) -> None:
@@ -188,7 +187,7 @@ def designs(args: Sequence[str], prog: str) -> None:
     with _one_line_errors():
         from hymba_jax.analysis import designs
 
-        designs.main(tyro.cli(designs.DesignsConfig, args=args, prog=prog))
+        designs.main(parse_command_line(designs.DesignsConfig, args, prog))
 
 
 def schedule(args: Sequence[str], prog: str) -> None:
@@ -213,7 +212,7 @@ def export(args: Sequence[str], prog: str) -> None:
     with _checkpoint_command():
         from hymba_jax.convert import export
 
-        export.main(tyro.cli(export.ExportConfig, args=args, prog=prog))
+        export.main(parse_command_line(export.ExportConfig, args, prog))
 
 
 def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -> None:
@@ -222,7 +221,7 @@ def convert(args: Sequence[str] | None = None, prog: str = "convert_torch.py") -
         from hymba_jax.convert import convert
 
         args = sys.argv[1:] if args is None else args
-        config = tyro.cli(convert.ConvertConfig, args=args, prog=prog)
+        config = parse_command_line(convert.ConvertConfig, args, prog)
         try:
             convert.main(config)
         except OSError as error:
@@ -235,7 +234,7 @@ def inspect(args: Sequence[str], prog: str) -> None:
     with _checkpoint_command():
         from hymba_jax.convert import inspect
 
-        inspect.main(tyro.cli(inspect.InspectConfig, args=args, prog=prog))
+        inspect.main(parse_command_line(inspect.InspectConfig, args, prog))
 
 
 @contextmanager

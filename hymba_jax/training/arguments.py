@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from hymba_jax.command_line import parse_command_line
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.model import HymbaConfig, find_preset
@@ -42,7 +43,7 @@ def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedCon
         """
         return run, distributed
 
-    run, distributed = tyro.cli(arguments, args=args, prog=prog)
+    run, distributed = parse_command_line(arguments, args, prog)
     return _with_resolved_paths(run), distributed
 
 
@@ -73,7 +74,7 @@ def parse_choice[T](
         """
         return choice, run
 
-    return tyro.cli(arguments, args=args, prog=prog, description=does)
+    return parse_command_line(arguments, args, prog, description=does)
 
 
 def _with_resolved_paths(config: RunConfig) -> RunConfig:

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 from entry.command import HYMBA, environment, run
@@ -41,8 +42,9 @@ def generate(directory, monkeypatch, capsys):
 
     def generate(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        arguments = ("--model", directory, "--max-new-tokens", 9, *arguments)
-        cli.main(["generate", *map(str, arguments)])
+        usual = {"--model": directory, "--max-new-tokens": 9}
+        others = (pair for pair in usual.items() if pair[0] not in arguments)
+        cli.main(["generate", *map(str, chain(*others, arguments))])
         return capsys.readouterr()
 
     return generate

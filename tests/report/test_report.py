@@ -119,9 +119,14 @@ def directory(model, tmp_path_factory):
 
 
 def command(directory, *options):
-    sizes = ["--length", str(LENGTH), "--sequences", str(SEQUENCES)]
-    output = ["--model", str(directory / "model"), "--output", str(directory / "report.html")]
-    return ["report", *output, *sizes, *options]
+    usual = {
+        "--model": str(directory / "model"),
+        "--output": str(directory / "report.html"),
+        "--length": str(LENGTH),
+        "--sequences": str(SEQUENCES),
+    }
+    others = (pair for pair in usual.items() if pair[0] not in options)
+    return ["report", *itertools.chain(*others, options)]
 
 
 @pytest.fixture(scope="module")
