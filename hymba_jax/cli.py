@@ -3,6 +3,7 @@
 import difflib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -78,7 +79,7 @@ def tokenize(args: Sequence[str], prog: str) -> None:
 
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs `hymba train ...`, which train.py is too."""
-    with _one_line_errors():
+    with _ended_by_interrupts(), _one_line_errors():
         from hymba_jax.training.arguments import parse_run
 
         config, processes = parse_run(sys.argv[1:] if args is None else args, prog)
@@ -256,6 +257,23 @@ def _inference_command() -> Iterator[None]:
 
         use_compilation_cache()
         yield
+
+
+@contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once, as SIGTERM does, until somebody handles it in the body.
+
+    Python's KeyboardInterrupt is lost where JAX calls back into Python, and training would begin.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_default = before is signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

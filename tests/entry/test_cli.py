@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -119,3 +120,28 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch, encoding, expecte
     monkeypatch.setattr(cli, "HELP", "é€")
     cli.main([])
     assert written.getvalue().decode(encoding) == f"{expected}\n"
+
+
+def test_an_interrupt_before_training_that_a_callback_would_swallow(cache):
+    """While JAX is imported, say: it ends the process whatever becomes of KeyboardInterrupt."""
+    script = """
+import signal, sys, types
+from hymba_jax import cli
+def parse_run(args, prog):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("swallowed")
+    sys.exit(3)
+sys.modules["hymba_jax.training.arguments"] = types.SimpleNamespace(parse_run=parse_run)
+cli.train([])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        env=environment(cache),
+        cwd=REPOSITORY,
+        timeout=300,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (-signal.SIGINT, b"")
