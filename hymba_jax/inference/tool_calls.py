@@ -1,5 +1,6 @@
 """The tools that an answer calls, which models write as `<toolcall> {...} </toolcall>`."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ class FoundCall(NamedTuple):
     before: str
     call: ToolCall | HymbaError
     after: str
+
+
+def call_beginning(name: str) -> str:
+    """A call of a tool as chat templates write it, up to the arguments."""
+    return f'{START} {{"name": {json.dumps(name)}, "arguments":'
 
 
 def parse_tool_calls(answer: str) -> tuple[str, list[ToolCall]]:

@@ -1,10 +1,12 @@
-"""Answers that a grammar allows: JSON schemas, regular expressions and Lark grammars.
+"""Answers that a grammar allows: JSON schemas, tool calls, regular expressions and Lark grammars.
 
 llguidance says before each token which ones may come, and what is sampled is one of them. A mask is
 computed on the host, while the device waits, in about a tenth of a millisecond.
 """
 
 import functools
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import llguidance
@@ -13,8 +15,13 @@ import numpy as np
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.language_model import LanguageModel
+from hymba_jax.inference.tool_calls import END, START, call_beginning
 from hymba_jax.tokenizer import chat_template
 from hymba_jax.types import Bool
+
+# On one line, with a blank behind commas and colons or none: a model could write blanks forever
+# where any are allowed. The "x-guidance" of a schema may say otherwise.
+_LAYOUT: Any = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 
 
 class GrammarError(HymbaError):
@@ -82,12 +89,45 @@ class Grammars:
             raise HymbaError(f"grammars: the tokenizer is not supported: {error}") from error
 
     def of_json_schema(self, schema: dict[str, Any]) -> Grammar:
-        """JSON that a schema describes. Raises GrammarError if it is no schema."""
+        """JSON that a schema describes, on one line. Raises GrammarError if it is no schema."""
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_LAYOUT)
         except ValueError as error:  # half of a UTF-16 pair, or a number beyond 64 bits
             raise GrammarError(f"the grammar is invalid: {_line(str(error))}") from error
         return self._compile(grammar)
+
+    def of_tool_calls(
+        self, schemas: Mapping[str, Mapping[str, Any]], forced: str, *, has_more: bool
+    ) -> Grammar:
+        """Calls of tools, as `tool_calls.py` reads them.
+
+        Args:
+          schemas: of the arguments of each tool, by its name.
+          forced: what the prompt ends with of a call that the answer has to be; if empty, it is
+            text with calls or without.
+          has_more: whether others follow that call, each on a line of its own, if the model wants.
+
+        Raises:
+          GrammarError: a schema is none.
+        """
+        calls = []
+        for name, schema in schemas.items():
+            beginning = call_beginning(name).removeprefix(forced or START) + " "
+            arguments = {"x-guidance": _LAYOUT, **schema, "type": "object"}
+            calls.append(
+                f"{json.dumps(beginning)} %json {json.dumps(arguments)} {json.dumps('} ' + END)}"
+            )
+        rules = [f"call: {' | '.join(calls)}"]
+        if not forced:
+            rules.append("start: (begun call)* text")
+            rules.append(f"begun[lazy]: TEXT {json.dumps(START)}")
+            rules.append("text: TEXT")
+            rules.append(r"TEXT: /(.|\n)*/")
+        elif has_more:
+            rules.append(f"start: call ({json.dumps('\n' + START)} call)*")
+        else:
+            rules.append("start: call")
+        return self.of_lark("\n".join(rules))
 
     def of_regex(self, pattern: str) -> Grammar:
         """Text that a regular expression matches. Raises GrammarError if it is none."""

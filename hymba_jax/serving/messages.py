@@ -4,8 +4,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hymba_jax.files import parse_json
-from hymba_jax.inference.tool_calls import START
-from hymba_jax.serving.protocol import ApiError, AssistantCall, ChatRequest, Message, ToolChoice
+from hymba_jax.inference.tool_calls import START, call_beginning
+from hymba_jax.serving.protocol import (
+    ApiError,
+    AssistantCall,
+    ChatRequest,
+    Function,
+    Message,
+    ToolChoice,
+)
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -24,7 +31,8 @@ def template_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that the template shows the model, unless it may call none."""
     if not request.tools or request.tool_choice == "none":
         return None
-    return [tool.model_dump(exclude_unset=True) for tool in request.tools]
+    hidden = {"function": {"strict"}}  # which is about how answers are sampled
+    return [tool.model_dump(exclude_unset=True, exclude=hidden) for tool in request.tools]
 
 
 def forced_beginning(request: ChatRequest) -> str:
@@ -45,7 +53,31 @@ def forced_beginning(request: ChatRequest) -> str:
         raise ApiError(
             400, f"tool_choice: there is no tool {choice.function.name!r}", param="tool_choice"
         )
-    return f'{START} {{"name": "{choice.function.name}", "arguments":'
+    return call_beginning(choice.function.name)
+
+
+def argument_schemas(request: ChatRequest) -> dict[str, dict[str, Any]]:
+    """What the arguments of each tool have to follow, by its name; empty if nothing has to.
+
+    All have to follow their schemas in a call that is demanded, those of strict tools in any.
+    """
+    choice = request.tool_choice
+    functions = [tool.function for tool in request.tools or ()]
+    if isinstance(choice, ToolChoice):
+        functions = [each for each in functions if each.name == choice.function.name]
+    is_demanded = choice not in (None, "none", "auto")
+    if choice == "none" or not (is_demanded or any(each.strict for each in functions)):
+        return {}
+    return {
+        each.name: _parameters(each) if is_demanded or each.strict else {} for each in functions
+    }
+
+
+def _parameters(function: Function) -> dict[str, Any]:
+    """The schema of a function's parameters; without one it has none."""
+    if function.parameters is None:
+        return {"properties": {}, "additionalProperties": False}
+    return function.parameters
 
 
 def _template_message(index: int, message: Message) -> dict[str, Any]:

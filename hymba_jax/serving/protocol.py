@@ -145,10 +145,12 @@ class Message(_Model):
 
 
 class Function(_Model):
+    """A function; `strict` or demanded calls of it follow the schema of its parameters."""
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Model):

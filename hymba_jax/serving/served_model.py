@@ -10,7 +10,12 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.inference.tool_calls import END
 from hymba_jax.serving.answers import AnswerFormat, ChatFormat, CompletionFormat, Json
 from hymba_jax.serving.grammar import Grammar, Grammars
-from hymba_jax.serving.messages import forced_beginning, template_messages, template_tools
+from hymba_jax.serving.messages import (
+    argument_schemas,
+    forced_beginning,
+    template_messages,
+    template_tools,
+)
 from hymba_jax.serving.model_thread import ModelThread
 from hymba_jax.serving.protocol import (
     ApiError,
@@ -168,6 +173,8 @@ class ServedModel:
             closes_call=is_one_call,
         )
         alternatives, grammar = asked.top_logprobs or 0, self._grammar(asked)
+        if schemas := argument_schemas(asked):
+            grammar = self._grammars.of_tool_calls(schemas, forced, has_more=not is_one_call)
         return Prepared(
             self, [self._request(asked, prompt, sampling, alternatives, grammar)], answer
         )

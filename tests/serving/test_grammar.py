@@ -3,11 +3,13 @@
 import json
 import re
 
+import numpy as np
 import openai
 import pytest
 from serving.served import CONTEXT, SLOTS, model, serving
 
 from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.inference.tool_calls import parse_tool_calls
 from hymba_jax.serving.app import _failure
 from hymba_jax.serving.grammar import Grammar, Grammars
 from hymba_jax.serving.scheduler import GenerationRequest, Scheduler
@@ -38,10 +40,10 @@ def response_format(schema):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_json_schema(client, seed):
-    """A random model, at a temperature at which it writes anything, ends where the object does:
-    it ends arrays and answers as soon as it may, and writes no spaces, so that all fit."""
+    """A random model, at a temperature at which it writes anything, ends where the object does: it
+    ends arrays and answers as soon as it may, so that all fit, and likes blanks, which are few."""
     tokenizer = model().tokenizer
-    bias = {tokenizer.encode(text)[0]: -100 for text in " \n\t\r"}
+    bias = {tokenizer.encode(text)[0]: 90 for text in " \n\t\r"}
     bias |= {tokenizer.encode("]")[0]: 90, tokenizer.eos_id: 90}
     options = CHAT | {"temperature": 3.0, "n": 2, "response_format": response_format(SCHEMA)}
     options["logit_bias"] = {str(token): value for token, value in bias.items()}
@@ -162,3 +164,82 @@ def test_a_grammar_that_no_token_can_follow(at_first):
     assert str(outputs[-1]).startswith("the grammar allows no token: ")
     assert others[-1].finish_reason
     assert len(scheduler._free) == SLOTS
+
+
+ARGUMENTS = {
+    "f": SCHEMA,
+    "g": {
+        "$defs": {"pair": {"enum": [[1, 2], {"k": None}]}},
+        "properties": {"p": {"$ref": "#/$defs/pair"}},
+        "required": ["p"],
+        "additionalProperties": False,
+    },
+}
+
+
+def walk(grammar, seed, forced=""):
+    """A text that a grammar allows, token by token at random, behind one that it has to allow."""
+    tokenizer, matcher, rng = model().tokenizer, grammar.start(), np.random.default_rng(seed)
+    tokens = tokenizer.encode(forced)
+    for token in tokens:
+        assert matcher.mask()[token]
+        matcher.push(token)
+    while not (allowed := matcher.mask())[tokenizer.eos_id]:
+        tokens.append(int(rng.choice(np.flatnonzero(allowed))))
+        matcher.push(tokens[-1])
+    return tokenizer.decode(tokens), allowed
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("prompt", ["<toolcall>", '<toolcall> {"name": "g", "arguments":'])
+def test_demanded_calls_follow_the_schemas(prompt, seed):
+    names = ["g"] if "g" in prompt else ["f", "g"]
+    schemas = {name: ARGUMENTS[name] for name in names}
+    grammar = Grammars(model()).of_tool_calls(schemas, prompt, has_more=len(names) > 1)
+    text, allowed = walk(grammar, seed)
+    rest, (call,) = parse_tool_calls(prompt + text)
+    assert rest == ""
+    assert call.name in names
+    if call.name == "g":
+        assert call.arguments in ({"p": [1, 2]}, {"p": {"k": None}})
+    else:
+        assert call.arguments["a"] in (1, 23)
+        assert call.arguments.keys() <= {"a", "b"}
+    assert " </toolcall>" in text
+    (line_break,) = model().tokenizer.encode("\n")
+    assert allowed[line_break] == (len(names) > 1)  # where another call may follow
+
+
+def test_strict_calls_in_text_follow_the_schemas():
+    """Text is free up to a call, and behind it."""
+    grammar = Grammars(model()).of_tool_calls({"f": SCHEMA, "any": {}}, "", has_more=True)
+    before = 'A <tool> or {"a": 5}. <toolcall> {"name": "f", "arguments": '
+    text, _ = walk(grammar, 0, before + '{"a": 23} </toolcall>'.replace("}", "}}"))
+    assert parse_tool_calls(text + " more")[1][0].arguments == {"a": 23}
+    tokenizer, matcher = model().tokenizer, grammar.start()
+    for wrong in ("{'", '{"a": 5', '{"b'):
+        matcher = grammar.start()
+        tokens = tokenizer.encode(before + wrong)
+        for token in tokens[:-1]:
+            matcher.push(token)
+        assert not matcher.mask()[tokens[-1]]
+    walk(grammar, 0, 'x <toolcall> {"name": "any", "arguments": {"a": 5}} </toolcall> y')
+
+
+def test_a_random_model_calls_the_tool_that_it_has_to(client):
+    """The tool's prompt and the call are nearly all that the context holds."""
+    tool = {"type": "function", "function": {"name": "g", "strict": True}}
+    end = {str(model().tokenizer.eos_id): 90}
+    for choice in ("required", {"type": "function", "function": {"name": "g"}}):
+        options = CHAT | {"tools": [tool], "tool_choice": choice, "logit_bias": end}
+        del options["max_tokens"]
+        (answer,) = client.chat.completions.create(**options, temperature=3.0, seed=1).choices
+        (call,) = answer.message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("g", "{}")
+        assert (answer.message.content, answer.finish_reason) == (None, "tool_calls")
+
+
+def test_a_tool_whose_schema_is_none(client):
+    tool = {"type": "function", "function": {"name": "g", "parameters": {"properties": 5}}}
+    with pytest.raises(openai.BadRequestError, match="the grammar is invalid: "):
+        client.chat.completions.create(**CHAT, tools=[tool], tool_choice="required")
