@@ -1,7 +1,7 @@
 """`hymba evaluate`: perplexity and bits per byte of documents, tasks, or needles."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -159,6 +159,8 @@ class EvaluateConfig:
             yield "needle has no effect without needle.lengths"
         if self.data.loss_on != "all" and self.data.format != "chat":
             yield "data.loss_on has no effect on text: set data.format to chat, or leave it out"
+        if self.data.text_field != EvaluateDataConfig.text_field and self.data.format == "chat":
+            yield "data.text_field has no effect on conversations: leave it out"
         if not self.data.text_field:
             yield "data.text_field is empty"
         files = [resolve_path(name).resolve() for name in self._written if name]
@@ -199,8 +201,8 @@ def _run_tasks(config: EvaluateConfig) -> None:
         check_output_file(output)
     manager = tasks.find_tasks(config.task_names, config.include_path)
     model = config.choice.load()
-    if config.apply_chat_template and not model.tokenizer.chat_templates:
-        raise HymbaError(f"{config.choice.model}: its tokenizer has no chat template")
+    if config.apply_chat_template:
+        _check_chat_template(config, model.tokenizer)
     results = tasks.run_tasks(
         harness.HarnessModel(model, harness.open_answers(config.answers, model), Replicas(model)),
         config.task_names,
@@ -333,6 +335,8 @@ def _documents(
     config: EvaluateConfig, tokenizer: Tokenizer, console: Console
 ) -> list[EncodedDocument]:
     data = config.data
+    if data.format == "chat":
+        _check_chat_template(config, tokenizer)
     content = make_content(
         data.format, data.text_field, data.loss_on, tokenizer, config.choice.model
     )
@@ -340,9 +344,35 @@ def _documents(
     problems: list[Problem] = []
     records = read_documents(listing.files, content, data.on_bad_record, problems.append)
     documents = [*islice(encode_documents(records, tokenizer), config.limit or None)]
+    _check_text_field(data, documents, {file.name for file in listing.files})
     for what, count in sorted(listing.skipped.items()):
         console.print(f"left out {what}: {count:,}", markup=False)
     if problems:
         note = f"skipped records: {len(problems):,}, such as {problems[0].name}"
         console.print(note, markup=False)
     return documents
+
+
+def _check_text_field(
+    data: EvaluateDataConfig, documents: Sequence[EncodedDocument], files: Set[str]
+) -> None:
+    """Raises HymbaError if a field is named, and all documents are whole files of text.
+
+    Args:
+      files: their names; a record's is that of its file and its place.
+    """
+    is_named = data.text_field != EvaluateDataConfig.text_field
+    if is_named and documents and all(document.name in files for document in documents):
+        raise HymbaError(
+            f"data.text_field {data.text_field} has no effect: {data.path} has text, and neither "
+            "JSON nor Parquet: leave it out"
+        )
+
+
+def _check_chat_template(config: EvaluateConfig, tokenizer: Tokenizer) -> None:
+    """Raises HymbaError if conversations are asked for, and nothing renders them."""
+    if not tokenizer.chat_templates:
+        raise HymbaError(
+            f"{config.choice.model}: its tokenizer has no chat template, by which conversations "
+            "are rendered: put that of its training there as chat_template.jinja, or evaluate text"
+        )

@@ -338,6 +338,18 @@ class TestCommand:
             ),
             ("--tasks piqa --output a --answers a", "name the same file: give each"),
             ("--data.path {texts} --data.loss-on last", "data.loss_on has no effect on text"),
+            (
+                "--data.path {texts} --data.text-field body",
+                "data.text_field body has no effect: .* has text, and neither JSON nor Parquet",
+            ),
+            (
+                "--data.path {texts} --data.format chat --data.text-field body",
+                "data.text_field has no effect on conversations: leave it out",
+            ),
+            (
+                "--data.path {texts} --data.format chat",
+                "its tokenizer has no chat template, .*: put that of its training there as",
+            ),
             ("--data.path {texts}/nothing", "no such"),
         ],
     )
