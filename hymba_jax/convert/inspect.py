@@ -92,7 +92,11 @@ def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str, step: int |
         problems += [f"transformers cannot load it: {what}" for what in missing]
     elif not problems:
         problems = checkpoint.damage()
-    table.add_row("complete", "no" if problems else "yes")
+    has_tokenizer = (checkpoint.directory / "tokenizer.json").is_file()
+    if not has_tokenizer:
+        table.add_row("tokenizer", "no tokenizer.json: commands that take or write text need one")
+    is_complete = "yes" if has_tokenizer else "yes, but for a tokenizer"
+    table.add_row("complete", "no" if problems else is_complete)
     Console().print(table)
     if problems:
         raise HymbaError(f"{path}: not a complete checkpoint: " + "; ".join(problems))

@@ -52,6 +52,10 @@ def test_both_kinds_hold_the_same(hf, tmp_path, capsys, monkeypatch):
     assert f"float32 │ {len(golden_weights())} tensors" in of_hf
     assert "│ form │ HF" in of_hf
     assert "│ form │ native" in of_native
+    (native / "tokenizer.json").unlink()
+    without = inspect(native, capsys)
+    assert "│ tokenizer │ no tokenizer.json: commands that take or write text need one │" in without
+    assert "│ complete │ yes, but for a tokenizer │" in without
 
 
 @pytest.mark.parametrize(
