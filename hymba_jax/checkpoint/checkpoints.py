@@ -48,6 +48,7 @@ from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 PARAMS = "params"  # inside a checkpoint, and inside the directory of a standalone model
 OPTIMIZER, LOOP = "optimizer", "loop"  # inside a checkpoint
 _LOOP_FILE = "metadata"  # where Orbax has the JSON of `loop`
+_METADATA = "_METADATA"  # of Orbax, in the directory of a tree
 
 type Step = int | Literal["best"]
 """Which checkpoint of a run."""
@@ -361,16 +362,30 @@ def params_path(directory: Location, step: int | None) -> Location:
     """Where the parameters of a run's checkpoint, or of a standalone model, are.
 
     Raises:
-      HymbaError: there is no such checkpoint.
+      HymbaError: there is no such checkpoint, or it has no parameters.
     """
     alone, steps = directory / PARAMS, checkpoint_steps(directory)
     if alone.is_dir() and step is None:
+        _check_there(alone, "")
         return alone
     if not steps or step not in (None, *steps):
         wanted = "" if step is None else f" {step}"
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
         raise HymbaError(f"{directory / FOLDER}: no checkpoint{wanted}; {there}")
-    return directory / FOLDER / str(steps[-1] if step is None else step) / PARAMS
+    step = steps[-1] if step is None else step
+    path = directory / FOLDER / str(step) / PARAMS
+    others = ", ".join(str(other) for other in steps if other != step)
+    _check_there(path, f", or name another step ({others})" if others else "")
+    return path
+
+
+def _check_there(params: Location, alternative: str) -> None:
+    """Raises HymbaError if a checkpoint has no parameters, though its directory is complete."""
+    if not (params / _METADATA).is_file():
+        raise HymbaError(
+            f"{params.parent}: damaged, it has no {PARAMS}/{_METADATA}: restore it from a copy"
+            f"{alternative}"
+        )
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:
@@ -381,8 +396,8 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
 def _read_metadata(path: Location, unreadable: str) -> Any:
     """Orbax's description of a stored tree, from which the tree can be restored."""
     # Orbax's error for a broken JSON file does not name it; without the first it guesses.
-    for file in (path / "_METADATA", path / "_sharding", *matches(path, "array_metadatas/*")):
-        if file.name == "_METADATA" or file.is_file():
+    for file in (path / _METADATA, path / "_sharding", *matches(path, "array_metadatas/*")):
+        if file.name == _METADATA or file.is_file():
             read_json(file)
     with one_line(path, unreadable):
         return ocp.StandardCheckpointHandler().metadata(epath.Path(path))
@@ -515,7 +530,8 @@ def one_line(path: Location, what: str) -> Iterator[None]:
     except HymbaError:
         raise
     except Exception as error:
-        raise HymbaError(f"{path}: {what} ({_reason(error)})") from error
+        reason = _reason(error).replace(f"{path}/", "")  # of which files are named
+        raise HymbaError(f"{path}: {what} ({reason})") from error
 
 
 def _reason(error: BaseException) -> str:

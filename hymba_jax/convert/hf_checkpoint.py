@@ -59,10 +59,7 @@ class HFCheckpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         self.settings = read_json(directory / HF_CONFIG)
-        try:
-            self.config: HymbaConfig = read_architecture(directory, self.settings)
-        except HymbaError as error:
-            raise HymbaError(f"{directory / HF_CONFIG}: {error}") from error
+        self.config: HymbaConfig = read_architecture(directory, self.settings)
         self._files = _open_all(directory)
 
     @cached_property
@@ -186,7 +183,7 @@ def _open_shards(index: Path, kind: type[TensorFile] | type[TorchFile]) -> list[
             try:
                 files[name] = kind(index.parent / name)
             except HymbaError as error:
-                problems.append(str(error))
+                problems.append(str(error).removeprefix(f"{index.parent}/"))
     if not problems:
         problems = _index_problems(places, files)
     if problems:

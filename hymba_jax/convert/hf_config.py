@@ -9,7 +9,9 @@ from hymba_jax.config.field_types import shown
 from hymba_jax.config.layer_pattern import MAX_LAYERS, GroupSpec, LayerSpec, format_pattern
 from hymba_jax.convert.hf_keys import FIXED, key_problems
 from hymba_jax.convert.hf_rope import ROPE_KEYS, SPELLINGS, RopeSettings, read_rope
+from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location
+from hymba_jax.hf_files import HF_CONFIG
 from hymba_jax.tokenizer import Tokenizer
 
 
@@ -25,7 +27,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> HymbaConfig:
         rope, problems = read_rope(hf)
         problems += [*_value_problems(hf)]
     if problems:
-        raise ConfigError("config.json cannot be read: " + "; ".join(problems))
+        raise ConfigError("; ".join(problems))
     return _architecture(hf, rope)
 
 
@@ -39,9 +41,12 @@ def read_architecture(directory: Location, hf: Mapping[str, Any]) -> HymbaConfig
       hf: its config.json.
 
     Raises:
-      HymbaError: as for `config_from_hf`, or the tokenizer cannot be read.
+      HymbaError: as for `config_from_hf`, or the tokenizer cannot be read; each names its file.
     """
-    config = config_from_hf(hf)
+    try:
+        config = config_from_hf(hf)
+    except ConfigError as error:
+        raise HymbaError(f"{directory / HF_CONFIG}: {error}") from error
     is_open = hf.get("bos_token_id") is None or len(eos_token_ids(hf)) > 1
     if not is_open or not (directory / "tokenizer.json").is_file():
         return config

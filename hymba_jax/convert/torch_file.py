@@ -37,7 +37,10 @@ class TorchFile:
             raise
         except Exception as error:  # torch has many types
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise HymbaError(f"{path}: torch cannot read it ({reason})") from error
+            raise HymbaError(
+                f"{path}: torch cannot read it ({reason}): get it again, or the checkpoint's "
+                ".safetensors"
+            ) from error
         if not isinstance(held, dict) or not all(
             isinstance(name, str) and torch.is_tensor(value) for name, value in held.items()
         ):

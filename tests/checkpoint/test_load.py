@@ -211,7 +211,12 @@ def widen(directory):
         (lose("checkpoints"), 3, "{path}/checkpoints: no checkpoint 3; there is none"),
         (lose(), 3, "{path}/checkpoints: no checkpoint 3; there are 1, 2"),
         (lose(), 0, "{path}/checkpoints: no checkpoint 0; there are 1, 2"),
-        (lose("checkpoints/2/params"), None, "{path}/checkpoints/2/params/_METADATA: no such file"),
+        (
+            lose("checkpoints/2/params"),
+            None,
+            "{path}/checkpoints/2: damaged, it has no params/_METADATA: restore it from a copy, or "
+            "name another step (1)",
+        ),
         (widen, None, "{path}/checkpoints/2/params: not parameters of this model that can be read"),
         (lose("tokenizer.json"), None, "{path}/tokenizer.json: no such tokenizer file"),
     ],
