@@ -1,7 +1,9 @@
 """`hymba export`: the parameters of a run, or an average of them, as a model or an adapter."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +23,9 @@ from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.convert.peft import merge_peft, write_peft
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
+from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import Params, abstract_model
-from hymba_jax.model.trainable import join
+from hymba_jax.model.trainable import Trainable, join
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import FOLDER, checkpoint_steps
 from hymba_jax.tokenizer import Tokenizer
@@ -42,7 +45,8 @@ class ExportConfig:
       output: directory to write, which must not exist.
       average: `ema`, the moving average of a run with training.ema_decay; or `last:N`, the mean of
         the newest N of the training.keep_checkpoints that a run keeps on its schedule: at multiples
-        of training.checkpoint_every and where stages end.
+        of training.checkpoint_every and where stages end. Of a run that trained an adapter, `ema`
+        averages the adapter's matrices, and `last:N` the merged models, so it needs --merge.
       step: which checkpoint, or "best", of the lowest validation loss; the newest if absent.
       merge: merges the run's adapter into the model.
       adapter: writes the run's adapter alone, as a PEFT adapter of the model that it started from.
@@ -68,6 +72,11 @@ class ExportConfig:
             raise HymbaError(f"{self.average} is of the newest checkpoints: leave --step out")
         if self.merge and self.adapter:
             raise HymbaError("merge writes a model, adapter an adapter: name one of them")
+        if self.adapter and self.average.startswith(LAST):
+            raise HymbaError(
+                f"{self.average} of adapters is no adapter of their rank: write a model with "
+                "--merge, or leave --average out"
+            )
         if self.merge_peft and (self.average or self.merge or self.adapter):
             raise HymbaError(
                 "merge_peft takes a model as it is: leave average, merge and adapter out"
@@ -97,17 +106,7 @@ def main(args: ExportConfig) -> None:
     _check_form(run, args, adapter)
     mesh = make_mesh(jax.devices()[:1])
     graph, abstract = abstract_model(config, compute, mesh, adapter)
-    trained, frozen = trainable.split(abstract)
-    if args.average == EMA:
-        what, params = f"moving average at step {step}", _ema(run, trained, step)
-    elif args.average:
-        steps = _last(run, int(args.average.removeprefix(LAST)))
-        step = steps[-1]
-        what, params = f"mean of steps {', '.join(map(str, steps))}", _mean(run, abstract, steps)
-    else:
-        what, params = f"step {step}", load_params(run, abstract, step)
-    if args.average and frozen:  # the moving average has none, and a mean would round them
-        params = join(params, trainable.split(load_params(run, abstract, step))[1])
+    what, params = _chosen(run, args, step, trainable, graph, abstract)
     if args.adapter:
         base = RunConfig.from_toml(run / CONFIG_FILE).init_from
         with written_beside(output) as beside:
@@ -116,11 +115,34 @@ def main(args: ExportConfig) -> None:
             )
         print(f"{output}: adapter, {what} of {run}")
         return
-    if adapter:
-        params = merged_params(graph, params)
-        graph, _ = abstract_model(config, compute, mesh)
+    if args.merge:
+        graph, abstract = abstract_model(config, compute, mesh)
+    params = jax.tree.map(lambda a, like: a.astype(like.dtype), params, abstract)
     save_model(output, nnx.merge(graph, params), Tokenizer.load(run), hf_files_of=run)
     print(f"{output}: {what} of {run}{', adapter merged' * bool(adapter)}")
+
+
+def _chosen(
+    run: Path,
+    args: ExportConfig,
+    step: int,
+    trainable: Trainable,
+    graph: nnx.GraphDef[Hymba],
+    abstract: Params,
+) -> tuple[str, Params]:
+    """What is written, in words, and its parameters, in float32 where they are a mean."""
+
+    def formed(params: Params) -> Params:
+        return merged_params(graph, params) if args.merge else params
+
+    if args.average == EMA:
+        return f"moving average at step {step}", formed(_ema(run, trainable, abstract, step))
+    if not args.average:
+        return f"step {step}", formed(load_params(run, abstract, step))
+    steps = _last(run, int(args.average.removeprefix(LAST)))
+    wide = _in_float32(abstract)
+    mean = _mean(formed(load_params(run, wide, step)) for step in steps)
+    return f"mean of steps {', '.join(map(str, steps))}", mean
 
 
 def _write_merged(directory: Path, step: Step | None, adapter: Path, output: Path) -> None:
@@ -157,17 +179,28 @@ def _last(run: Path, count: int) -> list[int]:
     return kept[-count:]
 
 
-def _mean(run: Path, abstract: Params, steps: list[int]) -> Params:
-    """The mean of checkpoints, summed in float32."""
-    wide = _in_float32(abstract)
-    total = load_params(run, wide, steps[0])
-    for step in steps[1:]:
-        total = jax.tree.map(jnp.add, total, load_params(run, wide, step))
-    return jax.tree.map(lambda a, like: (a / len(steps)).astype(like.dtype), total, abstract)
+def _mean(checkpoints: Iterator[Params]) -> Params:
+    """The mean of parameters; of those that are equal in all, as frozen ones are, it is exact."""
+    mean = next(checkpoints)
+    for count, params in enumerate(checkpoints, start=2):
+        change = jax.tree.map(jnp.subtract, params, mean)
+        mean = jax.tree.map(partial(_add_part, count), mean, change)
+    return mean
 
 
-def _ema(run: Path, abstract: Params, step: int) -> Params:
-    """The moving average in the optimizer's state of a checkpoint; no more of it is read."""
+def _add_part(count: int, mean: jax.Array, change: jax.Array) -> jax.Array:
+    return mean + change / count
+
+
+def _ema(run: Path, trainable: Trainable, abstract: Params, step: int) -> Params:
+    """The moving average of a checkpoint, with its frozen parameters, which have none."""
+    trained, frozen = trainable.split(abstract)
+    average = _stored_average(run, trained, step)
+    return join(average, trainable.split(load_params(run, abstract, step))[1] if frozen else {})
+
+
+def _stored_average(run: Path, abstract: Params, step: int) -> Params:
+    """The moving average in the optimizer's state of a checkpoint; no more of that is read."""
     path = run / FOLDER / str(step) / OPTIMIZER
     with one_line(path, _UNREADABLE):
         metadata = ocp.StandardCheckpointHandler().metadata(path)

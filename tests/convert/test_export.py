@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from inference.models import TINY, byte_tokenizer
 from random_weights import random_weights
 
@@ -16,6 +17,7 @@ from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.checkpoint.run_directory import write_run_directory
 from hymba_jax.checkpoint.train_state import TrainState
 from hymba_jax.config import ComputeConfig
+from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
@@ -32,12 +34,17 @@ CONFIG = dataclasses.replace(TINY, layers="2*W", max_positions=64)
 COMPUTE = ComputeConfig()
 
 
-def write_run(directory, states):
+def write_run(directory, states, adapter=NO_ADAPTER):
     """A run with these checkpoints, of parameters and optimizer state at each step."""
     data = DataConfig(tokenizer="bytes", sequence_length=24)
     training = TrainingConfig(steps=4, checkpoint_every=2, keep_checkpoints=2)
     run = RunConfig(
-        output=str(directory), model=CONFIG, compute=COMPUTE, data=data, training=training
+        output=str(directory),
+        model=CONFIG,
+        compute=COMPUTE,
+        data=data,
+        training=training,
+        adapter=adapter,
     )
     write_run_directory(run, byte_tokenizer())
     with Checkpoints(directory, keep=len(states), keep_best=True) as checkpoints:
@@ -127,3 +134,42 @@ def test_forms_of_an_adapter_are_refused_where_there_is_none(run, tmp_path):
             main(ExportConfig(str(run), str(tmp_path / "model"), **{form: True}))
     with pytest.raises(HymbaError, match="merge writes a model, adapter an adapter: name one"):
         ExportConfig(str(run), str(tmp_path / "model"), merge=True, adapter=True)
+
+
+def test_the_mean_of_adapters_is_that_of_merged_kernels(tmp_path):
+    """Not the product of their means. Frozen parameters, the same in all, keep all bits."""
+    adapter = AdapterConfig("dora", 2, 4.0, targets=("up_proj",))
+    mesh, rng = make_mesh(jax.devices()[:1]), np.random.default_rng(0)
+    _, abstract = abstract_model(CONFIG, COMPUTE, mesh, adapter)
+
+    def drawn(like):
+        return rng.normal(size=like.shape).astype(like.dtype)
+
+    def of_step(path, a):
+        return drawn(a) if "adapter" in str(path) else a
+
+    frozen = jax.tree.map(drawn, abstract)
+    states = {step: jax.tree.map_with_path(of_step, frozen) for step in (2, 4)}
+    write_run(tmp_path / "run", {step: (params, {}) for step, params in states.items()}, adapter)
+    main(ExportConfig(str(tmp_path / "run"), str(tmp_path / "model"), "last:2", merge=True))
+    _, like = abstract_model(CONFIG, COMPUTE, mesh)
+    written = flatten_dict(load_params(tmp_path / "model", like))
+    flat = {step: flatten_dict(params) for step, params in states.items()}
+    assert {path[-2] for path in written if (*path[:-1], "adapter", "magnitude") in flat[2]} == {
+        "up_proj"
+    }
+    for path, kernel in written.items():
+        if "up_proj" not in path:
+            np.testing.assert_array_equal(kernel, flatten_dict(frozen)[path])
+            continue
+        merged = []
+        for values in flat.values():
+            A, B = (np.float64(values[*path[:-1], "adapter", side, "kernel"]) for side in "AB")
+            updated = np.float64(values[path]) + adapter.scale * A @ B
+            norms = np.linalg.norm(updated, axis=-2, keepdims=True)
+            magnitude = values[*path[:-1], "adapter", "magnitude"][..., None, :]
+            merged.append(updated / norms * magnitude)
+        # Rounding of float32, of values about 1.
+        np.testing.assert_allclose(kernel, np.mean(merged, axis=0), rtol=0, atol=3e-6)
+    with pytest.raises(HymbaError, match="last:2 of adapters is no adapter of their rank"):
+        ExportConfig(str(tmp_path / "run"), str(tmp_path / "adapter"), "last:2", adapter=True)
