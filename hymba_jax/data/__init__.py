@@ -51,15 +51,17 @@ from hymba_jax.data.pipeline import (
     train_batches,
     validation_batches,
 )
-from hymba_jax.data.sources import tokenize_sources
+from hymba_jax.data.sources import Formats, source_formats, tokenize_sources
 
 __all__ = [
     "IGNORED_TARGET",
     "Batch",
     "Data",
     "DataConfig",
+    "Formats",
     "ValidationSet",
     "open_data",
+    "source_formats",
     "tokenize_sources",
     "train_batches",
     "validation_batches",

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data import tokenize_records
@@ -133,6 +134,28 @@ def _places(config: DataConfig, output: str) -> Iterator[tuple[bool, str, _Place
             name,
             _Place(f"validation source {name}", label, held_out_source, 1.0, directory),
         )
+
+
+class Formats(NamedTuple):
+    """What the records of each source are, as `data.format`, by its name.
+
+    Attributes:
+      train, validation: of sources of training, and of those that are for validation alone.
+    """
+
+    train: dict[str, str]
+    validation: dict[str, str]
+
+
+def source_formats(config: DataConfig, output: str) -> Formats:
+    """The formats of all sources, of which no text is read. Raises HymbaError as `open_sources`."""
+    formats = Formats({}, {})
+    for is_training, name, place in _places(config, output):
+        found: str = config.format_of(place.source)
+        if not place.is_text:
+            found = TokenizedCorpus.open(place.tokenized).format if place.tokenized else "text"
+        (formats.train if is_training else formats.validation)[name] = found
+    return formats
 
 
 # --- By one process: text to tokens ---

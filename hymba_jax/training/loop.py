@@ -34,6 +34,7 @@ from hymba_jax.convert.init_from import InitialModel, read_initial_model
 from hymba_jax.data import (
     Data,
     open_data,
+    source_formats,
     tokenize_sources,
     with_local_tokens,
 )
@@ -56,7 +57,7 @@ from hymba_jax.training.extension import describe_changes
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Objective
 from hymba_jax.training.metrics import MetricsWriter, last_step
-from hymba_jax.training.objectives import check_objective, objective_of
+from hymba_jax.training.objectives import check_formats, check_objective, objective_of
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.profile import FOLDER as PROFILE
 from hymba_jax.training.profile import Tracer
@@ -408,6 +409,9 @@ def _read_data(
     """
     config = with_local_tokens(run.data_of_all_stages, display)
     output, tokenizer = run.output, None
+    formats = source_formats(config, output)
+    for stage in run.resolved_stages:
+        check_formats(stage, formats)
     if is_resumed:
         tokenizer = Tokenizer.load(output)
     elif initial is not None and (tokenizer := initial.tokenizer_for(config)) is not None:

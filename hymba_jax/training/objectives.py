@@ -1,10 +1,11 @@
 """The objectives that a config can name."""
 
+from collections.abc import Collection
 from functools import partial
 
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
-from hymba_jax.data import Data
+from hymba_jax.data import Data, Formats
 from hymba_jax.errors import HymbaError
 from hymba_jax.training.distillation import Teacher, check_teacher, distillation_loss
 from hymba_jax.training.loss import Objective, next_token_loss
@@ -27,14 +28,12 @@ def has_reference(run: RunConfig) -> bool:
     return run.training.objective == "dpo" and run.dpo.has_reference
 
 
-def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
-    """Raises HymbaError if the objective of a stage does not go with what it reads."""
-    if teacher:
-        check_teacher(teacher, data.tokenizer)
+def check_formats(stage: Stage, formats: Formats) -> None:
+    """Raises HymbaError if the objective of a stage is not for records such as its sources have."""
     objective = stage.run.training.objective
     is_dpo = objective == "dpo"
     for name in stage.shares:
-        if data.train[name].is_preference != is_dpo:
+        if (formats.train[name] == "preference") != is_dpo:
             problem = (
                 'no pairs, which it is for: give it some (format "preference"), or set another'
                 if is_dpo
@@ -43,7 +42,21 @@ def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
             raise HymbaError(
                 f"{stage.label}: objective is {objective}, and data.sources.{name} has {problem}"
             )
-    if not data.validated(preferences=is_dpo):
+    if formats.validation:
+        _check_validated(stage, [each == "preference" for each in formats.validation.values()])
+
+
+def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
+    """Raises HymbaError if the objective of a stage does not go with its teacher or validation."""
+    if teacher:
+        check_teacher(teacher, data.tokenizer)
+    _check_validated(stage, [tokens.is_preference for tokens in data.validation.values()])
+
+
+def _check_validated(stage: Stage, are_pairs: Collection[bool]) -> None:
+    """Raises HymbaError unless a source of validation has what the objective of a stage is for."""
+    is_dpo = stage.run.training.objective == "dpo"
+    if is_dpo not in are_pairs:
         what = "pairs" if is_dpo else "documents but pairs"
         raise HymbaError(
             f"{stage.label}: there are no validation {what}: name some in [data.validation.NAME], "

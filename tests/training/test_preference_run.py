@@ -19,7 +19,7 @@ from hymba_jax.checkpoint.checkpoints import load_params
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.config.adapter import AdapterConfig
-from hymba_jax.config.data import DataConfig, WeightedSourceConfig
+from hymba_jax.config.data import DataConfig, SourceConfig, WeightedSourceConfig
 from hymba_jax.config.dpo import DPOConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import StageConfig, StageSourceConfig
@@ -204,6 +204,7 @@ def changed(config, **training):
 
 
 def test_objectives_and_data_that_do_not_go_together(config, one_device):
+    """Said before any text is tokenized."""
     swapped = {
         name: dataclasses.replace(stage, sources={source: StageSourceConfig()})
         for (name, stage), source in zip(config.stages.items(), ("pairs", "pairs"), strict=True)
@@ -211,10 +212,17 @@ def test_objectives_and_data_that_do_not_go_together(config, one_device):
     other = dataclasses.replace(config, output=f"{config.output}-swapped", stages=swapped)
     with pytest.raises(HymbaError, match=r"stage sft: objective is next_token, and data.sources.p"):
         train(other)
+    assert not Path(other.output).exists()
     stages = {"dpo": dataclasses.replace(config.stages["dpo"], sources={})}
     other = dataclasses.replace(config, output=f"{config.output}-both", stages=stages)
     with pytest.raises(HymbaError, match=r"objective is dpo, and data.sources.chats has no pairs"):
         train(other)
+    held_out = {"held": SourceConfig(config.data.sources["chats"].path, format="chat")}
+    data = dataclasses.replace(config.data, validation=held_out)
+    other = dataclasses.replace(config, output=f"{config.output}-held", data=data)
+    with pytest.raises(HymbaError, match="stage dpo: there are no validation pairs: name some"):
+        train(other)
+    assert not Path(other.output).exists()
 
 
 def test_options_without_effect_are_refused(config):
