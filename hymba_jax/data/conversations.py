@@ -97,7 +97,7 @@ class Conversations:
         try:
             json.dumps([messages, options], ensure_ascii=False, default=str).encode()
             chat = self._renderer.render(messages, num_given, **options)
-            self._check_written(chat.text, messages, num_given, options)
+            self._check_written(chat.text, messages, options)
         except UnicodeEncodeError as error:
             raise ValueError("holds half a surrogate pair, which is no text: fix it") from error
         except TemplateFailed as error:
@@ -109,18 +109,14 @@ class Conversations:
         return chat
 
     def _check_written(
-        self,
-        text: str,
-        messages: Sequence[Mapping[str, Any]],
-        num_given: int,
-        options: Mapping[str, Any],
+        self, text: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
     ) -> None:
         """Raises ValueError if the template leaves tools, contexts or calls of a record out."""
 
         def is_ignored(name: str) -> bool:
             others = {other: value for other, value in options.items() if other != name}
             try:
-                return self._renderer.render(messages, num_given, **others).text == text
+                return self._renderer.text(messages, **others) == text
             except HymbaError:  # the template needs it
                 return False
 

@@ -100,6 +100,14 @@ class AnswerRenderer:
         takes_eos = self._end_token is None
         return ChatText(str.__str__(text), origins(text), tuple(spans), takes_eos)
 
+    def text(self, messages: Sequence[Message], **options: Any) -> str:
+        """The conversation as text alone, which the template is run once for.
+
+        Raises:
+          HymbaError: the template fails.
+        """
+        return str.__str__(self._rendered(messages, options))
+
     def _marked(
         self,
         text: Traced,

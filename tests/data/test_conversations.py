@@ -15,6 +15,8 @@ from hymba_jax.data.formats import read_records
 from hymba_jax.data.listing import File
 from hymba_jax.data.records import BrokenFile, Problem
 from hymba_jax.errors import HymbaError
+from hymba_jax.tokenizer import answers
+from hymba_jax.tokenizer.chat_template import render_chat
 
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.name }};{% endfor %}{% for c in contexts or [] %}({{ c }})"
@@ -250,3 +252,19 @@ def test_files_that_have_no_conversations(conversations):
 def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(HymbaError, match=r"^NAME: has no chat template.*: give the file of one"):
         Conversations(chat_tokenizer(None), "all", "NAME")
+
+
+def test_what_is_written_is_checked_by_one_rendering_of_each_option(conversations, monkeypatch):
+    rendered = []
+
+    def counted(*arguments, **options):
+        rendered.append(options)
+        return render_chat(*arguments, **options)
+
+    monkeypatch.setattr(answers, "render_chat", counted)
+    record, counts = {"messages": [USER, ANSWER] * 5}, []
+    for options in ({}, {"tools": [{"name": "f"}], "contexts": ["c"]}):
+        rendered.clear()
+        conversations.of_json(record | options)
+        counts.append(len(rendered))
+    assert counts[1] == counts[0] + 2
