@@ -20,7 +20,7 @@ class Workload(NamedTuple):
     """What one step computes, and on what.
 
     Attributes:
-      tokens: predicted tokens.
+      tokens: predicted tokens, padding of packed rows included.
       flops: model FLOPs of the step, `training_flops`.
       devices: number of devices.
       peak_flops: FLOPs per second of all devices together; None if not in `PEAK_FLOPS`.
@@ -31,12 +31,17 @@ class Workload(NamedTuple):
     devices: int
     peak_flops: float | None
 
-    def rates(self, seconds: float) -> dict[str, float]:
+    def rates(self, seconds: float, padding: float = 0.0) -> dict[str, float]:
         """The values of a metric line for steps that take this long.
 
-        `mfu` is flops / (seconds x peak_flops). Recomputation and padding are not counted.
+        Tokens per second are without padding, as tokens seen are. `mfu` is
+        flops / (seconds x peak_flops): how well the devices are used, which compute padding as they
+        do tokens, so it is counted; recomputation is not.
+
+        Args:
+          padding: share of the tokens.
         """
-        tokens = self.tokens / seconds
+        tokens = self.tokens * (1 - padding) / seconds
         rates = {
             "tokens_per_second": round(tokens, 1),
             "tokens_per_second_per_device": round(tokens / self.devices, 1),

@@ -84,11 +84,11 @@ class Recorder:
 
     A line of metrics covers the steps since the line before: averages over them (`loss` per token,
     `grad_norm` per step), the last value of others (`learning_rate`), and the throughput.
-    `tokens_seen`, without padding, what was read of the data and `skipped_steps` count from the
-    start of the run; the averages are without the steps that were skipped. Those and loss spikes
-    are printed with their data. Of several processes, lines at every `log_every` steps name the
-    slowest: the one that spent most time on a step, `slowest_process_seconds`, besides waiting for
-    its devices.
+    `tokens_seen`, what was read of the data and `skipped_steps` count from the start of the run.
+    `tokens_seen` and tokens per second are without padding, `mfu` is with it. The averages are
+    without the steps that were skipped. Those and loss spikes are printed with their data. Of
+    several processes, lines at every `log_every` steps name the slowest: the one that spent most
+    time on a step, `slowest_process_seconds`, besides waiting for its devices.
 
     `begin_stage` comes before the first step.
 
@@ -162,7 +162,8 @@ class Recorder:
         self._bits_per_byte = evaluated.get("validation_bits_per_byte", self._bits_per_byte)
         self._validation_loss = evaluated.get("validation_loss", self._validation_loss)
         values = means(self._averages) | self._latest
-        values |= stage.workload.rates(self._seconds / (self._step - self._logged))
+        seconds = self._seconds / (self._step - self._logged)
+        values |= stage.workload.rates(seconds, values.get(PADDING, 0.0))
         if slowest := self._slowest.read():
             values["slowest_process"], values["slowest_process_seconds"] = slowest
         line = self._line(values)

@@ -178,6 +178,20 @@ def test_padding_is_not_seen(tmp_path):
     assert found == [(1500, 0.25), (3250, 0.2)]
 
 
+def test_padding_is_no_token_of_the_speed(clock, tmp_path):
+    """A quarter of 1000 positions, all of which the devices compute, in 2 s."""
+    with MetricsWriter(RunStart(tmp_path)) as writer:
+        recorder = new_recorder(writer)
+        for step, padding in ((1, 100), (2, 400)):
+            clock.now += 2
+            recorder.submit(step, metrics(2.0) | {"padding": Average(jnp.int32(padding), 1000)})
+        recorder.flush()
+    (line,) = lines(tmp_path)
+    assert line["tokens_per_second"] == 375.0 == line["tokens_seen"] / 4
+    assert line["tokens_per_second_per_device"] == 93.8
+    assert line["mfu"] == round(6e9 / 2 / 4e12, 4)
+
+
 def test_an_unknown_learning_rate_is_left_out(recorder, tmp_path):
     values = metrics(2.0)
     del values["learning_rate"]
