@@ -3,7 +3,9 @@
 | file                   | subject                                                               |
 |------------------------|-----------------------------------------------------------------------|
 | `local_tokens.py`      | tokens in a bucket, copied to the disk                                |
-| `sources.py`           | the sources of a run: text, tokenized once, or tokens                 |
+| `places.py`            | where the sources of a run are, and whether they are text or tokens   |
+| `tokenize_sources.py`  | those that are text, tokenized once into the run directory            |
+| `sources.py`           | all of them, opened as tokens                                         |
 | `corpus.py`            | text with its split, such as the standard library's sources           |
 | `listing.py`           | the files of a corpus: local or behind a URL                          |
 | `formats.py`           | from the bytes of a file to documents                                 |
@@ -51,7 +53,8 @@ from hymba_jax.data.pipeline import (
     train_batches,
     validation_batches,
 )
-from hymba_jax.data.sources import Formats, source_formats, tokenize_sources
+from hymba_jax.data.places import Formats, source_formats
+from hymba_jax.data.tokenize_sources import tokenize_sources
 
 __all__ = [
     "IGNORED_TARGET",

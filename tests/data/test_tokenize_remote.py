@@ -7,8 +7,8 @@ from hymba_jax.config.data import DataConfig
 from hymba_jax.data import tokenize_command
 from hymba_jax.data.listing import list_files
 from hymba_jax.data.manifest import MANIFEST
-from hymba_jax.data.sources import tokenize_sources
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
+from hymba_jax.data.tokenize_sources import tokenize_sources
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.remote import RemotePath
