@@ -7,7 +7,9 @@ from typing import NamedTuple
 from hymba_jax.aot.hlo import Instruction, Program
 
 # What the names of attention's and the scan's custom calls have in common.
-_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__cudnn\$fmha\w*)"')
+_KERNEL = re.compile(
+    r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton|__cudnn\$fmha\w*)"'
+)
 
 
 class Kernel(NamedTuple):

@@ -1,11 +1,14 @@
 """One position of the selective scan, for decoding."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.output import skip_and_gate
+from hymba_jax.ops.selective_scan.step_gpu import selective_scan_step_gpu, supports
 from hymba_jax.types import Array, Float
 
 
@@ -30,6 +33,22 @@ def selective_scan_step(
     Returns:
       y in x's dtype and the state after this position in float32.
     """
+    arrays = (x, dt, A, B, C, D, z, dt_bias, state)
+    is_for_kernel = target_platform().endswith("gpu") and supports(state)
+    return _by_kernel(*arrays) if is_for_kernel else _in_xla(*arrays)
+
+
+def _in_xla(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    z: Array | None,
+    dt_bias: Array | None,
+    state: Array,
+) -> tuple[Array, Array]:
     inputs, dt, A, B, C, h = (v.astype(jnp.float32) for v in (x, dt, A, B, C, state))
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None]
@@ -40,6 +59,22 @@ def selective_scan_step(
     h = jnp.exp(delta[:, None] * A[None]) * h + u[:, None] * B[:, :, None]
     y = (h * C[:, :, None]).sum(1)
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), h
+
+
+@jax.custom_vjp
+def _by_kernel(*arrays: Any) -> tuple[Array, Array]:
+    return selective_scan_step_gpu(*arrays)
+
+
+def _forward(*arrays: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    return _by_kernel(*arrays), arrays
+
+
+def _backward(arrays: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    return jax.vjp(_in_xla, *arrays)[1](cotangents)
+
+
+_by_kernel.defvjp(_forward, _backward)
 
 
 def selective_scan_single(

@@ -1,0 +1,173 @@
+"""The kernels of decoding for GPUs, in Pallas's interpreter, against numpy in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from hymba_jax.ops.attention import attention_step, step_gpu
+from hymba_jax.ops.int8_rows import Int8Rows
+from hymba_jax.ops.selective_scan import selective_scan_step
+
+KV_HEADS, HEADS, HEAD_DIM, VALUE_DIM = 2, 5, 16, 32
+ROUNDING = 2**-8  # of weights, and of the result, to bfloat16
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """What GPUs run; the names of those that were called."""
+    called = []
+    pallas_call = pl.pallas_call
+
+    def interpreted(*args, name, **kwargs):
+        called.append(name)
+        return pallas_call(*args, name=name, interpret=True, **kwargs)
+
+    monkeypatch.setattr(pl, "pallas_call", interpreted)
+    for op in ("attention", "selective_scan"):
+        monkeypatch.setattr(f"hymba_jax.ops.{op}.step.target_platform", lambda: "gpu")
+    return called
+
+
+def random(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+
+def softmax_of(query, key, value):
+    """Each query head over the keys of its key/value head, (heads, dim)."""
+    scores = np.einsum("hgd,hsd->hgs", query, key) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hgs,hsv->hgv", weights / weights.sum(-1, keepdims=True), value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "meta", "int8"),
+    [(3, 70, 130, False), (3, 70, 3, True), (1, 1100, 0, False), (1, 600, 64, True)],
+)
+def test_attention(kernels, batch, slots, meta, int8):
+    """Several blocks, a part of one, and none; slots split among programs where rows are few."""
+    rng = np.random.default_rng(slots + meta)
+    filled = [slots, 0, slots // 2 + 1][:batch]
+    query = random(rng, batch, KV_HEADS, HEADS, HEAD_DIM)
+    key, value = (random(rng, batch, KV_HEADS, dim) for dim in (HEAD_DIM, VALUE_DIM))
+    meta_key, meta_value = (random(rng, KV_HEADS, meta, dim) for dim in (HEAD_DIM, VALUE_DIM))
+    past = [random(rng, batch, KV_HEADS, slots, dim) for dim in (HEAD_DIM, VALUE_DIM)]
+    if int8:
+        sizes = jnp.asarray(np.geomspace(1, 30, slots)[None, None, :, None], jnp.bfloat16)
+        past = [Int8Rows.of(a * sizes) for a in past]
+    else:  # what unfilled slots hold has no effect
+        is_empty = np.arange(slots) >= np.asarray(filled)[:, None]
+        past = [jnp.where(is_empty[:, None, :, None], jnp.nan, a) for a in past]
+    actual = jax.jit(attention_step)(
+        query.reshape(batch, KV_HEADS * HEADS, HEAD_DIM),
+        key,
+        value,
+        past_key=past[0],
+        past_value=past[1],
+        past_length=jnp.asarray(filled),
+        meta_key=meta_key,
+        meta_value=meta_value,
+    )
+    assert kernels == ["attention_step"]
+    assert actual.dtype == jnp.bfloat16
+    kv = zip(past, (key, value), (meta_key, meta_value), strict=True)
+    kv = [tuple(np.float64(a.astype(jnp.float32)) for a in arrays) for arrays in kv]
+    for row, count in enumerate(filled):
+        keys, values = (
+            np.concatenate([old[row, :, :count], new[row, :, None], of_meta], axis=1)
+            for old, new, of_meta in kv
+        )
+        expected = softmax_of(np.float64(query)[row], keys, values)
+        result = np.float64(actual)[row].reshape(expected.shape)
+        atol = 2 * ROUNDING * np.abs(values).max()
+        np.testing.assert_allclose(result, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "value_dim"),
+    [("float32", 5, 16, 32), ("bfloat16", 17, 16, 32), ("bfloat16", 5, 24, 48)],
+)
+def test_what_triton_lacks_is_in_xla(kernels, dtype, heads, head_dim, value_dim):
+    arrays = {
+        "query": (1, heads, head_dim),
+        "key": (1, 1, head_dim),
+        "value": (1, 1, value_dim),
+        "past_key": (1, 1, 4, head_dim),
+        "past_value": (1, 1, 4, value_dim),
+        "meta_key": (1, 2, head_dim),
+        "meta_value": (1, 2, value_dim),
+    }
+    arrays = {name: jnp.zeros(shape, dtype) for name, shape in arrays.items()}
+    jax.eval_shape(attention_step, **arrays, past_length=jnp.asarray([3]))
+    assert not kernels
+
+
+def recurrence(x, dt, A, B, C, state, D=0.0, z=None, dt_bias=0.0):
+    delta = np.log1p(np.exp(dt + dt_bias))
+    state = np.exp(delta[:, None] * A) * state + (delta * x)[:, None] * B[:, :, None]
+    y = (state * C[:, :, None]).sum(1) + D * x
+    return y if z is None else y * z / (1 + np.exp(-z)), state
+
+
+@pytest.mark.parametrize("optional", [(), ("D", "z", "dt_bias")])
+@pytest.mark.parametrize("channels", [48, 256])
+def test_selective_scan(kernels, channels, optional):
+    """Values and gradients; a time step of softplus(-inf) = 0 leaves the state as it is."""
+    rng = np.random.default_rng(channels)
+    shapes = {
+        **dict.fromkeys(("x", "dt", "z"), (3, channels)),
+        **dict.fromkeys(("B", "C"), (3, 4)),
+        **dict.fromkeys(("D", "dt_bias"), (channels,)),
+        "A": (4, channels),
+        "state": (3, 4, channels),
+    }
+    needed = shapes.keys() - {"D", "z", "dt_bias"} | set(optional)
+    inputs = {name: np.float32(rng.normal(size=shapes[name])) for name in sorted(needed)}
+    inputs["A"] = -np.exp(inputs["A"])
+    expected = recurrence(**{name: np.float64(a) for name, a in inputs.items()})
+    step = jax.jit(selective_scan_step)
+    for actual, exact in zip(step(**inputs), expected, strict=True):
+        np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    stopped = inputs | {"dt": np.full_like(inputs["dt"], -np.inf)}
+    np.testing.assert_array_equal(step(**stopped)[1], inputs["state"])
+    assert kernels
+    assert set(kernels) == {"selective_scan_step"}
+
+    def loss(inputs):
+        y, state = selective_scan_step(**inputs)
+        return (y**2).sum() + (state**2).sum()
+
+    def exact_loss(name, moved):
+        arrays = {other: np.float64(a) for other, a in inputs.items()} | {name: moved}
+        y, state = recurrence(**arrays)
+        return (y**2).sum() + (state**2).sum()
+
+    for name, gradient in jax.jit(jax.grad(loss))(inputs).items():
+        direction = rng.normal(size=inputs[name].shape)
+        above, below = (
+            exact_loss(name, np.float64(inputs[name]) + sign * 1e-5 * direction) for sign in (1, -1)
+        )
+        slope = (above - below) / 2e-5
+        along = (np.float64(gradient) * direction).sum()
+        assert abs(along - slope) <= 1e-4 * np.abs(np.float64(gradient) * direction).sum()
+
+
+def test_states_of_16_bits_are_in_xla(kernels):
+    given = {"x": (1, 16), "dt": (1, 16), "A": (2, 16), "B": (1, 2), "C": (1, 2)}
+    arrays = {name: jnp.ones(shape) for name, shape in given.items()}
+    arrays["state"] = jnp.zeros((1, 2, 16), jnp.bfloat16)
+    jax.eval_shape(selective_scan_step, **arrays)
+    assert not kernels
+
+
+def test_every_slot_has_a_program():
+    """Whatever rows and slots are; an H100 is busy with a single sequence of 8192."""
+    split = partial(step_gpu.splits_of, kv_heads=5)
+    for batch, slots in [(1, 1), (1, 8192), (128, 8192), (3, 1000)]:
+        splits, blocks = split(batch, slots=slots)
+        assert splits * blocks * step_gpu.BLOCK >= slots > (splits - 1) * blocks * step_gpu.BLOCK
+    assert split(128, slots=8192)[0] == 1
+    assert split(1, slots=8192)[0] * 5 >= 132
