@@ -24,15 +24,12 @@ from hymba_jax.ops.attention.gpu_tiles import (
     Stream,
     kernel,
     key_spans,
-    multiply_add,
     put,
     query_spans,
     row_numbers,
-    shared,
-    spread,
-    zeros,
 )
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost, visited_blocks
+from hymba_jax.ops.wgmma import multiply_add, shared, spread, zeros
 from hymba_jax.types import Array, Float, Int
 
 # Lower than any score, but finite: the difference of two of them is a number.
@@ -68,7 +65,7 @@ def forward(
         def step(i: Any, slots: Sequence[Any], carry: tuple[Array, ...]) -> tuple[Array, ...]:
             highest, total, sums = carry
             k, v = slots
-            (scores,) = multiply_add((zeros(sizes, sizes.keys), q, k.transpose((1, 0))))
+            (scores,) = multiply_add((zeros(sizes.rows, sizes.keys), q, k.transpose((1, 0))))
             scores = tile.masked(i, scores, first)
             higher = jnp.maximum(highest, jnp.max(scores, axis=1) * sizes.log2_scale)
             weights = jnp.exp2(scores * sizes.log2_scale - spread(higher, scores, 0))
@@ -81,7 +78,7 @@ def forward(
         carry = (
             row_numbers(sizes, _LOWEST),
             row_numbers(sizes, 0.0),
-            zeros(sizes, value_dim),
+            zeros(sizes.rows, value_dim),
         )
         highest, total, sums = stream.run(
             tile.steps, lambda i: tile.keys(i, group, key, value), step, carry
@@ -146,16 +143,16 @@ def backward_query(
         def step(i: Any, slots: Sequence[Any], sums: Array) -> Array:
             k, v = slots
             # One after the other, as there are no registers for the mask beside both.
-            (scores,) = multiply_add((zeros(sizes, sizes.keys), q, k.transpose((1, 0))))
+            (scores,) = multiply_add((zeros(sizes.rows, sizes.keys), q, k.transpose((1, 0))))
             scores = tile.masked(i, scores, first)
             weights = jnp.exp2(scores * sizes.log2_scale - spread(base, scores, 0))
-            (dweights,) = multiply_add((zeros(sizes, sizes.keys), do, v.transpose((1, 0))))
+            (dweights,) = multiply_add((zeros(sizes.rows, sizes.keys), do, v.transpose((1, 0))))
             dscores = weights * (dweights - spread(average, scores, 0))
             (sums,) = multiply_add((sums, dscores.astype(jnp.bfloat16), k))
             return sums
 
         sums = stream.run(
-            tile.steps, lambda i: tile.keys(i, group, key, value), step, zeros(sizes, head_dim)
+            tile.steps, lambda i: tile.keys(i, group, key, value), step, zeros(sizes.rows, head_dim)
         )
         put(sums * sizes.scale, q, dquery.at[tile.row, tile.rows, tile.head])
 
@@ -203,7 +200,7 @@ def backward_key_value(
         def step(i: Any, slots: Sequence[Any], sums: tuple[Array, ...]) -> tuple[Array, ...]:
             dk, dv = sums
             q, do, base, average, first = slots
-            nothing = zeros(sizes, sizes.queries)
+            nothing = zeros(sizes.rows, sizes.queries)
             scores, dweights = multiply_add(
                 (nothing, k, q.transpose((1, 0))), (nothing, v, do.transpose((1, 0)))
             )
@@ -218,7 +215,7 @@ def backward_key_value(
             tile.steps,
             lambda i: tile.queries(i, query, doutput, log_sum, mean, lowest),
             step,
-            (zeros(sizes, head_dim), zeros(sizes, value_dim)),
+            (zeros(sizes.rows, head_dim), zeros(sizes.rows, value_dim)),
         )
         put(dk * sizes.scale, k, dkey.at[tile.row, tile.rows, tile.head])
         put(dv, v, dvalue.at[tile.row, tile.rows, tile.head])

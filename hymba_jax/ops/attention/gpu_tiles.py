@@ -9,16 +9,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hymba_jax.ops.wgmma import ROWS, iota, spread
 from hymba_jax.types import Array, Int
 
 WARPGROUPS = 2
 SLOTS = 3  # of shared memory for what is fetched
-
-_LAYOUT = plgpu.Layout.WGMMA
-_TILED = (
-    plgpu.TilingTransform((8, 64)),  # type: ignore[abstract]
-    plgpu.SwizzleTransform(128),  # type: ignore[abstract]
-)
 
 
 class Sizes(NamedTuple):
@@ -129,8 +124,8 @@ class Tile:
         """
 
         def masked() -> Array:
-            queries = _iota(scores, query_axis) + query
-            keys = _iota(scores, 1 - query_axis) + key
+            queries = iota(scores, query_axis) + query
+            keys = iota(scores, 1 - query_axis) + key
             seen = (keys >= spread(lowest(), scores, query_axis)) | (keys < self.sizes.meta)
             return jnp.where(seen & (keys <= queries), scores, -jnp.inf)
 
@@ -160,7 +155,7 @@ class QueryTile(Tile):
     def numbers(self, ref: Any) -> Array:
         """One for each of its queries."""
         # Less than a cache line, but read once.
-        return plgpu.load(ref, layout=_LAYOUT.reduce(1), optimized=False)
+        return plgpu.load(ref, layout=ROWS.reduce(1), optimized=False)
 
     def masked(self, i: Any, scores: Array, lowest: Array) -> Array:
         """The scores of step i, -inf where the mask is."""
@@ -199,7 +194,7 @@ class KeyTile(Tile):
 
     def numbers(self, ref: Any) -> Array:
         """One for each query of a step."""
-        return plgpu.load(ref, layout=_LAYOUT.reduce(0))
+        return plgpu.load(ref, layout=ROWS.reduce(0))
 
     def masked(self, i: Any, scores: Array, lowest: Any) -> Array:
         """The scores of step i, -inf where the mask is."""
@@ -271,33 +266,9 @@ def _slot(i: Any) -> Any:
     return lax.rem(i, jnp.int32(SLOTS))
 
 
-def multiply_add(*products: tuple[Array, Any, Any]) -> tuple[Array, ...]:
-    """c + a @ b for each (c, a, b), all of them begun before the first is waited for."""
-
-    def begin(refs: Sequence[Any]) -> None:
-        for ref, (_, a, b) in zip(refs, products, strict=True):
-            plgpu.wgmma(ref, a, b)
-
-    return tuple(pl.run_state(begin)([plgpu.ACC.init(c) for c, _, _ in products]))
-
-
-def zeros(sizes: Sizes, columns: int) -> Array:
-    """The rows of a warpgroup, before matmuls are added."""
-    return plgpu.layout_cast(jnp.zeros((sizes.rows, columns), jnp.float32), _LAYOUT)
-
-
 def row_numbers(sizes: Sizes, value: float) -> Array:
     """One for each row of a warpgroup."""
-    return plgpu.layout_cast(jnp.full(sizes.rows, value, jnp.float32), _LAYOUT.reduce(1))
-
-
-def spread(numbers: Array, like: Array, axis: int) -> Array:
-    """Numbers of rows (axis 0) or columns for all of `like`."""
-    return lax.broadcast_in_dim(numbers, like.shape, (axis,))
-
-
-def _iota(like: Array, axis: int) -> Array:
-    return plgpu.broadcasted_iota(jnp.int32, like.shape, axis, layout=_LAYOUT)
+    return plgpu.layout_cast(jnp.full(sizes.rows, value, jnp.float32), ROWS.reduce(1))
 
 
 def put(rows: Array, staged: Any, into: Any) -> None:
@@ -306,11 +277,6 @@ def put(rows: Array, staged: Any, into: Any) -> None:
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staged, into)
     plgpu.wait_smem_to_gmem(0)
-
-
-def shared(*shape: int) -> Any:
-    """Shared memory for blocks, or rows of warpgroups, in the form of matrix instructions."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED)
 
 
 def kernel(
