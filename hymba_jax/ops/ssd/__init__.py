@@ -4,9 +4,10 @@
 |----------------|-----------------------------------------------|------------------------------|
 | `reference`    | the definition, one position after another    | position                     |
 | `chunked`      | matmuls in each chunk, the chunks in sequence | 64 positions                 |
+| `pallas_gpu`   | Mosaic GPU kernels for Hopper, in bfloat16    | 64 positions                 |
 
-Both pass one suite of tests, and run on shards of the length where the mesh in context shards it
-(`sharded`). `ssd_step` is one position, for decoding.
+All are tested against the definition, and run on shards of the length where the mesh in context
+shards it (`sharded`). `ssd_step` is one position, for decoding.
 """
 
 from hymba_jax.ops.ssd.api import ssd

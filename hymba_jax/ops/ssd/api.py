@@ -6,15 +6,20 @@ from functools import partial
 import jax.numpy as jnp
 
 from hymba_jax.ops.documents import Documents, document_starts
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.ssd.chunked import ssd_chunked
+from hymba_jax.ops.ssd.pallas_gpu import ssd_pallas_gpu, supports
 from hymba_jax.ops.ssd.reference import ssd_reference
 from hymba_jax.ops.ssd.sharded import ssd_sharded
 from hymba_jax.ops.ssd.step import ssd_single
 from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Bool, Float, Int
 
-IMPLEMENTATIONS = {"chunked": ssd_chunked, "reference": ssd_reference}
-FASTEST = "chunked"  # on every platform
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "chunked": ssd_chunked,
+    "pallas_gpu": ssd_pallas_gpu,
+    "reference": ssd_reference,
+}
 _SEQUENCE: Axes = ("batch", "length", "ssm_heads", None)
 _STATE: Axes = ("batch", "ssm_heads", None, None)
 
@@ -43,7 +48,8 @@ def ssd(
         h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T
         y_t = h_t C_t + D x_t
 
-    where A and D are one number a head (arXiv 2405.21060, section 5). All arithmetic is float32.
+    where A and D are one number a head (arXiv 2405.21060, section 5). All arithmetic is float32,
+    but for kernels, whose matmuls take bfloat16.
 
     Args:
       x: input of each head, after convolution and activation.
@@ -59,17 +65,17 @@ def ssd(
         that they are finite.
       lengths: valid positions of each row. The rest is padding: it has y = 0 and does not change
         the state.
-      implementation: a name in `IMPLEMENTATIONS`; by default the fastest, or the single-step
-        function for length 1.
+      implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, or the
+        single-step function for length 1.
 
     Returns:
       y in x's dtype, and in float32 the state after the last position: that of the last document.
 
     Raises:
-      ValueError: `implementation` is not a known name, or the heads are not a multiple of the
-        groups.
+      ValueError: `implementation` is not a known name or does not support the arguments or the
+        platform, or the heads are not a multiple of the groups.
     """
-    name = implementation or FASTEST
+    name = implementation or fastest(x, B, C)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown ssd implementation {name!r}; choose from {sorted(IMPLEMENTATIONS)}"
@@ -116,6 +122,17 @@ def ssd(
         initial_state=initial_state,
         starts=starts,
     )
+
+
+def fastest(
+    x: Float[Array, "batch length ssm_heads ssm_head_dim"],
+    B: Float[Array, "batch length ssm_groups state"],
+    C: Float[Array, "batch length ssm_groups state"],
+) -> str:
+    """The implementation for the platform that is traced for."""
+    if target_platform() == "gpu" and supports(x, B, C):
+        return "pallas_gpu"
+    return "chunked"
 
 
 def _with_documents(
