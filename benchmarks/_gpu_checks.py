@@ -5,7 +5,7 @@ with what the HF implementation computed (tests/golden). No test's packages are 
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
+from hymba_jax.ops.ssd import ssd
+from hymba_jax.ops.ssd.api import fastest as fastest_ssd
 from hymba_jax.training.loss import next_token_loss
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -39,6 +41,8 @@ QUICK = "tiny-default-rope"  # the golden model that compiles in the least time
 FLOAT32, BFLOAT16 = 1e-5, 2**-8
 # Of the largest entry: attention rounds weights, values and results to bfloat16.
 ATTENTION = {"float32": 1e-5, "bfloat16": 1e-2}
+# Of the largest entry: kernels of SSD round weights, states and results to bfloat16.
+SSD = 1e-2
 # Those of tests/golden/README.md: absolute, and of each gradient's largest entry.
 VALUES, GRADIENTS = 5e-4, 3e-4
 
@@ -97,12 +101,14 @@ def conforming_scan(recorder: Recorder) -> None:
                 row["implementation"] = FASTEST.get(target_platform(), "xla")
                 inputs, cotangents = _scan_inputs(sizes, dtype)
                 given = _scan_marks(sizes) if has_marks else {}
-                actual = _run_scan(wanted, None, inputs, cotangents, given)
+                actual = _run_scan(selective_scan, wanted, None, inputs, cotangents, given)
                 with jax.enable_x64(True):
                     inputs, cotangents = jax.tree.map(
                         lambda a: jnp.asarray(a, jnp.float64), (inputs, cotangents)
                     )
-                    expected = _run_scan(wanted, "reference", inputs, cotangents, given)
+                    expected = _run_scan(
+                        selective_scan, wanted, "reference", inputs, cotangents, given
+                    )
                     expected = jax.tree.map(np.asarray, expected)
                 bounds = {
                     name: _scan_bound(actual[name], exact) for name, exact in expected.items()
@@ -133,7 +139,7 @@ def _scan_inputs(sizes: Sizes, dtype: str) -> tuple[dict[str, Any], tuple[Any, .
     return inputs, (row(channels), normal(batch, state, channels))
 
 
-def _scan_marks(sizes: Sizes) -> dict[str, Any]:
+def _scan_marks(sizes: Sequence[int]) -> dict[str, Any]:
     """Rows of several documents, two of them of one position, and rows that end early."""
     batch, length = sizes[:2]
     starts = np.isin(np.arange(length), [length // 2, length // 2 + 1, length - 1])
@@ -146,14 +152,15 @@ def _scan_marks(sizes: Sizes) -> dict[str, Any]:
 
 
 def _run_scan(
+    op: Callable[..., Any],
     wanted: str,
     implementation: str | None,
     inputs: dict[str, Any],
     cotangents: tuple[Any, ...],
     marks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Both results, or the gradient of every input, by name."""
-    scan = partial(selective_scan, **marks, implementation=implementation)
+    """Both results of a recurrence, or the gradient of every input, by name."""
+    scan = partial(op, **marks, implementation=implementation)
 
     def forward(inputs: dict[str, Any]) -> dict[str, jax.Array]:
         return dict(zip(("y", "state"), scan(**inputs), strict=True))
@@ -168,6 +175,49 @@ def _run_scan(
 def _scan_bound(actual: jax.Array, expected: np.ndarray) -> np.ndarray:
     relative = BFLOAT16 if actual.dtype == jnp.bfloat16 else 0
     return FLOAT32 * np.abs(expected).max() + relative * np.abs(expected)
+
+
+def conforming_ssd(recorder: Recorder) -> None:
+    """SSD in bfloat16, forward and backward, against its definition in float64."""
+    sizes = (2, 70, 4, 2, 3, 5) if recorder.dry_run else (2, 500, 16, 1, 64, 128)
+    inputs, cotangents = _ssd_inputs(*sizes)
+    for wanted in ("forward", "backward"):
+        for has_marks in (False, True):
+            marks = ", documents and lengths" if has_marks else ""
+            with recorder.case(f"{wanted}, bfloat16, {_by(sizes)}{marks}") as row:
+                row["implementation"] = fastest_ssd(*(inputs[name] for name in ("x", "B", "C")))
+                given = _scan_marks(sizes) if has_marks else {}
+                actual = _run_scan(ssd, wanted, None, inputs, cotangents, given)
+                with jax.enable_x64(True):
+                    inputs64, cotangents64 = jax.tree.map(
+                        lambda a: jnp.asarray(a, jnp.float64), (inputs, cotangents)
+                    )
+                    expected = _run_scan(ssd, wanted, "reference", inputs64, cotangents64, given)
+                    expected = jax.tree.map(np.asarray, expected)
+                _compare(row, actual, expected, _of_largest(SSD, expected))
+
+
+def _ssd_inputs(
+    batch: int, length: int, heads: int, groups: int, head_dim: int, state: int
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Every input, and cotangents of both results."""
+    rng = np.random.default_rng(length)
+
+    def normal(*shape: int, dtype: str = "float32") -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
+
+    row = partial(normal, batch, length, dtype="bfloat16")
+    inputs = {
+        "x": row(heads, head_dim),
+        "dt": row(heads) - 2,
+        "A": -jnp.exp(normal(heads)),
+        "B": row(groups, state),
+        "C": row(groups, state),
+        "D": normal(heads),
+        "dt_bias": normal(heads),
+        "initial_state": normal(batch, heads, head_dim, state),
+    }
+    return inputs, (row(heads, head_dim), normal(batch, heads, head_dim, state))
 
 
 def conforming_attention(recorder: Recorder) -> None:
@@ -340,5 +390,5 @@ def _of_largest(part: float, expected: Mapping[str, np.ndarray]) -> dict[str, An
     return {name: part * np.abs(exact).max() for name, exact in expected.items()}
 
 
-def _by(sizes: Sizes) -> str:
+def _by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))

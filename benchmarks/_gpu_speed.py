@@ -41,6 +41,8 @@ from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
+from hymba_jax.ops.ssd import ssd
+from hymba_jax.ops.ssd.api import fastest as fastest_ssd
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.mfu import Workload, peak_flops
@@ -175,6 +177,39 @@ def attention(recorder: Recorder) -> None:
     window_layer = partial(attend, window=heads.window)
     both = jax.jit(attention_with_gradient(window_layer))
     recorder.profile(partial(both, doutput, *inputs))
+
+
+def ssd_layer(recorder: Recorder) -> None:
+    """A layer's SSD in the Mamba2 of 1B, 8 x 2048 positions in bfloat16, beside plain XLA.
+
+    The bound: every input read once and every output written once.
+    """
+    batch, length = (2, 32) if recorder.dry_run else (8, 2048)
+    heads, head_dim, state = (2, 4, 4) if recorder.dry_run else (64, 64, 128)
+    row_of = partial(_normal, batch, length)
+    x, B = row_of(heads, head_dim), row_of(1, state)
+    A, D, dt_bias = -jnp.linspace(1.0, 16.0, heads), jnp.ones(heads), jnp.full(heads, -3.0)
+    inputs = (x, row_of(heads), A, B, B, D, dt_bias)
+    chosen = fastest_ssd(x, B, B)
+    for name in dict.fromkeys((chosen, "chunked")):
+
+        def forward(*inputs: Any, name: str = name) -> jax.Array:
+            return ssd(*inputs, implementation=name)[0]
+
+        passes: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+            "forward": (forward, inputs),
+            "forward and backward": (attention_with_gradient(forward), (x, *inputs)),
+        }
+        for wanted, (call, arguments) in passes.items():
+            with recorder.case(f"{name}, {batch} x {length}, {wanted}") as row:
+                compiled = _compile(row, call, *arguments)
+                row["ms"] = _milliseconds(partial(compiled, *arguments))
+                moved = _bytes((arguments, jax.eval_shape(call, *arguments)))
+                row |= {"MB": moved / 1e6}
+                row |= _share("of bandwidth", moved, _bandwidth(), row["ms"])
+        if name == chosen:
+            both = jax.jit(attention_with_gradient(forward))
+            recorder.profile(partial(both, x, *inputs))
 
 
 def train(recorder: Recorder, config: str) -> None:
