@@ -25,6 +25,7 @@ from test_ssd import (
     oracle,
 )
 
+from hymba_jax.ops.remat import SCAN
 from hymba_jax.ops.ssd import gpu_kernels, ssd
 from hymba_jax.ops.ssd.api import fastest
 
@@ -173,7 +174,7 @@ def test_the_platform_chooses(platform, dtype, expected):
         assert fastest(x, B, B) == expected
 
 
-def test_kernels_state_their_matmuls_and_bytes():
+def arrays():
     """Two rows, 128 positions, 16 heads of 64 channels, 128 states: two chunks, and two blocks of
     heads that share B and C."""
     x, dt, B = (
@@ -181,7 +182,20 @@ def test_kernels_state_their_matmuls_and_bytes():
         for shape in ((16, 64), (16,), (1, 128))
     )
     of_heads = jax.ShapeDtypeStruct((16,), jnp.float32)
-    costs = stated(gradient(scan), x, dt, of_heads, B, B, of_heads)
+    return x, dt, of_heads, B, B, of_heads
+
+
+def test_what_is_kept_is_not_computed_again():
+    """Under `compute.remat`: one kernel forward, and three back."""
+    policies = jax.checkpoint_policies
+    kept, again = policies.save_only_these_names(SCAN), policies.nothing_saveable
+    for policy, kernels in ((kept, 4), (again, 5)):
+        function = gradient(jax.checkpoint(scan, policy=policy))
+        assert len(stated(function, *arrays())) == kernels
+
+
+def test_kernels_state_their_matmuls_and_bytes():
+    costs = stated(gradient(scan), *arrays())
     positions, chunk = 2 * 128 * 16, 64
     of_state = 64 * 128
     per_position = [
