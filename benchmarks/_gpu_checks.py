@@ -22,7 +22,9 @@ from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.inference.batch_state import NO_TOKEN, Request
 from hymba_jax.inference.engine import Engine
+from hymba_jax.ops.attention import attention_step
 from hymba_jax.ops.attention.api import fastest
+from hymba_jax.ops.int8_rows import Int8Rows
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
@@ -281,6 +283,39 @@ def _run_attention(
         return {"output": run(*inputs)}
 
     return jax.jit(forward if wanted == "forward" else backward)(*inputs)
+
+
+def conforming_decoding(recorder: Recorder) -> None:
+    """Attention of one token by the platform's kernel, in bfloat16, against XLA in float32."""
+    kv_heads, heads, widths, meta = 5, 25, (64, 128), 128
+    for batch, slots in [(2, 40)] if recorder.dry_run else [(1, 8192), (8, 1000)]:
+        for kind in ("bfloat16", "int8"):
+            with recorder.case(f"cache in {kind}, {batch} x {slots} slots") as row:
+                rng = np.random.default_rng(slots)
+
+                def normal(*shape: int, rng: np.random.Generator = rng) -> jax.Array:
+                    return jnp.asarray(rng.normal(size=shape).astype(np.float32), jnp.bfloat16)
+
+                past: list[Any] = [normal(batch, kv_heads, slots, width) for width in widths]
+                past = [*map(Int8Rows.of, past)] if kind == "int8" else past
+                row["implementation"] = (
+                    "kernel" if target_platform().endswith("gpu") else "plain XLA"
+                )
+                given = {"query": normal(batch, heads, widths[0])}
+                for name, array, width in zip(("key", "value"), past, widths, strict=True):
+                    given[name] = normal(batch, kv_heads, width)
+                    given[f"past_{name}"] = array
+                    given[f"meta_{name}"] = normal(kv_heads, meta, width)
+                length = jnp.asarray([slots, 0, slots // 2, *[slots - 1] * batch][:batch])
+                step = partial(jax.jit(attention_step), past_length=length)
+                exact = {name: array.astype(jnp.float32) for name, array in given.items()}
+                expected = {"output": np.asarray(step(**exact))}
+                _compare(
+                    row,
+                    {"output": step(**given)},
+                    expected,
+                    _of_largest(ATTENTION["bfloat16"], expected),
+                )
 
 
 def golden(recorder: Recorder, names: str) -> None:

@@ -63,6 +63,7 @@ STEPS = (
     Step("machine", 60, "_gpu_checks:machine"),
     Step("conforming scan", 80, "_gpu_checks:conforming_scan"),
     Step("conforming attention", 60, "_gpu_checks:conforming_attention"),
+    Step("conforming decoding", 40, "_gpu_checks:conforming_decoding"),
     Step("conforming SSD", 60, "_gpu_checks:conforming_ssd"),
     Step("golden models", 60, "_gpu_checks:golden:tiny-ntk,tiny-wide"),
     Step("caches", 50, "_gpu_checks:caches"),
