@@ -29,7 +29,7 @@ HEADS, HEAD_DIM, GROUPS, STATE = 64, 64, 1, 128  # of configs/designs/1b_mamba2.
 
 
 def compile_ssd_for_gpu(
-    lengths: Sequence[int], batches: Sequence[int], documents: Sequence[bool]
+    documents: Sequence[bool], lengths: Sequence[int], batches: Sequence[int]
 ) -> list[Row]:
     """A row for each pass and size: inference, and output and gradients together; and before it, a
     row for each of its kernels."""

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from _bundles import grid_loop
@@ -46,40 +46,75 @@ def compile_for_tpu(
         return rows
 
 
-def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
+class CompiledKernel(NamedTuple):
+    """The only kernel of a function, compiled.
+
+    Attributes:
+      vmem, spilled: bytes of VMEM, and those among them for registers.
+      limit: bytes of VMEM that it may have.
+      cycles: of the whole grid.
+      moved: bytes of HBM that the function reads and writes.
+      jaxpr: of the function.
+      params: of the kernel in it.
+      operands, results: the kernel's.
+    """
+
+    vmem: int
+    spilled: int
+    limit: int
+    cycles: int
+    moved: float
+    jaxpr: Any
+    params: Any
+    operands: Any
+    results: Any
+
+
+def compile_kernel(
+    name: str, target: str, dump: Path, function: Callable[..., Any], inputs: Any
+) -> CompiledKernel:
+    """Compiles a function of the kernel whose name begins so, for a chip of a slice."""
     chip = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:1]
     sharding = NamedSharding(Mesh(chip, ("chip",)), PartitionSpec())
     before = set(dump.iterdir())
     traced = jax.jit(function, in_shardings=sharding).trace(*inputs)
-    try:
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    except Exception as error:  # reported as a row
-        return {"compiled": str(error).splitlines()[0][:60]}
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     dumped = set(dump.iterdir()) - before
-    (file,) = (f for f in dumped if re.search(r"selective_scan.*-\d+-post-ra\.txt", f.name))
-    vmem, spilled = vmem_allocations(file)
-    (schedule,) = (
-        f for f in dumped if re.search(r"selective_scan.*-\d+-final_bundles\.txt", f.name)
+    allocations, schedule = (
+        next(f for f in dumped if re.search(rf"{name}.*-\d+-{stage}\.txt", f.name))
+        for stage in ("post-ra", "final_bundles")
     )
-    cycles = grid_loop(schedule).cycles
-
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "pallas_call")
-    grid_mapping = kernel.params["grid_mapping"]
     costs: Any = compiled.cost_analysis()
-    moved = costs["bytes accessed"]
+    return CompiledKernel(
+        *vmem_allocations(allocations),
+        kernel.params["compiler_params"].vmem_limit_bytes,
+        grid_loop(schedule).cycles * math.prod(kernel.params["grid_mapping"].grid),
+        costs["bytes accessed"],
+        jaxpr,
+        kernel.params,
+        [v.aval for v in kernel.invars],
+        [v.aval for v in kernel.outvars],
+    )
 
-    taken = math.prod(grid_mapping.grid) * exponentials(kernel.params["jaxpr"])
-    batch, length, channels = kernel.invars[0].aval.shape
+
+def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any) -> Row:
+    try:
+        kernel = compile_kernel("selective_scan", target, dump, function, inputs)
+    except Exception as error:  # reported as a row
+        return {"compiled": str(error).splitlines()[0][:60]}
+    taken = math.prod(kernel.params["grid_mapping"].grid) * exponentials(kernel.params["jaxpr"])
+    batch, length, channels = kernel.operands[0].shape
     blocks = batch * length * channels / 640  # positions of as many channels as a block has
     return {
         "compiled": "yes",
-        "VMEM MiB": vmem / 2**20,
-        "of limit": vmem / kernel.params["compiler_params"].vmem_limit_bytes,
-        "spilled": spilled,
-        "cycles a position": cycles * math.prod(grid_mapping.grid) / blocks,
-        "HBM MB": moved / 1e6,
-        "HBM vs minimum": moved / min_bytes(jaxpr),
+        "VMEM MiB": kernel.vmem / 2**20,
+        "of limit": kernel.vmem / kernel.limit,
+        "spilled": kernel.spilled,
+        "cycles a position": kernel.cycles / blocks,
+        "HBM MB": kernel.moved / 1e6,
+        "HBM vs minimum": kernel.moved / min_bytes(kernel.jaxpr),
         "1e6 exp": taken / 1e6,
         "exponentials vs minimum": taken / min_exponentials(length, batch),
     }

@@ -21,10 +21,22 @@ _KERNELS = {"pallas_call", "mpmd_map"}
 def passes(
     implementation: str, length: int, batch: int, dtype: str
 ) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Inference, the forward pass of training and the backward pass, and their inputs' shapes."""
+    """Those of the selective scan."""
 
     def scan(*inputs: Any) -> Any:
         return selective_scan(*inputs, implementation=implementation)
+
+    sequence = jax.ShapeDtypeStruct((batch, length, CHANNELS), dtype)
+    projection = jax.ShapeDtypeStruct((batch, length, STATE), dtype)
+    A = jax.ShapeDtypeStruct((STATE, CHANNELS), jnp.float32)
+    D = jax.ShapeDtypeStruct((CHANNELS,), jnp.float32)
+    return passes_of(scan, (sequence, sequence, A, projection, projection, D, sequence, D))
+
+
+def passes_of(
+    scan: Callable[..., Any], inputs: Sequence[Any]
+) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """Inference, the forward pass of training and the backward pass, and their inputs' shapes."""
 
     def forward(*inputs: Any) -> Any:
         vjp: Any
@@ -35,11 +47,6 @@ def passes(
     def backward(vjp: Callable[[Any], Any], cotangents: Any) -> Any:
         return vjp(cotangents)
 
-    sequence = jax.ShapeDtypeStruct((batch, length, CHANNELS), dtype)
-    projection = jax.ShapeDtypeStruct((batch, length, STATE), dtype)
-    A = jax.ShapeDtypeStruct((STATE, CHANNELS), jnp.float32)
-    D = jax.ShapeDtypeStruct((CHANNELS,), jnp.float32)
-    inputs = (sequence, sequence, A, projection, projection, D, sequence, D)
     outputs, vjp = jax.eval_shape(lambda *inputs: jax.vjp(scan, *inputs), *inputs)
     return {
         "inference": (scan, inputs),

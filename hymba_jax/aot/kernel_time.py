@@ -1,9 +1,9 @@
 """How long kernels take by their own instructions, where matmul throughput does not bound them.
 
 Kernels say how many exponentials they compute (`ops/kernel_cost.py`). On TPUs the cycles of their
-schedules, which libtpu gives them, are charged for these; `python benchmarks/compile_scan.py` and
-`compile_attention.py` print them. On GPUs exponentials and what passes through shared memory are
-charged at the rates of their units.
+schedules, which libtpu gives them, are charged for these; `python benchmarks/compile_scan.py`,
+`compile_ssd.py` and `compile_attention.py` print them. On GPUs exponentials and what passes through
+shared memory are charged at the rates of their units.
 """
 
 from hymba_jax.aot.hlo import Instruction
@@ -19,15 +19,20 @@ CYCLES = {
         "selective_scan_backward": 4.80,
         "attention_forward": 5.86,
         "attention_backward": 10.3,
+        "ssd_forward": 8.17,
+        "ssd_backward": 14.2,
     },
     "TPU v6 lite": {
         "selective_scan_forward": 4.02,
         "selective_scan_backward": 4.77,
         "attention_forward": 4.58,
         "attention_backward": 6.42,
+        "ssd_forward": 7.08,
+        "ssd_backward": 13.5,
     },
 }
-"""Per 1024 exponentials at the sizes of the 1.5B; a v5p is charged those of a v5e."""
+"""Per 1024 exponentials at the sizes of the 1.5B, of SSD at those of the 1B in bfloat16; a v5p is
+charged those of a v5e."""
 
 EXPONENTIALS_PER_SECOND = {"NVIDIA H100 80GB HBM3": 132 * 16 * 1.98e9}
 """16 a cycle on each of 132 multiprocessors."""

@@ -1,5 +1,7 @@
 """What kernels state of themselves, by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
 from hymba_jax.ops.attention.pallas_tpu import pallas_tpu
 from hymba_jax.ops.kernel_cost import block_bytes, visited_blocks
 from hymba_jax.ops.selective_scan import selective_scan
+from hymba_jax.ops.ssd import ssd
 
 
 def test_a_block_is_copied_whenever_its_index_changes():
@@ -112,3 +115,25 @@ def test_the_scan_states_its_exponentials_and_bytes(implementation):
         fetched = 2 * 2 * 256 * 16 * 2  # B and C, twice
         of_channels = 2 * (16 + 2) * 1280  # A, D and the bias, for each row
         assert forward.bytes_accessed == 4 * (once + fetched + of_channels)
+
+
+def test_ssd_states_its_matmuls_exponentials_and_bytes():
+    """Two rows, two chunks of 128 positions, four heads of 64 channels, of one group, 128 states.
+    Rows of one number per head are padded to 8 heads."""
+    x = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
+    dt = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
+    A = jax.ShapeDtypeStruct((4,), jnp.float32)
+    B = jax.ShapeDtypeStruct((2, 256, 1, 128), jnp.float32)
+    forward, backward = stated(gradient(partial(ssd, implementation="pallas_tpu")), x, dt, A, B, B)
+    positions, channels = 2 * 256, 4 * 64
+    for cost in (forward, backward):
+        assert cost.transcendentals == positions * 4 * (128 + 2)
+    # A position has 128 weights; it reads a state, and adds to one. Scores are of the group.
+    assert forward.flops == positions * (2 * channels * (128 + 2 * 128) + 2 * 128 * 128)
+    assert backward.flops == positions * (2 * channels * (3 * 128 + 5 * 128) + 3 * 2 * 128 * 128)
+    of_heads, of_groups, states = positions * 8, positions * 128, 2 * channels * 128
+    once = 2 * positions * channels + 2 * of_heads + 2 * of_groups + 2 * states + 2 * states
+    assert forward.bytes_accessed == 4 * (once + 8)  # and D
+    # x, dy, dx; delta, the exponents, their gradients and D's; B, C and theirs; states as before.
+    once = 3 * positions * channels + 5 * of_heads + 4 * of_groups + 2 * states + 2 * states
+    assert backward.bytes_accessed == 4 * (once + 8)

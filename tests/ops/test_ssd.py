@@ -1,14 +1,18 @@
 """Every implementation of the SSD recurrence against the formula in numpy, float64."""
 
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.experimental import pallas as pl
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from slow import slow_but
 from test_selective_scan import (
+    FLOAT32,
     assert_all_close,
     assert_close,
     device,
@@ -22,7 +26,8 @@ from test_selective_scan import (
 )
 
 from hymba_jax.config.parallel import ParallelConfig
-from hymba_jax.ops.ssd import ssd, ssd_step
+from hymba_jax.ops.platform import target_platform
+from hymba_jax.ops.ssd import pallas_tpu, ssd, ssd_step
 from hymba_jax.ops.ssd.api import IMPLEMENTATIONS
 from hymba_jax.ops.ssd.chunked import _CHUNK
 from hymba_jax.parallel.mesh import make_mesh
@@ -34,14 +39,44 @@ SMALL = (2, 11, 4, 2, 3, 5)  # batch, length, heads, groups, channels of a head,
 LONG = (2, int(2.3 * _CHUNK), 4, 2, 3, 5)
 
 
+@contextmanager
+def pallas_interpreter():
+    """Runs a kernel as XLA operations, with NaN wherever nothing was written, in short chunks and
+    few wide heads. XLA:CPU has no matmuls of bfloat16 that are summed in float32; products of two
+    are exact in float32."""
+
+    def dot(a, b, contracted=(1, 0)):
+        return exact(a.astype(jnp.float32), b.astype(jnp.float32), contracted)
+
+    exact = pallas_tpu._dot
+    smaller = patch.multiple(pallas_tpu, _CHUNK=_CHUNK, _ROWS=64, _dot=dot)
+    with patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)), smaller:
+        yield
+
+
+# What runs a kernel on a machine that it cannot be compiled for.
+INTERPRETER = {"pallas_tpu": pallas_interpreter}
+if target_platform() == "tpu":
+    INTERPRETER.clear()
+# Kernels round operands of matmuls to bfloat16, by 2**-9 of each; of two of them, in two matmuls
+# one behind the other, relative to the largest entry.
+ROUNDED_OPERANDS = {"pallas_tpu": 2**-7}
+
+
 # Those that take float32: `test_ssd_pallas_gpu` has the other.
 IN_FLOAT32 = sorted(IMPLEMENTATIONS.keys() - {"pallas_gpu"})
 
 
+@pytest.fixture(params=slow_but(IN_FLOAT32, "chunked", "pallas_tpu"))
+def implementation(request):
+    with INTERPRETER.get(request.param, nullcontext)():
+        yield request.param
+
+
 # The reference in float64 is what the others' gradients are compared with.
-@pytest.fixture(params=slow_but(IN_FLOAT32, "chunked"))
-def scan(request):
-    return scan_of(request.param)
+@pytest.fixture
+def scan(implementation):
+    return scan_of(implementation)
 
 
 @cache
@@ -144,6 +179,12 @@ def assert_conforms(scan, inputs, weights, gradients, **marks):
     assert_all_close(actual, gradients)
 
 
+# Others of these tests have the values and gradients of kernels.
+one_by_default = pytest.mark.parametrize(
+    "implementation", slow_but(sorted(IMPLEMENTATIONS), "chunked"), indirect=True
+)
+
+
 # One position, part of a chunk, exactly one and two, two and a part; one group and several.
 @pytest.mark.parametrize(
     ("length", "groups"),
@@ -152,6 +193,7 @@ def assert_conforms(scan, inputs, weights, gradients, **marks):
         (int(2.3 * _CHUNK), 1),
     ),
 )
+@one_by_default
 def test_forward_and_gradients(scan, length, groups):
     sizes = (2, length, 4, groups, 3, 5)
     assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
@@ -203,6 +245,7 @@ def test_documents_do_not_see_each_other(scan):
     assert not any(np.asarray(gradients[name])[outside].any() for name in SEQUENCES)
 
 
+@one_by_default
 def test_optional_inputs(scan):
     """With documents, which then start from zeros."""
     inputs, weights, marks = (
@@ -213,7 +256,7 @@ def test_optional_inputs(scan):
     assert_conforms(scan, inputs, weights, exact_gradients(SMALL, OPTIONAL, True), **marks)
 
 
-def test_bfloat16(scan):
+def test_bfloat16(scan, implementation):
     """Arithmetic in float32: beyond its error is the rounding of each result to 8 bits, 2**-9 of
     its size; a bound of 2**-8 leaves a result on the edge its neighbour."""
     inputs, (of_y, of_state) = make_inputs(*SMALL), make_weights(*SMALL)
@@ -222,15 +265,16 @@ def test_bfloat16(scan):
         for k, v in inputs.items()
     }
     of_y = jnp.asarray(of_y, jnp.bfloat16)
+    close = partial(assert_close, of_largest=ROUNDED_OPERANDS.get(implementation, FLOAT32))
     (y, state), gradients = with_gradients(scan, low, {}, (of_y, of_state))
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
     expected_y, expected_state = oracle(**float64(low))
-    assert_close(y, expected_y, relative=2**-8)
-    assert_close(state, expected_state)
+    close(y, expected_y, relative=2**-8)
+    close(state, expected_state)
     exact = gradients_in_float64(float64(low), (of_y, of_state))
     for name, gradient in gradients.items():
         assert gradient.dtype == low[name].dtype
-        assert_close(gradient, exact[name], relative=2**-8 if name in SEQUENCES else 0)
+        close(gradient, exact[name], relative=2**-8 if name in SEQUENCES else 0)
 
 
 def test_two_calls_equal_one(scan):
@@ -290,7 +334,8 @@ def test_one_position_is_a_step():
     ("mesh", "groups"),
     slow_but([("sequence", 2), ("mixed", 2), ("mixed", 1)], ("mixed", 1)),
 )
-def test_sharded(mesh, groups):
+@one_by_default
+def test_sharded(scan, mesh, groups):
     """Every device's shard, with documents that start in some shards and lengths that end."""
     sizes = (4, 40, 4, groups, 3, 5)
     axes = {"sequence": 8} if mesh == "sequence" else {"data": 2, "sequence": 2, "tensor": 2}
@@ -303,11 +348,36 @@ def test_sharded(mesh, groups):
     gradients = gradients_in_float64(inputs, weights, **marks)
     mesh = make_mesh(jax.devices("cpu")[:8], ParallelConfig(fsdp=1, **axes))
     with jax.set_mesh(mesh):
-        assert_conforms(scan_of("chunked"), inputs, weights, gradients, **marks)
+        assert_conforms(scan, inputs, weights, gradients, **marks)
         heads = NamedSharding(mesh, jax.P(None, None, "tensor"))
         placed = device(inputs) | {"x": jax.device_put(inputs["x"], heads)}
-        _, state = forward(scan_of("chunked"), placed)
+        _, state = forward(scan, placed)
     assert state.sharding.shard_shape(state.shape)[1] == 4 // mesh.shape["tensor"]
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", "chunked"), ("tpu", "pallas_tpu")])
+def test_choice_by_what_is_compiled_for(monkeypatch, platform, expected):
+    chosen = []
+    for name, scan in IMPLEMENTATIONS.items():
+
+        def record(*args, name=name, scan=scan, **inputs):
+            chosen.append(name)
+            return scan(*args, **inputs)
+
+        monkeypatch.setitem(IMPLEMENTATIONS, name, record)
+    kind = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=kind)
+    inputs = device(make_inputs(*SMALL))
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(lambda v: ssd(**v), inputs)
+    assert chosen == [expected]
+
+
+@pytest.mark.skipif(target_platform() != "cpu", reason="says so of CPUs")
+@pytest.mark.parametrize("kernel", sorted(INTERPRETER))
+def test_a_kernel_fails_loudly_where_it_cannot_run(kernel):
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU backend"):
+        ssd(**device(make_inputs(*SMALL)), implementation=kernel)
 
 
 def test_refusals():

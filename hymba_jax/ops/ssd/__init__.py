@@ -5,6 +5,7 @@
 | `reference`    | the definition, one position after another    | position                     |
 | `chunked`      | matmuls in each chunk, the chunks in sequence | 64 positions                 |
 | `pallas_gpu`   | Mosaic GPU kernels for Hopper, in bfloat16    | 64 positions                 |
+| `pallas_tpu`   | a kernel for TPUs                             | 128 positions                |
 
 All are tested against the definition, and run on shards of the length where the mesh in context
 shards it (`sharded`). `ssd_step` is one position, for decoding.

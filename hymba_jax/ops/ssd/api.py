@@ -9,6 +9,7 @@ from hymba_jax.ops.documents import Documents, document_starts
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.ssd.chunked import ssd_chunked
 from hymba_jax.ops.ssd.pallas_gpu import ssd_pallas_gpu, supports
+from hymba_jax.ops.ssd.pallas_tpu import ssd_pallas_tpu
 from hymba_jax.ops.ssd.reference import ssd_reference
 from hymba_jax.ops.ssd.sharded import ssd_sharded
 from hymba_jax.ops.ssd.step import ssd_single
@@ -18,6 +19,7 @@ from hymba_jax.types import Array, Bool, Float, Int
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "chunked": ssd_chunked,
     "pallas_gpu": ssd_pallas_gpu,
+    "pallas_tpu": ssd_pallas_tpu,
     "reference": ssd_reference,
 }
 _SEQUENCE: Axes = ("batch", "length", "ssm_heads", None)
@@ -49,7 +51,7 @@ def ssd(
         y_t = h_t C_t + D x_t
 
     where A and D are one number a head (arXiv 2405.21060, section 5). All arithmetic is float32,
-    but for kernels, whose matmuls take bfloat16.
+    but kernels round the operands of their matmuls to x's dtype.
 
     Args:
       x: input of each head, after convolution and activation.
@@ -130,9 +132,10 @@ def fastest(
     C: Float[Array, "batch length ssm_groups state"],
 ) -> str:
     """The implementation for the platform that is traced for."""
-    if target_platform() == "gpu" and supports(x, B, C):
-        return "pallas_gpu"
-    return "chunked"
+    platform = target_platform()
+    if platform == "tpu":
+        return "pallas_tpu"
+    return "pallas_gpu" if platform == "gpu" and supports(x, B, C) else "chunked"
 
 
 def _with_documents(
