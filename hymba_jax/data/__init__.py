@@ -41,6 +41,7 @@
 | `examples.py`          | training examples, by index                                           |
 | `batch.py`             | rows of tokens, as training steps take them                           |
 | `pipeline.py`          | training and validation batches through Grain                         |
+| `recall.py`            | tasks of recall, generated on the fly                                 |
 """
 
 from hymba_jax.config.data import DataConfig

@@ -12,7 +12,7 @@
 All other places of the first two hold token 0. Only answers are targets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,10 +75,34 @@ class RecallTask:
         _FILL[self.name](self, np.random.default_rng((seed, index)), inputs, targets)
         return Batch(inputs, targets)
 
-    def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """The rows of a step: those of all steps are different."""
-        first = step * batch_size
-        return stack_rows([self.row(seed, first + i) for i in range(batch_size)])
+    def packed_row(self, seed: int, index: int, length: int) -> Batch:
+        """As many rows as fill `length`, each a document of its own; other indices have others.
+
+        Raises:
+          HymbaError: `length` is not a multiple of the task's.
+        """
+        count, rest = divmod(length, self.length)
+        if rest or not count:
+            raise HymbaError(
+                f"{self.name}: rows of {self.length} tokens do not fill {length}: choose a multiple"
+            )
+        rows = [self.row(seed, index * count + i) for i in range(count)]
+        inputs, targets = (
+            np.concatenate(each) for each in zip(*(row[:2] for row in rows), strict=True)
+        )
+        return Batch(
+            inputs, targets, np.repeat(np.arange(1, count + 1, dtype=np.int32), self.length)
+        )
+
+
+def mixed_batch(
+    tasks: Sequence[RecallTask], seed: int, step: int, batch_size: int, length: int
+) -> Batch:
+    """Packed rows of `length` tokens, of each task in turn; those of all steps are different."""
+    indices = range(step * batch_size, (step + 1) * batch_size)
+    return stack_rows(
+        [tasks[i % len(tasks)].packed_row(seed, i // len(tasks), length) for i in indices]
+    )
 
 
 def _mqar(

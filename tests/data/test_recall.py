@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hymba_jax.data.batch import IGNORED_TARGET
-from hymba_jax.data.recall import RecallTask
+from hymba_jax.data.recall import RecallTask, mixed_batch
 from hymba_jax.errors import HymbaError
 
 TASKS = [
@@ -43,9 +43,9 @@ def test_targets_are_the_answers_and_nothing_else(task):
 
 @pytest.mark.parametrize("task", TASKS[::2], ids=str)
 def test_a_row_depends_on_seed_and_index_alone(task):
-    first = task.batch(3, step=2, batch_size=4)
+    first, again = (mixed_batch([task], 3, 2, batch_size=4, length=task.length) for _ in range(2))
     np.testing.assert_array_equal(first.inputs[1], task.row(3, 9).inputs)
-    np.testing.assert_array_equal(first.targets, task.batch(3, step=2, batch_size=4).targets)
+    np.testing.assert_array_equal(first.targets, again.targets)
     rows = [task.row(seed, index).inputs.tobytes() for seed in (3, 4) for index in range(20)]
     assert len(set(rows)) == 40
 
@@ -56,6 +56,30 @@ def test_queries_are_at_all_places():
     seen = sum(task.row(0, index).targets != IGNORED_TARGET for index in range(200))
     assert (seen[14:] > 20).all()
     assert not seen[:14].any()
+
+
+def test_sizes_take_turns_in_packed_rows():
+    """Each row is documents of one size, all different, in this step and the next."""
+    short, long = RecallTask("mqar", 8, pairs=2), RecallTask("mqar", 16, pairs=3)
+    seen = []
+    for step in range(2):
+        batch = mixed_batch([short, long], 0, step, batch_size=3, length=16)
+        for i, row in enumerate(zip(*batch[:3], strict=True)):
+            task = (short, long)[(3 * step + i) % 2]
+            inputs, targets, segment_ids = (field.reshape(-1, task.length) for field in row)
+            np.testing.assert_array_equal(segment_ids, 1 + np.indices(inputs.shape)[0])
+            for document, its_targets in zip(inputs, targets, strict=True):
+                places = np.flatnonzero(its_targets != IGNORED_TARGET)
+                assert dict(zip(places, its_targets[places], strict=True)) == answers(
+                    task, document
+                )
+                seen.append(document.tobytes())
+    assert len(set(seen)) == len(seen) == 3 * 2 + 3
+
+
+def test_rows_that_do_not_fill_a_packed_one():
+    with pytest.raises(HymbaError, match="mqar: rows of 8 tokens do not fill 20"):
+        RecallTask("mqar", 8, pairs=2).packed_row(0, 0, 20)
 
 
 @pytest.mark.parametrize(
