@@ -1,166 +1,183 @@
-"""Recall of the paper's designs, small and of equal size, on generated tasks.
+"""Recall of the paper's designs, small and of equal size, on generated tasks; and their bits per
+byte on text.
 
-    python benchmarks/recall.py [--designs mamba hymba --seeds 0 --steps 400]
+    python benchmarks/recall.py                              # all of it
+    python benchmarks/recall.py --tasks mqar --seeds 0       # a part of it, in ten minutes
 
-Each design has two layers, or two pairs of them, of width 64, and as wide an MLP as makes its
-parameters equal to the others'. A cell is a task, a design and a seed; finished cells are lines of
-`--output`, and are not trained again, so the same command continues where it was stopped. Accuracy
-is over the answers of rows that are not in training.
+A cell is a task, a design and a seed (`_recall_training.py`). Finished cells are lines of
+`OUTPUT/cells.jsonl` and are not trained again, so the same command resumes where it was stopped,
+and several processes can share the work. Tables and plot are of the cells that were asked for.
 """
 
-import dataclasses
 import json
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import tyro
-from _report import Row, report
+from _recall_training import DESIGNS, WINDOW_LENGTH, Cell, TaskName, train
 
-from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
-from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
-from hymba_jax.config.training import TrainingConfig
-from hymba_jax.convert.inspect import count_by_part
-from hymba_jax.data.batch import IGNORED_TARGET, Batch, abstract_batch
-from hymba_jax.data.recall import RecallName, RecallTask
+from hymba_jax.errors import HymbaError
+from hymba_jax.figures import make_figure, save_figure
 from hymba_jax.host import prepare_host
-from hymba_jax.model import Hymba
-from hymba_jax.parallel.mesh import batch_sharding, make_mesh
-from hymba_jax.training.loss import Average, Averages, make_loss_fn, next_token_loss
-from hymba_jax.training.optimizer import make_optimizer
-from hymba_jax.training.step import compile_train_step, make_train_step
 
-DESIGNS: dict[str, dict[str, Any]] = {
-    "mamba": {"layers": "2*M"},
-    "mamba2": {"layers": "2*S"},
-    "llama": {"layers": "2*A"},
-    "samba": {"layers": "M L"},
-    "sequential": {"layers": "2*A-M"},
-    "hymba": {"layers": "G W", "num_meta_tokens": 8},
-}
-"""What differs between them."""
+CELLS = "cells.jsonl"
 
-HELD_OUT_SEED = 2**31  # of rows that no seed of training has
+type Scores = Mapping[str, list[float]]
+"""Of each size of a task, one number a seed."""
+
+type Results = Mapping[tuple[TaskName, str], Scores]
+"""By task and design."""
+
+
+class Panel(NamedTuple):
+    """Part of the plot.
+
+    Attributes:
+      label: of its horizontal axis.
+      ticks: the sizes there, by what is written below them.
+    """
+
+    task: TaskName
+    label: str
+    ticks: dict[int, str]
+
+
+PANELS = (
+    Panel(
+        "mqar",
+        "pairs, in 4 times as many tokens",
+        {n: f"{n} in {4 * n}" for n in (2, 4, 8, 16, 32)},
+    ),
+    Panel("mqar", "tokens, with 8 pairs", {n: f"8 in {n}" for n in (32, 64, 128)}),
+    Panel(
+        "selective_copying",
+        "symbols, in 4 times as many tokens",
+        {n: f"{n} in {4 * n}" for n in (2, 4, 8, 16)},
+    ),
+    Panel("induction", "tokens", {n: f"1 in {n}" for n in (8, 16, 32, 64, 128)}),
+)
+MARKERS = "osD^v*P"
 
 
 @dataclass(frozen=True)
 class Args:
-    """Trains and evaluates.
+    """Trains, evaluates, prints tables and draws.
 
     Attributes:
       tasks, designs, seeds: the cells.
-      pairs, length, vocab_size: of the tasks, see `RecallTask`.
-      million: parameters of each design, in millions.
-      steps: of training.
-      batch_size: rows per step.
-      output: a line of JSON for each finished cell.
+      steps: of training on generated tasks.
+      text_steps: of training on text.
+      tokens: of a step, a multiple of 256.
+      learning_rate: the highest.
+      kiloparameters: of the layers of each design, in thousands.
+      output: directory for the finished cells and the tokens of the text.
+      picture: where the plot of the generated tasks goes.
     """
 
-    tasks: tuple[RecallName, ...] = ("mqar",)
+    tasks: tuple[TaskName, ...] = ("mqar", "selective_copying", "induction", "language")
     designs: tuple[str, ...] = tuple(DESIGNS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    pairs: int = 8
-    length: int = 64
-    vocab_size: int = 64
-    million: float = 1.0
-    steps: int = 1000
-    batch_size: int = 32
-    output: Path = Path("runs/recall.jsonl")
+    steps: int = 700
+    text_steps: int = 300
+    tokens: int = 1024
+    learning_rate: float = 4e-3
+    kiloparameters: int = 120
+    output: Path = Path("runs/recall")
+    picture: Path = Path("benchmarks/recall.png")
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.tokens % WINDOW_LENGTH:
+            raise HymbaError(
+                f"tokens is {self.tokens}: choose a multiple of {WINDOW_LENGTH}, whole rows of text"
+            )
 
 
 def main(args: Args) -> None:
     prepare_host()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.output.read_text().splitlines() if args.output.exists() else []
-    finished = {json.dumps(row["cell"]): row for row in map(json.loads, lines)}
-    accuracies: dict[tuple[str, str], list[float]] = {}
-    for task, design, seed in product(args.tasks, args.designs, args.seeds):
-        # All that the accuracy depends on.
-        cell = [task, design, seed, args.pairs, args.length, args.vocab_size]
-        cell += [args.million, args.steps, args.batch_size]
-        key = json.dumps(cell)
-        if key not in finished:
-            sizes = (args.length, args.pairs, args.vocab_size)
-            finished[key] = {"cell": cell, **train(args, RecallTask(task, *sizes), design, seed)}
-            with args.output.open("a") as file:
-                file.write(json.dumps(finished[key]) + "\n")
-            print(json.dumps(finished[key]), flush=True)
-        accuracies.setdefault((task, design), []).append(finished[key]["accuracy"])
-    rows: list[Row] = [
-        {
-            "task": task,
-            "design": design,
-            "seeds": len(several),
-            "accuracy": mean(several),
-            "lowest": min(several),
-            "highest": max(several),
-        }
-        for (task, design), several in accuracies.items()
-    ]
-    report(f"recall, {args.pairs} pairs in {args.length} tokens, {args.steps} steps", rows)
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / CELLS
+    for cell in cells(args):
+        if cell not in finished_cells(file):
+            line = json.dumps({"cell": asdict(cell), **train(cell, args.output)})
+            with file.open("a") as lines:
+                lines.write(line + "\n")
+            print(line, flush=True)
+    results = collect(args, finished_cells(file))
+    for task in args.tasks:
+        print("\n".join(table(task, results, args.designs)), end="\n\n")
+    draw(results, args)
 
 
-def config_of(design: str, args: Args) -> HymbaConfig:
-    """The design, with the MLP that makes it as large as the others."""
-    base = HymbaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=64,
-        mlp_size=64,
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=16, rope_type="default"),
-        ssm=SSMConfig(head_dim=32),
-        num_meta_tokens=0,
-        max_positions=max(args.length, 64),
-    )
-    base = dataclasses.replace(base, **DESIGNS[design])
-    num_mlps = sum(spec.mlp for spec in base.layer_specs)
-    missing = args.million * 1e6 - count_by_part(base).total()
-    more = round(missing / (3 * base.hidden_size * num_mlps))
-    return dataclasses.replace(base, mlp_size=max(1, base.mlp_size + more))
+def cells(args: Args) -> Iterator[Cell]:
+    """Those that were asked for, so that all designs have a seed before the next one."""
+    for seed, task, design in product(args.seeds, args.tasks, args.designs):
+        steps = args.text_steps if task == "language" else args.steps
+        sizes = args.tokens, args.learning_rate, args.kiloparameters
+        yield Cell(task, design, seed, steps, *sizes)
 
 
-def recall_objective(model: Hymba, batch: Batch) -> Averages:
-    """The loss, and how many of the answers are the likeliest token."""
-    is_answer = batch.targets != IGNORED_TARGET
-    right = (model(batch.inputs).argmax(-1) == batch.targets) & is_answer
-    averages = next_token_loss(model, batch)
-    return averages | {"accuracy": Average(right.sum(), is_answer.sum())}
+def finished_cells(file: Path) -> dict[Cell, dict[str, Any]]:
+    """The finished cells, and their lines."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {Cell(**line["cell"]): line for line in map(json.loads, lines)}
 
 
-def train(args: Args, task: RecallTask, design: str, seed: int) -> dict[str, float]:
-    """Trains one cell: accuracy and loss on 512 rows that are not in training."""
-    config, compute, mesh = config_of(design, args), ComputeConfig(), make_mesh(jax.devices()[:1])
-    training = TrainingConfig(
-        steps=args.steps, batch_size=args.batch_size, schedule="cosine", weight_decay=0.1
-    )
-    optimizer = make_optimizer(training)
-    abstract = abstract_train_state(config, compute, optimizer, mesh)
-    state = init_state(config, compute, optimizer, abstract, seed)
-    step = compile_train_step(
-        make_train_step(
-            make_loss_fn(next_token_loss, abstract.graph),
-            optimizer,
-            micro_batch_size=args.batch_size,
-        ),
-        abstract.state,
-        abstract_batch(args.batch_size, args.length, batch_sharding(mesh)),
-    )
-    start = time.perf_counter()
-    for number in range(args.steps):
-        batch = jax.tree.map(jnp.asarray, task.batch(seed, number, args.batch_size))
-        state, _ = step(state, batch)
-    held_out = jax.tree.map(jnp.asarray, task.batch(HELD_OUT_SEED, 0, 512))
-    averages = jax.jit(make_loss_fn(recall_objective, abstract.graph))(state.params, held_out)
-    return {
-        "accuracy": float(averages["accuracy"].mean),
-        "loss": float(averages["loss"].mean),
-        "parameters": abstract.num_params,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+def collect(args: Args, finished: Mapping[Cell, dict[str, Any]]) -> Results:
+    """The scores of the cells that were asked for, the seeds' together."""
+    results: dict[tuple[TaskName, str], dict[str, list[float]]] = {}
+    for cell in cells(args):
+        several = results.setdefault((cell.task, cell.design), {})
+        for size, score in finished[cell]["scores"].items():
+            several.setdefault(size, []).append(score)
+    return results
+
+
+def table(task: TaskName, results: Results, designs: Sequence[str]) -> Iterator[str]:
+    """Lines of Markdown: the median seed at each size, and the lowest and highest."""
+    sizes = [*results[task, designs[0]]]
+    yield f"| {task} | {' | '.join(sizes)} |"
+    yield "|---|" + "---:|" * len(sizes)
+    for design in designs:
+        scores = (
+            f"{median(s):.2f} ({min(s):.2f} to {max(s):.2f})"
+            for s in results[task, design].values()
+        )
+        yield f"| {design} | {' | '.join(scores)} |"
+
+
+def draw(results: Results, args: Args) -> None:
+    """A panel for each of `PANELS` whose task was asked for; bars are from the lowest seed to the
+    highest."""
+    panels = [panel for panel in PANELS if panel.task in args.tasks]
+    if not panels:
+        return
+    figure = make_figure(args.picture, 3.2 * len(panels) + 1.3, 3.2)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, axes in zip(panels, all_axes, strict=True):
+        for i, design in enumerate(args.designs):
+            scores = [results[panel.task, design][size] for size in panel.ticks.values()]
+            middles = [median(several) for several in scores]
+            beside = 0.06 * (i - (len(args.designs) - 1) / 2)  # so that equal designs are all seen
+            axes.errorbar(
+                [place + beside for place in range(len(scores))],
+                middles,
+                [
+                    [middle - min(s) for middle, s in zip(middles, scores, strict=True)],
+                    [max(s) - middle for middle, s in zip(middles, scores, strict=True)],
+                ],
+                marker=MARKERS[i % len(MARKERS)],
+                label=design,
+            )
+        axes.set_xticks(range(len(panel.ticks)), [*panel.ticks])
+        axes.set_xlabel(panel.label)
+        axes.set_title(panel.task)
+    all_axes[0].set_ylabel("accuracy")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center")
+    save_figure(figure, args.picture)
 
 
 if __name__ == "__main__":
