@@ -150,20 +150,26 @@ def test_a_corpus_from_the_command_line(corpus, tmp_path, capsys):
         ((), "tokenizer is missing: give bytes"),
         (("--tokenizer", "bpe:many"), "tokenizer 'bpe:many' needs an integer"),
         (("--tokenizer", "nowhere"), "unknown tokenizer 'nowhere': give bytes, bpe:SIZE"),
-        (("--tokenizer", "bytes", "--data.path", "/nowhere"), "/nowhere: no such file or dir"),
         (("--tokenizer", "bytes", "--data.exclude", "/nowhere"), "/nowhere: no such file or dir"),
-        (
-            ("--tokenizer", "bytes", "--data.path", "empty.jsonl"),
-            "has no documents, all of its text",
-        ),
     ],
 )
 def test_what_is_wrong_is_one_line(corpus, tmp_path, options, message):
-    (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(SystemExit) as stopped, contextlib.chdir(tmp_path):
         cli.main(arguments(corpus, tmp_path / "out", *options))
     assert message in stopped.value.code
     assert "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/nowhere", "/nowhere: no such file or dir"),
+        ("empty.jsonl", "has no documents, all of its text"),
+    ],
+)
+def test_a_path_without_text_is_one_line(tmp_path, path, message):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    test_what_is_wrong_is_one_line(path, tmp_path, ("--tokenizer", "bytes"), message)
 
 
 def test_train_reads_what_it_wrote(corpus, tmp_path, monkeypatch, capsys):
