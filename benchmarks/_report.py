@@ -76,26 +76,24 @@ def report(title: str, rows: Sequence[Row], json_file: Path | None = None) -> No
     them too, one JSON object a line."""
     device = jax.devices()[0]
     table = Table(title=title, caption=f"{device.device_kind}, {os.cpu_count()} CPU cores")
-    for name, value in rows[0].items():
+    columns = {name: value for row in rows for name, value in row.items()}
+    for name, value in columns.items():
         justify: JustifyMethod = "left" if isinstance(value, str) else "right"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(
-            *(
-                f"{v:,.3g}"
-                if isinstance(v, float) and v < 100
-                else f"{v:,.0f}"
-                if isinstance(v, float)
-                else str(v)
-                for v in row.values()
-            )
-        )
+        table.add_row(*(_shown(row.get(name, "")) for name in columns))
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has room for every column
     console.print(table)
     if json_file is not None:
         write_json(rows, json_file)
+
+
+def _shown(value: str | int | float) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def write_json(rows: Sequence[Row], file: Path) -> None:
