@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot_general
 from hymba_jax.ops.remat import MATMUL, named
 from hymba_jax.parallel.mesh import gather, scatter
 from hymba_jax.types import Array, Float
+
+_ROWS = 2  # of which XLA:GPU makes a matmul
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -30,7 +33,13 @@ def matmul(
         gathered between them.
     """
     kernel, over = gather(kernel, axes), (((x.ndim - 1,), (0,)), ((), ()))
-    return dot_general(x, kernel, over, preferred_element_type=dtype or x.dtype)
+    product = functools.partial(dot_general, preferred_element_type=dtype or x.dtype)
+    if x.size == x.shape[-1] and target_platform().endswith("gpu"):
+        # Of one row XLA:GPU would multiply elementwise, rounding each product, and may write them.
+        rows = jnp.broadcast_to(x.reshape(1, -1), (_ROWS, x.size))
+        y = product(rows, kernel, (((1,), (0,)), ((), ())))[0]
+        return y.reshape(*x.shape[:-1], -1)
+    return product(x, kernel, over)
 
 
 def _forward(

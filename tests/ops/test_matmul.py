@@ -63,3 +63,24 @@ def test_under_vmap_and_remat():
     for i in range(2):
         for batched, alone in zip(both, jax.grad(loss, (0, 1))(x, kernels[i]), strict=True):
             np.testing.assert_allclose(batched[i], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (6,)])
+def test_one_row_on_a_gpu(monkeypatch, shape):
+    """Is a matmul there, too, of the same result and gradients."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, (6, 4)))
+
+    def loss(x, kernel):
+        return (matmul(x, kernel) ** 2).sum()
+
+    monkeypatch.setattr("hymba_jax.ops.matmul.target_platform", lambda: "gpu")
+    y = matmul(x, kernel)
+    assert y.shape == (*shape[:-1], 4)
+    exact = np.float64(x) @ np.float64(kernel)
+    np.testing.assert_allclose(y, exact, rtol=1e-6, atol=1e-6)
+    of_x, of_kernel = jax.grad(loss, argnums=(0, 1))(x, kernel)
+    np.testing.assert_allclose(of_x, 2 * exact @ np.float64(kernel).T, rtol=1e-5, atol=1e-5)
+    outer = np.outer(np.float64(x), 2 * exact)
+    np.testing.assert_allclose(of_kernel, outer, rtol=1e-5, atol=1e-5)
+    assert "2x6xf32" in jax.jit(matmul).lower(x, kernel).as_text()
