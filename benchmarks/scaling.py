@@ -43,7 +43,7 @@ class Args:
       json: file for the rows as JSON lines.
     """
 
-    chips: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    chips: tuple[int, ...] = (1, 4, 16, 64, 256)
     layers: str = "8*W"
     picture: Path = Path("benchmarks/scaling.png")
     json: Path | None = None

@@ -28,9 +28,16 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def template_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools that the template shows the model, unless it may call none."""
+    """The tools that the template shows the model, unless it may call none.
+
+    Raises:
+      ApiError: two have the same name.
+    """
     if not request.tools or request.tool_choice == "none":
         return None
+    names = [tool.function.name for tool in request.tools]
+    if len({*names}) < len(names):
+        raise ApiError(400, f"two of the tools {', '.join(names)} have one name", param="tools")
     hidden = {"function": {"strict"}}  # which is about how answers are sampled
     return [tool.model_dump(exclude_unset=True, exclude=hidden) for tool in request.tools]
 

@@ -39,9 +39,8 @@ def check_formats(stage: Stage, formats: Formats) -> None:
                 if is_dpo
                 else 'pairs, which are for objective "dpo" alone: set training.objective'
             )
-            raise HymbaError(
-                f"{stage.label}: objective is {objective}, and data.sources.{name} has {problem}"
-            )
+            source = f"data.sources.{name}" if stage.run.data.sources else "data.path"
+            raise HymbaError(f"{stage.label}: objective is {objective}, and {source} has {problem}")
     if formats.validation:
         _check_validated(stage, [each == "preference" for each in formats.validation.values()])
 

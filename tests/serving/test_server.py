@@ -522,6 +522,7 @@ class TestErrors:
                 400,
                 "there is no tool 'h'",
             ),
+            ("chat/completions", HI | {"tools": TOOLS * 2}, 400, "have one name"),
         ],
         ids=lambda value: None if isinstance(value, int | dict | bytes) else value[:30],
     )

@@ -217,7 +217,11 @@ def test_objectives_and_data_that_do_not_go_together(config, one_device):
     other = dataclasses.replace(config, output=f"{config.output}-both", stages=stages)
     with pytest.raises(HymbaError, match=r"objective is dpo, and data.sources.chats has no pairs"):
         train(other)
-    held_out = {"held": SourceConfig(config.data.sources["chats"].path, format="chat")}
+    chats = config.data.sources["chats"].path
+    data = dataclasses.replace(config.data, sources={}, path=chats, format="chat")
+    with pytest.raises(HymbaError, match=r"objective is dpo, and data.path has no pairs"):
+        train(dataclasses.replace(other, data=data))
+    held_out = {"held": SourceConfig(chats, format="chat")}
     data = dataclasses.replace(config.data, validation=held_out)
     other = dataclasses.replace(config, output=f"{config.output}-held", data=data)
     with pytest.raises(HymbaError, match="stage dpo: there are no validation pairs: name some"):
