@@ -164,8 +164,7 @@ def backward_states(
         outputs |= {"document_state": dfinal_state, "kept_document": of_channels}
 
     def ssd_backward_states(*refs: Any, stream: "_Stream", dh_s: Any, staged: Any) -> None:
-        gmem = dict(zip(operands, refs[: len(operands)], strict=True))
-        into = dict(zip(outputs, refs[len(operands) :], strict=True))
+        gmem, into = _by_name(refs, operands, outputs)
         place = _place(inputs)
 
         def chunk(step: Any, here: dict[str, Any], carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -253,14 +252,11 @@ def backward_read(
         "total": inputs.read,
     } | _present(read_document=inputs.read_document)
 
-    def ssd_backward_read(*refs: Any, stream: "_Stream", B_s: Any, C_s: Any, loaded: Any) -> None:
-        gmem = dict(zip(operands, refs[: len(operands)], strict=True))
-        into = dict(zip(outputs, refs[len(operands) :], strict=True))
+    def ssd_backward_read(*refs: Any, stream: "_Stream", group: "_Group") -> None:
+        gmem, into = _by_name(refs, operands, outputs)
         place, i = _place(inputs, together), lax.axis_index("chunks")
-        for name, ref in (("B", B_s), ("C", C_s)):
-            plgpu.copy_gmem_to_smem(place.of(name, gmem[name], i), ref, loaded)
-        plgpu.barrier_wait(loaded)
-        (scores,) = multiply_add((zeros(CHUNK, CHUNK), C_s, B_s.transpose((1, 0))))
+        group.load(gmem, place, i)
+        (scores,) = multiply_add((zeros(CHUNK, CHUNK), group.C, group.B.transpose((1, 0))))
 
         def head(k: Any, here: dict[str, Any], dC: Array) -> Array:
             at = place.at(k)
@@ -271,7 +267,7 @@ def backward_read(
             dscores = dweights * _decay(here, dweights, 0)
             dscores = dscores * spread(_numbers(here["delta"], 1), dscores, 1)
             numbers["total"] = jnp.sum(dscores * scores, axis=1)
-            (dC,) = multiply_add((dC, dscores.astype(jnp.bfloat16), B_s))
+            (dC,) = multiply_add((dC, dscores.astype(jnp.bfloat16), group.B))
             dC, numbers["read"] = of_state(here["states"], here["read"], dy, dC)
             if document is not None:
                 state, read = here["document_state"], here["read_document"]
@@ -282,7 +278,7 @@ def backward_read(
 
         def of_state(state: Any, read: Any, dy: Any, dC: Array) -> tuple[Array, Array]:
             """Adds the gradient of what reads a state; and that of its weight."""
-            (y,) = multiply_add((zeros(CHUNK, channels), C_s, state.transpose((1, 0))))
+            (y,) = multiply_add((zeros(CHUNK, channels), group.C, state.transpose((1, 0))))
             dread = jnp.sum(_load(dy) * y, axis=1)
             (dC,) = multiply_add((dC, _weighted(dy, read), state))
             return dC, dread
@@ -300,9 +296,7 @@ def backward_read(
         {"chunks": length // CHUNK, "batch": batch, "heads": heads // together},
         _cost(inputs, matmuls, operands, outputs),
         stream=_Stream.scratch((*names, *of_documents), operands),
-        B_s=shared(CHUNK, width),
-        C_s=shared(CHUNK, width),
-        loaded=plgpu.Barrier(num_arrivals=2),
+        group=_Group.scratch(width),
     )
     return dict(zip(outputs, kernel(*operands.values()), strict=True))
 
@@ -342,16 +336,11 @@ def backward_given(
         "write": inputs.write,
     }
 
-    def ssd_backward_given(
-        *refs: Any, stream: "_Stream", B_s: Any, C_s: Any, staged: Any, loaded: Any
-    ) -> None:
-        gmem = dict(zip(operands, refs[: len(operands)], strict=True))
-        into = dict(zip(outputs, refs[len(operands) :], strict=True))
+    def ssd_backward_given(*refs: Any, stream: "_Stream", group: "_Group", staged: Any) -> None:
+        gmem, into = _by_name(refs, operands, outputs)
         place, i = _place(inputs, together), lax.axis_index("chunks")
-        for name, ref in (("B", B_s), ("C", C_s)):
-            plgpu.copy_gmem_to_smem(place.of(name, gmem[name], i), ref, loaded)
-        plgpu.barrier_wait(loaded)
-        (scores,) = multiply_add((zeros(CHUNK, CHUNK), B_s, C_s.transpose((1, 0))))
+        group.load(gmem, place, i)
+        (scores,) = multiply_add((zeros(CHUNK, CHUNK), group.B, group.C.transpose((1, 0))))
 
         def head(k: Any, here: dict[str, Any], dB: Array) -> Array:
             at = place.at(k)
@@ -360,10 +349,10 @@ def backward_given(
             decay = _decay(here, scores, 1)
             ddelta = jnp.sum(dweights * scores * decay, axis=1)
             decay = decay * spread(_numbers(here["delta"], 0), decay, 0)
-            (dB,) = multiply_add((dB, (dweights * decay).astype(jnp.bfloat16), C_s))
+            (dB,) = multiply_add((dB, (dweights * decay).astype(jnp.bfloat16), group.C))
 
             (dB,) = multiply_add((dB, _weighted(here["x"], here["write"]), dh))
-            (dx,) = multiply_add((zeros(CHUNK, channels), B_s, dh.transpose((1, 0))))
+            (dx,) = multiply_add((zeros(CHUNK, channels), group.B, dh.transpose((1, 0))))
             dwrite = jnp.sum(_load(here["x"]) * dx, axis=1)
             dx = dx * spread(_numbers(here["write"], 0), dx, 0) + gmem["D"][at.head] * _load(dy)
             (dx,) = multiply_add((dx, (scores * decay).astype(jnp.bfloat16), dy))
@@ -389,12 +378,31 @@ def backward_given(
         {"chunks": length // CHUNK, "batch": batch, "heads": heads // together},
         _cost(inputs, matmuls, operands, outputs),
         stream=_Stream.scratch(names, operands),
-        B_s=shared(CHUNK, width),
-        C_s=shared(CHUNK, width),
+        group=_Group.scratch(width),
         staged=shared(CHUNK, channels),
-        loaded=plgpu.Barrier(num_arrivals=2),
     )
     return dict(zip(outputs, kernel(*operands.values()), strict=True))
+
+
+class _Group(NamedTuple):
+    """Shared memory for B and C of a chunk, and the barrier of their arrival."""
+
+    B: Any
+    C: Any
+    loaded: Any
+
+    @staticmethod
+    def scratch(width: int) -> "_Group":
+        """What to allocate."""
+        of_chunk = shared(CHUNK, width)
+        return _Group(of_chunk, of_chunk, plgpu.Barrier(num_arrivals=2))
+
+    def load(self, gmem: dict[str, Any], place: "_Place", i: Any) -> None:
+        """Those of chunk i."""
+        for name in ("B", "C"):
+            source = place.of(name, gmem[name], i)
+            plgpu.copy_gmem_to_smem(source, getattr(self, name), self.loaded)
+        plgpu.barrier_wait(self.loaded)
 
 
 class _Place(NamedTuple):
@@ -571,6 +579,15 @@ def _of_states(inputs: Inputs, usual: int, of_document: int) -> int:
     """Products for a position of so many matmuls with a state, and with that of documents."""
     matmuls = usual if inputs.first is None else usual + of_document
     return matmuls * inputs.x.shape[-1] * inputs.B.shape[-1]
+
+
+def _by_name(
+    refs: Sequence[Any], operands: dict[str, Any], outputs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A kernel's refs of its operands, and those of its outputs."""
+    count = len(operands)
+    into = dict(zip(outputs, refs[count:], strict=True))
+    return dict(zip(operands, refs[:count], strict=True)), into
 
 
 def _present(**arrays: Any) -> dict[str, Any]:
