@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from slow import slow_but
 from test_attention import assert_documents_apart, attend, documents, inputs
+from wgmma_in_float32 import multiply_add
 
 from hymba_jax.ops.attention import gpu_kernels, pallas_gpu
 from hymba_jax.ops.attention.gpu_tiles import Sizes, key_spans, query_spans
@@ -28,21 +29,13 @@ TOLERANCE = 1e-2
 def interpreted():
     """With blocks so small that short sequences have several."""
 
-    def matmuls(*products):
-        return tuple(c + jnp.matmul(_read(a), _read(b)) for c, a, b in products)
-
     with (
         plgpu.force_gpu_interpret_mode(),
         patch.object(pallas_gpu, "Sizes", small),
-        patch.object(gpu_kernels, "multiply_add", matmuls),
+        patch.object(gpu_kernels, "multiply_add", multiply_add),
         jax.default_matmul_precision("highest"),
     ):
         yield
-
-
-def _read(operand):
-    value = operand if isinstance(operand, jax.Array) else operand[...]
-    return value.astype(jnp.float32)
 
 
 def arrays_of(queries, keys, heads, kv_heads, rows=2):

@@ -48,8 +48,8 @@ def pallas_interpreter():
     def dot(a, b, contracted=(1, 0)):
         return exact(a.astype(jnp.float32), b.astype(jnp.float32), contracted)
 
-    exact = pallas_tpu._dot
-    smaller = patch.multiple(pallas_tpu, _CHUNK=_CHUNK, _ROWS=64, _dot=dot)
+    exact = pallas_tpu.kernel_dot
+    smaller = patch.multiple(pallas_tpu, _CHUNK=_CHUNK, _ROWS=64, kernel_dot=dot)
     with patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)), smaller:
         yield
 

@@ -24,6 +24,7 @@ from test_ssd import (
     make_weights,
     oracle,
 )
+from wgmma_in_float32 import multiply_add
 
 from hymba_jax.ops.remat import SCAN
 from hymba_jax.ops.ssd import gpu_kernels, ssd
@@ -39,22 +40,13 @@ scan = partial(ssd, implementation="pallas_gpu")
 def interpreted():
     """With chunks so small that short sequences have several."""
 
-    def matmuls(*products):
-        return tuple(c + jnp.matmul(_read(a), _read(b)) for c, a, b in products)
-
     with (
         plgpu.force_gpu_interpret_mode(),
         patch.object(gpu_kernels, "CHUNK", CHUNK),
-        patch.object(gpu_kernels, "multiply_add", matmuls),
+        patch.object(gpu_kernels, "multiply_add", multiply_add),
         jax.default_matmul_precision("highest"),
     ):
         yield
-
-
-def _read(operand):
-    value = operand if isinstance(operand, jax.Array) else operand[...]
-    assert value.dtype == jnp.bfloat16
-    return value.astype(jnp.float32)
 
 
 def in_bfloat16(inputs):

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.attention.reference import KVStart
 from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost, visited_blocks
+from hymba_jax.ops.precision import kernel_dot
 from hymba_jax.ops.remat import ATTENTION, named
 from hymba_jax.types import Array, Bool, Float, Int
 
@@ -268,7 +269,7 @@ def _forward_kernel(*refs: Ref, sizes: _Sizes) -> None:
             shrink = jnp.exp2((highest - higher) * sizes.exponent)
             highest_ref[head] = higher
             total_ref[head] = total_ref[head] * shrink + weights.sum(0)
-            update = _dot(value_ref[:, at], _flat(weights).astype(value_ref.dtype))
+            update = kernel_dot(value_ref[:, at], _flat(weights).astype(value_ref.dtype))
             sum_ref[head] = _flat(_tiles(sum_ref[head]) * shrink[None]) + update
 
         def scores(head: int) -> tuple[Array]:
@@ -348,7 +349,7 @@ def _backward_kernel(*refs: Ref, sizes: _Sizes) -> None:
     for head in range(sizes.group):
         do, output = (ref[0, :, _channels(head, sizes)] for ref in (doutput_ref, output_ref))
         # The derivative of the weights' sum, which is always 1.
-        mean_ref[head] = _dot(ones, do.astype(jnp.float32) * output, (1, 1))
+        mean_ref[head] = kernel_dot(ones, do.astype(jnp.float32) * output, (1, 1))
         log_sum = log_sum_ref[0, 0, head : head + 1]
         exponent_ref[head] = jnp.broadcast_to(log_sum, exponent_ref.shape[1:])
     dquery_sum_ref[...] = jnp.zeros(dquery_sum_ref.shape)
@@ -359,16 +360,16 @@ def _backward_kernel(*refs: Ref, sizes: _Sizes) -> None:
         def scores(head: int) -> tuple[Array, Array]:
             do = doutput_ref[0, :, _channels(head, sizes)]
             scores = _scores(key_ref[at], inputs, head, seen, sizes)
-            return _tiles(scores), _tiles(_dot(inputs.value[0, at], do, (1, 1)))
+            return _tiles(scores), _tiles(kernel_dot(inputs.value[0, at], do, (1, 1)))
 
         def differentiate(head: int, scores: Array, dweights: Array) -> None:
             nonlocal dkey, dvalue
             do = doutput_ref[0, :, _channels(head, sizes)]
             weights = jnp.exp2(scores * sizes.exponent - exponent_ref[head][None])
             dscores = _flat(weights * (dweights - mean_ref[head][None])).astype(do.dtype)
-            dvalue += _dot(_flat(weights).astype(do.dtype), do)
-            dkey += _dot(dscores, inputs.query[0, _rows(head, sizes)], (1, 1))
-            dquery_sum_ref[head] += _dot(inputs.key[0, :, at], dscores)
+            dvalue += kernel_dot(_flat(weights).astype(do.dtype), do)
+            dkey += kernel_dot(dscores, inputs.query[0, _rows(head, sizes)], (1, 1))
+            dquery_sum_ref[head] += kernel_dot(inputs.key[0, :, at], dscores)
 
         _pipeline(sizes.group, scores, differentiate)
         dkey_sum_ref[at], dvalue_sum_ref[at] = dkey, dvalue
@@ -422,7 +423,7 @@ def _scores(
     seen: Bool[Array, "keys queries"] | None,
     sizes: _Sizes,
 ) -> Float[Array, "keys queries"]:
-    scores = _dot(keys, inputs.query[0, _rows(head, sizes)])
+    scores = kernel_dot(keys, inputs.query[0, _rows(head, sizes)])
     return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
 
 
@@ -459,18 +460,6 @@ def _over_tiles(length: int, visit: Callable[[Ref], None]) -> None:
         visit(pl.ds(pl.multiple_of(n * _LANES, _LANES), _LANES))
 
     lax.fori_loop(0, length // _LANES, tile, None)
-
-
-def _dot(a: Array, b: Array, contracted: tuple[int, int] = (1, 0)) -> Array:
-    """In float32. Float32 operands are not rounded."""
-    i, j = contracted
-    return lax.dot_general(
-        a,
-        b,
-        (((i,), (j,)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _grid(inputs: _Inputs, sizes: _Sizes, **specs: Any) -> pltpu.PrefetchScalarGridSpec:

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost
+from hymba_jax.ops.precision import kernel_dot
 from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.types import Array, Float
 
@@ -267,15 +268,15 @@ def _forward_kernel(inputs: _Inputs, y_ref: Ref, final_ref: Ref, *refs: Ref, siz
         low, added = u.astype(dtype), (u * spread(rows.to_end)).astype(dtype)
         y = spread(inputs.D.at[0]) * x + jnp.concatenate(
             [
-                _dot(low[of_head], (_decay(rows, h) * chunk.scores[...]).astype(dtype))
+                kernel_dot(low[of_head], (_decay(rows, h) * chunk.scores[...]).astype(dtype))
                 for h, of_head in _heads(n, sizes)
             ]
         )
-        kept = _dot(added, inputs.B[0, 0])
+        kept = kernel_dot(added, inputs.B[0, 0])
         for borders_ref in borders_refs:
             borders_ref[0, 0, 0, at] = states[0][at].astype(dtype)
         for state, from_start, keep in zip(states, rows.from_start, rows.kept, strict=True):
-            y += spread(from_start) * _dot(state[at].astype(dtype), inputs.C[0, 0], (1, 1))
+            y += spread(from_start) * kernel_dot(state[at].astype(dtype), inputs.C[0, 0], (1, 1))
             kept += spread(keep) * state[at]
         states[0][at] = kept
         y_ref[0, :, at] = y.astype(dtype).T
@@ -377,24 +378,29 @@ def _backward_kernel(
         # The sums over i and over j of what the exponents gain cancel where the same rounded
         # operands are in both.
         u, to_end, dh_low = low.astype(jnp.float32), spread(rows.to_end), dh.astype(dtype)
-        end = to_end * _dot(dh_low, B, (1, 1))
+        end = to_end * kernel_dot(dh_low, B, (1, 1))
         of_heads: list[tuple[Array, Array]] = []
         for h, of_head in _heads(n, sizes):
             decay = _decay(rows, h)
             weights = (decay * chunk.scores[...]).astype(dtype)
-            of_heads.append((_dot(low[of_head], weights), _dot(dy_low[of_head], weights, (1, 1))))
-            dchunk.scores[...] += decay * _dot(low[of_head].T, dy_low[of_head])
+            of_heads.append(
+                (
+                    kernel_dot(low[of_head], weights),
+                    kernel_dot(dy_low[of_head], weights, (1, 1)),
+                )
+            )
+            dchunk.scores[...] += decay * kernel_dot(low[of_head].T, dy_low[of_head])
         y, du = (jnp.concatenate(v) for v in zip(*of_heads, strict=True))
         du += end
-        dchunk.B[...] += _dot((u * to_end).astype(dtype).T, dh_low)
+        dchunk.B[...] += kernel_dot((u * to_end).astype(dtype).T, dh_low)
         gained = jnp.zeros(dh.shape)
         for s, (state, dstate) in enumerate(zip(states, dstates, strict=True)):
             from_start, kept = spread(rows.from_start[s]), spread(rows.kept[s])
             state_low, dread = state[at].astype(dtype), (dy * from_start).astype(dtype)
-            y += from_start * _dot(state_low, C, (1, 1))
+            y += from_start * kernel_dot(state_low, C, (1, 1))
             gained += dh * kept * state[at]
-            dchunk.C[...] += _dot(dread.T, state_low)
-            dstate[at] = (dstate[at] if s else 0) + kept * dh + _dot(dread, C)
+            dchunk.C[...] += kernel_dot(dread.T, state_low)
+            dstate[at] = (dstate[at] if s else 0) + kept * dh + kernel_dot(dread, C)
         dx = delta * du + spread(inputs.D.at[0]) * dy
         gradients.x[0, :, at] = dx.astype(dtype).T
         put_sums(gradients.delta.at[0, 0], x * du)
@@ -408,8 +414,8 @@ def _backward_kernel(
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _() -> None:
         dscores = jnp.where(chunk.reads[...] > 0, dchunk.scores[...], 0).astype(dtype)
-        gradients.B[0, 0] = (dchunk.B[...] + _dot(dscores, C)).astype(dtype)
-        gradients.C[0, 0] = (dchunk.C[...] + _dot(dscores.T, B)).astype(dtype)
+        gradients.B[0, 0] = (dchunk.B[...] + kernel_dot(dscores, C)).astype(dtype)
+        gradients.C[0, 0] = (dchunk.C[...] + kernel_dot(dscores.T, B)).astype(dtype)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _() -> None:
@@ -431,9 +437,9 @@ def _prepare(inputs: _Inputs, chunk: _Chunk, rows: _Rows) -> None:
             document = jnp.broadcast_to(inputs.document[0], square)
             reads &= document == document.T
         chunk.reads[...] = reads.astype(jnp.float32)
-        chunk.scores[...] = jnp.where(reads, _dot(inputs.B[0, 0], inputs.C[0, 0], (1, 1)), 0)
+        chunk.scores[...] = jnp.where(reads, kernel_dot(inputs.B[0, 0], inputs.C[0, 0], (1, 1)), 0)
 
-    total = _dot(inputs.exponent[0, 0], chunk.reads[...]) * math.log2(math.e)
+    total = kernel_dot(inputs.exponent[0, 0], chunk.reads[...]) * math.log2(math.e)
     last = total[:, -1:]
     from_start, to_end = jnp.exp2(total), jnp.exp2(jnp.minimum(last - total, 0))
     kept = jnp.broadcast_to(jnp.exp2(last), rows.kept[0].shape)
@@ -463,7 +469,7 @@ def _dexponent(chunk: _Chunk, drows: _RowGradients) -> Float[Array, "rows positi
     dlast = sum(ref[...].sum(1, keepdims=True) for ref in (drows.to_end, drows.kept))
     lane = lax.broadcasted_iota(jnp.int32, drows.total.shape, 1)
     dtotal = drows.total[...] + jnp.where(lane == _CHUNK - 1, dlast, 0)
-    return _dot(dtotal, chunk.reads[...], (1, 1))
+    return kernel_dot(dtotal, chunk.reads[...], (1, 1))
 
 
 def _heads(n: int, sizes: _Sizes) -> list[tuple[int, slice]]:
@@ -488,18 +494,6 @@ def _put_sums(ref: Ref, terms: Array, n: int, sizes: _Sizes) -> None:
     """Sets the rows of the heads scheduled together to sums over channels."""
     for h, of_head in _heads(n, sizes):
         ref[h : h + 1] = terms[of_head].sum(0, keepdims=True)
-
-
-def _dot(a: Array, b: Array, contracted: tuple[int, int] = (1, 0)) -> Array:
-    """In float32. Float32 operands are not rounded."""
-    i, j = contracted
-    return lax.dot_general(
-        a,
-        b,
-        (((i,), (j,)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _grid(inputs: _Inputs) -> tuple[int, int, int, int]:
