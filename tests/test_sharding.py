@@ -13,9 +13,11 @@ from slow import slow_but
 
 from hymba_jax.config import PRESETS
 from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.model.sharding import describe_sharding, state_shardings
 from hymba_jax.parallel.mesh import constrain, gather_param, make_mesh, partition
+from hymba_jax.training.optimizer import muon
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,28 @@ def test_no_activations_are_replicated_to_sum_the_gradients_of_a_table(vocab, ca
         embedding = jax.ShapeDtypeStruct((vocab, 32), jnp.float32, sharding=table)
         jax.jit(jax.grad(loss), out_shardings=table).lower(embedding, tokens).compile()
     assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("layers", [3, 12])
+def test_muon_collects_each_matrix_on_one_device_and_replicates_no_stack(layers, capfd):
+    mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=4, fsdp=2))
+    whole = jax.random.normal(jax.random.key(0), (layers, 48, 32))
+    sharding = NamedSharding(mesh, jax.P(None, "fsdp"))
+    optimizer = muon(TrainingConfig(optimizer="muon"))
+
+    def direction(gradient):
+        params = {"layers": {"kernel": gradient}}
+        return optimizer.update(params, optimizer.init(params))[0]["layers"]["kernel"]
+
+    expected = jax.jit(direction)(whole)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(direction, out_shardings=sharding)
+        compiled = sharded.lower(jax.device_put(whole, sharding)).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+    np.testing.assert_allclose(
+        compiled(jax.device_put(whole, sharding)), expected, atol=1e-5 * np.abs(expected).max()
+    )
+    assert f"f32[{layers},48,32]" not in compiled.as_text()
 
 
 def test_no_stack_of_layers_is_gathered_at_once(step):

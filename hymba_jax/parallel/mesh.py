@@ -146,8 +146,12 @@ def shard_first_axis(x: Array) -> Array:
     if not is_partitioned():
         return x
     mesh = jax.sharding.get_abstract_mesh()
-    padding = [(0, -len(x) % mesh.size), *[(0, 0)] * (x.ndim - 1)]
-    return with_sharding_constraint(jnp.pad(x, padding), PartitionSpec(mesh.axis_names))
+    x = jnp.pad(x, [(0, -len(x) % mesh.size), *[(0, 0)] * (x.ndim - 1)])
+    # Without it XLA shards what x is computed from over `data`, too, and then replicates all of it.
+    x = with_sharding_constraint(
+        x, PartitionSpec(None, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    )
+    return with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
 
 
 def gather_param(param: nnx.Param[Array], dtype: DTypeLike | None = None) -> Array:
