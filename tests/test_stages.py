@@ -106,6 +106,11 @@ def test_toml_keeps_stages_and_their_order(tmp_path):
             r"sources.code: is not among .*there are web, books",
         ),
         ("books.weight = 2", "books.weight = 0", "no source has a weight above 0"),
+        (
+            "batch_size = 2",
+            'validate_on = ["code"]',
+            "stages.extension: .*validate_on: code is no source of validation, there are web, bo",
+        ),
         ("batch_size = 2", "batch_size = 0", "stages.extension: training config: batch_size is 0"),
         (
             "max_positions = 4096",

@@ -233,11 +233,13 @@ def _fixed_when_done(stage: Stage) -> dict[str, Any]:
 
 
 def _fixed_in_stage(stage: Stage) -> dict[str, Any]:
-    """The settings that cannot change in a stage that has begun: the order of the data."""
+    """The settings that cannot change in a stage that has begun: the order of the data, and which
+    text the best checkpoint is chosen by."""
     run, training = stage.run, stage.run.training
     fixed: dict[str, Any] = {
         "training.batch_size": training.batch_size,
         "training.objective": training.objective,
+        "training.validate_on": training.validate_on,
     }
     if training.objective == "dpo":
         fixed |= dict(leaves(run.dpo, "dpo."))

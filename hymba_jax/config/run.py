@@ -94,6 +94,13 @@ class RunConfig:
             return
         yield from self.training.stage_problems()
         yield from self.data.packing_problems()
+        there = self.data.validation or self.data.train_sources
+        for name in self.training.validate_on:
+            if name not in there:
+                yield (
+                    f"training.validate_on: {name} is no source of validation, there are "
+                    f"{', '.join(there)}"
+                )
         if self.data.sequence_length > self.model.max_positions:
             yield (
                 f"data.sequence_length {self.data.sequence_length} is longer than "

@@ -44,7 +44,8 @@ class StageConfig:
     Attributes:
       steps: number of optimizer updates.
       tokens: the length in tokens instead, rounded up to whole steps.
-      objective, batch_size, gradient_accumulation_steps, validate_every: as in `[training]`.
+      objective, batch_size, gradient_accumulation_steps, validate_every, validate_on: as in
+        `[training]`.
       schedule, learning_rate, min_learning_rate, warmup_fraction, warmup_steps, decay_fraction,
         decay_steps: as in `[training]`, over the steps of the stage. The warm-up rises from the
         last learning rate of the stage before.
@@ -68,6 +69,7 @@ class StageConfig:
     decay_fraction: float | None = None
     decay_steps: int | None = None
     validate_every: int | None = None
+    validate_on: tuple[str, ...] | None = None
     sequence_length: int | None = None
     packing: Packing | None = None
     max_positions: int | None = None
@@ -122,12 +124,13 @@ class Stage:
         return (self.run.model, *sizes, data.packing, training.objective)
 
     @property
-    def validated_on(self) -> tuple[int, str]:
-        """The length of the sequences that validation samples, and the objective.
+    def validated_on(self) -> tuple[int, str, frozenset[str]]:
+        """The length of the sequences that validation samples, the objective, and the sources.
 
         Losses of stages that agree in it are of the same text.
         """
-        return self.run.data.sequence_length, self.run.training.objective
+        training = self.run.training
+        return self.run.data.sequence_length, training.objective, frozenset(training.validate_on)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -181,8 +184,8 @@ SCHEDULE_SETTINGS = ("schedule", "learning_rate", "min_learning_rate", *sum(_ALT
 """Settings of training that decide the learning rate over the steps of a stage."""
 
 _TRAINING = (
-    *("objective", "steps", "batch_size", "gradient_accumulation_steps", "validate_every"),
-    *SCHEDULE_SETTINGS,
+    *("objective", "steps", "batch_size", "gradient_accumulation_steps"),
+    *("validate_every", "validate_on", *SCHEDULE_SETTINGS),
 )
 _DATA = ("sequence_length", "packing")
 _MODEL = ("max_positions",)

@@ -99,6 +99,7 @@ class TrainingConfig:
         which leaves parameters, optimizer and schedule as they were.
       log_every: steps between lines of metrics; a validation adds one.
       validate_every: steps between validations.
+      validate_on: the sources of validation that these use, by name; if there are none, all.
       validation_sequences: sequences of each validation set per validation; the last validation
         uses all held-out text.
       checkpoint_every: steps between checkpoints; the last step has one too.
@@ -106,7 +107,7 @@ class TrainingConfig:
         or end a stage; the newest of all, which an interruption may have saved, stays anyway.
       keep_best: keeps the checkpoint with the lowest validation loss, too; a validation that is the
         best so far saves one. It is the mean over all validation sets, of the same sequences each
-        time. In a stage with sequences of another length it starts anew.
+        time. In a stage with sequences of another length, or other sources, it starts anew.
       freeze: name patterns, as in `[adapter]`, of parameters that are not trained: embedding or
         mixer.ssm, for example. Frozen parameters have neither gradients nor optimizer state.
       sample_prompt: prompt of the sample that is written at the end of the run.
@@ -141,6 +142,7 @@ class TrainingConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = 10
     validate_every: int = 250
+    validate_on: tuple[str, ...] = ()
     validation_sequences: int = 128
     checkpoint_every: int = 250
     keep_checkpoints: int = 2

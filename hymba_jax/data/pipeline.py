@@ -5,7 +5,7 @@ a batch that its devices compute; so a run resumes exactly on another number of 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -73,12 +73,12 @@ class Data:
         """Tokens of all sources of training."""
         return sum(tokens.store.num_tokens for tokens in self.train.values())
 
-    def validated(self, *, preferences: bool) -> dict[str, Tokens]:
-        """The sources of validation that are pairs, or those that are not."""
+    def validated(self, names: Collection[str] = (), *, preferences: bool) -> dict[str, Tokens]:
+        """The sources of validation, or those with these names, that are pairs, or that are not."""
         return {
             name: tokens
             for name, tokens in self.validation.items()
-            if tokens.is_preference == preferences
+            if tokens.is_preference == preferences and (name in names or not names)
         }
 
     @property
@@ -131,15 +131,16 @@ class Data:
         return rows
 
     def validation_sets(
-        self, config: DataConfig, *, preferences: bool = False
+        self, config: DataConfig, names: Collection[str] = (), *, preferences: bool = False
     ) -> dict[str, ValidationSet]:
         """All validation documents, as rows of the config's length and packing, by source.
 
         Args:
+          names: those sources alone.
           preferences: those of pairs, in place of the others.
         """
         sets = {}
-        for name, tokens in self.validated(preferences=preferences).items():
+        for name, tokens in self.validated(names, preferences=preferences).items():
             store, packing = tokens.store, config.validation_packing
             source = f"validation source {name}"
             rows = (
@@ -150,11 +151,13 @@ class Data:
             sets[name] = ValidationSet(rows, self._validation_bytes[name])
         return sets
 
-    def validation_left_out(self, config: DataConfig, *, preferences: bool = False) -> list[str]:
+    def validation_left_out(
+        self, config: DataConfig, names: Collection[str] = (), *, preferences: bool = False
+    ) -> list[str]:
         """Which conversations of each source of validation are left out, in words, a line each."""
         return [
             f"validation source {name}: {line}"
-            for name, each in self.validation_sets(config, preferences=preferences).items()
+            for name, each in self.validation_sets(config, names, preferences=preferences).items()
             if isinstance(each.rows, ConversationRows) and (line := each.rows.describe_left_out())
         ]
 

@@ -470,7 +470,9 @@ def _describe_rows(
         lines += examples[stage.name].padding()
         lines += examples[stage.name].left_out()
         preferences = stage.run.training.objective == "dpo"
-        lines += data.validation_left_out(stage.run.data, preferences=preferences)
+        lines += data.validation_left_out(
+            stage.run.data, stage.run.training.validate_on, preferences=preferences
+        )
     return list(dict.fromkeys(lines))
 
 

@@ -1,6 +1,6 @@
 """The objectives that a config can name."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from functools import partial
 
 from hymba_jax.config.run import RunConfig
@@ -42,21 +42,29 @@ def check_formats(stage: Stage, formats: Formats) -> None:
             source = f"data.sources.{name}" if stage.run.data.sources else "data.path"
             raise HymbaError(f"{stage.label}: objective is {objective}, and {source} has {problem}")
     if formats.validation:
-        _check_validated(stage, [each == "preference" for each in formats.validation.values()])
+        _check_validated(
+            stage, {name: each == "preference" for name, each in formats.validation.items()}
+        )
 
 
 def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
     """Raises HymbaError if the objective of a stage does not go with its teacher or validation."""
     if teacher:
         check_teacher(teacher, data.tokenizer)
-    _check_validated(stage, [tokens.is_preference for tokens in data.validation.values()])
+    _check_validated(stage, {name: each.is_preference for name, each in data.validation.items()})
 
 
-def _check_validated(stage: Stage, are_pairs: Collection[bool]) -> None:
+def _check_validated(stage: Stage, has_pairs: Mapping[str, bool]) -> None:
     """Raises HymbaError unless a source of validation has what the objective of a stage is for."""
     is_dpo = stage.run.training.objective == "dpo"
-    if is_dpo not in are_pairs:
-        what = "pairs" if is_dpo else "documents but pairs"
+    what = "pairs" if is_dpo else "documents but pairs"
+    if chosen := stage.run.training.validate_on:
+        if is_dpo not in (has_pairs[name] for name in chosen if name in has_pairs):
+            raise HymbaError(
+                f"{stage.label}: training.validate_on names no source of validation {what}: "
+                f"{', '.join(chosen)}"
+            )
+    elif is_dpo not in has_pairs.values():
         raise HymbaError(
             f"{stage.label}: there are no validation {what}: name some in [data.validation.NAME], "
             "or hold out a larger validation_fraction"

@@ -101,7 +101,9 @@ def compile_stage(
         )
     steps = compiled[stage.compiled_for]
     given = (teacher.load(mesh),) if teacher else ()
-    sets = data.validation_sets(run.data, preferences=training.objective == "dpo")
+    sets = data.validation_sets(
+        run.data, training.validate_on, preferences=training.objective == "dpo"
+    )
     validate = make_validate(
         lambda params, batch: steps.eval_step(params, batch, *given),
         sets,

@@ -15,7 +15,7 @@ from flax import nnx
 from slow import slow_but
 
 from hymba_jax.checkpoint.checkpoints import resolve_step
-from hymba_jax.config.data import WeightedSourceConfig
+from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import StageConfig, StageSourceConfig
 from hymba_jax.config.tracking import TrackingConfig
@@ -170,18 +170,19 @@ def test_a_validation_that_is_the_best_so_far_saves_a_checkpoint(config, monkeyp
     assert checkpoint_steps(config.output) == [14]
 
 
-def test_validations_of_stages_with_other_sequences_are_not_compared(config, monkeypatch):
-    """Of three stages with two validations each, of which the last has longer sequences."""
+@pytest.mark.parametrize("other", [{"sequence_length": 48}, {"validate_on": ("corpus",)}])
+def test_validations_of_stages_on_other_text_are_not_compared(config, monkeypatch, other):
+    """Of three stages with two validations each, of which the last validates on other text."""
     losses = iter([6, 5, 3, 4, 9, 8])
     monkeypatch.setattr(loop, "comparable_loss", lambda _: next(losses))
     config = changed(config, steps=TrainingConfig.steps, validate_every=2, checkpoint_every=100)
     config = changed(config, schedule="constant")
     stage = StageConfig(steps=4)
-    longer = dataclasses.replace(stage, sequence_length=2 * config.data.sequence_length)
+    last = dataclasses.replace(stage, **other)
     config = dataclasses.replace(config, stages={"one": stage, "two": stage})
     train(config)
     assert resolve_step(config.output, "best") == 6
-    train(dataclasses.replace(config, stages={**config.stages, "three": longer}))
+    train(dataclasses.replace(config, stages={**config.stages, "three": last}))
     assert resolve_step(config.output, "best") == 12
 
 
@@ -397,6 +398,29 @@ def test_a_run_is_extended(config, tmp_path, capsys):
     longer = (*DECAY[:1], 6, DECAY[2])
     with pytest.raises(HymbaError, match=r"stages\.decay: training\.steps was 4, is 6"):
         train(staged(config, STABLE, longer, LONGER))
+
+
+def test_a_stage_validates_on_sources_of_its_own(config, tmp_path):
+    """With the losses of a run that validates on all."""
+    for name in ("pages", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"a corpus of {name}, of one document " * 40)
+    held_out = {name: SourceConfig(str(tmp_path / f"{name}.txt")) for name in ("pages", "other")}
+    data = dataclasses.replace(config.data, validation=held_out)
+    config = changed(dataclasses.replace(config, data=data), validate_every=2)
+    stages = [(name, 4, {"validate_on": on}) for name, on in (("both", None), ("one", ("other",)))]
+    every = train(staged(config, *((name, steps, {}) for name, steps, _ in stages)))
+    lines = train(staged(config, *stages), tmp_path / "chosen")
+    for line, expected in zip(lines, every, strict=True):
+        if line["step"] <= 4:
+            assert line == expected
+        elif "validation_loss" in expected:
+            assert line["validation_loss"] == expected["validation_loss/other"]
+            assert not [name for name in line if name.startswith("validation_loss/")]
+    with pytest.raises(HymbaError, match=r"stages\.both: training\.validate_on was \(\), is \('p"):
+        train(
+            staged(config, ("both", 5, {"validate_on": ("pages",)}), *stages[1:]),
+            tmp_path / "chosen",
+        )
 
 
 def test_a_stage_on_a_new_source_is_added(config, tmp_path, capsys):
