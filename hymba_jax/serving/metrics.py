@@ -66,6 +66,7 @@ class Metrics:
         start = time.monotonic()
         before: dict[tuple[int, int], float] = {}  # when each completion had its last tokens
         self._prompt_tokens.labels(model).inc(prompt_tokens)
+        between, generated = self._between.labels(model), self._generated.labels(model)
         async for delta in deltas:
             now, place = time.monotonic(), (delta.index, delta.sample)
             if not (delta.tokens or delta.finish_reason):  # its prompt's scores
@@ -75,8 +76,8 @@ class Metrics:
                 self._to_first.labels(model).observe(now - start)
             if delta.tokens:
                 for _ in delta.tokens if place in before else ():
-                    self._between.labels(model).observe((now - before[place]) / len(delta.tokens))
-                self._generated.labels(model).inc(len(delta.tokens))
+                    between.observe((now - before[place]) / len(delta.tokens))
+                generated.inc(len(delta.tokens))
             before[place] = now
             if delta.finish_reason:
                 self._finished.labels(model, delta.finish_reason).inc()

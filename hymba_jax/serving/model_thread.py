@@ -159,7 +159,7 @@ class Generation:
                 if isinstance(output, HymbaError):
                     raise output
                 self._samples_left -= output.finish_reason is not None
-                yield dataclasses.replace(output, index=index)
+                yield dataclasses.replace(output, index=index) if index else output
         finally:
             self.cancel()
 
