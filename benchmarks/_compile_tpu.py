@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from _bundles import grid_loop
+from _bundles import Loop, grid_loop
 from _report import Row
 from _scan_passes import (
     compile_scans,
@@ -52,7 +52,7 @@ class CompiledKernel(NamedTuple):
     Attributes:
       vmem, spilled: bytes of VMEM, and those among them for registers.
       limit: bytes of VMEM that it may have.
-      cycles: of the whole grid.
+      step: the loop over its grid.
       moved: bytes of HBM that the function reads and writes.
       jaxpr: of the function.
       params: of the kernel in it.
@@ -62,12 +62,22 @@ class CompiledKernel(NamedTuple):
     vmem: int
     spilled: int
     limit: int
-    cycles: int
+    step: Loop
     moved: float
     jaxpr: Any
     params: Any
     operands: Any
     results: Any
+
+    @property
+    def programs(self) -> int:
+        """Of its grid."""
+        return math.prod(self.params["grid_mapping"].grid)
+
+    @property
+    def cycles(self) -> int:
+        """Of the whole grid, if every program takes all branches."""
+        return self.programs * self.step.cycles
 
 
 def compile_kernel(
@@ -90,7 +100,7 @@ def compile_kernel(
     return CompiledKernel(
         *vmem_allocations(allocations),
         kernel.params["compiler_params"].vmem_limit_bytes,
-        grid_loop(schedule).cycles * math.prod(kernel.params["grid_mapping"].grid),
+        grid_loop(schedule),
         costs["bytes accessed"],
         jaxpr,
         kernel.params,
@@ -104,15 +114,20 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
         kernel = compile_kernel("selective_scan", target, dump, function, inputs)
     except Exception as error:  # reported as a row
         return {"compiled": str(error).splitlines()[0][:60]}
-    taken = math.prod(kernel.params["grid_mapping"].grid) * exponentials(kernel.params["jaxpr"])
+    taken = kernel.programs * exponentials(kernel.params["jaxpr"])
     batch, length, channels = kernel.operands[0].shape
     blocks = batch * length * channels / 640  # positions of as many channels as a block has
+    # One program of a group of blocks runs the loop for columns, the first, and, in the backward
+    # pass, the one for their gradients, the fifth.
+    shared = [loop for i, loop in enumerate(kernel.step.inner) if i in (0, 4)]
+    others = 1 - 1 / kernel.params["grid_mapping"].grid[-1]
+    cycles = kernel.cycles - kernel.programs * others * sum(v.trips * v.cycles for v in shared)
     return {
         "compiled": "yes",
         "VMEM MiB": kernel.vmem / 2**20,
         "of limit": kernel.vmem / kernel.limit,
         "spilled": kernel.spilled,
-        "cycles a position": kernel.cycles / blocks,
+        "cycles a position": cycles / blocks,
         "HBM MB": kernel.moved / 1e6,
         "HBM vs minimum": kernel.moved / min_bytes(kernel.jaxpr),
         "1e6 exp": taken / 1e6,

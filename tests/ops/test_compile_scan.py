@@ -26,7 +26,7 @@ def test_kernels_compile(target, dtype, tmp_path):
     rows = {row["pass"]: row for row in map(json.loads, file.read_text().splitlines())}
     assert list(rows) == ["inference", "training", "backward"]
     # The schedule of a TPU's backward pass is the better for some.
-    allowed = {"backward": 2**18} if target != "h100" else {}
+    allowed = {"backward": 2**16} if target != "h100" else {}
     for name, row in rows.items():
         assert row["compiled"] == "yes"
         assert row["spilled"] <= allowed.get(name, 0)

@@ -260,6 +260,14 @@ def test_blocks_of_channels(scan, channels):
     assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
+def test_groups_of_blocks(scan, monkeypatch):
+    """Two of a block each, whose gradients of B and C are summed."""
+    monkeypatch.setattr(pallas_tpu, "_MAX_GROUP", 1)
+    sizes = (1, 5, 700, 4)
+    assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
+
+
 @pytest.mark.slow
 def test_gpu_kernels_with_chunks_as_they_are():
     """The others have `short_chunks`."""
