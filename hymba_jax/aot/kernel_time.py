@@ -15,16 +15,16 @@ CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 
 CYCLES = {
     "TPU v5 lite": {
-        "selective_scan_forward": 4.01,
-        "selective_scan_backward": 4.80,
+        "selective_scan_forward": 2.92,
+        "selective_scan_backward": 3.86,
         "attention_forward": 5.86,
         "attention_backward": 10.3,
         "ssd_forward": 8.17,
         "ssd_backward": 14.2,
     },
     "TPU v6 lite": {
-        "selective_scan_forward": 4.02,
-        "selective_scan_backward": 4.77,
+        "selective_scan_forward": 2.82,
+        "selective_scan_backward": 3.83,
         "attention_forward": 4.58,
         "attention_backward": 6.42,
         "ssd_forward": 7.08,
