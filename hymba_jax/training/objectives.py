@@ -41,10 +41,8 @@ def check_formats(stage: Stage, formats: Formats) -> None:
             )
             source = f"data.sources.{name}" if stage.run.data.sources else "data.path"
             raise HymbaError(f"{stage.label}: objective is {objective}, and {source} has {problem}")
-    if formats.validation:
-        _check_validated(
-            stage, {name: each == "preference" for name, each in formats.validation.items()}
-        )
+    held_out = formats.validation or formats.train
+    _check_validated(stage, {name: each == "preference" for name, each in held_out.items()})
 
 
 def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:

@@ -226,6 +226,12 @@ def test_objectives_and_data_that_do_not_go_together(config, one_device):
     other = dataclasses.replace(config, output=f"{config.output}-held", data=data)
     with pytest.raises(HymbaError, match="stage dpo: there are no validation pairs: name some"):
         train(other)
+    stages = {"dpo": dataclasses.replace(config.stages["dpo"], validate_on=("chats",))}
+    other = dataclasses.replace(config, output=f"{config.output}-on", stages=stages)
+    with pytest.raises(
+        HymbaError, match=r"stage dpo: training\.validate_on names no source of val"
+    ):
+        train(other)
     assert not Path(other.output).exists()
 
 
