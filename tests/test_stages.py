@@ -80,6 +80,19 @@ def test_a_stage_is_the_run_with_its_own_fields(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("loss", "compared"), [("sigmoid", False), ("simpo", True)])
+def test_losses_relative_to_other_references_are_not_compared(tmp_path, loss, compared):
+    """The reference of each stage is the model that it began with; SimPO has none."""
+    stages = "".join(
+        f'[[stages]]\nname = "{name}"\nsteps = 9\nobjective = "dpo"\n' for name in ("one", "two")
+    )
+    source = '[data.sources.pairs]\npath = "pairs"\nformat = "preference"\n'
+    packing = '[data]\npacking = "documents"\nvalidation_packing = "documents"\n'
+    run = read(tmp_path, f'{packing}{source}[dpo]\nloss = "{loss}"\n{stages}')
+    one, two = run.resolved_stages
+    assert (one.validated_on == two.validated_on) == compared
+
+
 def test_a_run_without_stages_is_one():
     run = RunConfig()
     (stage,) = run.resolved_stages

@@ -84,7 +84,8 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
       step: steps done.
     """
     both = previous.data.sources.keys() & config.data.sources.keys()
-    before, now = _fixed_on_resume(previous, both), _fixed_on_resume(config, both)
+    held_out = previous.data.validation.keys() & config.data.validation.keys()
+    before, now = (_fixed_on_resume(each, both, held_out) for each in (previous, config))
     changed = [*_differences("", before, now)]
     begun = [stage for stage in previous.resolved_stages if stage.start < step or not stage.start]
     stages = config.resolved_stages
@@ -195,13 +196,14 @@ def check_written(output: str) -> None:
         time.sleep(0.1)
 
 
-def _fixed_on_resume(config: RunConfig, sources: Set[str]) -> dict[str, Any]:
+def _fixed_on_resume(config: RunConfig, sources: Set[str], validation: Set[str]) -> dict[str, Any]:
     """The settings that cannot change on resuming, in no stage: shapes and layout.
 
     The corpus may move: its tokens are compared, by their digest.
 
     Args:
-      sources: of training, those whose settings are compared: others are new, or have gone.
+      sources, validation: of training and of validation, those whose settings are compared: others
+        are new, or have gone.
     """
     fixed = {
         "seed": config.seed,
@@ -213,12 +215,14 @@ def _fixed_on_resume(config: RunConfig, sources: Set[str]) -> dict[str, Any]:
     }
     fixed |= dict(leaves(config.adapter, "adapter."))
     fixed |= dict(leaves(config.model.resolved(), "model."))
-    kept = {name: source for name, source in config.data.sources.items() if name in sources}
-    fixed |= {
-        name: value
-        for name, value in leaves(dataclasses.replace(config.data, sources=kept), "data.")
-        if not _is_source_path(name)
-    }
+    kept = dataclasses.replace(
+        config.data,
+        sources={name: each for name, each in config.data.sources.items() if name in sources},
+        validation={
+            name: each for name, each in config.data.validation.items() if name in validation
+        },
+    )
+    fixed |= {name: value for name, value in leaves(kept, "data.") if not _is_source_path(name)}
     return {
         name: value
         for name, value in fixed.items()
@@ -240,6 +244,8 @@ def _fixed_in_stage(stage: Stage) -> dict[str, Any]:
         "training.batch_size": training.batch_size,
         "training.objective": training.objective,
         "training.validate_on": training.validate_on,
+        "training.validation_sequences": training.validation_sequences,
+        "the order of sources": [*stage.shares],
     }
     if training.objective == "dpo":
         fixed |= dict(leaves(run.dpo, "dpo."))

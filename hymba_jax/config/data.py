@@ -143,6 +143,15 @@ class DataConfig:
             for name, source in getattr(self, table).items():
                 if not source.path:
                     yield f"{table}.{name}.path is empty"
+                if source.text_field and self.has_answers(source):
+                    yield (
+                        f"{table}.{name}.text_field has no effect on format "
+                        f"{self.format_of(source)}: leave it out"
+                    )
+        if self.text_field != DataConfig.text_field and all(
+            map(self.has_answers, [*self.train_sources.values(), *self.validation.values()])
+        ):
+            yield "text_field has no effect, as no source is text: leave it out"
         for name, source in self.sources.items():
             weights = bound_problems(source, {"weight": _WEIGHT})
             yield from (f"sources.{name}.{problem}" for problem in weights)

@@ -124,13 +124,20 @@ class Stage:
         return (self.run.model, *sizes, data.packing, training.objective)
 
     @property
-    def validated_on(self) -> tuple[int, str, frozenset[str]]:
+    def validated_on(self) -> tuple[Hashable, ...]:
         """The length of the sequences that validation samples, the objective, and the sources.
 
-        Losses of stages that agree in it are of the same text.
+        Losses of stages that agree in it can be compared. Those of DPO are relative to the model
+        that the stage began with.
         """
-        training = self.run.training
-        return self.run.data.sequence_length, training.objective, frozenset(training.validate_on)
+        run, training = self.run, self.run.training
+        has_reference = training.objective == "dpo" and run.dpo.has_reference
+        return (
+            run.data.sequence_length,
+            training.objective,
+            frozenset(training.validate_on),
+            self.start if has_reference else None,
+        )
 
     @property
     def shares(self) -> dict[str, float]:

@@ -237,7 +237,10 @@ class TrainingConfig:
         if self.decay_steps is not None:
             return warmup, self.decay_steps
         decay = round(_given(self.decay_fraction, DECAY_FRACTION) * self.steps)
-        return warmup, min(decay, self.steps - warmup)
+        if None not in (self.decay_fraction, self.warmup_steps):
+            return warmup, decay
+        # The default, or a fraction rounded up, ends with the stage.
+        return warmup, min(decay, max(self.steps - warmup, 0))
 
 
 def _given(value: float | None, default: float) -> float:

@@ -95,12 +95,13 @@ def main(args: ExportConfig) -> None:
     if args.merge_peft:
         _write_merged(run, args.step, resolve_path(args.merge_peft), output)
         return
-    config, compute = read_model_directory(run)
+    read_model_directory(run)  # a model, or no directory of any, is said to be that
     steps = checkpoint_steps(run)
     if not steps:
         raise HymbaError(f"{run}: no run with a checkpoint")
     step = resolve_step(run, args.step)
     step = steps[-1] if step is None else step
+    config, compute = read_model_directory(run, step)
     trainable = read_trainable(run)
     adapter = trainable.adapter
     _check_form(run, args, adapter)
@@ -176,7 +177,13 @@ def _last(run: Path, count: int) -> list[int]:
             f"{run / FOLDER}: keeps {len(kept)} checkpoints on schedule, not {count}: average "
             "fewer, or train with a larger training.keep_checkpoints"
         )
-    return kept[-count:]
+    averaged = kept[-count:]
+    if len({config.stage_at(step).run.model for step in averaged}) > 1:
+        raise HymbaError(
+            f"{run}: steps {', '.join(map(str, averaged))} are of stages with different models, "
+            "such as another RoPE base: average fewer"
+        )
+    return averaged
 
 
 def _mean(checkpoints: Iterator[Params]) -> Params:

@@ -124,6 +124,8 @@ class TokenizeConfig:
             yield "show has no effect with tokenizer_only, which tokenizes nothing"
         if not self.data.text_field:
             yield "data.text_field is empty"
+        if self.data.text_field != TokenizeDataConfig.text_field and self.data.format != "text":
+            yield f"data.text_field has no effect on data.format {self.data.format}: leave it out"
         if self.check:
             yield from self._unchecked()
         if not 0 <= self.data.validation_fraction < 1:
@@ -250,7 +252,13 @@ def _prepare_tokenizer(
     name, parts = config.tokenizer, config.part_of[1]
     is_there = (directory / "tokenizer.json").exists()
     if is_there and given is None:
-        return Tokenizer.load(directory)
+        trained = Tokenizer.load(directory)
+        if trained.with_chat_template_of(config.chat_template).fingerprint != trained.fingerprint:
+            raise HymbaError(
+                f"{directory}: was begun with another chat template than {config.chat_template}: "
+                "leave --chat-template out, or give another --output"
+            )
+        return trained
     if given is not None:
         if is_there and Tokenizer.load(directory).fingerprint != given.fingerprint:
             raise HymbaError(

@@ -290,6 +290,7 @@ def _run_stages(
             if interrupts.agreed:
                 break
             step, validation_due = stage.stop, False
+            del program  # with its teacher, before the next stage loads its own
     return state
 
 

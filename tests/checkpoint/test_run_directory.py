@@ -10,6 +10,7 @@ from hymba_jax.checkpoint.run_directory import (
     write_run_directory,
 )
 from hymba_jax.config import ComputeConfig
+from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import DataConfig
@@ -64,6 +65,10 @@ def test_a_run_resumes_with_what_may_change(config, change):
     [
         ({"seed": 1}, "seed was 0, is 1"),
         ({"training": TrainingConfig(batch_size=16)}, "training.batch_size was 8, is 16"),
+        (
+            {"training": TrainingConfig(validation_sequences=7)},
+            "training.validation_sequences was 128, is 7",
+        ),
         ({"compute": ComputeConfig(scan_layers=False)}, "compute.scan_layers was True, is False"),
         ({"model": MODEL}, "model.vocab_size was 259, is 61"),
         ({"data": DataConfig(tokenizer="bytes", sequence_length=8)}, "data.sequence_length was 16"),
@@ -73,6 +78,33 @@ def test_another_run_is_refused_by_name(config, change, named):
     with pytest.raises(HymbaError) as caught:
         check_resumes(read_run(config.output), dataclasses.replace(config, **change), 1)
     assert named in str(caught.value)
+
+
+def test_sources_keep_their_order(config):
+    """Of two that are due at the same time, the first is read first."""
+    names = ("a", "b")
+    first, second = (
+        dataclasses.replace(
+            config,
+            data=dataclasses.replace(
+                DATA, sources={name: WeightedSourceConfig(name) for name in order}
+            ),
+        )
+        for order in (names, names[::-1])
+    )
+    check_resumes(first, first, 1)
+    with pytest.raises(HymbaError, match=r"the order of sources was \['a', 'b'\], is \['b', 'a'\]"):
+        check_resumes(first, second, 1)
+
+
+def test_validation_sources_may_be_added_but_not_changed(config):
+    def validated(**sources):
+        return dataclasses.replace(config, data=dataclasses.replace(DATA, validation=sources))
+
+    web, changed = SourceConfig("web"), SourceConfig("web", text_field="body")
+    check_resumes(validated(web=web), validated(web=web, code=SourceConfig("code")), 1)
+    with pytest.raises(HymbaError, match=r"data\.validation\.web\.text_field was '', is 'body'"):
+        check_resumes(validated(web=web), validated(web=changed), 1)
 
 
 def test_a_run_that_started_from_a_model_is_resumed_with_it(config):

@@ -1,6 +1,7 @@
 """`hymba export`: what the standalone model holds, and what is refused."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from hymba_jax.config import ComputeConfig
 from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.stages import StageConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.convert import export
 from hymba_jax.convert.export import ExportConfig, main
@@ -100,6 +102,26 @@ def test_the_model_that_is_written(
     needed = {"": [3 if step else 4], "last:2": [2, 4], "ema": []}
     assert read == needed[average]  # no more than is needed
     assert (tmp_path / "model" / "tokenizer.json").is_file()
+
+
+def test_an_earlier_stage_has_its_own_model(run, tmp_path, initial):
+    """Checkpoint 2 was trained with another RoPE base than checkpoint 4."""
+    staged = tmp_path / "run"
+    shutil.copytree(run, staged)
+    config = RunConfig.from_toml(staged / "config.toml")
+    stages = {
+        "short": StageConfig(steps=2, schedule="constant"),
+        "long": StageConfig(steps=2, max_positions=128, rope_theta=50000.0),
+    }
+    training = dataclasses.replace(config.training, steps=TrainingConfig.steps)
+    config = dataclasses.replace(config, stages=stages, training=training)
+    (staged / "config.toml").write_text(config.to_toml())
+    for step, theta, positions in ((2, 10000.0, 64), (4, 50000.0, 128)):
+        main(ExportConfig(str(staged), str(tmp_path / f"{step}"), step=step))
+        model, _ = read_model_directory(tmp_path / f"{step}")
+        assert (model.attention.rope_theta, model.max_positions) == (theta, positions)
+    with pytest.raises(HymbaError, match="steps 2, 4 are of stages with different models"):
+        main(ExportConfig(str(staged), str(tmp_path / "mean"), "last:2"))
 
 
 def test_what_cannot_be_exported(run, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from hymba_jax.config.data import DataConfig
+from hymba_jax.config.data import DataConfig, SourceConfig, WeightedSourceConfig
 from hymba_jax.errors import HymbaError
 
 
@@ -17,6 +17,16 @@ def test_every_problem_is_named_at_once():
     ):
         assert part in message
     assert "\n" not in message
+
+
+def test_a_field_of_text_is_refused_for_conversations():
+    chat = WeightedSourceConfig("chat", format="chat", text_field="body")
+    with pytest.raises(HymbaError, match=r"sources\.one\.text_field has no effect on format chat"):
+        DataConfig(sources={"one": chat})
+    with pytest.raises(HymbaError, match="text_field has no effect, as no source is text"):
+        DataConfig("chat", format="chat", text_field="body")
+    held_out = {"text": SourceConfig("pages", format="text")}
+    DataConfig("chat", format="chat", text_field="body", validation=held_out)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,17 @@ def test_interrupted_or_in_parts_the_bytes_are_the_same(small, corpus, tmp_path,
     assert contents(output) == expected
 
 
+def test_another_chat_template_than_that_of_the_tokenizer_there_is_refused(corpus, tmp_path):
+    directory, _ = corpus
+    template, output = tmp_path / "chat.jinja", tmp_path / "out"
+    template.write_text("{{ messages }}")
+    tokenize(directory, output, tokenizer_only=True, chat_template=str(template))
+    tokenize(directory, output, tokenizer_only=True, chat_template=str(template))
+    template.write_text("{{ messages[0] }}")
+    with pytest.raises(HymbaError, match="was begun with another chat template than"):
+        tokenize(directory, output, tokenizer_only=True, chat_template=str(template))
+
+
 def test_a_corpus_that_is_done_stays(corpus, tmp_path, capsys):
     directory, documents = corpus
     tokenize(directory, tmp_path / "out")
@@ -373,6 +384,10 @@ def wait_for_end(process):
         (
             {"data": TokenizeDataConfig("a", validation_fraction=1.0)},
             r"fraction is 1.0, not in \[0",
+        ),
+        (
+            {"data": TokenizeDataConfig("a", format="chat", text_field="body")},
+            "data.text_field has no effect on data.format chat",
         ),
         ({"output": ""}, "output is empty"),
         ({"check": True}, "data has no effect with check.*tokenizer has no effect with check"),

@@ -57,6 +57,7 @@ def test_warmup_and_decay_never_overlap(steps):
     [
         ({}, (2, 20)),
         ({"warmup_steps": 7}, (7, 20)),
+        ({"warmup_steps": 90}, (90, 10)),
         ({"decay_steps": 30, "warmup_fraction": 0.1}, (10, 30)),
         ({"schedule": "constant", "warmup_steps": 0}, (0, 0)),
         ({"schedule": "cosine"}, (2, 98)),
@@ -73,6 +74,8 @@ def test_phases_are_given_in_steps_or_fractions(options, phases):
         ({"schedule": "linear", "decay_fraction": 0.1}, "of schedule wsd, not of linear"),
         ({"warmup_fraction": 0.7, "decay_fraction": 0.4}, "0.7 and decay_fraction 0.4 add up"),
         ({"warmup_steps": 60, "decay_steps": 60}, "more than the 100 steps"),
+        ({"warmup_steps": 110}, "a warm-up of 110 and a decay of 0 steps are more than the 100"),
+        ({"warmup_steps": 90, "decay_fraction": 0.2}, "a decay of 20 steps are more than the 100"),
         ({"schedule": "constant", "min_learning_rate": 1e-4}, "schedule constant does not use it"),
     ],
 )
