@@ -122,7 +122,7 @@ class TextStream:
         certain = len(text)
         if not last:
             open_ends = (i for i in starts if any(s.startswith(text[i:]) for s in self._stop))
-            certain = min(open_ends, default=certain)
+            certain = next(open_ends, certain)  # the first; to look at them all is quadratic
         matches = ((i, s) for s in self._stop if (i := text.find(s)) >= 0)
         found, string = min(matches, default=(len(text), None))
         self.stop_string = string if found <= certain else None

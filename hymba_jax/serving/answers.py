@@ -75,6 +75,7 @@ class CompletionFormat:
       echoes: the text of each prompt, which its choices begin with.
       num_samples: choices of each prompt.
       log_probs: whether they are reported.
+      has_alternatives: whether the likeliest tokens are, too.
     """
 
     kind = chunk_kind = "text_completion"
@@ -87,9 +88,11 @@ class CompletionFormat:
         num_samples: int,
         *,
         log_probs: bool,
+        has_alternatives: bool,
     ) -> None:
         self._tokenizer = tokenizer
         self._log_probs = log_probs
+        self._has_alternatives = has_alternatives
         self._echoes = [echo for echo in echoes for _ in range(num_samples)]
 
     def opening(self, choice: int, delta: Delta) -> Json | None:
@@ -147,7 +150,7 @@ class CompletionFormat:
         return {
             "tokens": [token_name(self._tokenizer, token) for token in prompt.tokens],
             "token_logprobs": [None, *prompt.log_probs],
-            "top_logprobs": [None, *top] if top else None,
+            "top_logprobs": [None, *top] if self._has_alternatives else None,
             "text_offset": text.offsets,
         }
 
@@ -224,7 +227,9 @@ class ChatFormat:
         if choice not in self._streams:
             self._streams[choice] = ToolCallStream()
             text = self._forced + text
-        if self._closes_call and delta.stop_string == END:
+        end = self._tokenizer.control.ids.get(END)  # if it is a token, no text ends in it
+        is_end = delta.end is not None and delta.end.token == end
+        if self._closes_call and (is_end or delta.stop_string == END):
             text += END
         content, calls = self._streams[choice].push(text, last=is_last)
         return content, [

@@ -151,7 +151,7 @@ class Api:
         whole = {choice: merged(choices[choice]) for choice in sorted(choices)}
         return {
             **head(prepared.answer, prepared.served.name, is_chunk=False),
-            "choices": [prepared.answer.whole(*item) for item in whole.items()],
+            "choices": [await _formatted(prepared.answer.whole, *item) for item in whole.items()],
             "usage": usage(
                 prepared.prompt_tokens, sum(len(delta.tokens) for delta in whole.values())
             ),
@@ -169,7 +169,9 @@ class Api:
             async with aclosing(self._observed(prepared, generation)) as deltas:
                 async for delta in deltas:
                     choice = _choice(prepared, delta)
-                    opening = None if choice in opened else answer.opening(choice, delta)
+                    opening = None
+                    if choice not in opened:
+                        opening = await _formatted(answer.opening, choice, delta)
                     opened.add(choice)
                     tokens += len(delta.tokens)
                     for part in (opening, answer.chunk(choice, delta)):
@@ -270,6 +272,15 @@ async def _disconnect(request: Request) -> None:
 
 def _choice(prepared: Prepared, delta: Delta) -> int:
     return delta.index * prepared.requests[0].num_samples + delta.sample
+
+
+async def _formatted[T: Json | None](
+    form: Callable[[int, Delta], T], choice: int, delta: Delta
+) -> T:
+    """What `form` makes of a delta; of a long prompt's scores while other streams are served."""
+    if delta.prompt is None:
+        return form(choice, delta)
+    return await asyncio.to_thread(form, choice, delta)
 
 
 def _event(value: Json) -> str:

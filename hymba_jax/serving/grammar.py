@@ -6,7 +6,8 @@ computed on the host, while the device waits, in about a tenth of a millisecond.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import llguidance
@@ -90,11 +91,8 @@ class Grammars:
 
     def of_json_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that a schema describes, on one line. Raises GrammarError if it is no schema."""
-        try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_LAYOUT)
-        except ValueError as error:  # half of a UTF-16 pair, or a number beyond 64 bits
-            raise GrammarError(f"the grammar is invalid: {_line(str(error))}") from error
-        return self._compile(grammar)
+        make = partial(llguidance.LLMatcher.grammar_from_json_schema, defaults=_LAYOUT)
+        return self._compile(_grammar(make, schema))
 
     def of_tool_calls(
         self, schemas: Mapping[str, Mapping[str, Any]], forced: str, *, has_more: bool
@@ -131,11 +129,11 @@ class Grammars:
 
     def of_regex(self, pattern: str) -> Grammar:
         """Text that a regular expression matches. Raises GrammarError if it is none."""
-        return self._compile(llguidance.LLMatcher.grammar_from_regex(pattern))
+        return self._compile(_grammar(llguidance.LLMatcher.grammar_from_regex, pattern))
 
     def of_lark(self, text: str) -> Grammar:
         """Text of a language in Lark's notation. Raises GrammarError if it is none."""
-        return self._compile(llguidance.LLMatcher.grammar_from_lark(text))
+        return self._compile(_grammar(llguidance.LLMatcher.grammar_from_lark, text))
 
     def _compile(self, grammar: str) -> Grammar:
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0)
@@ -144,6 +142,13 @@ class Grammars:
         compiled = Grammar(matcher, self._vocab_size, self._tokens.vocab_size)
         compiled.start().mask()  # raises if no answer can begin
         return compiled
+
+
+def _grammar(make: Callable[[Any], str], source: Any) -> str:
+    try:
+        return make(source)
+    except ValueError as error:  # half of a UTF-16 pair, or a number beyond 64 bits
+        raise GrammarError(f"the grammar is invalid: {_line(str(error))}") from error
 
 
 def _line(message: str) -> str:

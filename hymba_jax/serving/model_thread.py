@@ -94,6 +94,8 @@ class ModelThread:
         if self.error or self._stopping:
             raise ModelFailed("the server is shutting down")
         job = self.scheduler.submit(request, deliver)
+        if self._stopping:  # the thread may have failed what waited already
+            job.fail(ModelFailed("the server is shutting down"))
         self._wake.set()
         return job
 
@@ -106,15 +108,16 @@ class ModelThread:
 
     def _run(self) -> None:
         try:
-            self.scheduler.warmup()
-            self.is_ready = True
-            self._on_ready()
+            self.scheduler.warmup(lambda: self._stopping)
+            if not self._stopping:
+                self.is_ready = True
+                self._on_ready()
             while not self._stopping:
-                self._wake.clear()
                 if self.scheduler.has_work:
                     self.scheduler.step()
-                else:
+                else:  # cleared behind the wait: what was set before it must not be lost
                     self._wake.wait()
+                    self._wake.clear()
         except Exception as error:
             self.error = error
             if not isinstance(error, HymbaError):

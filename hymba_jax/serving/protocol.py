@@ -17,6 +17,9 @@ from hymba_jax.files import parse_json
 
 MAX_DEPTH = 64  # of objects and lists in a request's body
 MAX_SAMPLES = 128
+StopString = Annotated[
+    str, Field(max_length=1000)
+]  # whose beginning at the end of text is held back
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one way to write each
 
 
@@ -83,8 +86,8 @@ class GenerationFields(_Model):
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     seed: int | None = None
     stop: Annotated[
-        str | Annotated[list[str], Field(max_length=16)] | None,
-        Field(description="a string, or a list of at most 16"),
+        StopString | Annotated[list[StopString], Field(max_length=16)] | None,
+        Field(description="a string of at most 1000 characters, or a list of at most 16"),
     ] = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
@@ -256,10 +259,11 @@ def parse[T: _Model](kind: type[T], body: bytes) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = _place(value, first["loc"], is_missing=first["type"] == "missing")
-        field = kind.model_fields.get(str(first["loc"][0]))
+        # A name that is half of a UTF-16 pair has no place.
+        field = kind.model_fields.get(str(first["loc"][0])) if first["loc"] else None
         wanted = field and field.description
         message = f"not {wanted}" if wanted and place in value else first["msg"]
-        raise ApiError(400, f"{place}: {message}", param=place) from error
+        raise ApiError(400, f"{place or 'the body'}: {message}", param=place) from error
 
 
 def sampling_config(

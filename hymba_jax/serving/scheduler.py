@@ -94,6 +94,11 @@ class GenerationRequest:
     is_prompt_only: bool = False
 
 
+def _is_last(output: Output) -> bool:
+    """Whether a sample ends with it."""
+    return isinstance(output, Delta) and output.finish_reason is not None
+
+
 @dataclass(eq=False)
 class Job:
     """A request that was submitted.
@@ -239,24 +244,30 @@ class Scheduler:
         self._prefill_some()
         self._decode()
 
-    def warmup(self) -> None:
+    def warmup(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Compiles every program that requests use, by serving some.
+
+        Args:
+          is_stopping: whether to leave the rest out, asked before each step.
 
         Raises:
           HymbaError: the model's logits are not finite.
         """
-        outputs: list[Output] = []
         for length in prompt_lengths(self._engine):
             sampling = SamplingConfig(max_new_tokens=min(2, self._context - length))
             prompt = [self.model.tokenizer.eos_id] * length
             scored = length <= self._engine.max_chunk  # chunks of every width are among these
             request = GenerationRequest(prompt, sampling, num_samples=2, scores_prompt=scored)
-            self.submit(request, outputs.append)
-            while self.has_work:
+            outputs: list[Output] = []
+            with self._lock:  # requests of clients may fill the queue already
+                self._waiting.appendleft(Job(request, outputs.append, float("inf")))
+            while sum(map(_is_last, outputs)) < request.num_samples:
+                if is_stopping():
+                    return
                 self.step()
-        for error in outputs:
-            if isinstance(error, HymbaError):
-                raise error
+                for error in outputs:
+                    if isinstance(error, HymbaError):
+                        raise error
         self._state = self._engine.set_bias(self._state, {})
         self._num_completed = 0
         self.prefixes.clear()

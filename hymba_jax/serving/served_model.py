@@ -1,8 +1,9 @@
 """A model as the API names it, and its requests as they are submitted."""
 
+import itertools
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -116,13 +117,16 @@ class ServedModel:
         sampling = self._sampling(asked, max(max_tokens, 1))
         alternatives = asked.logprobs or 0
         grammar = self._grammar(asked)  # compiled once, however many prompts there are
+        seeds: Iterable[int] = itertools.repeat(sampling.seed)
+        if asked.seed is None:  # prompts of one request are as independent as several requests
+            seeds = (secrets.randbits(32) for _ in prompts)
         requests = [
             replace(
-                self._request(asked, prompt, sampling, alternatives, grammar),
+                self._request(asked, prompt, replace(sampling, seed=seed), alternatives, grammar),
                 scores_prompt=bool(asked.echo) and asked.logprobs is not None,
                 is_prompt_only=max_tokens == 0,
             )
-            for prompt in prompts
+            for prompt, seed in zip(prompts, seeds, strict=False)
         ]
         echoes = [""] * len(prompts)
         if asked.echo:
@@ -133,6 +137,7 @@ class ServedModel:
             echoes,
             asked.n or 1,
             log_probs=asked.logprobs is not None,
+            has_alternatives=alternatives > 0,
         )
         return Prepared(self, requests, answer)
 

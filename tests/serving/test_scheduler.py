@@ -333,6 +333,21 @@ def test_a_full_queue():
     scheduler.submit(request_of(), lambda delta: None)
 
 
+def test_warmup_beside_requests_of_clients():
+    """It needs no place in the queue, waits for no client, and leaves when it has to stop."""
+    scheduler = Scheduler(model(), slots=SLOTS, max_waiting=1)
+    outputs = []
+    job = scheduler.submit(request_of(new=50), outputs.append)
+    scheduler.warmup(lambda: True)
+    assert not outputs
+    scheduler.warmup()
+    assert not any(isinstance(output, HymbaError) for output in outputs)
+    while not (outputs and outputs[-1].finish_reason):
+        scheduler.step()
+    assert outputs[-1].finish_reason == "length"
+    assert not job.has_ended
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -122,6 +122,15 @@ class TestCompletions:
         for prompt, text in (("ab", texts[0]), ("c", texts[3])):
             assert text == prompt + expected(prompt, 6, temperature=1.0, seed=5)[0].text
 
+    def test_equal_prompts_without_a_seed_are_sampled_independently(self, client):
+        options = {"model": "tiny", "prompt": ["ab"] * 4, "max_tokens": 8}
+        free, seeded = (
+            [choice.text for choice in client.completions.create(**options, **seed).choices]
+            for seed in ({}, {"seed": 5})
+        )
+        assert len(set(free)) == 4
+        assert len(set(seeded)) == 1
+
     def test_prompts_of_tokens(self, client):
         tokens = encode("ab")
         for prompt in (tokens, [tokens]):
@@ -258,6 +267,16 @@ class TestCompletions:
         if new:
             alone = client.completions.create(prompt=prompt, **options)
             assert [choice.text for choice in alone.choices] == echoed
+
+    def test_log_probs_of_a_prompt_of_one_token(self, client):
+        """Which none comes before: each token's alternatives stay beside it."""
+        (choice,) = client.completions.create(
+            model="tiny", prompt=[65], echo=True, logprobs=2, max_tokens=3, temperature=0
+        ).choices
+        first, *top = choice.logprobs.top_logprobs
+        assert first is None
+        for name, likeliest in zip(choice.logprobs.tokens[1:], top, strict=True):
+            assert max(likeliest, key=likeliest.get) == name
 
     def test_a_stream_is_the_whole_answer_in_deltas(self, client):
         options = {"model": "tiny", "prompt": ["ab", "c"], "n": 2, "seed": 5, "max_tokens": 9}
@@ -471,7 +490,13 @@ class TestErrors:
             ("completions", OK | {"a": None}, 400, "a: Extra inputs are not permitted"),
             ("completions", OK | {"prompt": 5}, 400, "prompt: not a string, a list of strings,"),
             ("completions", OK | {"prompt": ["a", [1]]}, 400, "prompt: not a string, a list of"),
-            ("completions", OK | {"stop": ["a"] * 17}, 400, "stop: not a string, or a list of at"),
+            ("completions", OK | {"stop": ["a"] * 17}, 400, "stop: not a string of at most 1000"),
+            ("completions", OK | {"stop": "a" * 1001}, 400, "stop: not a string of at most 1000"),
+            ("completions", OK | {"\ud800": 1}, 400, "the body: Input should be a valid"),
+            *(
+                ("completions", OK | {"structured_outputs": grammar}, 400, "grammar is invalid")
+                for grammar in ({"regex": "\ud800"}, {"grammar": 'start: "\ud800"'})
+            ),
             ("completions", OK | {"prompt": ["a"] * 257}, 400, "257 prompts, and the server queue"),
             ("completions", OK | {"n": 1000}, 400, "n: Input should be less than or equal to 12"),
             ("completions", OK | {"max_tokens": 51}, 400, "max_tokens is 51: the server allows 50"),

@@ -1,0 +1,26 @@
+"""What clients are told of deltas."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hymba_jax.inference.completion_stream import Delta, EndToken
+from hymba_jax.inference.tool_calls import END
+from hymba_jax.serving.answers import ChatFormat
+
+NUMBER = 7  # of the token that ends a call, where there is one
+
+
+@pytest.mark.parametrize(
+    ("names", "ending"),
+    [({}, {"stop_string": END}), ({END: NUMBER}, {"end": EndToken(NUMBER, -0.5, [], 40)})],
+)
+def test_the_end_of_a_call_is_a_string_or_a_token(names, ending):
+    tokenizer = SimpleNamespace(control=SimpleNamespace(ids=names))
+    answer = ChatFormat(tokenizer, log_probs=False, has_tools=True, closes_call=True)
+    text = '<toolcall> {"name": "add", "arguments": {"a": 1}} '
+    (choice,) = [answer.whole(0, Delta(0, 0, text, [1], [-0.5], "stop", **ending))]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
