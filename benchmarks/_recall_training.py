@@ -7,10 +7,13 @@ packed into rows of one length, so that a design is compiled once for all of the
 
 import dataclasses
 import math
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,6 +38,8 @@ from hymba_jax.data import (
 from hymba_jax.data.batch import abstract_batch
 from hymba_jax.data.recall import RecallName, RecallTask, mixed_batch
 from hymba_jax.display import Display
+from hymba_jax.host import prepare_host
+from hymba_jax.inference.warmup import use_compilation_cache
 from hymba_jax.model import Hymba
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
 from hymba_jax.training.loss import (
@@ -47,6 +52,7 @@ from hymba_jax.training.loss import (
 )
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import compile_train_step, make_train_step
+from hymba_jax.types import Array
 
 type TaskName = Literal[RecallName, "language"]
 
@@ -68,7 +74,11 @@ SIZES: dict[RecallName, tuple[tuple[int, int], ...]] = {
 }
 """Pairs and lengths of each task, the shortest first."""
 
-SHORT_SHARE = 0.35
+EMBEDDING_SCALE = 10.0
+"""Of the generated tasks' embeddings at the start: updates of Adam's size soon make small ones
+alike, and attention alone then finds no keys."""
+
+SHORT_SHARE = 0.4
 """Of the steps, how many are on the shortest size alone: how long it takes until keys are found
 grows with the square of the length (arXiv 2511.01033), and what finds them is the same."""
 
@@ -98,6 +108,21 @@ class Cell:
     kiloparameters: int
 
 
+class Budget(NamedTuple):
+    """Steps of training on a task, and tokens of a step: a multiple of a row of it."""
+
+    steps: int
+    tokens: int
+
+
+BUDGETS: dict[TaskName, Budget] = {
+    "mqar": Budget(700, 512),
+    "selective_copying": Budget(700, 512),
+    "induction": Budget(350, 512),
+    "language": Budget(200, 1024),
+}
+
+
 class Programs(NamedTuple):
     """Compiled for one shape of a batch."""
 
@@ -105,6 +130,34 @@ class Programs(NamedTuple):
     step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
     evaluate: Callable[[Any, Batch], Averages]
     parameters: int
+
+
+def train_all(
+    cells: Sequence[Cell], directory: Path, processes: int
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Trains cells, several at a time: each with its result, as they are finished."""
+    if any(cell.task == "language" for cell in cells):
+        open_text(directory)  # once, before processes need it
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(processes):
+        numbers.put(number)
+    with ProcessPoolExecutor(processes, context, _prepare_process, (numbers,)) as pool:
+        futures = {pool.submit(train, cell, directory): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _prepare_process(numbers: "multiprocessing.SimpleQueue[int]") -> None:
+    """Takes one core: models as small as these are not faster on two."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[numbers.get() % len(cores)]})
+    prepare_host()
+    use_compilation_cache()
 
 
 def train(cell: Cell, directory: Path) -> dict[str, Any]:
@@ -201,7 +254,7 @@ def config_of(cell: Cell, vocab_size: int) -> HymbaConfig:
     """The design, with the MLP that makes its layers as large as the others'."""
     base = HymbaConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
+        hidden_size=192,
         mlp_size=1,
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=16),
         ssm=SSMConfig(head_dim=32),
@@ -222,7 +275,7 @@ def config_of(cell: Cell, vocab_size: int) -> HymbaConfig:
 @cache
 def compile_programs(config: HymbaConfig, training: TrainingConfig, length: int) -> Programs:
     """What training and evaluating a design take, for rows of so many tokens."""
-    compute, mesh = ComputeConfig(), make_mesh(jax.devices()[:1])
+    compute, mesh = ComputeConfig(dtype="bfloat16"), make_mesh(jax.devices()[:1])
     optimizer = make_optimizer(training)
     abstract = abstract_train_state(config, compute, optimizer, mesh)
     batch = abstract_batch(
@@ -233,12 +286,24 @@ def compile_programs(config: HymbaConfig, training: TrainingConfig, length: int)
         optimizer,
         micro_batch_size=training.batch_size,
     )
+
+    def init(seed: int) -> TrainState:
+        state = init_state(config, compute, optimizer, abstract, seed)
+        return state if config.tie_embeddings else _with_larger_embeddings(state)
+
     return Programs(
-        jax.jit(partial(init_state, config, compute, optimizer, abstract)),
+        jax.jit(init),
         compile_train_step(step, abstract.state, batch),
         jax.jit(make_loss_fn(recall_objective, abstract.graph)),
         abstract.num_params,
     )
+
+
+def _with_larger_embeddings(state: TrainState) -> TrainState:
+    def larger(path: tuple[Any, ...], param: Array) -> Array:
+        return EMBEDDING_SCALE * param if path[-1].key == "embedding" else param
+
+    return state._replace(params=jax.tree.map_with_path(larger, state.params))
 
 
 def recall_objective(model: Hymba, batch: Batch) -> Averages:

@@ -1,12 +1,12 @@
 """Recall of the paper's designs, small and of equal size, on generated tasks; and their bits per
 byte on text.
 
-    python benchmarks/recall.py                              # all of it
+    python benchmarks/recall.py                              # all of it, in about an hour
     python benchmarks/recall.py --tasks mqar --seeds 0       # a part of it, in ten minutes
 
 A cell is a task, a design and a seed (`_recall_training.py`). Finished cells are lines of
-`OUTPUT/cells.jsonl` and are not trained again, so the same command resumes where it was stopped,
-and several processes can share the work. Tables and plot are of the cells that were asked for.
+`OUTPUT/cells.jsonl` and are not trained again, so the same command resumes where it was stopped.
+Tables and plot are of the cells that were asked for.
 """
 
 import json
@@ -18,11 +18,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import tyro
-from _recall_training import DESIGNS, WINDOW_LENGTH, Cell, TaskName, train
+from _recall_training import BUDGETS, DESIGNS, Cell, TaskName, train_all
 
-from hymba_jax.errors import HymbaError
 from hymba_jax.figures import make_figure, save_figure
-from hymba_jax.host import prepare_host
 
 CELLS = "cells.jsonl"
 
@@ -69,11 +67,10 @@ class Args:
 
     Attributes:
       tasks, designs, seeds: the cells.
-      steps: of training on generated tasks.
-      text_steps: of training on text.
-      tokens: of a step, a multiple of 256.
+      steps: of training on each task; those of `BUDGETS` if absent.
       learning_rate: the highest.
       kiloparameters: of the layers of each design, in thousands.
+      processes: that train a cell each, with a core each.
       output: directory for the finished cells and the tokens of the text.
       picture: where the plot of the generated tasks goes.
     """
@@ -81,31 +78,24 @@ class Args:
     tasks: tuple[TaskName, ...] = ("mqar", "selective_copying", "induction", "language")
     designs: tuple[str, ...] = tuple(DESIGNS)
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 700
-    text_steps: int = 300
-    tokens: int = 1024
+    steps: int | None = None
     learning_rate: float = 4e-3
-    kiloparameters: int = 120
+    kiloparameters: int = 1000
+    processes: int = 2
     output: Path = Path("runs/recall")
     picture: Path = Path("benchmarks/recall.png")
 
-    def __post_init__(self) -> None:
-        if self.tokens < 1 or self.tokens % WINDOW_LENGTH:
-            raise HymbaError(
-                f"tokens is {self.tokens}: choose a multiple of {WINDOW_LENGTH}, whole rows of text"
-            )
-
 
 def main(args: Args) -> None:
-    prepare_host()
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / CELLS
-    for cell in cells(args):
-        if cell not in finished_cells(file):
-            line = json.dumps({"cell": asdict(cell), **train(cell, args.output)})
-            with file.open("a") as lines:
-                lines.write(line + "\n")
-            print(line, flush=True)
+    finished = finished_cells(file)
+    missing = [cell for cell in cells(args) if cell not in finished]
+    for number, (cell, result) in enumerate(train_all(missing, args.output, args.processes), 1):
+        line = json.dumps({"cell": asdict(cell), **result})
+        with file.open("a") as lines:
+            lines.write(line + "\n")
+        print(f"{number} of {len(missing)}: {line}", flush=True)
     results = collect(args, finished_cells(file))
     for task in args.tasks:
         print("\n".join(table(task, results, args.designs)), end="\n\n")
@@ -115,9 +105,11 @@ def main(args: Args) -> None:
 def cells(args: Args) -> Iterator[Cell]:
     """Those that were asked for, so that all designs have a seed before the next one."""
     for seed, task, design in product(args.seeds, args.tasks, args.designs):
-        steps = args.text_steps if task == "language" else args.steps
-        sizes = args.tokens, args.learning_rate, args.kiloparameters
-        yield Cell(task, design, seed, steps, *sizes)
+        budget = BUDGETS[task]
+        steps = args.steps or budget.steps
+        yield Cell(
+            task, design, seed, steps, budget.tokens, args.learning_rate, args.kiloparameters
+        )
 
 
 def finished_cells(file: Path) -> dict[Cell, dict[str, Any]]:
