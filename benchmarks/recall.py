@@ -106,7 +106,7 @@ def cells(args: Args) -> Iterator[Cell]:
     """Those that were asked for, so that all designs have a seed before the next one."""
     for seed, task, design in product(args.seeds, args.tasks, args.designs):
         budget = BUDGETS[task]
-        steps = args.steps or budget.steps
+        steps = budget.steps if args.steps is None else args.steps
         yield Cell(
             task, design, seed, steps, budget.tokens, args.learning_rate, args.kiloparameters
         )

@@ -7,7 +7,6 @@ computed on the host, while the device waits, in about a tenth of a millisecond.
 import functools
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import llguidance
@@ -91,7 +90,7 @@ class Grammars:
 
     def of_json_schema(self, schema: dict[str, Any]) -> Grammar:
         """JSON that a schema describes, on one line. Raises GrammarError if it is no schema."""
-        make = partial(llguidance.LLMatcher.grammar_from_json_schema, defaults=_LAYOUT)
+        make = functools.partial(llguidance.LLMatcher.grammar_from_json_schema, defaults=_LAYOUT)
         return self._compile(_grammar(make, schema))
 
     def of_tool_calls(

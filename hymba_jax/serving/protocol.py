@@ -17,9 +17,8 @@ from hymba_jax.files import parse_json
 
 MAX_DEPTH = 64  # of objects and lists in a request's body
 MAX_SAMPLES = 128
-StopString = Annotated[
-    str, Field(max_length=1000)
-]  # whose beginning at the end of text is held back
+MAX_STOP_LENGTH = 1000  # characters, as many as may be held back at the end of a text
+_StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one way to write each
 
 
@@ -86,8 +85,10 @@ class GenerationFields(_Model):
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     seed: int | None = None
     stop: Annotated[
-        StopString | Annotated[list[StopString], Field(max_length=16)] | None,
-        Field(description="a string of at most 1000 characters, or a list of at most 16"),
+        _StopString | Annotated[list[_StopString], Field(max_length=16)] | None,
+        Field(
+            description=f"a string of at most {MAX_STOP_LENGTH} characters, or a list of at most 16"
+        ),
     ] = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None

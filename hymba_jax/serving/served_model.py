@@ -1,9 +1,8 @@
 """A model as the API names it, and its requests as they are submitted."""
 
-import itertools
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -114,19 +113,17 @@ class ServedModel:
                 "send them in several requests",
                 param="prompt",
             )
-        sampling = self._sampling(asked, max(max_tokens, 1))
+        # Each prompt's own: without a seed they are as independent as several requests.
+        samplings = [self._sampling(asked, max(max_tokens, 1)) for _ in prompts]
         alternatives = asked.logprobs or 0
         grammar = self._grammar(asked)  # compiled once, however many prompts there are
-        seeds: Iterable[int] = itertools.repeat(sampling.seed)
-        if asked.seed is None:  # prompts of one request are as independent as several requests
-            seeds = (secrets.randbits(32) for _ in prompts)
         requests = [
             replace(
-                self._request(asked, prompt, replace(sampling, seed=seed), alternatives, grammar),
+                self._request(asked, prompt, sampling, alternatives, grammar),
                 scores_prompt=bool(asked.echo) and asked.logprobs is not None,
                 is_prompt_only=max_tokens == 0,
             )
-            for prompt, seed in zip(prompts, seeds, strict=False)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         echoes = [""] * len(prompts)
         if asked.echo:

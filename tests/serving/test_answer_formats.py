@@ -19,7 +19,7 @@ def test_the_end_of_a_call_is_a_string_or_a_token(names, ending):
     tokenizer = SimpleNamespace(control=SimpleNamespace(ids=names))
     answer = ChatFormat(tokenizer, log_probs=False, has_tools=True, closes_call=True)
     text = '<toolcall> {"name": "add", "arguments": {"a": 1}} '
-    (choice,) = [answer.whole(0, Delta(0, 0, text, [1], [-0.5], "stop", **ending))]
+    choice = answer.whole(0, Delta(0, 0, text, [1], [-0.5], "stop", **ending))
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
     assert choice["finish_reason"] == "tool_calls"
