@@ -25,9 +25,9 @@ from hymba_jax.evaluation.documents import EncodedDocument, encode_documents
 from hymba_jax.evaluation.needle import (
     NEEDLE_BOUNDS,
     NeedleConfig,
-    draw_needles,
     find_needles,
     needle_table,
+    save_needles,
 )
 from hymba_jax.evaluation.perplexity import score_documents
 from hymba_jax.evaluation.progress import progress_bar
@@ -105,8 +105,9 @@ class EvaluateConfig:
       span: tokens of context of a point of the curve; a power of two for at most 16 points if 0.
       seed: of the bootstrap over documents, which gives the errors, or of needles.
       image: file for a plot of the curve and of the documents, as PNG, PDF or SVG by its suffix.
-      tasks: in place of data: names of tasks or groups, with commas between them; also the paper's
-        lists hymba_commonsense, hymba_recall, hymba_language, hymba_base and hymba_instruct.
+      tasks: in place of data: names of tasks or groups, or patterns such as mmlu_*, with commas
+        between them; also the paper's lists hymba_commonsense, hymba_recall, hymba_language,
+        hymba_base and hymba_instruct.
       include_path: directory with the YAML files of more tasks.
       num_fewshot: examples before each question; as each task says if absent.
       apply_chat_template: asks in conversations, by the tokenizer's chat template.
@@ -153,6 +154,8 @@ class EvaluateConfig:
         for item in fields(self):
             if item.name in _UNUSED[what] and getattr(self, item.name) != item.default:
                 yield f"{item.name} has no effect on {what}"
+        if not self.data.path and self.data != EvaluateDataConfig():
+            yield "data has no effect without data.path"
         if self.needle.lengths and self.data.format != "text":
             yield "data.format has no effect on needles: give a haystack of text"
         if not self.needle.lengths and self.needle != NeedleConfig():
@@ -199,13 +202,13 @@ def _run_tasks(config: EvaluateConfig) -> None:
     output = resolve_path(config.output) if config.output else None
     if output:
         check_output_file(output)
-    manager = tasks.find_tasks(config.task_names, config.include_path)
+    manager, names = tasks.load_tasks(config.task_names, config.include_path, config.num_fewshot)
     model = config.choice.load()
     if config.apply_chat_template:
         _check_chat_template(config, model.tokenizer)
     results = tasks.run_tasks(
         harness.HarnessModel(model, harness.open_answers(config.answers, model), Replicas(model)),
-        config.task_names,
+        names,
         manager,
         num_fewshot=config.num_fewshot,
         limit=config.limit,
@@ -253,7 +256,7 @@ def _find_needles(config: EvaluateConfig) -> None:
     if output:
         _write_json(report.as_json(), output)
     if image:
-        draw_needles(report, image)
+        save_needles(report, image)
 
 
 def _haystack(

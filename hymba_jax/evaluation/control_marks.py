@@ -2,7 +2,7 @@
 
 The harness handles conversations as strings: it joins, caches and stores them. A mark on both
 sides of a control token that the template wrote survives that, and tells it from text that only
-looks like one.
+looks like one. Two marks begin every conversation, whose template may write no control token.
 """
 
 from hymba_jax.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ MARK = "\ufdd0"
 
 def mark(tokenizer: Tokenizer, text: Traced) -> str:
     """A rendered conversation as a string, with marks in place of the origins of characters."""
-    pieces, done = [], 0
+    pieces, done = ["", ""], 0
     for match in tokenizer.control.find(text, origins(text)):
         pieces += [
             _plain(text, done, match.start),
@@ -25,8 +25,8 @@ def mark(tokenizer: Tokenizer, text: Traced) -> str:
     return MARK.join([*pieces, _plain(text, done, len(text))])
 
 
-def has_marks(text: str) -> bool:
-    """Whether a chat template has written a control token in it."""
+def is_conversation(text: str) -> bool:
+    """Whether a chat template has written it."""
     return MARK in text
 
 

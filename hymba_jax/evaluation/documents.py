@@ -14,7 +14,7 @@ from hymba_jax.types import Bool, Int
 
 @dataclass(frozen=True, eq=False)
 class EncodedDocument:
-    """A document, behind the beginning-of-sequence token if the tokenizer has one.
+    """A document; text is behind the beginning-of-sequence token if the tokenizer has one.
 
     Attributes:
       name: that of its record.
@@ -34,7 +34,7 @@ class EncodedDocument:
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer
 ) -> Iterator[EncodedDocument]:
-    """The documents, as they are trained on but without the end-of-sequence token after each.
+    """The documents, as they are trained on but without the end-of-sequence token after texts.
 
     Text is ordinary text: names of control tokens in it are none. The pieces of a long document
     are tokenized one by one and joined.
@@ -46,7 +46,7 @@ def encode_documents(
     for document in documents:
         pieces.append(_encode(document, tokenizer))
         if not document.continues:
-            yield _join(pieces, tokenizer.bos_ids)
+            yield _join(pieces, [] if document.chat else tokenizer.bos_ids)
             pieces = []
 
 
@@ -77,10 +77,11 @@ def _token_bytes(text: str, spans: Int[np.ndarray, "tokens 2"]) -> Int[np.ndarra
 
 
 def _join(pieces: list[EncodedDocument], bos_ids: list[int]) -> EncodedDocument:
-    if bos_ids and not (len(pieces[0].tokens) and pieces[0].tokens[0] == bos_ids[0]):
-        first = np.array(bos_ids, np.int32)
-        begin = EncodedDocument("", first, np.zeros(1, np.int64), np.zeros(1, bool))
-        pieces = [begin, *pieces]
+    before = len(bos_ids)
+    begin = EncodedDocument(
+        "", np.array(bos_ids, np.int32), np.zeros(before, np.int64), np.zeros(before, bool)
+    )
+    pieces = [begin, *pieces]
     is_scored = np.concatenate([piece.is_scored for piece in pieces])
     is_scored[:1] = False
     return EncodedDocument(

@@ -10,6 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import batched
 from typing import Any
 
@@ -20,7 +21,7 @@ from hymba_jax.config.field_types import shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.answers import Answers
-from hymba_jax.evaluation.control_marks import encode_marked, has_marks, mark
+from hymba_jax.evaluation.control_marks import encode_marked, is_conversation, mark
 from hymba_jax.evaluation.progress import progress_bar
 from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.files import check_output_file, resolve_path
@@ -30,7 +31,7 @@ from hymba_jax.inference.completion_stream import check_finite
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.warmup import use_compilation_cache
 from hymba_jax.parallel.processes import require_agreement
-from hymba_jax.tokenizer.chat_template import render_chat
+from hymba_jax.tokenizer.chat_template import answer_end, render_chat
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -100,18 +101,21 @@ class HarnessModel(TemplateLM):
         Raises:
           HymbaError: there is no such model, or an argument has no meaning.
         """
-        known = {field.name for field in dataclasses.fields(ModelChoice)} - {"model"}
+        known = {field.name for field in dataclasses.fields(ModelChoice)}
+        known -= {"model", "batch_size"}
         given = dict(arg_dict)
-        if batch_size := (additional_config or {}).get("batch_size"):
-            if not str(batch_size).isdecimal():
-                raise HymbaError(f"batch_size is {batch_size}: give a number")
-            given["batch_size"] = int(batch_size)
         directory, file = given.pop("path", ""), given.pop("answers", "")
+        if "batch_size" in given:
+            raise HymbaError("model_args: batch_size has no effect there: give --batch_size")
         if unknown := sorted(given.keys() - known):
             raise HymbaError(
                 f"model_args: no argument {unknown[0]!r}, there are path, answers, "
                 f"{', '.join(sorted(known))}"
             )
+        if batch_size := (additional_config or {}).get("batch_size"):
+            if not str(batch_size).isdecimal():
+                raise HymbaError(f"batch_size is {batch_size}: give a number")
+            given["batch_size"] = int(batch_size)
         if not directory:
             raise HymbaError("model_args: name a model: path=DIRECTORY")
         model = ModelChoice(directory, **given).load()
@@ -152,7 +156,7 @@ class HarnessModel(TemplateLM):
         """
         tokenizer = self._model.tokenizer
         if add_special_tokens is None:
-            add_special_tokens = not has_marks(string)
+            add_special_tokens = not is_conversation(string)
         return [
             *(tokenizer.bos_ids if add_special_tokens else []),
             *encode_marked(tokenizer, string),
@@ -214,6 +218,7 @@ class HarnessModel(TemplateLM):
                     f"a continuation of {len(continuation)} tokens is longer than the model's "
                     f"context of {self.max_length}"
                 )
+            context = context or [self.prefix_token_id]
             tokens = [*context, *continuation][-(self.max_length + 1) :]  # as the harness does
             key = self._answers.key("loglikelihood", tokens, len(continuation))
             keys.append(key)
@@ -238,7 +243,7 @@ class HarnessModel(TemplateLM):
         self._compute("scoring", _score_batch, [*batched(jobs, self._model.batch_size)], quiet)
 
     def generate_until(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[str]:
-        """Completions up to a stop string, without it.
+        """Completions up to a stop string, without it; answers in a conversation up to their end.
 
         A request that is asked several times for a sample gets a different one each time.
         """
@@ -248,6 +253,11 @@ class HarnessModel(TemplateLM):
         arguments = [request.args for request in requests]
         for context, options in arguments:
             config = self._sampling(options)
+            if is_conversation(context):
+                stop, stop_tokens = self._answer_end
+                config = dataclasses.replace(
+                    config, stop=config.stop + stop, stop_tokens=stop_tokens
+                )
             prompt = self.tok_encode(context) or [self.prefix_token_id]
             longest = self.max_length - config.max_new_tokens
             if longest < 1:
@@ -269,6 +279,10 @@ class HarnessModel(TemplateLM):
         for argument, result in zip(arguments, results, strict=True):
             self.cache_hook.add_partial("generate_until", argument, result)
         return results
+
+    @cached_property
+    def _answer_end(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        return answer_end(self._model.tokenizer)
 
     def _generate(self, missing: dict[str, tuple[list[int], SamplingConfig]], quiet: bool) -> None:
         """Computes these, and keeps their answers."""

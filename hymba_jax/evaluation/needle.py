@@ -5,11 +5,11 @@ number. Its last line begins as the needle does, so that the model has to comple
 number. It need not follow instructions: what is measured is recall, of any language model.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -22,6 +22,11 @@ from hymba_jax.inference import LanguageModel
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.types import Float
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WITHOUT_NEEDLE = "nats_per_token_without_needle"
+"""What only files of this evaluation have."""
 NEEDLE_BOUNDS = {
     "depths": Bounds(2, 1000, "more than a picture shows"),
     "trials": Bounds(1, 100_000, "more than an evaluation needs"),
@@ -87,8 +92,20 @@ class NeedleReport:
             "depths": [*self.depths],
             "accuracy": self.accuracy.tolist(),
             "nats_per_token": self.nats.tolist(),
-            "nats_per_token_without_needle": self.without.tolist(),
+            WITHOUT_NEEDLE: self.without.tolist(),
         }
+
+    @classmethod
+    def from_json(cls, results: Mapping[str, Any]) -> "NeedleReport":
+        """What `as_json` wrote."""
+        return cls(
+            {},
+            tuple(results["lengths"]),
+            tuple(results["depths"]),
+            np.array(results["accuracy"], float),
+            np.array(results["nats_per_token"], float),
+            np.array(results[WITHOUT_NEEDLE], float),
+        )
 
 
 def find_needles(
@@ -208,13 +225,19 @@ def needle_table(report: NeedleReport) -> Table:
     return table
 
 
-def draw_needles(report: NeedleReport, path: Path) -> None:
-    """Writes a heat map of both.
+def save_needles(report: NeedleReport, path: Path) -> None:
+    """Writes the heat maps.
 
     Raises:
       HymbaError: as `make_figure`.
     """
     figure = make_figure(path, 11, 4)
+    draw_needles(figure, report)
+    save_figure(figure, path)
+
+
+def draw_needles(figure: "Figure", report: NeedleReport) -> None:
+    """Heat maps of accuracy and cross entropy, in an empty figure."""
     panels = (("accuracy", report.accuracy, 1.0), ("nats per token", report.nats, None))
     for axis, (name, values, most) in zip(figure.subplots(1, 2), panels, strict=True):
         picture = axis.imshow(values.T, aspect="auto", vmin=0, vmax=most, cmap="viridis")
@@ -224,4 +247,3 @@ def draw_needles(report: NeedleReport, path: Path) -> None:
         axis.set_ylabel("depth of the needle")
         axis.set_title(name)
         figure.colorbar(picture)
-    save_figure(figure, path)

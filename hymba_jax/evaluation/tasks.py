@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness: its own, those of a directory, and the paper's task lists."""
 
 import difflib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,30 +23,54 @@ GROUPS = Path(__file__).parent / "task_groups"
 
 
 class Tasks(TaskManager):
-    """The harness' tasks, whose errors are ours."""
+    """The harness' tasks, whose errors are ours, and which are loaded once."""
 
-    def load(self, task_list: Any) -> Any:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._loaded: dict[tuple[str, ...], Any] = {}
+
+    def load(self, task_list: Sequence[str]) -> Any:
         """As the harness has it.
 
         Raises:
           HymbaError: what a task's YAML file or its documents are wrong for, which the harness
             shows in exceptions of all kinds.
         """
-        try:
-            return super().load(task_list)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}" if str(error) else "it has no documents"
-            raise HymbaError(
-                f"tasks {', '.join(map(str, task_list))} cannot be loaded ({reason}): check their "
-                "YAML files and their data"
-            ) from error
+        key = tuple(task_list)
+        if key not in self._loaded:
+            try:
+                self._loaded[key] = super().load([*key])
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}" if str(error) else "it has no documents"
+                raise HymbaError(
+                    f"tasks {', '.join(key)} cannot be loaded ({reason}): {_advice(error)}"
+                ) from error
+        return self._loaded[key]
 
 
-def find_tasks(names: Sequence[str], include_path: str = "") -> TaskManager:
-    """The harness' tasks with the paper's lists, and with those of a directory.
+def _advice(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"install {error.name}"
+    if str(error).startswith("Duplicate task"):
+        return "evaluate them one after another, with one file of answers"
+    return "check their YAML files and their data"
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str = "", num_fewshot: int | None = None
+) -> tuple[Tasks, list[str]]:
+    """Loads tasks of the harness, of the paper's lists or of a directory, with their documents.
+
+    Args:
+      names: of tasks or groups, or patterns such as `mmlu_*` for all names that match.
+      num_fewshot: examples before each question; as each task says if absent.
+
+    Returns:
+      All tasks, and the names of those that are asked for.
 
     Raises:
-      HymbaError: there is no such directory, a YAML file of it is broken, or a task is nowhere.
+      HymbaError: there is no such directory, a YAML file of it is broken, a task is nowhere or
+        cannot be loaded, takes no examples, or runs code that a model writes.
     """
     paths = [GROUPS]
     if include_path:
@@ -59,7 +84,13 @@ def find_tasks(names: Sequence[str], include_path: str = "") -> TaskManager:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f", did you mean {', '.join(near)}?" if near else ""
             raise HymbaError(f"no task {name!r}{hint or ': see `lm_eval ls tasks`'}")
-    return manager
+    found = manager.match_tasks([*names])
+    for name, task in manager.load(found)["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise HymbaError(f"task {name} runs the code that a model writes: leave it out")
+        if num_fewshot and "doc_to_text" not in inspect.signature(task.doc_to_text).parameters:
+            raise HymbaError(f"task {name} takes no examples: leave num_fewshot out for it")
+    return manager, found
 
 
 def _check_syntax(directories: Sequence[Path]) -> None:

@@ -154,7 +154,7 @@ def _facts(
 def _tokens(
     config: ReportConfig, tokenizer: Tokenizer, max_positions: int
 ) -> tuple[Int[Array, "sequences length"], str]:
-    """The sequences that are analyzed, and the name of their text."""
+    """The sequences that are analyzed, which begin as texts in training do, and the text's name."""
     if config.text:
         text, name = read_text(resolve_location(config.text)), Path(config.text).name
     else:
@@ -163,14 +163,15 @@ def _tokens(
         raise HymbaError(
             f"length is {config.length}, the model's context is {max_positions}: give less"
         )
-    tokens, needed = tokenizer.encode(text), config.length * config.sequences
+    bos = np.tile(np.array(tokenizer.bos_ids, np.int32), (config.sequences, 1))
+    tokens, needed = tokenizer.encode(text), config.sequences * (config.length - bos.shape[1])
     if len(tokens) < needed:
         raise HymbaError(
             f"{name}: {len(tokens):,} tokens, {config.sequences} sequences of {config.length} take "
             f"{needed:,}: give a longer text, or fewer or shorter sequences"
         )
-    rows = np.array(tokens[:needed], np.int32).reshape(config.sequences, config.length)
-    return jnp.asarray(rows), name
+    rows = np.array(tokens[:needed], np.int32).reshape(config.sequences, -1)
+    return jnp.asarray(np.concatenate([bos, rows], axis=1)), name
 
 
 def _name(path: Path, paths: list[Path]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from hymba_jax.analysis.figures import COLORS
 from hymba_jax.errors import HymbaError
+from hymba_jax.evaluation.needle import WITHOUT_NEEDLE, NeedleReport, draw_needles
 from hymba_jax.evaluation.report import MEASURES
 from hymba_jax.files import read_json
 from hymba_jax.report.page import Picture, Section, Table
@@ -15,7 +16,7 @@ _STDERR = "_stderr"  # the harness' suffix of a metric's name
 
 
 def results_section(files: Mapping[str, Path]) -> Section:
-    """Tables of all files, by their names, and curves of those of documents.
+    """Tables of all files, by their names, and curves or heat maps.
 
     Raises:
       HymbaError: a file cannot be read, or `hymba evaluate --output` did not write it.
@@ -26,6 +27,9 @@ def results_section(files: Mapping[str, Path]) -> Section:
         try:
             if "results" in results:
                 tables.append(_tasks(name, results["results"]))
+            elif WITHOUT_NEEDLE in results:
+                tables.append(_needles(name, results))
+                pictures.append(_heat_maps(name, results))
             else:
                 tables.append(_documents(name, results))
                 pictures += _curve(name, results)
@@ -58,6 +62,29 @@ def _documents(name: str, results: Mapping[str, Any]) -> Table:
         f"window {results['window']:,}; standard errors by bootstrap over documents"
     )
     return Table(f"Documents: {name}", ("mean", "value", "standard error"), rows, caption)
+
+
+def _needles(name: str, results: Mapping[str, Any]) -> Table:
+    report = NeedleReport.from_json(results)
+    rows = [
+        (f"{length:,}", f"{depth:.0%}", f"{report.accuracy[i, j]:.0%}", _shown(report.nats[i, j]))
+        for i, length in enumerate(report.lengths)
+        for j, depth in enumerate(report.depths)
+    ]
+    header = "tokens of the prompt", "depth", "accuracy", "nats per token of the number"
+    without = ", ".join(_shown(nats) for nats in report.without)
+    caption = (
+        f"{results['data']}: trials of each {results['trials']:,}; without a needle, nats per "
+        f"token {without}"
+    )
+    return Table(f"Needles: {name}", header, rows, caption)
+
+
+def _heat_maps(name: str, results: Mapping[str, Any]) -> Picture:
+    figure = new_figure(9, 3.4)
+    draw_needles(figure, NeedleReport.from_json(results))
+    caption = "How often a number in a long prompt is found, by its depth and the prompt's length."
+    return Picture(f"Needle in a haystack: {name}", caption, figure)
 
 
 def _curve(name: str, results: Mapping[str, Any]) -> list[Picture]:

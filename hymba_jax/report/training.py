@@ -23,8 +23,8 @@ _SMALL = {
 _LAST = {
     "step": "steps",
     "tokens_seen": "tokens seen",
-    "loss": "training loss, nats per token",
-    "validation_loss": "validation loss, nats per token",
+    "loss": "training loss",
+    "validation_loss": "validation loss",
     "validation_bits_per_byte": "validation, bits per byte",
 }
 
@@ -54,7 +54,7 @@ def training_section(metrics: Sequence[dict[str, Any]]) -> Section:
     loss = figure.add_subplot(grid[0, :])
     _curve(loss, metrics, "loss", COLORS["cross"], "training")
     _curve(loss, metrics, "validation_loss", COLORS["ssm"], "validation", "o-")
-    loss.set_ylabel("nats per token")
+    loss.set_ylabel("loss")
     loss.legend(frameon=False)
     for i, (name, label) in enumerate(_SMALL.items()):
         axis = figure.add_subplot(grid[1, i])
@@ -66,7 +66,8 @@ def training_section(metrics: Sequence[dict[str, Any]]) -> Section:
     rows = [(label, _shown(last[name])) for name, label in _LAST.items() if name in last]
     caption = (
         "Each point covers the steps since the one before it. Validation is on text that is not "
-        "in training."
+        "in training. Of the objective next_token the loss is the cross entropy in nats per token; "
+        "those of other objectives do not compare, and curves end with each stage."
     )
     return Section(
         "Training",
@@ -83,16 +84,16 @@ def _curve(
     label: str = "",
     style: str = "-",
 ) -> None:
-    """A metric over tokens, in millions, where it is known."""
+    """A metric over tokens, in millions, where it is known; a line for each stage."""
     tokens = [line.get("tokens_seen", math.nan) for line in metrics]
     unit = 1e6 if max(tokens, default=0) >= 1e6 else 1
-    points = [
-        (count / unit, line[name])
-        for count, line in zip(tokens, metrics, strict=True)
-        if line.get(name) is not None
-    ]
-    x, y = zip(*points, strict=True) if points else ((), ())
-    axis.plot(x, y, style, color=color, label=label, markersize=4)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for count, line in zip(tokens, metrics, strict=True):
+        if line.get(name) is not None:
+            points.setdefault(line.get("stage", ""), []).append((count / unit, line[name]))
+    for of_stage in points.values():
+        axis.plot(*zip(*of_stage, strict=True), style, color=color, label=label, markersize=4)
+        label = ""
     axis.set_xlabel("million tokens" if unit > 1 else "tokens")
 
 

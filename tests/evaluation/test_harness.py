@@ -18,7 +18,9 @@ from slow import slow_but
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: extra evaluate")
 
 import yaml
+from datasets import load_dataset
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.squad_completion.task import SQUADCompletion
 
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.errors import HymbaError
@@ -29,7 +31,7 @@ from hymba_jax.evaluation.replicas import Replicas
 from hymba_jax.evaluation.tasks import (
     GROUPS,
     Tasks,
-    find_tasks,
+    load_tasks,
     run_tasks,
     tables,
     write_results,
@@ -148,6 +150,14 @@ class TestLoglikelihood:
         reverse = harness[1].loglikelihood(requests(*arguments[::-1]), disable_tqdm=True)
         assert first == reverse[::-1]
 
+    def test_a_context_of_white_space_without_bos(self, hymba, likelihood):
+        """It goes to the continuation, and nothing is left before that but the prefix token."""
+        tokenizer = Tokenizer(byte_tokenizer().model, None, "</s>")
+        harness = HarnessModel(LanguageModel(hymba, tokenizer, context=CONTEXT))
+        ((total, _),) = harness.loglikelihood(requests((" ", "yes")), disable_tqdm=True)
+        expected = likelihood([tokenizer.eos_id], tokenizer.encode(" yes"))
+        assert total == pytest.approx(expected[0], abs=TOLERANCE)
+
     def test_it_knows_what_greedy_decoding_gives(self, model, greedy):
         tokens = greedy(begun("the"), 4)
         pairs = [(None, begun("the"), tokens), (None, begun("the"), [*tokens[:3], tokens[3] ^ 1])]
@@ -247,6 +257,29 @@ class TestChat:
         {"role": "assistant", "content": "No."},
     )
 
+    def test_a_template_without_control_tokens(self, hymba, greedy):
+        """No token is added before the conversation, and an answer ends where the next message
+        begins, whatever a task's stop strings are."""
+        template = (
+            "{% for m in messages %}{{ '\n' + m.role + ': ' + m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+        )
+        base = byte_tokenizer()
+        tokenizer = Tokenizer(base.model, base.bos, base.eos, template)
+        harness = HarnessModel(LanguageModel(hymba, tokenizer, context=CONTEXT))
+        messages = [{"role": "user", "content": "Hi"}]
+        text = harness.apply_chat_template(messages)
+        assert harness.tok_encode(text) == ids("\nuser: Hi\nassistant: ")
+        assert harness._answer_end == (("</s>", "\nuser:"), ())
+        asked = []
+        harness._generate = lambda missing, quiet: (
+            asked.extend(config.stop for _, config in missing.values())
+            or harness._answers.add(dict.fromkeys(missing, ""))
+        )
+        task = {"until": ["#"], "max_gen_toks": 8}
+        harness.generate_until(requests((text, task), ("plain", task)))
+        assert asked == [("#", "</s>", "\nuser:"), ("#",)]
+
     def test_the_tokens_are_those_of_the_template(self, model):
         harness = HarnessModel(model)
         text = harness.apply_chat_template([*self.MESSAGES])
@@ -268,6 +301,21 @@ class TestChat:
         assert harness.tokenizer_name == model.tokenizer.fingerprint
         assert harness.chat_template(True) == TEMPLATE
         assert harness.chat_template(False) is None
+
+
+class TestModelArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "options", "message"),
+        [
+            ("path=.,batch_size=8", {}, "batch_size has no effect there: give --batch_size"),
+            ("path=.,color=red", {}, "no argument 'color', there are path, answers, adapter,"),
+            ("path=.", {"batch_size": "auto"}, "batch_size is auto: give a number"),
+            ("dtype=float32", {}, "name a model: path=DIRECTORY"),
+        ],
+    )
+    def test_what_is_wrong_with_them(self, arguments, options, message):
+        with pytest.raises(HymbaError, match=message):
+            HarnessModel.create_from_arg_string(arguments, options)
 
 
 class TestAnswers:
@@ -342,6 +390,27 @@ metric_list: [{metric: exact_match}]
 }
 
 
+OWN_TASK = """
+from lm_eval.api.task import ConfigurableTask
+
+class Own(ConfigurableTask):
+    def __init__(self):
+        files = {{"test": "{data}"}}
+        super().__init__(config={{
+            "task": "own",
+            "dataset_path": "json",
+            "dataset_kwargs": {{"data_files": files}},
+            "test_split": "test",
+            "doc_to_text": "q",
+            "doc_to_target": "a",
+        }})
+
+    def doc_to_text(self, doc):
+        return doc["question"]
+"""
+PLACES = (("Ann", "Oslo"), ("Bo", "Rome"))
+
+
 @pytest.fixture
 def local_tasks(tmp_path, monkeypatch, greedy):
     """A choice, a text and a SQuAD-like completion of each of two documents."""
@@ -360,6 +429,12 @@ def local_tasks(tmp_path, monkeypatch, greedy):
         text = TASK.format(name=name, file=data) + rest
         (tmp_path / "tasks" / f"{name}.yaml").write_text(text)
     return records
+
+
+@pytest.fixture
+def only_ours(monkeypatch):
+    """Without the harness' own tasks, thousands of files."""
+    monkeypatch.setattr(Tasks, "__init__", partialmethod(Tasks.__init__, include_defaults=False))
 
 
 class TestTasks:
@@ -381,24 +456,85 @@ class TestTasks:
         write_results(results, tmp_path / "out.json")
         assert json.loads((tmp_path / "out.json").read_text())["results"].keys() == TASKS.keys()
 
-    def test_what_is_wrong_with_a_task(self, local_tasks, tmp_path, monkeypatch):
+    def test_what_is_wrong_with_a_task(self, only_ours, local_tasks, tmp_path):
         """The harness has tracebacks for its data and template, and leaves out what is no YAML."""
-        monkeypatch.setattr(
-            Tasks, "__init__", partialmethod(Tasks.__init__, include_defaults=False)
-        )
         tasks, empty = tmp_path / "tasks", tmp_path / "empty.jsonl"
         empty.touch()
         text = TASK.format(name="empty", file=empty) + TASKS["rolling"]
         (tasks / "empty.yaml").write_text(text)
         text = TASK.format(name="field", file=tmp_path / "data.jsonl") + TASKS["completion"]
         (tasks / "field.yaml").write_text(text.replace("{{question}}", "{{problem}}"))
-        manager = find_tasks(["empty", "field"], str(tasks))
         for name, reason in (("empty", "no documents"), ("field", ".*'problem' is undefined")):
             with pytest.raises(HymbaError, match=rf"^tasks {name} cannot be loaded \(.*{reason}\)"):
-                manager.load([name])
+                load_tasks([name], str(tasks))
         (tasks / "broken.yaml").write_text("task: broken\n  output_type: [")
         with pytest.raises(HymbaError, match=r"broken\.yaml: not a YAML file \(mapping values"):
-            find_tasks(["broken"], str(tasks))
+            load_tasks(["broken"], str(tasks))
+
+    @pytest.mark.parametrize(
+        ("yaml", "names", "message"),
+        [
+            ("task: runs\nunsafe_code: true", ["runs"], "task runs runs the code that a model"),
+            ("task: own\nclass: !function own.Own", ["own"], "task own takes no examples: leave"),
+            (
+                "group: both\ntask: [choice, rolling]",
+                ["both", "choice"],
+                "Duplicate task 'choice'.*: evaluate them one after another, with one file",
+            ),
+            ("task: lost\nclass: !function lost.Lost", ["lost"], ".*: install nowhere$"),
+        ],
+    )
+    def test_tasks_that_cannot_be_run(self, only_ours, local_tasks, tmp_path, yaml, names, message):
+        """Before a model is loaded; the harness has tracebacks, some after hours."""
+        tasks = tmp_path / "tasks"
+        if "unsafe" in yaml:
+            yaml += TASK.format(name="runs", file=tmp_path / "data.jsonl") + TASKS["completion"]
+            yaml = yaml.replace("task: runs", "", 1)
+        (tasks / "more.yaml").write_text(yaml)
+        (tasks / "lost.py").write_text("import nowhere")
+        (tasks / "own.py").write_text(OWN_TASK.format(data=tmp_path / "data.jsonl"))
+        with pytest.raises(HymbaError, match=message):
+            load_tasks(names, str(tasks), num_fewshot=1)
+
+    def test_patterns(self, only_ours, local_tasks, tmp_path):
+        manager, names = load_tasks(["c*"], str(tmp_path / "tasks"))
+        assert names == ["choice", "completion"]
+        assert [*manager.load(names)["tasks"]] == names
+
+    def test_a_group_with_examples_for_all_members_of_its_groups(
+        self, only_ours, local_tasks, tmp_path
+    ):
+        """As hymba_base has MMLU: written as a task, all members would have one name."""
+        tasks = tmp_path / "tasks"
+        for name in ("choice", "completion"):
+            with (tasks / f"{name}.yaml").open("a") as file:
+                file.write("tag: tagged\n")
+        (tasks / "inner.yaml").write_text("group: inner\ntask: [tagged]")
+        (tasks / "outer.yaml").write_text("group: outer\ntask: [{group: inner, num_fewshot: 1}]")
+        manager, names = load_tasks(["outer"], str(tasks))
+        loaded = manager.load(names)["tasks"]
+        assert [*loaded] == ["choice", "completion"]
+        assert [task.config.num_fewshot for task in loaded.values()] == [1, 1]
+
+    def test_squad_completion_has_an_example(self, only_ours, tmp_path, monkeypatch):
+        """Another document with its answer before each."""
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        lines = [{"text": f" {name} lives in ", "value": f" {place} "} for name, place in PLACES]
+        data = tmp_path / "validation.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        monkeypatch.setattr(
+            SQUADCompletion,
+            "download",
+            lambda task, *_: setattr(
+                task, "dataset", load_dataset("json", data_files={"validation": str(data)})
+            ),
+        )
+        manager, names = load_tasks(["squad_completion_1shot"])
+        (task,) = manager.load(names)["tasks"].values()
+        task.set_fewshot_seed(seed=1234)
+        assert task.config.num_fewshot == 1
+        prompt = task.fewshot_context(lines[0], 1)
+        assert prompt == "Bo lives in Rome\n\nAnn lives in"
 
     @pytest.mark.parametrize("batch_size", slow_but([1, 8], 1))
     def test_accuracies_do_not_depend_on_batch_size_and_devices(
@@ -450,7 +586,7 @@ class TestTasks:
             listed = yaml.safe_load((GROUPS / f"{name}.yaml").read_text())
             assert listed["group"] == name
             for task in listed["task"]:
-                assert (task if isinstance(task, str) else task["task"]) in manager.all_tasks
+                assert (task if isinstance(task, str) else task["group"]) in manager.all_tasks
 
     @pytest.mark.slow
     def test_both_commands(self, hymba, local_tasks, tmp_path):

@@ -15,7 +15,7 @@ from flax import nnx
 from inference.models import byte_tokenizer, make_model
 from slow import slow_but
 
-from hymba_jax import cli
+from hymba_jax import cli, evaluation
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.convert.peft import write_peft
@@ -33,6 +33,7 @@ from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.model import Hymba, merge_adapters
 from hymba_jax.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.tokenizer.control_tokens import TEMPLATE
 
 TEXTS = {
     "short.txt": "Grüße, 世界! 🌍",
@@ -188,10 +189,12 @@ class TestDocuments:
         (document,) = encode_documents([Document("a", "xyz")], tokenizer)
         assert document.is_scored.tolist() == [False, True, True]
 
-    def test_of_a_conversation_answers_are_scored(self, tmp_path):
+    @pytest.mark.parametrize("begin", ["<s>", ""])
+    def test_of_a_conversation_answers_are_scored(self, tmp_path, begin):
+        """Its tokens are those that the template writes, as in training and generation."""
         template = (
-            "{% for m in messages %}{{ '<s>' if m.role == 'user' else '' }}{{ m.content }}"
-            "{{ '</s>' if m.role == 'assistant' else '' }}{% endfor %}"
+            f"{{% for m in messages %}}{{{{ '{begin}' if m.role == 'user' else '' }}}}"
+            "{{ m.content }}{{ '</s>' if m.role == 'assistant' else '' }}{% endfor %}"
         )
         tokenizer = Tokenizer(byte_tokenizer().model, "<s>", "</s>", template)
         line = [{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Ho"}]
@@ -199,10 +202,13 @@ class TestDocuments:
         content = Conversations(tokenizer, "all", "template")
         records = read_documents(list_files(str(tmp_path)).files, content)
         (document,) = encode_documents(records, tokenizer)
-        scored = document.tokens[document.is_scored].tolist()
-        assert scored == [*tokenizer.encode("Ho"), tokenizer.eos_id]
-        assert document.tokens[0] == tokenizer.bos_id
-        assert document.tokens[1] != tokenizer.bos_id
+        question, answer = (
+            tokenizer.encode_traced(text, bytes([TEMPLATE]) * len(text))
+            for text in (begin + "Hi ", "Ho</s>")
+        )
+        assert document.tokens.tolist() == [*question, *answer]
+        assert document.tokens[document.is_scored].tolist() == answer
+        assert (document.tokens[0] == tokenizer.bos_id) == bool(begin)
         assert document.text_bytes.sum() == 0
 
 
@@ -325,6 +331,8 @@ class TestCommand:
             ("--data.path {texts} --tasks piqa", "give either data.path"),
             ("--data.path {texts} --answers a.jsonl", "answers has no effect on data"),
             ("--tasks piqa --window 8", "window has no effect on tasks"),
+            ("--tasks piqa --data.format chat", "data has no effect without data.path"),
+            ("--needle.lengths 64 --data.text-field a", "data has no effect without data.path"),
             (
                 "--data.path {texts} --window 600",
                 "window is 600 tokens, the model's context is 512",
@@ -363,7 +371,9 @@ class TestCommand:
     def test_tasks_take_an_extra(self, directory, monkeypatch):
         for name in ("lm_eval", "lm_eval.api.model"):
             monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, "hymba_jax.evaluation.harness", raising=False)
+        for name in ("harness", "tasks"):  # which another test may have imported
+            monkeypatch.delitem(sys.modules, f"hymba_jax.evaluation.{name}", raising=False)
+            monkeypatch.delattr(evaluation, name, raising=False)
         with pytest.raises(SystemExit, match=r'pip install "hymba_jax\[evaluate\]"'):
             cli.main(f"evaluate --model {directory} --tasks piqa".split())
 

@@ -32,10 +32,11 @@ BROWSER = next(
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 METRICS = [
+    {"step": 5, "loss": 0.5, "tokens_seen": 240, "stage": "first"},
     {"step": 10, "loss": 5.5, "tokens_seen": 480, "learning_rate": 0.1, "grad_norm": None},
     {"step": 20, "loss": 4.25, "tokens_seen": 960, "learning_rate": 0.05, "grad_norm": 1.5},
 ]
-METRICS[1] |= {"validation_loss": 4.5, "validation_bits_per_byte": 2.3456}
+METRICS[-1] |= {"validation_loss": 4.5, "validation_bits_per_byte": 2.3456}
 
 TASKS = {
     "piqa": {"alias": "piqa", "acc,none": 0.53125, "acc_stderr,none": 0.0125},
@@ -54,8 +55,19 @@ DOCUMENTS = {
     ],
 }
 
+NEEDLES = {
+    "data": "texts",
+    "trials": 4,
+    "lengths": [64, 128],
+    "depths": [0.0, 1.0],
+    "accuracy": [[0.25, 1.0], [0.0, 0.5]],
+    "nats_per_token": [[2.0, 0.125], [3.0, 1.5]],
+    "nats_per_token_without_needle": [4.0, 4.5],
+}
+
 # Objects that `hymba evaluate` does not write.
 OTHERS = [
+    NEEDLES | {"accuracy": [0.5]},
     {},
     {"by_position": []},
     {"results": {"piqa": 0.5}},
@@ -108,13 +120,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def directory(model, tmp_path_factory):
-    """A model with the metrics of a run, and two files of evaluations."""
+    """A model with the metrics of a run, and three files of evaluations."""
     path = tmp_path_factory.mktemp("report")
     save_model(path / "model", model, byte_tokenizer())
     lines = "".join(json.dumps(line) + "\n" for line in METRICS)
     (path / "model/metrics.jsonl").write_text(lines)
     (path / "a<b>.json").write_text(json.dumps({"results": TASKS}))
     (path / "documents.json").write_text(json.dumps(DOCUMENTS))
+    (path / "needles.json").write_text(json.dumps(NEEDLES))
     return path
 
 
@@ -132,7 +145,7 @@ def command(directory, *options):
 @pytest.fixture(scope="module")
 def html(directory):
     """The page, with a speed that needs no programs."""
-    files = [str(directory / name) for name in ("a<b>.json", "documents.json")]
+    files = [str(directory / name) for name in ("a<b>.json", "documents.json", "needles.json")]
     with pytest.MonkeyPatch.context() as patch:
         speeds = [Speed(8, 256, 98765.4, 1234.5)]
         patch.setattr("hymba_jax.report.command.measure_speed", lambda model, tokens: speeds)
@@ -161,14 +174,16 @@ def test_all_is_in_the_page(html, page):
 def test_sections_and_figures(page):
     names = ["Training", "Evaluations", "Looking inside", "Memory and speed", "Configuration"]
     assert page.texts["h2"] == names
-    assert len(page.texts["figure"]) == len(page.texts["svg"]) == len(page.texts["figcaption"]) == 9
+    for tag in ("figure", "svg", "figcaption"):
+        assert len(page.texts[tag]) == 10
     assert all(page.texts["figcaption"])
-    assert len([value for value in page.values("aria-label") if value]) == 1 + 9
+    assert len([value for value in page.values("aria-label") if value]) == 1 + 10
     figures = " ".join(page.texts["svg"])
-    for label in ("nats per token", "share of attention", "entropy, nats", "without SSM heads"):
+    for label in ("nats per token", "depth of the needle", "share of attention", "entropy, nats"):
         assert label in figures
-    for label in ("from position", "|beta|", "mean |output|", "tokens back", "window KV"):
+    for label in ("without SSM heads", "from position", "|beta|", "mean |output|", "tokens back"):
         assert label in figures
+    assert "window KV" in figures
 
 
 def test_numbers_are_those_of_the_model(page, model):
@@ -177,8 +192,9 @@ def test_numbers_are_those_of_the_model(page, model):
     assert ["in all", f"{parameters:,}", "100.0%"] in page.rows
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(model.init_state(1, 512).layers))
     assert ["cache of a sequence of 512 tokens", f"{cache / 1e6:.1f} MB"] in page.rows
-    tokens = byte_tokenizer().encode(inspect.getsource(argparse))[: LENGTH * SEQUENCES]
-    tokens = np.array(tokens).reshape(SEQUENCES, LENGTH)
+    tokens = byte_tokenizer().encode(inspect.getsource(argparse))[: (LENGTH - 1) * SEQUENCES]
+    tokens = np.array(tokens).reshape(SEQUENCES, LENGTH - 1)
+    tokens = np.pad(tokens, ((0, 0), (1, 0)), constant_values=byte_tokenizer().bos_id)
     logits = np.asarray(jax.jit(lambda tokens: model(tokens))(jnp.asarray(tokens)), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = -np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], -1).mean()
@@ -192,11 +208,12 @@ def test_numbers_are_those_of_the_model(page, model):
 def test_numbers_are_those_of_the_files(page):
     for row in (
         ["steps", "20"],
-        ["training loss, nats per token", "4.2500"],
+        ["training loss", "4.2500"],
         ["validation, bits per byte", "2.3456"],
         ["piqa", "acc", "0.5312", "0.0125"],
         ["gsm8k", "exact_match, strict-match", "0.5000", ""],
         ["perplexity per token", "12.1825", "0.1250"],
+        ["128", "100%", "50%", "1.5000"],
         ["8", "256", "98,765", "1,234"],
     ):
         assert row in page.rows
@@ -244,7 +261,7 @@ def test_a_model_without_a_run_has_no_metrics(tmp_path):
         ),
         (["--length", "513"], "length is 513, the model's context is 512: give less"),
         (["--length", "8"], "length is 8, below 32"),
-        (["--text", "{0}/short.txt"], r"short.txt: 5 tokens, 2 sequences of 48 take 96"),
+        (["--text", "{0}/short.txt"], r"short.txt: 5 tokens, 2 sequences of 48 take 94"),
         (["--output", "/no/where.html"], "there is no directory /no"),
         (["--model", "{0}"], "no model found"),
     ],
