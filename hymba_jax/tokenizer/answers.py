@@ -6,8 +6,9 @@ inference does. It ends behind the token that ends answers (ChatML's "<|im_end|>
 template ends them with text, with all that it renders of the messages up to this one. Both
 renderings have to be how the whole conversation begins; else the template is refused. So is one
 whose generation prompt ends in tokens that are others once an answer follows, as a space is that
-the tokenizer joins to a word. So what is trained on is what inference generates, up to where it
-stops.
+the tokenizer joins to a word, and an answer at which that happens, as it can where the prompt ends
+with a line break and the answer begins with white space. So what is trained on is what inference
+generates, up to where it stops.
 """
 
 import re
@@ -27,7 +28,7 @@ from hymba_jax.types import Bool
 
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _MARK = "mark answers with {% generation %} in the template"
-_WORDS = ("a", "in", "so", "the", "It", "The", "1")  # that answers begin with
+_WORDS = ("a", "in", "so", "the", "It", "The", "1")  # answers that begin otherwise are few
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class AnswerRenderer:
           options: tools, and variables of the template, as of `chat_template.encode`.
 
         Raises:
-          HymbaError: the template fails, or an answer is empty or cannot be told from the rest.
+          HymbaError: the template fails, or an answer is empty, cannot be told from the rest, or
+            begins with what the tokenizer joins to its prompt.
         """
         text = self._rendered(messages, options)
         turns = [
@@ -97,6 +99,11 @@ class AnswerRenderer:
             spans = self._marked(text, messages, turns, options)
         else:
             spans = self._compared(text, messages, turns, options)
+        for start, stop in spans:
+            if not text[start].isalnum():  # as `_WORDS` are
+                self._check_joint(
+                    text[:stop], start, "strip white space there, or remove the record"
+                )
         takes_eos = self._end_token is None
         return ChatText(str.__str__(text), origins(text), tuple(spans), takes_eos)
 
@@ -205,17 +212,23 @@ class AnswerRenderer:
         """Refuses a template whose generation prompt ends inside a token of what follows it."""
         messages = [{"role": "user", "content": "Hi"}]
         prompt = self._rendered(messages, {}, add_generation_prompt=True)
-        ids = self._tokenizer.encode_traced(prompt, origins(prompt))
         for word in _WORDS:
             text = self._rendered([*messages, {"role": "assistant", "content": word}], {})
-            answered = self._tokenizer.encode_traced(text, origins(text))
-            if text.startswith(prompt) and answered[: len(ids)] != ids:
-                raise HymbaError(
-                    "the tokenizer joins the end of the generation prompt, "
-                    f"{str.__str__(prompt[-8:])!r}, to the beginning of an answer ({word!r}), so "
-                    "answers would be trained on behind other tokens than they are generated "
-                    "behind: let the template write that end as the beginning of answers"
-                )
+            if text.startswith(prompt):
+                advice = "let the template write that end as the beginning of answers"
+                self._check_joint(text, len(prompt), advice)
+
+    def _check_joint(self, text: Traced, start: int, advice: str) -> None:
+        """Raises HymbaError if the tokens before an answer are others than without it."""
+        prompt = text[:start]
+        ids, answered = (self._tokenizer.encode_traced(t, origins(t)) for t in (prompt, text))
+        if answered[: len(ids)] != ids:
+            raise HymbaError(
+                "the tokenizer joins the end of the generation prompt, "
+                f"{str.__str__(prompt[-8:])!r}, to the beginning of an answer, "
+                f"{str.__str__(text[start : start + 8])!r}, so it would be trained on behind other "
+                f"tokens than it is generated behind: {advice}"
+            )
 
     def _rendered(
         self,

@@ -242,6 +242,32 @@ def test_a_prompt_that_ends_inside_a_token_is_refused():
         assert encode(tokenizer, TURNS)[: len(prompt_ids)] == prompt_ids
 
 
+def test_an_answer_that_begins_inside_a_token_is_refused():
+    """There a line break with indentation is a token, and the prompt ends with a line break."""
+    joined = build_tokenizer("bpe:262", ["b\n  b\n  b\n  b\n  b"])
+    assert len(joined.encode("\n  ")) == 1
+    template = (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    marked = template.replace(
+        "{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"
+    ).replace("in messages", "in messages if m.role == 'assistant'")
+    messages = [QUESTION, {"role": "assistant", "content": "  x = 1"}]
+    stripped = [QUESTION, {"role": "assistant", "content": "x = 1"}]
+    for each in (template, marked):
+        tokenizer = Tokenizer(joined.model, "<s>", "</s>", each)
+        with pytest.raises(
+            HymbaError, match=r"'istant:.n', to the beginning of an answer, '  x = "
+        ):
+            AnswerRenderer(tokenizer).render(messages)
+        AnswerRenderer(tokenizer).render(stripped)
+    tokenizer = Tokenizer(
+        joined.model, "<s>", "</s>", template.replace("m.content", "m.content|trim")
+    )
+    assert answers(tokenizer, messages) == ["x = 1</s>"]
+
+
 def test_an_answer_that_ends_otherwise_than_others_is_refused():
     template = TEMPLATES["chatml"].replace(
         "+ '<|im_end|>' +", "+ ('' if message['tool_calls'] else '<|im_end|>') +"
