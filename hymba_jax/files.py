@@ -150,6 +150,14 @@ def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def parse_json_object(text: str) -> dict[str, Any]:
+    """The object of a JSON text. Raises ValueError as `parse_json`, or if it is another value."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 

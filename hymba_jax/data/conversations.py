@@ -8,23 +8,27 @@
 |                               | of the completion alone                                    |
 | with them `system`            | a string, the system message                               |
 | `tools`, `contexts`           | JSON schemas (a list, or JSON as text); strings            |
+| `documents`                   | objects, as the template reads them                        |
 
-Of a record with several of the first three, the first of them is read.
+Of a record with several of the first three, the first of them is read. Arguments of tool calls may
+be JSON as text; templates are given objects. `chat_template_kwargs` are refused.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hymba_jax.config.data import LossOn
 from hymba_jax.data import records
 from hymba_jax.data.records import BrokenFile
 from hymba_jax.errors import HymbaError
+from hymba_jax.files import parse_json_object
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.tokenizer.answers import AnswerRenderer, ChatText
 from hymba_jax.tokenizer.chat_template import TemplateFailed
 
-OPTION_FIELDS = ("system", "tools", "contexts")
+OPTION_FIELDS = ("system", "tools", "contexts", "documents", "chat_template_kwargs")
 _FIELDS = ("messages", "conversations", "prompt", "completion", *OPTION_FIELDS)
 _NEEDED = '"messages", "conversations", or "prompt" and "completion"'
 
@@ -88,7 +92,10 @@ class Conversations:
         Args:
           num_given: messages at the start whose answers are not meant.
         """
-        if isinstance(system := record.get("system"), str) and system.strip():
+        system = record.get("system") or ""
+        if not isinstance(system, str):
+            raise ValueError("system is not a string: fix it")
+        if system.strip():
             messages = [{"role": "system", "content": system}, *messages]
             num_given += 1
         messages = [_checked(message, number) for number, message in enumerate(messages, start=1)]
@@ -111,7 +118,11 @@ class Conversations:
     def _check_written(
         self, text: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
     ) -> None:
-        """Raises ValueError if the template leaves tools, contexts or calls of a record out."""
+        """Raises ValueError if the template leaves out what is in a record.
+
+        That is an option, the system message, the result of a tool, tool calls, or content beside
+        them; an answer without calls has its own check where it is told from the rest.
+        """
 
         def is_ignored(name: str) -> bool:
             others = {other: value for other, value in options.items() if other != name}
@@ -120,17 +131,32 @@ class Conversations:
             except HymbaError:  # the template needs it
                 return False
 
-        unwritten = [*filter(is_ignored, options)]
-        unwritten += [
-            f"the tool calls of message {number}"
-            for number, message in enumerate(messages, start=1)
-            if any(name not in text for name in _called(message))
-        ]
+        unwritten = [*filter(is_ignored, options), *self._unwritten_parts(messages, options)]
         if unwritten:
             raise ValueError(
                 f"the chat template does not write {' and '.join(unwritten)}: remove the record, "
                 "or give a template that does"
             )
+
+    def _unwritten_parts(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """The parts of messages that are not in the text, by one rendering with marks for them."""
+        parts: dict[str, str] = {}
+
+        def mark(part: str) -> str:
+            """A text that stands for a part; digits, which have no case that could be changed."""
+            digits = f"{secrets.randbelow(10**32):032}"
+            parts[digits] = part
+            return digits
+
+        marked = [_marked(message, number, mark) for number, message in enumerate(messages, 1)]
+        if parts:
+            try:
+                text = self._renderer.text(marked, **options)
+            except HymbaError:  # the template needs what is there
+                return
+            yield from dict.fromkeys(part for digits, part in parts.items() if digits not in text)
 
     def of_row(self, row: dict[str, Any]) -> ChatText:
         """The conversation in a row of Parquet. Raises ValueError saying what is wrong.
@@ -216,16 +242,73 @@ def _checked(message: Any, number: int) -> dict[str, Any]:
             f"message {number} has weight {message['weight']}, which is not supported: remove the "
             'record, or choose its last answer by loss_on "last"'
         )
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise ValueError(f"message {number} has tool_calls that are no list: fix it")
+        message["tool_calls"] = [_checked_call(call, number) for call in calls]
     return message
 
 
-def _called(message: Mapping[str, Any]) -> Iterator[str]:
-    """The names of the functions that a message calls."""
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else ():
-        function = call.get("function", call) if isinstance(call, dict) else call
-        if isinstance(function, dict) and isinstance(name := function.get("name"), str):
-            yield name
+def _checked_call(call: Any, number: int) -> dict[str, Any]:
+    """A tool call with its arguments, if it has any, as an object.
+
+    OpenAI's format has them as text, which a template would write as a string: no call that
+    inference can parse.
+    """
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"message {number} has a tool call without the name of a function: fix it")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json_object(arguments)
+        except ValueError as error:
+            raise ValueError(
+                f"message {number} calls {function['name']!r} with arguments that are a string, "
+                f"but no JSON object ({error}): fix it"
+            ) from error
+        return _with_function(call, arguments=arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"message {number} calls {function['name']!r} with arguments that are no object: fix it"
+        )
+    return dict(call)
+
+
+def _with_function(call: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """A tool call whose function has other values of some fields."""
+    if "function" in call:
+        return {**call, "function": {**call["function"], **fields}}
+    return {**call, **fields}
+
+
+def _marked(
+    message: Mapping[str, Any], number: int, mark: Callable[[str], str]
+) -> Mapping[str, Any]:
+    """A message with marks for the texts that a template may leave out."""
+    role, calls = message["role"], message.get("tool_calls", ())
+    if role == "user" or (role == "assistant" and not calls):
+        return message
+
+    def of_text(text: Any) -> Any:
+        is_blank = not isinstance(text, str) or not text.strip()
+        return text if is_blank else mark(f"the content of message {number}")
+
+    content = message.get("content", "")
+    if isinstance(content, str):
+        content = of_text(content)
+    else:
+        content = [
+            part | {"text": of_text(part["text"])}
+            if isinstance(part, dict) and "text" in part
+            else part
+            for part in content
+        ]
+    marked = {**message, "content": content} if content else {**message}
+    if calls:
+        what = f"the tool calls of message {number}"
+        marked["tool_calls"] = [_with_function(call, name=mark(what)) for call in calls]
+    return marked
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -250,20 +333,18 @@ def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _options(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The tools and contexts of a record, as the template takes them."""
-    options: dict[str, Any] = {}
-    tools, contexts = record.get("tools"), record.get("contexts")
-    if isinstance(tools, str):
+    """The tools, contexts and documents of a record, as the template takes them."""
+    if record.get("chat_template_kwargs"):
+        raise ValueError("has chat_template_kwargs, which are not supported: remove them")
+    values = {name: record.get(name) for name in ("tools", "contexts", "documents")}
+    if isinstance(tools := values["tools"], str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
+            values["tools"] = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise ValueError(f"tools is a string, but not JSON ({error}): fix it") from error
-    if tools:
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError("tools is not a list of objects: fix it")
-        options["tools"] = tools
-    if contexts:
-        if not isinstance(contexts, list) or not all(isinstance(each, str) for each in contexts):
-            raise ValueError("contexts is not a list of strings: fix it")
-        options["contexts"] = contexts
+    options: dict[str, Any] = {name: value for name, value in values.items() if value}
+    for name, value in options.items():
+        kind, what = (str, "strings") if name == "contexts" else (dict, "objects")
+        if not isinstance(value, list) or not all(isinstance(each, kind) for each in value):
+            raise ValueError(f"{name} is not a list of {what}: fix it")
     return options

@@ -5,7 +5,7 @@
 | `prompt`                      | a string, or a list of messages                            |
 | `chosen`, `rejected`          | strings, or lists of messages, from an answer on           |
 | or `chosen`, `rejected` alone | whole conversations, which begin with the same prompt      |
-| with them                     | `system`, `tools`, `contexts`, as of `conversations.py`    |
+| with them                     | `system`, `tools` and others, as of `conversations.py`     |
 
 A pair is two conversations with the same prompt. The loss is on answers behind it alone.
 """

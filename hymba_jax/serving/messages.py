@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hymba_jax.files import parse_json
+from hymba_jax.files import parse_json_object
 from hymba_jax.inference.tool_calls import START, call_beginning
 from hymba_jax.serving.protocol import (
     ApiError,
@@ -106,12 +106,10 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
 def _template_calls(place: str, calls: Sequence[AssistantCall]) -> Iterator[dict[str, Any]]:
     for call in calls:
         try:
-            arguments = parse_json(call.function.arguments)
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
+            arguments = parse_json_object(call.function.arguments)
+        except ValueError as error:
             raise ApiError(
                 400, f"{place}: arguments of a tool call are not a JSON object", param=place
-            )
+            ) from error
         function = {"name": call.function.name, "arguments": arguments}
         yield {"id": call.id, "type": "function", "function": function}

@@ -20,7 +20,8 @@ from hymba_jax.tokenizer.chat_template import render_chat
 
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.name }};{% endfor %}{% for c in contexts or [] %}({{ c }})"
-    "{% endfor %}{% for m in messages %}{{ m.role[0] }}>"
+    "{% endfor %}{% for d in documents or [] %}<{{ d.title }}>{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}>"
     "{% if m.content == 'refuse' %}{{ raise_exception('no!') }}{% endif %}"
     "{{ m.content if m.content is string else m.content[0].text if m.content }}"
     "{{ m.tool_calls | tojson if m.tool_calls }}"
@@ -31,6 +32,11 @@ SYSTEM, USER, ANSWER, TOOL = (
 )
 REFUSED = {"role": "user", "content": "refuse"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+AS_TEXT = {"name": "f", "arguments": '{"a": "é"}'}  # as OpenAI's format has it
+
+
+def called(*calls):
+    return [USER, {"role": "assistant", "tool_calls": [*calls]}]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,11 @@ GOOD = [
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "part"}]}, ANSWER]},
         "u>part</s>a>aa</s>",
+    ),
+    ({"messages": [USER, ANSWER], "documents": [{"title": "d"}]}, "<d>u>uu</s>a>aa</s>"),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": AS_TEXT}]}]},
+        'u>uu</s>a>[{"function": {"name": "f", "arguments": {"a": "é"}}}]</s>',
     ),
 ]
 
@@ -189,6 +200,20 @@ def test_parquet(conversations):
         ({"messages": [USER, ANSWER], "tools": "{"}, "tools is a string, but not JSON"),
         ({"messages": [USER, ANSWER], "tools": ["f"]}, "tools is not a list of objects"),
         ({"messages": [USER, ANSWER], "contexts": "c"}, "contexts is not a list of strings"),
+        ({"messages": [USER, ANSWER], "documents": ["d"]}, "documents is not a list of objects"),
+        ({"messages": [USER, ANSWER], "system": ["s"]}, "system is not a string"),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": True}},
+            "has chat_template_kwargs, which are not supported",
+        ),
+        ({"messages": [USER, ANSWER | {"tool_calls": "f()"}]}, "2 has tool_calls that are no list"),
+        ({"messages": called("f()")}, "message 2 has a tool call without the name of a function"),
+        ({"messages": called({"function": {}})}, "message 2 has a tool call without the name"),
+        (
+            {"messages": called(AS_TEXT | {"arguments": "[1]"})},
+            "message 2 calls 'f' with arguments that are a string, but no JSON object (not a JSON",
+        ),
+        ({"messages": called(AS_TEXT | {"arguments": [1]})}, "'f' with arguments that are no obj"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "half a surrogate pair"),
         ({"messages": [REFUSED, ANSWER]}, "the chat template failed: no!"),
     ],
@@ -213,6 +238,38 @@ def test_what_a_template_leaves_out_is_not_left_out_silently():
         record = {"messages": [USER, ANSWER | {"tool_calls": [call]}]}
         with pytest.raises(ValueError, match="does not write the tool calls of message 2: remove"):
             content.of_json(record)
+
+
+def leaving_out(old, new):
+    assert old in TEMPLATE
+    return Conversations(chat_tokenizer(TEMPLATE.replace(old, new)), "all", "the template")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("{{ m.tool_calls | tojson if m.tool_calls }}", "", "the tool calls of message 3"),
+        ("m.tool_calls | tojson", "m.tool_calls[0] | tojson", "the tool calls of message 3"),
+        ("in messages %}", "in messages if m.role != 'system' %}", "the content of message 1"),
+        ("in messages %}", "in messages if m.role != 'tool' %}", "the content of message 4"),
+        ("if m.content }}", "if m.content and not m.tool_calls }}", "the content of message 3"),
+    ],
+)
+def test_what_a_template_leaves_out_of_a_message_is_said(conversations, old, new, part):
+    """Though the name of what is called is among the tools, and contents are elsewhere, too."""
+    text = {"role": "assistant", "content": [{"type": "text", "text": "aa"}]}
+    calls = {"tool_calls": [{"name": "f"}, {"name": "f"}]}
+    record = {"messages": [SYSTEM, USER, text | calls, TOOL, ANSWER], "tools": [{"name": "f"}]}
+    record["messages"][1] = {"role": "user", "content": "ss tt aa"}
+    conversations.of_json(record)
+    with pytest.raises(ValueError, match=rf"does not write {part}: remove"):
+        leaving_out(old, new).of_json(record)
+
+
+def test_what_a_template_writes_in_another_way_is_written():
+    content = leaving_out("m.tool_calls | tojson", "m.tool_calls | tojson(ensure_ascii=true)")
+    chat = content.of_json({"messages": called({"name": "é"})})
+    assert chat.text == 'u>uu</s>a>[{"name": "\\u00e9"}]</s>'
 
 
 def test_bad_records_stop_with_a_line_each_or_are_skipped(conversations, tmp_path):
@@ -254,7 +311,9 @@ def test_a_tokenizer_without_a_template_is_refused():
         Conversations(chat_tokenizer(None), "all", "NAME")
 
 
-def test_what_is_written_is_checked_by_one_rendering_of_each_option(conversations, monkeypatch):
+def test_what_is_written_is_checked_by_one_rendering_of_each_option_and_one_of_messages(
+    conversations, monkeypatch
+):
     rendered = []
 
     def counted(*arguments, **options):
@@ -262,9 +321,14 @@ def test_what_is_written_is_checked_by_one_rendering_of_each_option(conversation
         return render_chat(*arguments, **options)
 
     monkeypatch.setattr(answers, "render_chat", counted)
-    record, counts = {"messages": [USER, ANSWER] * 5}, []
-    for options in ({}, {"tools": [{"name": "f"}], "contexts": ["c"]}):
+
+    def count(*messages, **options):
         rendered.clear()
-        conversations.of_json(record | options)
-        counts.append(len(rendered))
-    assert counts[1] == counts[0] + 2
+        conversations.of_json({"messages": [*messages], **options})
+        return len(rendered)
+
+    plain = [USER, ANSWER] * 5
+    alone = count(*plain)
+    assert count(*plain, tools=[{"name": "f"}], contexts=["c"]) == alone + 2
+    assert count(SYSTEM, *plain) == alone + 1
+    assert count(SYSTEM, USER, CALL, TOOL, ANSWER, *plain[2:8]) == alone + 1
