@@ -71,13 +71,20 @@ class Reference:
           params: after so many steps of the run.
 
         Raises:
-          HymbaError: the stage has begun, and the file is not there or another.
+          HymbaError: the stage has begun, and the file is not there, another, or without a source.
         """
         about = self._about()
         if is_start := step == self.stage.start:
             about["parameters"] = digest(tree_checksums(params))
         found = self._read(about)
-        if not all(gather(found is not None)):
+        new = sorted(self.rows.keys() - found.keys()) if found is not None else []
+        if not all(gather(found is not None and not new)):
+            if new and not is_start:
+                raise HymbaError(
+                    f"{self._path}: has nothing of {', '.join(new)}, new in {self.stage.label}, "
+                    "whose reference cannot be computed after it began: leave the source out, or "
+                    f"remove the checkpoints after step {self.stage.start} to repeat the stage"
+                )
             if not is_start:
                 raise HymbaError(
                     f"{self._path}: is missing, damaged or of other pairs, which step {step} "
@@ -100,7 +107,7 @@ class Reference:
         """What the numbers in the file depend on beside parameters, and their order."""
         data = self.stage.run.data
         rows = {"length": data.sequence_length, "too_long": data.too_long}
-        return {"start": self.stage.start, "digests": dict(self.digests), **rows}
+        return {"start": self.stage.start, **rows}
 
     def _compute(self, params: Params) -> LogProbs | None:
         """One forward pass over all rows; None if the run was asked to stop."""
@@ -120,18 +127,25 @@ class Reference:
         return found
 
     def _write(self, found: LogProbs, about: Mapping[str, Any]) -> None:
+        about = {**about, "digests": dict(self.digests)}
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **{_ABOUT: np.array(json.dumps(about))}, **found)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(self._path, content.getvalue())
 
     def _read(self, about: Mapping[str, Any]) -> LogProbs | None:
-        """What the file has; None if it is not there, is damaged, or is about something else."""
+        """What the file has of the rows, which may lack some sources and have had others.
+
+        None if it is not there, is damaged, or is about something else.
+        """
         try:
             with np.load(io.BytesIO(read_bytes(self._path)), allow_pickle=False) as arrays:
                 stored = json.loads(str(arrays[_ABOUT]))
-                found = {name: arrays[name] for name in self.rows}
+                digests = stored["digests"]
+                found = {name: arrays[name] for name in self.rows if name in digests}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
-        is_same = all(stored.get(name) == value for name, value in about.items())
+        is_same = all(stored.get(name) == value for name, value in about.items()) and all(
+            digests[name] == self.digests[name] for name in found
+        )
         return found if is_same else None

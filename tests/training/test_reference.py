@@ -80,6 +80,17 @@ def test_without_it_a_stage_is_not_resumed(reference, tmp_path):
     prepare(reference, 1, START + 1)
 
 
+def test_within_a_stage_sources_may_be_left_out_but_not_added(reference):
+    def with_sources(*names):
+        rows = {name: PreferenceRows(make_store(make_conversations(40)), 90) for name in names}
+        return dataclasses.replace(reference, rows=rows, digests=dict.fromkeys(names, "d"))
+
+    with_sources("pairs", "held").prepare({"scale": jnp.float32(0.5)}, START)
+    np.testing.assert_array_equal(prepare(with_sources("held"), 7, START + 1), expected(0.5))
+    with pytest.raises(HymbaError, match=r"dpo.npz: has nothing of new, new in stage dpo, whose"):
+        with_sources("pairs", "new").prepare({"scale": jnp.float32(0.5)}, START + 1)
+
+
 def test_a_run_that_is_stopped_keeps_nothing(reference, tmp_path):
     stopped = dataclasses.replace(reference, stops=lambda: True)
     assert prepare(stopped, 1, START) is None
