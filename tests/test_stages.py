@@ -130,6 +130,12 @@ def test_toml_keeps_stages_and_their_order(tmp_path):
             "",
             "sequence_length 4096 is longer than model.max_positions 2048",
         ),
+        (
+            "max_positions = 4096",
+            'max_positions = 4096\nrope_type = "dynamic_ntk"',
+            'stages.extension: run config: rope_type "dynamic_ntk" does not go with data.packing '
+            '"documents" in sequences of more than 1920 tokens',
+        ),
         ('name = "decay"', "", r"\[\[stages\]\] number 2 has no name"),
         ('name = "decay"', 'name = "stable"', "number 2 has the name 'stable', as another one has"),
         ('name = "decay"', 'name = "a b"', "a name has letters, digits, - and _ only"),

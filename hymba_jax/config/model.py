@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -218,6 +219,13 @@ class HymbaConfig:
             return self.attention.rope_theta
         factor = 2 * self.max_positions / self.attention.rope_original_positions - 1
         return float(self.attention.rope_theta * factor**self.ntk_exponent)
+
+    @property
+    def max_fixed_positions(self) -> int | float:
+        """Positions, meta tokens included, up to which rotation does not depend on the length."""
+        if self.rope_type != "dynamic_ntk":
+            return math.inf
+        return self.attention.rope_original_positions
 
     @property
     def ntk_exponent(self) -> float:

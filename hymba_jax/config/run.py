@@ -94,6 +94,7 @@ class RunConfig:
             return
         yield from self.training.stage_problems()
         yield from self.data.packing_problems()
+        yield from rotation_problems(self.model, self.data)
         there = self.data.validation or self.data.train_sources
         for name in self.training.validate_on:
             if name not in there:
@@ -183,6 +184,19 @@ class RunConfig:
     def to_toml(self) -> str:
         """The file that `from_toml` reads as this config; every field is in it."""
         return "\n".join(toml_lines(self, "")).lstrip() + "\n"
+
+
+def rotation_problems(model: HymbaConfig, data: DataConfig) -> Iterator[str]:
+    """Why a model cannot compute packed documents, if it cannot."""
+    longest = model.max_fixed_positions - model.num_meta_tokens
+    for name in ("packing", "validation_packing"):
+        if getattr(data, name) == "documents" and data.sequence_length > longest:
+            yield (
+                f'rope_type "dynamic_ntk" does not go with data.{name} "documents" in sequences of '
+                f"more than {longest} tokens, where rotation depends on the length of a document: "
+                f"data.sequence_length is {data.sequence_length}, shorten it, or choose another "
+                "rope_type"
+            )
 
 
 def read_table(path: str | os.PathLike[str], base: RunConfig) -> tuple[RunConfig, dict[str, Any]]:

@@ -39,7 +39,6 @@ from hymba_jax.inference.sampling import make_sampler
 from hymba_jax.model import Hymba, fuse_projections, merge_adapters, unstack_layers
 from hymba_jax.model.abstract import Params
 from hymba_jax.model.quantized import quantize_kernels
-from hymba_jax.model.rope import max_fixed_positions
 from hymba_jax.model.state import MetaState
 from hymba_jax.parallel.memory import check_fits, tree_bytes
 from hymba_jax.types import Bool, Float, Int
@@ -394,7 +393,7 @@ def _max_context(config: HymbaConfig, context: int | None) -> int:
     forward pass beyond this.
     """
     largest, reason = config.max_positions, "max_positions"
-    fixed = max_fixed_positions(config) - config.num_meta_tokens
+    fixed = config.max_fixed_positions - config.num_meta_tokens
     if fixed < largest:
         largest, reason = int(fixed), "dynamic_ntk rotates all keys again beyond that"
     wanted = largest if context is None else context

@@ -19,7 +19,7 @@ from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta, ru
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import KVCache
 from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
-from hymba_jax.model.rope import make_rope, max_fixed_positions
+from hymba_jax.model.rope import make_rope
 from hymba_jax.model.state import LayerState, MetaState, ModelState, StateFormats
 from hymba_jax.ops.documents import document_starts, first_positions
 from hymba_jax.ops.matmul import matmul, matmul_transposed
@@ -137,7 +137,7 @@ class Hymba(nnx.Module):
         total = num_meta_tokens + length
         positions = jnp.arange(length)[None]
         if segment_ids is not None:
-            if total > max_fixed_positions(self.config):
+            if total > self.config.max_fixed_positions:
                 raise ValueError(
                     f"segment_ids: with dynamic_ntk the rotation of {total} positions depends on "
                     "the length of each document"

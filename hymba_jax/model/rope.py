@@ -1,6 +1,5 @@
 """Rotary position embeddings (arXiv 2104.09864), in float32 whatever the model computes in."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -50,13 +49,6 @@ def _rotate_bwd(angles: tuple[Array, Array], dy: Array) -> tuple[Array, None, No
 
 
 _rotate.defvjp(_rotate_fwd, _rotate_bwd)
-
-
-def max_fixed_positions(config: HymbaConfig) -> int | float:
-    """Positions, meta tokens included, up to which rotation does not depend on the length."""
-    if config.rope_type != "dynamic_ntk":
-        return math.inf
-    return config.attention.rope_original_positions
 
 
 def make_rope(

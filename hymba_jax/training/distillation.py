@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hymba_jax.config import ComputeConfig
-from hymba_jax.config.run import RunConfig
+from hymba_jax.config.run import RunConfig, rotation_problems
 from hymba_jax.convert.init_from import InitialModel, read_initial_model
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.errors import HymbaError
@@ -97,6 +97,8 @@ def read_teacher(
             f"{source.directory}: the teacher has {source.config.max_positions:,} positions, "
             f"data.sequence_length is {run.data.sequence_length:,}: shorten it"
         )
+    if problems := [*rotation_problems(source.config, run.data)]:
+        raise HymbaError(f"{source.directory}: the teacher's {problems[0]}")
     compute = dataclasses.replace(run.compute, param_dtype=run.compute.dtype, remat="none")
     graph, abstract = abstract_model(source.config, compute, mesh)
     return Teacher(source, compute, graph, abstract)

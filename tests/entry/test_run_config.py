@@ -199,6 +199,11 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
             "[data]\nsequence_length = 9000",
             "run config: data.sequence_length 9000 is longer than model.max_positions 8192",
         ),
+        (
+            'model.attention.rope_type = "dynamic_ntk"\n[data]\nsequence_length = 2000\n'
+            'validation_packing = "documents"',
+            'run config: rope_type "dynamic_ntk" does not go with data.validation_packing "docum',
+        ),
         ("[training]\nsteps = 0", "training config: steps is 0, below 1"),
         ("seed = -1", "run config: seed is -1, below 0"),
         ("seed = 4294967296", "run config: seed is 4294967296, above 4294967295: JAX takes 32"),

@@ -160,6 +160,13 @@ def test_teachers_that_do_not_fit(run, tmp_path):
     assert "the teacher's vocabulary has 300 rows, that of the model 259" in refusal(
         make_model(large)
     )
+    rotated = dataclasses.replace(
+        STUDENT.attention, rope_type="dynamic_ntk", rope_original_positions=26
+    )
+    dynamic = make_model(dataclasses.replace(STUDENT, attention=rotated))
+    assert 'the teacher\'s rope_type "dynamic_ntk" does not go with data.packing "documents"' in (
+        refusal(dynamic, packing="documents")
+    )
     swapped = Tokenizer(byte_tokenizer().model, "</s>", "<s>")
     assert "the teacher's tokenizer is another than the run's" in refusal(
         make_model(STUDENT), swapped
