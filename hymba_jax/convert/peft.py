@@ -49,9 +49,10 @@ _TENSOR = re.compile(
 # Options that say how an adapter was made, not what it computes.
 _HARMLESS = frozenset(
     {
-        *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode"),
-        *("layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core"),
-        *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
+        *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules"),
+        *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout"),
+        *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules"),
+        "task_type",
     }
 )
 _READ = frozenset(

@@ -154,6 +154,13 @@ def test_options_that_change_what_it_computes_are_refused(settings, message, tmp
     assert str(caught.value).startswith(f"{tmp_path / ADAPTER_CONFIG}: {message}")
 
 
+def test_the_data_that_an_adapter_was_initialized_by_is_no_matter(tmp_path):
+    write(tmp_path, "lora", targets=("x_proj",))
+    edit(tmp_path, init_lora_weights="eva", eva_config={"rho": 2.0, "tau": 0.99})
+    adapters, _ = read_peft(tmp_path)
+    assert len(adapters) == MODEL.num_layers
+
+
 def test_tensors_that_do_not_fit_the_options_are_refused(tmp_path):
     write(tmp_path, "lora", targets=("x_proj",))
     for settings, message in (
