@@ -27,11 +27,11 @@ from safetensors.numpy import save_file
 
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.adapter import AdapterConfig
-from hymba_jax.config.field_types import shown
+from hymba_jax.config.field_types import leaves, shown
 from hymba_jax.convert.mapping import HFSlice, hf_slices
 from hymba_jax.convert.tensor_file import TensorFile
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import read_json
+from hymba_jax.files import parse_json_object, read_json
 from hymba_jax.hf_files import ADAPTER_CONFIG
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import ParamPath, Params
@@ -41,7 +41,7 @@ from hymba_jax.types import Array
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_BASE = "base_checksum"  # in the metadata of the weights
+_BASE, _BASE_CONFIG = "base_checksum", "base_config"  # in the metadata of the weights
 _TENSOR = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:\.weight)?"
 )
@@ -68,17 +68,18 @@ def merge_peft(directory: Path, model: Hymba) -> Hymba:
       HymbaError: it cannot be read, has options that are not supported, or belongs to another
         model.
     """
-    adapters, base = read_peft(directory)
+    adapters, metadata = read_peft(directory)
     graph, state = nnx.split(model)
     params = flatten_dict(nnx.to_pure_dict(state))
     shapes = {path: leaf.shape for path, leaf in params.items()}
     parts = _kernels(shapes, model.config, scan_layers=model.compute.scan_layers)
     _check_fit(directory, adapters, parts)
-    if base is not None and base != _checksum(params, parts[min(adapters)]):
+    if metadata.get(_BASE, own := _checksum(params, parts[min(adapters)])) != own:
         raise HymbaError(
             f"{directory}: belongs to another model than this one, or is merged into it already: "
             "name the model that it was trained on"
         )
+    _check_config(directory, metadata, model.config)
     updates: dict[ParamPath, dict[int | None, LowRankUpdate]] = defaultdict(dict)
     for module, update in adapters.items():
         for part in parts[module]:
@@ -96,10 +97,8 @@ def _merged(kernel: Array, updates: Mapping[int | None, LowRankUpdate]) -> Array
     return jnp.stack([*layers])
 
 
-def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
-    """The adapter of each HF module, its arrays transposed to (in, out), and the base's checksum.
-
-    The checksum is None of adapters that were written elsewhere.
+def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], dict[str, str]]:
+    """The adapter of each HF module, its arrays transposed to (in, out), and the file's metadata.
 
     Raises:
       HymbaError: a file cannot be read, or has options or tensors that are not supported.
@@ -125,7 +124,7 @@ def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], str | None]:
             problems.append(f"{module} {error}")
     if problems or not adapters:
         raise HymbaError(f"{file.path}: {'; '.join(problems) or 'has no adapter'}")
-    return adapters, file.metadata.get(_BASE)
+    return adapters, file.metadata
 
 
 def _module_update(
@@ -182,7 +181,11 @@ def write_peft(
             tensors |= {f"{_PREFIX}{module}.{name}": array for name, array in blocks.items()}
     settings = _settings(adapter, ranks, [*parts], base_model)
     (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    metadata = {"format": "pt", _BASE: _checksum(flat, parts[min(ranks)])}
+    metadata = {
+        "format": "pt",
+        _BASE: _checksum(flat, parts[min(ranks)]),
+        _BASE_CONFIG: json.dumps(dict(leaves(config.resolved(), "model."))),
+    }
     save_file(tensors, directory / WEIGHTS, metadata)
 
 
@@ -276,6 +279,30 @@ def _check_fit(
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise HymbaError(
             f"{directory}: the adapter belongs to another model ({'; '.join(problems[:3])}{more})"
+        )
+
+
+def _check_config(directory: Path, metadata: Mapping[str, str], config: HymbaConfig) -> None:
+    """Raises HymbaError if the adapter was trained on a model that computes in another way.
+
+    Windows and the base of RoPE, say, are in no parameter.
+    """
+    try:
+        there = parse_json_object(metadata.get(_BASE_CONFIG, "{}"))
+    except ValueError as error:
+        raise HymbaError(
+            f"{directory / WEIGHTS}: its {_BASE_CONFIG} is broken ({error}): export it again"
+        ) from error
+    differences = [
+        f"{name} is {shown(there[name])} there, {shown(value)} here"
+        for name, value in leaves(config.resolved(), "model.")
+        if there.get(name, value) != value
+    ]
+    if differences:
+        raise HymbaError(
+            f"{directory}: was trained on a model that computes in another way "
+            f"({'; '.join(differences)}): name one with those values, or export the run with "
+            "--merge"
         )
 
 

@@ -65,8 +65,8 @@ def write(directory, kind, targets=MIXED, rank=3):
 def test_what_peft_wrote_is_merged_as_peft_merges_it(kind):
     """To the rounding of float32."""
     directory = GOLDEN / f"peft-{kind}"
-    adapters, checksum = read_peft(directory)
-    assert checksum is None
+    adapters, metadata = read_peft(directory)
+    assert metadata == {"format": "pt"}
     base, merged = (load_file(directory / f"{name}.safetensors") for name in ("base", "merged"))
     assert {f"{module}.weight" for module in adapters} == base.keys()
     for module, update in adapters.items():
@@ -198,6 +198,23 @@ def test_other_shapes_and_another_base_are_refused(tmp_path):
     save_file(tensors, tmp_path / "of peft" / WEIGHTS)
     with pytest.raises(HymbaError, match="out_proj maps 32 to 17 there, 32 to 16 here"):
         merge_peft(tmp_path / "of peft", other)
+
+
+def test_a_base_that_computes_in_another_way_is_refused(tmp_path):
+    """Though its parameters are the same."""
+    write(tmp_path, "lora", targets=("x_proj",))
+    attention = dataclasses.replace(MODEL.attention, rope_theta=5e5)
+    other = dataclasses.replace(MODEL, attention=attention, norm_eps=1e-5)
+    with pytest.raises(HymbaError) as caught:
+        merge_peft(tmp_path, Hymba(other, ComputeConfig(), nnx.Rngs(0)))
+    assert str(caught.value) == (
+        f"{tmp_path}: was trained on a model that computes in another way "
+        "(model.attention.rope_theta is 10000.0 there, 500000.0 here; model.norm_eps is 1e-06 "
+        "there, 1e-05 here): name one with those values, or export the run with --merge"
+    )
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"base_config": "{"})
+    with pytest.raises(HymbaError, match=r"its base_config is broken .*: export it again"):
+        merge_peft(tmp_path, make_base())
 
 
 def test_an_adapter_is_merged_once(tmp_path):
