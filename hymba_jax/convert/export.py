@@ -20,7 +20,8 @@ from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
 from hymba_jax.checkpoint.save import check_absent, save_model
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.run import CONFIG_FILE, RunConfig
-from hymba_jax.convert.peft import merge_peft, write_peft
+from hymba_jax.convert.hf_tokenizer import write_hf_tokenizer
+from hymba_jax.convert.peft import merge_peft, peft_tokenizer, write_peft
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_path, written_beside
 from hymba_jax.model import Hymba
@@ -49,7 +50,8 @@ class ExportConfig:
         averages the adapter's matrices, and `last:N` the merged models, so it needs --merge.
       step: which checkpoint, or "best", of the lowest validation loss; the newest if absent.
       merge: merges the run's adapter into the model.
-      adapter: writes the run's adapter alone, as a PEFT adapter of the model that it started from.
+      adapter: writes the run's adapter alone, as a PEFT adapter of the model that it started from,
+        with the run's tokenizer.
       merge_peft: directory of a PEFT adapter, of whatever library, that is merged into the model.
 
     Raises:
@@ -114,6 +116,7 @@ def main(args: ExportConfig) -> None:
             write_peft(
                 beside, params, config, adapter, scan_layers=compute.scan_layers, base_model=base
             )
+            write_hf_tokenizer(Tokenizer.load(run), config, beside)
         print(f"{output}: adapter, {what} of {run}")
         return
     if args.merge:
@@ -153,7 +156,8 @@ def _write_merged(directory: Path, step: Step | None, adapter: Path, output: Pat
     graph, _ = abstract_model(config, compute, mesh)
     params = load_merged_params(directory, config, compute, mesh, found)
     model = merge_peft(adapter, nnx.merge(graph, params))
-    save_model(output, model, Tokenizer.load(directory), hf_files_of=directory)
+    tokenizer = peft_tokenizer(adapter, Tokenizer.load(directory), config)
+    save_model(output, model, tokenizer, hf_files_of=directory)
     print(f"{output}: {directory} with {adapter} merged")
 
 

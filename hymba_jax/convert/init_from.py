@@ -1,10 +1,8 @@
 """A run that starts from the parameters of another run or model, native or HF."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import optax
@@ -71,11 +69,7 @@ class InitialModel:
         Args:
           name: of the tokenizer, as data.tokenizer has it.
         """
-        if self.tokenizer is None:
-            return
-        own, vocabulary = self.tokenizer, tokenizer.model.get_vocab()
-        added = own.model.get_vocab().items() - vocabulary.items()
-        if added or _tokenization(own) != _tokenization(tokenizer):
+        if self.tokenizer is not None and not tokenizer.extends(self.tokenizer):
             raise HymbaError(
                 f"{self.directory}: its embeddings belong to the ids of its own tokenizer, "
                 f"data.tokenizer {name} has different ones: use --data.tokenizer "
@@ -158,12 +152,6 @@ def _hf_checkpoint(directory: str) -> HFCheckpoint | None:
     path = resolve_location(directory)
     is_hf = not (path / CONFIG_FILE).is_file() and (path / HF_CONFIG).is_file()
     return HFCheckpoint(resolve_path(directory)) if is_hf else None
-
-
-def _tokenization(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The part of a tokenizer that determines the ids of ordinary text."""
-    parts = json.loads(tokenizer.model.to_str())
-    return {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
 
 
 def _same_shapes(*configs: HymbaConfig) -> bool:

@@ -1,6 +1,7 @@
 """Adapters in the format of the peft library, with the names of the HF checkpoint's modules.
 
     adapter_config.json         rank, alpha and kind
+    tokenizer.json, ...         with the chat template that it was trained by
     adapter_model.safetensors   base_model.model.MODULE.lora_A.weight         (rank, in)
                                 base_model.model.MODULE.lora_B.weight         (out, rank)
                                 base_model.model.MODULE.lora_magnitude_vector (out,), of DoRA
@@ -37,6 +38,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import ParamPath, Params
 from hymba_jax.model.lora import LowRankUpdate, column_norms
 from hymba_jax.model.trainable import ADAPTER
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.types import Array
 
 WEIGHTS = "adapter_model.safetensors"
@@ -95,6 +97,29 @@ def _merged(kernel: Array, updates: Mapping[int | None, LowRankUpdate]) -> Array
         return updates[None].merged(kernel)
     layers = (updates[i].merged(w) if i in updates else w for i, w in enumerate(kernel))
     return jnp.stack([*layers])
+
+
+def peft_tokenizer(directory: Path, base: Tokenizer, config: HymbaConfig) -> Tokenizer:
+    """The tokenizer beside an adapter, if it has a chat template; else that of the base.
+
+    Args:
+      config: of the base.
+
+    Raises:
+      HymbaError: it cannot be read, gives text other ids than the base's, or does not fit.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        return base
+    own = Tokenizer.load(directory)
+    if not own.extends(base):
+        raise HymbaError(
+            f"{directory}: its tokenizer gives text other ids than that of the model: name the "
+            "model that it was trained on"
+        )
+    if not own.chat_templates:
+        return base
+    own.check_fits(config, str(directory))
+    return own
 
 
 def read_peft(directory: Path) -> tuple[dict[str, LowRankUpdate], dict[str, str]]:

@@ -7,7 +7,7 @@ from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import CacheFormat, DType, WeightFormat
-from hymba_jax.convert.peft import merge_peft
+from hymba_jax.convert.peft import merge_peft, peft_tokenizer
 from hymba_jax.files import resolve_location, resolve_path
 from hymba_jax.inference.engine import MAX_CHUNK
 from hymba_jax.inference.generation_config import read_generation_defaults
@@ -48,7 +48,8 @@ def load(
       prefix_states: states after beginnings of prompts that are kept, see `LanguageModel`.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
-      adapter: local directory of a PEFT adapter, which is merged into the model.
+      adapter: local directory of a PEFT adapter, which is merged into the model; a tokenizer with
+        a chat template that is there is used.
 
     Raises:
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
@@ -58,6 +59,8 @@ def load(
     config = read_model_directory(directory, step)[0]  # first: it reports a missing model
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(config, str(directory))
+    if adapter:
+        tokenizer = peft_tokenizer(resolve_path(adapter), tokenizer, config)
     model = load_model(directory, dtype=dtype, step=step)
     if adapter:
         model = merge_peft(resolve_path(adapter), model)

@@ -133,6 +133,11 @@ class Tokenizer:
         template = read_text(resolve_location(path))
         return Tokenizer(self.model, self.bos, self.eos, template, self.named_tokens)
 
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether ordinary text has the ids that the other gives it; it may have more tokens."""
+        missing = other.model.get_vocab().items() - self.model.get_vocab().items()
+        return not missing and _tokenization(self) == _tokenization(other)
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
 
@@ -406,6 +411,12 @@ def _is_named_template(item: object) -> bool:
     return isinstance(item, dict) and all(
         isinstance(item.get(key), str) for key in ("name", "template")
     )
+
+
+def _tokenization(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The part of a tokenizer that determines the ids of ordinary text."""
+    parts = json.loads(tokenizer.model.to_str())
+    return {name: parts[name] for name in ("model", "normalizer", "pre_tokenizer")}
 
 
 def _digest(parts: Sequence[object]) -> str:

@@ -21,10 +21,11 @@ from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMCon
 from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.convert.export import ExportConfig
 from hymba_jax.convert.export import main as export
-from hymba_jax.convert.peft import WEIGHTS, merge_peft, read_peft, write_peft
+from hymba_jax.convert.peft import WEIGHTS, merge_peft, peft_tokenizer, read_peft, write_peft
 from hymba_jax.errors import HymbaError
 from hymba_jax.hf_files import ADAPTER_CONFIG
 from hymba_jax.model import Hymba, merge_adapters, stack_layers
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = HymbaConfig(
@@ -215,6 +216,22 @@ def test_a_base_that_computes_in_another_way_is_refused(tmp_path):
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"base_config": "{"})
     with pytest.raises(HymbaError, match=r"its base_config is broken .*: export it again"):
         merge_peft(tmp_path, make_base())
+
+
+def test_the_chat_template_beside_an_adapter_is_used(tmp_path):
+    base = byte_tokenizer()
+    config = dataclasses.replace(MODEL, vocab_size=base.vocab_size)
+    assert peft_tokenizer(tmp_path, base, config) is base
+    base.save(tmp_path)
+    assert peft_tokenizer(tmp_path, base, config) is base
+    Tokenizer(byte_tokenizer().model, "<s>", "</s>", "{{ messages }}").save(tmp_path)
+    assert peft_tokenizer(tmp_path, base, config).chat_template == "{{ messages }}"
+    assert peft_tokenizer(tmp_path, Tokenizer.load(tmp_path), config).chat_template
+    with pytest.raises(HymbaError, match=r"does not fit: its eos token is 2, model\.eos_token_id"):
+        peft_tokenizer(tmp_path, base, dataclasses.replace(config, eos_token_id=7))
+    build_tokenizer("bpe:262", ["the cat sat on the mat"]).save(tmp_path)
+    with pytest.raises(HymbaError, match="its tokenizer gives text other ids than that of the"):
+        peft_tokenizer(tmp_path, base, config)
 
 
 def test_an_adapter_is_merged_once(tmp_path):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from data.chat import TEMPLATE
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from inference.models import TINY, byte_tokenizer, make_model
@@ -38,6 +39,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.trainable import Trainable
 from hymba_jax.parallel.mesh import batch_sharding, make_mesh
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training import loop
 from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
@@ -198,6 +200,7 @@ def run(tmp_path_factory):
     """A run that trains an adapter of a model, with its output."""
     directory = tmp_path_factory.mktemp("adapter")
     save_model(directory / "model", make_model(CONFIG), byte_tokenizer())
+    (directory / "chat.jinja").write_text(TEMPLATE)
     (directory / "corpus").mkdir()
     for i in range(8):
         text = f"the {i} old dogs and the red hats sat. " * 20
@@ -208,7 +211,10 @@ def run(tmp_path_factory):
         model=CONFIG,
         adapter=AdapterConfig(kind="dora", rank=2, dropout=0.2, targets=("query_proj", "mlp")),
         data=DataConfig(
-            str(directory / "corpus"), tokenizer=str(directory / "model"), sequence_length=24
+            str(directory / "corpus"),
+            tokenizer=str(directory / "model"),
+            chat_template=str(directory / "chat.jinja"),
+            sequence_length=24,
         ),
         training=TrainingConfig(
             steps=4,
@@ -257,7 +263,13 @@ def test_a_run_resumes_exactly_and_its_directory_is_a_model(run, monkeypatch, tm
     for form in ("merge", "adapter"):
         export(ExportConfig(run.output, str(tmp_path / form), **{form: True}))
     trained, base, merged = map(loaded, (run.output, run.init_from, tmp_path / "merge"))
-    adapted = ModelChoice(run.init_from, adapter=str(tmp_path / "adapter")).load().engine.params
+    merge_peft = str(tmp_path / "adapter")
+    export(ExportConfig(run.init_from, str(tmp_path / "of base"), merge_peft=merge_peft))
+    assert Tokenizer.load(run.init_from).chat_template is None
+    assert Tokenizer.load(tmp_path / "of base").chat_template == TEMPLATE
+    model = ModelChoice(run.init_from, adapter=str(tmp_path / "adapter")).load()
+    assert model.tokenizer.chat_template == TEMPLATE
+    adapted = model.engine.params
     own = ModelChoice(run.output).load().engine.params
     for path, kernel in merged.items():
         # By one formula, to the rounding of another order of sums.
