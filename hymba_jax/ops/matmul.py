@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from hymba_jax.ops.few_rows import few_rows_matmul, takes_few_rows
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot_general
 from hymba_jax.ops.remat import MATMUL, named
@@ -33,6 +34,8 @@ def matmul(
         gathered between them.
     """
     kernel, over = gather(kernel, axes), (((x.ndim - 1,), (0,)), ((), ()))
+    if takes_few_rows(x, kernel):
+        return few_rows_matmul(x, kernel).astype(dtype or x.dtype)
     product = functools.partial(dot_general, preferred_element_type=dtype or x.dtype)
     if x.size == x.shape[-1] and target_platform().endswith("gpu"):
         # Of one row XLA:GPU would multiply elementwise, rounding each product, and may write them.

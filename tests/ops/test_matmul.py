@@ -52,6 +52,24 @@ def test_float32_out_of_bfloat16():
     assert [gradient.dtype for gradient in pull(dy.astype(jnp.float32))] == [jnp.bfloat16] * 2
 
 
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (2,)])
+@pytest.mark.parametrize("features", [16, 12])
+def test_a_row_of_bfloat16(leading, features):
+    """On CPUs it is a loop, if features come in eights; its gradients are the usual ones."""
+    x, kernel, dy = (jnp.asarray(a, jnp.bfloat16) for a in arrays(leading, features))
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    y, pull = jax.vjp(matmul, x, kernel)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-5)
+    y = jax.jit(lambda x, kernel: matmul(x, kernel, jnp.float32))(x, kernel)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5)
+    dx, dkernel = (np.asarray(gradient, np.float64) for gradient in pull(dy))
+    x, kernel, dy = (np.asarray(a, np.float64) for a in (x, kernel, dy))
+    np.testing.assert_allclose(dx, dy @ kernel.T, rtol=2**-8, atol=1e-2)
+    expected = x.reshape(-1, features).T @ dy.reshape(-1, 7)
+    np.testing.assert_allclose(dkernel, expected, rtol=2**-8, atol=1e-2)
+
+
 def test_under_vmap_and_remat():
     x, kernel, _ = (jnp.asarray(a, jnp.float32) for a in arrays((2, 3)))
     kernels = jnp.stack([kernel, 2 * kernel])
