@@ -97,19 +97,14 @@ def main(args: ExportConfig) -> None:
     if args.merge_peft:
         _write_merged(run, args.step, resolve_path(args.merge_peft), output)
         return
-    read_model_directory(run)  # a model, or no directory of any, is said to be that
-    steps = checkpoint_steps(run)
-    if not steps:
-        raise HymbaError(f"{run}: no run with a checkpoint")
-    step = resolve_step(run, args.step)
-    step = steps[-1] if step is None else step
-    config, compute = read_model_directory(run, step)
+    steps = _steps(run, args)
+    config, compute = read_model_directory(run, steps[-1])
     trainable = read_trainable(run)
     adapter = trainable.adapter
     _check_form(run, args, adapter)
     mesh = make_mesh(jax.devices()[:1])
     graph, abstract = abstract_model(config, compute, mesh, adapter)
-    what, params = _chosen(run, args, step, trainable, graph, abstract)
+    what, params = _chosen(run, args, steps, trainable, graph, abstract)
     if args.adapter:
         base = RunConfig.from_toml(run / CONFIG_FILE).init_from
         with written_beside(output) as beside:
@@ -126,10 +121,22 @@ def main(args: ExportConfig) -> None:
     print(f"{output}: {what} of {run}{', adapter merged' * bool(adapter)}")
 
 
+def _steps(run: Path, args: ExportConfig) -> list[int]:
+    """The checkpoints that are read: one, or those of `last:N`, which are of one stage's model."""
+    steps = checkpoint_steps(run)
+    if not steps:
+        read_model_directory(run)  # says so if it is no directory of a model
+        raise HymbaError(f"{run}: no run with a checkpoint")
+    if args.average.startswith(LAST):
+        return _last(run, int(args.average.removeprefix(LAST)))
+    step = resolve_step(run, args.step)
+    return [steps[-1] if step is None else step]
+
+
 def _chosen(
     run: Path,
     args: ExportConfig,
-    step: int,
+    steps: list[int],
     trainable: Trainable,
     graph: nnx.GraphDef[Hymba],
     abstract: Params,
@@ -139,11 +146,11 @@ def _chosen(
     def formed(params: Params) -> Params:
         return merged_params(graph, params) if args.merge else params
 
+    step = steps[-1]
     if args.average == EMA:
         return f"moving average at step {step}", formed(_ema(run, trainable, abstract, step))
     if not args.average:
         return f"step {step}", formed(load_params(run, abstract, step))
-    steps = _last(run, int(args.average.removeprefix(LAST)))
     wide = _in_float32(abstract)
     mean = _mean(formed(load_params(run, wide, step)) for step in steps)
     return f"mean of steps {', '.join(map(str, steps))}", mean

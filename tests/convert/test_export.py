@@ -122,6 +122,10 @@ def test_an_earlier_stage_has_its_own_model(run, tmp_path, initial):
         assert (model.attention.rope_theta, model.max_positions) == (theta, positions)
     with pytest.raises(HymbaError, match="steps 2, 4 are of stages with different models"):
         main(ExportConfig(str(staged), str(tmp_path / "mean"), "last:2"))
+    shutil.rmtree(staged / "checkpoints" / "4")  # then the newest, 3, is of the second stage, too,
+    main(ExportConfig(str(staged), str(tmp_path / "mean"), "last:1"))  # but not on schedule
+    model, _ = read_model_directory(tmp_path / "mean")
+    assert (model.attention.rope_theta, model.max_positions) == (10000.0, 64)
 
 
 def test_what_cannot_be_exported(run, tmp_path):
