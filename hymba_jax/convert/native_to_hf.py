@@ -129,18 +129,18 @@ def _settings(
 ) -> dict[str, object] | None:
     """The content of config.json; None if unchanged from the original file."""
     kept = hf_directory(checkpoint.directory) / HF_CONFIG
+    sizes: Counter[str] = Counter()
+    for info in tensors.values():
+        sizes[info.dtype] += info.nbytes
+    most = sizes.most_common(1)[0][0]
     if not kept.is_file():
-        sizes: Counter[str] = Counter()
-        for info in tensors.values():
-            sizes[info.dtype] += info.nbytes
-        return with_dtype(config_to_hf(checkpoint.config), sizes.most_common(1)[0][0])
-    settings = read_json(kept)
-    before = read_architecture(kept.parent, settings).resolved()
-    after = checkpoint.config.resolved()
-    if before == after and dtype is None:
-        return None
-    settings = changed(settings, before, after)
-    return settings if dtype is None else with_dtype(settings, dtype)
+        return with_dtype(config_to_hf(checkpoint.config), most)
+    original = read_json(kept)
+    before = read_architecture(kept.parent, original).resolved()
+    settings = changed(original, before, checkpoint.config.resolved())
+    if dtype or kept.parent != checkpoint.directory:  # the latter file is of the initial model
+        settings = with_dtype(settings, most)
+    return None if settings == original else settings
 
 
 def _write_weights(

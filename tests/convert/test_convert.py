@@ -354,6 +354,17 @@ class TestModelsTrainedHere:
         assert_same_bits(read_hf(tmp_path / "back"), golden_weights())
         cli.inspect([str(tmp_path / "back")], "hymba inspect")
 
+    def test_a_run_in_another_dtype_than_the_hf_checkpoint(self, tmp_path):
+        """config.json has the dtype of the weights that are written."""
+        started = write_hf(tmp_path / "hf")
+        run = convert(started, tmp_path / "run", dtype="bfloat16")
+        keep_hf_files(str(started), str(run))
+        (run / "config.json").unlink()
+        back = convert(run, tmp_path / "back")
+        settings = json.loads((back / "config.json").read_text())
+        assert settings == {**golden_config(), "torch_dtype": "bfloat16"}
+        assert {str(array.dtype) for array in read_hf(back).values()} == {"bfloat16"}
+
     def test_a_tokenizer_without_bos(self, tmp_path):
         tokenizer = Tokenizer(byte_tokenizer().model, None, "</s>")
         # Ends every text, which no prompt for this model does.
