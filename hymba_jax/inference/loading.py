@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
@@ -106,6 +107,16 @@ class ModelChoice:
     kv_cache: CacheFormat = "float"
     batch_size: int = 8
     context: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the directory, also where `model` is a path such as "." or "..".
+
+        Raises:
+          HymbaError: as for `resolve_location`.
+        """
+        location = resolve_location(self.model)
+        return Path(os.path.abspath(location)).name if isinstance(location, Path) else location.name
 
     def load(
         self, *, max_chunk: int = MAX_CHUNK, speculate: bool = False, prefix_states: int = 0

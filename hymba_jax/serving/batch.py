@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -83,7 +83,7 @@ class BatchConfig:
     @property
     def model_name(self) -> str:
         """Of the model in the requests."""
-        return self.name or PurePath(self.choice.model).name
+        return self.name or self.choice.name
 
 
 def main(config: BatchConfig) -> None:

@@ -7,7 +7,6 @@ import socket
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from types import FrameType
 from typing import Annotated
 
@@ -105,7 +104,7 @@ class ServeConfig:
     @property
     def model_name(self) -> str:
         """Of the model without an adapter, in the API."""
-        return self.name or PurePath(self.choice.model).name
+        return self.name or self.choice.name
 
     def load(self) -> dict[str, ModelThread]:
         """The thread of each model. Raises HymbaError if one cannot be loaded, or does not fit."""

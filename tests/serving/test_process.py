@@ -18,6 +18,7 @@ from serving.served import model
 from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.inference.loading import ModelChoice
+from hymba_jax.serving.batch import BatchConfig
 from hymba_jax.serving.command import ServeConfig
 
 
@@ -120,6 +121,16 @@ def test_adapters_by_name(monkeypatch):
     config = ServeConfig(choice, adapter=("a=x", "b=y=z"), prefill_chunk=64, prefix_cache=0)
     assert [*config.load()] == ["base", "a", "b"]
     assert loaded == [("runs/base", adapter, 64) for adapter in ("", "x", "y=z")]
+
+
+@pytest.mark.parametrize("path", [".", "../base", "runs/..", "runs/base/", "~"])
+def test_a_model_has_the_name_of_its_directory(monkeypatch, tmp_path, path):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "base")
+    monkeypatch.setenv("HOME", str(tmp_path / "base"))
+    choice = ModelChoice(path)
+    assert ServeConfig(choice).model_name == "base"
+    assert BatchConfig(choice, input="in", output="out").model_name == "base"
 
 
 def test_a_missing_package(monkeypatch):
