@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hymba_jax.checkpoint.checksums import digest, tree_checksums
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
+from hymba_jax.inference.fingerprint import model_fingerprint
 from hymba_jax.parallel.processes import is_main_process
 
 
@@ -53,22 +53,6 @@ class Answers:
             lines = (json.dumps({"key": key, "answer": value}) for key, value in answers.items())
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in lines))
-
-
-def model_fingerprint(model: LanguageModel) -> str:
-    """A digest of all that decides a model's answers: parameters, config, formats, tokenizer."""
-    engine = model.engine
-    parts = (
-        engine.config,
-        engine.dtype,
-        engine.state_dtype,
-        engine.kv_cache,
-        engine.max_context,
-        model.tokenizer.fingerprint,
-        model.defaults,
-        digest(tree_checksums(engine.params)),
-    )
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@
 | `completion_stream.py` | sampled tokens to the deltas of a completion                      |
 | `text_stream.py`       | tokens to text as they come; stop strings                         |
 | `loading.py`           | a model with its tokenizer from a directory                       |
+| `fingerprint.py`       | a digest of all that decides a model's answers                    |
 | `generation_config.py` | the `generation_config.json` of an HF checkpoint                  |
 | `generate.py`          | `hymba generate`                                                  |
 | `chat.py`              | `hymba chat`                                                      |

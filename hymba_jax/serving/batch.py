@@ -23,15 +23,19 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from hymba_jax.checkpoint.checkpoints import loaded_step
 from hymba_jax.errors import HymbaError
+from hymba_jax.file_lock import locked
 from hymba_jax.files import (
     check_output_file,
     json_text,
+    open_regular,
     parse_json,
+    read_json,
     read_text,
     replace_text,
     resolve_location,
     resolve_path,
 )
+from hymba_jax.inference.fingerprint import model_fingerprint
 from hymba_jax.inference.hidden_fields import without
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.serving.app import Api
@@ -90,25 +94,33 @@ def main(config: BatchConfig) -> None:
     """Answers what is not answered yet, and says how many requests were refused.
 
     Raises:
-      HymbaError: a file or the model cannot be read, or a line is no request.
+      HymbaError: a file or the model cannot be read, a line is no request, or another process is
+        answering to the same output.
     """
     output = resolve_path(config.output).resolve()
     check_output_file(output, [resolve_path(config.input)])
     if output.exists() and not output.is_file():
         raise HymbaError(f"{output}: not a regular file")
     requests = read_requests(config.input)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    lock = output.with_name(f"{output.name}.lock")
+    with locked(lock, "`hymba batch` of the same output", console.print):
+        _answer_file(config, requests, output, console)
+
+
+def _answer_file(
+    config: BatchConfig, requests: list[dict[str, Any]], output: Path, console: Console
+) -> None:
+    """Answers requests to a file that no other process answers to."""
     partial, begun = (output.with_name(f"{output.name}.{end}") for end in ("partial", "model"))
-    done = _answered(partial)
-    check_same(begun, config, requests, done)
+    done = {custom_id for custom_id, _ in _answered(partial)}
     left = [request for request in requests if request["custom_id"] not in done]
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     if done:
-        console.print(
-            f"{partial}: resumes with {len(left)} of {len(requests)} requests", markup=False
-        )
+        console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")
+    model = config.choice.load(max_chunk=CHUNK)
+    scheduler = Scheduler(model, config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache)
+    check_same(begun, config, model_fingerprint(model), requests, done)
     if left:
-        model = config.choice.load(max_chunk=CHUNK)
-        scheduler = Scheduler(model, config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache)
         thread = ModelThread(scheduler)
         thread.start()
         try:
@@ -117,11 +129,10 @@ def main(config: BatchConfig) -> None:
             thread.stop()
         if thread.error is not None:
             raise HymbaError(f"the model has failed: {thread.error}")
-    answers = [value for _, value in _lines(partial)]
+    refused = [error is not None for _, error in _answered(partial)]
     os.replace(partial, output)
     begun.unlink()
-    refused = sum(answer["error"] is not None for answer in answers)
-    console.print(f"{output}: {len(answers)} answers, {refused} of them errors", markup=False)
+    console.print(f"{output}: {len(refused)} answers, {sum(refused)} of them errors")
 
 
 def read_requests(name: str) -> list[dict[str, Any]]:
@@ -144,11 +155,16 @@ def read_requests(name: str) -> list[dict[str, Any]]:
 
 
 def check_same(
-    record: Path, config: BatchConfig, requests: Sequence[dict[str, Any]], done: AbstractSet[str]
+    record: Path,
+    config: BatchConfig,
+    fingerprint: str,
+    requests: Sequence[dict[str, Any]],
+    done: AbstractSet[str],
 ) -> None:
     """Compares what the answers depend on with what it was, where there are some; and records it.
 
     Args:
+      fingerprint: of the model: its directory may have been written anew.
       done: the ids of the requests that are answered.
 
     Raises:
@@ -162,26 +178,33 @@ def check_same(
             raise HymbaError(
                 f"{partial}: {record.name}, which says whose answers it has, is missing"
             )
-        begun = parse_json(read_text(record))
+        begun = read_json(record)
         if changed := [name for name in chosen if begun.get(name) != chosen[name]]:
             what = ", ".join(f"{name} {begun.get(name)}, not {chosen[name]}" for name in changed)
             raise HymbaError(f"{partial}: begun with {what}: give that, or delete the file")
+        if begun.get("fingerprint") != fingerprint:
+            raise HymbaError(
+                f"{partial}: begun with another model than {chosen['model']} holds now: restore "
+                "that, or delete the file"
+            )
         if wrong := [key for key in done if begun["requests"].get(key) != digests.get(key)]:
             raise HymbaError(
                 f"{partial}: the request {min(wrong)!r}, which it answers, is gone or another one: "
                 "give the old one, or delete the file"
             )
-    replace_text(record, json_text({**chosen, "requests": digests}) + "\n")
+    new = {**chosen, "fingerprint": fingerprint, "requests": digests}
+    replace_text(record, json_text(new) + "\n")
 
 
 def _what_answers(config: BatchConfig) -> dict[str, Any]:
-    """All that answers depend on, but for the requests: the model, its checkpoint, and formats."""
+    """What answers depend on: the model and its checkpoint, formats, and rows, by rounding."""
     choice = config.choice
     location = resolve_location(choice.model)
     names = ("dtype", "state_dtype", "weights", "kv_cache", "context")
     return {
         "model": str(location.resolve() if isinstance(location, Path) else location),
         "name": config.model_name,
+        "slots": config.slots,
         "step": loaded_step(choice.model, choice.step),
         "adapter": str(resolve_path(choice.adapter).resolve()) if choice.adapter else "",
         **{name: getattr(choice, name) for name in names},
@@ -207,15 +230,30 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise HymbaError(f"{path}, line {i}: broken JSON ({error})") from error
 
 
-def _answered(partial: Path) -> set[str]:
-    """The ids in a file of answers, whose last line is dropped if it was cut off."""
-    if not partial.exists():
-        return set()
-    whole = partial.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        os.truncate(partial, len(kept))
-    return {value["custom_id"] for _, value in _lines(partial)}
+def _answered(path: Path) -> Iterator[tuple[str, Any]]:
+    """Id and error of each answer in a file, if there is one; a last line cut off is removed.
+
+    Raises:
+      HymbaError: the file holds something else.
+    """
+    if not path.exists():
+        return
+    length = 0
+    with open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                os.truncate(path, length)
+                return
+            length += len(line)
+            try:
+                answer = parse_json(line)
+                custom_id, error = answer["custom_id"], answer["error"]
+            except (ValueError, KeyError, TypeError) as reason:
+                raise HymbaError(
+                    f"{path}, line {number}: not an answer of `hymba batch`: name another output, "
+                    "or delete the file"
+                ) from reason
+            yield custom_id, error
 
 
 async def _answer_all(

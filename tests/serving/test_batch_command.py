@@ -7,6 +7,8 @@ import pytest
 from serving.served import model
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.file_lock import locked
+from hymba_jax.inference.fingerprint import model_fingerprint
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.serving import batch
 from hymba_jax.serving.batch import BatchConfig
@@ -43,7 +45,7 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
     """Also if the command was killed, in the middle of a line: what is answered stays as it is."""
     kept = {"custom_id": "t3", "response": "kept", "error": None}
     partial = tmp_path / "out.jsonl.partial"
-    batch.check_same(tmp_path / "out.jsonl.model", config, LINES, set())
+    batch.check_same(tmp_path / "out.jsonl.model", config, model_fingerprint(model()), LINES, set())
     partial.write_text(json.dumps(kept) + '\n{"custom_id": "t4", "resp')
     batch.main(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -72,9 +74,10 @@ def test_answers_of_two_models_are_not_mixed(config, tmp_path):
     """Nor of one model in two ways, nor of two requests; without an answer, either may begin."""
     record, partial = (tmp_path / f"out.jsonl.{end}" for end in ("model", "partial"))
 
-    def begun_with(requests=LINES, name="", **changes):
+    def begun_with(requests=LINES, name="", slots=4, scale=1.0, **changes):
         choice = replace(config.choice, **changes)
-        batch.check_same(record, replace(config, choice=choice, name=name), requests, set())
+        begun = replace(config, choice=choice, name=name, slots=slots)
+        batch.check_same(record, begun, model_fingerprint(model(scale)), requests, set())
 
     begun_with(model="runs/other")
     partial.write_text('{"custom_id": "t3", "response": "kept", "error": null}\n')
@@ -86,8 +89,17 @@ def test_answers_of_two_models_are_not_mixed(config, tmp_path):
     begun_with(name="n")
     with pytest.raises(HymbaError, match="begun with name n, not m"):
         batch.main(config)
+    begun_with(slots=8)
+    with pytest.raises(HymbaError, match="begun with slots 8, not 4"):
+        batch.main(config)
+    begun_with(scale=2.0)
+    with pytest.raises(HymbaError, match=r"begun with another model than .*m holds now: restore"):
+        batch.main(config)
     begun_with([{**LINES[2], "body": {}}])
     with pytest.raises(HymbaError, match="the request 't3', which it answers, is gone or another"):
+        batch.main(config)
+    record.write_text("weights")
+    with pytest.raises(HymbaError, match=r"out.jsonl.model: broken JSON"):
         batch.main(config)
     record.unlink()
     with pytest.raises(HymbaError, match=r"out.jsonl.model, which says whose answers it "):
@@ -95,6 +107,35 @@ def test_answers_of_two_models_are_not_mixed(config, tmp_path):
     partial.write_text("")
     batch.main(config)
     assert len(read(tmp_path / "out.jsonl")) == len(LINES)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_file(config, tmp_path, monkeypatch):
+    def load(choice, **options):
+        raise HymbaError("no model found")
+
+    monkeypatch.setattr(ModelChoice, "load", load)
+    with pytest.raises(HymbaError, match="no model found"):
+        batch.main(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n', "[]\n", "1\n", "a sentence\nand a half"])
+def test_what_is_beside_the_output_is_left_alone(config, tmp_path, text):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text(text)
+    with pytest.raises(HymbaError, match=r"out.jsonl.partial, line 1: not an answer of `hymba ba"):
+        batch.main(config)
+    assert partial.read_text() == text
+
+
+def test_one_process_at_a_time_answers_to_a_file(config, tmp_path):
+    other = "`hymba batch` of the same output"
+    with (
+        locked(tmp_path / "out.jsonl.lock", other, print),
+        pytest.raises(HymbaError, match=f"a {other} is writing there"),
+    ):
+        batch.main(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_the_requests_are_not_replaced_by_their_answers(config):
