@@ -68,7 +68,7 @@ class Engine:
       programs: the compiled programs, for warm-up and tests.
 
     Raises:
-      HymbaError: the model does not support the context.
+      HymbaError: the model does not support the context, or there is no such format.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Engine:
         allowed: Bool[np.ndarray, "vocab"] | None = None,
     ):
         for name, value, formats in (
+            ("state_dtype", state_dtype, get_args(DType)),
             ("weights", weights, get_args(WeightFormat)),
             ("kv_cache", kv_cache, get_args(CacheFormat)),
         ):

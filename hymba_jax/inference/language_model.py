@@ -98,9 +98,8 @@ class LanguageModel:
         prefix_states: int = 0,
         defaults: GenerationDefaults | None = None,
     ):
-        batch_size = _as_int("batch_size", batch_size)
-        if batch_size < 1:
-            raise HymbaError(f"batch_size is {shown(batch_size)}, not at least 1")
+        self.batch_size = _at_least(1, "batch_size", batch_size)
+        self.prefix_states = _at_least(0, "prefix_states", prefix_states)
         self.config = model.config
         self.tokenizer = tokenizer
         self._in_tokenizer = _tokens_in_tokenizer(tokenizer, model.config.num_embeddings)
@@ -110,11 +109,10 @@ class LanguageModel:
             weights=weights,
             kv_cache=kv_cache,
             context=None if context is None else _as_int("context", context),
-            max_chunk=max_chunk,
+            max_chunk=_at_least(1, "max_chunk", max_chunk),
             allowed=self._in_tokenizer,
         )
-        self.batch_size = batch_size
-        self.speculate, self.prefix_states = speculate, prefix_states
+        self.speculate = speculate
         self._prefix_cache: tuple[int, PrefixCache] | None = None
         self.defaults = defaults or GenerationDefaults()
         if context is not None:
@@ -136,6 +134,7 @@ class LanguageModel:
             return self
         replica = copy.copy(self)
         replica.engine = engine
+        replica._prefix_cache = None  # whose states are on the other device
         return replica
 
     def generate(
@@ -408,6 +407,13 @@ def _tokens_in_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarr
     """Which rows of the model's vocabulary the tokenizer has a token for."""
     numbers = np.array([*tokenizer.model.get_vocab().values()])
     return np.isin(np.arange(vocab_size), numbers)
+
+
+def _at_least(smallest: int, name: str, value: Any) -> int:
+    number = _as_int(name, value)
+    if number < smallest:
+        raise HymbaError(f"{name} is {shown(number)}, not at least {smallest}")
+    return number
 
 
 def _as_int(name: str, value: Any) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import random
 import string
 
@@ -15,6 +16,7 @@ from inference.models import byte_tokenizer, make_model
 
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel, SamplingConfig
+from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.prompts import encode_prompts
 from hymba_jax.tokenizer import Tokenizer
 
@@ -498,6 +500,8 @@ def test_impossible_distances_between_deltas(model, interval):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0, not at least 1"),
+        ({"max_chunk": 0}, "max_chunk is 0, not at least 1"),
+        ({"prefix_states": -1}, "prefix_states is -1, not at least 0"),
         ({"context": 10**12}, f"a context of {10**12} tokens: the model's is 1 to 512"),
         ({"context": 0}, "a context of 0 tokens: the model's is 1 to 512"),
         ({"context": 513}, "a context of 513 tokens: the model's is 1 to 512 (max_positions)"),
@@ -505,3 +509,20 @@ def test_impossible_distances_between_deltas(model, interval):
 )
 def test_impossible_models(hymba, options, message):
     assert refusal(LanguageModel, hymba, TOKENIZER, **options).startswith(message)
+
+
+def test_a_state_dtype_that_does_not_exist(hymba):
+    """Without the tests' own checks of annotations, which refuse it first."""
+    init = inspect.unwrap(Engine.__init__)
+    message = refusal(init, object.__new__(Engine), hymba, state_dtype="int8")
+    assert message == "state_dtype is 'int8', not one of float32, bfloat16"
+
+
+def test_a_replica_keeps_states_of_its_own(hymba):
+    """Those of the original are on another device."""
+    model = LanguageModel(hymba, TOKENIZER, context=64, max_chunk=32, prefix_states=1)
+    model = model.on_device(jax.devices()[1])  # where its arrays are committed
+    expected = model.generate("x" * 40, max_new_tokens=3)
+    replica = model.on_device(jax.devices()[2])
+    for each in (replica, model):
+        assert each.generate("x" * 40, max_new_tokens=3) == expected
