@@ -16,7 +16,8 @@ from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.tokenizer import chat_template
 
 CHUNK = 64  # tokens of a prompt that are prefilled at once; the prefix cache keeps whole chunks
-PREFIX_STATES = 4  # the end of a conversation and its system message, and of the one before
+# Ends of prompts: a turn starts from that of the one before or, if this one failed, an earlier one.
+PREFIX_STATES = 2
 
 HELP = "/reset forgets the conversation, /exit leaves, anything else is said to the model"
 
@@ -141,17 +142,18 @@ class Chat:
         self._sampling = dataclasses.replace(self._sampling, seed=seed)
 
     def _prompt(self, message: str) -> list[int]:
-        """The conversation with `message`; drops old messages that do not fit."""
+        """The conversation with `message`; drops old messages if it does not fit."""
         context = self._model.engine.max_context
         # A message may leave less room for its answer, the history may not.
-        room = min(self._sampling.max_new_tokens, context // 2)
-        kept = self.history
+        room = context - min(self._sampling.max_new_tokens, context // 2)
+        kept, most = self.history, room
         while True:
             messages = [*self._system, *kept, _message("user", message)]
             prompt = self._model.encode_chat(messages)
-            if not kept or len(prompt) + room <= context:
+            if not kept or len(prompt) <= most:
                 break
-            kept = kept[2:]
+            # With half of the room left, the next turns drop nothing and find the states kept.
+            kept, most = kept[2:], room // 2
         if len(prompt) >= context:
             raise HymbaError(
                 f"the message is too long: a prompt of {len(prompt)} tokens leaves no room for "
