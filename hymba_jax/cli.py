@@ -121,7 +121,7 @@ def chat(args: Sequence[str], prog: str) -> None:
 
         args = with_defaults(_with_leading_dashes(args, "--system", "--stop"))
         config = parse_command_line(chat.ChatConfig, args, prog)
-        chat.run(chat.load(config), config)
+        chat.run(chat.load(config.choice, speculate=config.speculate), config)
 
 
 def evaluate(args: Sequence[str], prog: str) -> None:

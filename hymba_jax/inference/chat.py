@@ -57,15 +57,16 @@ class ChatConfig:
             )
 
 
-def load(config: ChatConfig) -> LanguageModel:
-    """The model. A turn costs it its new tokens, the answer before them, and less than a chunk.
+def load(choice: ModelChoice, *, speculate: bool) -> LanguageModel:
+    """The model for a conversation.
+
+    With a `context`, a turn prefills its new tokens, the answer before them, and less than a chunk;
+    one for which old messages are dropped prefills those that are kept.
 
     Raises:
       HymbaError: there is none.
     """
-    return config.choice.load(
-        max_chunk=CHUNK, speculate=config.speculate, prefix_states=PREFIX_STATES
-    )
+    return choice.load(max_chunk=CHUNK, speculate=speculate, prefix_states=PREFIX_STATES)
 
 
 def run(model: LanguageModel, config: ChatConfig) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import cache_directory
+from hymba_jax.inference import chat
 from hymba_jax.inference.batch_state import Request
 from hymba_jax.inference.engine import MIN_CHUNK, Engine, bucket
 from hymba_jax.inference.language_model import LanguageModel
@@ -20,13 +21,15 @@ from hymba_jax.inference.loading import ModelChoice
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Compiles a model's programs for one context, and caches them for later commands.
+    """Compiles the programs of `hymba generate` for one context, and caches them.
 
-    Those need the same `context`, `dtype`, `state_dtype`, `weights` and `kv_cache`.
+    It needs the same `context`, `dtype`, `state_dtype`, `weights` and `kv_cache` later. `hymba
+    serve` and `hymba batch` compile theirs before the first request.
 
     Attributes:
       prompts: largest batch; every power of two up to it is compiled.
-      speculate: whether the later commands do.
+      chat: compile those of `hymba chat` instead, which prefills in smaller chunks.
+      speculate: whether the later command does.
 
     Raises:
       HymbaError: no context is named, or no possible number of prompts.
@@ -34,6 +37,7 @@ class WarmupConfig:
 
     choice: Annotated[ModelChoice, tyro.conf.arg(name="")]
     prompts: int = 1
+    chat: bool = False
     speculate: bool = False
 
     def __post_init__(self) -> None:
@@ -51,7 +55,10 @@ def main(config: WarmupConfig) -> None:
     Raises:
       HymbaError: there is no such model.
     """
-    model = config.choice.load(speculate=config.speculate)
+    if config.chat:
+        model = chat.load(config.choice, speculate=config.speculate)
+    else:
+        model = config.choice.load(speculate=config.speculate)
     console = Console(soft_wrap=True, highlight=False)
     rows = 1
     while rows <= bucket(config.prompts):

@@ -1,5 +1,6 @@
 """`hymba warmup`: nothing is left to compile for what comes after it."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -7,10 +8,11 @@ import pytest
 from inference.models import byte_tokenizer, compilations, make_model
 
 from hymba_jax import cli
-from hymba_jax.inference import LanguageModel
+from hymba_jax.inference import LanguageModel, chat, warmup
 from hymba_jax.inference.engine import Engine
+from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.inference.prompt_lookup import PromptLookup
-from hymba_jax.inference.warmup import prompt_lengths, use_compilation_cache, warm
+from hymba_jax.inference.warmup import WarmupConfig, prompt_lengths, use_compilation_cache, warm
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,21 @@ def test_a_warm_model_that_speculates_compiles_nothing(hymba, monkeypatch):
     with compilations() as names:
         model.generate([[5] * 20], max_new_tokens=40)
     assert verified
+    assert names == []
+
+
+def test_a_conversation_after_warm_up_compiles_nothing(hymba, monkeypatch):
+    @functools.cache
+    def load(choice, **options):
+        return LanguageModel(hymba, byte_tokenizer(), context=choice.context, **options)
+
+    monkeypatch.setattr(ModelChoice, "load", load)
+    choice = ModelChoice("runs/it", context=200)
+    warmup.main(WarmupConfig(choice, chat=True))
+    model = chat.load(choice, speculate=False)
+    with compilations() as names:
+        for length in (20, 70, 150, 190):
+            model.generate([[5] * length], max_new_tokens=9, temperature=0.7)
     assert names == []
 
 
