@@ -33,7 +33,8 @@ class ChatConfig:
       sampling: how answers are sampled; each with a seed of its own, one above that before it.
       system: system message, before the conversation.
       speculate: draft what comes next from what the conversation said before, where that pays; the
-        answer's tokens are the same, up to the rounding of matmuls of several tokens.
+        answer's tokens are the same, up to the rounding of matmuls of several tokens and, with
+        state_dtype bfloat16, of states, once for all of these tokens.
 
     Raises:
       HymbaError: there would be several answers.

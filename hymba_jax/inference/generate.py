@@ -45,7 +45,7 @@ class GenerateConfig:
         their log-probabilities, and the other fields of a prompt from a *.jsonl file.
       speculate: with one completion at a time, draft what comes next from what the text said
         before, where that pays; its tokens are the same, up to the rounding of matmuls of several
-        tokens.
+        tokens and, with state_dtype bfloat16, of states, once for all of these tokens.
       parse_special: parse names of control tokens in prompts, such as <s>; else they are ordinary
         text.
     """

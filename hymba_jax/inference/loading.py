@@ -46,7 +46,8 @@ def load(
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
       speculate: draft what comes next from what the text said before, see `LanguageModel`.
-      prefix_states: states after beginnings of prompts that are kept, see `LanguageModel`.
+      prefix_states: states after beginnings of prompts that are kept; give a small `max_chunk` and
+        `context` with it, see `LanguageModel`.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
       adapter: local directory of a PEFT adapter, which is merged into the model; a tokenizer with
