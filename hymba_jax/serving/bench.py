@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import parse_json, read_text, replace_text, resolve_path
+from hymba_jax.files import check_output_file, parse_json, read_text, replace_text, resolve_path
 
 WORDS = ("time", "people", "way", "water", "words", "day", "part", "number", "sound", "place")
 PERCENTILES = (50, 90, 99)
@@ -96,11 +96,13 @@ def main(config: BenchConfig) -> None:
     """Prints a table of percentiles.
 
     Raises:
-      HymbaError: the server cannot be reached, or no request was answered.
+      HymbaError: the server cannot be reached, no request was answered, or the output cannot be
+        written.
     """
+    output = resolve_path(config.output) if config.output else None
+    if output:
+        check_output_file(output, [resolve_path(config.trace)] if config.trace else [])
     report = summarize(asyncio.run(measure(config)))
-    if config.output:
-        replace_text(resolve_path(config.output), json.dumps(report, indent=1) + "\n")
     console = Console(highlight=False)
     console.print(
         f"{report['completed']} of {report['requests']} requests in {report['seconds']:.1f} s: "
@@ -114,6 +116,8 @@ def main(config: BenchConfig) -> None:
     for name, values in report["ms"].items():
         table.add_row(name, *(f"{value:.1f}" for value in values.values()))
     console.print(table)
+    if output:
+        replace_text(output, json.dumps(report, indent=1) + "\n")
 
 
 async def measure(config: BenchConfig) -> list[Measured]:
@@ -123,16 +127,17 @@ async def measure(config: BenchConfig) -> list[Measured]:
       HymbaError: the server cannot be reached, or a trace is none.
     """
     bodies, rng = make_bodies(config), random.Random(config.seed)
+    url = config.url.rstrip("/")
     key = config.api_key or os.environ.get("HYMBA_API_KEY", "")
     headers = {"authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=config.clients)
     async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
-        model = config.model or await _first_model(client, config.url)
+        model = config.model or await _first_model(client, url)
         free = asyncio.Semaphore(config.clients)
 
         async def ask(body: dict[str, Any]) -> Measured:
             async with free:
-                return await _ask(client, config.url, {"model": model, **body})
+                return await _ask(client, url, {"model": model, **body})
 
         tasks = []
         for body in bodies:
@@ -146,11 +151,14 @@ def make_bodies(config: BenchConfig) -> list[dict[str, Any]]:
     """The requests, but for the model's name.
 
     Raises:
-      HymbaError: the trace has a line that is no request.
+      HymbaError: the trace has a line that is no request, or no line.
     """
     if config.trace:
-        lines = read_text(resolve_path(config.trace)).splitlines()
-        return [_traced(config.trace, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        lines = enumerate(read_text(resolve_path(config.trace)).split("\n"), 1)
+        bodies = [_traced(config.trace, i, line) for i, line in lines if line.strip()]
+        if not bodies:
+            raise HymbaError(f"{config.trace}: there are no requests in it")
+        return bodies
     rng = random.Random(config.seed)
     return [
         {
@@ -238,7 +246,7 @@ async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Mea
                     answer.completion_tokens = usage["completion_tokens"]
                 if any(choice.get("text") for choice in event.get("choices", ())):
                     answer.times.append(time.perf_counter())
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         answer.error = str(error) or type(error).__name__
     answer.ended = time.perf_counter()
     return answer

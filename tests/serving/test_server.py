@@ -783,7 +783,7 @@ class TestBench:
         before = server[1].scheduler.num_completed
         bench.main(
             BenchConfig(
-                f"{server[0]}/v1",
+                f"{server[0]}/v1/",
                 api_key="secret",
                 requests=9,
                 rate=200.0,
@@ -802,8 +802,9 @@ class TestBench:
 
     def test_a_trace_with_errors(self, server, tmp_path):
         """The one that is refused is counted apart."""
-        lines = [{"prompt": "ab", "max_tokens": n, "id": n} for n in (3, 4, 999)]
-        (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        lines = [{"prompt": "a\u2028b", "max_tokens": n, "id": n} for n in (3, 4, 999)]
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (tmp_path / "trace.jsonl").write_text(text)
         config = BenchConfig(
             f"{server[0]}/v1", "tiny", "secret", trace=str(tmp_path / "trace.jsonl")
         )
@@ -845,6 +846,11 @@ class TestBench:
         assert (answer.error, answer.prompt_tokens, answer.completion_tokens) == ("", 3, 2)
         assert len(answer.times) == 1
 
+    def test_a_trace_without_requests(self, tmp_path):
+        (tmp_path / "trace.jsonl").write_text("\n\n")
+        with pytest.raises(HymbaError, match=r"trace\.jsonl: there are no requests in it"):
+            bench.main(BenchConfig("http://host/v1", "m", trace=str(tmp_path / "trace.jsonl")))
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -854,6 +860,8 @@ class TestBench:
             ({"clients": 0}, "requests and clients are at least 1"),
             ({"max_tokens": (3, 2)}, "max_tokens is 3 2, not from 1 up"),
             ({"trace": __file__}, 'line 1: not an object with "prompt" and "max_tokens"'),
+            ({"url": "http://host:port/v1", "model": "tiny"}, "no request was answered: Invalid p"),
+            ({"output": "gone/report.json"}, "gone/report.json: there is no directory"),
         ],
     )
     def test_what_cannot_be_measured(self, server, changes, message):
