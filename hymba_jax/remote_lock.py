@@ -58,13 +58,14 @@ def locked(lock: RemotePath, writer: str, say: Callable[[str], None]) -> Iterato
 def _acquire(lock: RemotePath, content: str, writer: str, say: Callable[[str], None]) -> int:
     """The number of the object that was created."""
     while True:
-        newest = max(_numbers(lock), default=0)
+        seen = _numbers(lock)  # those below the newest were left by earlier holders, killed too
+        newest = max(seen, default=0)
         if newest == 0 or _has_expired(lock / str(newest), writer, say):
             break
     own = lock / str(newest + 1)
     if not own.create(content.encode()) and own.read_bytes() != content.encode():
         raise _taken(lock, writer, _holder(own.read_bytes()))
-    if others := _numbers(lock) - {newest, newest + 1}:  # created since the first listing
+    if others := _numbers(lock) - seen - {newest + 1}:  # created since that listing
         own.unlink()
         raise _taken(lock, writer, _holder((lock / str(max(others))).read_bytes()))
     return newest + 1

@@ -46,6 +46,15 @@ def test_a_lock_that_is_not_renewed_is_taken_over(run):
     assert not run.exists()
 
 
+@on_one_store
+def test_a_lock_is_taken_over_from_a_process_that_took_it_over(run):
+    leave_behind(run, 1)
+    leave_behind(run, 2)
+    with locked(run, lambda _: None):
+        assert max(remote_lock._numbers(run / LOCK)) == 3
+    assert not run.exists()
+
+
 def test_one_of_several_takes_over(run):
     leave_behind(run)
     start, refused, holders = threading.Barrier(4), [], []
