@@ -20,7 +20,7 @@ from hymba_jax.data.tokenized import damage
 from hymba_jax.display import Display, format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.file_lock import waited_for
-from hymba_jax.files import about, cache_directory, remove_tree, resolve_location
+from hymba_jax.files import about, cache_directory, resolve_location
 from hymba_jax.remote import RemotePath, is_remote_path
 
 
@@ -60,6 +60,8 @@ def _copy(corpus: RemotePath, display: Display) -> Path:
     with waited_for(copy.with_suffix(".lock")):
         if not copy.is_dir():
             partial = copy.with_suffix(".partial")
+            if partial.is_dir():
+                display.begin(f"comparing what was copied of {corpus}")
             partial.mkdir(exist_ok=True)
             (partial / MANIFEST).write_bytes(manifest)
             with about(corpus, str(partial)):
@@ -90,14 +92,15 @@ def _download(corpus: RemotePath, directory: Path, display: Display) -> None:
     display.begin(f"copying {corpus} ({format_bytes(size)})")
     corpus.download(directory, lambda name: name not in there and "/" not in name)
     if problem := next(damage(directory), None):
-        remove_tree(directory)
-        raise HymbaError(problem)
+        raise HymbaError(problem)  # the next call copies that shard again
 
 
 def _is_there(directory: Path, shard: ShardInfo, itemsize: int) -> bool:
-    """Whether all files of a shard have been copied; their content is compared later."""
+    """Whether all files of a shard have been copied.
+
+    Their sizes do not tell: stores' packages may create a file at its full size, then fill it.
+    """
     try:
-        VerifiedShard(directory / shard.name, shard, itemsize)
+        return not VerifiedShard(directory / shard.name, shard, itemsize).damage()
     except HymbaError:
         return False
-    return True

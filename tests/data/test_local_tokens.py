@@ -66,6 +66,10 @@ def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
+def shards(names):
+    return {name.partition(".")[0] for name in names if name.startswith(("train", "val"))}
+
+
 def copies(tmp_path):
     return [path for path in (tmp_path / "hymba_jax" / "tokens").iterdir() if path.is_dir()]
 
@@ -118,7 +122,14 @@ def test_every_source_that_is_tokens_in_a_bucket_has_a_copy(bucket, tmp_path, to
 
 
 @on_one_store
-def test_an_interrupted_copy_continues(bucket, tokenized, tmp_path, monkeypatch, downloads):
+@pytest.mark.parametrize(
+    "interrupt",
+    [lambda content: content[:7], lambda content: content[:7] + bytes(len(content) - 7)],
+    ids=["shorter", "at full size"],
+)
+def test_an_interrupted_copy_continues(
+    bucket, tokenized, tmp_path, monkeypatch, downloads, interrupt
+):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -128,12 +139,10 @@ def test_an_interrupted_copy_continues(bucket, tokenized, tmp_path, monkeypatch,
             copied(bucket)
     (partial,) = copies(tmp_path)
     tokens = partial / "train-00000-000.bin"
-    tokens.write_bytes(tokens.read_bytes()[:7])
+    tokens.write_bytes(interrupt(tokens.read_bytes()))
     del downloads[:]
     copied(bucket)
-    assert {name.partition(".")[0] for name in downloads if name.startswith(("train", "val"))} == {
-        "train-00000-000"
-    }
+    assert shards(downloads) == {"train-00000-000"}
     assert files(*copies(tmp_path)) == files(tokenized)
 
 
@@ -146,13 +155,17 @@ def test_an_interrupted_copy_continues(bucket, tokenized, tmp_path, monkeypatch,
     ],
     ids=["damaged", "vanished"],
 )
-def test_a_bad_shard_is_one_line_and_leaves_no_copy(bucket, tokenized, tmp_path, spoil, problem):
+def test_a_bad_shard_is_one_line_and_alone_copied_again(
+    bucket, tokenized, tmp_path, downloads, spoil, problem
+):
     spoil(bucket / "train-00000-000.bin")
     with pytest.raises(HymbaError, match=f"^{bucket}/train-00000-000.bin: {problem}"):
         copied(bucket)
-    assert copies(tmp_path) == []
+    assert [copy.suffix for copy in copies(tmp_path)] == [".partial"]
     (bucket / "train-00000-000.bin").write_bytes((tokenized / "train-00000-000.bin").read_bytes())
+    del downloads[:]
     copied(bucket)
+    assert shards(downloads) == {"train-00000-000"}
     assert files(*copies(tmp_path)) == files(tokenized)
 
 
