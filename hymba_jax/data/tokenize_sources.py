@@ -58,6 +58,7 @@ def tokenize_sources(
         text_sources = [place for place in text_sources if place not in done]
         names = ", ".join(place.label for place in done)
         display.say(f"{names}: the run has the tokens, no text is read")
+        _say_not_searched(done, text_sources, display)
     if not text_sources:
         return
     root = resolve_location(output) / TOKENS
@@ -168,6 +169,17 @@ def _check_trained_on(place: Place, output: str, trained_on: Mapping[str, str]) 
         raise HymbaError(
             f"{output}: the {place.name} has other tokens than those the run was trained on: "
             f"restore {place.path or 'the Python of then'}, or choose another output"
+        )
+
+
+def _say_not_searched(done: Sequence[Place], new: Sequence[Place], display: Display) -> None:
+    """Says which new sources of validation may have documents that the run was trained on."""
+    trained = ", ".join(place.label for place in done if not place.is_held_out)
+    held_out = ", ".join(place.label for place in new if place.is_held_out)
+    if trained and held_out:
+        display.say(
+            f"{held_out}: not searched for in {trained}, which the run has tokenized already: "
+            "name documents that it was not trained on"
         )
 
 

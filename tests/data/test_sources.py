@@ -151,6 +151,22 @@ def test_a_new_source_is_without_what_an_earlier_one_cut_in_two(corpus, tmp_path
     assert documents(prepare(both, f"{output}2").train["more"]) == documents(extended.train["more"])
 
 
+def test_what_was_trained_on_is_not_searched_for_new_validation_documents(
+    corpus, tmp_path, output, capsys
+):
+    (tmp_path / "a.txt").write_text("held out from the start")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXTS[0]}))
+    a, b = (SourceConfig(str(tmp_path / name)) for name in ("a.txt", "b.jsonl"))
+    first = prepare(config(corpus, validation={"a": a}), output)
+    trained_on = {"training source corpus": first.train["corpus"].digest}
+    trained_on |= {"validation source a": first.validation["a"].digest}
+    data, said = config(corpus, validation={"a": a, "b": b}), "not searched for in data.path"
+    for digests in (trained_on, {}):
+        tokenize_sources(data, first.tokenizer, output, str, Display(), trained_on=digests)
+        is_said = f"data.validation.b: {said}" in capsys.readouterr().out
+        assert is_said == bool(digests)  # without a checkpoint the text is tokenized again
+
+
 def test_the_run_directory_is_no_text(corpus, tmp_path):
     output = tmp_path / "runs" / "mine"
     first = prepare(config(tmp_path), str(output))
