@@ -71,7 +71,10 @@ class _EncodedBatch(NamedTuple):
 
 def default_workers(size: int) -> int:
     """How many processes tokenize so many bytes of files."""
-    return len(os.sched_getaffinity(0)) if size > _SMALL else 1
+    if size <= _SMALL:
+        return 1
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Encoder(Closing):

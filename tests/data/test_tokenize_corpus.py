@@ -346,6 +346,12 @@ def test_two_of_the_same_part_are_refused(corpus, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*.lock"))
 
 
+def test_every_core_tokenizes_where_a_system_does_not_say_which_are_free(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert encoder_module.default_workers(1 << 40) == 5
+
+
 def test_a_worker_that_dies_is_one_line(monkeypatch):
     monkeypatch.setattr(encoder_module, "_BATCH", 1000)
     tokenizer = build_tokenizer("bytes", ())
