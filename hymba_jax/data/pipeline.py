@@ -47,7 +47,12 @@ class ValidationSet:
         return rows.num_pairs if isinstance(rows, PreferenceRows) else rows.num_targets
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
-        """Compression of the text at a mean loss: comparable between tokenizers."""
+        """Compression of the text at a mean loss: comparable between tokenizers.
+
+        The bytes are of all tokens. Of documents that do not begin with a BOS token, the first
+        token is no target where they are packed, so that this is a little too low, the more the
+        shorter they are; `hymba evaluate` counts the bytes of scored tokens alone.
+        """
         if self.text_bytes is None:
             return None
         return nats_per_token / math.log(2) * self.rows.num_targets / self.text_bytes
