@@ -129,6 +129,7 @@ class VerifiedShard(MegatronShard):
         if info.index_bytes <= _SMALL_INDEX:
             self.check_index()
         super().__init__(path)
+        self.num_documents = info.documents  # none is empty
         self._checked = CheckedFile(tokens, self._tokens.view(np.uint8), info.blocks_crc32)
         self.has_mask = info.mask_crc32 is not None
         if info.mask_crc32 is not None:

@@ -25,6 +25,7 @@ import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -52,6 +53,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _LONGEST_SEQUENCE = 2**31 - 1
 # Entries of an index that are looked at together.
 _CHUNK = 1 << 18
+_COUNTED = 1 << 24  # tokens whose documents are counted together
 # Of an index with more sequences, opening it checks both ends and places between them.
 _CHECKED_WHOLE, _SAMPLES, _SAMPLE = 1 << 15, 16, 1024
 
@@ -181,7 +183,6 @@ class MegatronShard:
     Attributes:
       path: of the token file.
       num_tokens: of all sequences.
-      num_documents: empty ones among them.
 
     Raises:
       HymbaError: a file is not there, is no such file, is truncated, or does not fit the other.
@@ -191,7 +192,7 @@ class MegatronShard:
 
     def __init__(self, path: PathLike) -> None:
         self.path, self._index_path = megatron_files(path)
-        code, num_sequences, num_entries = self._read_header()
+        code, num_sequences = self._read_header()
         dtype = np.dtype(DTYPES[code])
         self._itemsize, self._size = dtype.itemsize, file_size(self.path)
         if self._size % self._itemsize:
@@ -208,10 +209,16 @@ class MegatronShard:
         self._lengths = _Column(self._index_path, index, _HEADER.size, pointers, "<i4")
         self._pointers = _Column(self._index_path, index, pointers, entries, "<i8")
         self._documents = _Column(self._index_path, index, entries, len(index), "<i8")
-        self.num_documents = num_entries - 1
         self._starts = None if self._looks_contiguous() else self._cumulative_lengths()
         ends = self._size // self._itemsize if self._starts is None else self._starts[-1]
         self.num_tokens = int(ends)
+
+    @cached_property
+    def num_documents(self) -> int:
+        """Documents that are not empty. Counting them reads the whole index."""
+        starts = range(0, self.num_tokens, _COUNTED)
+        stops = (min(start + _COUNTED, self.num_tokens) for start in starts)
+        return sum(len(self.document_starts(*each)) for each in zip(starts, stops, strict=True))
 
     def read(self, start: int, stop: int) -> UInt[np.ndarray, " _"]:
         """The tokens from `start` up to `stop` of the stream; read-only."""
@@ -237,7 +244,7 @@ class MegatronShard:
 
         Takes time in proportion to the documents found, but for two binary searches in the index.
         """
-        documents = range(self.num_documents)
+        documents = range(len(self._documents) - 1)
         first = bisect_left(documents, start, key=self._document_start)
         last = bisect_left(documents, stop, lo=first, key=self._document_start)
         if first == last:
@@ -261,7 +268,7 @@ class MegatronShard:
         for start in range(0, len(self._documents), _CHUNK):
             self._check_documents(start, start + _CHUNK)
 
-    def _read_header(self) -> tuple[int, int, int]:
+    def _read_header(self) -> tuple[int, int]:
         size = file_size(self._index_path)
         with self._index_path.open("rb") as file:
             header = file.read(_HEADER.size)
@@ -283,7 +290,7 @@ class MegatronShard:
                 f"{self._index_path}: {size} bytes, but {num_sequences} sequences and "
                 f"{num_entries} entries of documents take {expected}: truncated, or not of text"
             )
-        return code, num_sequences, num_entries
+        return code, num_sequences
 
     def _looks_contiguous(self) -> bool:
         """Checks an index's ends and samples, or a small one whole.

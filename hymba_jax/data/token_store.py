@@ -7,6 +7,7 @@ time nor memory in proportion to its tokens.
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,6 @@ class TokenStore:
 
     Attributes:
       num_tokens: all of them.
-      num_documents: None where a shard does not know its own.
       has_mask: whether the loss is on some of the tokens only: documents are conversations.
 
     Args:
@@ -96,9 +96,13 @@ class TokenStore:
         self.has_mask = any(shard.has_mask for shard in self._shards)
         self._offsets = [0, *accumulate(shard.num_tokens for shard in self._shards)]
         self.num_tokens = self._offsets[-1]
+
+    @cached_property
+    def num_documents(self) -> int | None:
+        """Documents that are not empty; None where it would take reading all tokens."""
         counts = [shard.num_documents for shard in self._shards]
         known = [count for count in counts if count is not None]
-        self.num_documents = sum(known) if len(known) == len(counts) else None
+        return sum(known) if len(known) == len(counts) else None
 
     def read(self, start: int, stop: int) -> UInt[np.ndarray, " _"]:
         """The tokens from `start` up to `stop`; not to be written to.

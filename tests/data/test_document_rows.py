@@ -71,6 +71,11 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(make_store, le
         rows[len(rows)]
 
 
+def test_empty_documents_are_no_targets_less(make_store):
+    rows = DocumentRows(make_store([3, 0, 2, 0, 0, 4]), 8)
+    assert rows.num_targets == sum((row.targets != IGNORED_TARGET).sum() for row in rows) == 6
+
+
 def test_rows_depend_on_their_index_alone(make_store):
     lengths = [1 + n % 23 for n in range(300)]
     rows = DocumentRows(make_store(lengths), 16)

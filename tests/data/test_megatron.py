@@ -40,7 +40,7 @@ def assert_same_stream(shard, sequences, documents):
     offsets = np.cumsum([0, *map(len, sequences)])
     ends = offsets[np.array(documents)].tolist()
     starts = [start for start, stop in pairwise(ends) if start < stop]
-    assert (shard.num_tokens, shard.num_documents) == (len(stream), len(documents) - 1)
+    assert (shard.num_tokens, shard.num_documents) == (len(stream), len(starts))
     for start in range(len(stream) + 1):
         for stop in range(start, len(stream) + 1):
             assert shard.read(start, stop).tolist() == stream[start:stop]
