@@ -39,7 +39,7 @@ def find_token_files(path: str) -> list[Path]:
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """A digest of the sizes of files, and of samples of their content.
+    """A digest of the sizes of files and their indices, and of samples of their content.
 
     It takes no time in proportion to their size; a change between the samples goes unnoticed.
 
@@ -47,7 +47,8 @@ def digest_of(files: Sequence[Path]) -> str:
       HymbaError: a file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
+    indices = [megatron_files(file)[1] for file in files if file.suffix == ".bin"]
+    for file in (*files, *filter(Path.exists, indices)):
         try:
             size = file.stat().st_size
             digest.update(size.to_bytes(8))

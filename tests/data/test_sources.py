@@ -20,6 +20,7 @@ from hymba_jax.data import (
 )
 from hymba_jax.data.megatron import MegatronWriter
 from hymba_jax.data.sources import open_sources
+from hymba_jax.data.token_files import digest_of
 from hymba_jax.display import Display
 from hymba_jax.errors import HymbaError
 from hymba_jax.tokenizer import Tokenizer, build_tokenizer
@@ -251,6 +252,16 @@ def test_tokens_that_others_wrote(tmp_path, output, kind):
     validation = open_data(data, None, output).validation_sets(data)["some"]
     assert validation.text_bytes == sum(len(text.encode()) for text in TEXTS[1::2])
     assert validation.rows.num_targets == sum(len(stream) - 1 for stream in streams[1::2])
+
+
+def test_the_digest_of_tokens_that_others_wrote_tells_documents_apart(tmp_path):
+    files = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for file, end in zip(files, (2, 5), strict=True):
+        with MegatronWriter(file, 9) as writer:
+            for document in np.split(np.arange(9), [end]):
+                writer.write([document])
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert digest_of(files[:1]) != digest_of(files[1:])
 
 
 @pytest.mark.parametrize("is_tokenized", [False, True])
