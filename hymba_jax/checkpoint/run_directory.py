@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +14,7 @@ from hymba_jax.config.run import CONFIG_FILE, RunConfig
 from hymba_jax.config.stages import OWN_SETTINGS, SCHEDULE_SETTINGS, Stage
 from hymba_jax.data import Data
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import matches, replace_text, resolve_location
+from hymba_jax.files import Location, matches, replace_text, resolve_location
 from hymba_jax.parallel.processes import barrier, require_agreement
 from hymba_jax.run_files import FOLDER, checkpoint_steps, uses_orbax
 from hymba_jax.tokenizer import Tokenizer
@@ -186,8 +186,14 @@ def check_data(data: Data) -> None:
 def check_written(output: str) -> None:
     """Raises HymbaError unless all processes see what the first of them wrote."""
     barrier("the run directory")
+    check_visible(output, [resolve_location(output) / CONFIG_FILE])
+
+
+def check_visible(output: str, files: Iterable[Location]) -> None:
+    """Raises HymbaError unless this process sees files that the first of them has written."""
+    missing = [*files]
     deadline = time.monotonic() + _VISIBILITY_TIMEOUT
-    while not (resolve_location(output) / CONFIG_FILE).is_file():
+    while missing := [file for file in missing if not file.is_file()]:
         if time.monotonic() > deadline:
             raise HymbaError(
                 f"{output}: process {jax.process_index()} does not see what process 0 wrote "

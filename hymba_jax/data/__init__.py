@@ -54,7 +54,7 @@ from hymba_jax.data.pipeline import (
     train_batches,
     validation_batches,
 )
-from hymba_jax.data.places import Formats, source_formats
+from hymba_jax.data.places import Formats, source_formats, text_manifests
 from hymba_jax.data.tokenize_sources import tokenize_sources
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "ValidationSet",
     "open_data",
     "source_formats",
+    "text_manifests",
     "tokenize_sources",
     "train_batches",
     "validation_batches",

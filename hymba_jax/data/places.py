@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data.listing import is_url
+from hymba_jax.data.manifest import MANIFEST
 from hymba_jax.data.token_files import find_token_files
 from hymba_jax.data.token_store import is_flat
 from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
@@ -87,6 +88,12 @@ def read_places(config: DataConfig, output: str) -> Iterator[tuple[bool, str, Pl
             name,
             Place(f"validation source {name}", label, held_out_source, 1.0, directory),
         )
+
+
+def text_manifests(config: DataConfig, output: str) -> list[Location]:
+    """The manifests of all sources that are text, which the process writes that tokenizes them."""
+    places = (place for _, _, place in read_places(config, output) if place.is_text)
+    return [place.directory / MANIFEST for place in places]
 
 
 class Formats(NamedTuple):

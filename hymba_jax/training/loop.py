@@ -14,6 +14,7 @@ from hymba_jax.checkpoint.run_directory import (
     check_output,
     check_processes,
     check_resumes,
+    check_visible,
     check_written,
     read_run,
     write_run_directory,
@@ -35,6 +36,7 @@ from hymba_jax.data import (
     Data,
     open_data,
     source_formats,
+    text_manifests,
     tokenize_sources,
     with_local_tokens,
 )
@@ -424,6 +426,7 @@ def _read_data(
     if is_main_process():
         tokenize_sources(config, tokenizer, output, check, display, trained_on=trained_on(output))
     wait_for_all("tokens")
+    check_visible(output, text_manifests(config, output))
     data = open_data(config, tokenizer, output)
     if initial is not None:
         initial.check_tokenizer(data.tokenizer, config.tokenizer)

@@ -14,6 +14,7 @@ from entry.command import write_config
 from flax import nnx
 from slow import slow_but
 
+from hymba_jax.checkpoint import run_directory
 from hymba_jax.checkpoint.checkpoints import resolve_step
 from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
 from hymba_jax.config.run import RunConfig
@@ -259,6 +260,14 @@ def test_other_data_is_refused(config, tmp_path, capsys):
         train(config)
     page.write_text(text)
     train(config)
+
+
+def test_tokens_that_another_process_does_not_see_are_one_line(config, monkeypatch):
+    monkeypatch.setattr(loop, "is_main_process", lambda: False)
+    monkeypatch.setattr(run_directory, "_VISIBILITY_TIMEOUT", 0)
+    message = "process 0 does not see what process 0 wrote there: choose an output on a file system"
+    with pytest.raises(HymbaError, match=f"^{config.output}: {message} that all share"):
+        train(config)
 
 
 def test_a_tracker_gets_every_line_of_metrics(config, monkeypatch):
