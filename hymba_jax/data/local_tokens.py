@@ -16,6 +16,7 @@ import numpy as np
 from hymba_jax.config.data import DataConfig, SourceConfig
 from hymba_jax.data.block_checksums import VerifiedShard
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest, ShardInfo
+from hymba_jax.data.tokenize_records import TOKENIZER_FILES
 from hymba_jax.data.tokenized import damage
 from hymba_jax.display import Display, format_bytes
 from hymba_jax.errors import HymbaError
@@ -36,7 +37,9 @@ def with_local_tokens(config: DataConfig, display: Display) -> DataConfig:
 
     def local[T: SourceConfig](source: T) -> T:
         corpus = resolve_location(source.path) if is_remote_path(source.path) else None
-        if not isinstance(corpus, RemotePath) or not (corpus / MANIFEST).is_file():
+        if not isinstance(corpus, RemotePath):
+            return source
+        if not all((corpus / name).is_file() for name in (MANIFEST, TOKENIZER_FILES[0])):
             return source
         return dataclasses.replace(source, path=str(_copy(corpus, display)))
 

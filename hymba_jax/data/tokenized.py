@@ -10,7 +10,7 @@ import numpy as np
 from hymba_jax.data.block_checksums import VerifiedShard
 from hymba_jax.data.manifest import MANIFEST, SIDES, Manifest, ShardInfo
 from hymba_jax.data.token_store import TokenStore
-from hymba_jax.data.tokenize_records import count_done
+from hymba_jax.data.tokenize_records import TOKENIZER_FILES, count_done
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike, resolve_path
 from hymba_jax.tokenizer import Tokenizer
@@ -73,7 +73,9 @@ class TokenizedCorpus:
 
 def is_tokenized(directory: Path) -> bool:
     """Whether `hymba tokenize` writes or has written here."""
-    return (directory / MANIFEST).exists() or count_done(directory) is not None
+    # Text may have a manifest.json of its own.
+    is_done = all((directory / name).exists() for name in (MANIFEST, TOKENIZER_FILES[0]))
+    return is_done or count_done(directory) is not None
 
 
 def damage(directory: PathLike) -> Iterator[str]:

@@ -178,6 +178,12 @@ def test_a_disk_that_is_too_small_is_one_line(bucket, monkeypatch, downloads):
     assert downloads == []
 
 
+@on_one_store
+def test_text_with_a_manifest_of_its_own_is_no_tokens(bucket):
+    (bucket / "tokenizer.json").unlink()
+    assert copied(bucket) == str(bucket)
+
+
 def test_processes_of_a_host_wait_for_one_another(tmp_path):
     program = """
 import sys

@@ -15,6 +15,7 @@ from hymba_jax.data import (
     IGNORED_TARGET,
     DataConfig,
     open_data,
+    source_formats,
     tokenize_sources,
     train_batches,
 )
@@ -184,6 +185,15 @@ def tokenize(corpus, output, fraction, *options):
     options += ("--tokenizer", "bytes", "--output", output)
     cli.main(["tokenize", *map(str, options)])
     return output
+
+
+def test_text_with_a_manifest_of_its_own_is_text(tmp_path, output):
+    (tmp_path / "pages").mkdir()
+    for name in ("manifest.json", "data.json"):
+        (tmp_path / "pages" / name).write_text(json.dumps([{"text": text} for text in TEXTS]))
+    data = config(tmp_path / "pages")
+    assert source_formats(data, output).train == {"corpus": "text"}
+    assert len(documents(prepare(data, output).train["corpus"])) > len(TEXTS)
 
 
 @pytest.fixture
