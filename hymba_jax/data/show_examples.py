@@ -26,13 +26,23 @@ def examples(corpus: TokenizedCorpus, count: int) -> Iterator[Text]:
         store: TokenStore | None = getattr(corpus, side)
         if store is None or not count:
             continue
-        starts = store.document_starts(0, store.num_tokens).tolist()
         sides = ("",) if corpus.format != "preference" else (" chosen", " rejected")
-        borders = [*starts, store.num_tokens][: count * len(sides) + 1]
+        borders = _borders(store, count * len(sides))
         for index, (start, stop) in enumerate(pairwise(borders)):
             name = f"{side} {index // len(sides) + 1}{sides[index % len(sides)]}"
             yield _example(store, start, stop, corpus.tokenizer, name)
         count -= (len(borders) - 1) // len(sides)
+
+
+def _borders(store: TokenStore, count: int) -> list[int]:
+    """The starts of the first documents, and the end of the last: of `count`, or of all."""
+    stop = _SHOWN
+    # In growing ranges, as a corpus may have more documents than fit in memory.
+    while len(starts := store.document_starts(0, min(stop, store.num_tokens))) <= count:
+        if stop >= store.num_tokens:
+            return [*starts.tolist(), store.num_tokens]
+        stop *= 2
+    return starts[: count + 1].tolist()
 
 
 def _example(store: TokenStore, start: int, stop: int, tokenizer: Tokenizer, name: str) -> Text:

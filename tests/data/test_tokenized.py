@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from hymba_jax.data import tokenize_command, tokenize_records
+from hymba_jax.data.show_examples import examples
+from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.tokenize_command import TokenizeConfig, TokenizeDataConfig
 from hymba_jax.data.tokenized import TokenizedCorpus, damage
 from hymba_jax.errors import HymbaError
@@ -62,6 +64,20 @@ def test_streams_and_counts(tokenized):
     sizes = [path.stat().st_size for path in (tokenized.parent / "corpus").iterdir()]
     assert sum(manifest[side]["text_bytes"] for side in ("train", "validation")) == sum(sizes)
     assert list(damage(tokenized)) == []
+
+
+def test_showing_the_first_documents_does_not_look_for_all(tokenized, monkeypatch):
+    corpus, find, stops = TokenizedCorpus.open(tokenized), TokenStore.document_starts, []
+    _, second, third = find(corpus.train, 0, corpus.train.num_tokens)[:3]
+
+    def record(store, start, stop):
+        stops.append(stop)
+        return find(store, start, stop)
+
+    monkeypatch.setattr(TokenStore, "document_starts", record)
+    example = [*examples(corpus, 2)][-1].plain
+    assert example.startswith(f"--- train 2: {third - second:,} tokens")
+    assert max(stops) < corpus.train.num_tokens
 
 
 def test_checksums_are_the_crc_of_each_block(tokenized):
