@@ -23,13 +23,14 @@ MAX_VOCAB_SIZE = 2**20
 DATA_BOUNDS = {
     "sequence_length": Bounds(1, 2**23, "no model has so many positions"),
     "validation_fraction": Bounds(
-        1 / 256,
-        255 / 256,
-        "nothing would be left to train on",
-        "documents are chosen in steps of 1/256",
+        1e-9, 255 / 256, "nothing would be left to train on", "nothing would be held out"
     ),
 }
-
+_LIBRARY_BOUNDS = DATA_BOUNDS | {
+    "validation_fraction": DATA_BOUNDS["validation_fraction"]._replace(
+        at_least=1 / 256, below="files of the standard library are chosen in steps of 1/256"
+    )
+}
 
 _WEIGHT = Bounds(0, 1e9, "no share needs it")
 
@@ -126,7 +127,8 @@ class DataConfig:
             raise HymbaError("data config: " + "; ".join(problems))
 
     def _value_problems(self) -> Iterator[str]:
-        yield from bound_problems(self, DATA_BOUNDS)
+        is_library = not (self.path or self.sources)
+        yield from bound_problems(self, _LIBRARY_BOUNDS if is_library else DATA_BOUNDS)
         if not self.text_field:
             yield "text_field is empty"
         if not self.tokenizer:

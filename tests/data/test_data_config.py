@@ -19,6 +19,12 @@ def test_every_problem_is_named_at_once():
     assert "\n" not in message
 
 
+def test_only_the_standard_library_is_held_out_in_steps():
+    assert DataConfig("pages", validation_fraction=0.001).validation_fraction == 0.001
+    with pytest.raises(HymbaError, match=r"0\.001, below 0\.0039.*standard library"):
+        DataConfig(validation_fraction=0.001)
+
+
 def test_a_field_of_text_is_refused_for_conversations():
     chat = WeightedSourceConfig("chat", format="chat", text_field="body")
     with pytest.raises(HymbaError, match=r"sources\.one\.text_field has no effect on format chat"):
