@@ -109,7 +109,8 @@ def tokenize(tokenizer: Tokenizer, file: Path, output: Path, workers: int) -> fl
     tokenize_records.begin(output, corpus.options, listing.files)
     writer = CorpusWriter(corpus, tokenizer, output, lambda progress: None)
     with Encoder(tokenizer, workers) as encoder:
-        list(encoder.encode([("starts a worker", None)]))
+        # A batch for each: one is started when there is work and none is idle.
+        list(encoder.encode([("starts a worker " * (1 << 16), None)] * workers))
         begun = time.perf_counter()
         writer.write(encoder)
         return time.perf_counter() - begun
