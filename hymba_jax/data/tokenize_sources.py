@@ -35,7 +35,8 @@ def tokenize_sources(
     """Tokenizes every source that is text into the run directory, unless it is there already.
 
     What was interrupted continues. Tokens of other text or options are removed, unless a checkpoint
-    depends on them: then their text is not read, and may have moved, but is no other.
+    depends on them: then their text is not tokenized, and may have moved, but is no other. That of
+    validation is still read where there is a new source, which is without its documents.
 
     Args:
       tokenizer: that of the run, if it has one already; else that of the sources that are tokens
@@ -57,7 +58,7 @@ def tokenize_sources(
     if done:
         text_sources = [place for place in text_sources if place not in done]
         names = ", ".join(place.label for place in done)
-        display.say(f"{names}: the run has the tokens, no text is read")
+        display.say(f"{names}: the run has the tokens, no text is tokenized")
         _say_not_searched(done, text_sources, display)
     if not text_sources:
         return

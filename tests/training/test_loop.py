@@ -254,7 +254,7 @@ def test_other_data_is_refused(config, tmp_path, capsys):
     text = page.read_text()
     page.write_text(text[::-1])
     train(config)
-    assert "data.path: the run has the tokens, no text is read" in capsys.readouterr().out
+    assert "data.path: the run has the tokens, no text is tokenized" in capsys.readouterr().out
     shutil.rmtree(tokens)
     with pytest.raises(HymbaError, match="the training source corpus has other tokens than"):
         train(config)
@@ -455,7 +455,7 @@ def test_a_stage_on_a_new_source_is_added(config, tmp_path, capsys):
     capsys.readouterr()
     lines = train(both)
     said = capsys.readouterr().out
-    assert "data.sources.pages: the run has the tokens, no text is read" in said
+    assert "data.sources.pages: the run has the tokens, no text is tokenized" in said
     assert "other sources than before: the best checkpoint is that of later steps" in said
     assert [without_validation(line) for line in lines] == [*map(without_validation, expected)]
     with pytest.raises(HymbaError, match=r"the share of other was 1\.0, and has gone"):
