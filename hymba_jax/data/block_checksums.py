@@ -1,4 +1,6 @@
-"""Checksums of token files, checked where they are read: opening a corpus reads none of it.
+"""Checksums of token files, checked where they are read: opening a corpus reads no tokens.
+
+Indices, about 20 bytes a document, are read to compare them when it is opened, but for large ones.
 
 `NAME.bin.crc` has the CRC-32 of each block of `NAME.bin`, a line of eight hexadecimal digits each,
 and so has `NAME.mask.crc` of `NAME.mask`. The manifest has those of these files and of the index.

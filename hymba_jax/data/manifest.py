@@ -108,6 +108,11 @@ class Manifest:
     train: Side
     validation: Side
 
+    @property
+    def format(self) -> str:
+        """What the documents are, as `data.format`."""
+        return str(self.options.get("format", "text"))
+
     @classmethod
     def read(cls, path: Path) -> "Manifest":
         """The manifest in a file. Raises HymbaError where it is none."""

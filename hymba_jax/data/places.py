@@ -11,7 +11,7 @@ from hymba_jax.data.listing import is_url
 from hymba_jax.data.manifest import MANIFEST
 from hymba_jax.data.token_files import find_token_files
 from hymba_jax.data.token_store import is_flat
-from hymba_jax.data.tokenized import TokenizedCorpus, is_tokenized
+from hymba_jax.data.tokenized import is_tokenized, read_manifest
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, resolve_location, resolve_path
 
@@ -108,12 +108,12 @@ class Formats(NamedTuple):
 
 
 def source_formats(config: DataConfig, output: str) -> Formats:
-    """The formats of all sources, of which no text is read. Raises HymbaError as `open_sources`."""
+    """The formats of all sources, by manifests alone. Raises HymbaError where one is bad."""
     formats = Formats({}, {})
     for is_training, name, place in read_places(config, output):
         found: str = config.format_of(place.source)
         if not place.is_text:
-            found = TokenizedCorpus.open(place.tokenized).format if place.tokenized else "text"
+            found = read_manifest(place.tokenized)[0].format if place.tokenized else "text"
         (formats.train if is_training else formats.validation)[name] = found
     return formats
 

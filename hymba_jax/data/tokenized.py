@@ -38,7 +38,7 @@ class TokenizedCorpus:
     @property
     def format(self) -> str:
         """What its documents are, as `data.format`; of a pair the chosen side comes first."""
-        return str(self.manifest.options.get("format", "text"))
+        return self.manifest.format
 
     def whole(self) -> TokenStore | None:
         """The documents of both sides as one stream; None if there are none."""
@@ -54,7 +54,7 @@ class TokenizedCorpus:
             is another.
         """
         directory = resolve_path(directory)
-        manifest, digest = _read_manifest(directory)
+        manifest, digest = read_manifest(directory)
         tokenizer = Tokenizer.load(directory)
         if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
             raise HymbaError(
@@ -85,7 +85,7 @@ def damage(directory: PathLike) -> Iterator[str]:
       HymbaError: tokenizing is not finished.
     """
     directory = resolve_path(directory)
-    manifest, _ = _read_manifest(directory)
+    manifest, _ = read_manifest(directory)
     itemsize = np.dtype(manifest.tokenizer.dtype).itemsize
     for side in SIDES:
         for info in getattr(manifest, side).shards:
@@ -105,8 +105,12 @@ def digest_of_tokens(directory: PathLike) -> str | None:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def _read_manifest(directory: Path) -> tuple[Manifest, str]:
-    """The manifest and a digest of it."""
+def read_manifest(directory: Path) -> tuple[Manifest, str]:
+    """The manifest and a digest of it.
+
+    Raises:
+      HymbaError: tokenizing is not finished, or the file is no manifest.
+    """
     digest = digest_of_tokens(directory)
     if digest is None:
         done = count_done(directory)
