@@ -259,7 +259,7 @@ def read_checkpoint(
     trees, metadata = {}, {}
     # Handlers, as the manager waits for all processes though one may have failed.
     with _agreed(path):
-        loop = _read_loop(path / LOOP)
+        loop = read_loop(path / LOOP)
         for part, like in ((PARAMS, abstract.params), (OPTIMIZER, abstract.optimizer)):
             metadata[part] = _read_metadata(path / part, _UNREADABLE)
             _check_layout(path / part, like, metadata[part])
@@ -337,7 +337,7 @@ def resolve_step(directory: str | os.PathLike[str], step: Step | None) -> int | 
     if not steps:
         raise HymbaError(f"{location / FOLDER}: no checkpoint {step}; there is none")
     newest = location / FOLDER / str(steps[-1])
-    best = _read_loop(newest / LOOP).best
+    best = read_loop(newest / LOOP).best
     if best is None:
         raise HymbaError(
             f"{newest}: knows no best checkpoint, as there was no validation yet or "
@@ -412,11 +412,11 @@ def trained_on(run_directory: str) -> dict[str, str]:
     directory = resolve_location(run_directory)
     for step in reversed(checkpoint_steps(directory)):
         with suppress(HymbaError):  # damaged: the one before it is used
-            return _read_loop((directory / FOLDER / str(step) / LOOP).absolute()).digests
+            return read_loop((directory / FOLDER / str(step) / LOOP).absolute()).digests
     return {}
 
 
-def _read_loop(directory: Location) -> LoopState:
+def read_loop(directory: Location) -> LoopState:
     """The loop's part of a checkpoint. Raises HymbaError if it is damaged."""
     path = directory / _LOOP_FILE
     with one_line(directory, _UNREADABLE):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from hymba_jax.checkpoint.checkpoints import Step, resolve_step
+from hymba_jax.checkpoint.checkpoints import PARAMS, Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.checkpoint.run_lock import check_unlocked
@@ -77,7 +77,7 @@ def main(args: ConvertConfig) -> None:
     if not 0 <= args.tolerance < math.inf:
         raise HymbaError(f"tolerance is {args.tolerance}, not a number >= 0")
     step = resolve_step(location, args.step)
-    with local_copy(location, step) as source:
+    with local_copy(location, step, PARAMS) as source:
         _convert(source, step, target, max_shard_bytes, args)
 
 

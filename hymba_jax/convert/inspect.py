@@ -42,9 +42,10 @@ _PARTS = (
 class InspectConfig:
     """Prints what a checkpoint holds: an HF one, a standalone model or a training run.
 
-    Of HF checkpoints only headers are read; the arrays of native ones are compared with their
-    checksums. The exit status is 1 where something is missing, damaged or does not fit, or if
-    transformers could not load an HF checkpoint.
+    Of HF checkpoints only headers are read; the arrays of native ones, of a run's checkpoint also
+    optimizer state and loop state, are compared with their checksums. The exit status is 1 where
+    something is missing, damaged or does not fit, or if transformers could not load an HF
+    checkpoint.
 
     Attributes:
       path: directory of the checkpoint.

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from hymba_jax.checkpoint.checkpoints import OPTIMIZER, params_path
+from hymba_jax.checkpoint.checkpoints import LOOP, OPTIMIZER, params_path, read_loop
 from hymba_jax.checkpoint.checksums import dotted
 from hymba_jax.checkpoint.model_file import read_model_directory, read_trainable
 from hymba_jax.config.adapter import AdapterConfig
@@ -15,6 +15,7 @@ from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.mapping import ConversionError, HFSlice, hf_slices, mismatches
 from hymba_jax.convert.params_stream import StoredParams
 from hymba_jax.convert.tensor_file import TensorInfo
+from hymba_jax.errors import HymbaError
 from hymba_jax.model.abstract import ParamPath, param_shapes
 from hymba_jax.model.lora import LowRankUpdate
 from hymba_jax.model.trainable import ADAPTER
@@ -98,11 +99,12 @@ class NativeCheckpoint:
         )
 
     def damage(self) -> list[str]:
-        """Reads all arrays, also a run's optimizer state, and names those whose checksums
-        differ."""
-        optimizer = self.stored.path.parent / OPTIMIZER
-        others = [StoredParams(optimizer)] if optimizer.is_dir() else []
-        return [problem for stored in (self.stored, *others) for problem in stored.damage()]
+        """Reads all arrays and, of a run's checkpoint, what resuming needs; what is missing or
+        damaged, in words."""
+        problems, checkpoint = self.stored.damage(), self.stored.path.parent
+        if checkpoint == self.directory.absolute():  # a standalone model
+            return problems
+        return [*problems, *_damage(checkpoint / OPTIMIZER), *_damage(checkpoint / LOOP)]
 
     def check(self) -> None:
         """Raises ConversionError naming every array that cannot be converted."""
@@ -121,3 +123,16 @@ class NativeCheckpoint:
                 f"{self.stored.path}: parameters and {CONFIG_FILE} do not fit: "
                 + "; ".join(problems)
             )
+
+
+def _damage(part: Path) -> list[str]:
+    """What is missing or damaged of the optimizer state or the loop state of a checkpoint."""
+    if not part.is_dir():
+        return [f"{part}: is missing"]
+    try:
+        if part.name == OPTIMIZER:
+            return StoredParams(part).damage()
+        read_loop(part)
+    except HymbaError as error:
+        return [str(error)]
+    return []

@@ -7,7 +7,7 @@ import pytest
 from checkpoint.test_checkpoint import abstract, assert_equal, loop, make_state
 from storage_emulators import FORBIDDEN
 
-from hymba_jax.checkpoint.checkpoints import _is_damage, load_params, silence_orbax
+from hymba_jax.checkpoint.checkpoints import PARAMS, _is_damage, load_params, silence_orbax
 from hymba_jax.checkpoint.local_copy import local_copy
 from hymba_jax.checkpoint.run_directory import check_output
 from hymba_jax.checkpoint.uploaded_checkpoints import open_checkpoints
@@ -44,13 +44,17 @@ def test_the_newest_complete_one_comes_back_bit_for_bit(run):
     with pytest.raises(HymbaError, match=f"^{run}/checkpoints: no checkpoint 2; there are 3, 4$"):
         load_params(run, abstract(make_state()).params, 2)
     for step, expected in ((None, 4), (3, 3)):
-        with local_copy(run, step) as copy:
+        with local_copy(run, step, PARAMS) as copy:
             parts = [*(copy / "checkpoints").glob("*/*")]
             assert parts == [copy / "checkpoints" / str(expected) / "params"]
             assert_equal(
                 load_params(copy, abstract(make_state()).params), make_state(expected).params
             )
         assert not copy.exists()
+    with local_copy(run, 3) as copy:
+        parts = {path.name for path in (copy / "checkpoints" / "3").iterdir() if path.is_dir()}
+        assert parts == {"params", "optimizer", "loop"}
+        assert checkpoint_steps(copy) == [3]
 
 
 def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(run):

@@ -142,21 +142,46 @@ def test_a_flipped_bit_is_found_wherever_arrays_are_read(hf, tmp_path, capsys):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_flipped_bit_of_an_optimizer_is_found(tmp_path):
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with a checkpoint of step 3."""
     model = make_model(TINY)
     params = nnx.to_pure_dict(nnx.state(model))
     (tmp_path / "config.toml").write_text(model_toml(model.config, model.compute))
     moments = [(), {"count": jnp.int32(3), "mu": jax.random.normal(jax.random.key(0), (64, 300))}]
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(TrainState(params, moments), LoopState(3, {}))
-    assert NativeCheckpoint(tmp_path).damage() == []
-    files = [*(tmp_path / "checkpoints" / "3" / "optimizer").rglob("d/*")]
+    return tmp_path
+
+
+def flip_a_bit(checkpoint):
+    files = [*(checkpoint / "optimizer").rglob("d/*")]
     largest = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
-    (damage,) = NativeCheckpoint(tmp_path).damage()
-    assert damage.startswith(f"{tmp_path}/checkpoints/3/optimizer: ")
+
+
+def change_a_digest(checkpoint):
+    file = checkpoint / "loop" / "metadata"
+    file.write_text(file.read_text().replace('"digests": {}', '"digests": {"a": "b"}'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (flip_a_bit, "/optimizer: "),
+        (lambda checkpoint: shutil.rmtree(checkpoint / "optimizer"), "/optimizer: is missing"),
+        (lambda checkpoint: (checkpoint / "optimizer" / "_METADATA").unlink(), "/optimizer: "),
+        (lambda checkpoint: shutil.rmtree(checkpoint / "loop"), "/loop: is missing"),
+        (change_a_digest, "/loop/metadata: damaged, its checksum does not match"),
+    ],
+)
+def test_what_resuming_needs_is_part_of_a_checkpoint(run, damage, problem):
+    assert NativeCheckpoint(run).damage() == []
+    damage(run / "checkpoints" / "3")
+    (found,) = NativeCheckpoint(run).damage()
+    assert found.startswith(f"{run}/checkpoints/3{problem}")
 
 
 def test_a_name_on_hugging_face_is_explained(tmp_path, monkeypatch):
