@@ -50,6 +50,12 @@ def test_a_config_survives_its_own_file(path, tmp_path):
     assert RunConfig.from_toml(write(tmp_path, config.to_toml())) == config
 
 
+def test_dpo_alone_is_the_config_without_its_first_stage(tmp_path):
+    head, _, dpo = (CONFIGS[0].parent / "dpo.toml").read_text().split("[[stages]]")
+    (stage,) = RunConfig.from_toml(write(tmp_path, f"{head}[[stages]]{dpo}")).resolved_stages
+    assert (stage.name, stage.run.training.batch_size) == ("dpo", 32)
+
+
 FIELDS = dict(leaves(RunConfig(), ""))
 CHOICES = ["auto", "default", "ntk", "bfloat16", "none", "relu2", "concat", "2*Ww", "bpe:300"]
 VALUES = {
