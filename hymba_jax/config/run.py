@@ -53,7 +53,8 @@ class RunConfig:
       seed: random seed of the initial parameters, the order of the data and the sample.
       init_from: directory of a model or a run, local, gs:// or s3://, whose newest parameters
         initialize this run; random if empty. On a command line and in a config file its model and
-        tokenizer become the defaults. Ignored when resuming.
+        tokenizer become the defaults. A run that has begun does not need the directory if it is
+        resumed by the config.toml in its output.
       stages: parts of the run by name, in order; none if it is the same throughout.
       profile: traces a few of the first steps, for XProf, into `profile` in the run directory.
 

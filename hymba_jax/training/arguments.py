@@ -175,7 +175,12 @@ def _table(named: argparse.Namespace) -> dict[str, Any]:
 
 def _started_from(directory: str) -> RunConfig:
     """A run with the model of a directory and, if it has one, the tokenizer."""
-    model, data = read_config(directory), DataConfig()
+    try:
+        model, data = read_config(directory), DataConfig()
+    except HymbaError as error:
+        raise HymbaError(
+            f"{error}; a run that has begun resumes without it, by --config OUTPUT/config.toml"
+        ) from error
     data = dataclasses.replace(data, sequence_length=min(data.sequence_length, model.max_positions))
     if (resolve_location(directory) / "tokenizer.json").is_file():
         data = dataclasses.replace(data, tokenizer=directory)

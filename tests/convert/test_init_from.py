@@ -184,7 +184,7 @@ class TestCommandLine:
         assert run.data == DataConfig()
 
     def test_a_directory_without_model(self, tmp_path):
-        with pytest.raises(HymbaError, match="no model found"):
+        with pytest.raises(HymbaError, match=r"no model found.* by --config OUTPUT/config\.toml$"):
             parse_run(["--init-from", str(tmp_path)], "train.py")
         (tmp_path / "adapter_config.json").write_text("{}")
         with pytest.raises(HymbaError, match="is missing: it is an adapter, generate with"):
