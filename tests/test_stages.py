@@ -148,6 +148,16 @@ def test_toml_keeps_stages_and_their_order(tmp_path):
             "stages.stable: run config: min_learning_rate is 0.0001, and schedule constant does",
         ),
         ("tokens = 500_000", "tokens = 0", "stages.decay: tokens is 0, below 1"),
+        (
+            "tokens = 500_000",
+            "tokens = 500_000\nbatch_size = 0",
+            "stages.decay: training config: batch_size is 0, below 1",
+        ),
+        (
+            "tokens = 500_000",
+            "tokens = 500_000\nsequence_length = 0",
+            "stages.decay: data config: sequence_length is 0, below 1",
+        ),
     ],
 )
 def test_stages_that_cannot_be_are_refused(tmp_path, old, new, problem):
@@ -168,6 +178,21 @@ def test_settings_that_every_stage_replaces_are_refused(tmp_path):
     named = named.replace("steps = 50", "steps = 50\nsources.web.weight = 1")
     with pytest.raises(HymbaError, match=r"data\.sources\.web\.weight has no effect, as every"):
         read(tmp_path, named)
+
+
+def test_a_least_rate_is_refused_where_no_schedule_uses_it(tmp_path):
+    """Whether the stages are constant themselves or by the run."""
+    rate = "learning_rate = 0.004"
+    least = f'{rate}\nmin_learning_rate = 0.002\nschedule = "constant"'
+    constant = RECIPE.replace(rate, least).replace(
+        'schedule = "linear"\nmin_learning_rate = 0.001\n', ""
+    )
+    with pytest.raises(HymbaError, match=r"training\.min_learning_rate has no effect, as every"):
+        read(tmp_path, constant)
+    decays = constant.replace("steps = 50", 'steps = 50\nschedule = "linear"')
+    decays = decays.replace("learning_rate = 0.001\n", "")
+    stage = read(tmp_path, decays).resolved_stages[-1]
+    assert stage.run.training.min_learning_rate == 0.002
 
 
 def test_stages_that_are_not_an_array_are_refused(tmp_path):

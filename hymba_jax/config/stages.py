@@ -229,7 +229,8 @@ def _resolve(run: "RunConfig", stage: StageConfig) -> "RunConfig":
     if stage.tokens is not None:
         batch = training.get("batch_size", run.training.batch_size)
         length = data.get("sequence_length", run.data.sequence_length)
-        training["steps"] = -(-stage.tokens // (batch * length))
+        if batch * length > 0:  # or the configs below refuse one of them
+            training["steps"] = -(-stage.tokens // (batch * length))
     objective = training.get("objective", run.training.objective)
     return dataclasses.replace(
         run,
@@ -261,13 +262,14 @@ def _problems(run: "RunConfig", stage: StageConfig) -> Iterator[str]:
             yield f"sources.{name}: is not among [data.sources.NAME], there are {there}"
 
 
-def _replaces(stage: StageConfig, name: str) -> bool:
+def _replaces(run: "RunConfig", stage: StageConfig, name: str) -> bool:
     """Whether a stage does not use the run's value of a field of training or data."""
     if name == "steps":
         return True
-    if name.startswith("decay_") and stage.schedule not in (None, "wsd"):
+    schedule = stage.schedule or run.training.schedule
+    if name.startswith("decay_") and schedule != "wsd":
         return True
-    if name == "min_learning_rate" and stage.schedule == "constant":
+    if name == "min_learning_rate" and schedule == "constant":
         return True
     same = next((pair for pair in _ALTERNATIVES if name in pair), (name,))
     return bool(_given(stage, *same))
@@ -280,9 +282,12 @@ def ineffective_fields(run: "RunConfig") -> Iterator[str]:
         default = type(config)()
         for name in names:
             if getattr(config, name) != getattr(default, name) and all(
-                _replaces(stage, name) for stage in run.stages.values()
+                _replaces(run, stage, name) for stage in run.stages.values()
             ):
-                yield f"{part}.{name} has no effect, as every stage sets its own: remove it"
+                yield (
+                    f"{part}.{name} has no effect, as every stage sets its own or uses none: "
+                    "remove it"
+                )
     if all(stage.sources for stage in run.stages.values()):
         for name, source in run.data.sources.items():
             if source.weight != type(source).weight:
