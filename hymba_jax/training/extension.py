@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from hymba_jax.config.field_types import leaves
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.stages import SCHEDULE_SETTINGS
 from hymba_jax.run_files import FOLDER
 from hymba_jax.training.schedule import run_schedule
 
@@ -16,14 +17,17 @@ _OF_UPDATES = (
 
 
 def describe_changes(previous: RunConfig, config: RunConfig, step: int) -> Iterator[str]:
-    """What a config changes in a run: its stages, its learning rate and its updates.
+    """What a config changes in a run: its stages, their learning rates and its updates.
 
     Args:
       previous: the config that the run had before.
       step: steps done.
     """
-    olds, news = previous.resolved_stages, config.resolved_stages
-    for old, new in zip(olds, news, strict=False):
+    news = {stage.name: stage for stage in config.resolved_stages}
+    # A run without stages may be the first of several.
+    olds = {stage.name or next(iter(news)): stage for stage in previous.resolved_stages}
+    for name in (name for name in news if name in olds):
+        old, new = olds[name], news[name]
         if old.run.training.steps != new.run.training.steps:
             yield (
                 f"{new.label} has {new.run.training.steps:,} steps, where it had "
@@ -42,8 +46,14 @@ def describe_changes(previous: RunConfig, config: RunConfig, step: int) -> Itera
             before, now = (_rate(run, step + 1) for run in (previous, config))
             if before != now:
                 yield f"the learning rate of step {step + 1:,} is {now:.3g}, it was {before:.3g}"
-    if added := [new.name for new in news[len(olds) :]]:
-        yield f"stages added: {', '.join(added)}"
+        if step < new.stop:
+            for setting in SCHEDULE_SETTINGS:
+                before, now = (getattr(stage.run.training, setting) for stage in (old, new))
+                if before != now:
+                    yield f"{new.label}: {setting} is {now!r}, it was {before!r}"
+    for change, these, others in (("removed", olds, news), ("added", news, olds)):
+        if names := [name for name in these if name not in others]:
+            yield f"stages {change}: {', '.join(names)}"
     settings = [dict(leaves(run, "")) for run in (previous, config)]
     for name in _OF_UPDATES:
         before, now = (each[name] for each in settings)

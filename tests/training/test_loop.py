@@ -26,6 +26,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training import loop, stage_program
+from hymba_jax.training.extension import describe_changes
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Average
 
@@ -523,6 +524,34 @@ def test_a_decay_that_is_lengthened_says_what_it_does(config, capsys):
     assert "decays since step 3: at step 7 the learning rate was 0, from there on" in said
     assert "longer schedule has, 0.2;" in said
     assert "remove the checkpoints after checkpoints/3" in said
+
+
+def test_changed_rates_of_later_steps_and_stages_are_said():
+    """Of stages that are not done, and whether or not the next step's rate is another."""
+
+    def config(decay, *later, **options):
+        stages = {
+            "stable": StageConfig(steps=10, schedule="constant"),
+            "decay": StageConfig(steps=10, schedule="wsd", **decay),
+            **{name: StageConfig(steps=10, **settings) for name, settings in later},
+        }
+        return RunConfig(stages=stages, training=TrainingConfig(warmup_steps=0, **options))
+
+    before = config({}, ("longer", {"learning_rate": 0.001}), ("last", {}))
+    after = config({"decay_steps": 5}, ("longer", {"learning_rate": 0.002}), weight_decay=0.2)
+    assert [*describe_changes(before, before, 12)] == []
+    assert [*describe_changes(before, after, 12)] == [
+        "stage decay: decay_steps is 5, it was None",
+        "stage longer: learning_rate is 0.002, it was 0.001",
+        "stages removed: last",
+        "training.weight_decay is 0.2 from step 13 on, it was 0.1",
+    ]
+    assert [*describe_changes(dataclasses.replace(before, stages={}), after, 2)] == [
+        "stage stable has 10 steps, where it had 1,000",
+        "stage stable: schedule is 'constant', it was 'wsd'",
+        "stages added: decay, longer",
+        "training.weight_decay is 0.2 from step 3 on, it was 0.1",
+    ]
 
 
 CHANGED = {
