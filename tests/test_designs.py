@@ -23,6 +23,7 @@ from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import param_shapes
 from hymba_jax.model.flops import forward_flops
 from hymba_jax.model.hymba import stack_layers
+from hymba_jax.remote import RemotePath
 
 FOLDER = Path(__file__).parents[1] / "configs/designs"
 # Of each design, how many layers have global attention, keys and values of their own, SSM heads
@@ -225,6 +226,35 @@ def test_the_command(tmp_path, capsys):
     shapes = param_shapes(read_model(tmp_path / "tiny.toml")[0], scan_layers=False)
     assert sum(design["parameters"].values()) == sum(map(np.prod, shapes.values()))
     assert design["cache"]["global KV, bfloat16"] == 2 * 10 * 2 * (8 + 8) * 2
+
+
+def test_a_run_has_the_name_of_its_directory(tmp_path, capsys, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(TINY)
+    monkeypatch.chdir(tmp_path / "second")
+    arguments = [str(tmp_path / "first"), "config.toml", "--format", "json"]
+    cli.main(["designs", *arguments])
+    names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["first", "second"]
+
+
+def test_designs_in_a_bucket(bucket_url, capsys):
+    (RemotePath(bucket_url) / "tiny.toml").write_bytes(TINY.encode())
+    cli.main(["designs", bucket_url, "--format", "json"])
+    assert json.loads(capsys.readouterr().out)["name"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_there"),
+    [([], True), (["--context", "4000"], False), (["--dtype", "float32"], False)],
+)
+def test_caches_of_the_paper_are_of_its_context_and_dtype(arguments, is_there, capsys):
+    cli.main(["designs", str(FOLDER / "13_hymba.toml"), *arguments])
+    printed = capsys.readouterr().out
+    assert "1:5.23" in printed
+    # Twice, as counting as the paper does leads to the same.
+    assert printed.split().count("40.01") == (2 if is_there else 0)
 
 
 def test_tables_fit_into_80_columns(tmp_path, capsys, monkeypatch):

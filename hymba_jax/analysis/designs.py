@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -22,8 +21,10 @@ from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.config import DType, HymbaConfig
 from hymba_jax.config.data import DATA_BOUNDS
 from hymba_jax.config.field_types import bound_problems
+from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.errors import HymbaError, printable
+from hymba_jax.files import Location, matches, resolve_location
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model.abstract import param_shapes
 from hymba_jax.model.flops import forward_flops, training_flops
@@ -61,6 +62,8 @@ PAPER = {
 }
 """By the name of the config's file."""
 
+_PAPER_CACHE = 8000, "bfloat16"  # tokens, and dtype of keys, values and states
+
 
 @dataclass(frozen=True)
 class DesignsConfig:
@@ -68,7 +71,7 @@ class DesignsConfig:
     cache, and FLOPs per token, beside the paper's numbers. Nothing is trained or allocated.
 
     Attributes:
-      configs: TOML files of runs or models, or directories of them.
+      configs: TOML files of runs or models, or directories of them, local, gs:// or s3://.
       context: tokens of a sequence that is trained on, prefilled, or precedes a decoded token.
       dtype: of keys, values and states in the cache.
       format: tables, or a JSON object per design and line.
@@ -122,7 +125,7 @@ def main(args: DesignsConfig) -> None:
       HymbaError: a file is not there, or not the config of a model.
     """
     found = [
-        describe(path.stem, read_model(path)[0], args.context, args.dtype)
+        describe(_name(path), read_model(path)[0], args.context, args.dtype)
         for path in _files(args.configs)
     ]
     if args.format == "json":
@@ -131,7 +134,7 @@ def main(args: DesignsConfig) -> None:
         return
     console = Console()
     console.print(_parameter_table(found))
-    console.print(_cache_table(found, args.context))
+    console.print(_cache_table(found, args.context, args.dtype))
     console.print(_flops_table(found, args.context))
 
 
@@ -195,12 +198,17 @@ def _by_purpose(sizes: Mapping[str, int]) -> dict[str, int]:
     return {purpose.rsplit(", ", 1)[0]: size for purpose, size in sizes.items()}
 
 
-def _files(paths: Sequence[str]) -> Iterator[Path]:
-    for path in map(Path, paths):
-        files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+def _files(paths: Sequence[str]) -> Iterator[Location]:
+    for path in map(resolve_location, paths):
+        files = matches(path, "*.toml") if path.is_dir() else [path]
         if not files:
             raise HymbaError(f"{path}: the directory has no .toml files")
         yield from files
+
+
+def _name(file: Location) -> str:
+    """Of a run or a model that of its directory, as its file always has one name."""
+    return file.absolute().parent.name if file.name == CONFIG_FILE else file.stem
 
 
 def ratio(attention: int, ssm: int) -> str:
@@ -235,12 +243,13 @@ def _parameter_table(designs: Sequence[Design]) -> Table:
     return table
 
 
-def _cache_table(designs: Sequence[Design], context: int) -> Table:
+def _cache_table(designs: Sequence[Design], context: int, dtype: DType) -> Table:
     table = _table(
         f"heads, and the cache of {context:,} tokens",
         ("attention\n: SSM", "paper's", "cache\nMB", "as the paper\ncounts", "paper's"),
-        "the paper's ratio is of parameters; its cache is without inputs of the convolution beside "
-        "attention, and with the meta tokens' keys and values of global layers",
+        "the paper's ratio is of parameters; its cache, of 8,000 tokens in bfloat16, is without "
+        "inputs of the convolution beside attention, and with the meta tokens' keys and values of "
+        "global layers",
     )
     for design in designs:
         paper = design.paper
@@ -250,7 +259,7 @@ def _cache_table(designs: Sequence[Design], context: int) -> Table:
             paper.ratio if paper else "",
             f"{sum(design.cache.values()) / 1e6:,.2f}",
             f"{design.paper_counts / 1e6:,.2f}",
-            f"{paper.cache_mb:,.2f}" if paper else "",
+            f"{paper.cache_mb:,.2f}" if paper and (context, dtype) == _PAPER_CACHE else "",
         )
     return table
 
