@@ -16,6 +16,7 @@ from hymba_jax.config.adapter import NO_ADAPTER, AdapterConfig
 from hymba_jax.config.model import find_preset
 from hymba_jax.config.run import RunConfig, read_table
 from hymba_jax.config.sampling import INT32_MAX
+from hymba_jax.config.toml import override_from
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
@@ -31,7 +32,7 @@ class MemoryConfig:
     """Prints the memory that a model needs to generate and to be trained. Nothing is allocated.
 
     Attributes:
-      preset: hymba-125m, hymba-350m or hymba-1.5b.
+      preset: hymba-125m, hymba-350m or hymba-1.5b, trained by AdamW.
       config: TOML file of a run or a model, in place of a preset.
       context: maximum tokens per sequence.
       batch: sequences at a time.
@@ -86,7 +87,8 @@ def main(args: MemoryConfig) -> None:
     meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)
     trainable = read_trainable(args.config) if args.config else TRAIN_ALL
-    training = training_bytes(config, param_dtype, trainable)
+    updates = _training(args)
+    training = training_bytes(config, param_dtype, trainable, updates)
     table = Table(
         title=f"{args.preset or args.config}, sequences of {args.context} tokens",
         caption="training: without activations, which depend on batch, length and remat",
@@ -100,11 +102,12 @@ def main(args: MemoryConfig) -> None:
         table.add_row(name, gb(size), gb(size), "")
     table.add_section()
     copies = "" if param_dtype == "float32" or trainable.adapter else ", float32 parameters"
+    average = ", EMA" if updates.ema_decay else ""
     trained = "trained" if trainable == TRAIN_ALL else "trained and frozen"
     for name, size in (
         (f"{trained} parameters, {param_dtype}", training.params),
         (f"gradients, {'float32' if trainable.adapter else param_dtype}", training.gradients),
-        (f"optimizer state, AdamW{copies}", training.optimizer),
+        (f"optimizer state, {updates.optimizer}{copies}{average}", training.optimizer),
     ):
         table.add_row(name, "", "", gb(size))
     fixed = params + meta
@@ -121,12 +124,15 @@ def param_bytes(config: HymbaConfig, dtype: DType) -> int:
 
 
 def training_bytes(
-    config: HymbaConfig, param_dtype: DType, trainable: Trainable = TRAIN_ALL
+    config: HymbaConfig,
+    param_dtype: DType,
+    trainable: Trainable = TRAIN_ALL,
+    training: TrainingConfig = TrainingConfig(),  # noqa: B008, it is frozen
 ) -> TrainingBytes:
     """What a training state allocates, and its gradients."""
     params = _params(config, param_dtype, trainable.adapter)
     trained, _ = trainable.split(params)
-    moments = jax.eval_shape(make_optimizer(TrainingConfig()).init, trained)
+    moments = jax.eval_shape(make_optimizer(training).init, trained)
     return TrainingBytes(*map(tree_bytes, (params, trained, moments)))
 
 
@@ -148,6 +154,14 @@ def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
             )
         return read_model(args.config)
     return find_preset(args.preset), ComputeConfig()
+
+
+def _training(args: MemoryConfig) -> TrainingConfig:
+    """Those of the file, of which a preset has none."""
+    if not args.config:
+        return TrainingConfig()
+    base, table = read_table(args.config, RunConfig())
+    return override_from(args.config, base.training, table.get("training", {}))
 
 
 def gb(size: int) -> str:

@@ -1,6 +1,7 @@
 """What `hymba memory` says, against the paper and against what is allocated."""
 
 import dataclasses
+import math
 from unittest.mock import Mock
 
 import jax
@@ -10,6 +11,7 @@ from inference.models import TINY, byte_tokenizer, make_model
 
 from hymba_jax import cli
 from hymba_jax.analysis.memory import gb, param_bytes, training_bytes
+from hymba_jax.checkpoint.model_file import read_model
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
 from hymba_jax.config.adapter import AdapterConfig
@@ -19,6 +21,7 @@ from hymba_jax.inference import LanguageModel
 from hymba_jax.inference.engine import Engine
 from hymba_jax.inference.memory import cache_bytes, meta_state_bytes
 from hymba_jax.model import Hymba
+from hymba_jax.model.abstract import param_shapes
 from hymba_jax.model.trainable import Trainable
 from hymba_jax.parallel.memory import check_fits
 from hymba_jax.parallel.mesh import make_mesh
@@ -158,7 +161,7 @@ def test_the_command_for_the_1_5b(capsys):
     state = 4 * 1.5228
     assert table["trained parameters, float32"] == [None, None, pytest.approx(state, abs=0.005)]
     assert table["gradients, float32"][2] == pytest.approx(state, abs=0.005)
-    assert table["optimizer state, AdamW"][2] == pytest.approx(2 * state, abs=0.05)
+    assert table["optimizer state, adamw"][2] == pytest.approx(2 * state, abs=0.05)
     assert table["in all"] == [
         pytest.approx(fixed + one, abs=0.005),
         pytest.approx(fixed + many, abs=0.005),
@@ -179,6 +182,20 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
         table[f"{name}, bfloat16"][2] for name in ("trained parameters", "gradients")
     )
     assert params == gradients == pytest.approx(table["parameters, float32"][0] / 2, rel=0.02)
+
+
+def test_the_optimizer_is_that_of_the_config_file(capsys, tmp_path):
+    """Muon has one moment of a kernel, AdamW two; the moving average is a copy of all."""
+    path = tmp_path / "small.toml"
+    model = '[model]\npreset = "hymba-125m"\nlayers = "2*M"\n'
+    path.write_text(model + '[training]\noptimizer = "muon"\nema_decay = 0.999\n')
+    table = memory(capsys, "--config", path)
+    shapes = param_shapes(read_model(path)[0], scan_layers=False)
+    sizes = {path: 4 * math.prod(shape) / GB for path, shape in shapes.items()}
+    kernels = sum(size for path, size in sizes.items() if path[-1] == "kernel")
+    expected = 3 * total(sizes) - kernels
+    found = table["optimizer state, muon, EMA"][2]
+    assert found == pytest.approx(expected, rel=0.005)  # three digits
 
 
 def test_a_training_state_takes_what_is_counted():
