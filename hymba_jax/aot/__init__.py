@@ -1,7 +1,7 @@
 """Programs compiled ahead of time, no device needed: what will they cost?
 
 topology     slices by name, and data-sheet numbers of chips
-programs     the training step, prefill and decode, as the real commands run them
+programs     the training step, prefill and decode
 hlo          the compiled program as a table of instructions, with trip counts
 traffic      HBM bytes of each instruction
 matmuls      their FLOPs

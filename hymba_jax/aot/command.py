@@ -22,6 +22,7 @@ from hymba_jax.config.data import DATA_BOUNDS
 from hymba_jax.config.field_types import bound_problems, type_problems
 from hymba_jax.config.model import find_preset
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.stages import StageConfig
 from hymba_jax.config.training import TRAINING_BOUNDS
 from hymba_jax.convert.init_from import InitialModel, read_initial_model
 from hymba_jax.display import format_bytes
@@ -43,10 +44,11 @@ class CompileConfig:
       preset: the model of a config that has no table [model] because --init-from names one:
         hymba-125m, hymba-350m or hymba-1.5b.
       teacher_preset: the teacher of objective distill, in place of the model in distill.teacher.
-      program: the training step, prefill or decode.
+      program: the training step; prefill, of whole prompts in one chunk, where generation takes
+        chunks of 1,024 tokens at most; or decode.
       stage: of training, the only stage to compile; all, one after another, if not named.
-      batch: sequences that are prefilled or decoded at once, 1 if not named; a run has
-        training.batch_size.
+      batch: sequences that are prefilled or decoded at once, 1 if not named, rounded up to a power
+        of two as generation does; a run has training.batch_size.
       context: tokens that they have, data.sequence_length if not named.
       weights: of matmuls in prefill and decode, "float" or "int8", with a scale for each output.
       kv_cache: format of keys and values in prefill and decode, "float" or "int8", with a scale for
@@ -162,7 +164,9 @@ def _programs(
             if same != stage.name:
                 console.print(f"the same program as stage {same}")
                 continue
-            yield training_program(stage.run, devices, teacher=teacher)
+            own = run.stages.get(stage.name, StageConfig()).gradient_accumulation_steps
+            table = "training" if own is None else f"stages.{stage.name}"
+            yield training_program(stage.run, devices, teacher=teacher, table=table)
         return
     last = stages[-1].run
     context = last.data.sequence_length if choice.context is None else choice.context

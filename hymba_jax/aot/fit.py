@@ -48,32 +48,65 @@ def refused_memory(error: Exception, arguments: int) -> Memory | None:
 
 
 def training_advice(
-    run: RunConfig, mesh: AnyMesh, memory: Memory, available: float
+    run: RunConfig, mesh: AnyMesh, table: str, memory: Memory, available: float
 ) -> Iterator[str]:
-    """What to change so that a training step fits, the cheapest first."""
-    room = available - memory.arguments
+    """What to change so that a training step fits, the cheapest first.
+
+    Args:
+      table: of the config, that sets gradient_accumulation_steps.
+    """
+    training, room = run.training, available - memory.arguments
+    unsharded = "training.reduction_shards 0: with it chips shard neither state nor sequences"
     if room <= 0:
-        yield _shard_more(mesh, run.model.hidden_size, memory.arguments, available)
+        more = _shard_more(mesh, run.model.hidden_size, memory.arguments, available)
+        yield unsharded if training.reduction_shards else more
         return
-    too_many, temporaries = memory.temporaries / room, format_bytes(memory.temporaries)
     if run.compute.remat != "block":
         yield "compute.remat block: stores only the input of each layer"
-    rows = run.training.micro_batch_size // batch_shards(mesh)
+    option, steps = f"{table}.gradient_accumulation_steps", training.gradient_accumulation_steps
+    rows = training.micro_batch_size // batch_shards(mesh)
+    if training.reduction_shards:  # of which a chip computes one at a time
+        option, steps = "training.reduction_shards", training.reduction_shards
+        rows = training.batch_size // steps
+    sequence = memory.temporaries / rows
     if rows > 1:
-        fewer = max(d for d in range(1, rows) if rows % d == 0 and d <= max(1, rows / too_many))
-        steps = run.training.gradient_accumulation_steps * rows // fewer
+        fewer = max(d for d in range(1, rows) if rows % d == 0 and d <= max(1, room / sequence))
+        steps *= rows // fewer
         yield (
-            f"training.gradient_accumulation_steps {steps}: a chip then has "
-            f"{_sequences(fewer)} at a time, not {rows}, and temporaries shrink from "
-            f"{temporaries} to about {format_bytes(memory.temporaries * fewer / rows)}"
+            f"{option} {steps}: a chip then has {_sequences(fewer)} at a time, not {rows}, and "
+            f"temporaries shrink from {format_bytes(memory.temporaries)} to about "
+            f"{format_bytes(fewer * sequence)}"
         )
-    if rows // too_many < 1:
-        shards = mesh.shape["sequence"] * 2 ** math.ceil(math.log2(max(too_many / rows, 2)))
-        yield (
-            f"parallel.sequence {shards}: {temporaries} of temporaries are for "
-            f"{_sequences(rows)} per chip, {format_bytes(room)} are left; chips then share the "
-            "work on a sequence"
-        )
+    if sequence > room:
+        more = _shard_sequences(mesh, option, steps, memory.arguments, sequence, available)
+        yield unsharded if training.reduction_shards else more
+
+
+def _shard_sequences(
+    mesh: AnyMesh, option: str, steps: int, arguments: int, sequence: float, available: float
+) -> str:
+    """How chips share a sequence of which one cannot hold the temporaries.
+
+    On the same chips there are fewer shards of the state, which grow, and of the batch, so that
+    more micro-batches are needed; other chips leave both as they are.
+
+    Args:
+      option, steps: of gradient accumulation, where a chip has one sequence at a time.
+      sequence: bytes of temporaries.
+    """
+    room, shards, fsdp = available - arguments, mesh.shape["sequence"], mesh.shape["fsdp"]
+    why = f"a sequence takes {format_bytes(sequence)} of temporaries, {format_bytes(room)} are left"
+    for n in (2**power for power in range(1, fsdp.bit_length())):
+        if fsdp % n == 0 and n * arguments + sequence / n <= available:
+            return (
+                f"parallel.sequence {n * shards}, parallel.fsdp {fsdp // n}, {option} {n * steps}: "
+                f"{why}; chips then share the work on a sequence"
+            )
+    n = 2 ** math.ceil(math.log2(sequence / room))
+    return (
+        f"a topology of {n * mesh.size} chips with parallel.sequence {n * shards}: {why}; chips "
+        "then share the work on a sequence"
+    )
 
 
 def _shard_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) -> str:
@@ -92,13 +125,14 @@ def _shard_more(mesh: AnyMesh, hidden: int, arguments: int, available: float) ->
 
 
 def inference_advice(batch: int, params: int, memory: Memory, available: float) -> Iterator[str]:
-    """What to change so that prefill or decode fits.
+    """What to change so that prefill or decode fits; batches are powers of two.
 
     Args:
       params: bytes of the parameters, which any batch needs.
     """
     fitting = int((available - params) * batch // (memory.total - params))
     if fitting >= 1:
+        fitting = 1 << (fitting.bit_length() - 1)
         per_sequence = format_bytes((memory.total - params) / batch)
         yield (
             f"--batch {fitting}: a sequence takes {per_sequence}, parameters {format_bytes(params)}"

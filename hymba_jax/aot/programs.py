@@ -1,4 +1,7 @@
-"""The programs that are compiled ahead of time: exactly those that the other commands run."""
+"""The programs that are compiled ahead of time: those that the other commands run.
+
+Prefill alone is not: it takes whole prompts at once, and engines take them in chunks.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,7 +20,7 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.convert.init_from import InitialModel
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.batch_state import PaddedChunk
-from hymba_jax.inference.engine import Engine
+from hymba_jax.inference.engine import Engine, bucket
 from hymba_jax.model import Hymba
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.model.flops import forward_flops, training_flops
@@ -59,6 +62,7 @@ def training_program(
     devices: Sequence[jax.Device],
     objective: Objective | None = None,
     teacher: InitialModel | None = None,
+    table: str = "training",
 ) -> AotProgram:
     """The step that `hymba train` runs on these devices.
 
@@ -66,6 +70,7 @@ def training_program(
       run: without stages, as a stage of a run is.
       objective: what the run minimizes, in place of the config's.
       teacher: in place of the model that the config names, if the objective has one.
+      table: of the config, that sets gradient_accumulation_steps.
 
     Raises:
       HymbaError: the run cannot be sharded over them as configured.
@@ -97,7 +102,7 @@ def training_program(
         bytes_per_device((abstract.state, batch, given)),
         flops,
         partial(compile_train_step, train_step, abstract.state, batch, *given),
-        partial(training_advice, run, mesh),
+        partial(training_advice, run, mesh, table),
     )
 
 
@@ -110,17 +115,19 @@ def inference_program(
     weights: WeightFormat = "float",
     kv_cache: CacheFormat = "float",
 ) -> AotProgram:
-    """What `hymba generate` runs, on one of these devices as it does.
+    """A program of the engine, on one of these devices as `hymba generate` uses one.
 
     Args:
-      name: `prefill` of a batch of prompts of `context` tokens; or `decode`, of which a step is a
-        token of each sequence.
+      name: `prefill` of a batch of prompts of `context` tokens in one chunk, whatever the engine's
+        longest; or `decode`, of which a step is a token of each sequence.
+      batch: rounded up to a power of two, as the engine does.
 
     Raises:
       HymbaError: the model has no such context.
     """
     if batch < 1:
         raise HymbaError(f"batch is {batch}, not at least 1")
+    batch = bucket(batch)
     mesh = Mesh(np.array(devices[:1]), ("chip",))
     programs = InferencePrograms(
         run.model, mesh, run.compute.dtype, "float32", context, weights, kv_cache

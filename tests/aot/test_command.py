@@ -210,14 +210,14 @@ def test_models_that_are_not_named_or_twice(capsys, config, text, arguments, mes
 
 
 @pytest.mark.parametrize(
-    ("program", "step"),
+    ("program", "batch", "step"),
     [
-        ("prefill", "prefill of 2 prompts of 200 tokens"),
-        ("decode", "decoding 2 sequences of 200 tokens, one token each per step"),
+        ("prefill", 2, "prefill of 2 prompts of 200 tokens"),
+        ("decode", 3, "decoding 4 sequences of 200 tokens, one token each per step"),
     ],
 )
-def test_inference(capsys, config, four_cpus, program, step):
-    sizes = ("--program", program, "--batch", 2, "--context", 200)
+def test_inference(capsys, config, four_cpus, program, batch, step):
+    sizes = ("--program", program, "--batch", batch, "--context", 200)
     words, table = compile_for(capsys, "--config", config, "--topology", "v6e:2x2", *sizes)
     assert words[0].endswith(f"v6e:2x2: {step}")
     assert words[1] == "one of 4 chips, as generating uses one"
@@ -244,8 +244,12 @@ def test_a_step_that_does_not_fit(capsys, config, four_cpus, monkeypatch):
     assert table["total, does not fit in 16.00 GB"] == "22.00 GB"
     assert [line.split(":")[0] for line in words if "to make it fit" in line] == [
         "to make it fit, compute.remat block",
-        "to make it fit, parallel.sequence 2",
+        "to make it fit, a topology of 8 chips with parallel.sequence 2",
     ]
+    stage = '[[stages]]\nname = "long"\nsteps = 10\ngradient_accumulation_steps = 1'
+    config.write_text(f'{CONFIG}[[stages]]\nname = "short"\nsteps = 10\n{stage}')
+    _, printed = refusal(capsys, "--config", config, "--topology", "v5e:2x2")
+    assert "to make it fit, stages.long.gradient_accumulation_steps 2: " in printed
 
 
 @pytest.mark.parametrize(

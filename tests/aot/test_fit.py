@@ -19,16 +19,28 @@ GB = 10**9
 
 
 def advice(
-    arguments, temporaries, *, remat="block", batch=64, accumulation=2, data=1, sequence=1, parts=8
+    arguments,
+    temporaries,
+    *,
+    remat="block",
+    batch=64,
+    accumulation=2,
+    reduction_shards=0,
+    table="training",
+    data=1,
+    sequence=1,
+    parts=8,
 ):
     """On chips of 16 GB, batches in so many shards; in GB, without the reasons."""
-    run = RunConfig(
-        compute=ComputeConfig(remat=remat),
-        training=TrainingConfig(batch_size=batch, gradient_accumulation_steps=accumulation),
+    training = TrainingConfig(
+        batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        reduction_shards=reduction_shards,
     )
+    run = RunConfig(compute=ComputeConfig(remat=remat), training=training)
     mesh = AbstractMesh((data, parts // data, sequence), ("data", "fsdp", "sequence"))
     memory = Memory(arguments * GB, temporaries * GB, (arguments + temporaries) * GB)
-    return [line.split(":")[0] for line in training_advice(run, mesh, memory, 16 * GB)]
+    return [line.split(":")[0] for line in training_advice(run, mesh, table, memory, 16 * GB)]
 
 
 def test_fewer_sequences_at_a_time():
@@ -48,10 +60,40 @@ def test_recomputing_comes_first():
     ]
 
 
+def test_a_stage_has_gradient_accumulation_of_its_own():
+    assert advice(6, 20, table="stages.long") == ["stages.long.gradient_accumulation_steps 4"]
+
+
+def test_shards_of_a_fixed_order_are_smaller_or_given_up():
+    """8 sequences of 2.5 GB in a shard, of which a chip has one at a time, and 10 GB are left."""
+    fixed = {"accumulation": 1, "reduction_shards": 8, "data": 8}
+    assert advice(6, 20, **fixed) == ["training.reduction_shards 16"]
+    assert advice(20, 1, **fixed) == ["training.reduction_shards 0"]
+    assert advice(6, 160, **fixed) == [
+        "training.reduction_shards 64",
+        "training.reduction_shards 0",
+    ]
+
+
 def test_one_sequence_that_is_too_large_is_shared():
-    assert advice(6, 20, batch=8, accumulation=1) == ["parallel.sequence 2"]
-    assert advice(6, 25, batch=8, accumulation=1, sequence=2) == ["parallel.sequence 8"]
-    assert advice(6, 80) == ["training.gradient_accumulation_steps 8", "parallel.sequence 2"]
+    """By the same chips, where twice the state and half the sequence fit, or else by more."""
+    assert advice(2, 20, batch=8, accumulation=1) == [
+        "parallel.sequence 2, parallel.fsdp 4, training.gradient_accumulation_steps 2"
+    ]
+    assert advice(6, 20, batch=8, accumulation=1) == [
+        "a topology of 16 chips with parallel.sequence 2"
+    ]
+    assert advice(6, 25, batch=8, accumulation=1, sequence=2) == [
+        "a topology of 64 chips with parallel.sequence 8"
+    ]
+    assert advice(6, 80) == [
+        "training.gradient_accumulation_steps 8",
+        "a topology of 16 chips with parallel.sequence 2",
+    ]
+    assert advice(2, 80) == [
+        "training.gradient_accumulation_steps 8",
+        "parallel.sequence 2, parallel.fsdp 4, training.gradient_accumulation_steps 16",
+    ]
 
 
 def test_state_that_is_too_large_is_sharded():
@@ -65,6 +107,8 @@ def test_fewer_sequences():
     memory = Memory(20 * GB, 4 * GB, 24 * GB)
     (line,) = inference_advice(8, 4 * GB, memory, 16 * GB)
     assert line == "--batch 4: a sequence takes 2.50 GB, parameters 4.00 GB"
+    (line,) = inference_advice(8, 4 * GB, memory, 20 * GB)  # where 6 would fit
+    assert line.startswith("--batch 4:")
     (line,) = inference_advice(1, 4 * GB, memory, 16 * GB)
     assert line.startswith("a shorter --context")
 
