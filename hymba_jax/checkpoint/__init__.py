@@ -13,6 +13,4 @@
 | `model_file.py`           | the file that says what model a directory holds               |
 | `load.py`                 | a model for inference                                         |
 | `save.py`                 | `save_model`: a standalone model, from Python                 |
-| `export.py`               | a run's parameters, or an average, as a standalone model      |
-| `init_from.py`            | parameters of another run or model to start from              |
 """

@@ -14,6 +14,7 @@
 | `distributed.py`   | how processes find one another                                     |
 | `sampling.py`      | what is sampled from a model                                       |
 | `escapes.py`       | escapes in the command line's strings                              |
+| `stages.py`        | parts of a run, each with its own data, shapes and schedule        |
 | `run.py`           | all of a training run, from a TOML file                            |
 | `toml.py`          | configs as TOML                                                    |
 | `field_types.py`   | what is wrong with a value, in words                               |

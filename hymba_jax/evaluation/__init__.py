@@ -13,5 +13,6 @@
 | `answers.py`       | answers kept in a file, so that an interrupted evaluation resumes    |
 | `tasks.py`         | the harness' tasks, and the paper's task lists (`task_groups`)       |
 | `needle.py`        | a needle in a haystack                                               |
+| `replicas.py`      | copies of a model, one on each device, which share the batches       |
 | `progress.py`      | the bar that shows what is left                                      |
 """

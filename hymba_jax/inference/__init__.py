@@ -5,11 +5,14 @@
 | `language_model.py`    | text in, text out                                                 |
 | `prompts.py`           | prompts to tokens                                                 |
 | `engine.py`            | the compiled programs: prefill, insert, decode, verify            |
+| `programs.py`          | these programs, functions of parameters and of a batch's state    |
+| `batch_state.py`       | what they pass to each other                                      |
 | `prompt_lookup.py`     | drafts of what comes next, from what the text said before         |
 | `prefix_cache.py`      | states after the beginnings of prompts, kept between requests     |
 | `sampling.py`          | sampling the next token                                           |
 | `completion_stream.py` | sampled tokens to the deltas of a completion                      |
 | `text_stream.py`       | tokens to text as they come; stop strings                         |
+| `tool_calls.py`        | the tools that an answer calls                                    |
 | `loading.py`           | a model with its tokenizer from a directory                       |
 | `fingerprint.py`       | a digest of all that decides a model's answers                    |
 | `generation_config.py` | the `generation_config.json` of an HF checkpoint                  |

@@ -7,5 +7,6 @@
 | `memory.py`    | device memory, and checks before allocation                          |
 | `processes.py` | how processes find one another, agree and end                        |
 | `largest.py`   | a number that processes share at each step                           |
+| `slowest.py`   | the slowest process of a run, found without waiting                  |
 | `watchdog.py`  | reports a lost process in one line                                   |
 """

@@ -8,10 +8,15 @@
 | `extension.py`         | what a resumed run does otherwise: steps, stages, updates           |
 | `schedule.py`          | learning rates, through stages                                      |
 | `schedule_command.py`  | `hymba schedule`                                                    |
-| `loss.py`              | objectives: next-token cross entropy; averages that add up exactly  |
+| `objectives.py`        | the objectives that a config can name                               |
+| `loss.py`              | next-token cross entropy; averages that add up exactly              |
+| `distillation.py`      | distillation, and its teacher                                       |
+| `preference.py`        | preference optimization: DPO and SimPO                              |
+| `reference.py`         | what the model that a stage of DPO starts from gives its pairs      |
 | `optimizer.py`         | AdamW and Muon                                                      |
 | `weights.py`           | float32 master weights, and the moving average of the parameters    |
 | `step.py`              | one update of any objective, as a pure function                     |
+| `fixed_order.py`       | sums over a batch in an order that does not depend on the devices   |
 | `capacity.py`          | whether the training state can fit the devices' memory              |
 | `validation.py`        | the objective on held-out text                                      |
 | `evaluation.py`        | evaluations during training, on their schedules                     |
