@@ -90,8 +90,11 @@ class Program:
                 yield from self._runs(line.computation("to_apply") or line.called, times)
 
     def fused(self, line: Instruction) -> Iterator[Instruction]:
-        """The instruction itself, or those of a fusion and of the fusions in it."""
-        if not line.called:
+        """The instruction itself, or those of a fusion and of the fusions in it.
+
+        What an asynchronous instruction calls is not fused: `runs` has it.
+        """
+        if not line.called or line.op.startswith("async-"):
             yield line
             return
         for inner in self.computations[line.called]:

@@ -195,6 +195,31 @@ def test_a_program_for_tpus():
     ]
 
 
+# A matmul, a gather and a kernel of a computation that is started, and done while others run.
+STARTED = """HloModule jit_f, num_partitions=4
+
+%started (p: bf16[16,128]) -> bf16[16,16] {
+  %p = bf16[16,128]{1,0} parameter(0)
+  %gathered = bf16[64,128]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  %k = bf16[16,128]{1,0} custom-call(%p), custom_call_target="tpu_custom_call"
+  ROOT %dot = bf16[16,16]{1,0} dot(%k, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (a: bf16[16,128]) -> bf16[16,16] {
+  %a = bf16[16,128]{1,0} parameter(0)
+  %start = ((bf16[16,128]{1,0}), bf16[16,16]{1,0}, u32[]) async-start(%a), calls=%started
+  ROOT %done = bf16[16,16]{1,0} async-done(%start), calls=%started
+}
+"""  # noqa: E501
+
+
+def test_what_is_started_counts_once():
+    program = Program(STARTED)
+    assert [*collectives(program)] == [Collective("all-gather", 1, 4, 16 * 128 * 2)]
+    assert kernels(program) == [Kernel("k", 1, (16, 128), 0.0)]
+    assert matmul_flops(program) == 2 * 16 * 16 * 128
+
+
 def test_a_loop_that_was_unrolled_rises_in_larger_steps():
     unrolled = Program(TPU.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[] constant(2)"))
     assert [collective.trip_count for collective in collectives(unrolled)] == [4, 4]  # 0, 2, 4, 6
