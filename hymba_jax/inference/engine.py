@@ -327,7 +327,9 @@ class Engine:
         """The batch with these rows stopped, which then take no part in decoding."""
         stopped = np.array(state.stopped)
         stopped[list(rows)] = True
-        return state._replace(stopped=jnp.asarray(stopped))
+        # Where it was: elsewhere, or bound to a device as it was not, `decode` is compiled anew.
+        where = state.stopped.sharding if state.stopped.committed else None
+        return state._replace(stopped=jax.device_put(stopped, where))
 
     def set_bias(
         self, state: DecodeState, biases: Mapping[int, Float[np.ndarray, "vocab"]]

@@ -450,11 +450,21 @@ class TestDecoding:
         assert state.stopped.all()
         assert tokens == [own[:n] for (own, _), n in zip(alone, new, strict=True)]
 
-    def test_a_row_is_stopped(self):
-        prompts = [prompt_of(9), prompt_of(3), prompt_of(20)]
-        state, _ = begin(tiny_engine(), requests_for(prompts, 12))
-        state = tiny_engine().stop(state, [0])
-        _, sampled = tiny_engine().decode(state)
+    @pytest.mark.parametrize("is_committed", [False, True])
+    def test_a_row_is_stopped(self, is_committed):
+        """Without compiling anything anew, wherever the state is."""
+
+        def begun():
+            prompts = [prompt_of(9), prompt_of(3), prompt_of(20)]
+            state, _ = begin(tiny_engine(), requests_for(prompts, 12))
+            return jax.device_put(state, jax.devices()[0]) if is_committed else state
+
+        tiny_engine().decode(begun())
+        state = begun()
+        with compilations() as names:
+            state = tiny_engine().stop(state, [0])
+            _, sampled = tiny_engine().decode(state)
+        assert names == []
         assert (np.asarray(sampled.tokens)[0] == NO_TOKEN).all()
         expected, _ = TestRowsOfABatch.alone(3)
         assert np.asarray(sampled.tokens)[1, :11].tolist() == expected[1:]
