@@ -125,7 +125,7 @@ def _check_own(path: Path, writer: str) -> None:
 def _taken(path: Path, writer: str, holder: str) -> HymbaError:
     return HymbaError(
         f"{path.parent}: a {writer} is writing there ({holder}): wait for it, stop it, or choose "
-        "another directory"
+        "another output"
     )
 
 

@@ -123,5 +123,5 @@ def _holder(content: bytes) -> str:
 def _taken(lock: RemotePath, writer: str, holder: str) -> HymbaError:
     return HymbaError(
         f"{lock.parent}: a {writer} is writing there ({holder}): wait for it, stop it, or choose "
-        "another directory"
+        "another output"
     )

@@ -56,7 +56,7 @@ def encode_prompts(
         if len(tokens) + max_new_tokens > context:
             raise HymbaError(
                 f"{name}: {len(tokens)} tokens do not fit the model's context of {context} "
-                "together with the new tokens: shorten it"
+                f"together with {max_new_tokens} new ones: shorten it, or ask for fewer"
             )
         sequences.append(tokens)
     return sequences

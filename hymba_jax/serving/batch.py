@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def main(config: BatchConfig) -> None:
 
     Raises:
       HymbaError: a file or the model cannot be read, a line is no request, or another process is
-        answering to the same output.
+        answering to the same output; or there is an output, of other requests; or all answers are
+        errors.
     """
     output = resolve_path(config.output).resolve()
     check_output_file(output, [resolve_path(config.input)])
@@ -103,6 +105,10 @@ def main(config: BatchConfig) -> None:
         raise HymbaError(f"{output}: not a regular file")
     requests = read_requests(config.input)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if output.exists():
+        check_complete(output, requests)
+        console.print(f"{output}: complete, delete it to answer the requests again")
+        return
     lock = output.with_name(f"{output.name}.lock")
     with locked(lock, "`hymba batch` of the same output", console.print):
         _answer_file(config, requests, output, console)
@@ -115,11 +121,11 @@ def _answer_file(
     partial, begun = (output.with_name(f"{output.name}.{end}") for end in ("partial", "model"))
     done = {custom_id for custom_id, _ in _answered(partial)}
     left = [request for request in requests if request["custom_id"] not in done]
-    if done:
-        console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")
     model = config.choice.load(max_chunk=CHUNK)
     scheduler = Scheduler(model, config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache)
     check_same(begun, config, model_fingerprint(model), requests, done)
+    if done:
+        console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")
     if left:
         thread = ModelThread(scheduler)
         thread.start()
@@ -129,10 +135,14 @@ def _answer_file(
             thread.stop()
         if thread.error is not None:
             raise HymbaError(f"the model has failed: {thread.error}")
-    refused = [error is not None for _, error in _answered(partial)]
+    errors = Counter(error and error["message"] for _, error in _answered(partial))
     os.replace(partial, output)
     begun.unlink()
-    console.print(f"{output}: {len(refused)} answers, {sum(refused)} of them errors")
+    count, refused = errors.total(), errors.total() - errors.pop(None, 0)
+    reason = f", such as: {errors.most_common(1)[0][0]}" if errors else ""
+    if count == refused:
+        raise HymbaError(f"{output}: all {count} answers are errors{reason}")
+    console.print(f"{output}: {count} answers, {refused} of them errors{reason}")
 
 
 def read_requests(name: str) -> list[dict[str, Any]]:
@@ -152,6 +162,17 @@ def read_requests(name: str) -> list[dict[str, Any]]:
     if not requests:
         raise HymbaError(f"{name}: there are no requests in it")
     return requests
+
+
+def check_complete(output: Path, requests: Sequence[dict[str, Any]]) -> None:
+    """Raises HymbaError unless a file has the answers to these requests."""
+    answers = (value for _, value in _lines(output))
+    answered = {value.get("custom_id") for value in answers if isinstance(value, dict)}
+    if answered != {request["custom_id"] for request in requests}:
+        raise HymbaError(
+            f"{output}: exists, and has no answers to these requests: name another output, or "
+            "delete the file"
+        )
 
 
 def check_same(

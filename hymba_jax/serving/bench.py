@@ -224,6 +224,11 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
         response = await client.get(f"{url}/models")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
+    except httpx.HTTPStatusError as error:
+        raise HymbaError(
+            f"{url}/models: status {error.response.status_code}: the URL has to end in /v1, and a "
+            "server with a key takes api_key"
+        ) from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
         raise HymbaError(f"{url}/models: no model: {error}") from error
 
