@@ -87,7 +87,7 @@ def main(args: MemoryConfig) -> None:
     meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)
     trainable = read_trainable(args.config) if args.config else TRAIN_ALL
-    updates = _training(args)
+    updates = read_training(args.config) if args.config else TrainingConfig()
     training = training_bytes(config, param_dtype, trainable, updates)
     table = Table(
         title=f"{args.preset or args.config}, sequences of {args.context} tokens",
@@ -156,12 +156,10 @@ def _architecture(args: MemoryConfig) -> tuple[HymbaConfig, ComputeConfig]:
     return find_preset(args.preset), ComputeConfig()
 
 
-def _training(args: MemoryConfig) -> TrainingConfig:
-    """Those of the file, of which a preset has none."""
-    if not args.config:
-        return TrainingConfig()
-    base, table = read_table(args.config, RunConfig())
-    return override_from(args.config, base.training, table.get("training", {}))
+def read_training(file: str) -> TrainingConfig:
+    """How the model of a config file is trained; the defaults of a standalone model's."""
+    base, table = read_table(file, RunConfig())
+    return override_from(file, base.training, table.get("training", {}))
 
 
 def gb(size: int) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 import hymba_jax
+from hymba_jax.analysis.memory import read_training
 from hymba_jax.checkpoint.checkpoints import Step, loaded_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
@@ -119,7 +120,7 @@ def make_page(config: ReportConfig) -> Page:
         *([training_section(metrics)] if metrics else []),
         *([results] if paths else []),
         analyses_section(hymba, tokens, text_name),
-        costs_section(model, speeds),
+        costs_section(model, speeds, read_training(str(directory / CONFIG_FILE))),
         Section("Configuration", source=read_text(directory / CONFIG_FILE)),
     ]
     what = [f"layers {architecture.layers}", f"vocabulary {architecture.num_embeddings:,}"]

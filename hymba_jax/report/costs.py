@@ -10,6 +10,7 @@ from hymba_jax.analysis.figures import draw_cache
 from hymba_jax.analysis.memory import param_bytes, training_bytes
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.sampling import SamplingConfig
+from hymba_jax.config.training import TrainingConfig
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError
@@ -88,7 +89,9 @@ def _measure(model: LanguageModel, prompt: Sequence[int], batch: int) -> Speed:
     return Speed(batch, len(prompt), batch * len(prompt) / prefill, batch * _NEW / decode)
 
 
-def costs_section(model: LanguageModel, speeds: Sequence[Speed]) -> Section:
+def costs_section(
+    model: LanguageModel, speeds: Sequence[Speed], training: TrainingConfig
+) -> Section:
     """Tables, and the cache over the context."""
     config, dtype = model.config, model.engine.dtype
     figure = new_figure(9, 3.2)
@@ -107,19 +110,18 @@ def costs_section(model: LanguageModel, speeds: Sequence[Speed]) -> Section:
     return Section(
         "Memory and speed",
         pictures=[Picture("The cache over the context", caption, figure)],
-        tables=[_memory(config, model), *([speed] if speeds else []), _parameters(config)],
+        tables=[_memory(model, training), *([speed] if speeds else []), _parameters(config)],
     )
 
 
-def _memory(config: HymbaConfig, model: LanguageModel) -> Table:
-    dtype = model.engine.dtype
-    context = model.engine.max_context
-    training = training_bytes(config, "float32")
+def _memory(model: LanguageModel, training: TrainingConfig) -> Table:
+    config, dtype, context = model.config, model.engine.dtype, model.engine.max_context
+    state = training_bytes(config, "float32", training=training)
     sizes = {
         f"parameters, {dtype}": param_bytes(config, dtype),
         f"cache of a sequence of {context:,} tokens": model.engine.row_bytes(context),
         "state after the meta tokens, once": sum(meta_state_bytes(config, dtype).values()),
-        "training in float32 by AdamW, without activations": training.total,
+        f"training in float32 by {training.optimizer}, without activations": state.total,
     }
     rows = [(name, format_bytes(size)) for name, size in sizes.items()]
     return Table("Memory", ("", "size"), rows)

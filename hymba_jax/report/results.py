@@ -26,7 +26,7 @@ def results_section(files: Mapping[str, Path]) -> Section:
         results = read_json(path)
         try:
             if "results" in results:
-                tables.append(_tasks(name, results["results"]))
+                tables.append(_tasks(name, results))
             elif WITHOUT_NEEDLE in results:
                 tables.append(_needles(name, results))
                 pictures.append(_heat_maps(name, results))
@@ -38,9 +38,9 @@ def results_section(files: Mapping[str, Path]) -> Section:
     return Section("Evaluations", pictures=pictures, tables=tables)
 
 
-def _tasks(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
+def _tasks(name: str, results: Mapping[str, Any]) -> Table:
     rows = []
-    for task, metrics in results.items():
+    for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, _, filter_name = key.partition(",")
             if metric.endswith(_STDERR) or not isinstance(value, int | float) or not filter_name:
@@ -49,7 +49,15 @@ def _tasks(name: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
             shown = f"{error:.4f}" if isinstance(error, int | float) else ""
             kind = metric if filter_name == "none" else f"{metric}, {filter_name}"
             rows.append((task, kind, f"{value:.4f}", shown))
-    return Table(f"Tasks: {name}", ("task", "metric", "value", "standard error"), rows)
+    header = "task", "metric", "value", "standard error"
+    return Table(f"Tasks: {name}", header, rows, f"Of {_model(results.get('config', {}))}.")
+
+
+def _model(about: Mapping[str, Any]) -> str:
+    """What was evaluated, which need not be the model of the page."""
+    parts = [str(about.get("model") or "an unnamed model")]
+    parts += [f"{name} {about[name]}" for name in ("step", "adapter") if about.get(name)]
+    return ", ".join(parts)
 
 
 def _documents(name: str, results: Mapping[str, Any]) -> Table:
@@ -58,8 +66,9 @@ def _documents(name: str, results: Mapping[str, Any]) -> Table:
         for key, label in MEASURES.items()
     ]
     caption = (
-        f"{results['data']}: documents {results['documents']:,}, tokens {results['tokens']:,}, "
-        f"window {results['window']:,}; standard errors by bootstrap over documents"
+        f"Of {_model(results)}, on {results['data']}: documents {results['documents']:,}, tokens "
+        f"{results['tokens']:,}, window {results['window']:,}; standard errors by bootstrap over "
+        "documents"
     )
     return Table(f"Documents: {name}", ("mean", "value", "standard error"), rows, caption)
 
@@ -74,8 +83,8 @@ def _needles(name: str, results: Mapping[str, Any]) -> Table:
     header = "tokens of the prompt", "depth", "accuracy", "nats per token of the number"
     without = ", ".join(_shown(nats) for nats in report.without)
     caption = (
-        f"{results['data']}: trials of each {results['trials']:,}; without a needle, nats per "
-        f"token {without}"
+        f"Of {_model(results)}, on {results['data']}: trials of each {results['trials']:,}; "
+        f"without a needle, nats per token {without}"
     )
     return Table(f"Needles: {name}", header, rows, caption)
 
