@@ -176,7 +176,10 @@ class AnswerRenderer:
         start = len(prompt)
         last = origins(answered).rfind(USER, start)
         if last < 0:
-            raise HymbaError(f"the chat template writes nothing of {name}, an answer: remove it")
+            raise HymbaError(
+                f"the chat template writes nothing of {name}, an answer: remove it, or give a "
+                "template that writes its tool calls"
+            )
         if self._end_token is None:
             return start, len(answered)
         for match in self._tokenizer.control.find(answered, origins(answered)):
@@ -215,7 +218,7 @@ class AnswerRenderer:
         for word in _WORDS:
             text = self._rendered([*messages, {"role": "assistant", "content": word}], {})
             if text.startswith(prompt):
-                advice = "let the template write that end as the beginning of answers"
+                advice = "let the generation prompt end before that, or in a line break"
                 self._check_joint(text, len(prompt), advice)
 
     def _check_joint(self, text: Traced, start: int, advice: str) -> None:

@@ -100,7 +100,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: An
     templates = tokenizer.chat_templates
     name = "tool_use" if options.get("tools") is not None and "tool_use" in templates else "default"
     if name not in templates:
-        raise HymbaError("the tokenizer has no chat template: use `hymba generate`")
+        raise HymbaError("the tokenizer has no chat template: give prompts of text")
     return render(templates[name], messages, named_tokens=tokenizer.named_tokens, **options)
 
 

@@ -1,6 +1,7 @@
 """Shards of tokens: what is in them, and that nothing but files and options decides their bytes."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -356,7 +357,8 @@ def test_a_worker_that_dies_is_one_line(monkeypatch):
     monkeypatch.setattr(encoder_module, "_BATCH", 1000)
     tokenizer = build_tokenizer("bytes", ())
     with Encoder(tokenizer, 2) as encoder:
-        encoded = encoder.encode((f"text {n} " * 200, n) for n in range(100))
+        # Without an end: whatever the workers have finished, one is asked for more.
+        encoded = encoder.encode((f"text {n} " * 200, n) for n in itertools.count())
         (first, number) = next(encoded)
         assert (len(first.ids), first.text_bytes, number) == (1_400, 1_400, 0)
         workers = list(encoder._pool._processes)

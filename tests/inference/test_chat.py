@@ -170,7 +170,7 @@ def test_a_message_that_is_too_long_leaves_the_conversation_alone(say):
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [(None, "no chat template: use `hymba generate`"), ("{% if %}", "the chat template failed")],
+    [(None, "no chat template: give prompts of text"), ("{% if %}", "the chat template failed")],
 )
 def test_no_conversation_without_a_template(say, template, message):
     with pytest.raises(HymbaError, match=message):

@@ -372,5 +372,5 @@ def test_answer_end_of_the_hf_template():
 
 @pytest.mark.parametrize("function", [answer_end, lambda tokenizer: encode(tokenizer, [])])
 def test_no_template(function):
-    with pytest.raises(HymbaError, match="has no chat template: use `hymba generate`"):
+    with pytest.raises(HymbaError, match="has no chat template: give prompts of text"):
         function(byte_tokenizer(None))
