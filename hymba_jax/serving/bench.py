@@ -225,9 +225,10 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        advice = {401: "give the server's api_key", 404: "the URL has to end in /v1"}
         raise HymbaError(
-            f"{url}/models: status {error.response.status_code}: the URL has to end in /v1, and a "
-            "server with a key takes api_key"
+            f"{url}/models: no model: status {status}: {advice.get(status, 'see its log')}"
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
         raise HymbaError(f"{url}/models: no model: {error}") from error

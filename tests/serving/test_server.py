@@ -855,7 +855,8 @@ class TestBench:
         ("changes", "message"),
         [
             ({"url": "http://127.0.0.1:9/v1"}, "http://127.0.0.1:9/v1/models: no model: "),
-            ({"api_key": "wrong"}, "no model: Client error '401"),
+            ({"api_key": "wrong"}, "no model: status 401: give the server's api_key"),
+            ({"path": ""}, "no model: status 404: the URL has to end in /v1"),
             ({"model": "big"}, "no request was answered: status 404: "),
             ({"clients": 0}, "requests and clients are at least 1"),
             ({"max_tokens": (3, 2)}, "max_tokens is 3 2, not from 1 up"),
@@ -865,7 +866,9 @@ class TestBench:
         ],
     )
     def test_what_cannot_be_measured(self, server, changes, message):
-        options = {"url": f"{server[0]}/v1", "api_key": "secret", "requests": 2} | changes
+        url = server[0] + changes.get("path", "/v1")
+        options = {"url": url, "api_key": "secret", "requests": 2} | changes
+        options.pop("path", None)
         with pytest.raises(HymbaError) as error:
             bench.main(BenchConfig(**options))
         assert message in str(error.value)
