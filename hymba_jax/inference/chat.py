@@ -148,14 +148,19 @@ class Chat:
         context = self._model.engine.max_context
         # A message may leave less room for its answer, the history may not.
         room = context - min(self._sampling.max_new_tokens, context // 2)
-        kept, most = self.history, room
-        while True:
-            messages = [*self._system, *kept, _message("user", message)]
-            prompt = self._model.encode_chat(messages)
-            if not kept or len(prompt) <= most:
-                break
+
+        def encoded(history: list[dict[str, str]]) -> list[int]:
+            messages = [*self._system, *history, _message("user", message)]
+            return self._model.encode_chat(messages)
+
+        kept, prompt = self.history, encoded(self.history)
+        if len(prompt) > room:
+            alone = len(encoded([]))
             # With half of the room left, the next turns drop nothing and find the states kept.
-            kept, most = kept[2:], room // 2
+            most = alone + max(room - alone, 0) // 2
+            while kept and len(prompt) > most:
+                kept = kept[2:]
+                prompt = encoded(kept)
         if len(prompt) >= context:
             raise HymbaError(
                 f"the message is too long: a prompt of {len(prompt)} tokens leaves no room for "

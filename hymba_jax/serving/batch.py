@@ -96,19 +96,14 @@ def main(config: BatchConfig) -> None:
 
     Raises:
       HymbaError: a file or the model cannot be read, a line is no request, or another process is
-        answering to the same output; or there is an output, of other requests; or all answers are
-        errors.
+        answering to the same output; or there is an output, or all answers are errors.
     """
     output = resolve_path(config.output).resolve()
     check_output_file(output, [resolve_path(config.input)])
-    if output.exists() and not output.is_file():
-        raise HymbaError(f"{output}: not a regular file")
+    if output.exists():
+        raise HymbaError(f"{output}: exists already: name another output, or delete it")
     requests = read_requests(config.input)
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    if output.exists():
-        check_complete(output, requests)
-        console.print(f"{output}: complete, delete it to answer the requests again")
-        return
     lock = output.with_name(f"{output.name}.lock")
     with locked(lock, "`hymba batch` of the same output", console.print):
         _answer_file(config, requests, output, console)
@@ -162,17 +157,6 @@ def read_requests(name: str) -> list[dict[str, Any]]:
     if not requests:
         raise HymbaError(f"{name}: there are no requests in it")
     return requests
-
-
-def check_complete(output: Path, requests: Sequence[dict[str, Any]]) -> None:
-    """Raises HymbaError unless a file has the answers to these requests."""
-    answers = (value for _, value in _lines(output))
-    answered = {value.get("custom_id") for value in answers if isinstance(value, dict)}
-    if answered != {request["custom_id"] for request in requests}:
-        raise HymbaError(
-            f"{output}: exists, and has no answers to these requests: name another output, or "
-            "delete the file"
-        )
 
 
 def check_same(

@@ -139,13 +139,14 @@ def test_the_oldest_exchanges_are_forgotten_when_there_is_no_room(say):
 
 
 def test_the_turns_after_that_forget_nothing(say):
-    """Of prompts of up to 40 tokens: half is dropped, and the next ones begin as those before."""
+    """Of prompts of up to 40 tokens: half of the history's room is kept, and the next ones begin as
+    those before."""
     model = Model(*"abcdefghij", context=60)
     printed = say(model, "\n".join("0123456789"), sampling=SamplingConfig(max_new_tokens=20))
-    lengths = [7, 15, 23, 31, 39, 15, 23, 31, 39, 15]
+    lengths = [7, 15, 23, 31, 39, 23, 31, 39, 23, 31]
     assert [len(asked) for asked in model.asked] == lengths
-    assert model.asked[5] == "[u]4[a]e[u]5[a]"
-    for before, after in itertools.pairwise(model.asked[5:9]):
+    assert model.asked[5] == "[u]3[a]d[u]4[a]e[u]5[a]"
+    for before, after in itertools.pairwise(model.asked[5:8]):
         assert after.startswith(before)
     assert printed.err.splitlines()[1:] == [FORGOTTEN, FORGOTTEN]
 
