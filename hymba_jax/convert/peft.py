@@ -111,13 +111,13 @@ def peft_tokenizer(directory: Path, base: Tokenizer, config: HymbaConfig) -> Tok
     if not (directory / "tokenizer.json").is_file():
         return base
     own = Tokenizer.load(directory)
+    if not own.chat_templates:
+        return base
     if not own.extends(base):
         raise HymbaError(
             f"{directory}: its tokenizer gives text other ids than that of the model: name the "
-            "model that it was trained on"
+            "model that it was trained on, or remove tokenizer.json there to use the model's"
         )
-    if not own.chat_templates:
-        return base
     own.check_fits(config, str(directory))
     return own
 
@@ -318,10 +318,15 @@ def _check_config(directory: Path, metadata: Mapping[str, str], config: HymbaCon
         raise HymbaError(
             f"{directory / WEIGHTS}: its {_BASE_CONFIG} is broken ({error}): export it again"
         ) from error
+    unused = {"model.pad_token_id"}
+    unused |= {"model.max_positions"} if config.rope_type != "ntk" else set()
+    unused |= (
+        {"model.attention.rope_original_positions"} if config.rope_type == "default" else set()
+    )
     differences = [
         f"{name} is {shown(there[name])} there, {shown(value)} here"
         for name, value in leaves(config.resolved(), "model.")
-        if there.get(name, value) != value
+        if name not in unused and there.get(name, value) != value
     ]
     if differences:
         raise HymbaError(

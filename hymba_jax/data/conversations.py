@@ -253,12 +253,14 @@ def _checked_call(call: Any, number: int) -> dict[str, Any]:
     """A tool call with its arguments, if it has any, as an object.
 
     OpenAI's format has them as text, which a template would write as a string: no call that
-    inference can parse.
+    inference can parse. Blank text and null are no arguments.
     """
-    function = call.get("function", call) if isinstance(call, dict) else None
+    function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number} has a tool call without the name of a function: fix it")
     arguments = function.get("arguments", {})
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return _with_function(call, arguments={})
     if isinstance(arguments, str):
         try:
             arguments = parse_json_object(arguments)
@@ -277,7 +279,7 @@ def _checked_call(call: Any, number: int) -> dict[str, Any]:
 
 def _with_function(call: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     """A tool call whose function has other values of some fields."""
-    if "function" in call:
+    if call.get("function"):
         return {**call, "function": {**call["function"], **fields}}
     return {**call, **fields}
 

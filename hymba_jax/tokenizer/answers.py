@@ -224,6 +224,10 @@ class AnswerRenderer:
     def _check_joint(self, text: Traced, start: int, advice: str) -> None:
         """Raises HymbaError if the tokens before an answer are others than without it."""
         prompt = text[:start]
+        # From the last control token on, which no token crosses: a conversation may be long.
+        if found := self._tokenizer.control.find(prompt, origins(prompt)):
+            prompt, text = prompt[found[-1].start :], text[found[-1].start :]
+            start = len(prompt)
         ids, answered = (self._tokenizer.encode_traced(t, origins(t)) for t in (prompt, text))
         if answered[: len(ids)] != ids:
             raise HymbaError(

@@ -213,6 +213,8 @@ def test_a_base_that_computes_in_another_way_is_refused(tmp_path):
         "(model.attention.rope_theta is 10000.0 there, 500000.0 here; model.norm_eps is 1e-06 "
         "there, 1e-05 here): name one with those values, or export the run with --merge"
     )
+    same = dataclasses.replace(MODEL, max_positions=128, pad_token_id=1)
+    merge_peft(tmp_path, Hymba(same, ComputeConfig(), nnx.Rngs(0)))
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"base_config": "{"})
     with pytest.raises(HymbaError, match=r"its base_config is broken .*: export it again"):
         merge_peft(tmp_path, make_base())
@@ -229,7 +231,8 @@ def test_the_chat_template_beside_an_adapter_is_used(tmp_path):
     assert peft_tokenizer(tmp_path, Tokenizer.load(tmp_path), config).chat_template
     with pytest.raises(HymbaError, match=r"does not fit: its eos token is 2, model\.eos_token_id"):
         peft_tokenizer(tmp_path, base, dataclasses.replace(config, eos_token_id=7))
-    build_tokenizer("bpe:262", ["the cat sat on the mat"]).save(tmp_path)
+    other = build_tokenizer("bpe:262", ["the cat sat on the mat"])
+    Tokenizer(other.model, other.bos, other.eos, "{{ messages }}").save(tmp_path)
     with pytest.raises(HymbaError, match="its tokenizer gives text other ids than that of the"):
         peft_tokenizer(tmp_path, base, config)
 

@@ -82,6 +82,13 @@ GOOD = [
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": AS_TEXT}]}]},
         'u>uu</s>a>[{"function": {"name": "f", "arguments": {"a": "é"}}}]</s>',
     ),
+    *(
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [AS_TEXT | nothing]}]},
+            'u>uu</s>a>[{"name": "f", "arguments": {}}]</s>',
+        )
+        for nothing in ({"arguments": ""}, {"arguments": None})
+    ),
 ]
 
 
