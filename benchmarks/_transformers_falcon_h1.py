@@ -4,27 +4,16 @@ Runs in a Python with torch and transformers, which need not have hymba_jax; pri
 """
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from _transformers_timing import median_ms
 from transformers import (  # type: ignore[import-not-found]
     FalconH1Config,
     FalconH1ForCausalLM,
 )
-
-
-def median_ms(call: Callable[[], Any], repeats: int, warmup: int = 2) -> float:
-    times = []
-    for _ in range(repeats + warmup):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[warmup:])
 
 
 def main(options: dict[str, Any]) -> None:

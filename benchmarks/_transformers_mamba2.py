@@ -4,26 +4,14 @@ Runs in that Python, which need not have hymba_jax; prints one JSON object.
 """
 
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
+from _transformers_timing import median_ms
 from transformers import Mamba2Config  # type: ignore[import-not-found]
 from transformers.models.mamba2.modeling_mamba2 import (  # type: ignore[import-not-found]
     Mamba2Mixer,
 )
-
-
-def median_ms(call: Callable[[], Any], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 2):  # the first two warm up
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
 
 
 def main(sizes: dict[str, int]) -> None:

@@ -4,8 +4,8 @@
 
 Falcon-H1 has the 125M's width, depth, heads, MLP and vocabulary, and Mamba2 heads with states of
 128 beside its attention; random weights on both sides. Prefill of one prompt, milliseconds of a
-decoded token behind such prompts, and loss and gradient of one sequence; each column, dtype and
-side in a process of its own, one after the other.
+decoded token behind such prompts, and loss and gradient of one sequence; each dtype and side in a
+process of its own, one after the other.
 """
 
 import json

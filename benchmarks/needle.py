@@ -24,7 +24,7 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.corpus import standard_library
 from hymba_jax.data.manifest import TRAIN, VALIDATION
-from hymba_jax.evaluation.needle import NeedleConfig, NeedleReport, find_needles
+from hymba_jax.evaluation.needle import NeedleConfig, NeedleReport, draw_heat_map, find_needles
 from hymba_jax.host import prepare_host
 from hymba_jax.inference import LanguageModel
 from hymba_jax.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def main(args: Args) -> None:
     rows: list[Row] = []
     for name, directory in (("before", args.model), ("after", run)):
         model = LanguageModel(load_model(directory), tokenizer, batch_size=16)
-        reports[name] = find_needles(model, texts(tokenizer, VALIDATION), config, 0, {})
+        reports[name] = find_needles(model, corpus_tokens(tokenizer, VALIDATION), config, 0, {})
         for i, length in enumerate(args.lengths):
             row: Row = {"model": name, "tokens": length}
             row |= {"accuracy": float(reports[name].accuracy[i].mean())}
@@ -85,7 +85,7 @@ def main(args: Args) -> None:
     draw(reports, args.picture)
 
 
-def texts(tokenizer: Tokenizer, side: str) -> Iterator[list[int]]:
+def corpus_tokens(tokenizer: Tokenizer, side: str) -> Iterator[list[int]]:
     """The tokens of the files of one side of the default corpus."""
     corpus = standard_library(DataConfig().validation_fraction)
     for document, its_side in corpus.documents(corpus.files):
@@ -96,7 +96,7 @@ def texts(tokenizer: Tokenizer, side: str) -> Iterator[list[int]]:
 def make_documents(tokenizer: Tokenizer, phrase: str, count: int) -> Iterator[str]:
     """Parts of files, of at most `LENGTH` tokens in all, with one number in several lines."""
     rng = random.Random(0)
-    tokens = [token for document in texts(tokenizer, TRAIN) for token in document]
+    tokens = [token for document in corpus_tokens(tokenizer, TRAIN) for token in document]
     for _ in range(count):
         line = f"\n{phrase} {rng.randrange(10_000, 100_000)}.\n"
         most = LENGTH - 8 - LINES * len(tokenizer.encode(line))
@@ -141,13 +141,11 @@ def draw(reports: dict[str, NeedleReport], picture: Path) -> None:
         1, len(reports), figsize=(5.5 * len(reports), 3.6), layout="constrained", sharey=True
     )
     for axis, (name, found) in zip(axes, reports.items(), strict=True):
-        image = axis.imshow(found.accuracy.T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_xticks(range(len(found.lengths)), [f"{length:,}" for length in found.lengths])
-        axis.set_yticks(range(len(found.depths)), [f"{depth:.0%}" for depth in found.depths])
+        image = draw_heat_map(axis, found, found.accuracy, 1.0)
         trained = sum(length <= LENGTH for length in found.lengths)
         axis.axvline(trained - 0.5, color="white", linestyle=":")
-        axis.set(title=f"accuracy, {name}", xlabel="tokens of the prompt")
-    axes[0].set_ylabel("depth of the needle")
+        axis.set_title(f"accuracy, {name}")
+        axis.label_outer()
     figure.colorbar(image, ax=axes)
     figure.savefig(picture, dpi=120)
 

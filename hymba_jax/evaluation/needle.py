@@ -23,7 +23,9 @@ from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.types import Float
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 WITHOUT_NEEDLE = "nats_per_token_without_needle"
 """What only files of this evaluation have."""
@@ -240,10 +242,20 @@ def draw_needles(figure: "Figure", report: NeedleReport) -> None:
     """Heat maps of accuracy and cross entropy, in an empty figure."""
     panels = (("accuracy", report.accuracy, 1.0), ("nats per token", report.nats, None))
     for axis, (name, values, most) in zip(figure.subplots(1, 2), panels, strict=True):
-        picture = axis.imshow(values.T, aspect="auto", vmin=0, vmax=most, cmap="viridis")
-        axis.set_xticks(range(len(report.lengths)), [f"{length:,}" for length in report.lengths])
-        axis.set_yticks(range(len(report.depths)), [f"{depth:.0%}" for depth in report.depths])
-        axis.set_xlabel("tokens of the prompt")
-        axis.set_ylabel("depth of the needle")
+        figure.colorbar(draw_heat_map(axis, report, values, most))
         axis.set_title(name)
-        figure.colorbar(picture)
+
+
+def draw_heat_map(
+    axis: "Axes",
+    report: NeedleReport,
+    values: Float[np.ndarray, "lengths depths"],
+    most: float | None,
+) -> "AxesImage":
+    """Values of a report by length and depth, in colors from 0 to `most`."""
+    picture = axis.imshow(values.T, aspect="auto", vmin=0, vmax=most, cmap="viridis")
+    axis.set_xticks(range(len(report.lengths)), [f"{length:,}" for length in report.lengths])
+    axis.set_yticks(range(len(report.depths)), [f"{depth:.0%}" for depth in report.depths])
+    axis.set_xlabel("tokens of the prompt")
+    axis.set_ylabel("depth of the needle")
+    return picture
