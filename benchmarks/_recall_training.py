@@ -56,14 +56,20 @@ from hymba_jax.types import Array
 
 type TaskName = Literal[RecallName, "language"]
 
+HIDDEN_SIZE = 192
+
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, window=16)
+EQUAL_WIDTHS = dataclasses.replace(ATTENTION, value_dim=HIDDEN_SIZE // ATTENTION.num_heads)
+"""Values as wide as keys, as in Llama and Samba; Hymba's are twice as wide."""
+
 DESIGNS: dict[str, dict[str, Any]] = {
-    "llama": {"layers": "2*A"},
+    "llama": {"layers": "2*A", "attention": EQUAL_WIDTHS},
     "sequential": {"layers": "2*A-M"},
     "hymba": {"layers": "G W", "num_meta_tokens": 8},
     "hymba_global_last": {"layers": "W G", "num_meta_tokens": 8},
     "mamba": {"layers": "2*M"},
     "mamba2": {"layers": "2*S"},
-    "samba": {"layers": "M L"},
+    "samba": {"layers": "M L", "attention": EQUAL_WIDTHS},
 }
 """What differs between them."""
 
@@ -90,7 +96,7 @@ HELD_OUT_ROWS = 128
 
 @dataclass(frozen=True)
 class Cell:
-    """All that scores depend on.
+    """All that scores depend on, beside what is written in this file.
 
     Attributes:
       steps: of training.
@@ -254,9 +260,9 @@ def config_of(cell: Cell, vocab_size: int) -> HymbaConfig:
     """The design, with the MLP that makes its layers as large as the others'."""
     base = HymbaConfig(
         vocab_size=vocab_size,
-        hidden_size=192,
+        hidden_size=HIDDEN_SIZE,
         mlp_size=1,
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=16),
+        attention=ATTENTION,
         ssm=SSMConfig(head_dim=32),
         num_meta_tokens=0,
         max_positions=WINDOW_LENGTH,

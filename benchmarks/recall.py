@@ -1,8 +1,8 @@
 """Recall of the paper's designs, small and of equal size, on generated tasks; and their bits per
 byte on text.
 
-    python benchmarks/recall.py                              # all of it, in about an hour
-    python benchmarks/recall.py --tasks mqar --seeds 0       # a part of it, in ten minutes
+    python benchmarks/recall.py --picture benchmarks/recall.png   # all of it, in about an hour
+    python benchmarks/recall.py --tasks mqar --seeds 0            # a part of it, in ten minutes
 
 A cell is a task, a design and a seed (`_recall_training.py`). Finished cells are lines of
 `OUTPUT/cells.jsonl` and are not trained again, so the same command resumes where it was stopped.
@@ -72,7 +72,7 @@ class Args:
       kiloparameters: of the layers of each design, in thousands.
       processes: that train a cell each, with a core each.
       output: directory for the finished cells and the tokens of the text.
-      picture: where the plot of the generated tasks goes.
+      picture: where the plot of the generated tasks goes; into `output` if absent.
     """
 
     tasks: tuple[TaskName, ...] = ("mqar", "selective_copying", "induction", "language")
@@ -83,7 +83,7 @@ class Args:
     kiloparameters: int = 1000
     processes: int = 2
     output: Path = Path("runs/recall")
-    picture: Path = Path("benchmarks/recall.png")
+    picture: Path | None = None
 
 
 def main(args: Args) -> None:
@@ -147,7 +147,8 @@ def draw(results: Results, args: Args) -> None:
     panels = [panel for panel in PANELS if panel.task in args.tasks]
     if not panels:
         return
-    figure = make_figure(args.picture, 3.2 * len(panels) + 1.3, 3.2)
+    picture = args.picture or args.output / "recall.png"
+    figure = make_figure(picture, 3.2 * len(panels) + 1.3, 3.2)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, axes in zip(panels, all_axes, strict=True):
         for i, design in enumerate(args.designs):
@@ -169,7 +170,7 @@ def draw(results: Results, args: Args) -> None:
         axes.set_title(panel.task)
     all_axes[0].set_ylabel("accuracy")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center")
-    save_figure(figure, args.picture)
+    save_figure(figure, picture)
 
 
 if __name__ == "__main__":

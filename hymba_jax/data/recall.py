@@ -98,11 +98,12 @@ class RecallTask:
 def mixed_batch(
     tasks: Sequence[RecallTask], seed: int, step: int, batch_size: int, length: int
 ) -> Batch:
-    """Packed rows of `length` tokens, of each task in turn; those of all steps are different."""
+    """Packed rows of `length` tokens, of each task in turn.
+
+    The rows of different steps are different, whichever tasks these are of.
+    """
     indices = range(step * batch_size, (step + 1) * batch_size)
-    return stack_rows(
-        [tasks[i % len(tasks)].packed_row(seed, i // len(tasks), length) for i in indices]
-    )
+    return stack_rows([tasks[i % len(tasks)].packed_row(seed, i, length) for i in indices])
 
 
 def _mqar(
