@@ -1,4 +1,4 @@
-"""Drafts from what the text said before (`--speculate`), against one token after another.
+"""Drafts from earlier tokens of the sequence (`--speculate`), against one token after another.
 
 python benchmarks/speculation.py --model runs/tiny [--json FILE]
 

@@ -32,8 +32,8 @@ class AdapterConfig:
       dropout: fraction of an adapter's inputs that are zero in training. Meta tokens, whose state
         all sequences share, have none.
       targets: name patterns of the projections inside layers that have an adapter: query_proj,
-        key_proj, value_proj, ssm.in_proj, ssm.gate_proj, x_proj, dt_proj, out_proj, mlp.gate_proj,
-        up_proj, down_proj; all of them by default.
+        key_proj, value_proj, ssm.in_proj, ssm.gate_proj, x_proj, dt_proj, Mamba2's B_C_proj,
+        out_proj, mlp.gate_proj, up_proj, down_proj; all of them by default.
       train: name patterns of the model's own parameters that are trained, too, such as
         meta_tokens, *norm, A_log, D or conv_*.
 

@@ -44,7 +44,7 @@ class SamplingConfig:
       stop_tokens: tokens that end it, besides the end-of-sequence token.
 
     Raises:
-      HymbaError: naming every invalid value, or would have no effect.
+      HymbaError: naming every value that is invalid or would have no effect.
     """
 
     max_new_tokens: int = 256

@@ -44,16 +44,26 @@ class StageConfig:
     Attributes:
       steps: number of optimizer updates.
       tokens: the length in tokens instead, rounded up to whole steps.
-      objective, batch_size, gradient_accumulation_steps, validate_every, validate_on: as in
-        `[training]`.
-      schedule, learning_rate, min_learning_rate, warmup_fraction, warmup_steps, decay_fraction,
-        decay_steps: as in `[training]`, over the steps of the stage. The warm-up rises from the
+      objective: as in `[training]`.
+      batch_size: as in `[training]`.
+      gradient_accumulation_steps: as in `[training]`.
+      schedule: as in `[training]`, over the steps of the stage.
+      learning_rate: as in `[training]`.
+      min_learning_rate: as in `[training]`.
+      warmup_fraction: as in `[training]`, of the steps of the stage. The warm-up rises from the
         last learning rate of the stage before.
-      sequence_length, packing: as in `[data]`.
+      warmup_steps: that number of steps instead.
+      decay_fraction: as in `[training]`, of the steps of the stage.
+      decay_steps: that number of steps instead.
+      validate_every: as in `[training]`.
+      validate_on: as in `[training]`.
+      sequence_length: as in `[data]`.
+      packing: as in `[data]`.
       sources: the sources that are read, by name; if there are none, all with the weights they have
         in `[data.sources]`.
       max_positions: as in `[model]`.
-      rope_type, rope_theta: as in `[model.attention]`.
+      rope_type: as in `[model.attention]`.
+      rope_theta: as in `[model.attention]`.
     """
 
     steps: int | None = None

@@ -107,7 +107,8 @@ class TrainingConfig:
         or end a stage; the newest of all, which an interruption may have saved, stays anyway.
       keep_best: keeps the checkpoint with the lowest validation loss, too; a validation that is the
         best so far saves one. It is the mean over all validation sets, of the same sequences each
-        time. In a stage with sequences of another length, or other sources, it starts anew.
+        time. In a stage with another sequence length, objective or `validate_on`, and in each DPO
+        stage with a reference, it starts from scratch.
       freeze: name patterns, as in `[adapter]`, of parameters that are not trained: embedding or
         mixer.ssm, for example. Frozen parameters have neither gradients nor optimizer state.
       sample_prompt: prompt of the sample that is written at the end of the run.

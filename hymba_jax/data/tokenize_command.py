@@ -69,7 +69,7 @@ class TokenizeDataConfig:
 class TokenizeConfig:
     """Tokenizes a corpus once, for any number of training runs.
 
-    What was interrupted continues when the same command runs again.
+    An interrupted command resumes when it runs again.
 
     Attributes:
       output: local directory for the shards, the tokenizer and a manifest; in a bucket there are

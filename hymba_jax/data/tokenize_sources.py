@@ -34,7 +34,7 @@ def tokenize_sources(
 ) -> None:
     """Tokenizes every source that is text into the run directory, unless it is there already.
 
-    What was interrupted continues. Tokens of other text or options are removed, unless a checkpoint
+    Resumes where it was stopped. Tokens of other text or options are removed, unless a checkpoint
     depends on them: then their text is not tokenized, and may have moved, but is no other. That of
     validation is still read where there is a new source, which is without its documents.
 

@@ -104,7 +104,8 @@ class EvaluateConfig:
       stride: tokens between windows; half a window if 0.
       span: tokens of context of a point of the curve; a power of two for at most 16 points if 0.
       seed: of the bootstrap over documents, which gives the errors, or of needles.
-      image: file for a plot of the curve and of the documents, as PNG, PDF or SVG by its suffix.
+      image: file for a plot of the curve and of the documents, or of the needles, as PNG, PDF or
+        SVG by its suffix.
       tasks: in place of data: names of tasks or groups, or patterns such as mmlu_*, with commas
         between them; also the paper's lists hymba_commonsense, hymba_recall, hymba_language,
         hymba_base and hymba_instruct.

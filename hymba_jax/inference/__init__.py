@@ -7,7 +7,7 @@
 | `engine.py`            | the compiled programs: prefill, insert, decode, verify            |
 | `programs.py`          | these programs, functions of parameters and of a batch's state    |
 | `batch_state.py`       | what they pass to each other                                      |
-| `prompt_lookup.py`     | drafts of what comes next, from what the text said before         |
+| `prompt_lookup.py`     | drafts of the next tokens, from earlier ones of the sequence      |
 | `prefix_cache.py`      | states after the beginnings of prompts, kept between requests     |
 | `sampling.py`          | sampling the next token                                           |
 | `completion_stream.py` | sampled tokens to the deltas of a completion                      |

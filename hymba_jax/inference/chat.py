@@ -32,7 +32,7 @@ class ChatConfig:
     Attributes:
       sampling: how answers are sampled; each with a seed of its own, one above that before it.
       system: system message, before the conversation.
-      speculate: draft what comes next from what the conversation said before, where that pays; the
+      speculate: draft the next tokens from earlier ones of the conversation, where that pays; the
         answer's tokens are the same, up to the rounding of matmuls of several tokens and, with
         state_dtype bfloat16, of states, once for all of these tokens.
 

@@ -73,11 +73,11 @@ class LanguageModel:
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
-      speculate: whether a sequence that is decoded alone is drafted from what its text said before
+      speculate: whether a sequence that is decoded alone is drafted from earlier tokens of its own
         (`PromptLookup`). Its tokens are the same, to the rounding of matmuls of several tokens and,
         with `state_dtype` "bfloat16", of states, once for all of these tokens.
       prefix_states: states after beginnings of prompts that are kept, each as large as a sequence's
-        cache, so that the turns of a conversation are not prefilled anew (`PrefixCache`). They are
+        cache, so that the turns of a conversation are not prefilled again (`PrefixCache`). They are
         after whole chunks, and for caches of one size: give `max_chunk`, far below the length of
         the prompts, and `context` with it.
       defaults: additional end tokens, and sampling defaults.

@@ -45,7 +45,7 @@ def load(
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
       max_chunk: tokens of a prompt that are prefilled at once.
-      speculate: draft what comes next from what the text said before, see `LanguageModel`.
+      speculate: draft the next tokens from earlier ones of the sequence, see `LanguageModel`.
       prefix_states: states after beginnings of prompts that are kept; give a small `max_chunk` and
         `context` with it, see `LanguageModel`.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if

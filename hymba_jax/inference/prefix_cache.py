@@ -1,4 +1,4 @@
-"""States after the beginnings of prompts, so that conversations are not prefilled anew every turn.
+"""States after the beginnings of prompts, so that conversations are not prefilled again every turn.
 
 The state of SSM heads can be taken up only where it was kept, unlike keys and values. States are
 kept after whole chunks of a prompt, where chunked prefill stops anyway: what follows is then

@@ -3,7 +3,7 @@
 | measure | what it is                                                                |
 |---------|---------------------------------------------------------------------------|
 | TTFT    | from the request to its first text                                        |
-| ITL     | between two pieces of text of an answer                                   |
+| ITL     | between two deltas of an answer                                           |
 | TPOT    | time after the first text over the tokens after the first, of each answer |
 | latency | from the request to its end                                               |
 """

@@ -50,7 +50,7 @@ class ServeConfig:
         prefilled: more serve more tokens a second, in larger deltas, and a new request waits for
         so many steps at most.
       prefix_cache: bytes of memory for states after beginnings of prompts, so that conversations
-        and shared system messages are not prefilled anew; 0 is none.
+        and shared system messages are not prefilled again; 0 is none.
       max_body: bytes of a request.
       max_tokens: that a request may ask for; as many as fit the context if absent.
       timeout: seconds that a request may take.
