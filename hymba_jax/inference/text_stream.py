@@ -35,10 +35,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._held = ""  # text that may be the beginning of a stop string
-        self._special = frozenset(tokenizer.special_tokens.values())
-        self._bytes = _byte_tokens(tokenizer)
+        self._bytes = tokenizer.byte_tokens
         # The last tokens, the text that they decode to, and how much of it has been taken.
-        self._window = self._tail([token for token in prompt if self._has_text(token)])
+        self._window = self._tail([token for token in prompt if token in tokenizer.text_tokens])
         self._text = tokenizer.decode(self._window)
         self._taken = len(self._text)
 
@@ -57,7 +56,7 @@ class TextStream:
         if self.stopped:
             return ""
         self.offsets.append(self._num_final)
-        if not self._has_text(token):
+        if token not in self._tokenizer.text_tokens:
             return ""
         self._window.append(token)
         if token in self._bytes:
@@ -72,9 +71,10 @@ class TextStream:
         certain = len(text) - (not self._bytes and text.endswith(REPLACEMENT))
         delta = text[self._taken : certain]
         left = len(text) - max(self._taken, certain)
-        self._window = self._tail(self._window)
-        self._text = self._tokenizer.decode(self._window)
-        self._taken = len(self._text) - left
+        tail = self._tail(self._window)
+        if len(self._window) > 2 * len(tail):  # now and then: decoding takes time
+            self._window, text = tail, self._tokenizer.decode(tail)
+        self._text, self._taken = text, len(text) - left
         return self._before_stop(delta)
 
     def finish(self) -> str:
@@ -85,10 +85,6 @@ class TextStream:
         delta = self._tokenizer.decode(self._window)[self._taken :]
         self._window, self._text, self._taken = [], "", 0
         return self._before_stop(delta, last=True)
-
-    def _has_text(self, token: int) -> bool:
-        """Whether the token has text: it is in the vocabulary and not special."""
-        return token not in self._special and self._tokenizer.model.id_to_token(token) is not None
 
     def _tail(self, tokens: list[int]) -> list[int]:
         """The last tokens, from before the run of byte tokens that they may end in."""
@@ -138,16 +134,3 @@ class TextStream:
         if last and not self.stopped:
             self.num_final_tokens = len(self.offsets)
         return text[:certain]
-
-
-def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
-    """Byte-fallback tokens (as of SentencePiece) with their bytes; often empty.
-
-    A run of them is decoded as UTF-8 if it is valid, else each byte becomes a replacement.
-    """
-    model = tokenizer.model
-    numbers = [model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-    probe = numbers[ord("A")]
-    if probe is None or model.decode([probe]) != "A":
-        return {}
-    return {number: byte for byte, number in enumerate(numbers) if number is not None}

@@ -122,6 +122,23 @@ class Tokenizer:
         """A short digest of all that decides the ids of text, whatever the chat template."""
         return _digest([self.model.to_str(), self.bos, self.eos])
 
+    @cached_property
+    def text_tokens(self) -> frozenset[int]:
+        """The tokens that have text: those of the vocabulary that are not special."""
+        return frozenset(self.model.get_vocab().values()) - {*self.special_tokens.values()}
+
+    @cached_property
+    def byte_tokens(self) -> dict[int, int]:
+        """Byte-fallback tokens (as of SentencePiece) with their bytes; often empty.
+
+        A run of them is decoded as UTF-8 if it is valid, else each byte becomes a replacement.
+        """
+        numbers = [self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        probe = numbers[ord("A")]
+        if probe is None or self.model.decode([probe]) != "A":
+            return {}
+        return {number: byte for byte, number in enumerate(numbers) if number is not None}
+
     def with_chat_template_of(self, path: str) -> "Tokenizer":
         """The same with the chat template in a file in place of its own; itself without a path.
 
