@@ -325,11 +325,9 @@ class Engine:
 
     def stop(self, state: DecodeState, rows: Sequence[int]) -> DecodeState:
         """The batch with these rows stopped, which then take no part in decoding."""
-        stopped = np.array(state.stopped)
+        stopped = np.zeros(len(state.stopped), bool)
         stopped[list(rows)] = True
-        # Where it was: elsewhere, or bound to a device as it was not, `decode` is compiled anew.
-        where = state.stopped.sharding if state.stopped.committed else None
-        return state._replace(stopped=jax.device_put(stopped, where))
+        return state._replace(stopped=self.programs.stop(state.stopped, stopped))
 
     def set_bias(
         self, state: DecodeState, biases: Mapping[int, Float[np.ndarray, "vocab"]]

@@ -41,6 +41,7 @@ class Programs(NamedTuple):
     init_state: Callable[..., DecodeState]
     sample_first: Callable[..., tuple[DecodeState, SampledTokens]]
     insert: Callable[..., DecodeState]
+    stop: Callable[..., Bool[Array, "batch"]]
     set_bias: Callable[..., DecodeState]
     decode: Callable[..., tuple[DecodeState, SampledTokens]]
     verify: Callable[..., tuple[DecodeState, SampledTokens]]
@@ -290,6 +291,7 @@ def make_programs(
         init_state=jax.jit(init_state, static_argnames=("batch", "context", "max_stop_tokens")),
         sample_first=jax.jit(sample_first, donate_argnames="cache"),
         insert=jax.jit(insert, donate_argnames="state"),
+        stop=jax.jit(jnp.logical_or),
         set_bias=jax.jit(set_bias, donate_argnames="state"),
         decode=jax.jit(decode, donate_argnames="state"),
         verify=jax.jit(verify, donate_argnames="state"),

@@ -118,6 +118,8 @@ def _answer_file(
     left = [request for request in requests if request["custom_id"] not in done]
     model = config.choice.load(max_chunk=CHUNK)
     scheduler = Scheduler(model, config.slots, MAX_WAITING, prefix_bytes=config.prefix_cache)
+    for line in scheduler.notes:
+        console.print(line)
     check_same(begun, config, model_fingerprint(model), requests, done)
     if done:
         console.print(f"{partial}: resumes with {len(left)} of {len(requests)} requests")

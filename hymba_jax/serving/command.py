@@ -123,6 +123,8 @@ class ServeConfig:
                 other_models=sum(thread.scheduler.num_bytes for thread in threads.values()),
             )
             threads[name] = ModelThread(scheduler)
+            for line in scheduler.notes:
+                _note(f"{name}: {line}")
         return threads
 
 

@@ -3,11 +3,12 @@
 The batch has a fixed number of slots, its rows. Each step of the scheduler
 
 1. frees the slots of requests that were cancelled or are past their deadline;
-2. prefills waiting requests in the order of their arrival, one at a time, in chunks: at most
-   `Engine.max_chunk` tokens a step, padding included, where each sequence that joins the batch
-   counts as `MIN_CHUNK` tokens besides its chunks;
+2. prefills waiting requests in the order of their arrival, one at a time with all of its samples,
+   in chunks: at most `Engine.max_chunk` tokens a step, padding included, where each sequence that
+   joins the batch counts as `MIN_CHUNK` tokens besides its chunks;
 3. decodes one token for every running sequence, or `decode_steps` if no prompt is left to prefill
-   into a free slot, and no sequence follows a grammar, whose next mask depends on the token before.
+   into a free slot, and no sequence follows a grammar, whose next mask depends on the token before;
+4. delivers what the step before has sampled, while the device computes this one.
 
 So whoever is being answered waits for that many prompt tokens between two of its own at most,
 however long the prompts of others are. A prompt is prefilled alone and in the same chunks whenever
@@ -107,16 +108,19 @@ class Job:
       deliver: is called by the thread of `Scheduler.step` with each output.
       deadline: by the scheduler's clock.
       has_ended: nothing more is delivered: an error was, or it was cancelled. Set by `cancel`.
+      is_any_cancelled: is set with it, for the scheduler to look which.
     """
 
     request: GenerationRequest
     deliver: Callable[[Output], None]
-    deadline: float
+    deadline: float = float("inf")
     has_ended: bool = False
+    is_any_cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
         """Frees its slots at the next step; from any thread."""
         self.has_ended = True
+        self.is_any_cancelled.set()
 
     def fail(self, error: HymbaError) -> None:
         """Ends it with an error, unless it has ended."""
@@ -148,6 +152,13 @@ class _Running(NamedTuple):
     matcher: Matcher | None
 
 
+class _Unread(NamedTuple):
+    """What was sampled for some rows of the batch, each in a row of `sampled`."""
+
+    rows: dict[int, tuple[int, _Running]]
+    sampled: SampledTokens
+
+
 @dataclass
 class Scheduler:
     """A running batch, and the requests that wait to join it.
@@ -162,6 +173,7 @@ class Scheduler:
       other_models: bytes that they take on the device.
       clock: seconds, for deadlines.
       num_bytes: of the device's memory, for the model and its states.
+      keeps_prefixes: whether `prefix_bytes` have room for a state.
 
     Raises:
       HymbaError: a value is impossible, or the device has too little memory.
@@ -177,6 +189,7 @@ class Scheduler:
     _waiting: deque[Job] = field(init=False, default_factory=deque)
     _prefill: _Prefill | None = field(init=False, default=None)
     _rows: dict[int, _Running] = field(init=False, default_factory=dict)
+    _unread: deque[_Unread] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         if self.slots != bucket(self.slots):
@@ -186,6 +199,7 @@ class Scheduler:
         self._engine = self.model.engine
         self._context = self._engine.max_context
         max_states = self.prefix_bytes // self._engine.row_bytes(self._context)
+        self.keeps_prefixes = max_states > 0
         # With two prompts: one that is being prefilled, and the copy that becomes a row.
         sizes = self.slots, self._context, 2 + max_states
         self.num_bytes = self._engine.memory_bytes(*sizes)
@@ -197,6 +211,19 @@ class Scheduler:
         self._abandoned: set[int] = set()  # rows whose sequences the device has not stopped
         self._num_completed = 0
         self._lock = threading.Lock()  # of what waits
+        self._is_any_cancelled = threading.Event()
+        self._earliest_deadline = float("inf")  # of what waits; earlier if that has left
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know, a line each."""
+        if self.keeps_prefixes or not self.prefix_bytes:
+            return []
+        size = self._engine.row_bytes(self._context)
+        return [
+            f"nothing is kept of prompts: a state takes {size} bytes, prefix_cache is "
+            f"{self.prefix_bytes}"
+        ]
 
     @property
     def num_running(self) -> int:
@@ -210,13 +237,13 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._waiting)
+        """Requests that wait for a slot, or for one for another sample."""
+        return len(self._waiting) + (self._prefill is not None)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._rows or self._prefill or self._waiting)
+        return bool(self._rows or self._prefill or self._waiting or self._unread)
 
     def submit(self, request: GenerationRequest, deliver: Callable[[Output], None]) -> Job:
         """Queues a request.
@@ -231,18 +258,23 @@ class Scheduler:
         """
         self._check(request)
         timeout = float("inf") if request.timeout is None else request.timeout
-        job = Job(request, deliver, self.clock() + timeout)
+        deadline = self.clock() + timeout
+        job = Job(request, deliver, deadline, is_any_cancelled=self._is_any_cancelled)
         with self._lock:
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests are waiting already: try again later")
             self._waiting.append(job)
+            self._earliest_deadline = min(self._earliest_deadline, deadline)
         return job
 
     def step(self) -> None:
-        """Frees, prefills and decodes, once each."""
+        """Frees, prefills, decodes and delivers, once each."""
         self._drop_ended()
         self._prefill_some()
-        self._decode()
+        if self._rows:
+            self._decode()
+        else:
+            self._deliver()
 
     def warmup(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Compiles every program that requests use, by serving some.
@@ -259,23 +291,26 @@ class Scheduler:
             scored = length <= self._engine.max_chunk  # chunks of every width are among these
             request = GenerationRequest(prompt, sampling, num_samples=2, scores_prompt=scored)
             outputs: list[Output] = []
+            job = Job(request, outputs.append, is_any_cancelled=self._is_any_cancelled)
             with self._lock:  # requests of clients may fill the queue already
-                self._waiting.appendleft(Job(request, outputs.append, float("inf")))
+                self._waiting.appendleft(job)
             while sum(map(_is_last, outputs)) < request.num_samples:
                 if is_stopping():
+                    job.cancel()
                     return
                 self.step()
                 for error in outputs:
                     if isinstance(error, HymbaError):
                         raise error
-        self._state = self._engine.set_bias(self._state, {})
-        self._num_completed = 0
+            self._num_completed -= request.num_samples
+        self._state = self._engine.stop(self._engine.set_bias(self._state, {}), [])
         self.prefixes.clear()
 
     def fail(self, error: HymbaError) -> None:
         """Ends every request with an error."""
         for job in self._jobs():
             job.fail(error)
+        self._is_any_cancelled.set()
         self._drop_ended()
 
     def _check(self, request: GenerationRequest) -> None:
@@ -308,27 +343,37 @@ class Scheduler:
     def _jobs(self) -> list[Job]:
         with self._lock:
             jobs = [*self._waiting]
-        jobs += [self._prefill.job] if self._prefill else []
+        return jobs + self._admitted_jobs()
+
+    def _admitted_jobs(self) -> list[Job]:
+        """Those that do not wait any more."""
+        jobs = [self._prefill.job] if self._prefill else []
         return jobs + [running.job for running in self._rows.values()]
 
     def _drop_ended(self) -> None:
         """Frees what cancelled and late requests hold."""
         now = self.clock()
-        for job in self._jobs():
+        is_any_late = self._earliest_deadline < now
+        for job in self._jobs() if is_any_late else self._admitted_jobs():
             if job.deadline < now:
                 job.fail(DeadlineExceeded(f"not complete in {job.request.timeout:g} seconds"))
-        with self._lock:
-            self._waiting = deque(job for job in self._waiting if not job.has_ended)
+        # To look at all at each step would take quadratic time.
+        if is_any_late or self._is_any_cancelled.is_set():
+            self._is_any_cancelled.clear()
+            with self._lock:
+                self._waiting = deque(job for job in self._waiting if not job.has_ended)
+                deadlines = (job.deadline for job in self._waiting)
+                self._earliest_deadline = min(deadlines, default=float("inf"))
         if self._prefill and self._prefill.job.has_ended:
             self._prefill = None
         for row, running in [*self._rows.items()]:
             if running.job.has_ended:
                 self._release(row)
+                self._abandoned.add(row)
 
     def _release(self, row: int) -> None:
         del self._rows[row]
         self._free.append(row)
-        self._abandoned.add(row)
 
     def _prefill_some(self) -> None:
         budget = max(self._engine.max_chunk, MIN_CHUNK)
@@ -425,7 +470,7 @@ class Scheduler:
             self._prefill = None
         self._abandoned.discard(row)
         self._rows[row] = _Running(job, stream, inserted, matcher)
-        self._push({row: 0}, sampled)
+        self._unread.append(_Unread({row: (0, self._rows[row])}, sampled))
 
     def _deliver_prompt(self, prefill: _Prefill) -> bool:
         """Delivers what a sample has before its first token, and says whether it has one."""
@@ -461,8 +506,8 @@ class Scheduler:
         return PromptScores([*request.prompt], scores.log_probs.tolist(), alternatives)
 
     def _decode(self) -> None:
-        if not self._rows:
-            return
+        if any(running.matcher for running in self._rows.values()):
+            self._deliver()  # the next mask depends on it
         if self._abandoned:
             self._state = self._engine.stop(self._state, sorted(self._abandoned))
             self._abandoned.clear()
@@ -472,7 +517,9 @@ class Scheduler:
         is_prefilling = self._prefill is not None and self._free
         steps = 1 if biases or is_prefilling else self.decode_steps
         self._state, sampled = self._engine.decode(self._state, steps)
-        self._push({row: row for row in self._rows}, sampled)
+        rows = {row: (row, running) for row, running in self._rows.items()}
+        self._unread.append(_Unread(rows, sampled))
+        self._deliver(but=1)
 
     def _masked_biases(self) -> dict[int, Float[np.ndarray, " vocab"]]:
         """What is added to the logits of rows that follow a grammar."""
@@ -488,12 +535,16 @@ class Scheduler:
                 biases[row] = masked.bias(self.model.config.num_embeddings)
         return biases
 
-    def _push(self, rows: dict[int, int], sampled: SampledTokens) -> None:
-        """Delivers what was sampled for these rows of the batch, each in a row of `sampled`."""
+    def _deliver(self, but: int = 0) -> None:
+        """Delivers what was sampled, but for the last so many times."""
+        while len(self._unread) > but:
+            self._push(*self._unread.popleft())
+
+    def _push(self, rows: dict[int, tuple[int, _Running]], sampled: SampledTokens) -> None:
         values: Any = jax.device_get(sampled)
-        for row, index in rows.items():
-            job, stream, _, matcher = self._rows[row]
-            if job.has_ended:  # since this step began
+        for row, (index, running) in rows.items():
+            job, stream, _, matcher = running
+            if job.has_ended or self._rows.get(row) is not running:  # since it was sampled
                 continue
             try:
                 delta = stream.push(*(array[index] for array in values))
@@ -505,5 +556,7 @@ class Scheduler:
             if stream.finished:
                 self._num_completed += 1
                 self._release(row)
+                if not values.stopped[index]:  # by a stop string, which the device does not know
+                    self._abandoned.add(row)
             elif matcher is not None:
                 matcher.push(int(values[0][index][0]))

@@ -61,7 +61,7 @@ class ScriptedThread(ModelThread):
                     deliver(Delta(0, 0, part, [*part.encode()], [0.0] * len(part), None))
                 stop = next((stop for stop in request.sampling.stop if stop in whole), None)
                 deliver(Delta(0, 0, "", [], [], "stop", stop_string=stop))
-                return Job(request, deliver, float("inf"))
+                return Job(request, deliver)
         return super().submit(request, deliver)
 
 

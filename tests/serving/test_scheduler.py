@@ -308,7 +308,7 @@ def test_deadlines():
     for _ in range(2 * (SLOTS - 1) + 1):  # two each, and a chunk of the next
         scheduler.step()
     assert scheduler.num_running == SLOTS - 1
-    assert scheduler.num_waiting == 2
+    assert scheduler.num_waiting == 3  # one of them is being prefilled
     now[0] += 8.5
     while scheduler.has_work:
         scheduler.step()
@@ -320,6 +320,32 @@ def test_deadlines():
     assert isinstance(outputs[0][-1], DeadlineExceeded)
     assert sampled(outputs[-1])[0][2] == ["length"]
     assert_all_free(scheduler)
+
+
+def test_a_step_does_not_look_at_all_that_waits(monkeypatch):
+    """Nor does it forget who was cancelled there."""
+    scheduler = Scheduler(model(), slots=SLOTS, max_waiting=100)
+    outputs = []
+    jobs = [scheduler.submit(request_of(2, 60, timeout=99), outputs.append) for _ in range(100)]
+    looked_at = []
+    monkeypatch.setattr(scheduler, "_jobs", lambda: looked_at.append(1) or jobs)
+    while scheduler.num_running < SLOTS:
+        scheduler.step()
+    waiting = scheduler._waiting
+    scheduler.step()
+    assert scheduler._waiting is waiting
+    for job in jobs:
+        job.cancel()
+    scheduler.step()
+    assert_all_free(scheduler)
+    assert not looked_at
+
+
+def test_room_for_no_state_is_said():
+    prefix_bytes = model().engine.row_bytes(CONTEXT) - 1
+    (note,) = Scheduler(model(), slots=SLOTS, prefix_bytes=prefix_bytes).notes
+    assert f"a state takes {prefix_bytes + 1} bytes, prefix_cache is {prefix_bytes}" in note
+    assert not shared_scheduler().notes
 
 
 def test_a_full_queue():
@@ -346,6 +372,7 @@ def test_warmup_beside_requests_of_clients():
         scheduler.step()
     assert outputs[-1].finish_reason == "length"
     assert not job.has_ended
+    assert scheduler.num_completed == 1
 
 
 @pytest.mark.parametrize(
