@@ -119,16 +119,19 @@ class CompletionRequest(GenerationFields):
 class TextPart(_Model):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None  # changes nothing
 
 
 class FunctionCall(_Model):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # what the official client made of them
 
 
 class AssistantCall(_Model):
-    """A tool call of an earlier answer."""
+    """A tool call of an earlier answer; the index is that of its stream."""
 
+    index: int | None = None
     id: str
     type: Literal["function"]
     function: FunctionCall
@@ -143,7 +146,8 @@ class Message(_Model):
     tool_calls: list[AssistantCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
-    annotations: None = None
+    annotations: list[Any] | None = None  # where the content is from
+    parsed: Any = None  # what the official client made of the content
     audio: None = None
     function_call: None = None
 
@@ -201,6 +205,8 @@ class ChatRequest(GenerationFields):
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None  # of what is stored
     prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None

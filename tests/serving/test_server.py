@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
+import pydantic
 import pytest
 from serving.served import CONTEXT, model, serving, wait_until
 
@@ -32,6 +33,12 @@ TOOLS = [
 CALL = '<toolcall> {"name": "f", "arguments": {"a": "é"}} </toolcall>'
 
 
+class Argument(pydantic.BaseModel):
+    """Of the scripted calls, and an answer that is one."""
+
+    a: str
+
+
 @pytest.fixture(scope="module")
 def server():
     with serving(OPTIONS) as (url, thread):
@@ -40,6 +47,7 @@ def server():
             "WRONG": "Not <toolcall> a call </toolcall>, nor <toolcall>",
             "MENTION": f"A <toolcall> comes: {CALL}",
             "HALF": CALL.replace("é", "\\ud800"),
+            "JSON": '{"a": "é"}',
             "EARLY": ' {"a": 1}}',
             '<toolcall> {"name": "g", "arguments":': ' {"a": 1}} </toolcall> and more',
             "<toolcall>": ' {"name": "g"} </toolcall>',
@@ -435,6 +443,33 @@ class TestTools:
         )
         assert list(server[1].asked[-1].prompt) == encode("(f)(g)[u]SAY[a]Well.Doneéé[t]9[a]")
 
+    @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_what_the_client_has_parsed_can_be_sent_back(self, client, server, streams):
+        """Calls, and an answer, with the objects that the client made of them."""
+
+        def ask(word, **options):
+            asked = [{"role": "user", "content": word}]
+            options |= {"model": "tiny", "messages": asked, "max_tokens": 9}
+            if not streams:
+                return asked, client.chat.completions.parse(**options).choices[0].message
+            with client.chat.completions.stream(**options) as stream:
+                return asked, stream.get_final_completion().choices[0].message
+
+        tools = [openai.pydantic_function_tool(Argument, name="f")]
+        asked, message = ask("SAY", tools=tools)
+        assert message.tool_calls[1].function.parsed_arguments == Argument(a="é")
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "9"}
+        client.chat.completions.create(
+            model="tiny", messages=[*asked, message, result], tools=tools
+        )
+        assert list(server[1].asked[-1].prompt) == encode("(f)[u]SAY[a]Well.Doneéé[t]9[a]")
+        asked, message = ask("JSON", response_format=Argument)
+        assert message.parsed == Argument(a="é")
+        client.chat.completions.create(model="tiny", messages=[*asked, message, *asked])
+        prompt = '[u]JSON[a]{"a": "é"}[u]JSON[a]'
+        assert list(server[1].asked[-1].prompt) == encode(prompt)
+
 
 OK = {"model": "tiny", "prompt": "a"}
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "h"}]}
@@ -446,6 +481,9 @@ def test_fields_that_change_nothing(client):
     others = ("functions", "function_call", "metadata", "tools", "tool_choice", "response_format")
     nulls = dict.fromkeys((*names, *others))
     same = {"store": False, "service_tier": "auto", "modalities": ["text"], "metadata": {}}
+    same |= {"prompt_cache_retention": "24h", "prompt_cache_options": {"ttl": "30m"}}
+    part = {"type": "text", "text": "h", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    same |= {"messages": [{"role": "user", "content": [part], "annotations": []}]}
     chat = client.chat.completions.create(**HI, temperature=0, extra_body=nulls | same)
     plain = client.chat.completions.create(**HI, temperature=0)
     assert chat.choices == plain.choices
