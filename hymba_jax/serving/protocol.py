@@ -3,13 +3,16 @@
 Fields that would change an answer and are not served are refused, not ignored; where one has a
 value that changes nothing, as clients send it, that is accepted. Those of vLLM that OpenAI's API
 lacks are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `structured_outputs`.
+
+A request is validated in the loop that serves all streams, so few errors are collected, whatever it
+holds: a list or mapping ends at its first, and of the unknown fields of an object one is left.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
@@ -19,6 +22,8 @@ MAX_DEPTH = 64  # of objects and lists in a request's body
 MAX_SAMPLES = 128
 MAX_STOP_LENGTH = 1000  # characters, as many as may be held back at the end of a text
 _StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+type _List[T] = Annotated[list[T], Field(fail_fast=True)]
+type _Dict[T] = Annotated[dict[str, T], Field(fail_fast=True)]
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one way to write each
 
 
@@ -49,6 +54,16 @@ class ApiError(Exception):
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_further_unknown_fields(cls, value: Any) -> Any:
+        """Leaves out all unknown fields but the first: each would be an error of its own."""
+        if not isinstance(value, dict):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        further = {*[name for name in value if name not in known][1:]}
+        return {name: item for name, item in value.items() if name not in further}
 
 
 class StreamOptions(_Model):
@@ -81,16 +96,16 @@ class GenerationFields(_Model):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: _Dict[float] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     seed: int | None = None
     stop: Annotated[
-        _StopString | Annotated[list[_StopString], Field(max_length=16)] | None,
+        _StopString | Annotated[list[_StopString], Field(max_length=16, fail_fast=True)] | None,
         Field(
             description=f"a string of at most {MAX_STOP_LENGTH} characters, or a list of at most 16"
         ),
     ] = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _List[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -106,7 +121,7 @@ class CompletionRequest(GenerationFields):
     """The body of /v1/completions."""
 
     prompt: Annotated[
-        str | list[str] | list[int] | list[list[int]],
+        str | _List[str] | _List[int] | _List[_List[int]],
         Field(description="a string, a list of strings, a list of tokens, or a list of such lists"),
     ]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -141,9 +156,9 @@ class Message(_Model):
     """A message of a conversation; assistants may send back all that they got."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | _List[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[AssistantCall] | None = None
+    tool_calls: _List[AssistantCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     annotations: list[Any] | None = None  # where the content is from
@@ -194,22 +209,22 @@ class ResponseFormat(_Model):
 class ChatRequest(GenerationFields):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    tools: list[Tool] | None = None
+    tools: _List[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None  # of what is stored
+    metadata: _Dict[str] | None = None  # of what is stored
     prompt_cache_key: str | None = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: _List[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
     reasoning_effort: None = None

@@ -19,6 +19,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.serving import bench
 from hymba_jax.serving.bench import BenchConfig, Measured
 from hymba_jax.serving.metrics import Metrics
+from hymba_jax.serving.protocol import ApiError, ChatRequest, CompletionRequest, parse
 from hymba_jax.serving.scheduler import Scheduler
 from hymba_jax.serving.served_model import ApiOptions
 
@@ -473,6 +474,8 @@ class TestTools:
 
 OK = {"model": "tiny", "prompt": "a"}
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "h"}]}
+MANY = 1000
+UNKNOWN = dict.fromkeys(map(str, range(MANY)))
 
 
 def test_fields_that_change_nothing(client):
@@ -601,6 +604,29 @@ class TestErrors:
         assert message in error["message"]
         assert error["type"] == "invalid_request_error"
         assert "Traceback" not in response.text
+
+    @pytest.mark.parametrize(
+        ("kind", "body"),
+        [
+            (CompletionRequest, {"prompt": [0.5] * MANY}),
+            (CompletionRequest, {"prompt": [[0.5]] * MANY}),
+            (CompletionRequest, {"prompt": [[0.5] * MANY]}),
+            (CompletionRequest, {"stop_token_ids": ["x"] * MANY}),
+            (CompletionRequest, {"logit_bias": UNKNOWN}),
+            (CompletionRequest, UNKNOWN),
+            (ChatRequest, {"messages": [0] * MANY}),
+            (ChatRequest, {"messages": [{"role": "user", "content": [0] * MANY}]}),
+            (ChatRequest, {"messages": [{"role": "user", "content": "a", **UNKNOWN}]}),
+            (ChatRequest, {"tools": [0] * MANY}),
+            (ChatRequest, {"metadata": UNKNOWN}),
+        ],
+    )
+    def test_few_errors_are_collected(self, kind, body):
+        """However many a body has: that takes time, in which no stream is served."""
+        valid = OK if kind is CompletionRequest else HI
+        with pytest.raises(ApiError) as error:
+            parse(kind, json.dumps(valid | body).encode())
+        assert error.value.__cause__.error_count() < 10
 
     def test_deeply_nested(self, server):
         value = {}
