@@ -25,6 +25,8 @@ def served():
         with sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page()
+            # As Safari has it.
+            page.add_init_script("delete ReadableStream.prototype[Symbol.asyncIterator]")
             errors = []
             page.on("pageerror", lambda error: errors.append(error))
             page.goto(url)
