@@ -5,7 +5,11 @@
 | TTFT    | from the request to its first text                                        |
 | ITL     | between two deltas of an answer                                           |
 | TPOT    | time after the first text over the tokens after the first, of each answer |
+|         | of at least two deltas                                                    |
 | latency | from the request to its end                                               |
+
+With a rate, a request begins when it is due, also if all clients are busy then: an overloaded
+server shows in TTFT and latency. Without, it begins when a client is free.
 """
 
 import asyncio
@@ -14,7 +18,6 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +43,8 @@ class BenchConfig:
       api_key: $HYMBA_API_KEY if absent.
       requests: how many are sent, unless a trace says.
       rate: requests a second that come at random moments (a Poisson process); 0 is all at once.
-      clients: requests that are under way at the same time, at most.
+      clients: requests that are under way at the same time, at most; with a rate, others wait for
+        them, which counts as time of the server.
       prompt_words: fewest and most words of a prompt; every number between is as likely.
       max_tokens: fewest and most tokens of an answer.
       trace: file of JSON lines, each a request's "prompt" and "max_tokens".
@@ -77,10 +81,10 @@ class Measured:
     """One answer, by the client's clock.
 
     Attributes:
-      sent: seconds when it was asked for.
+      sent: seconds when its request began.
       times: when each piece of its text came.
       ended: when it was complete.
-      prompt_tokens, completion_tokens: as the server counts them.
+      prompt_tokens, completion_tokens: as the server counts them; 0 if it does not say.
       error: why there is none; empty if there is.
     """
 
@@ -110,6 +114,8 @@ def main(config: BenchConfig) -> None:
         f"{report['completion_tokens_per_second']:.1f} tokens/s generated, "
         f"{report['prompt_tokens_per_second']:.1f} tokens/s of prompts"
     )
+    if count := report["without_usage"]:
+        console.print(f"{count} answers without usage: their tokens are not counted, nor in TPOT")
     for error, count in report["errors"].items():
         console.print(f"{count} x {error}", markup=False)
     table = Table("ms", "mean", *(f"p{p}" for p in PERCENTILES), "max")
@@ -135,13 +141,14 @@ async def measure(config: BenchConfig) -> list[Measured]:
         model = config.model or await _first_model(client, url)
         free = asyncio.Semaphore(config.clients)
 
-        async def ask(body: dict[str, Any]) -> Measured:
+        async def ask(body: dict[str, Any], due: float) -> Measured:
             async with free:
-                return await _ask(client, url, {"model": model, **body})
+                sent = due if config.rate else time.perf_counter()
+                return await _ask(client, url, {"model": model, **body}, sent)
 
         tasks = []
         for body in bodies:
-            tasks.append(asyncio.create_task(ask(body)))
+            tasks.append(asyncio.create_task(ask(body, time.perf_counter())))
             if config.rate:
                 await asyncio.sleep(rng.expovariate(config.rate))
         return list(await asyncio.gather(*tasks))
@@ -187,13 +194,14 @@ def summarize(answers: Sequence[Measured]) -> dict[str, Any]:
         "TPOT": [
             (answer.times[-1] - answer.times[0]) / (answer.completion_tokens - 1)
             for answer in spoken
-            if answer.completion_tokens > 1
+            if answer.completion_tokens > 1 and len(answer.times) > 1
         ],
         "latency": [answer.ended - answer.sent for answer in done],
     }
     return {
         "requests": len(answers),
         "completed": len(done),
+        "without_usage": sum(not answer.completion_tokens for answer in spoken),
         "errors": {error: errors.count(error) for error in sorted({*errors})},
         "seconds": seconds,
         "requests_per_second": len(done) / seconds,
@@ -234,9 +242,9 @@ async def _first_model(client: httpx.AsyncClient, url: str) -> str:
         raise HymbaError(f"{url}/models: no model: {error}") from error
 
 
-async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Measured:
-    """Sends a request and measures its answer."""
-    answer = Measured(time.perf_counter())
+async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], sent: float) -> Measured:
+    """Sends a request, which began at `sent`, and measures its answer."""
+    answer = Measured(sent)
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
         async with client.stream("POST", f"{url}/completions", json=body) as response:
@@ -244,22 +252,32 @@ async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Mea
                 await response.aread()
                 answer.error = f"status {response.status_code}: {response.text[:200]}"
                 return answer
-            async for event in _events(response):
-                if error := event.get("error"):
-                    answer.error = str(error.get("message", error))
-                if usage := event.get("usage"):
-                    answer.prompt_tokens = usage["prompt_tokens"]
-                    answer.completion_tokens = usage["completion_tokens"]
-                if any(choice.get("text") for choice in event.get("choices", ())):
-                    answer.times.append(time.perf_counter())
+            async for data in _events(response):
+                _add_event(answer, data)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         answer.error = str(error) or type(error).__name__
     answer.ended = time.perf_counter()
     return answer
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+def _add_event(answer: Measured, data: str) -> None:
+    """Adds what an event says to its answer; that it is none of OpenAI's, as an error."""
+    try:
+        event = json.loads(data)
+        if error := event.get("error"):
+            answer.error = str(error.get("message", error))
+        if usage := event.get("usage"):
+            answer.prompt_tokens = int(usage["prompt_tokens"])
+            answer.completion_tokens = int(usage["completion_tokens"])
+        if any(choice.get("text") for choice in event.get("choices") or ()):
+            answer.times.append(time.perf_counter())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        answer.error = f"an event is not as OpenAI's API has it: {error!r}"
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[str]:
+    """The data of each event but the last."""
     async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            with suppress(ValueError):  # the [DONE] at the end
-                yield json.loads(line[len("data:") :])
+        data = line.removeprefix("data:").strip()
+        if line.startswith("data:") and data != "[DONE]":
+            yield data

@@ -1,6 +1,7 @@
 """A server on this machine, asked by the `openai` client and by those who mean no good."""
 
 import asyncio
+import functools
 import gc
 import json
 import random
@@ -892,6 +893,18 @@ class TestBench:
         means = {name: values["mean"] for name, values in report["ms"].items()}
         assert means == pytest.approx({"TTFT": 300, "ITL": 200, "TPOT": 100, "latency": 550})
 
+    @staticmethod
+    def ask(events):
+        """What is measured of an endpoint that answers with these."""
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+
+        async def ask():
+            async with httpx.AsyncClient(transport=transport) as client:
+                return await bench._ask(client, "http://other/v1", {}, 0.0)
+
+        return asyncio.run(ask())
+
     def test_an_endpoint_that_says_more(self):
         """An error that is null, and usage before the last event."""
         usage = {"prompt_tokens": 3, "completion_tokens": 2}
@@ -899,16 +912,39 @@ class TestBench:
             {"error": None, "choices": [{"text": "a"}], "usage": usage},
             {"choices": [], "usage": None},
         ]
-        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
-        transport = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
-
-        async def ask():
-            async with httpx.AsyncClient(transport=transport) as client:
-                return await bench._ask(client, "http://other/v1", {})
-
-        answer = asyncio.run(ask())
+        answer = self.ask(events)
         assert (answer.error, answer.prompt_tokens, answer.completion_tokens) == ("", 3, 2)
         assert len(answer.times) == 1
+
+    @pytest.mark.parametrize("event", [[], 5, {"choices": [5]}, {"usage": {"prompt_tokens": 3}}])
+    def test_an_endpoint_that_says_something_else(self, event):
+        answer = self.ask([{"choices": [{"text": "a"}]}, event])
+        assert answer.error.startswith("an event is not as OpenAI's API has it: ")
+
+    def test_answers_without_usage_or_in_one_delta(self, monkeypatch, capsys):
+        """Their time for a token is unknown."""
+
+        async def measure(config):
+            return [Measured(10.0, [10.5, 10.6], 11.0), Measured(10.0, [10.5], 11.0, 3, 4)]
+
+        monkeypatch.setattr(bench, "measure", measure)
+        bench.main(BenchConfig("http://other/v1"))
+        shown = capsys.readouterr().out
+        assert "1 answers without usage: their tokens are not counted, nor in TPOT" in shown
+        assert "ITL" in shown
+        assert "TPOT " not in shown
+
+    @pytest.mark.parametrize("rate", [0.0, 1e6])
+    def test_with_a_rate_time_until_a_client_is_free_counts(self, monkeypatch, rate):
+        async def answer(request):
+            await asyncio.sleep(0.05)
+            return httpx.Response(200, text="data: [DONE]\n\n")
+
+        client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
+        monkeypatch.setattr(httpx, "AsyncClient", client)
+        config = BenchConfig("http://other/v1", "m", requests=3, rate=rate, clients=1)
+        first, _, third = asyncio.run(bench.measure(config))
+        assert (third.sent < first.ended) == (rate > 0)
 
     def test_a_trace_without_requests(self, tmp_path):
         (tmp_path / "trace.jsonl").write_text("\n\n")
