@@ -41,7 +41,7 @@ from hymba_jax.inference.hidden_fields import without
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.serving.app import Api
 from hymba_jax.serving.model_thread import ModelThread
-from hymba_jax.serving.scheduler import Scheduler
+from hymba_jax.serving.scheduler import Scheduler, check_batch
 from hymba_jax.serving.served_model import ApiOptions
 
 CHUNK = 256  # tokens of prompts that are prefilled at once; the prefix cache keeps whole chunks
@@ -82,6 +82,7 @@ class BatchConfig:
     prefix_cache: int = 2**28
 
     def __post_init__(self) -> None:
+        check_batch(self.slots)
         if self.prefix_cache < 0:
             raise HymbaError(f"prefix_cache is {self.prefix_cache}, not a number of bytes")
 

@@ -19,7 +19,7 @@ from hymba_jax.inference.hidden_fields import without
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.serving.app import Api
 from hymba_jax.serving.model_thread import ModelThread
-from hymba_jax.serving.scheduler import Scheduler
+from hymba_jax.serving.scheduler import Scheduler, check_batch
 from hymba_jax.serving.served_model import ApiOptions
 
 TERMINATED = 128 + int(signal.SIGTERM)
@@ -80,6 +80,7 @@ class ServeConfig:
     grace: int = 30
 
     def __post_init__(self) -> None:
+        check_batch(self.slots, self.decode_steps)
         if self.prefill_chunk != bucket(self.prefill_chunk, MIN_CHUNK):
             raise HymbaError(
                 f"prefill_chunk is {self.prefill_chunk}, not a power of two from {MIN_CHUNK}"

@@ -68,6 +68,14 @@ type Output = Delta | HymbaError
 """What becomes of a request: deltas of its samples, or the error that ends it."""
 
 
+def check_batch(slots: int, decode_steps: int = 1) -> None:
+    """Raises HymbaError for a batch that no `Scheduler` has."""
+    if slots != bucket(slots):
+        raise HymbaError(f"slots is {slots}, not a power of two")
+    if not 1 <= decode_steps <= DECODE_STEPS:
+        raise HymbaError(f"decode_steps is {decode_steps}, not 1 to {DECODE_STEPS}")
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """What is to be generated.
@@ -192,10 +200,7 @@ class Scheduler:
     _unread: deque[_Unread] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
-        if self.slots != bucket(self.slots):
-            raise HymbaError(f"slots is {self.slots}, not a power of two")
-        if not 1 <= self.decode_steps <= DECODE_STEPS:
-            raise HymbaError(f"decode_steps is {self.decode_steps}, not 1 to {DECODE_STEPS}")
+        check_batch(self.slots, self.decode_steps)
         self._engine = self.model.engine
         self._context = self._engine.max_context
         max_states = self.prefix_bytes // self._engine.row_bytes(self._context)

@@ -70,6 +70,11 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
     assert f"{len(LINES)} answers, 2 of them errors, such as: " in notes
 
 
+def test_slots_are_checked_before_the_model_is_loaded(config):
+    with pytest.raises(HymbaError, match="slots is 3, not a power of two"):
+        replace(config, slots=3)
+
+
 def test_a_complete_output_is_left_alone(config, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("answers")

@@ -88,6 +88,8 @@ def test_streams_that_take_longer_than_the_grace_are_cancelled(tmp_path):
     ("options", "message"),
     [
         (["--prefill-chunk", "100"], "prefill_chunk is 100, not a power of two from 32"),
+        (["--slots", "3"], "slots is 3, not a power of two"),
+        (["--decode-steps", "17"], "decode_steps is 17, not 1 to 16"),
         (["--queue", "0"], "queue is 0, not above 0"),
         (["--prefix-cache", "-1"], "prefix_cache is -1, not at least 0"),
         (["--grace", "0"], "grace is 0, not above 0"),
