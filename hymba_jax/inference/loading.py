@@ -96,7 +96,8 @@ class ModelChoice:
       kv_cache: format of keys and values between tokens, "float" in `dtype` or "int8", with a scale
         for each head of each token.
       batch_size: sequences that are decoded at the same time.
-      context: tokens of every sequence's cache; as many as each batch needs if absent.
+      context: tokens of every sequence's cache; if absent, as many as each batch needs, or in
+        `serve` and `batch` the model's maximum for every slot.
     """
 
     model: str
