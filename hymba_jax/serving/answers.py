@@ -266,11 +266,11 @@ class ChatFormat:
         }
 
     def _token(self, token: int, log_prob: float) -> Json:
-        text = self._tokenizer.token_text(token)
+        content = self._tokenizer.token_bytes(token)
         return {
             "token": token_name(self._tokenizer, token),
             "logprob": log_prob,
-            "bytes": None if text is None else [*text.encode()],
+            "bytes": None if content is None else [*content],
         }
 
     @staticmethod

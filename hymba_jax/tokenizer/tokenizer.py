@@ -5,6 +5,7 @@ from ids and chat templates alone: text that looks like one ("<s>") is encoded a
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -227,6 +228,29 @@ class Tokenizer:
             self._token_texts[token] = text if text and REPLACEMENT not in text else None
         return self._token_texts[token]
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token adds to a text, in UTF-8: of a part of a character its own bytes.
+
+        None if the tokenizer does not name bytes, or the token is not in its vocabulary.
+        """
+        text = self.token_text(token)
+        if text is not None:
+            return text.encode()
+        name = self.model.id_to_token(token) or ""
+        parts = [name] if name in self._byte_names else [*name]
+        if not parts or any(part not in self._byte_names for part in parts):
+            return None
+        return bytes(self._byte_names[part] for part in parts)
+
+    @cached_property
+    def _byte_names(self) -> dict[str, int]:
+        """Bytes by their names in the vocabulary; empty if bytes have none."""
+        decoder = self.model.decoder
+        for names in (_byte_level_names(), [f"<0x{byte:02X}>" for byte in range(256)]):
+            if decoder and decoder.decode([names[byte] for byte in "é".encode()]) == "é":
+                return {name: byte for byte, name in enumerate(names)}
+        return {}
+
     def check_fits(self, model: HymbaConfig, name: str) -> None:
         """Raises HymbaError if the model cannot work with the tokenizer.
 
@@ -340,6 +364,13 @@ def _byte_level_bpe(texts: Iterable[str] = (), size: int = 0) -> Tokenizer:
     )
     model.train_from_iterator(texts, trainer)
     return Tokenizer(model, BOS, EOS)
+
+
+def _byte_level_names() -> list[str]:
+    """The character of each byte in a byte-level vocabulary, as GPT-2 has it."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _named_tokens(path: Location, config: dict[str, Any]) -> dict[str, str | None]:

@@ -7,6 +7,7 @@ import pytest
 from hymba_jax.inference.completion_stream import Delta, EndToken
 from hymba_jax.inference.tool_calls import END
 from hymba_jax.serving.answers import ChatFormat
+from hymba_jax.tokenizer import build_tokenizer
 
 NUMBER = 7  # of the token that ends a call, where there is one
 
@@ -24,3 +25,11 @@ def test_the_end_of_a_call_is_a_string_or_a_token(names, ending):
     assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
+
+
+def test_bytes_of_tokens_that_are_a_part_of_a_character():
+    """With which clients can join them."""
+    tokenizer = build_tokenizer("bytes", [])
+    answer = ChatFormat(tokenizer, log_probs=True, has_tools=False)
+    choice = answer.whole(0, Delta(0, 0, "é", tokenizer.encode("é"), [-0.5, -0.25], "stop"))
+    assert [token["bytes"] for token in choice["logprobs"]["content"]] == [[0xC3], [0xA9]]

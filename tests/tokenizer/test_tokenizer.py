@@ -95,6 +95,26 @@ def test_bytes_are_one_token_each():
     assert len(pairs) == 243
 
 
+def test_bytes_of_tokens_join_to_the_text(tokenizer):
+    for text in AWKWARD:
+        assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.token_bytes(tokenizer.vocab_size) is None
+
+
+def test_bytes_of_tokens_with_byte_fallback():
+    names = ["<unk>", "</s>", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    model.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    tokenizer = Tokenizer(model, None, "</s>")
+    tokens = [*tokenizer.encode("aé\n"), tokenizer.eos_id]
+    assert [tokenizer.token_bytes(token) for token in tokens] == [
+        *(b"a", b"\xc3", b"\xa9", b"\n", b"</s>")
+    ]
+
+
 def test_text_like_specials_cannot_merge_into_them():
     tokenizer = build_tokenizer("bpe:400", ["<s></s><pad> <s>", "</s>", "<pad>"] * 100)
     for text in ("<s>", "</s>", "<pad>", "<s></s><pad> <s>"):
