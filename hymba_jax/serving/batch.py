@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -46,6 +47,7 @@ from hymba_jax.serving.served_model import ApiOptions
 
 CHUNK = 256  # tokens of prompts that are prefilled at once; the prefix cache keeps whole chunks
 MAX_WAITING = 2**20  # prompts; a request may have many
+LOG_EVERY = 30.0  # seconds between lines that say how far it is, where no bar does
 URLS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -129,6 +131,9 @@ def _answer_file(
         thread.start()
         try:
             asyncio.run(_answer_all({config.model_name: thread}, left, partial, console))
+        except KeyboardInterrupt:
+            console.print(f"stopped by Ctrl-C: the same command resumes with what {partial} has")
+            raise
         finally:
             thread.stop()
         if thread.error is not None:
@@ -280,8 +285,10 @@ async def _answer_all(
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("answering", total=len(requests))
+        logged = time.monotonic()
 
         async def answer_some(client: httpx.AsyncClient) -> None:
+            nonlocal logged
             for request in waiting:
                 response = await client.post(request["url"], content=json_text(request["body"]))
                 if not all(thread.is_alive for thread in threads.values()):
@@ -289,6 +296,10 @@ async def _answer_all(
                 file.write(json_text(_answer(request["custom_id"], response)) + "\n")
                 file.flush()
                 progress.advance(task)
+                if not console.is_terminal and time.monotonic() - logged >= LOG_EVERY:
+                    logged = time.monotonic()
+                    done = progress.tasks[task].completed
+                    console.print(f"{done:.0f} of {len(requests)} requests are answered")
 
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(

@@ -1,6 +1,7 @@
 """`hymba batch`: a file of requests, answered as by a server."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -41,8 +42,9 @@ def read(path):
     return {answer["custom_id"]: answer for answer in answers}
 
 
-def test_every_request_is_answered_once(config, tmp_path, capsys):
+def test_every_request_is_answered_once(config, tmp_path, capsys, monkeypatch):
     """Also if the command was killed, in the middle of a line: what is answered stays as it is."""
+    monkeypatch.setattr(batch, "LOG_EVERY", 0.0)
     kept = {"custom_id": "t3", "response": "kept", "error": None}
     partial = tmp_path / "out.jsonl.partial"
     batch.check_same(tmp_path / "out.jsonl.model", config, model_fingerprint(model()), LINES, set())
@@ -67,7 +69,31 @@ def test_every_request_is_answered_once(config, tmp_path, capsys):
         assert answers[refused]["error"]["type"] == "invalid_request_error"
     notes = capsys.readouterr().err
     assert f"resumes with {len(LINES) - 1} of {len(LINES)} requests" in notes
+    assert f"{len(LINES) - 1} of {len(LINES) - 1} requests are answered" in notes
     assert f"{len(LINES)} answers, 2 of them errors, such as: " in notes
+
+
+def test_ctrl_c(config, tmp_path, capsys, monkeypatch):
+    """The same command resumes, and that is said."""
+    answer = batch._answer
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return answer(*args)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    monkeypatch.setattr(batch, "_answer", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            batch.main(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(batch, "_answer", answer)
+    assert "stopped by Ctrl-C: the same command resumes with what" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    batch.main(config)
+    assert "out.jsonl.partial: resumes with " in capsys.readouterr().err
+    assert len(read(tmp_path / "out.jsonl")) == len(LINES)
 
 
 def test_slots_are_checked_before_the_model_is_loaded(config):
