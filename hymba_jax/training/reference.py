@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hymba_jax.checkpoint.checksums import digest, tree_checksums
+from hymba_jax.config.field_types import leaves
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import Batch, validation_batches
 from hymba_jax.data.preference_rows import PreferenceRows
@@ -35,7 +36,7 @@ FOLDER = "reference"
 type LogProbs = dict[str, Float[np.ndarray, "pairs 2"]]
 """Of the chosen and the rejected answers, by source."""
 
-_ABOUT = "about"  # of the pairs and the parameters, in the file
+_ABOUT = "about"  # of the pairs and the model, in the file
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Reference:
         """
         about = self._about()
         if is_start := step == self.stage.start:
-            about["parameters"] = digest(tree_checksums(params))
+            about |= self._about_model(params)
         found = self._read(about)
         new = sorted(self.rows.keys() - found.keys()) if found is not None else []
         if not all(gather(found is not None and not new)):
@@ -104,10 +105,17 @@ class Reference:
         return resolve_location(self.stage.run.output) / FOLDER / name
 
     def _about(self) -> dict[str, Any]:
-        """What the numbers in the file depend on beside parameters, and their order."""
+        """What the numbers in the file depend on beside the model, and their order."""
         data = self.stage.run.data
         rows = {"length": data.sequence_length, "too_long": data.too_long}
         return {"start": self.stage.start, **rows}
+
+    def _about_model(self, params: Params) -> dict[str, Any]:
+        """The model that the stage starts from, and what it computes in."""
+        run = self.stage.run
+        model = dict(leaves(run.model.resolved(), ""))
+        parameters = digest(tree_checksums(params))
+        return {"model": model, "dtype": run.compute.dtype, "parameters": parameters}
 
     def _compute(self, params: Params) -> LogProbs | None:
         """One forward pass over all rows; None if the run was asked to stop."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data.test_conversation_rows import make_conversations, make_store
 
+from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
@@ -59,6 +60,27 @@ def test_it_is_computed_once(reference, monkeypatch):
     monkeypatch.setattr(Reference, "_compute", None)
     np.testing.assert_array_equal(prepare(reference, 0.25, START), expected(0.25))
     np.testing.assert_array_equal(prepare(reference, 7, START + 2), expected(0.25))
+
+
+def test_another_model_with_the_same_parameters_has_another(reference):
+    """As after a run that was started with another base of its rotation, and stopped."""
+
+    def another(**parts):
+        run = dataclasses.replace(reference.stage.run, **parts)
+        return dataclasses.replace(
+            reference,
+            stage=dataclasses.replace(reference.stage, run=run),
+            log_probs=lambda params, batch: 2 * reference.log_probs(params, batch),
+        )
+
+    model = reference.stage.run.model
+    attention = dataclasses.replace(model.attention, rope_theta=5e5)
+    for parts in (
+        {"model": dataclasses.replace(model, attention=attention)},
+        {"compute": ComputeConfig(dtype="bfloat16")},
+    ):
+        np.testing.assert_array_equal(prepare(reference, 0.5, START), expected(0.5))
+        np.testing.assert_array_equal(prepare(another(**parts), 0.5, START), expected(1))
 
 
 def test_without_it_a_stage_is_not_resumed(reference, tmp_path):
