@@ -54,7 +54,8 @@ def make_train_step(
     With a teacher it takes the teacher's parameters, too, as `loss_fn` does.
 
     The batch is computed `micro_batch_size` rows at a time. Losses and gradients are sums until the
-    last of them, so they are those of the batch as a whole, however its targets are spread.
+    last of them, so they are those of the batch as a whole, however its targets are spread. Sums
+    of gradients are float32.
 
     Args:
       reduction_shards: of a batch, which are computed and summed one by one in place of
@@ -75,6 +76,11 @@ def make_train_step(
             params["trained"], params["frozen"], batch, *params["teacher"]
         )
 
+    def addends(params: Params, batch: Batch) -> Any:
+        # A sum in bfloat16 stops growing at 256 times its addends.
+        result, grads = gradients(params, batch)
+        return result, optax.tree.cast(grads, jnp.float32)
+
     def train_step(state: TrainState, batch: Batch, *teacher: Params) -> tuple[TrainState, Metrics]:
         trained, frozen = trainable.split(state.params)
         rows = batch.inputs.shape[0]
@@ -82,10 +88,10 @@ def make_train_step(
             batch = batch._replace(dropout_seeds=_dropout_seeds(seed, state.optimizer, rows))
         compute: Callable[[Params, Batch], Any] = gradients
         if reduction_shards:
-            compute = in_fixed_order(compute, reduction_shards)
+            compute = in_fixed_order(addends, reduction_shards)
         elif micro_batch_size < rows:
             compute = optax.microbatching.microbatch(
-                compute, argnums=1, microbatch_size=micro_batch_size
+                addends, argnums=1, microbatch_size=micro_batch_size
             )
         (_, averages), grads = compute(
             {"trained": trained, "frozen": frozen, "teacher": teacher}, batch

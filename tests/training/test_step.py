@@ -142,6 +142,24 @@ def test_any_objective_is_a_weighted_mean():
     assert metrics["padding"] == (6, 12)
 
 
+@pytest.mark.parametrize("parts", [{"micro_batch_size": 1}, {"reduction_shards": 512}])
+def test_gradients_of_bfloat16_parameters_are_added_up_in_float32(parts):
+    """Of 512 rows with the gradient 1 each; in bfloat16 256 and 1 are 256."""
+
+    def loss_fn(params, batch):
+        total = (params["weight"] * batch.inputs).sum().astype(jnp.float32)
+        return {"loss": Average(total, jnp.int32(batch.inputs.size))}
+
+    optimizer = optax.sgd(1.0)
+    params = {"weight": jnp.bfloat16(0)}
+    batch = Batch(inputs=np.ones((512, 1), np.int32), targets=np.ones((512, 1), np.int32))
+    step = make_train_step(loss_fn, optimizer, **{"micro_batch_size": 512} | parts)
+    with jax.set_mesh(make_mesh(jax.devices()[:1])):
+        state, metrics = jax.jit(step)(TrainState(params, optimizer.init(params)), batch)
+    assert metrics["grad_norm"].mean == 1
+    assert state.params["weight"] == -1
+
+
 def test_the_z_loss_of_the_config_is_the_objectives():
     given = []
 
