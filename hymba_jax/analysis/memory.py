@@ -5,8 +5,11 @@ Sizes come from the code that allocates, which is only traced.
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import jax.numpy as jnp
+import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -34,18 +37,19 @@ class MemoryConfig:
     Attributes:
       preset: hymba-125m, hymba-350m or hymba-1.5b, trained by AdamW.
       config: TOML file of a run or a model, in place of a preset.
-      context: maximum tokens per sequence.
+      context: maximum tokens per sequence; that of the model if absent.
       batch: sequences at a time.
       dtype: of parameters, keys, values and states in inference.
       state_dtype: of SSM states; dtype if absent. Generation uses float32 by default.
       kv_cache: format of keys and values in inference, "float" in `dtype` or "int8".
       param_dtype: of parameters and gradients in training; that of the config, or of a preset
-        float32, if absent.
+        float32, if absent. Gradients of several micro-batches or reduction shards are added up in
+        float32 whatever it is.
     """
 
     preset: str = ""
     config: str = ""
-    context: int = 8192
+    context: int | None = None
     batch: int = 1
     dtype: DType = "bfloat16"
     state_dtype: DType | None = None
@@ -59,6 +63,7 @@ class TrainingBytes:
 
     Attributes:
       params: trained and frozen.
+      gradients: of the batch; not those of a micro-batch, which are added to them.
     """
 
     params: int
@@ -77,20 +82,22 @@ def main(args: MemoryConfig) -> None:
       HymbaError: there is no such model, or a size is impossible.
     """
     config, compute = _architecture(args)
-    for name, size in (("context", args.context), ("batch", args.batch)):
+    context = config.max_positions if args.context is None else args.context
+    for name, size in (("context", context), ("batch", args.batch)):
         if not 1 <= size <= INT32_MAX:
             raise HymbaError(f"{name} is {size}, not between 1 and {INT32_MAX}, a 32-bit number")
     state_dtype = args.state_dtype or args.dtype
     param_dtype = args.param_dtype or compute.param_dtype
-    cache = cache_bytes(config, args.context, args.dtype, state_dtype, args.kv_cache)
+    cache = cache_bytes(config, context, args.dtype, state_dtype, args.kv_cache)
     sequence = sum(cache.values())
     meta = sum(meta_state_bytes(config, args.dtype).values())
     params = param_bytes(config, args.dtype)
     trainable = read_trainable(args.config) if args.config else TRAIN_ALL
     updates = read_training(args.config) if args.config else TrainingConfig()
-    training = training_bytes(config, param_dtype, trainable, updates)
+    are_added = bool(args.config) and _adds_gradients(args.config, updates)
+    training = training_bytes(config, param_dtype, trainable, updates, are_added=are_added)
     table = Table(
-        title=f"{args.preset or args.config}, sequences of {args.context} tokens",
+        title=f"{args.preset or args.config}, sequences of {context} tokens",
         caption="training: without activations, which depend on batch, length and remat",
     )
     table.add_column("GB")
@@ -104,9 +111,10 @@ def main(args: MemoryConfig) -> None:
     copies = "" if param_dtype == "float32" or trainable.adapter else ", float32 parameters"
     average = ", EMA" if updates.ema_decay else ""
     trained = "trained" if trainable == TRAIN_ALL else "trained and frozen"
+    grad_dtype = "float32" if trainable.adapter or are_added else param_dtype
     for name, size in (
         (f"{trained} parameters, {param_dtype}", training.params),
-        (f"gradients, {'float32' if trainable.adapter else param_dtype}", training.gradients),
+        (f"gradients, {grad_dtype}", training.gradients),
         (f"optimizer state, {updates.optimizer}{copies}{average}", training.optimizer),
     ):
         table.add_row(name, "", "", gb(size))
@@ -128,12 +136,20 @@ def training_bytes(
     param_dtype: DType,
     trainable: Trainable = TRAIN_ALL,
     training: TrainingConfig = TrainingConfig(),  # noqa: B008, it is frozen
+    *,
+    are_added: bool = False,
 ) -> TrainingBytes:
-    """What a training state allocates, and its gradients."""
+    """What a training state allocates, and its gradients.
+
+    Args:
+      are_added: whether these are sums over several micro-batches or reduction shards.
+    """
     params = _params(config, param_dtype, trainable.adapter)
     trained, _ = trainable.split(params)
     moments = jax.eval_shape(make_optimizer(training).init, trained)
-    return TrainingBytes(*map(tree_bytes, (params, trained, moments)))
+    in_float32 = partial(optax.tree.cast, dtype=jnp.float32)
+    gradients = jax.eval_shape(in_float32, trained) if are_added else trained
+    return TrainingBytes(*map(tree_bytes, (params, gradients, moments)))
 
 
 def _params(config: HymbaConfig, dtype: DType, adapter: AdapterConfig = NO_ADAPTER) -> Params:
@@ -160,6 +176,14 @@ def read_training(file: str) -> TrainingConfig:
     """How the model of a config file is trained; the defaults of a standalone model's."""
     base, table = read_table(file, RunConfig())
     return override_from(file, base.training, table.get("training", {}))
+
+
+def _adds_gradients(file: str, training: TrainingConfig) -> bool:
+    """Whether a batch of a config file is computed in parts, in any stage."""
+    _, table = read_table(file, RunConfig())
+    name = "gradient_accumulation_steps"
+    of_stages = [stage.get(name, 1) for stage in table.get("stages", {}).values()]
+    return max(training.reduction_shards, training.gradient_accumulation_steps, *of_stages) > 1
 
 
 def gb(size: int) -> str:

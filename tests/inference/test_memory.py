@@ -184,6 +184,33 @@ def test_the_command_for_a_config_file(capsys, tmp_path):
     assert params == gradients == pytest.approx(table["parameters, float32"][0] / 2, rel=0.02)
 
 
+def test_the_context_is_that_of_the_model_unless_another_is_asked_for(capsys, tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text('[model]\npreset = "hymba-125m"\nmax_positions = 256\nlayers = "G"\n')
+    own, asked, longer = (
+        memory(capsys, "--config", path, *context)
+        for context in ((), ("--context", 256), ("--context", 512))
+    )
+    assert own == asked
+    assert own["cache"][0] < longer["cache"][0]
+
+
+def test_gradients_of_micro_batches_are_added_up_in_float32(capsys, tmp_path):
+    """In some stage or in all, whatever the dtype of the parameters."""
+    path = tmp_path / "small.toml"
+    model = '[model]\npreset = "hymba-125m"\nlayers = "2*M"\n'
+    stages = '[[stages]]\nname = "one"\nsteps = 5\n[[stages]]\nname = "two"\nsteps = 5\n'
+    for more in (
+        "[training]\ngradient_accumulation_steps = 2\n",
+        "[training]\nreduction_shards = 4\n",
+        f"{stages}gradient_accumulation_steps = 2\n",
+    ):
+        path.write_text(model + more)
+        table = memory(capsys, "--config", path, "--param-dtype", "bfloat16")
+        params = table["trained parameters, bfloat16"][2]
+        assert table["gradients, float32"][2] == pytest.approx(2 * params, rel=0.02)
+
+
 def test_the_optimizer_is_that_of_the_config_file(capsys, tmp_path):
     """Muon has one moment of a kernel, AdamW two; the moving average is a copy of all."""
     path = tmp_path / "small.toml"
