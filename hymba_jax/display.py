@@ -18,8 +18,9 @@ class Display:
     def __init__(self, *, plain: bool = False, quiet: bool = False) -> None:
         # A notebook says it is a terminal; it gets plain lines, which stay when it is saved.
         live = False if plain or Console().is_jupyter else None
+        # Rich would make an emoji of the Python slice s[:x:2].
         self._console = Console(
-            highlight=False, force_jupyter=False, force_terminal=live, quiet=quiet
+            highlight=False, emoji=False, force_jupyter=False, force_terminal=live, quiet=quiet
         )
         self._status = self._console.status("")
 

@@ -223,9 +223,14 @@ def _run_tasks(config: EvaluateConfig) -> None:
         tasks.write_results(results, output)
 
 
+def _console() -> Console:
+    """Of the main process; names of files are printed as they are."""
+    return Console(soft_wrap=True, highlight=False, emoji=False, quiet=not is_main_process())
+
+
 def _measure_perplexity(config: EvaluateConfig) -> None:
     output, image = _check_files(config)
-    console = Console(soft_wrap=True, highlight=False, quiet=not is_main_process())
+    console = _console()
     report = evaluate(config.choice.load(), config, console)
     if not is_main_process():
         return
@@ -239,7 +244,7 @@ def _measure_perplexity(config: EvaluateConfig) -> None:
 
 def _find_needles(config: EvaluateConfig) -> None:
     output, image = _check_files(config)
-    console = Console(soft_wrap=True, highlight=False, quiet=not is_main_process())
+    console = _console()
     model = config.choice.load()
     about = {
         **_about_model(config.choice, model),

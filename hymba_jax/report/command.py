@@ -93,7 +93,7 @@ def main(config: ReportConfig) -> None:
     check_output_file(output)
     with page_style():
         replace_text(output, make_page(config).render())
-    Console(soft_wrap=True, highlight=False).print(str(output), markup=False)
+    Console(soft_wrap=True, highlight=False, emoji=False).print(str(output), markup=False)
 
 
 def make_page(config: ReportConfig) -> Page:

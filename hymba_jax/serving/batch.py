@@ -106,7 +106,7 @@ def main(config: BatchConfig) -> None:
     if output.exists():
         raise HymbaError(f"{output}: exists already: name another output, or delete it")
     requests = read_requests(config.input)
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     lock = output.with_name(f"{output.name}.lock")
     with locked(lock, "`hymba batch` of the same output", console.print):
         _answer_file(config, requests, output, console)

@@ -107,7 +107,7 @@ def main(config: BenchConfig) -> None:
     if output:
         check_output_file(output, [resolve_path(config.trace)] if config.trace else [])
     report = summarize(asyncio.run(measure(config)))
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(
         f"{report['completed']} of {report['requests']} requests in {report['seconds']:.1f} s: "
         f"{report['requests_per_second']:.2f} requests/s, "

@@ -55,7 +55,7 @@ def main(args: Sequence[str], prog: str) -> None:
     does = "Shows the learning rate, the data and the sequence length of a run over its tokens."
     choice, run = parse_choice(ScheduleConfig, args, prog, does)
     curves = schedule_curves(run, _COLUMNS)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for stage in run.resolved_stages:
         console.print(stage.describe())
     for name, values in _plotted(curves).items():

@@ -319,9 +319,15 @@ def test_a_run_from_scratch_keeps_old_metrics(config):
     assert (path / "metrics.removed.jsonl").read_text() == old
 
 
-def test_the_sample_is_what_the_model_generates(config):
-    train(changed(config, sample_tokens=8))
-    assert (Path(config.output) / "sample.txt").read_text() == "text of 259 tokens"
+def test_the_sample_is_what_the_model_generates(config, capsys):
+    """Printed as it is, whatever names of emoji or of styles it has."""
+
+    def generate(model, _):
+        return f"[bold]s[:x:{model.config.vocab_size}]"
+
+    loop.train(changed(config, sample_tokens=8), generate)
+    assert (Path(config.output) / "sample.txt").read_text() == "[bold]s[:x:259]"
+    assert "[bold]s[:x:259]\n" in capsys.readouterr().out
 
 
 def staged(config, *stages):

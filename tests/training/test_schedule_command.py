@@ -57,7 +57,7 @@ def test_bars_are_as_high_as_their_values():
 
 
 def test_the_command_prints_and_draws(recipe, tmp_path, capsys):
-    image = tmp_path / "plots" / "schedule.png"
+    image = tmp_path / "plots" / "s[:x:2].png"  # printed as it is
     recipe.write_text(
         recipe.read_text().replace("length = 16", "length = 16384\nmax_positions = 16384")
     )
@@ -72,8 +72,9 @@ def test_the_command_prints_and_draws(recipe, tmp_path, capsys):
     ):
         assert words in printed
     assert "262,336 tokens" in printed
+    assert f"{image}\n" in printed
     assert image.read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in image.parent.iterdir()] == ["schedule.png"]
+    assert [path.name for path in image.parent.iterdir()] == [image.name]
     with pytest.raises(SystemExit, match=r"an image ends in \.png"):
         cli.main(["schedule", "--config", str(recipe), "--image", str(tmp_path / "it.xyz")])
     assert capsys.readouterr().out.startswith("stage stable")
