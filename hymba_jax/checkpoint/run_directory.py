@@ -89,6 +89,9 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
     changed = [*_differences("", before, now)]
     begun = [stage for stage in previous.resolved_stages if stage.start < step or not stage.start]
     stages = config.resolved_stages
+    if previous.stages and not config.stages:
+        changed.append(f"it has the stages {', '.join(previous.stages)}, the config none")
+        begun = []  # which nothing is to be compared with
     if previous.data.sources:
         _check_new_sources(config, stages[: len(begun)], config.data.sources.keys() - both)
     for number, old in enumerate(begun):
@@ -102,6 +105,9 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
         if old.stop < step:
             before |= _fixed_when_done(old)
             now |= _fixed_when_done(new)
+        elif step < new.stop:
+            before |= _fixed_until_done(old)
+            now |= _fixed_until_done(new)
         changed += _differences(f"stages.{new.name}: " if new.name else "", before, now)
     if changed:
         forgotten = previous.init_from if not config.init_from else ""
@@ -240,6 +246,13 @@ def _fixed_when_done(stage: Stage) -> dict[str, Any]:
     """The settings that had their effect in a stage that another one follows."""
     names = ("steps", *SCHEDULE_SETTINGS)
     return {f"training.{name}": getattr(stage.run.training, name) for name in names}
+
+
+def _fixed_until_done(stage: Stage) -> dict[str, Any]:
+    """The settings that cannot change while a stage is under way: the dtype that its teacher's
+    parameters are in, by which they are compared."""
+    has_teacher = stage.run.training.objective == "distill"
+    return {"compute.dtype": stage.run.compute.dtype} if has_teacher else {}
 
 
 def _fixed_in_stage(stage: Stage) -> dict[str, Any]:

@@ -21,7 +21,8 @@ class DistillConfig:
 
     Attributes:
       teacher: directory of a run or a model, native or HF, with the same vocabulary; its parameters
-        are frozen, of the compute dtype, and sharded as the model's. They are read at every start.
+        are frozen, of the compute dtype, and sharded as the model's. They are read at every start
+        until the stage is done, and that dtype cannot change before.
       temperature: of the softmax.
       weight: of the divergence; that of the cross entropy is the rest.
 

@@ -11,7 +11,9 @@ from hymba_jax.checkpoint.run_directory import (
 )
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
+from hymba_jax.config.distill import DistillConfig
 from hymba_jax.config.run import RunConfig
+from hymba_jax.config.stages import StageConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data import DataConfig
 from hymba_jax.errors import HymbaError
@@ -78,6 +80,28 @@ def test_another_run_is_refused_by_name(config, change, named):
     with pytest.raises(HymbaError) as caught:
         check_resumes(read_run(config.output), dataclasses.replace(config, **change), 1)
     assert named in str(caught.value)
+
+
+def test_the_dtype_of_a_teacher_is_fixed_while_its_stage_is_under_way(config):
+    distilled = dataclasses.replace(
+        config,
+        distill=DistillConfig(teacher="teacher"),
+        stages={"taught": StageConfig(steps=4, objective="distill"), "alone": StageConfig(steps=4)},
+    )
+    changed = dataclasses.replace(distilled, compute=ComputeConfig(dtype="bfloat16"))
+    message = r"\(stages\.taught: compute\.dtype was 'float32', is 'bfloat16'\)"
+    with pytest.raises(HymbaError, match=message):
+        check_resumes(distilled, changed, 3)
+    for step in (4, 5):
+        check_resumes(distilled, changed, step)
+
+
+def test_stages_that_have_all_gone_are_named(config):
+    stages = {"one": StageConfig(steps=4), "two": StageConfig(steps=4)}
+    staged = dataclasses.replace(config, stages=stages)
+    with pytest.raises(HymbaError, match=r"\(it has the stages one, two, the config none\)"):
+        check_resumes(staged, config, 1)
+    check_resumes(config, staged, 1)
 
 
 def test_sources_keep_their_order(config):
