@@ -101,7 +101,11 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
         validation=resolved_sources(config.data.validation),
     )
     return dataclasses.replace(
-        config, output=resolved(config.output), init_from=resolved(config.init_from), data=data
+        config,
+        output=resolved(config.output),
+        init_from=resolved(config.init_from),
+        distill=dataclasses.replace(config.distill, teacher=resolved(config.distill.teacher)),
+        data=data,
     )
 
 

@@ -53,7 +53,7 @@ from hymba_jax.parallel.processes import is_main_process, wait_for_all
 from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training.capacity import check_memory
-from hymba_jax.training.distillation import read_teacher
+from hymba_jax.training.distillation import Teacher, check_teacher, read_teacher
 from hymba_jax.training.evaluation import Evaluation, check_evaluations
 from hymba_jax.training.extension import describe_changes
 from hymba_jax.training.interrupts import Interrupts
@@ -121,23 +121,27 @@ def _train(
 ) -> None:
     previous, initial = _find_start(config)
     source = previous.model if previous else initial.config if initial else None
+    done = checkpoint_steps(config.output)[-1] if previous else 0
 
     def plan(tokenizer: Tokenizer) -> tuple[RunConfig, AbstractTrainState]:
-        """The run with the model for this tokenizer, and its state, which fits the devices."""
+        """The run with the model for this tokenizer, and its state.
+
+        It fits the devices, and so do the teachers of the stages that are left.
+        """
         run = dataclasses.replace(config, model=_fit_model(config, source, tokenizer))
         trainable = trainable_of(run)
         abstract = abstract_train_state(run.model, run.compute, _optimizer(run), mesh, trainable)
         check_memory(abstract, mesh)
+        for stage in run.resolved_stages:
+            if stage.stop > done:
+                _read_teacher(stage, tokenizer, abstract, mesh)
         return run, abstract
 
     data = _read_data(config, previous is not None, initial, plan, display)
     config, abstract = plan(data.tokenizer)
     optimizer, stages = _optimizer(config), config.resolved_stages
-    teachers = {stage.name: read_teacher(stage.run, mesh) for stage in stages}
     for stage in stages:
-        teacher = teachers[stage.name]
-        check_objective(stage, data, teacher)
-        check_memory(abstract, mesh, teacher.abstract if teacher else None)
+        check_objective(stage, data)
     examples = _examples(stages, data, config.seed)
     notes = [*data.notes, *_describe_rows(stages, examples, data)]
     _announce(config, abstract, data, notes, mesh, display)
@@ -151,7 +155,7 @@ def _train(
             stage,
             examples[stage.name],
             data,
-            teachers[stage.name],
+            _read_teacher(stage, data.tokenizer, abstract, mesh),
             objective or objective_of(stage.run),
             optimizer,
             abstract,
@@ -448,6 +452,22 @@ def _fit_model(config: RunConfig, source: HymbaConfig | None, tokenizer: Tokeniz
     positions = config.resolved_stages[-1].run.model.max_positions
     check_sample(training.sample_prompt, training.sample_tokens, tokenizer, positions)
     return model
+
+
+def _read_teacher(
+    stage: Stage, tokenizer: Tokenizer, abstract: AbstractTrainState, mesh: Mesh
+) -> Teacher | None:
+    """The teacher of a stage, if it has one; its parameters are not read.
+
+    Raises:
+      HymbaError: there is no such model, it does not go with the run's, or both do not fit the
+        devices.
+    """
+    teacher = read_teacher(stage.run, mesh)
+    if teacher:
+        check_teacher(teacher, tokenizer)
+        check_memory(abstract, mesh, teacher.abstract)
+    return teacher
 
 
 def _init_state(

@@ -7,7 +7,7 @@ from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import Stage
 from hymba_jax.data import Data, Formats
 from hymba_jax.errors import HymbaError
-from hymba_jax.training.distillation import Teacher, check_teacher, distillation_loss
+from hymba_jax.training.distillation import distillation_loss
 from hymba_jax.training.loss import Objective, next_token_loss
 from hymba_jax.training.preference import preference_loss
 
@@ -45,10 +45,8 @@ def check_formats(stage: Stage, formats: Formats) -> None:
     _check_validated(stage, {name: each == "preference" for name, each in held_out.items()})
 
 
-def check_objective(stage: Stage, data: Data, teacher: Teacher | None) -> None:
-    """Raises HymbaError if the objective of a stage does not go with its teacher or validation."""
-    if teacher:
-        check_teacher(teacher, data.tokenizer)
+def check_objective(stage: Stage, data: Data) -> None:
+    """Raises HymbaError if the objective of a stage does not go with its validation."""
     _check_validated(stage, {name: each.is_preference for name, each in data.validation.items()})
 
 

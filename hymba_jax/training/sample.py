@@ -20,12 +20,18 @@ type Generate = Callable[[Hymba, Tokenizer], str]
 
 
 def check_sample(prompt: str, num_tokens: int, tokenizer: Tokenizer, max_positions: int) -> None:
-    """Raises HymbaError if the model has too few positions for the sample."""
-    length = len(tokenizer.bos_ids) + len(tokenizer.encode(prompt)) + num_tokens
-    if length > max_positions:
+    """Raises HymbaError if the sample has no token to begin with, or too few positions."""
+    before = len(tokenizer.bos_ids) + len(tokenizer.encode(prompt))
+    if num_tokens and not before:
         raise HymbaError(
-            f"training.sample_prompt and sample_tokens make {length} tokens, model.max_positions "
-            f"is {max_positions}: set fewer training.sample_tokens, 0 for no sample"
+            "training.sample_prompt is empty, and the tokenizer has no token to begin with: set a "
+            "prompt, or training.sample_tokens 0 for no sample"
+        )
+    if before + num_tokens > max_positions:
+        raise HymbaError(
+            f"training.sample_prompt and sample_tokens make {before + num_tokens} tokens, "
+            f"model.max_positions is {max_positions}: set fewer training.sample_tokens, 0 for no "
+            "sample"
         )
 
 

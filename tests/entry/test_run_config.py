@@ -94,6 +94,13 @@ def test_whatever_is_accepted_can_be_written_and_read(tmp_path_factory, changes)
     assert RunConfig.from_toml(path) == config
 
 
+def test_the_path_of_a_teacher_is_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["--training.objective", "distill", "--distill.teacher", "~/teacher"]
+    run, _ = parse_run(options, "train.py")
+    assert run.distill.teacher == str(tmp_path / "teacher")
+
+
 @pytest.mark.parametrize("bad", ["inf", "nan", "-inf", "1e400"])
 def test_the_command_line_takes_finite_numbers_alone(bad):
     with pytest.raises(HymbaError, match=r"rope_theta is -?(inf|nan), not finite"):

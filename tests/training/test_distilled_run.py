@@ -152,6 +152,7 @@ def test_teachers_that_do_not_fit(run, tmp_path):
         with pytest.raises(HymbaError) as refused:
             train(config)
         shutil.rmtree(tmp_path / "teacher")
+        assert not (tmp_path / "run").exists()  # nothing was tokenized for it
         return str(refused.value)
 
     small = dataclasses.replace(STUDENT, max_positions=16)

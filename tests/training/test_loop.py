@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import pytest
 from entry.command import write_config
 from flax import nnx
+from inference.models import byte_tokenizer, make_model
 from slow import slow_but
 
 from hymba_jax.checkpoint import run_directory
 from hymba_jax.checkpoint.checkpoints import resolve_step
+from hymba_jax.checkpoint.save import save_model
 from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
+from hymba_jax.config.distill import DistillConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import StageConfig, StageSourceConfig
 from hymba_jax.config.tracking import TrackingConfig
@@ -25,10 +28,12 @@ from hymba_jax.data import IGNORED_TARGET
 from hymba_jax.errors import HymbaError
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.run_files import checkpoint_steps
+from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training import loop, stage_program
 from hymba_jax.training.extension import describe_changes
 from hymba_jax.training.interrupts import Interrupts
 from hymba_jax.training.loss import Average
+from hymba_jax.training.sample import check_sample
 
 
 def is_counter(leaf):
@@ -41,7 +46,7 @@ def arithmetic(monkeypatch):
     """In place of the model: losses that depend on the batch alone, as integers."""
 
     def compile_train_step(*_):
-        def step(state, batch):
+        def step(state, batch, *_teacher):
             loss = Average(jnp.float32(batch.inputs.sum()), jnp.int32(batch.inputs.size))
             state = jax.tree.map(lambda leaf: leaf + 1 if is_counter(leaf) else leaf, state)
             return state, {"loss": loss, "grad_norm": Average(2 * loss.mean, 1)}
@@ -49,7 +54,7 @@ def arithmetic(monkeypatch):
         return step
 
     def make_loss_fn(*_):
-        def loss_fn(_, batch):
+        def loss_fn(_, batch, *_teacher):
             counts = batch.targets != IGNORED_TARGET
             return {"loss": Average(jnp.where(counts, batch.targets, 0).sum(), counts.sum())}
 
@@ -298,6 +303,11 @@ REFUSED = {
     ),
     "nothing: no model found": lambda config: dataclasses.replace(config, init_from="nothing"),
     "sample_tokens make 104 tokens": lambda config: changed(config, sample_tokens=100),
+    "untaught: no model found": lambda config: dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, objective="distill"),
+        distill=DistillConfig(teacher="untaught"),
+    ),
 }
 
 
@@ -414,6 +424,34 @@ def test_a_run_is_extended(config, tmp_path, capsys):
     longer = (*DECAY[:1], 6, DECAY[2])
     with pytest.raises(HymbaError, match=r"stages\.decay: training\.steps was 4, is 6"):
         train(staged(config, STABLE, longer, LONGER))
+
+
+def test_a_stage_that_is_complete_needs_no_teacher(config, tmp_path):
+    teacher = tmp_path / "teacher"
+    save_model(teacher, make_model(layers="L"), byte_tokenizer())
+
+    def taught(*later):
+        run = staged(config, ("taught", 2, {}), *later)
+        first = dataclasses.replace(run.stages["taught"], objective="distill")
+        return dataclasses.replace(
+            run, distill=DistillConfig(teacher=str(teacher)), stages={**run.stages, "taught": first}
+        )
+
+    train(taught(STABLE))
+    shutil.rmtree(teacher)
+    lines = train(taught(STABLE, DECAY))
+    assert lines[-1]["step"] == 10
+    with pytest.raises(HymbaError, match=f"{teacher}: no model found"):
+        train(taught(), tmp_path / "other")
+
+
+def test_an_empty_sample_prompt_needs_a_token_to_begin_with():
+    model = byte_tokenizer().model
+    check_sample("", 4, Tokenizer(model, "<s>", "</s>"), max_positions=8)
+    without = Tokenizer(model, None, "</s>")
+    check_sample("", 0, without, max_positions=8)
+    with pytest.raises(HymbaError, match="sample_prompt is empty, and the tokenizer has no token"):
+        check_sample("", 4, without, max_positions=8)
 
 
 def test_a_stage_validates_on_sources_of_its_own(config, tmp_path):
