@@ -235,6 +235,7 @@ def _run_stages(
     trace = output / PROFILE if output and config.profile else None
     step, validation_due = (saved.step, saved.validation_due) if saved else (0, False)
     recorded = RecorderState(**(saved.recorder or {})) if saved else RecorderState()
+    stop = config.resolved_stages[-1].stop
     with open_records(output) as records, ExitStack() as opened:
         run = None
         if records.directory:
@@ -243,10 +244,9 @@ def _run_stages(
                 config, records.directory, recorded.logged, before, is_resumed=saved is not None
             )
         metrics = MetricsWriter(run, display.say, make_trackers(config.tracking))
-        writer, tracer = opened.enter_context(metrics), opened.enter_context(Tracer(trace, step))
-        recorder = Recorder(
-            config.resolved_stages[-1].stop, config.training.log_every, writer, display, recorded
-        )
+        writer = opened.enter_context(metrics)
+        tracer = opened.enter_context(Tracer(trace, step, stop))
+        recorder = Recorder(stop, config.training.log_every, writer, display, recorded)
 
         def save(state: TrainState, step: int, validation_due: bool) -> None:
             recorded = recorder.state()

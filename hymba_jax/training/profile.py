@@ -10,7 +10,7 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, written_into
 
 FOLDER = "profile"  # inside the run directory
-_FIRST, _COUNT = 3, 5  # skip the first steps of a session, which are atypical
+_FIRST, _COUNT = 3, 5  # skip the first steps of a session, which are atypical, if there are more
 
 
 class Tracer(Closing):
@@ -19,15 +19,16 @@ class Tracer(Closing):
     Args:
       directory: where the trace goes; nothing is traced if absent.
       start: updates done when the session begins.
+      stop: those when it ends, if nothing stops it before.
 
     Raises:
       HymbaError: in `step` and at the end of the context, if the trace cannot be written.
     """
 
-    def __init__(self, directory: Location | None, start: int):
+    def __init__(self, directory: Location | None, start: int, stop: int):
         self._directory = directory
         self._trace = ExitStack()  # the one under way
-        self._steps = range(start + _FIRST, start + _FIRST + _COUNT)
+        self._steps = range(min(start + _FIRST, stop), start + _FIRST + _COUNT)
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:

@@ -12,7 +12,7 @@ from hymba_jax.training.profile import Tracer
 
 
 def run(directory, steps, error=None):
-    with Tracer(directory, start=10) as tracer:
+    with Tracer(directory, start=10, stop=10 + steps) as tracer:
         for step in range(11, 11 + steps):
             with tracer.step(step):
                 jax.block_until_ready(jnp.ones(3) + step)
@@ -20,15 +20,15 @@ def run(directory, steps, error=None):
             raise error
 
 
-@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
 def test_a_few_steps_are_traced(tmp_path, steps):
-    """Also if the run ends among them."""
+    """Also if the run ends among them, or before; then it is the last."""
     run(tmp_path, steps)
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1  # what XProf opens
     (events,) = tmp_path.rglob("*.trace.json.gz")  # the same, in part
     events = json.loads(gzip.decompress(events.read_bytes()))["traceEvents"]
     traced = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
-    assert traced == [*range(13, min(11 + steps, 18))]
+    assert traced == [*range(min(13, 10 + steps), min(11 + steps, 18))]
 
 
 def test_a_trace_that_cannot_be_written_is_one_line(tmp_path):
