@@ -61,8 +61,9 @@ def record_start(
     start = RunStart(directory, step, is_resumed, run_id, tracked, dataclasses.asdict(config), git)
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | start._asdict()
     del line["directory"]
+    is_cut = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")  # by a kill
     with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(line) + "\n")
+        lines.write("\n" * is_cut + json.dumps(line) + "\n")
     return start
 
 

@@ -129,6 +129,8 @@ def test_a_killed_start_is_no_obstacle(tool, tmp_path):
         file.write('{"time": "20')
     track(tmp_path, tool, [2], resumes_from=1)
     assert tool.runs[0]["name"] == tool.runs[1]["name"]
+    *_, line = (tmp_path / "starts.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
 
 
 def events(directory):
