@@ -96,6 +96,17 @@ def test_one_of_three_is_too_little(monkeypatch, config):
         pass
 
 
+def test_processes_meet_at_the_end_before_a_collective_that_would_give_up(monkeypatch):
+    waited = []
+    monkeypatch.setattr(processes, "watch_stderr", lambda *_: None)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *_, **__: None)
+    for name in ("wait_for_all", "barrier"):
+        monkeypatch.setattr(processes, name, lambda _, name=name: waited.append(name))
+    with distributed_session(DistributedConfig("host:1", num_processes=2, process_id=1)):
+        pass
+    assert waited == ["wait_for_all", "barrier"]
+
+
 # Taken down from JAX 0.12.
 REGISTER = "\n\nRPC: /xla.coordination.CoordinationService/RegisterTask"
 LATE = ". absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded" + REGISTER

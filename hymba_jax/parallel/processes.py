@@ -79,6 +79,7 @@ def distributed_session(config: DistributedConfig, output: str = "") -> Iterator
         ) from error
     try:
         yield
+        wait_for_all("the end")  # a collective gives up before a long sample is written
         barrier("the end")
     except BaseException as error:
         if any(_may_be_lost_process(cause) for cause in _causes(error)):
