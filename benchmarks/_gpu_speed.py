@@ -147,7 +147,7 @@ def attention(recorder: Recorder) -> None:
         _normal(meta, heads.num_kv_heads, config.value_dim),
     )
     doutput = row_of(heads.num_heads, config.value_dim)
-    chosen = fastest(*inputs[:3], None, num_meta_tokens=0)
+    chosen = fastest(*inputs[:3], None, num_meta_tokens=0, window=heads.window)
     k, v = config.head_dim, config.value_dim
     on_gpus = ("cudnn",) if target_platform().endswith("gpu") else ()
     cases = [(name, 1) for name in dict.fromkeys((chosen, *on_gpus, "blocks"))]

@@ -128,7 +128,8 @@ def main(options: Options) -> None:
         fits = queries * keys <= _REFERENCE_LIMIT
         _, (query, key, value, *_) = make_inputs(options, queries, keys)
         first = None if kv_start is None else jnp.full(1, kv_start)
-        chosen = fastest(query, key, value, first, num_meta_tokens=0)
+        window = options.window if has_window else None
+        chosen = fastest(query, key, value, first, num_meta_tokens=0, window=window)
         for name in dict.fromkeys((*(("reference",) if fits else ()), "blocks", chosen)):
             rows.append(costs(options, name, queries, keys, kv_start, has_window))
     title = f"attention, heads={options.heads} kv_heads={options.kv_heads} meta={options.meta}"

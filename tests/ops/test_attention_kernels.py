@@ -216,6 +216,27 @@ def test_the_platform_chooses_what_can_do_it(
     assert called == [chosen, with_documents]
 
 
+@pytest.mark.parametrize(("platform", "widest"), [("gpu", 256), ("older gpu", 128)])
+def test_what_cudnn_refuses_is_computed_in_blocks(monkeypatch, platform, widest):
+    """Of heads that are too wide for the kernels for Hopper."""
+    monkeypatch.setattr(api, "target_platform", lambda: platform)
+
+    def chosen(head_dim, value_dim, window, num_meta_tokens, dtype="bfloat16"):
+        query = jnp.zeros((1, 40, 1, head_dim), dtype)
+        key, value = (
+            jnp.zeros((1, 40 + num_meta_tokens, 1, width), dtype) for width in (head_dim, value_dim)
+        )
+        return api.fastest(query, key, value, None, num_meta_tokens, window)
+
+    for accepted in ((72, widest, 8, 4), (72, 72, None, 3), (72, 72, 8, 4, "float16")):
+        assert chosen(*accepted) == "cudnn"
+    for refused in (
+        *((72, widest + 8, 8, 4), (72, 76, 8, 4), (80, 72, 8, 4), (72, 72, 8, 4, "float32")),
+        *((72, 72, 7, 4), (72, 72, 8, 3)),
+    ):
+        assert chosen(*refused) == "blocks"
+
+
 @pytest.mark.parametrize(
     ("mebibytes", "dtype", "head_dim", "value_dim", "most"),
     [
@@ -236,4 +257,4 @@ def test_tpus_choose_blocks_for_keys_that_do_not_fit_into_vmem(
     monkeypatch.setattr(pltpu, "get_tpu_info", lambda: info)
     for keys, chosen in ((most, "pallas_tpu"), (most + 1, "blocks")):
         key, value = (jnp.zeros((1, keys, 1, n), dtype) for n in (head_dim, value_dim))
-        assert api.fastest(key, key, value, None, num_meta_tokens=0) == chosen
+        assert api.fastest(key, key, value, None, num_meta_tokens=0, window=None) == chosen

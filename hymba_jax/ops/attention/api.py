@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from hymba_jax.ops.attention.blocks import blocks
 from hymba_jax.ops.attention.cudnn import cudnn
-from hymba_jax.ops.attention.pallas_gpu import pallas_gpu, supports
+from hymba_jax.ops.attention.cudnn import supports as cudnn_supports
+from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
+from hymba_jax.ops.attention.pallas_gpu import supports as pallas_gpu_supports
 from hymba_jax.ops.attention.pallas_tpu import fits_in_vmem, pallas_tpu
 from hymba_jax.ops.attention.reference import KVStart, reference
 from hymba_jax.ops.attention.sharded import attention_sharded
@@ -152,7 +154,7 @@ def _attend(
     kv_start: KVStart | None,
     window: int | None,
 ) -> Array:
-    name = implementation or fastest(query, key, value, kv_start, num_meta_tokens)
+    name = implementation or fastest(query, key, value, kv_start, num_meta_tokens, window)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no attention {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if _is_by_query(kv_start) and name not in SUPPORT_SEGMENT_IDS:
@@ -174,14 +176,16 @@ def fastest(
     value: Float[Array, "batch keys kv_heads value_dim"],
     kv_start: KVStart | None,
     num_meta_tokens: int,
+    window: int | None,
 ) -> str:
     """The implementation for the platform that is traced for."""
-    platform = target_platform()
+    platform, heads = target_platform(), (query.dtype, query.shape[-1], value.shape[-1])
     if platform == "tpu" and fits_in_vmem(key, value):
         return "pallas_tpu"
-    if platform == "gpu" and supports(query.dtype, query.shape[-1], value.shape[-1]):
+    if platform == "gpu" and pallas_gpu_supports(*heads):
         return "pallas_gpu"
     is_full_sequence = query.shape[1] + num_meta_tokens == key.shape[1] and kv_start is None
-    if platform.endswith("gpu") and is_full_sequence and query.dtype != jnp.float32:
+    can_be_cudnn = cudnn_supports(*heads, window, num_meta_tokens, platform)
+    if platform.endswith("gpu") and is_full_sequence and can_be_cudnn:
         return "cudnn"
     return "blocks"

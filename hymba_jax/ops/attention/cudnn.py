@@ -7,6 +7,7 @@ their own, with one mask for all blocks: time and memory are linear in the lengt
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,26 @@ def cudnn(
         output = attend(own, keys, values, mask=mask[None])
         outputs.append(output.reshape(outputs[0].shape[0], -1, *output.shape[2:]))
     return jnp.concatenate(outputs, axis=1)[:, num_meta_tokens:length]
+
+
+def supports(
+    dtype: Any,
+    head_dim: int,
+    value_dim: int,
+    window: int | None,
+    num_meta_tokens: int,
+    platform: str,
+) -> bool:
+    """Whether JAX has cuDNN compute attention and its gradient for such arrays.
+
+    Args:
+      platform: as of `target_platform`.
+    """
+    is_16_bit = dtype in (jnp.float16, jnp.bfloat16)
+    widest = 256 if platform == "gpu" else 128  # on Hopper
+    is_narrow = head_dim <= value_dim <= widest and value_dim % 8 == 0
+    is_even = window is None or window % 2 == num_meta_tokens % 2 == 0
+    return is_16_bit and is_narrow and is_even
 
 
 def _windows(
