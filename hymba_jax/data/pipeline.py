@@ -143,6 +143,9 @@ class Data:
         Args:
           names: those sources alone.
           preferences: those of pairs, in place of the others.
+
+        Raises:
+          HymbaError: a source has conversations that do not fit, or nothing to predict.
         """
         sets = {}
         for name, tokens in self.validated(names, preferences=preferences).items():
@@ -154,6 +157,11 @@ class Data:
                 else make_rows(store, packing, config.sequence_length, keep_last=True)
             )
             sets[name] = ValidationSet(rows, self._validation_bytes[name])
+            if not sets[name].loss_weight:
+                raise HymbaError(
+                    f"{source}: no token is predicted, as each of its documents is a single one: "
+                    "give it longer documents"
+                )
         return sets
 
     def validation_left_out(

@@ -4,13 +4,17 @@ from itertools import islice
 import numpy as np
 import pytest
 from data.array_shard import ArrayShard
+from inference.models import byte_tokenizer
 
-from hymba_jax.data import IGNORED_TARGET, train_batches, validation_batches
+from hymba_jax.config.data import DataConfig
+from hymba_jax.data import IGNORED_TARGET, Data, train_batches, validation_batches
 from hymba_jax.data.examples import Examples
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.pipeline import ValidationSet, make_rows
+from hymba_jax.data.sources import Tokens
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
+from hymba_jax.errors import HymbaError
 
 TOKENS = np.arange(1000, 1000 + 37 * 8 + 5, dtype=np.uint16)  # 37 windows of 8, and 4 targets over
 STORE = TokenStore([ArrayShard("numbers", TOKENS)])
@@ -125,6 +129,14 @@ def test_a_process_reads_its_own_rows():
         strict=True,
     ):
         assert np.array_equal(part.targets, batch.targets[[0, 5]])
+
+
+def test_validation_that_predicts_no_token_is_refused():
+    documents = TokenStore([ArrayShard("endings", np.full(5, 2, np.uint16), eos_id=2)])
+    data = Data(byte_tokenizer(), {}, {"held": Tokens(documents, "digest", text_bytes=5)})
+    assert data.validation_sets(DataConfig())["held"].loss_weight == 4
+    with pytest.raises(HymbaError, match="validation source held: no token is predicted, as each"):
+        data.validation_sets(DataConfig(validation_packing="documents"))
 
 
 @pytest.mark.parametrize("packing", ["concat", "documents"])
