@@ -40,7 +40,11 @@ type Averages = dict[str, Average]
 
 type Objective = Callable[..., Averages]
 """Of a model and a batch, and of a teacher's model if there is one; and of `z_loss`, by name, in
-the steps of a run with training.z_loss."""
+the steps of a run with training.z_loss.
+
+Validation takes bits per byte from `cross_entropy`, in nats per token, or, where that is not among
+the averages, from `loss`, which then has to be it.
+"""
 
 type LossFn = Callable[..., Averages]
 """Of parameters and a batch, and of a teacher's parameters if there is one."""
