@@ -7,7 +7,7 @@ number. It need not follow instructions: what is measured is recall, of any lang
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched
+from itertools import batched, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,45 +157,51 @@ def make_trials(
 ) -> Iterable[Trial]:
     """The prompts of all lengths and depths; those of one trial and length have the same haystack.
 
+    Prompts of one length do not depend on the other lengths.
+
     Raises:
       HymbaError: as `find_needles`.
     """
-    rng = np.random.default_rng(seed)
-    start, line_end = tokenizer.bos_ids, tokenizer.encode("\n")
-    phrase = tokenizer.encode(config.phrase)
-    needed = 4 * max(config.lengths)
+    longest = max(config.lengths)
+    if longest > max_context:
+        raise HymbaError(
+            f"needle.lengths has {longest} tokens, the model's context is {max_context}: give "
+            "shorter ones"
+        )
     hay: list[int] = []
     for document in haystack:
         hay += document
-        if len(hay) >= needed:
+        if len(hay) >= 4 * longest:
             break
+    start, question = tokenizer.bos_ids, tokenizer.encode(f"\n{config.phrase}")
     for row, length in enumerate(config.lengths):
-        for _ in range(config.trials):
-            answer = tokenizer.encode(f" {rng.integers(10_000, 100_000)}")
-            question = [*line_end, *phrase]
-            needle = [*question, *answer, *tokenizer.encode("."), *line_end]
+        pool = hay[: 4 * length]
+        for trial in range(config.trials):
+            rng = np.random.default_rng((seed, length, trial))
+            # Lines are encoded whole: tokenizers may add a space to whatever they are given, and
+            # have tokens that reach over the end of the phrase.
+            line = f"\n{config.phrase} {rng.integers(10_000, 100_000)}"
+            needle, ending = tokenizer.encode(f"{line}.\n"), tokenizer.encode(line)
+            pairs = zip(question, ending, strict=False)
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             # The number's last token is predicted from all tokens but itself.
-            size = length + 1 - len(start) - len(question) - len(answer)
+            size = length + 1 - len(start) - len(ending)
             if size < len(needle):
                 raise HymbaError(f"needle.lengths has {length}, too short for needle and question")
-            if length > max_context:
+            if size > len(pool):
                 raise HymbaError(
-                    f"needle.lengths has {length} tokens, the model's context is {max_context}: "
-                    "give shorter ones"
-                )
-            if size > len(hay):
-                raise HymbaError(
-                    f"the haystack has {len(hay)} tokens, a text of {length} takes {size}: give a "
+                    f"the haystack has {len(pool)} tokens, a text of {length} takes {size}: give a "
                     "longer one, or shorter lengths"
                 )
-            first = int(rng.integers(len(hay) - size + 1))
-            text, ending = hay[first : first + size], [*question, *answer]
+            first = int(rng.integers(len(pool) - size + 1))
+            text = pool[first : first + size]
             room = size - len(needle)
             for column, depth in enumerate(np.linspace(0, room, config.depths)):
                 at = round(float(depth))
                 tokens = [*start, *text[:at], *needle, *text[at:room], *ending]
-                yield Trial((row, column), tokens, len(answer))
-            yield Trial((row, config.depths), [*start, *text, *ending], len(answer))
+                yield Trial((row, column), tokens, len(ending) - common)
+            tokens = [*start, *text, *ending]
+            yield Trial((row, config.depths), tokens, len(ending) - common)
 
 
 def _score(model: LanguageModel, batch: Sequence[Trial]) -> list[tuple[float, bool]]:

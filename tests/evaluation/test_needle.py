@@ -1,26 +1,29 @@
 """Needles in haystacks: where they stand, and their scores against the full forward pass."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from inference.models import byte_tokenizer, make_model
 
 from hymba_jax import cli
 from hymba_jax.checkpoint.save import save_model
 from hymba_jax.errors import HymbaError
 from hymba_jax.evaluation.needle import NeedleConfig, make_trials
+from hymba_jax.tokenizer import Tokenizer
 
 PHRASE = "key"
 HAY = "abcdefghijklmnopqrstuvwxyz" * 20
 CONFIG = NeedleConfig(lengths=(60, 90), depths=3, trials=2, phrase=PHRASE)
 
 
-def trials(config=CONFIG, hay=HAY, max_context=512):
-    tokenizer = byte_tokenizer()
-    return [*make_trials(tokenizer, [tokenizer.encode(hay)], config, 0, max_context)]
+def trials(config=CONFIG, hay=HAY, tokenizer=None, seed=0):
+    tokenizer = tokenizer or byte_tokenizer()
+    return [*make_trials(tokenizer, [tokenizer.encode(hay)], config, seed, 512)]
 
 
 def test_where_the_needle_is():
@@ -47,10 +50,51 @@ def test_where_the_needle_is():
     assert len({*haystacks.values()}) == 4
 
 
+def test_lines_are_encoded_whole():
+    """A tokenizer as SentencePiece's, of characters, begins what it is given with a space; one of
+    its tokens reaches over the end of the phrase, and one over the end of the line."""
+    characters = ["▁", *HAY[:26], *"0123456789.\n"]
+    merges = [("y", "▁"), (".", "\n")]
+    names = ["<s>", "</s>", *characters, *map("".join, merges)]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    model.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    for (_, column), tokens, answer in trials(tokenizer=Tokenizer(model, "<s>", "</s>")):
+        pieces = [names[token] for token in tokens]
+        number = "".join(pieces[-5:])
+        assert pieces[-9:-5] == ["\n", "k", "e", "y▁"]
+        assert answer == 6
+        needle = ["▁", "\n", "k", "e", "y▁", *number, ".\n"]
+        places = [i for i in range(len(pieces)) if pieces[i : i + len(needle)] == needle]
+        assert len(places) == (column < 3)
+
+
+def test_prompts_of_a_length_do_not_depend_on_the_others():
+    def of(*lengths, **changes):
+        made = trials(dataclasses.replace(CONFIG, lengths=lengths), **changes)
+        return {
+            length: [tokens for (row, _), tokens, _ in made if row == i]
+            for i, length in enumerate(lengths)
+        }
+
+    assert of(60, 90) == of(90, 60) == of(60) | of(90)
+    assert of(60) != of(60, seed=1)
+
+
+def test_a_length_beyond_the_context_is_refused_before_the_haystack_is_read():
+    def haystack():
+        pytest.fail("read")
+        yield
+
+    with pytest.raises(HymbaError, match="has 90 tokens, the model's context is 89: give"):
+        next(iter(make_trials(byte_tokenizer(), haystack(), CONFIG, 0, 89)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_context": 89}, "needle.lengths has 90 tokens, the model's context is 89"),
         ({"config": NeedleConfig(lengths=(20,))}, "needle.lengths has 20, too short for needle"),
         ({"hay": HAY[:70]}, r"the haystack has 70 tokens, a text of 90 takes 80: give a longer"),
     ],
