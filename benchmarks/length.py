@@ -1,11 +1,13 @@
 """How prefill and decoding of the paper's designs grow with the length, measured or compiled.
 
-python benchmarks/length.py [--designs 06_llama 13_hymba] [--lengths 1024 8192] [--target cpu h100]
+    python benchmarks/length.py --picture benchmarks/length.png   # all of it
+    python benchmarks/length.py --designs 06_llama 13_hymba --lengths 1024 8192 --target cpu
 
 One sequence, random weights. On the CPU, in float32: seconds to prefill so many tokens, and
 milliseconds to decode one more behind them. For an H100, in bfloat16, compiled ahead of time (extra
 `cuda13`): FLOPs and HBM bytes of the same. Each design has a process of its own on each target, and
-finished ones are lines of `--output`, which the same command does not measure again.
+finished ones are lines of `--output`, which the same command does not measure again. Tables and
+plot are of the designs, lengths and targets that were asked for.
 
 `mamba2` has the width and depth of 01_mamba, with Mamba2 layers.
 """
@@ -59,6 +61,7 @@ class Options:
       designs: names of files in configs/designs, or `mamba2`.
       row: measure one design for one target in this process; what each child does.
       output: a line of JSON for each finished design, target and length.
+      picture: where the plot goes; beside `output` if absent.
     """
 
     designs: tuple[str, ...] = (
@@ -67,7 +70,7 @@ class Options:
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     target: tuple[Target, ...] = ("cpu", "h100")
     output: Path = Path("runs/length.jsonl")
-    picture: Path = Path("benchmarks/length.png")
+    picture: Path | None = None
     row: bool = False
 
 
@@ -83,21 +86,27 @@ def main(options: Options) -> None:
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for target, design in product(options.target, options.designs):
-        known = [row["length"] for row in read(options.output, target, [design])]
+        known = [row["length"] for row in finished(options, target) if row["design"] == design]
         if missing := [length for length in options.lengths if length not in known]:
             arguments = ["--designs", design, "--target", target, "--output", str(options.output)]
             arguments += ["--lengths", *map(str, missing), "--row"]
             subprocess.run([sys.executable, __file__, *arguments], check=True)
-    rows = {target: read(options.output, target, options.designs) for target in options.target}
+    rows = {target: finished(options, target) for target in options.target}
     for target, of_target in rows.items():
         report(f"one sequence, by design and length, {target}", of_target)
-    draw(rows, options.picture)
+    draw(rows, options.picture or options.output.with_name("length.png"))
 
 
-def read(path: Path, target: str, designs: tuple[str, ...] | list[str]) -> list[Row]:
-    """The finished rows of some designs."""
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return [row for row in rows if row["target"] == target and row["design"] in designs]
+def finished(options: Options, target: Target) -> list[Row]:
+    """The rows of a target that were asked for and are there."""
+    lines = options.output.read_text().splitlines() if options.output.exists() else []
+    return [
+        row
+        for row in map(json.loads, lines)
+        if row["target"] == target
+        and row["design"] in options.designs
+        and row["length"] in options.lengths
+    ]
 
 
 def config_of(design: str, longest: int) -> HymbaConfig:

@@ -1,11 +1,11 @@
 """Needles in a haystack, before and after training on needles, at lengths beyond training.
 
-    python benchmarks/needle.py [--model runs/tiny]
+    python benchmarks/needle.py --picture benchmarks/needle.png
 
 The model learns from parts of Python's standard library in which a line with a number stands
 several times: after the first one, the number can be recalled. Then it is asked for numbers in
-held-out files as `hymba evaluate --needle.lengths` does, and so is the model before. A run that is
-there is resumed. The picture takes the extra `plots`.
+held-out files as `hymba evaluate --needle.lengths` does, and so is the model before. A run of as
+many steps that is there is resumed. The picture takes the extra `plots`.
 """
 
 import json
@@ -25,6 +25,7 @@ from hymba_jax.config.training import TrainingConfig
 from hymba_jax.data.corpus import standard_library
 from hymba_jax.data.manifest import TRAIN, VALIDATION
 from hymba_jax.evaluation.needle import NeedleConfig, NeedleReport, draw_heat_map, find_needles
+from hymba_jax.files import replace_text
 from hymba_jax.host import prepare_host
 from hymba_jax.inference import LanguageModel
 from hymba_jax.tokenizer import Tokenizer
@@ -43,11 +44,11 @@ class Args:
 
     Attributes:
       model: a run, or a model.
-      output: where documents and the run are written.
+      output: directory for documents and runs, by steps.
       steps: of training, of 8 sequences each.
       lengths: of the prompts, in tokens.
       trials: of each length and depth.
-      picture: heat maps of both models.
+      picture: heat maps of both models; into `output` if absent.
       json: file for the rows as JSON lines.
     """
 
@@ -56,7 +57,7 @@ class Args:
     steps: int = 400
     lengths: tuple[int, ...] = (64, 128, 256, 384, 512, 768, 1024)
     trials: int = 16
-    picture: Path = Path("benchmarks/needle.png")
+    picture: Path | None = None
     json: Path | None = None
 
 
@@ -65,11 +66,11 @@ def main(args: Args) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.load(args.model)
     config = NeedleConfig(lengths=args.lengths, depths=6, trials=args.trials)
-    documents = args.output / "documents.jsonl"
+    documents = args.output / f"documents_{args.steps}.jsonl"
     if not documents.exists():
         made = make_documents(tokenizer, config.phrase, args.steps * 8)
-        documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in made))
-    run = str(args.output / "run")
+        replace_text(documents, "".join(json.dumps({"text": text}) + "\n" for text in made))
+    run = str(args.output / f"run_{args.steps}")
     train(run_of(args, documents, run))
     reports: dict[str, NeedleReport] = {}
     rows: list[Row] = []
@@ -82,7 +83,7 @@ def main(args: Args) -> None:
             row |= {"nats per token": float(reports[name].nats[i].mean())}
             rows.append(row | {"without needle": float(reports[name].without[i])})
     report(f"needles, trained for {args.steps} steps on {LENGTH} tokens", rows, args.json)
-    draw(reports, args.picture)
+    draw(reports, args.picture or args.output / "needle.png")
 
 
 def corpus_tokens(tokenizer: Tokenizer, side: str) -> Iterator[list[int]]:
