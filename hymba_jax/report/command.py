@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import hymba_jax
 from hymba_jax.analysis.memory import read_training
@@ -21,7 +20,7 @@ from hymba_jax.config.field_types import Bounds, bound_problems
 from hymba_jax.config.run import CONFIG_FILE
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.convert.peft import merge_peft
-from hymba_jax.display import format_bytes
+from hymba_jax.display import Display, format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import (
     check_output_file,
@@ -91,12 +90,12 @@ def main(config: ReportConfig) -> None:
     """
     output = resolve_path(config.output)
     check_output_file(output)
-    with page_style():
-        replace_text(output, make_page(config).render())
-    Console(soft_wrap=True, highlight=False, emoji=False).print(str(output), markup=False)
+    with Display() as display, page_style():
+        replace_text(output, make_page(config, display).render())
+        display.say(str(output))
 
 
-def make_page(config: ReportConfig) -> Page:
+def make_page(config: ReportConfig, display: Display) -> Page:
     """The page, inside `page_style`; what may be wrong with the options is found first.
 
     Raises:
@@ -111,11 +110,14 @@ def make_page(config: ReportConfig) -> Page:
     results = results_section({_name(path, paths): path for path in paths})
     tokens, text_name = _tokens(config, tokenizer, architecture.max_positions)
     metrics = [line for line in read_metrics(directory) if step is None or line["step"] <= step]
+    display.begin("loading the model")
     hymba = load_model(config.model, dtype=config.dtype, step=step)
     if config.adapter:
         hymba = merge_peft(resolve_path(config.adapter), hymba)
     model = LanguageModel(hymba, tokenizer)
+    display.begin("measuring the speed")
     speeds = measure_speed(model, tokens.ravel().tolist())
+    display.begin(f"analyzing the model on {text_name}")
     sections = [
         *([training_section(metrics)] if metrics else []),
         *([results] if paths else []),

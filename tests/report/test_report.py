@@ -23,6 +23,7 @@ from hymba_jax.checkpoint.save import save_model
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel
 from hymba_jax.report.costs import Speed, measure_speed
+from hymba_jax.report.page import Section
 from hymba_jax.report.training import read_metrics
 
 LENGTH, SEQUENCES = 48, 2
@@ -273,6 +274,20 @@ def test_errors_are_one_line(directory, options, message):
     with pytest.raises(SystemExit, match=message) as error:
         cli.main(command(directory, *(each.format(directory) for each in options)))
     assert "\n" not in str(error.value)
+
+
+def test_what_takes_a_while_is_announced(directory, monkeypatch, capsys):
+    parts = {"measure_speed": [], "analyses_section": Section("Looking inside")}
+    for name, result in parts.items():
+        monkeypatch.setattr(f"hymba_jax.report.command.{name}", lambda *_, it=result: it)
+    output = str(directory / "announced.html")
+    cli.main(command(directory, "--output", output))
+    assert capsys.readouterr().out.splitlines() == [
+        "loading the model…",
+        "measuring the speed…",
+        "analyzing the model on Python's module argparse…",
+        output,
+    ]
 
 
 def test_it_takes_an_extra(directory, monkeypatch):
