@@ -9,11 +9,13 @@ from inference.models import make_model
 
 from hymba_jax.analysis.attention_mass import attention_mass
 from hymba_jax.analysis.importance import head_importance
+from hymba_jax.analysis.layer_inputs import over_layers
 from hymba_jax.analysis.magnitudes import beta_vectors, output_magnitudes
 from hymba_jax.analysis.maps import attention_maps, ssm_maps
 from hymba_jax.analysis.receptive_field import receptive_field
 from hymba_jax.config import SSMConfig
 from hymba_jax.model import stack_layers
+from hymba_jax.model.block import LayerGroup
 from hymba_jax.model.context import Context
 from hymba_jax.model.rope import make_rope
 from hymba_jax.ops.selective_scan.api import selective_scan
@@ -40,10 +42,20 @@ def layers(model, tokens):
     """Each layer's block, the input of its heads, and the rotation; meta tokens first."""
     positions = jnp.arange(META + LENGTH)[None]
     rope = make_rope(model.config, positions, META + LENGTH)
-    states = model.hidden_states(tokens)[:-1]
+    *states, _ = model.hidden_states(tokens)
     return [
         (block, block.mixer_norm(x), rope) for block, x in zip(model.blocks(), states, strict=True)
     ]
+
+
+def test_layers_are_computed_as_they_are_asked_for(model, tokens, monkeypatch):
+    """The hidden states of all layers never exist at once."""
+    groups, forward = [], LayerGroup.full_forward
+    monkeypatch.setattr(
+        LayerGroup, "full_forward", lambda *args: groups.append(args[0]) or forward(*args)
+    )
+    computed = [len(groups) for _ in over_layers(model, tokens, lambda mixer, inputs: None)]
+    assert computed == [0, 1, 1, 2]  # Ww, of one group, A and S
 
 
 class TestAttentionMass:

@@ -65,7 +65,8 @@ class TestHFImplementation:
     def test_hidden_states_after_each_layer(self, case):
         golden = load(case)
         graph, params = golden.model()
-        states = jax.jit(lambda p, t: nnx.merge(graph, p).hidden_states(t))(params, golden.tokens)
+        forward = jax.jit(lambda p, t: [*nnx.merge(graph, p).hidden_states(t)])
+        states = forward(params, golden.tokens)
         expected = golden.arrays["hidden_states"]
         assert len(states) == len(expected) == golden.config.num_layers + 1
         for actual, wanted in zip(states, expected, strict=True):

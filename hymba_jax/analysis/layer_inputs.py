@@ -39,7 +39,8 @@ def over_layers[T](
 ) -> Iterator[T]:
     """`function(mixer, inputs, *arguments)` of each layer, first layer first.
 
-    Only one layer's values exist at a time. Equal layers share a compiled program.
+    The values of one layer exist at a time, and the hidden states of its group. Equal layers share
+    a compiled program.
 
     Args:
       model: its adapters take part, and its layers may be stacked.
@@ -50,7 +51,8 @@ def over_layers[T](
     positions = jnp.arange(model.config.num_meta_tokens + tokens.shape[1])[None]
     rope = make_rope(model.config, positions, positions.shape[1])
     kv = None
-    for block, x in zip(model.blocks(), model.hidden_states(tokens)[:-1], strict=True):
+    # The last hidden state is no layer's input.
+    for block, x in zip(model.blocks(), model.hidden_states(tokens), strict=False):
         graph, params = nnx.split(block)
         result, kv = _of_layer(function, graph, params, x, rope, kv, *arguments)
         yield result

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -109,22 +109,22 @@ class Hymba(nnx.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length hidden"]:
         """The final norm's output, which the output projection makes logits of; see `__call__`."""
-        return self.final_norm(self._full_forward(tokens, segment_ids, keep_all=False)[-1].tokens)
+        *_, last = self._full_forward(tokens, segment_ids, keep_all=False)
+        return self.final_norm(last.tokens)
 
     def hidden_states(
         self, tokens: Int[Array, "batch length"]
-    ) -> list[Float[Array, "batch positions hidden"]]:
+    ) -> Iterator[Float[Array, "batch positions hidden"]]:
         """The first layer's input and each layer's output, before the final norm.
 
-        Those of the meta tokens come first in each row.
+        Those of the meta tokens come first in each row. Layers are computed as they are asked for,
+        those of a group together.
         """
-        states = self._full_forward(tokens, None, keep_all=True)
-        return [
-            x.tokens
-            if x.meta is None
-            else jnp.concatenate([jnp.repeat(x.meta, len(tokens), 0), x.tokens], axis=1)
-            for x in states
-        ]
+        for x in self._full_forward(tokens, None, keep_all=True):
+            if x.meta is None:
+                yield x.tokens
+            else:
+                yield jnp.concatenate([jnp.repeat(x.meta, len(tokens), 0), x.tokens], axis=1)
 
     def _full_forward(
         self,
@@ -132,7 +132,7 @@ class Hymba(nnx.Module):
         segment_ids: Int[Array, "batch length"] | None,
         *,
         keep_all: bool,
-    ) -> list[WithMeta]:
+    ) -> Iterator[WithMeta]:
         num_meta_tokens, length = self.config.num_meta_tokens, tokens.shape[1]
         total = num_meta_tokens + length
         positions = jnp.arange(length)[None]
@@ -144,18 +144,20 @@ class Hymba(nnx.Module):
                 )
             positions = positions - first_positions(document_starts(segment_ids))
         rope = make_rope(self.config, num_meta_tokens + positions, total)
-        context, x = Context(rope, segment_ids=segment_ids), self.embed(tokens)
+        context = Context(rope, segment_ids=segment_ids)
         meta_context = meta = None
         if num_meta_tokens:
             meta_context = Context(make_rope(self.config, _meta_positions(self.config), total))
             meta = self.embed_meta()
-        contexts, states = WithMeta(meta_context, context), [WithMeta(meta, x)]
+        contexts, x = WithMeta(meta_context, context), WithMeta(meta, self.embed(tokens))
+        yield x
         for group in self.groups:
             if isinstance(group, ScannedLayers):
-                states += group.full_forward(states[-1], contexts, keep_all=keep_all)
+                outputs = group.full_forward(x, contexts, keep_all=keep_all)
             else:
-                states += group.full_forward(states[-1], contexts)
-        return states
+                outputs = group.full_forward(x, contexts)
+            yield from outputs
+            x = outputs[-1]
 
     def meta_state(self) -> MetaState:
         """The state after the meta tokens, which every sequence starts from."""

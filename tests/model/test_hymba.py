@@ -68,7 +68,7 @@ def test_dtypes(tie_embeddings):
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
         jnp.dtype("float32")
     }
-    states = nnx.eval_shape(lambda model: model.hidden_states(TOKENS), model)
+    states = nnx.eval_shape(lambda model: [*model.hidden_states(TOKENS)], model)
     assert {state.dtype for state in states} == {jnp.dtype("bfloat16")}
     assert nnx.eval_shape(lambda model: model(TOKENS), model).dtype == jnp.float32
 
