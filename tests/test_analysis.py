@@ -1,5 +1,7 @@
 """Analyses against their definitions, written as loops over numpy arrays in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,8 @@ from hymba_jax.analysis.layer_inputs import over_layers
 from hymba_jax.analysis.magnitudes import beta_vectors, output_magnitudes
 from hymba_jax.analysis.maps import attention_maps, ssm_maps
 from hymba_jax.analysis.receptive_field import receptive_field
-from hymba_jax.config import SSMConfig
-from hymba_jax.model import stack_layers
+from hymba_jax.config import ComputeConfig, SSMConfig
+from hymba_jax.model import Hymba, stack_layers
 from hymba_jax.model.block import LayerGroup
 from hymba_jax.model.context import Context
 from hymba_jax.model.rope import make_rope
@@ -56,6 +58,17 @@ def test_layers_are_computed_as_they_are_asked_for(model, tokens, monkeypatch):
     )
     computed = [len(groups) for _ in over_layers(model, tokens, lambda mixer, inputs: None)]
     assert computed == [0, 1, 1, 2]  # Ww, of one group, A and S
+
+
+@pytest.mark.parametrize("analysis", [attention_mass, output_magnitudes])
+def test_padded_rows_whose_rotation_depends_on_their_length_are_refused(model, tokens, analysis):
+    attention = dataclasses.replace(
+        model.config.attention, rope_type="dynamic_ntk", rope_original_positions=LENGTH
+    )
+    dynamic = make_model(layers="W-", attention=attention)
+    with pytest.raises(ValueError, match="rotation of 24 positions depends on the length of each"):
+        analysis(dynamic, tokens, jnp.array([LENGTH, 5]))
+    analysis(dynamic, tokens, jnp.array([LENGTH, LENGTH]))
 
 
 class TestAttentionMass:
@@ -124,6 +137,14 @@ class TestMagnitudes:
                 np.testing.assert_allclose(actual.before[i, side], np.abs(y).mean(), rtol=1e-4)
                 np.testing.assert_allclose(actual.after[i, side], after, rtol=1e-4)
         assert np.isnan(actual.before[2:]).all()
+
+    def test_sums_in_bfloat16_models_are_float32(self, model, tokens):
+        """That of two rows is the mean of those of each, which differ in what is padding alone."""
+        config = dataclasses.replace(model.config, layers="W-")
+        model = Hymba(config, ComputeConfig(dtype="bfloat16", scan_layers=False), nnx.Rngs(0))
+        lengths = jnp.array([[LENGTH, LENGTH], [LENGTH, 0], [0, LENGTH]])
+        both, *each = (np.stack(output_magnitudes(model, tokens, rows)) for rows in lengths)
+        np.testing.assert_allclose(both, np.mean(each, axis=0), rtol=1e-6)
 
     def test_beta_vectors(self, model):
         betas = beta_vectors(stack_layers(model))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hymba_jax.analysis.layer_inputs import LayerInputs, attention_heads, over_layers
+from hymba_jax.analysis.layer_inputs import LayerInputs, attention_heads, over_layers, valid_lengths
 from hymba_jax.model import Hymba
 from hymba_jax.ops.attention.reference import attention_mask, attention_weights
 from hymba_jax.types import Array, Float, Int
@@ -40,9 +40,11 @@ def attention_mass(
 
     Args:
       lengths: valid tokens of each row; the rest is padding, and no query.
+
+    Raises:
+      ValueError: rows are padded, and the rotation depends on their lengths.
     """
-    if lengths is None:
-        lengths = jnp.full(len(tokens), tokens.shape[1])
+    lengths = valid_lengths(model, tokens, lengths)
     heads = model.config.attention.num_heads
     nothing = np.full((heads, len(KINDS) + 1), np.nan)
     sums = [

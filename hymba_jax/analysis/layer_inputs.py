@@ -58,6 +58,25 @@ def over_layers[T](
         yield result
 
 
+def valid_lengths(
+    model: Hymba, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"] | None
+) -> Int[Array, " batch"]:
+    """Valid tokens of each row: `lengths`, or all of them if it is None.
+
+    Raises:
+      ValueError: rows are padded, and the rotation depends on their lengths.
+    """
+    if lengths is None:
+        return jnp.full(len(tokens), tokens.shape[1])
+    total = model.config.num_meta_tokens + tokens.shape[1]
+    if total > model.config.max_fixed_positions and (lengths < tokens.shape[1]).any():
+        raise ValueError(
+            f"lengths: with dynamic_ntk the rotation of {total} positions depends on the length of "
+            "each row: give rows without padding"
+        )
+    return lengths
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _of_layer(
     function: Callable[..., Any],

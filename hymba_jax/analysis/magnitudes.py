@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hymba_jax.analysis.layer_inputs import LayerInputs, over_layers
+from hymba_jax.analysis.layer_inputs import LayerInputs, over_layers, valid_lengths
 from hymba_jax.model import Hymba, unstack_layers
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KeyValue, KVCache
@@ -37,9 +37,11 @@ def output_magnitudes(
 
     Args:
       lengths: valid tokens of each row; the rest is padding.
+
+    Raises:
+      ValueError: rows are padded, and the rotation depends on their lengths.
     """
-    if lengths is None:
-        lengths = jnp.full(len(tokens), tokens.shape[1])
+    lengths = valid_lengths(model, tokens, lengths)
     count = float(np.asarray(lengths).sum())
     means = np.stack(
         [
@@ -76,9 +78,8 @@ def _sums(
     outputs = attended.reshape(*query.shape[:2], -1), ssm[:, first:]
     normed = mixer.attention_norm(outputs[0]), mixer.ssm_norm(outputs[1])
     valid = jnp.arange(query.shape[1])[None] < jnp.expand_dims(lengths, 1)
-    return jnp.stack(
-        [
-            jnp.stack([jnp.where(valid, jnp.abs(y).mean(-1), 0.0).sum() for y in pair])
-            for pair in (outputs, normed)
-        ]
-    ).astype(jnp.float32)
+
+    def total(y: Float[Array, "batch length channels"]) -> Float[Array, ""]:
+        return jnp.where(valid, jnp.abs(y.astype(jnp.float32)).mean(-1), 0.0).sum()
+
+    return jnp.stack([jnp.stack([total(y) for y in pair]) for pair in (outputs, normed)])
