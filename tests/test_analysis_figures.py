@@ -7,6 +7,7 @@ import pytest
 from hymba_jax.analysis.attention_mass import AttentionMass
 from hymba_jax.analysis.figures import (
     draw_attention_mass,
+    draw_betas,
     draw_cache,
     draw_importance,
     draw_maps,
@@ -46,6 +47,21 @@ def test_importance_is_the_change():
     np.testing.assert_array_equal(heights, (without - 2.0).T)
     labels = axis.get_legend_handles_labels()[1]
     assert labels == ["without attention heads", "without SSM heads"]
+
+
+@pytest.mark.parametrize("hybrid", [[], [1], [0, 2]])
+def test_betas_are_those_of_hybrid_layers(hybrid):
+    """Their medians; in other layers, which may be all, nothing is drawn."""
+    values = np.random.default_rng(0).normal(size=(3, 2, 16))
+    figure = Figure()
+    axis = figure.subplots()
+    draw_betas(axis, [beta if layer in hybrid else None for layer, beta in enumerate(values)])
+    for side, bars in enumerate(axis.containers):
+        x, y = bars.lines[0].get_data()
+        drawn = np.isfinite(y)
+        assert np.round(x[drawn]).tolist() == hybrid
+        np.testing.assert_allclose(y[drawn], np.median(np.abs(values[hybrid, side]), axis=-1))
+    figure.canvas.draw()
 
 
 def test_maps_have_rows_of_one_sum():

@@ -119,12 +119,16 @@ def draw_magnitudes(axes: Sequence["Axes"], magnitudes: Magnitudes) -> None:
 
 
 def draw_betas(axis: "Axes", betas: Sequence[Float[np.ndarray, "sides channels"] | None]) -> None:
-    """The beta vectors of each layer: their median, and the range of 80% of the channels."""
+    """The beta vectors of each layer: their median, and the range of 80% of the channels; nothing
+    of layers that do not have both kinds of heads."""
     for i, side in enumerate(SIDES):
-        layers = [layer for layer, beta in enumerate(betas) if beta is not None]
-        vectors = [np.abs(beta[i]) for beta in betas if beta is not None]
-        low, middle, high = np.percentile(np.stack(vectors), (10, 50, 90), axis=1)
-        x = np.array(layers) + (i - 0.5) * 0.24
+        low, middle, high = np.transpose(
+            [
+                np.full(3, np.nan) if beta is None else np.percentile(np.abs(beta[i]), (10, 50, 90))
+                for beta in betas
+            ]
+        )
+        x = np.arange(len(betas)) + (i - 0.5) * 0.24
         error = np.stack([middle - low, high - middle])
         axis.errorbar(x, middle, error, fmt="o", color=COLORS[side], label=LABELS[side], capsize=3)
     axis.set_ylim(0)
