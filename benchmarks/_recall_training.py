@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from hymba_jax.checkpoint.train_state import TrainState, abstract_train_state, init_state
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig, SSMConfig
-from hymba_jax.config.data import DataConfig
+from hymba_jax.config.data import DataConfig, RecallName
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.convert.inspect import count_by_part
 from hymba_jax.data import (
@@ -36,7 +36,7 @@ from hymba_jax.data import (
     validation_batches,
 )
 from hymba_jax.data.batch import abstract_batch
-from hymba_jax.data.recall import RecallName, RecallTask, mixed_batch
+from hymba_jax.data.recall import RecallTask, mixed_batch
 from hymba_jax.display import Display
 from hymba_jax.host import prepare_host
 from hymba_jax.inference.warmup import use_compilation_cache

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from hymba_jax.config.field_types import Bounds, bound_problems, shown, type_problems
 from hymba_jax.errors import HymbaError
@@ -13,6 +13,9 @@ type Format = Literal["text", "chat", "preference"]
 type LossOn = Literal["all", "last"]
 type TooLong = Literal["truncate", "drop"]
 type TokenDtype = Literal["", "uint16", "uint32"]
+
+RecallName = Literal["mqar", "selective_copying", "induction"]
+"""The tasks of recall that are generated (`data/recall.py`)."""
 
 MIN_VOCAB_SIZE = 259
 """Every byte, and the three special tokens."""
@@ -42,8 +45,10 @@ class SourceConfig:
     Attributes:
       path: a file, a directory or a glob of text, JSON or Parquet files, compressed or not, local
         or a URL such as gs://bucket/directory; what `hymba tokenize` wrote, local, gs:// or s3://,
-        of which every host makes a copy in $XDG_CACHE_HOME/hymba_jax; or local tokens in Megatron's
-        format (`NAME.bin` with `NAME.idx`), in a flat `.bin` or in a `.npy`.
+        of which every host makes a copy in $XDG_CACHE_HOME/hymba_jax; local tokens in Megatron's
+        format (`NAME.bin` with `NAME.idx`), in a flat `.bin` or in a `.npy`; or a generated task,
+        TASK:PAIRS:LENGTH or TASK:PAIRS:LENGTH:VOCAB_SIZE, such as mqar:8:64, whatever file has that
+        name: TASK is mqar, selective_copying or induction, and the VOCAB_SIZE 64 if there is none.
       text_field: of text, as `data.text_field`, which it is if this is empty.
       token_dtype: of a flat `.bin`.
       format: of text, as `data.format`, which it is if this is empty.
@@ -76,7 +81,8 @@ class DataConfig:
     format: Format = "text"
     """Whether records are text; conversations (`chat`): `messages`, `conversations`, or `prompt`
     and `completion`, with the loss on answers alone; or pairs of them (`preference`): `prompt`,
-    `chosen` and `rejected`, for objective `dpo`. The last two need `documents` for packing."""
+    `chosen` and `rejected`, for objective `dpo`. The last two, and generated tasks, need
+    `documents` for packing."""
 
     loss_on: LossOn = "all"
     """Whether the loss of a conversation is on all of its answers, or on the last one. Those before
@@ -119,7 +125,8 @@ class DataConfig:
     validation: Mapping[str, SourceConfig] = field(default_factory=dict)
     """Sources of validation by name: tables `[data.validation.NAME]` in place of
     `validation_fraction`. Of text, documents that are also there are not trained on; what is
-    tokenized already is taken whole, and not searched (see `hymba tokenize --data.exclude`)."""
+    tokenized already is taken whole, and not searched (see `hymba tokenize --data.exclude`). A
+    generated task is sampled from another seed here than in training."""
 
     def __post_init__(self) -> None:
         problems = [*type_problems(self)] or [*self._value_problems()]
@@ -141,19 +148,27 @@ class DataConfig:
         yield from self._source_problems()
 
     def _source_problems(self) -> Iterator[str]:
+        every = [*self.train_sources.values(), *self.validation.values()]
         for table in ("sources", "validation"):
             for name, source in getattr(self, table).items():
                 if not source.path:
                     yield f"{table}.{name}.path is empty"
-                if source.text_field and self.has_answers(source):
+                if is_generated(source.path):
+                    yield from (
+                        f"{table}.{name}.{option} has no effect on {source.path}, which is "
+                        "generated: leave it out"
+                        for option in ("text_field", "token_dtype", "format")
+                        if getattr(source, option)
+                    )
+                elif source.text_field and self.has_answers(source):
                     yield (
                         f"{table}.{name}.text_field has no effect on format "
                         f"{self.format_of(source)}: leave it out"
                     )
-        if self.text_field != DataConfig.text_field and all(
-            map(self.has_answers, [*self.train_sources.values(), *self.validation.values()])
-        ):
+        if self.text_field != DataConfig.text_field and all(map(self.has_answers, every)):
             yield "text_field has no effect, as no source is text: leave it out"
+        if self.format != "text" and all(is_generated(source.path) for source in every):
+            yield "format has no effect, as all sources are generated: leave it out"
         for name, source in self.sources.items():
             weights = bound_problems(source, {"weight": _WEIGHT})
             yield from (f"sources.{name}.{problem}" for problem in weights)
@@ -168,23 +183,30 @@ class DataConfig:
             )
 
     def packing_problems(self) -> Iterator[str]:
-        """What is wrong with how conversations are packed, as far as sources are said to be such.
+        """What is wrong with how conversations and generated tasks are packed, as far as sources
+        are said to be such.
 
         Not with the config itself: each stage may have a packing of its own.
         """
         train = [source for source in self.train_sources.values() if source.weight]
-        held_out = [*self.validation.values()] or train
+        held_out = [*self.validation.values()] or [
+            source for source in train if not is_generated(source.path)
+        ]
         for name, sources in (("packing", train), ("validation_packing", held_out)):
             if getattr(self, name) != "documents" and any(map(self.has_answers, sources)):
-                yield f'conversations are isolated documents: set data.{name} to "documents"'
+                yield (
+                    "conversations and generated tasks are isolated documents: "
+                    f'set data.{name} to "documents"'
+                )
 
     def format_of(self, source: SourceConfig) -> Format:
         """What the records of a source are said to be."""
         return source.format or self.format
 
     def has_answers(self, source: SourceConfig) -> bool:
-        """Whether a source is said to be of conversations, or of pairs of them."""
-        return self.format_of(source) != "text"
+        """Whether the loss is on answers alone: a source is said to be of conversations, or of
+        pairs of them, or it is generated."""
+        return is_generated(source.path) or self.format_of(source) != "text"
 
     @property
     def train_sources(self) -> Mapping[str, WeightedSourceConfig]:
@@ -198,3 +220,8 @@ class DataConfig:
         if kind != "bpe" or not size.isdecimal() or len(size) > len(str(MAX_VOCAB_SIZE)):
             return None
         return int(size) if MIN_VOCAB_SIZE <= int(size) <= MAX_VOCAB_SIZE else None
+
+
+def is_generated(path: str) -> bool:
+    """Whether the path of a source is a task of recall, rather than a place."""
+    return path.startswith(tuple(f"{name}:" for name in get_args(RecallName)))

@@ -3,9 +3,9 @@
 | file                   | subject                                                               |
 |------------------------|-----------------------------------------------------------------------|
 | `local_tokens.py`      | tokens in a bucket, copied to the disk                                |
-| `places.py`            | where the sources of a run are, and whether they are text or tokens   |
+| `places.py`            | where the sources of a run are: text, tokens, or generated            |
 | `tokenize_sources.py`  | those that are text, tokenized once into the run directory            |
-| `sources.py`           | all of them, opened as tokens                                         |
+| `sources.py`           | all of them, opened                                                   |
 | `corpus.py`            | text with its split, such as the standard library's sources           |
 | `listing.py`           | the files of a corpus: local or behind a URL                          |
 | `formats.py`           | from the bytes of a file to documents                                 |
@@ -42,6 +42,7 @@
 | `batch.py`             | rows of tokens, as training steps take them                           |
 | `pipeline.py`          | training and validation batches through Grain                         |
 | `recall.py`            | tasks of recall, generated on the fly                                 |
+| `recall_rows.py`       | one of these as a source                                              |
 """
 
 from hymba_jax.config.data import DataConfig

@@ -16,9 +16,10 @@ from hymba_jax.data.conversation_rows import ConversationRows
 from hymba_jax.data.document_rows import DocumentRows
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.permutation import shuffled_row
+from hymba_jax.data.recall_rows import RecallRows
 from hymba_jax.data.windows import Windows
 
-type Rows = Windows | DocumentRows | ConversationRows
+type Rows = Windows | DocumentRows | ConversationRows | RecallRows
 """The rows of a source, by index, each with the same fields."""
 
 

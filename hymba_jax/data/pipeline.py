@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeGuard
 
 import grain
 import jax
@@ -21,7 +22,8 @@ from hymba_jax.data.document_rows import DocumentRows
 from hymba_jax.data.examples import Examples, Read, Rows
 from hymba_jax.data.mixture import Mixture
 from hymba_jax.data.preference_rows import PreferenceRows
-from hymba_jax.data.sources import Tokens, open_sources
+from hymba_jax.data.recall_rows import RecallRows, RecallSource
+from hymba_jax.data.sources import Source, Tokens, open_sources
 from hymba_jax.data.token_store import TokenStore
 from hymba_jax.data.windows import Windows
 from hymba_jax.errors import HymbaError
@@ -34,7 +36,8 @@ class ValidationSet:
 
     Attributes:
       rows: all of it; every token that is predicted is a target once.
-      text_bytes: UTF-8 bytes of the text; None of conversations, whose answers alone are predicted.
+      text_bytes: UTF-8 bytes of the text; None of conversations and of generated tasks, whose
+        answers alone are predicted.
     """
 
     rows: Rows
@@ -64,21 +67,25 @@ class Data:
 
     Attributes:
       tokenizer: what made the tokens.
-      train, validation: the tokens, by source.
+      train, validation: the tokens or the task, by source.
       notes: what a user should know of it, a line each.
     """
 
     tokenizer: Tokenizer
-    train: Mapping[str, Tokens]
-    validation: Mapping[str, Tokens]
+    train: Mapping[str, Source]
+    validation: Mapping[str, Source]
     notes: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sources of training."""
-        return sum(tokens.store.num_tokens for tokens in self.train.values())
+        """Tokens of all sources of training that are not generated."""
+        return sum(
+            tokens.store.num_tokens
+            for tokens in self.train.values()
+            if not isinstance(tokens, RecallSource)
+        )
 
-    def validated(self, names: Collection[str] = (), *, preferences: bool) -> dict[str, Tokens]:
+    def validated(self, names: Collection[str] = (), *, preferences: bool) -> dict[str, Source]:
         """The sources of validation, or those with these names, that are pairs, or that are not."""
         return {
             name: tokens
@@ -105,7 +112,7 @@ class Data:
           seed: of the order; not negative.
 
         Raises:
-          HymbaError: a source is shorter than one sequence.
+          HymbaError: a source is shorter than one sequence, or its documents cannot be packed.
         """
         examples: list[Examples] = []
         order, taken, before = 0, dict[str, int](), None
@@ -123,9 +130,10 @@ class Data:
 
     def _train_rows(self, name: str, config: DataConfig) -> Rows:
         tokens, length = self.train[name], config.sequence_length
-        store, path = tokens.store, config.train_sources[name].path or "standard library"
-        if store.has_mask:
-            return _conversation_rows(path, tokens, "packing", config)
+        path = config.train_sources[name].path or "standard library"
+        if not _is_text(tokens):
+            return _isolated_rows(path, tokens, "packing", config)
+        store = tokens.store
         rows = make_rows(store, config.packing, length)
         if not len(rows):
             raise HymbaError(
@@ -149,12 +157,12 @@ class Data:
         """
         sets = {}
         for name, tokens in self.validated(names, preferences=preferences).items():
-            store, packing = tokens.store, config.validation_packing
+            packing, length = config.validation_packing, config.sequence_length
             source = f"validation source {name}"
             rows = (
-                _conversation_rows(source, tokens, "validation_packing", config)
-                if store.has_mask
-                else make_rows(store, packing, config.sequence_length, keep_last=True)
+                make_rows(tokens.store, packing, length, keep_last=True)
+                if _is_text(tokens)
+                else _isolated_rows(source, tokens, "validation_packing", config)
             )
             sets[name] = ValidationSet(rows, self._validation_bytes[name])
             if not sets[name].loss_weight:
@@ -176,9 +184,9 @@ class Data:
 
     @cached_property
     def _validation_bytes(self) -> dict[str, int | None]:
-        """UTF-8 bytes of the text of each source of validation; None of conversations."""
+        """UTF-8 bytes of each source of validation, None where answers alone are predicted."""
         return {
-            name: None if tokens.store.has_mask else _text_bytes(tokens, self.tokenizer)
+            name: _text_bytes(tokens, self.tokenizer) if _is_text(tokens) else None
             for name, tokens in self.validation.items()
         }
 
@@ -204,14 +212,14 @@ def open_data(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> D
     return Data(sources.tokenizer, sources.train, sources.validation, notes)
 
 
-def _check_chat_options(config: DataConfig, sources: Sequence[Tokens]) -> None:
-    """Raises HymbaError if options of conversations are set, and all sources are text."""
-    if any(tokens.store.has_mask for tokens in sources):
+def _check_chat_options(config: DataConfig, sources: Sequence[Source]) -> None:
+    """Raises HymbaError if options of conversations are set, and no source has any."""
+    if any(isinstance(each, Tokens) and each.store.has_mask for each in sources):
         return
     for name in ("loss_on", "too_long"):
         if getattr(config, name) != getattr(DataConfig, name):
             raise HymbaError(
-                f"data.{name} is of conversations, and all sources are text: leave it out, or set "
+                f"data.{name} is of conversations, and no source has any: leave it out, or set "
                 "data.format to chat"
             )
 
@@ -230,19 +238,26 @@ def make_rows(
     return Windows(tokens, length, keep_last=keep_last)
 
 
-def _conversation_rows(
-    source: str, tokens: Tokens, packing: str, config: DataConfig
-) -> ConversationRows:
-    """The rows of a source of conversations, or of pairs of them.
+def _is_text(tokens: Source) -> TypeGuard[Tokens]:
+    """Whether the loss is on all tokens, rather than on answers alone."""
+    return isinstance(tokens, Tokens) and not tokens.store.has_mask
+
+
+def _isolated_rows(
+    source: str, tokens: Source, packing: str, config: DataConfig
+) -> ConversationRows | RecallRows:
+    """The rows of a source of conversations, of pairs of them, or of a generated task.
 
     Args:
       source, packing: what messages call the source, and the name of the field for its packing.
     """
     if getattr(config, packing) != "documents":
         raise HymbaError(
-            f"{source}: has conversations, which are isolated documents: set {packing} to "
-            '"documents"'
+            f"{source}: conversations and generated tasks are isolated documents: set {packing} "
+            'to "documents"'
         )
+    if isinstance(tokens, RecallSource):
+        return tokens.rows(config.sequence_length)
     kind = PreferenceRows if tokens.is_preference else ConversationRows
     rows = kind(tokens.store, config.sequence_length, config.too_long)
     if not len(rows):

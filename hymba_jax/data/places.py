@@ -1,4 +1,4 @@
-"""Where the sources of a run are, and whether they are text or tokens."""
+"""Where the sources of a run are, and whether they are text, tokens or generated."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from hymba_jax.config.data import DataConfig, SourceConfig
+from hymba_jax.config.data import DataConfig, SourceConfig, is_generated
 from hymba_jax.data.listing import is_url
 from hymba_jax.data.manifest import MANIFEST
+from hymba_jax.data.recall import RecallTask
 from hymba_jax.data.token_files import find_token_files
 from hymba_jax.data.token_store import is_flat
 from hymba_jax.data.tokenized import is_tokenized, read_manifest
@@ -43,7 +44,17 @@ class Place:
 
     @property
     def is_text(self) -> bool:
-        return not (self._is_tokenized or self.token_files)
+        return not (self.task or self._is_tokenized or self.token_files)
+
+    @cached_property
+    def task(self) -> RecallTask | None:
+        """The task, if it is generated. Raises HymbaError if there is no such task."""
+        if not is_generated(self.path):
+            return None
+        try:
+            return RecallTask.parse(self.path)
+        except HymbaError as error:
+            raise HymbaError(f"{self.label}: {error}") from error
 
     @property
     def is_held_out(self) -> bool:
@@ -52,7 +63,7 @@ class Place:
 
     @property
     def tokenized(self) -> Path | None:
-        """The tokenized corpus; None if it is files of tokens."""
+        """The tokenized corpus; None if it is files of tokens, or generated."""
         if self._is_tokenized:
             return resolve_path(self.path)
         return resolve_path(self.directory) if self.is_text else None
@@ -65,11 +76,12 @@ class Place:
 
     @cached_property
     def token_files(self) -> list[Path]:
-        return find_token_files(self.path)
+        return [] if self.task else find_token_files(self.path)
 
     @cached_property
     def _is_tokenized(self) -> bool:
-        return bool(self.path) and not is_url(self.path) and is_tokenized(resolve_path(self.path))
+        is_local = bool(self.path) and not (self.task or is_url(self.path))
+        return is_local and is_tokenized(resolve_path(self.path))
 
 
 def read_places(config: DataConfig, output: str) -> Iterator[tuple[bool, str, Place]]:

@@ -12,18 +12,21 @@
 All other places of the first two hold token 0. Only answers are targets.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import cast, get_args
 
 import numpy as np
 
+from hymba_jax.config.data import RecallName
 from hymba_jax.data.batch import IGNORED_TARGET, Batch, stack_rows
 from hymba_jax.errors import HymbaError
 
-RecallName = Literal["mqar", "selective_copying", "induction"]
-
 FILLER, MARK, FIRST_SYMBOL = 0, 1, 2
+
+_NAMES = "|".join(get_args(RecallName))
+_SPEC = re.compile(rf"({_NAMES}):(\d{{1,7}}):(\d{{1,7}})(?::(\d{{1,7}}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class RecallTask:
         values.
 
     Raises:
-      HymbaError: the row, or the vocabulary, is too small for the pairs.
+      HymbaError: the row, or the vocabulary, is too small for the pairs, or induction has several.
     """
 
     name: RecallName
@@ -47,6 +50,8 @@ class RecallTask:
     vocab_size: int = 64
 
     def __post_init__(self) -> None:
+        if self.name == "induction" and self.pairs != 1:
+            raise HymbaError(f"induction: has one pair, not {self.pairs}: set 1")
         places = {"mqar": 3 * self.pairs, "selective_copying": 2 * self.pairs, "induction": 3}
         needed = places[self.name]
         if self.pairs < 1 or self.length < needed:
@@ -58,6 +63,22 @@ class RecallTask:
                 f"{self.name}: {self.pairs} pairs take as many keys, a vocab_size of "
                 f"{self.vocab_size} has {max(self.num_keys, 0)}"
             )
+
+    @classmethod
+    def parse(cls, spec: str) -> "RecallTask":
+        """The task that TASK:PAIRS:LENGTH or TASK:PAIRS:LENGTH:VOCAB_SIZE names.
+
+        Raises:
+          HymbaError: it names none, or an impossible one.
+        """
+        match = _SPEC.fullmatch(spec)
+        if match is None:
+            raise HymbaError(
+                f"{spec}: a generated task is TASK:PAIRS:LENGTH or TASK:PAIRS:LENGTH:VOCAB_SIZE, "
+                "such as mqar:8:64"
+            )
+        name, pairs, length, vocab_size = match.groups(default=str(cls.vocab_size))
+        return cls(cast(RecallName, name), int(length), int(pairs), int(vocab_size))
 
     @property
     def num_keys(self) -> int:
@@ -75,8 +96,8 @@ class RecallTask:
         _FILL[self.name](self, np.random.default_rng((seed, index)), inputs, targets)
         return Batch(inputs, targets)
 
-    def packed_row(self, seed: int, index: int, length: int) -> Batch:
-        """As many rows as fill `length`, each a document of its own; other indices have others.
+    def rows_in(self, length: int) -> int:
+        """How many rows fill `length`.
 
         Raises:
           HymbaError: `length` is not a multiple of the task's.
@@ -84,8 +105,18 @@ class RecallTask:
         count, rest = divmod(length, self.length)
         if rest or not count:
             raise HymbaError(
-                f"{self.name}: rows of {self.length} tokens do not fill {length}: choose a multiple"
+                f"{self.name}: rows of {self.length} tokens do not fill a sequence of {length}: "
+                "let sequence_length be a multiple"
             )
+        return count
+
+    def packed_row(self, seed: int, index: int, length: int) -> Batch:
+        """As many rows as fill `length`, each a document of its own; other indices have others.
+
+        Raises:
+          HymbaError: as of `rows_in`.
+        """
+        count = self.rows_in(length)
         rows = [self.row(seed, index * count + i) for i in range(count)]
         inputs, targets = (
             np.concatenate(each) for each in zip(*(row[:2] for row in rows), strict=True)

@@ -1,4 +1,4 @@
-"""The sources of a run, opened as tokens by every process; text is tokenized by then."""
+"""The sources of a run, opened by every process: tokens, as text is tokenized by then, or tasks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hymba_jax.config.data import DataConfig
 from hymba_jax.data.manifest import SIDES, TRAIN, VALIDATION
 from hymba_jax.data.places import Place, check_places, read_places
+from hymba_jax.data.recall_rows import RecallSource
 from hymba_jax.data.token_files import digest_of
 from hymba_jax.data.token_store import TokenStore, open_tokens
 from hymba_jax.data.tokenized import TokenizedCorpus
@@ -31,6 +32,10 @@ class Tokens:
     is_preference: bool = False
 
 
+type Source = Tokens | RecallSource
+"""A source once it is opened."""
+
+
 @dataclass(frozen=True)
 class Sources:
     """All sources of a run, opened, by name.
@@ -41,8 +46,8 @@ class Sources:
     """
 
     tokenizer: Tokenizer
-    train: dict[str, Tokens]
-    validation: dict[str, Tokens]
+    train: dict[str, Source]
+    validation: dict[str, Source]
     notes: tuple[str, ...]
 
 
@@ -50,7 +55,8 @@ def given_tokenizer(config: DataConfig, places: list[Place]) -> Tokenizer | None
     """The tokenizer that has not to be trained: of tokens, or by its name; None if there is none.
 
     Raises:
-      HymbaError: it would be trained, but there are tokens that do not say what made them.
+      HymbaError: it would be trained, but there are tokens that do not say what made them, or no
+        source of training is text.
     """
     own = {
         place.path: Tokenizer.load(directory)
@@ -63,10 +69,16 @@ def given_tokenizer(config: DataConfig, places: list[Place]) -> Tokenizer | None
     if config.bpe_size is None:
         given = build_tokenizer(config.tokenizer, ())
         return given.with_chat_template_of(config.chat_template)
-    if foreign := next((place for place in places if not place.is_text), None):
+    if foreign := next((place for place in places if not (place.is_text or place.task)), None):
         raise HymbaError(
             f"{foreign.path}: does not say what made its tokens: set data.tokenizer to the path of "
             "that tokenizer"
+        )
+    train = (place for place in places if place.is_text and not place.is_held_out)
+    if all(config.has_answers(place.source) for place in train):
+        raise HymbaError(
+            f"data.tokenizer {config.tokenizer} is trained on text, and no source of training is "
+            "text: name a tokenizer, or start from a model with init_from"
         )
     return None
 
@@ -110,12 +122,15 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
     if tokenizer is None:
         own = [corpus.tokenizer for corpus in tokenized.values()]
         tokenizer = _first_for_chat(own).with_chat_template_of(config.chat_template)
-    train: dict[str, Tokens] = {}
-    validation: dict[str, Tokens] = {}
+    train: dict[str, Source] = {}
+    validation: dict[str, Source] = {}
     notes = []
     for is_training, name, place in places:
         if place.tokenized is None:
-            (train if is_training else validation)[name] = _open_files(place, tokenizer, config)
+            source = _open_other(place, tokenizer, config)
+            (train if is_training else validation)[name] = source
+            if isinstance(source, RecallSource):
+                notes.append(f"{place.label}: is generated: {source.num_rows:,} sequences")
             continue
         corpus = tokenized[place.directory]
         _check_tokenizer(place, corpus, tokenizer)
@@ -154,7 +169,7 @@ def open_sources(config: DataConfig, tokenizer: Tokenizer | None, output: str) -
 def check_tokens(place: Place, tokenizer: Tokenizer, config: DataConfig) -> None:
     """Raises HymbaError if a source that is tokens cannot be used: before text is tokenized."""
     if place.tokenized is None:
-        _open_files(place, tokenizer, config)
+        _open_other(place, tokenizer, config)
         return
     corpus = TokenizedCorpus.open(place.tokenized)
     _check_tokenizer(place, corpus, tokenizer)
@@ -173,8 +188,9 @@ def _shared_documents(
         corpus = tokenized.get(place.directory)
         return corpus is not None and "excluded documents" in corpus.manifest.options
 
-    train = [place for is_training, _, place in places if is_training]
-    held_out = [place for is_training, _, place in places if not is_training]
+    documents = [(is_training, place) for is_training, _, place in places if not place.task]
+    train = [place for is_training, place in documents if is_training]
+    held_out = [place for is_training, place in documents if not is_training]
     if all(place.is_text for place in held_out):
         unsure = [place.label for place in train if not (place.is_text or excludes(place))]
     else:
@@ -211,7 +227,16 @@ def _without_effect(config: DataConfig, places: Sequence[Place]) -> Iterator[str
             yield f"data.{name}: has no effect on these sources"
 
 
-def _open_files(place: Place, tokenizer: Tokenizer, config: DataConfig) -> Tokens:
+def _open_other(place: Place, tokenizer: Tokenizer, config: DataConfig) -> Source:
+    """Opens what is no tokenized corpus: a task, or files of tokens."""
+    if place.task:
+        if place.task.vocab_size > tokenizer.vocab_size:
+            raise HymbaError(
+                f"{place.label}: {place.path} has a vocabulary of {place.task.vocab_size} tokens, "
+                f"the tokenizer has {tokenizer.vocab_size}: choose a smaller vocabulary, or "
+                "another data.tokenizer"
+            )
+        return RecallSource(place.task, place.is_held_out)
     if config.has_answers(place.source):
         raise HymbaError(f"{place.path}: {_other_format(place, 'text', config)}")
     files = place.token_files

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hymba_jax.config.data import DataConfig, Format, LossOn, OnBadRecord
+from hymba_jax.config.data import DataConfig, Format, LossOn, OnBadRecord, is_generated
 from hymba_jax.config.field_types import Bounds, bound_problems, type_problems
 from hymba_jax.data import tokenize_records
 from hymba_jax.data.content import make_content
@@ -110,6 +110,8 @@ class TokenizeConfig:
             yield "output is empty"
         if not self.check and not self.data.path:
             yield "data.path is missing: give a file, a directory or a glob"
+        if is_generated(self.data.path):
+            yield f"data.path {self.data.path} is generated: name it as a source of a run"
         if not self.check and not self.tokenizer:
             yield "tokenizer is missing: give bytes, bpe:SIZE or the path of a tokenizer.json"
         if self.data.format != "text" and self.bpe_size is not None:

@@ -101,13 +101,7 @@ def tokenize_sources(
 
     tokenizer = tokenizer or given_tokenizer(config, places)
     if tokenizer is None:
-        documents = corpora(None)
-        if not documents:
-            raise HymbaError(
-                f"data.tokenizer {config.tokenizer} is trained on text, and all sources are "
-                "conversations: name a tokenizer, or start from a model with init_from"
-            )
-        training = chain.from_iterable(corpus.training_texts() for corpus in documents)
+        training = chain.from_iterable(corpus.training_texts() for corpus in corpora(None))
         trained = build_tokenizer(config.tokenizer, with_progress(training, display))
         tokenizer = trained.with_chat_template_of(config.chat_template)
     check(tokenizer)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from hymba_jax.command_line import parse_command_line
-from hymba_jax.config.data import DataConfig, SourceConfig
+from hymba_jax.config.data import DataConfig, SourceConfig, is_generated
 from hymba_jax.config.distributed import DistributedConfig
 from hymba_jax.config.model import HymbaConfig, find_preset
 from hymba_jax.config.run import RunConfig
@@ -84,7 +84,8 @@ def _with_resolved_paths(config: RunConfig) -> RunConfig:
         return str(resolve_location(path)) if path else path
 
     def resolved_source(path: str) -> str:  # which may be any URL that fsspec knows
-        return str(resolve_path(path)) if path and not is_url(path) else path
+        is_local = path and not (is_url(path) or is_generated(path))
+        return str(resolve_path(path)) if is_local else path
 
     def resolved_sources[T: SourceConfig](sources: Mapping[str, T]) -> dict[str, T]:
         return {

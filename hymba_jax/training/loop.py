@@ -515,11 +515,12 @@ def _announce(
     """
     devices, stages = jax.devices(), config.resolved_stages
     tokens = sum(stage.tokens for stage in stages)
+    text = f", of {data.num_tokens:,} tokens of text" if data.num_tokens else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     display.say(
         f"{config.output}: {abstract.num_params:,} parameters in {config.model.num_layers} layers, "
         f"{len(devices)} x {devices[0].device_kind}{processes}; {stages[-1].stop:,} steps, "
-        f"{tokens:,} tokens, of {data.num_tokens:,} tokens of text"
+        f"{tokens:,} tokens{text}"
     )
     for line in describe_trainable(abstract.trainable, abstract.state.params):
         display.say(line)

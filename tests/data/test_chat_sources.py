@@ -128,9 +128,9 @@ def test_beside_text(chats, text, template, output):
     held.write_text('{"text": "held out"}')
     options = {"loss_on": "last", "format": "text", "validation": {"held": SourceConfig(str(held))}}
     alone = config(text, **options)
-    with pytest.raises(HymbaError, match=r"data\.loss_on is of conversations, and all sources are"):
+    with pytest.raises(HymbaError, match=r"data\.loss_on is of conversations, and no source has"):
         prepare(alone, f"{output}1")
-    with pytest.raises(HymbaError, match="bpe:270 is trained on text, and all sources are conv"):
+    with pytest.raises(HymbaError, match="bpe:270 is trained on text, and no source of training"):
         prepare(config(chats, tokenizer="bpe:270"), f"{output}2")
 
 
@@ -197,7 +197,7 @@ def test_a_run_without_a_template_is_refused_before_anything_is_tokenized(chats,
 def test_a_config_that_packs_conversations_as_a_stream_is_refused(tmp_path):
     with pytest.raises(HymbaError, match="format is chat, but there is no path"):
         DataConfig(format="chat")
-    problem = "conversations are isolated documents: set data.{} to"
+    problem = "conversations and generated tasks are isolated documents: set data.{} to"
     for name in ("packing", "validation_packing"):
         with pytest.raises(HymbaError, match=problem.format(name)):
             RunConfig(data=config("a", **{name: "concat"}))

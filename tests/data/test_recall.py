@@ -78,7 +78,7 @@ def test_sizes_take_turns_in_packed_rows():
 
 
 def test_rows_that_do_not_fill_a_packed_one():
-    with pytest.raises(HymbaError, match="mqar: rows of 8 tokens do not fill 20"):
+    with pytest.raises(HymbaError, match="mqar: rows of 8 tokens do not fill a sequence of 20"):
         RecallTask("mqar", 8, pairs=2).packed_row(0, 0, 20)
 
 
@@ -88,6 +88,7 @@ def test_rows_that_do_not_fill_a_packed_one():
         (("mqar", 20, 7), "mqar: 7 pairs take 21 tokens, length is 20"),
         (("mqar", 40, 8, 16), "mqar: 8 pairs take as many keys, a vocab_size of 16 has 7"),
         (("induction", 2), "induction: 1 pairs take 3 tokens"),
+        (("induction", 8, 2), "induction: has one pair, not 2: set 1"),
     ],
 )
 def test_impossible_sizes(arguments, message):

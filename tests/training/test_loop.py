@@ -18,7 +18,7 @@ from slow import slow_but
 from hymba_jax.checkpoint import run_directory
 from hymba_jax.checkpoint.checkpoints import resolve_step
 from hymba_jax.checkpoint.save import save_model
-from hymba_jax.config.data import SourceConfig, WeightedSourceConfig
+from hymba_jax.config.data import DataConfig, SourceConfig, WeightedSourceConfig
 from hymba_jax.config.distill import DistillConfig
 from hymba_jax.config.run import RunConfig
 from hymba_jax.config.stages import StageConfig, StageSourceConfig
@@ -553,6 +553,42 @@ def test_a_run_on_packed_documents_says_how_much_is_padding(config, capsys):
     assert re.search(
         r"corpus: packed as documents, \d+\.\d% of its rows of 24 positions is padding\n", said
     )
+
+
+def test_a_run_on_generated_tasks_resumes_exactly(config, tmp_path, capsys):
+    """Through stages, the second of which has longer rows of them."""
+    data = DataConfig(
+        tokenizer="bytes",
+        sequence_length=24,
+        packing="documents",
+        validation_packing="documents",
+        sources={
+            "few": WeightedSourceConfig("mqar:2:8"),
+            "more": WeightedSourceConfig("mqar:4:24"),
+        },
+        validation={"few": SourceConfig("mqar:2:8"), "more": SourceConfig("mqar:4:24")},
+    )
+    config = dataclasses.replace(config, data=data)
+    longer = ("longer", 4, {"sequence_length": 48})
+    config = staged(changed(config, validate_every=3), STABLE, longer)
+    expected = train(config, tmp_path / "elsewhere")
+    said = capsys.readouterr().out
+    assert "8 steps, 2,304 tokens\n" in said
+    assert "data.sources.more: is generated: 1,048,576 sequences\n" in said
+    assert "data.validation.few: is generated: 512 sequences\n" in said
+    assert "few: packed as documents, 0.0% of its rows of 48 positions is padding\n" in said
+    assert "validation_loss/few" in expected[-1]
+    assert not any("bits_per_byte" in name for line in expected for name in line)
+    assert [expected[-1][f"sequences/{name}"] for name in data.sources] == [32, 32]
+    train(config)
+    for step in checkpoint_steps(config.output)[1:]:
+        shutil.rmtree(f"{config.output}/checkpoints/{step}")
+    assert train(config) == expected
+
+    other = {"more": WeightedSourceConfig("mqar:3:24")}
+    data = dataclasses.replace(data, sources={**data.sources, **other})
+    with pytest.raises(HymbaError, match="the training source more has other tokens than those"):
+        train(dataclasses.replace(config, data=data))
 
 
 def test_a_decay_that_is_lengthened_says_what_it_does(config, capsys):
