@@ -266,7 +266,7 @@ def config_of(cell: Cell, vocab_size: int) -> HymbaConfig:
         ssm=SSMConfig(head_dim=32),
         num_meta_tokens=0,
         max_positions=WINDOW_LENGTH,
-        # Keys are no answers: their embeddings would all be pushed one way if they were tied.
+        # Keys are never targets: tied, their embeddings would all be pushed in the same direction.
         tie_embeddings=cell.task == "language",
     )
     base = dataclasses.replace(base, **DESIGNS[cell.design])

@@ -1,7 +1,7 @@
 """Recall of the paper's designs, small and of equal size, on generated tasks; and their bits per
 byte on text.
 
-    python benchmarks/recall.py --picture benchmarks/recall.png   # all of it, in about an hour
+    python benchmarks/recall.py --picture benchmarks/recall.png   # all of it, in 25 to 66 minutes
     python benchmarks/recall.py --tasks mqar --seeds 0            # a part of it, in ten minutes
 
 A cell is a task, a design and a seed (`_recall_training.py`). Finished cells are lines of

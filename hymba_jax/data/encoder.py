@@ -112,7 +112,7 @@ class Encoder(Closing):
         except BrokenProcessPool as error:
             raise HymbaError(
                 "a worker process has died, perhaps of too little memory: run the same command "
-                "again, it resumes; fewer --workers take less memory"
+                "again to resume; fewer --workers take less memory"
             ) from error
 
     def _encode_in_pool[T](

@@ -167,8 +167,8 @@ class Data:
             sets[name] = ValidationSet(rows, self._validation_bytes[name])
             if not sets[name].loss_weight:
                 raise HymbaError(
-                    f"{source}: no token is predicted, as each of its documents is a single one: "
-                    "give it longer documents"
+                    f"{source}: no token is predicted, as its documents have one token each or "
+                    "their answers are cut off: give longer documents, or raise sequence_length"
                 )
         return sets
 

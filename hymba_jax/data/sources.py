@@ -201,7 +201,7 @@ def _shared_documents(
             f"{', '.join(unsure)}: not searched for documents of {names}, as what is tokenized is "
             "not read again: hymba tokenize --data.exclude leaves them out"
         )
-    if held_out or not unsure or len(train) < 2:
+    if config.validation or not unsure or len(train) < 2:
         return
     shares = {
         tokenized[place.directory].manifest.options["validation_fraction"]

@@ -90,7 +90,7 @@ def one_line_full_disk(directory: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise HymbaError(
                 f"{directory}: cannot be written ({error.strerror}): make room and run the same "
-                "command again, it resumes"
+                "command again to resume"
             ) from error
         error.filename = error.filename or str(directory)
         raise

@@ -82,7 +82,7 @@ class Measured:
 
     Attributes:
       sent: seconds when its request began.
-      times: when each piece of its text came.
+      times: when each of its deltas with text came.
       ended: when it was complete.
       prompt_tokens, completion_tokens: as the server counts them; 0 if it does not say.
       error: why there is none; empty if there is.
@@ -115,7 +115,9 @@ def main(config: BenchConfig) -> None:
         f"{report['prompt_tokens_per_second']:.1f} tokens/s of prompts"
     )
     if count := report["without_usage"]:
-        console.print(f"{count} answers without usage: their tokens are not counted, nor in TPOT")
+        console.print(
+            f"{count} x no usage: those answers' tokens are not counted, and they are not in TPOT"
+        )
     for error, count in report["errors"].items():
         console.print(f"{count} x {error}", markup=False)
     table = Table("ms", "mean", *(f"p{p}" for p in PERCENTILES), "max")

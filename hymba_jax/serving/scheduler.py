@@ -8,7 +8,8 @@ The batch has a fixed number of slots, its rows. Each step of the scheduler
    joins the batch counts as `MIN_CHUNK` tokens besides its chunks;
 3. decodes one token for every running sequence, or `decode_steps` if no prompt is left to prefill
    into a free slot, and no sequence follows a grammar, whose next mask depends on the token before;
-4. delivers what the step before has sampled, while the device computes this one.
+4. delivers what the step before has sampled, while the device computes this one; before 3, if a
+   sequence follows a grammar.
 
 So whoever is being answered waits for that many prompt tokens between two of its own at most,
 however long the prompts of others are. A prompt is prefilled alone and in the same chunks whenever
@@ -311,10 +312,15 @@ class Scheduler:
         self._state = self._engine.stop(self._engine.set_bias(self._state, {}), [])
         self.prefixes.clear()
 
+    def finish_step(self) -> None:
+        """Delivers what was sampled, if no step follows."""
+        self._deliver()
+
     def fail(self, error: HymbaError) -> None:
         """Ends every request with an error."""
         for job in self._jobs():
             job.fail(error)
+        self._unread.clear()
         self._is_any_cancelled.set()
         self._drop_ended()
 
@@ -359,6 +365,8 @@ class Scheduler:
         """Frees what cancelled and late requests hold."""
         now = self.clock()
         is_any_late = self._earliest_deadline < now
+        if any(job.deadline < now for job in self._admitted_jobs()):
+            self._deliver()  # some may be complete
         for job in self._jobs() if is_any_late else self._admitted_jobs():
             if job.deadline < now:
                 job.fail(DeadlineExceeded(f"not complete in {job.request.timeout:g} seconds"))
@@ -482,6 +490,7 @@ class Scheduler:
         request = prefill.job.request
         try:
             if request.scores_prompt and prefill.scores is None:
+                self._deliver()  # before it waits for the prompt
                 prefill.scores = self._prompt_scores(prefill)
         except HymbaError as error:
             prefill.job.fail(error)

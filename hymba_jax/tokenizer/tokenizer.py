@@ -126,7 +126,8 @@ class Tokenizer:
     @cached_property
     def text_tokens(self) -> frozenset[int]:
         """The tokens that have text: those of the vocabulary that are not special."""
-        return frozenset(self.model.get_vocab().values()) - {*self.special_tokens.values()}
+        named = (i for i in range(self.vocab_size) if self.model.id_to_token(i) is not None)
+        return frozenset(named) - {*self.special_tokens.values()}
 
     @cached_property
     def byte_tokens(self) -> dict[int, int]:

@@ -135,7 +135,7 @@ def test_validation_that_predicts_no_token_is_refused():
     documents = TokenStore([ArrayShard("endings", np.full(5, 2, np.uint16), eos_id=2)])
     data = Data(byte_tokenizer(), {}, {"held": Tokens(documents, "digest", text_bytes=5)})
     assert data.validation_sets(DataConfig())["held"].loss_weight == 4
-    with pytest.raises(HymbaError, match="validation source held: no token is predicted, as each"):
+    with pytest.raises(HymbaError, match="validation source held: no token is predicted, as its"):
         data.validation_sets(DataConfig(validation_packing="documents"))
 
 

@@ -381,6 +381,15 @@ def test_tokenized_with_different_shares_is_said(corpus, tokenized, tmp_path, ou
         sources = {"a": WeightedSourceConfig(str(tokenized)), "b": WeightedSourceConfig(str(other))}
         notes = prepare(config(sources=sources, tokenizer="bpe:4096"), output).notes
         assert any("hold out different shares" in note for note in notes) == is_said
+    validation = {"v": SourceConfig("mqar:2:8")}  # with which nothing of them is validated
+    sources["b"] = WeightedSourceConfig(str(half))
+    about = config(
+        sources=sources,
+        tokenizer="bpe:4096",
+        validation=validation,
+        validation_packing="documents",
+    )
+    assert not any("different shares" in note for note in prepare(about, output).notes)
 
 
 def test_a_document_that_is_cut_in_two_is_in_no_other_source(tmp_path, output):

@@ -110,7 +110,7 @@ def test_an_output_that_cannot_be_written(config, output, monkeypatch):
     message = refusal("--config", config)
     assert message == (
         f"error: {output}/tokens: cannot be written (No space left on device): make room and run "
-        "the same command again, it resumes"
+        "the same command again to resume"
     )
     assert not list(output.glob("*.toml*"))
 

@@ -292,6 +292,43 @@ def test_a_cancelled_request_frees_its_slots_at_the_next_step():
     assert not scheduler.has_work
 
 
+def test_deltas_are_delivered_while_the_next_tokens_are_decoded(monkeypatch):
+    scheduler, order = cold_scheduler(), []
+    decode = scheduler._engine.decode
+    monkeypatch.setattr(
+        scheduler._engine, "decode", lambda *args: order.append("decode") or decode(*args)
+    )
+    scheduler.submit(request_of(2, 4), lambda delta: order.append(delta.finish_reason))
+    while scheduler.has_work:
+        scheduler.step()
+    # The first token is sampled with the prompt; the last decoding finds that the row has stopped.
+    assert order == ["decode", None, "decode", None, "decode", None, "decode", "length"]
+
+
+def test_what_is_complete_at_the_deadline_is_delivered():
+    """And at the end, and not after an error that ends all."""
+    now = [100.0]
+    scheduler = Scheduler(model(), slots=SLOTS, decode_steps=1, clock=lambda: now[0])
+    outputs = [[], [], []]
+
+    def begin(to):
+        scheduler.submit(request_of(2, 2, timeout=5), to.append)
+        while not scheduler.num_running:
+            scheduler.step()
+
+    begin(outputs[0])
+    now[0] += 6
+    scheduler.step()
+    assert sampled(outputs[0])[0][2] == ["length"]
+    begin(outputs[1])
+    scheduler.finish_step()
+    assert sampled(outputs[1])[0][2] == ["length"]
+    begin(outputs[2])
+    scheduler.fail(HymbaError("over"))
+    assert not scheduler.has_work
+    assert [str(output) for output in outputs[2][1:]] == ["over"]
+
+
 def test_deadlines():
     """Of requests that run, one that is being prefilled and one that waits."""
     now = [100.0]

@@ -930,7 +930,7 @@ class TestBench:
         monkeypatch.setattr(bench, "measure", measure)
         bench.main(BenchConfig("http://other/v1"))
         shown = capsys.readouterr().out
-        assert "1 answers without usage: their tokens are not counted, nor in TPOT" in shown
+        assert "1 x no usage: those answers' tokens are not counted" in shown
         assert "ITL" in shown
         assert "TPOT " not in shown
 
