@@ -3,8 +3,8 @@
     MODEL=/models/hymba serve run examples.serving.ray_serve:app
 
 Every node has ray[serve] and hymba_jax[serve,cuda13]. The API is at http://127.0.0.1:8000/v1. The
-turns of a conversation may reach different replicas, each with a prefix cache of its own. Not run
-with Ray.
+turns of a conversation may reach different replicas, each with a prefix cache of its own. Run with
+Ray 2.60 on a CPU (`num_cpus` in place of `num_gpus`, and smaller sizes), not with GPUs.
 """
 
 import os

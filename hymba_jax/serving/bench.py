@@ -112,7 +112,8 @@ def main(config: BenchConfig) -> None:
         f"{report['completed']} of {report['requests']} requests in {report['seconds']:.1f} s: "
         f"{report['requests_per_second']:.2f} requests/s, "
         f"{report['completion_tokens_per_second']:.1f} tokens/s generated, "
-        f"{report['prompt_tokens_per_second']:.1f} tokens/s of prompts"
+        f"{report['prompt_tokens_per_second']:.1f} tokens/s of prompts",
+        soft_wrap=True,
     )
     if count := report["without_usage"]:
         console.print(
