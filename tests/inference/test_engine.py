@@ -452,14 +452,14 @@ class TestDecoding:
 
     @pytest.mark.parametrize("is_committed", [False, True])
     def test_a_row_is_stopped(self, is_committed):
-        """Without compiling anything anew, wherever the state is."""
+        """Without compiling `decode` anew, wherever the state is."""
 
         def begun():
             prompts = [prompt_of(9), prompt_of(3), prompt_of(20)]
             state, _ = begin(tiny_engine(), requests_for(prompts, 12))
             return jax.device_put(state, jax.devices()[0]) if is_committed else state
 
-        tiny_engine().decode(begun())
+        tiny_engine().decode(tiny_engine().stop(begun(), []))
         state = begun()
         with compilations() as names:
             state = tiny_engine().stop(state, [0])
