@@ -118,7 +118,7 @@ class ModelThread:
                 else:  # cleared behind the wait: what was set before it must not be lost
                     self._wake.wait()
                     self._wake.clear()
-            self.scheduler.finish_step()
+            self.scheduler.deliver()
         except Exception as error:
             self.error = error
             if not isinstance(error, HymbaError):

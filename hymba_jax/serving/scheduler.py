@@ -182,7 +182,6 @@ class Scheduler:
       other_models: bytes that they take on the device.
       clock: seconds, for deadlines.
       num_bytes: of the device's memory, for the model and its states.
-      keeps_prefixes: whether `prefix_bytes` have room for a state.
 
     Raises:
       HymbaError: a value is impossible, or the device has too little memory.
@@ -205,7 +204,6 @@ class Scheduler:
         self._engine = self.model.engine
         self._context = self._engine.max_context
         max_states = self.prefix_bytes // self._engine.row_bytes(self._context)
-        self.keeps_prefixes = max_states > 0
         # With two prompts: one that is being prefilled, and the copy that becomes a row.
         sizes = self.slots, self._context, 2 + max_states
         self.num_bytes = self._engine.memory_bytes(*sizes)
@@ -223,9 +221,9 @@ class Scheduler:
     @property
     def notes(self) -> list[str]:
         """What a user should know, a line each."""
-        if self.keeps_prefixes or not self.prefix_bytes:
-            return []
         size = self._engine.row_bytes(self._context)
+        if not 0 < self.prefix_bytes < size:
+            return []
         return [
             f"nothing is kept of prompts: a state takes {size} bytes, prefix_cache is "
             f"{self.prefix_bytes}"
@@ -280,7 +278,7 @@ class Scheduler:
         if self._rows:
             self._decode()
         else:
-            self._deliver()
+            self.deliver()
 
     def warmup(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Compiles every program that requests use, by serving some.
@@ -312,9 +310,10 @@ class Scheduler:
         self._state = self._engine.stop(self._engine.set_bias(self._state, {}), [])
         self.prefixes.clear()
 
-    def finish_step(self) -> None:
-        """Delivers what was sampled, if no step follows."""
-        self._deliver()
+    def deliver(self, but: int = 0) -> None:
+        """Delivers what was sampled, but for the last so many times; a step leaves the last."""
+        while len(self._unread) > but:
+            self._push(*self._unread.popleft())
 
     def fail(self, error: HymbaError) -> None:
         """Ends every request with an error."""
@@ -366,7 +365,7 @@ class Scheduler:
         now = self.clock()
         is_any_late = self._earliest_deadline < now
         if any(job.deadline < now for job in self._admitted_jobs()):
-            self._deliver()  # some may be complete
+            self.deliver()  # some may be complete
         for job in self._jobs() if is_any_late else self._admitted_jobs():
             if job.deadline < now:
                 job.fail(DeadlineExceeded(f"not complete in {job.request.timeout:g} seconds"))
@@ -490,7 +489,7 @@ class Scheduler:
         request = prefill.job.request
         try:
             if request.scores_prompt and prefill.scores is None:
-                self._deliver()  # before it waits for the prompt
+                self.deliver()  # before it waits for the prompt
                 prefill.scores = self._prompt_scores(prefill)
         except HymbaError as error:
             prefill.job.fail(error)
@@ -521,7 +520,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         if any(running.matcher for running in self._rows.values()):
-            self._deliver()  # the next mask depends on it
+            self.deliver()  # the next mask depends on it
         if self._abandoned:
             self._state = self._engine.stop(self._state, sorted(self._abandoned))
             self._abandoned.clear()
@@ -533,7 +532,7 @@ class Scheduler:
         self._state, sampled = self._engine.decode(self._state, steps)
         rows = {row: (row, running) for row, running in self._rows.items()}
         self._unread.append(_Unread(rows, sampled))
-        self._deliver(but=1)
+        self.deliver(but=1)
 
     def _masked_biases(self) -> dict[int, Float[np.ndarray, " vocab"]]:
         """What is added to the logits of rows that follow a grammar."""
@@ -548,11 +547,6 @@ class Scheduler:
             else:
                 biases[row] = masked.bias(self.model.config.num_embeddings)
         return biases
-
-    def _deliver(self, but: int = 0) -> None:
-        """Delivers what was sampled, but for the last so many times."""
-        while len(self._unread) > but:
-            self._push(*self._unread.popleft())
 
     def _push(self, rows: dict[int, tuple[int, _Running]], sampled: SampledTokens) -> None:
         values: Any = jax.device_get(sampled)

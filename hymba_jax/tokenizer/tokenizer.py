@@ -32,6 +32,8 @@ REPLACEMENT = "\ufffd"
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 """The special tokens that a tokenizer_config.json names, and a chat template may use."""
 
+_FALLBACK_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]  # of bytes, as of SentencePiece
+
 _CUSTOMARY = {
     "bos_token": (BOS, "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
     "eos_token": (EOS, "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>"),
@@ -135,7 +137,7 @@ class Tokenizer:
 
         A run of them is decoded as UTF-8 if it is valid, else each byte becomes a replacement.
         """
-        numbers = [self.model.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        numbers = [self.model.token_to_id(name) for name in _FALLBACK_NAMES]
         probe = numbers[ord("A")]
         if probe is None or self.model.decode([probe]) != "A":
             return {}
@@ -247,7 +249,7 @@ class Tokenizer:
     def _byte_names(self) -> dict[str, int]:
         """Bytes by their names in the vocabulary; empty if bytes have none."""
         decoder = self.model.decoder
-        for names in (_byte_level_names(), [f"<0x{byte:02X}>" for byte in range(256)]):
+        for names in (_byte_level_names(), _FALLBACK_NAMES):
             if decoder and decoder.decode([names[byte] for byte in "é".encode()]) == "é":
                 return {name: byte for byte, name in enumerate(names)}
         return {}

@@ -321,7 +321,7 @@ def test_what_is_complete_at_the_deadline_is_delivered():
     scheduler.step()
     assert sampled(outputs[0])[0][2] == ["length"]
     begin(outputs[1])
-    scheduler.finish_step()
+    scheduler.deliver()
     assert sampled(outputs[1])[0][2] == ["length"]
     begin(outputs[2])
     scheduler.fail(HymbaError("over"))
