@@ -43,5 +43,6 @@ def assumptions(chip: Chip) -> str:
         f"{chip.interconnect / 1e9:,.0f} GB/s over all its links (data sheet), each at its full "
         "rate. Lower bound: all at once, so that a step takes the longest of the three or more. "
         "Estimated: one instruction after another, each for the longest of its FLOPs, its HBM "
-        f"bytes and, of our kernels, {of_kernels}"
+        f"bytes and, of our kernels, {of_kernels}. Asynchronous copies add what does not hide "
+        "behind instructions that compute; collectives run beside all of it"
     )

@@ -1,7 +1,7 @@
 """What each instruction of a compiled program costs, and which part of the model it belongs to."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hymba_jax.aot.hlo import Instruction, Program
@@ -24,33 +24,70 @@ class InstructionCost(NamedTuple):
       flops: of matmuls, those in kernels included.
       hbm_bytes: read and written.
       kernel_seconds: that a kernel of ours takes by its own schedule; 0 for others.
+      hidden_seconds: of its time, those in which other instructions are computing.
     """
 
     part: str
     flops: float
     hbm_bytes: float
     kernel_seconds: float
+    hidden_seconds: float = 0.0
 
     def seconds(self, chip: Chip) -> float:
-        """Matmuls, HBM and a kernel's own instructions overlap within it, not beyond it."""
-        return max(
-            self.flops / chip.peak_flops, self.hbm_bytes / chip.bandwidth, self.kernel_seconds
+        """That it adds to a step. Matmuls, HBM and a kernel's own instructions overlap within it,
+        and beyond it what is hidden."""
+        return (
+            max(self.flops / chip.peak_flops, self.hbm_bytes / chip.bandwidth, self.kernel_seconds)
+            - self.hidden_seconds
         )
 
 
 def instruction_costs(program: Program, chip: Chip) -> Iterator[InstructionCost]:
     """Of every instruction outside of fusions that costs anything."""
     for name, times in program.runs():
-        for line in program.computations[name]:
-            inner = [*program.fused(line)]
-            kernels = [instruction for instruction in inner if is_kernel(instruction)]
-            flops = sum(instruction_flops(program, instruction) for instruction in inner) + sum(
-                stated_cost(kernel).flops for kernel in kernels
-            )
-            seconds = sum(kernel_seconds(kernel, chip) for kernel in kernels)
-            costs = (flops, hbm_bytes(program, line), seconds)
+        lines = program.computations[name]
+        alone = [_cost(program, line, chip) for line in lines]
+        for part, *costs in hide_copies(lines, alone, chip):
             if any(costs):
-                yield InstructionCost(part_of(line, inner), *(times * cost for cost in costs))
+                yield InstructionCost(part, *(times * cost for cost in costs))
+
+
+def _cost(program: Program, line: Instruction, chip: Chip) -> InstructionCost:
+    """Of one run of an instruction."""
+    inner = [*program.fused(line)]
+    kernels = [instruction for instruction in inner if is_kernel(instruction)]
+    flops = sum(instruction_flops(program, instruction) for instruction in inner) + sum(
+        stated_cost(kernel).flops for kernel in kernels
+    )
+    seconds = sum(kernel_seconds(kernel, chip) for kernel in kernels)
+    return InstructionCost(part_of(line, inner), flops, hbm_bytes(program, line), seconds)
+
+
+def hide_copies(
+    lines: Sequence[Instruction], costs: Sequence[InstructionCost], chip: Chip
+) -> list[InstructionCost]:
+    """The costs of scheduled instructions, with what is hidden of asynchronous copies.
+
+    Such a copy, most often between HBM and a TPU's VMEM, moves its bytes while the instructions
+    between its start and its end compute and leave HBM idle. Copies that run at the same time take
+    turns. Loops count as if they left HBM no time.
+    """
+    hidden = [*costs]
+    pending: dict[str, int] = {}  # copies that have not ended, by name
+    for i, (line, cost) in enumerate(zip(lines, costs, strict=True)):
+        if line.op.endswith("-start") and cost.hbm_bytes and not cost.flops:
+            pending[line.name] = i
+        elif line.op.endswith("-done"):
+            pending.pop(line.operands[0], None)
+        else:
+            idle = cost.seconds(chip) - cost.hbm_bytes / chip.bandwidth
+            for copy in pending.values():
+                part = min(idle, hidden[copy].seconds(chip))
+                hidden[copy] = hidden[copy]._replace(
+                    hidden_seconds=hidden[copy].hidden_seconds + part
+                )
+                idle -= part
+    return hidden
 
 
 def part_of(line: Instruction, inner: Iterable[Instruction]) -> str:

@@ -20,8 +20,12 @@ _FREE = {
 }
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
-# Of which a slice reads no more of the operand than of the result: as many elements, in any order.
-_ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
+# Of which a slice reads no larger share of an operand than of the result: each of its elements is
+# computed from elements of one place of the operand, or summed over other axes.
+_ELEMENTWISE = {
+    *("bitcast", "convert", "copy", "reshape", "transpose", "negate", "reduce"),
+    *("add", "subtract", "multiply"),
+}
 
 
 def hbm_bytes(program: Program, line: Instruction) -> int:

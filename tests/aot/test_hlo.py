@@ -351,6 +351,71 @@ def test_an_instruction_takes_the_longest_of_its_costs():
         assert InstructionCost("mlp", *costs).seconds(chip) == seconds
 
 
+# A copy of 2048 x 2048 numbers from HBM to VMEM, beside a matmul of arrays in VMEM; a second matmul
+# begins when the copy has ended.
+COPY = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: bf16[128,2048], v: bf16[2048,2048], w: bf16[2048,2048]) -> bf16[128,2048] {
+  %x = bf16[128,2048]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %v = bf16[2048,2048]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %w = bf16[2048,2048]{1,0:T(8,128)(2,1)} parameter(2)
+  %copy-start = (bf16[2048,2048]{1,0:T(8,128)(2,1)S(1)}, bf16[2048,2048]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
+  %first = bf16[128,2048]{1,0:T(8,128)(2,1)S(1)} dot(%x, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %copy-done = bf16[2048,2048]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  ROOT %second = bf16[128,2048]{1,0:T(8,128)(2,1)S(1)} dot(%first, %copy-done), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        (128, "partly"),  # 5.4 of the copy's 10.2 microseconds
+        (2048, "nothing"),
+        (0, "all"),  # what runs beside it reads HBM itself
+    ],
+)
+def test_copies_hide_behind_what_computes(rows, shown):
+    chip = CHIPS["v5e"]
+    text = COPY.replace("128,2048]", f"{rows or 128},2048]")
+    if not rows:
+        text = text.replace("S(1)} parameter(1)", "} parameter(1)")
+    program = Program(text)
+    copy, *matmuls = instruction_costs(program, chip)
+    alone, beside = copy.hbm_bytes / chip.bandwidth, matmuls[0].flops / chip.peak_flops
+    assert copy.hbm_bytes == 2048 * 2048 * 2
+    expected = {"all": alone, "nothing": 0.0, "partly": alone - beside}[shown]
+    assert copy.seconds(chip) == pytest.approx(expected)
+    assert [cost.hidden_seconds for cost in matmuls] == [0, 0]
+    total = analyze(program, chip).step_seconds(chip)
+    assert total == pytest.approx(expected + sum(cost.seconds(chip) for cost in matmuls))
+
+
+def test_a_slice_of_a_sum_reads_its_share_of_the_terms():
+    """As of a matmul that was split: a tenth of both of its sums, and the result, in 4 bytes."""
+    program = Program("""HloModule jit_f
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%fused (p: f32[2,128,640]) -> f32[128,64] {
+  %p = f32[2,128,640]{2,1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %total = f32[128,640]{1,0} reduce(%p, %zero), dimensions={0}, to_apply=%sum
+  ROOT %part = f32[128,64]{1,0} slice(%total), slice={[0:128], [64:128]}
+}
+
+ENTRY %main (p: f32[2,128,640]) -> f32[128,64] {
+  %x = f32[2,128,640]{2,1,0} parameter(0)
+  ROOT %f = f32[128,64]{1,0} fusion(%x), kind=kLoop, calls=%fused
+}
+""")
+    assert total_hbm_bytes(program) == (2 + 1) * 128 * 64 * 4
+
+
 # A scan of 256 positions, 640 channels and 16 states, with a softplus and a gate, that fetches some
 # of its operands twice; and attention that computes 2**20 scores of heads of 64 and values of 128.
 KERNELS = """HloModule jit_f
