@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from hymba_jax.ops.attention import attention_step, step_gpu
+from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.int8_rows import Int8Rows
 from hymba_jax.ops.selective_scan import selective_scan_step
 
@@ -29,6 +30,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", interpreted)
     for op in ("attention", "selective_scan"):
         monkeypatch.setattr(f"hymba_jax.ops.{op}.step.target_platform", lambda: "gpu")
+    monkeypatch.setattr("hymba_jax.ops.causal_conv.api.target_platform", lambda: "gpu")
     return called
 
 
@@ -115,7 +117,8 @@ def recurrence(x, dt, A, B, C, state, D=0.0, z=None, dt_bias=0.0):
 @pytest.mark.parametrize("optional", [(), ("D", "z", "dt_bias")])
 @pytest.mark.parametrize("channels", [48, 256])
 def test_selective_scan(kernels, channels, optional):
-    """Values and gradients; a time step of softplus(-inf) = 0 leaves the state as it is."""
+    """Values and gradients; a time step of softplus(-inf) = 0 leaves the state as it is, and so
+    does padding, whatever it holds."""
     rng = np.random.default_rng(channels)
     shapes = {
         **dict.fromkeys(("x", "dt", "z"), (3, channels)),
@@ -133,6 +136,12 @@ def test_selective_scan(kernels, channels, optional):
         np.testing.assert_allclose(actual, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
     stopped = inputs | {"dt": np.full_like(inputs["dt"], -np.inf)}
     np.testing.assert_array_equal(step(**stopped)[1], inputs["state"])
+    x = inputs["x"].copy()
+    x[1] = np.nan
+    padded = step(**inputs | {"x": x}, valid=np.array([True, False, True]))
+    for actual, full, padding in zip(padded, step(**inputs), (0, inputs["state"][1]), strict=True):
+        np.testing.assert_array_equal(actual[::2], full[::2])
+        np.testing.assert_array_equal(actual[1], np.broadcast_to(padding, actual[1].shape))
     assert kernels
     assert set(kernels) == {"selective_scan_step"}
 
@@ -160,6 +169,47 @@ def test_states_of_16_bits_are_in_xla(kernels):
     arrays = {name: jnp.ones(shape) for name, shape in given.items()}
     arrays["state"] = jnp.zeros((1, 2, 16), jnp.bfloat16)
     jax.eval_shape(selective_scan_step, **arrays)
+    assert not kernels
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(48, 4), (1024, 3)])
+def test_causal_conv(kernels, channels, kernel):
+    """Values and gradients, and a row of padding, whatever it holds."""
+    rng = np.random.default_rng(kernel)
+    shapes = ((3, 1, channels), (kernel, channels), (channels,), (3, kernel - 1, channels))
+    x, weight, bias, inputs = (np.float32(rng.normal(size=shape)) for shape in shapes)
+    window = np.concatenate([inputs, x], axis=1)
+    y = bias + (weight * window).sum(1, keepdims=True)
+    x[1], y[1], window[1, 1:] = np.nan, 0, inputs[1]
+    lengths = jnp.asarray([1, 0, 1])
+
+    def conv(weight, bias, inputs):
+        return causal_conv(jnp.asarray(x), weight, bias, initial_inputs=inputs, lengths=lengths)
+
+    actual, last = jax.jit(conv)(weight, bias, inputs)
+    np.testing.assert_allclose(actual, y, rtol=0, atol=1e-5 * np.abs(y).max())
+    np.testing.assert_array_equal(last, window[:, 1:])
+    assert kernels == ["causal_conv_step"]
+
+    def loss(*arrays):
+        y, last = conv(*arrays)
+        return y.sum() + 2 * last.sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(weight, bias, inputs)
+    used = window[::2].sum(0)
+    stays = np.concatenate([np.zeros((3, 1, channels)), 2 + np.zeros((3, kernel - 2, channels))], 1)
+    stays += weight[:-1]
+    stays[1] = 2
+    for gradient, expected in zip(gradients, (used, np.full(channels, 2), stays), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("given", [{"segment_ids": jnp.zeros((2, 1), jnp.int32)}, {"channels": 24}])
+def test_a_convolution_that_is_in_xla(kernels, given):
+    """Of rows with several documents, or of a number of channels that Triton lacks."""
+    channels = given.pop("channels", 32)
+    shapes = (2, 1, channels), (4, channels), (channels,)
+    jax.eval_shape(partial(causal_conv, **given), *(jnp.zeros(shape) for shape in shapes))
     assert not kernels
 
 

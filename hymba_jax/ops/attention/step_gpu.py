@@ -22,7 +22,7 @@ from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.types import Array, Float, Int
 
 BLOCK = 64  # slots whose keys and values are in registers at once
-_ROWS = 16  # of Triton's smallest matmul; the query heads of a key/value head are padded to these
+_ROWS = 16  # of Triton's smallest matmul
 _PROGRAMS = 2 * 132  # that keep an H100 busy
 _MIN_SLOTS = 256  # of a program
 _LOWEST = -1e30  # below every score; its exponential is zero
@@ -68,7 +68,6 @@ def attention_step_gpu(
     if not meta_tokens:  # no array of Triton's is empty
         one = ((0, 0), (0, 1), (0, 0))
         meta_key, meta_value = jnp.pad(meta_key, one), jnp.pad(meta_value, one)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, _ROWS - heads), (0, 0)))
     operands = (query, key, value, past_key, past_value, past_length, meta_key, meta_value)
 
     def of_head(array: Array, axes: int = 2) -> pl.BlockSpec:
@@ -87,9 +86,9 @@ def attention_step_gpu(
 
     by_head = partial(jax.tree.map, of_head)
     grid = (batch, kv_heads, splits)
-    results = [of_program(_ROWS, value_dim)]
+    results = [of_program(heads, value_dim)]
     if splits > 1:
-        results += [of_program(_ROWS), of_program(_ROWS)]
+        results += [of_program(heads), of_program(heads)]
     output, *totals_and_largest = pl.pallas_call(
         partial(_kernel, blocks=blocks, meta_tokens=meta_tokens, scale=head_dim**-0.5),
         grid=grid,
@@ -110,12 +109,12 @@ def attention_step_gpu(
         name="attention_step",
     )(*operands)
     if splits == 1:
-        return output[:, :, 0, :heads]
+        return output[:, :, 0]
     totals, largest = totals_and_largest
     factors = jnp.exp(largest - largest.max(2, keepdims=True))
     total = (totals * factors).sum(2)
     sums = (output * factors[..., None]).sum(2)
-    return (sums / total[..., None])[:, :, :heads].astype(value.dtype)
+    return (sums / total[..., None]).astype(value.dtype)
 
 
 def _kernel(
@@ -135,7 +134,10 @@ def _kernel(
     """The attention of a program's slots; of several programs, weighted values to be added, the
     sum of weights, and the largest score."""
     split, length = pl.program_id(2), length_ref[...]
-    query = query_ref[...]
+    # The last head fills Triton's matmul, as often as it takes; its result is written as often.
+    heads = jnp.minimum(jnp.arange(_ROWS), query_ref.shape[0] - 1)
+    key_axis, value_axis = (jnp.arange(ref.shape[-1]) for ref in (key_ref, value_ref))
+    query = triton.load(query_ref.at[heads[:, None], key_axis[None]])
 
     def rows(ref: Any, start: Array, exists: Array) -> tuple[Array, Array | None]:
         """Keys or values of a block of slots, zero where there are none, and their scales."""
@@ -191,8 +193,9 @@ def _kernel(
         partial(add, past_key_ref, past_value_ref, length),
         lax.cond(split == 0, own_and_meta, nothing),
     )
-    if len(result_refs) == 1:
-        result_refs[0][...] = (sums / total[:, None]).astype(result_refs[0].dtype)
-    else:
-        for ref, result in zip(result_refs, (sums, total, largest), strict=True):
-            ref[...] = result
+    sums_ref, *other_refs = result_refs
+    if not other_refs:
+        sums = sums / total[:, None]
+    triton.store(sums_ref.at[heads[:, None], value_axis[None]], sums.astype(sums_ref.dtype))
+    for ref, result in zip(other_refs, (total, largest), strict=False):
+        triton.store(ref.at[heads], result)

@@ -1,13 +1,16 @@
 """The depthwise causal convolution."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
 from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
+from hymba_jax.ops.causal_conv.step_gpu import causal_conv_step_gpu, supports
 from hymba_jax.ops.documents import Documents, document_starts
+from hymba_jax.ops.platform import target_platform
 from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Float, Int
 
@@ -18,6 +21,7 @@ AXES: dict[str, Axes] = {
     "bias": ("channels",),
     "initial_inputs": ("batch", None, "channels"),
     "starts": ("batch", "length"),
+    "lengths": ("batch",),
 }
 
 
@@ -57,6 +61,19 @@ def causal_conv(
         if initial_inputs is None:
             initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
         documents = Documents(document_starts(segment_ids), initial_inputs)
+    elif x.shape[1] == 1 and target_platform().endswith("gpu") and supports(x.shape[2]):
+        if initial_inputs is None:
+            initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
+        return shard_map(
+            _by_kernel,
+            AXES,
+            (_SEQUENCE, AXES["initial_inputs"]),
+            x=x,
+            weight=weight,
+            bias=bias,
+            initial_inputs=initial_inputs.astype(x.dtype),
+            lengths=jnp.ones(x.shape[0], jnp.int32) if lengths is None else lengths,
+        )
     axis_name = length_axis(x.shape[1], at_least=before)
     if axis_name is None or lengths is not None:
         return causal_conv_reference(x, weight, bias, initial_inputs, documents, lengths)
@@ -74,3 +91,24 @@ def causal_conv(
     if documents is not None:
         documents = documents._replace(starts=documents.starts[:, last])
     return y, causal_conv_reference(x[:, last], weight, bias, None, documents)[1]
+
+
+@jax.custom_vjp
+def _by_kernel(
+    x: Array, weight: Array, bias: Array, initial_inputs: Array, lengths: Array
+) -> tuple[Array, Array]:
+    y, inputs = causal_conv_step_gpu(x[:, 0], weight, bias, initial_inputs, lengths)
+    return y[:, None], inputs
+
+
+def _forward(*arrays: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    return _by_kernel(*arrays), arrays
+
+
+def _backward(arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    *floats, lengths = arrays
+    _, vjp = jax.vjp(partial(causal_conv_reference, lengths=lengths), *floats)
+    return (*vjp(cotangents), None)
+
+
+_by_kernel.defvjp(_forward, _backward)

@@ -38,6 +38,7 @@ AXES: dict[str, Axes] = {
     "dt_bias": ("channels",),
     "initial_state": _STATE,
     "starts": ("batch", "length"),
+    "valid": ("batch", "length"),
 }
 
 
@@ -96,9 +97,12 @@ def selective_scan(
         )
     is_step = implementation is None and x.shape[1] == 1
     starts = None if segment_ids is None or is_step else document_starts(segment_ids)
-    if lengths is not None:
+    of_step: dict[str, Array | None] = {}
+    valid = None if lengths is None else jnp.arange(x.shape[1])[None] < lengths[:, None]
+    if is_step:
+        of_step["valid"] = valid
+    elif valid is not None:
         # A time step of softplus(-inf) = 0 leaves the state unchanged.
-        valid = jnp.arange(x.shape[1])[None] < lengths[:, None]
         x, B, C = (jnp.where(valid[:, :, None], v, 0) for v in (x, B, C))
         dt = jnp.where(valid[:, :, None], dt, -jnp.inf)
         z = None if z is None else jnp.where(valid[:, :, None], z, 0)
@@ -121,6 +125,7 @@ def selective_scan(
         dt_bias=dt_bias,
         initial_state=initial_state,
         starts=starts,
+        **of_step,
     )
 
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
-from hymba_jax.types import Array, Float
+from hymba_jax.types import Array, Bool, Float
 
 _MAX_BLOCK = 128  # channels of a program
 _MIN_BLOCK = 16
@@ -36,6 +36,7 @@ def selective_scan_step_gpu(
     z: Float[Array, "batch channels"] | None,
     dt_bias: Float[Array, "channels"] | None,
     state: Float[Array, "batch state channels"],
+    valid: Bool[Array, "batch"] | None,
 ) -> tuple[Float[Array, "batch channels"], Float[Array, "batch state channels"]]:
     """As `selective_scan_step`, without a gradient."""
     batch, size, channels = state.shape
@@ -56,6 +57,10 @@ def selective_scan_step_gpu(
         "D": (D, of_channels),
         "z": (z, by_row),
         "dt_bias": (dt_bias, of_channels),
+        "valid": (
+            None if valid is None else valid.astype(jnp.int32),
+            pl.BlockSpec((None,), lambda b, i: (b,)),
+        ),
     }
     arrays = {name: array for name, (array, _) in given.items() if array is not None}
     y, state = pl.pallas_call(
@@ -85,6 +90,9 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     if "dt_bias" in given:
         dt = dt + given["dt_bias"].astype(jnp.float32)
     delta = softplus(dt, jnp.exp)
-    h = jnp.exp(delta[None] * A) * h + (delta * x)[None] * B[:, None]
-    y = skip_and_gate((h * C[:, None]).sum(0), x, given.get("D"), given.get("z"))
-    y_ref[...], state_ref[...] = y.astype(y_ref.dtype), h
+    after = jnp.exp(delta[None] * A) * h + (delta * x)[None] * B[:, None]
+    y = skip_and_gate((after * C[:, None]).sum(0), x, given.get("D"), given.get("z"))
+    if "valid" in given:
+        is_valid = given["valid"] > 0
+        y, after = jnp.where(is_valid, y, 0.0), jnp.where(is_valid, after, h)
+    y_ref[...], state_ref[...] = y.astype(y_ref.dtype), after
