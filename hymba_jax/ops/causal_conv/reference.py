@@ -35,19 +35,21 @@ def causal_conv_reference(
         latest = lax.cummax(jnp.where(starts, positions, -before), axis=1)
         document_inputs = documents.state.astype(x.dtype)
 
-    inputs = jnp.concatenate([initial_inputs.astype(x.dtype), x], axis=1)
+    initial_inputs = initial_inputs.astype(x.dtype)
     seen = of_documents = None
     if documents is not None:
         seen = positions - latest
         of_documents = _of_initial_inputs(weight.astype(dtype), document_inputs.astype(dtype))
     y = bias.astype(dtype)[None, None]
-    y = y + _shifted_sum(inputs, weight.astype(dtype), of_documents, seen)
+    y = y + _shifted_sum(x, weight.astype(dtype), initial_inputs, of_documents, seen)
 
     ends = length if lengths is None else lengths[:, None]
     last = ends + jnp.arange(-before, 0)[None]
     if lengths is None:
-        final_inputs = inputs[:, length:]
+        newest = jnp.concatenate([initial_inputs, x[:, max(length - before, 0) :]], axis=1)
+        final_inputs = newest[:, newest.shape[1] - before :]
     else:
+        inputs = jnp.concatenate([initial_inputs, x], axis=1)
         y = jnp.where(valid[:, :, None], y, 0)
         if length == 1:  # decoding, where a gather would dominate
             final_inputs = jnp.where(valid[:, :, None], inputs[:, 1:], inputs[:, :-1])
@@ -76,20 +78,21 @@ def _of_initial_inputs(
 
 @jax.custom_vjp
 def _shifted_sum(
-    inputs: Float[Array, "batch length_with_before channels"],
+    x: Float[Array, "batch length channels"],
     weight: Float[Array, "kernel channels"],
+    initial_inputs: Float[Array, "batch kernel-1 channels"],
     of_documents: Float[Array, "batch kernel-1 channels"] | None,
     seen: Int[Array, "batch length"] | None,
 ) -> Float[Array, "batch length channels"]:
-    """The sum over taps of weight[tap] times the inputs from that position on, in weight's dtype.
+    """The sum over taps of weight[tap] times its input, in weight's dtype.
 
     Args:
       of_documents: added at the first positions of each document.
       seen: positions of its own document before each; earlier inputs count as zeros.
     """
-    length = inputs.shape[1] - weight.shape[0] + 1
     terms = (
-        row[None, None] * _own(inputs[:, tap : tap + length].astype(row.dtype), tap, weight, seen)
+        row[None, None]
+        * _own(_input_of(tap, x, initial_inputs).astype(row.dtype), tap, weight, seen)
         for tap, row in enumerate(weight)
     )
     total = sum(terms, start=jnp.zeros((), weight.dtype))
@@ -101,27 +104,35 @@ def _shifted_sum(
 
 
 def _shifted_sum_fwd(
-    inputs: Array, weight: Array, of_documents: Array | None, seen: Array | None
-) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    return _shifted_sum(inputs, weight, of_documents, seen), (inputs, weight, seen)
+    x: Array,
+    weight: Array,
+    initial_inputs: Array,
+    of_documents: Array | None,
+    seen: Array | None,
+) -> tuple[Array, tuple[Array, Array, Array, Array | None]]:
+    y = _shifted_sum(x, weight, initial_inputs, of_documents, seen)
+    return y, (x, weight, initial_inputs, seen)
 
 
 def _shifted_sum_bwd(
-    residuals: tuple[Array, Array, Array | None], dy: Array
-) -> tuple[Array, Array, Array | None, None]:
+    residuals: tuple[Array, Array, Array, Array | None], dy: Array
+) -> tuple[Array | None, ...]:
     """One sum of the shifted dy, rounded once; JAX's own gradient rounds each term.
 
     As y is rounded to the inputs' dtype, so is dy already. It is shifted in that dtype: XLA would
     write its conversion to memory.
     """
-    inputs, weight, seen = residuals
-    (before, dtype), length = (weight.shape[0] - 1, weight.dtype), dy.shape[1]
-    dinputs, dweight = jnp.zeros((), dtype), []
+    x, weight, initial_inputs, seen = residuals
+    before, dtype = weight.shape[0] - 1, weight.dtype
+    dx, dinitial, dweight = jnp.zeros((), dtype), jnp.zeros((), dtype), []
     for tap, row in enumerate(weight):
-        own = _own(dy.astype(inputs.dtype), tap, weight, seen)
-        shifted = jnp.pad(own, ((0, 0), (tap, before - tap), (0, 0)))
-        dinputs = dinputs + row[None, None] * shifted.astype(dtype)
-        taken = inputs[:, tap : tap + length].astype(dtype)
+        own, distance = _own(dy.astype(x.dtype), tap, weight, seen), before - tap
+        shifted = _pad_length(own, -distance, distance)
+        dx = dx + row[None, None] * shifted.astype(dtype)
+        first = own[:, :before]
+        of_initial = _pad_length(first, tap, before - tap - first.shape[1])
+        dinitial = dinitial + row[None, None] * of_initial.astype(dtype)
+        taken = _input_of(tap, x, initial_inputs).astype(dtype)
         dweight.append(_own(dy.astype(dtype) * taken, tap, weight, seen).sum((0, 1)))
     of_documents = None
     if seen is not None:
@@ -129,14 +140,33 @@ def _shifted_sum_bwd(
         # A matmul reads dy once, where a masked sum for each position would read it as often.
         of_documents = einsum(
             "blp,blc->bpc",
-            is_there.astype(inputs.dtype),
-            dy.astype(inputs.dtype),
+            is_there.astype(x.dtype),
+            dy.astype(x.dtype),
             preferred_element_type=dtype,
         )
-    return dinputs.astype(inputs.dtype), jnp.stack(dweight), of_documents, None
+    dinputs = dx.astype(x.dtype), jnp.stack(dweight), dinitial.astype(x.dtype)
+    return (*dinputs, of_documents, None)
 
 
 _shifted_sum.defvjp(_shifted_sum_fwd, _shifted_sum_bwd)
+
+
+def _input_of(tap: int, x: Array, initial_inputs: Array) -> Array:
+    """The input that a tap is applied to, at each position.
+
+    A sum of two padded arrays, which XLA fuses into what reads it; it writes a concatenation.
+    """
+    distance, length = initial_inputs.shape[1] - tap, x.shape[1]
+    if not distance:
+        return x
+    return _pad_length(x, distance, -distance) + _pad_length(
+        initial_inputs[:, tap:], 0, length - distance
+    )
+
+
+def _pad_length(v: Array, before: int, behind: int) -> Array:
+    """v with zeros before and behind, or with fewer positions where the numbers are negative."""
+    return lax.pad(v, jnp.zeros((), v.dtype), ((0, 0, 0), (before, behind, 0), (0, 0, 0)))
 
 
 def _own(v: Array, tap: int, weight: Array, seen: Array | None) -> Array:
