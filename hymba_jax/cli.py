@@ -80,9 +80,15 @@ def tokenize(args: Sequence[str], prog: str) -> None:
 def train(args: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Runs `hymba train ...`, which train.py is too."""
     with _ended_by_interrupts(), _one_line_errors():
-        from hymba_jax.training.arguments import parse_run
+        from hymba_jax.training.arguments import names_model, parse_run
 
-        config, processes = parse_run(sys.argv[1:] if args is None else args, prog)
+        args = sys.argv[1:] if args is None else args
+        config, processes = parse_run(args, prog)
+        if not names_model(args):
+            raise HymbaError(
+                "no model is named: use --config configs/tiny.toml, or another config with a table "
+                "[model], or --init-from DIRECTORY"
+            )
         prepare_host()
         from hymba_jax import train as run
         from hymba_jax.checkpoint.checkpoints import silence_orbax

@@ -61,6 +61,16 @@ def test_impossible_values(config, output, arguments, message):
     assert not output.exists()
 
 
+def test_a_run_without_a_model(tmp_path, output):
+    """It is not one of 1.5B parameters by default."""
+    config = tmp_path / "data.toml"
+    config.write_text("[training]\nsteps = 3\n")
+    for arguments in ([], ["--config", config]):
+        message = refusal("--output", output, *arguments)
+        assert message.startswith("error: no model is named: use --config configs/tiny.toml, or")
+    assert not output.exists()
+
+
 def test_an_unknown_field_in_the_file(config, output):
     config.write_text(config.read_text().replace("mlp_size", "mlp_sise"))
     assert "unknown field model.mlp_sise, did you mean model.mlp_size?" in refusal(

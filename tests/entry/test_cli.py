@@ -133,7 +133,9 @@ def parse_run(args, prog):
     except KeyboardInterrupt:
         print("swallowed")
     sys.exit(3)
-sys.modules["hymba_jax.training.arguments"] = types.SimpleNamespace(parse_run=parse_run)
+sys.modules["hymba_jax.training.arguments"] = types.SimpleNamespace(
+    names_model=None, parse_run=parse_run
+)
 cli.train([])
 """
     result = subprocess.run(
