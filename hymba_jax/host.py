@@ -14,6 +14,7 @@ _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2**21
 # Of containers; "max" where there is none.
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_MEMINFO = Path("/proc/meminfo")
 _VECTOR_WIDTH = "--xla_cpu_prefer_vector_width"
 
 
@@ -29,11 +30,21 @@ def prepare_host() -> None:
 
 
 def host_memory() -> int:
-    """Bytes of memory available to this process: the host's, or its cgroup's limit."""
+    """Bytes of memory that this process may have: the host's, or its cgroup's limit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             memory = min(memory, int(Path(path).read_text()))
+    return memory
+
+
+def available_memory() -> int:
+    """Bytes of `host_memory` that other programs leave, where Linux says so."""
+    memory = host_memory()
+    with contextlib.suppress(OSError):  # another system
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                memory = min(memory, int(line.split()[1]) * 1024)
     return memory
 
 

@@ -4,16 +4,17 @@ from jax.sharding import Mesh
 
 from hymba_jax.checkpoint.train_state import AbstractTrainState
 from hymba_jax.errors import HymbaError
-from hymba_jax.host import host_memory
+from hymba_jax.host import available_memory
 from hymba_jax.model.abstract import Params
 from hymba_jax.parallel.memory import device_memory
 from hymba_jax.parallel.mesh import bytes_per_device
 
 
 def check_memory(abstract: AbstractTrainState, mesh: Mesh, teacher: Params | None = None) -> None:
-    """Refuses a state that is larger than all the memory that its devices have.
+    """Refuses a state that is, with its gradients, larger than the memory that its devices have.
 
-    Gradients and activations are not considered: `hymba compile` reports them.
+    On CPUs that is what other programs leave of the host's. Gradients are counted in the dtype of
+    their parameters. Activations are not considered: `hymba compile` reports them.
 
     Args:
       teacher: shapes of parameters that are there beside it.
@@ -21,21 +22,23 @@ def check_memory(abstract: AbstractTrainState, mesh: Mesh, teacher: Params | Non
     Raises:
       HymbaError: naming both sizes and what to change.
     """
-    needed = bytes_per_device((abstract.state, teacher))
-    available = device_memory(mesh.local_devices)
+    gradients, _ = abstract.trainable.split(abstract.state.params)
+    needed = bytes_per_device((abstract.state, gradients, teacher))
+    devices = mesh.local_devices
+    is_cpu = devices[0].platform == "cpu"
+    available = available_memory() // len(devices) if is_cpu else device_memory(devices)
     if available is None or needed <= available:
         return
-    device = mesh.local_devices[0]
     change = "choose a smaller model"
     share = ""
-    if device.platform == "cpu":
-        share = f", its share of {host_memory() / 1e9:,.1f} GB of host memory"
+    if is_cpu:
+        share = f", its share of {available_memory() / 1e9:,.1f} GB of available host memory"
     else:
         change += ", or shard it over more devices by parallel.fsdp"
-    state = f"{abstract.num_params:,} parameters and their optimizer state"
+    state = f"{abstract.num_params:,} parameters, their gradients and optimizer state"
     if teacher is not None:
         state += ", beside the teacher's parameters,"
     raise HymbaError(
-        f"{state} take {needed / 1e9:,.1f} GB on each device, and a {device.device_kind} has "
+        f"{state} take {needed / 1e9:,.1f} GB on each device, and a {devices[0].device_kind} has "
         f"{available / 1e9:,.1f} GB{share}: {change}"
     )

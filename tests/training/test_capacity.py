@@ -15,16 +15,17 @@ from hymba_jax.config import ComputeConfig
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.config.training import TrainingConfig
 from hymba_jax.errors import HymbaError
-from hymba_jax.host import host_memory
+from hymba_jax.host import available_memory, host_memory
+from hymba_jax.model.trainable import Trainable
 from hymba_jax.parallel.memory import device_memory
 from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.training.capacity import check_memory
 from hymba_jax.training.optimizer import make_optimizer
 
-# 2^24 rows of 2^14 channels: 2^38 parameters, of 4 bytes and as much again for two moments each;
-# 3,298 GB, and a little more for the layers.
+# 2^24 rows of 2^14 channels: 2^38 parameters, of 4 bytes and as much again for a gradient and two
+# moments each; 4,398 GB, and a little more for the layers.
 HUGE = dataclasses.replace(MODEL, vocab_size=2**24, hidden_size=2**14)
-BYTES = 2**38 * 12
+BYTES = 2**38 * 16
 
 
 def abstract(config, mesh):
@@ -39,33 +40,43 @@ def test_a_model_that_fits_is_not_refused():
 
 def test_what_is_larger_than_the_host_is_refused(monkeypatch):
     mesh = make_mesh(jax.devices()[:8], ParallelConfig(data=8, fsdp=1))
-    for module in ("parallel.memory", "training.capacity"):
-        monkeypatch.setattr(f"hymba_jax.{module}.host_memory", lambda: 16 * 10**9)
+    monkeypatch.setattr("hymba_jax.training.capacity.available_memory", lambda: 16 * 10**9)
     with pytest.raises(HymbaError) as caught:
         check_memory(abstract(HUGE, mesh), mesh)
     message = str(caught.value)
-    assert re.search(r"optimizer state take 3,[23]\d\d\.\d GB on each device", message)
-    assert "a cpu has 2.0 GB, its share of 16.0 GB of host memory" in message
+    assert re.search(r"optimizer state take 4,[34]\d\d\.\d GB on each device", message)
+    assert "a cpu has 2.0 GB, its share of 16.0 GB of available host memory" in message
     assert message.endswith(": choose a smaller model")
 
 
 def test_only_the_shard_of_a_device_counts(monkeypatch):
-    """Parameters and moments are 8 times as large as what each of 8 devices holds of them."""
+    """The state is 8 times as large as what each of 8 devices holds of it."""
     one, eight = (make_mesh(jax.devices()[:n]) for n in (1, 8))
-    monkeypatch.setattr("hymba_jax.training.capacity.device_memory", lambda _: BYTES // 4)
+    monkeypatch.setattr("hymba_jax.training.capacity.available_memory", lambda: 2 * BYTES)
     check_memory(abstract(HUGE, eight), eight)
-    with pytest.raises(HymbaError, match=r"3,[23]\d\d\.\d GB on each device"):
+    monkeypatch.setattr("hymba_jax.training.capacity.available_memory", lambda: BYTES // 4)
+    with pytest.raises(HymbaError, match=r"4,[34]\d\d\.\d GB on each device"):
         check_memory(abstract(HUGE, one), one)
 
 
 def test_a_teacher_counts(monkeypatch):
-    """Its parameters, 4 bytes each, where the state has 12."""
+    """Its parameters, 4 bytes each, where the state and its gradients have 16."""
     mesh = make_mesh(jax.devices()[:1])
     state = abstract(HUGE, mesh)
-    monkeypatch.setattr("hymba_jax.training.capacity.device_memory", lambda _: BYTES * 5 // 4)
+    monkeypatch.setattr("hymba_jax.training.capacity.available_memory", lambda: BYTES * 9 // 8)
     check_memory(state, mesh)
-    with pytest.raises(HymbaError, match=r"teacher's parameters, take 4,[34]\d\d\.\d GB"):
+    with pytest.raises(HymbaError, match=r"teacher's parameters, take 5,[45]\d\d\.\d GB"):
         check_memory(state, mesh, state.state.params)
+
+
+def test_only_what_is_trained_has_gradients(monkeypatch):
+    """Of the frozen embedding there are parameters alone, 4 bytes each."""
+    mesh = make_mesh(jax.devices()[:1])
+    optimizer = make_optimizer(TrainingConfig())
+    frozen = Trainable(freeze=("embedding",))
+    state = abstract_train_state(HUGE, ComputeConfig(), optimizer, mesh, frozen)
+    monkeypatch.setattr("hymba_jax.training.capacity.available_memory", lambda: BYTES // 2)
+    check_memory(state, mesh)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +99,14 @@ def test_the_memory_of_the_host(monkeypatch, tmp_path):
     for text, expected in (("max", total), ("1048576", 2**20), (str(2**63), total), ("", total)):
         (tmp_path / "limit").write_text(f"{text}\n")
         assert host_memory() == expected
+
+
+def test_the_memory_that_other_programs_leave(monkeypatch, tmp_path):
+    """That of a system that does not say it is all of it."""
+    monkeypatch.setattr(host, "host_memory", lambda: 2**30)
+    monkeypatch.setattr(host, "_MEMINFO", tmp_path / "meminfo")
+    assert available_memory() == 2**30
+    for available, expected in ((2**19, 2**29), (2**21, 2**30)):  # KiB, and bytes
+        text = f"MemTotal: {2**22} kB\nMemFree: 7 kB\nMemAvailable: {available} kB\n"
+        (tmp_path / "meminfo").write_text(text)
+        assert available_memory() == expected
