@@ -279,9 +279,11 @@ def test_tables_fit_into_80_columns(tmp_path, capsys, monkeypatch):
     [
         (["{}"], "error: {}: the directory has no .toml files"),
         (["{}", "--context", "0"], "error: context is 0, below 1"),
+        ([], "error: configs/designs: no such file or directory: name runs or TOML files; what is"),
     ],
 )
-def test_the_command_refuses(tmp_path, arguments, message):
+def test_the_command_refuses(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
         cli.main(["designs", *(argument.format(tmp_path) for argument in arguments)])
     assert str(error.value).startswith(message.format(tmp_path))

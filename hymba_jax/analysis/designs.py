@@ -62,6 +62,8 @@ PAPER = {
 }
 """By the name of the config's file."""
 
+DESIGNS = "configs/designs"
+
 _PAPER_CACHE = 8000, "bfloat16"  # tokens, and dtype of keys, values and states
 
 
@@ -71,7 +73,8 @@ class DesignsConfig:
     cache, and FLOPs per token, beside the paper's numbers. Nothing is trained or allocated.
 
     Attributes:
-      configs: TOML files of runs or models, or directories of them, local, gs:// or s3://.
+      configs: TOML files of runs or models, or directories of them, local, gs:// or s3://; those
+        of the paper, in the repository, if none is named.
       context: tokens of a sequence that is trained on, prefilled, or precedes a decoded token.
       dtype: of keys, values and states in the cache.
       format: tables, or a JSON object per design and line.
@@ -81,7 +84,7 @@ class DesignsConfig:
     """
 
     configs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = (
-        "configs/designs",
+        DESIGNS,
     )
     context: int = 8000
     dtype: DType = "bfloat16"
@@ -200,6 +203,11 @@ def _by_purpose(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _files(paths: Sequence[str]) -> Iterator[Location]:
     for path in map(resolve_location, paths):
+        if not path.exists():
+            raise HymbaError(
+                f"{path}: no such file or directory: name runs or TOML files; what is compared by "
+                f"default, {DESIGNS}, is in the repository of hymba_jax: run it there"
+            )
         files = matches(path, "*.toml") if path.is_dir() else [path]
         if not files:
             raise HymbaError(f"{path}: the directory has no .toml files")
