@@ -64,6 +64,7 @@ class Engine:
       allowed: the tokens that may be sampled; all of them if absent.
 
     Attributes:
+      num_params: parameters of the model, in whatever format.
       max_context: tokens that a sequence may have.
       programs: the compiled programs, for warm-up and tests.
 
@@ -90,6 +91,8 @@ class Engine:
             if value not in formats:
                 raise HymbaError(f"{name} is {value!r}, not one of {', '.join(formats)}")
         fused = fuse_projections(merge_adapters(unstack_layers(model)))
+        # Counted here: quantized kernels have scales, and a tied embedding is there twice.
+        self.num_params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(fused)))
         if weights == "int8":
             quantize_kernels(fused)
         graph, variables = nnx.split(fused)
@@ -102,7 +105,7 @@ class Engine:
         )
         self.max_context = _max_context(model.config, context)
         self._smallest_context = context or MIN_CONTEXT
-        self.state_dtype, self.kv_cache = state_dtype, kv_cache
+        self.state_dtype, self.weights, self.kv_cache = state_dtype, weights, kv_cache
         self.programs = make_programs(graph, model.config, model.compute, state_dtype, kv_cache)
 
     def on_device(self, device: jax.Device) -> "Engine":
@@ -118,10 +121,6 @@ class Engine:
     def meta_state(self) -> MetaState:
         """The state after the meta tokens, computed once."""
         return self.programs.meta_state(self.params)
-
-    @property
-    def num_params(self) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     @property
     def device(self) -> jax.Device:

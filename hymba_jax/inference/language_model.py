@@ -123,11 +123,13 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         config, engine = self.config, self.engine
+        formats = {"weights": engine.weights, "kv_cache": engine.kv_cache}
+        int8 = "".join(f", {name} int8" for name, format in formats.items() if format == "int8")
         return (
             f"LanguageModel({engine.num_params:,} parameters in {engine.dtype} on "
             f"{engine.device_description}, {config.num_layers} layers, "
             f"context {engine.max_context}, vocabulary {config.num_embeddings}, "
-            f"batch_size {self.batch_size})"
+            f"batch_size {self.batch_size}{int8})"
         )
 
     def on_device(self, device: jax.Device) -> "LanguageModel":

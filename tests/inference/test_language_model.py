@@ -99,6 +99,8 @@ def test_a_model_says_what_it_is(hymba, model):
         f"LanguageModel({count:,} parameters in float32 on cpu, 1 layers, context 512, "
         "vocabulary 259, batch_size 8)"
     )
+    int8 = LanguageModel(hymba, TOKENIZER, weights="int8", kv_cache="int8")
+    assert repr(int8) == f"{repr(model)[:-1]}, weights int8, kv_cache int8)"
 
 
 def test_text_is_what_the_tokens_say(greedy):
