@@ -15,7 +15,6 @@ from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.inference.loading import ModelChoice
 from hymba_jax.tokenizer import chat_template
 
-CHUNK = 64  # tokens of a prompt that are prefilled at once; the prefix cache keeps whole chunks
 # Ends of prompts: a turn starts from that of the one before or, if this one failed, an earlier one.
 PREFIX_STATES = 2
 
@@ -67,7 +66,7 @@ def load(choice: ModelChoice, *, speculate: bool) -> LanguageModel:
     Raises:
       HymbaError: there is none.
     """
-    return choice.load(max_chunk=CHUNK, speculate=speculate, prefix_states=PREFIX_STATES)
+    return choice.load(speculate=speculate, prefix_states=PREFIX_STATES)
 
 
 def run(model: LanguageModel, config: ChatConfig) -> None:

@@ -2,17 +2,19 @@
 
 import copy
 import dataclasses
+import difflib
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import jax
 import numpy as np
 
 from hymba_jax.config import CacheFormat, DType, WeightFormat
-from hymba_jax.config.field_types import fits, shown
+from hymba_jax.config.field_types import fits, misfit, shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference.batch_state import DecodeState, Request, SampledTokens
@@ -31,6 +33,8 @@ from hymba_jax.inference.prompts import Prompts, encode_prompts, prompt_name
 from hymba_jax.model import Hymba
 from hymba_jax.tokenizer import Tokenizer, chat_template
 from hymba_jax.types import Bool, Float
+
+PREFIX_CHUNK = 64  # tokens of a prompt that are prefilled at once, where states are kept after them
 
 
 @dataclass
@@ -72,14 +76,15 @@ class LanguageModel:
       kv_cache: format of keys and values between tokens, "float" in the model's dtype or "int8".
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      max_chunk: tokens of a prompt that are prefilled at once.
+      max_chunk: tokens of a prompt that are prefilled at once; 1024 if absent, and 64 with
+        `prefix_states`.
       speculate: whether a sequence that is decoded alone is drafted from earlier tokens of its own
         (`PromptLookup`). Its tokens are the same, to the rounding of matmuls of several tokens and,
         with `state_dtype` "bfloat16", of states, once for all of these tokens.
       prefix_states: states after beginnings of prompts that are kept, each as large as a sequence's
         cache, so that the turns of a conversation are not prefilled again (`PrefixCache`). They are
-        after whole chunks, and for caches of one size: give `max_chunk`, far below the length of
-        the prompts, and `context` with it.
+        after whole chunks, and for caches of one size: give `context`, too, or they are dropped
+        when a longer sequence needs a larger one.
       defaults: additional end tokens, and sampling defaults.
 
     Raises:
@@ -96,13 +101,17 @@ class LanguageModel:
         kv_cache: CacheFormat = "float",
         batch_size: int = 8,
         context: int | None = None,
-        max_chunk: int = MAX_CHUNK,
+        max_chunk: int | None = None,
         speculate: bool = False,
         prefix_states: int = 0,
         defaults: GenerationDefaults | None = None,
     ):
         self.batch_size = _at_least(1, "batch_size", batch_size)
         self.prefix_states = _at_least(0, "prefix_states", prefix_states)
+        if max_chunk is None:
+            max_chunk = PREFIX_CHUNK if prefix_states else MAX_CHUNK
+        if problem := misfit(speculate, bool):
+            raise HymbaError(f"speculate {problem}")
         self.config = model.config
         self.tokenizer = tokenizer
         self._in_tokenizer = _tokens_in_tokenizer(tokenizer, model.config.num_embeddings)
@@ -158,8 +167,8 @@ class LanguageModel:
             `parse_special`, as of `encode`.
 
         Raises:
-          HymbaError: an invalid prompt or sampling value; too little memory for them; or the
-            model's logits are not finite.
+          HymbaError: an invalid prompt or sampling value, or no such field; too little memory for
+            them; or the model's logits are not finite.
         """
         return collect(self.stream(prompts, config, stream_interval=DECODE_STEPS, **sampling))
 
@@ -186,6 +195,7 @@ class LanguageModel:
             raise HymbaError(
                 f"stream_interval is {stream_interval}, not between 1 and {DECODE_STEPS}"
             )
+        _check_names(sampling)
         if config is None and self.defaults.applies(sampling):
             sampling = {**self.defaults.sampling, **sampling}
         config = dataclasses.replace(config or SamplingConfig(), **sampling)
@@ -412,6 +422,19 @@ def _tokens_in_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Bool[np.ndarr
     """Which rows of the model's vocabulary the tokenizer has a token for."""
     numbers = np.array([*tokenizer.model.get_vocab().values()])
     return np.isin(np.arange(vocab_size), numbers)
+
+
+def _check_names(sampling: Iterable[str]) -> None:
+    """Raises HymbaError for a name that no field of `SamplingConfig` has."""
+    fields = [item.name for item in dataclasses.fields(SamplingConfig)]
+    for name in sampling:
+        if name in fields:
+            continue
+        if name in signature(LanguageModel).parameters:
+            raise HymbaError(f"{name} is set when a model is loaded (hymba_jax.load), not here")
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"
+        raise HymbaError(f"unknown option {name}: {hint}")
 
 
 def _at_least(smallest: int, name: str, value: Any) -> int:

@@ -8,9 +8,10 @@ from hymba_jax.checkpoint.checkpoints import Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.model_file import read_model_directory
 from hymba_jax.config import CacheFormat, DType, WeightFormat
+from hymba_jax.config.field_types import misfit, shown
 from hymba_jax.convert.peft import merge_peft, peft_tokenizer
+from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location, resolve_path
-from hymba_jax.inference.engine import MAX_CHUNK
 from hymba_jax.inference.generation_config import read_generation_defaults
 from hymba_jax.inference.language_model import LanguageModel
 from hymba_jax.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ def load(
     kv_cache: CacheFormat = "float",
     batch_size: int = 8,
     context: int | None = None,
-    max_chunk: int = MAX_CHUNK,
+    max_chunk: int | None = None,
     speculate: bool = False,
     prefix_states: int = 0,
     step: Step | None = None,
@@ -44,10 +45,11 @@ def load(
       kv_cache: format of keys and values between tokens, "float" in `dtype` or "int8".
       batch_size: sequences that are decoded at the same time.
       context: tokens of every sequence's cache; as many as each batch needs if absent.
-      max_chunk: tokens of a prompt that are prefilled at once.
+      max_chunk: tokens of a prompt that are prefilled at once; 1024 if absent, and 64 with
+        `prefix_states`.
       speculate: draft the next tokens from earlier ones of the sequence, see `LanguageModel`.
-      prefix_states: states after beginnings of prompts that are kept; give a small `max_chunk` and
-        `context` with it, see `LanguageModel`.
+      prefix_states: states after beginnings of prompts that are kept; give `context` with it, see
+        `LanguageModel`.
       step: which checkpoint of a run, or "best", of the lowest validation loss; the newest if
         absent.
       adapter: local directory of a PEFT adapter, which is merged into the model; a tokenizer with
@@ -57,8 +59,14 @@ def load(
       HymbaError: the directory holds no model, a part of it cannot be read, or it does not fit
         into the device's memory; or the adapter belongs to another model.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise HymbaError(f"directory is {shown(directory)}, not a path")
+    if problem := misfit(dtype, DType | None):
+        raise HymbaError(f"dtype {problem}")
     step = resolve_step(directory, step)
     config = read_model_directory(directory, step)[0]  # first: it reports a missing model
+    if not (resolve_location(directory) / "tokenizer.json").exists():
+        raise HymbaError(f"{directory}: the model has no tokenizer: put its tokenizer.json there")
     tokenizer = Tokenizer.load(directory)
     tokenizer.check_fits(config, str(directory))
     if adapter:
@@ -121,7 +129,7 @@ class ModelChoice:
         return Path(os.path.abspath(location)).name if isinstance(location, Path) else location.name
 
     def load(
-        self, *, max_chunk: int = MAX_CHUNK, speculate: bool = False, prefix_states: int = 0
+        self, *, max_chunk: int | None = None, speculate: bool = False, prefix_states: int = 0
     ) -> LanguageModel:
         """The model, as of `load`. Raises HymbaError if there is none."""
         options = {name: value for name, value in vars(self).items() if name != "model"}

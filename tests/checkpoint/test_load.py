@@ -1,6 +1,7 @@
 """Models from the directories of runs, and from those that hold a standalone model."""
 
 import dataclasses
+import inspect
 import shutil
 import subprocess
 import sys
@@ -218,7 +219,11 @@ def widen(directory):
             "name another step (1)",
         ),
         (widen, None, "{path}/checkpoints/2/params: not parameters of this model that can be read"),
-        (lose("tokenizer.json"), None, "{path}/tokenizer.json: no such tokenizer file"),
+        (
+            lose("tokenizer.json"),
+            None,
+            "{path}: the model has no tokenizer: put its tokenizer.json there",
+        ),
     ],
 )
 def test_what_cannot_be_loaded(run, tmp_path, damage, step, message):
@@ -229,6 +234,20 @@ def test_what_cannot_be_loaded(run, tmp_path, damage, step, message):
         hymba_jax.load(path, step=step)
     assert str(caught.value).startswith(message.format(path=path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("directory", "options", "message"),
+    [
+        ("it", {"dtype": "fp16"}, 'dtype is \'fp16\', not "float32" or "bfloat16" or nothing'),
+        (None, {}, "directory is None, not a path"),
+    ],
+)
+def test_arguments_of_the_wrong_type(directory, options, message):
+    """Without the tests' own checks of annotations, which refuse them first."""
+    with pytest.raises(HymbaError) as caught:
+        inspect.unwrap(hymba_jax.load)(directory, **options)
+    assert str(caught.value) == message
 
 
 def test_a_model_alone_has_no_steps(run, tmp_path):

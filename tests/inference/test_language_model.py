@@ -485,9 +485,18 @@ def test_impossible_sampling_values(model, values, message):
         assert refusal(function, "a", **values).startswith(message)
 
 
-def test_sampling_values_that_do_not_exist(model):
-    with pytest.raises(TypeError, match="temprature"):
-        model.generate("a", temprature=0.5)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("temprature", "unknown option temprature: did you mean temperature?"),
+        ("max_tokens", "unknown option max_tokens: did you mean max_new_tokens?"),
+        ("xyz", "unknown option xyz: there are max_new_tokens, temperature, "),
+        ("speculate", "speculate is set when a model is loaded (hymba_jax.load), not here"),
+    ],
+)
+def test_sampling_values_that_do_not_exist(model, option, message):
+    for function in (model.generate, model.stream):
+        assert refusal(function, "a", **{option: 1}).startswith(message)
 
 
 @pytest.mark.parametrize("interval", [-1, 0, 17])
@@ -518,6 +527,25 @@ def test_a_state_dtype_that_does_not_exist(hymba):
     init = inspect.unwrap(Engine.__init__)
     message = refusal(init, object.__new__(Engine), hymba, state_dtype="int8")
     assert message == "state_dtype is 'int8', not one of float32, bfloat16"
+
+
+def test_options_of_the_wrong_type(hymba):
+    """Without the tests' own checks of annotations, as before."""
+    init = inspect.unwrap(LanguageModel.__init__)
+    model = object.__new__(LanguageModel)
+    message = refusal(init, model, hymba, TOKENIZER, speculate="yes")
+    assert message == "speculate is 'yes', not true or false"
+
+
+def test_states_are_kept_after_short_chunks(hymba):
+    """Else none would be of prompts that are shorter than a chunk."""
+    for options, chunk in (({}, 1024), ({"prefix_states": 1}, 64)):
+        assert LanguageModel(hymba, TOKENIZER, **options).engine.max_chunk == chunk
+    model = LanguageModel(hymba, TOKENIZER, context=128, prefix_states=1)
+    for _ in range(2):
+        model.generate("x" * 80, max_new_tokens=1)
+    (_, prefixes) = model._prefix_cache
+    assert prefixes.hit_tokens == 64
 
 
 def test_a_replica_keeps_states_of_its_own(hymba):
