@@ -33,6 +33,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 OTHER_FILES = (GENERATION_CONFIG, "*.py")  # the HF implementation itself, which config.json names
+NO_TOKENIZER = "no tokenizer.json: commands that take or write text need one"
+NO_CODE = (
+    f"{HF_CONFIG} has no auto_map to the HF implementation: put configuration_hymba.py and "
+    "modeling_hymba.py beside it, and an auto_map that names them into it"
+)
+"""What transformers lacks of a model that was not trained with it."""
 
 _KEPT = "hf_files"  # inside a run directory
 _CLASSES = ("AutoConfig", "AutoModelForCausalLM")
@@ -86,14 +92,17 @@ def missing_for_transformers(directory: Location, settings: Mapping[str, Any]) -
     """
     missing = []
     auto_map = settings.get("auto_map")
-    for name in _CLASSES:
-        reference = auto_map.get(name) if isinstance(auto_map, dict) else None
-        if not isinstance(reference, str):
-            missing.append(f"{HF_CONFIG} has no auto_map to the HF implementation for {name}")
-        elif "--" not in reference:  # else it is code on Hugging Face
-            code = reference.partition(".")[0] + ".py"
-            if not (directory / code).is_file():
-                missing.append(f"{code} is missing, the HF implementation that auto_map names")
+    if not (auto_map and isinstance(auto_map, dict)):
+        missing.append(NO_CODE)
+    else:
+        for name in _CLASSES:
+            reference = auto_map.get(name)
+            if not isinstance(reference, str):
+                missing.append(f"{HF_CONFIG} has no auto_map to the HF implementation for {name}")
+            elif "--" not in reference:  # else it is code on Hugging Face
+                code = reference.partition(".")[0] + ".py"
+                if not (directory / code).is_file():
+                    missing.append(f"{code} is missing, the HF implementation that auto_map names")
     if not companion_files(directory, ("tokenizer.json", "tokenizer.model")):
         missing.append("tokenizer.json is missing")
     config = directory / "tokenizer_config.json"

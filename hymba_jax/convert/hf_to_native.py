@@ -17,7 +17,14 @@ from hymba_jax.convert.hf_config import with_dtype
 from hymba_jax.convert.mapping import EMBEDDING, HEAD, TIED_COPY, HFSlice
 from hymba_jax.convert.params_stream import LazyArray, write_params
 from hymba_jax.convert.report import Report
-from hymba_jax.hf_files import COPIES_FILE, HF_CONFIG, OTHER_FILES, TOKENIZER_FILES, companion_files
+from hymba_jax.hf_files import (
+    COPIES_FILE,
+    HF_CONFIG,
+    NO_TOKENIZER,
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    companion_files,
+)
 from hymba_jax.model.abstract import ParamPath
 
 
@@ -38,6 +45,8 @@ def write_native(
     write_params(directory / PARAMS, params)
     for file in companion_files(checkpoint.directory, (*TOKENIZER_FILES, *OTHER_FILES)):
         shutil.copyfile(file, directory / file.name)
+    if not (directory / "tokenizer.json").exists():
+        report.display.say(f"warning: {NO_TOKENIZER}")
     if checkpoint.has_tied_copy:
         (directory / COPIES_FILE).write_text(json.dumps(TIED_COPY) + "\n")
         report.display.say(f"{HEAD} equals {EMBEDDING}, one of them is kept")

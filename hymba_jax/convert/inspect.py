@@ -22,7 +22,7 @@ from hymba_jax.convert.tensor_file import TensorInfo
 from hymba_jax.display import format_bytes
 from hymba_jax.errors import HymbaError, printable
 from hymba_jax.files import resolve_location
-from hymba_jax.hf_files import missing_for_transformers
+from hymba_jax.hf_files import NO_CODE, NO_TOKENIZER, missing_for_transformers
 from hymba_jax.model.abstract import ParamPath, param_shapes
 
 # A parameter belongs to the first part that its path has a name of.
@@ -44,8 +44,8 @@ class InspectConfig:
 
     Of HF checkpoints only headers are read; the arrays of native ones, of a run's checkpoint also
     optimizer state and loop state, are compared with their checksums. The exit status is 1 where
-    something is missing, damaged or does not fit, or if transformers could not load an HF
-    checkpoint.
+    something is missing, damaged or does not fit, also if only transformers needs it; but not
+    because a model that was trained here has no code for transformers.
 
     Attributes:
       path: directory of the checkpoint.
@@ -87,16 +87,21 @@ def _inspect(checkpoint: NativeCheckpoint | HFCheckpoint, path: str, step: int |
     table.add_row("parameters", f"{parts.total():,}", end_section=True)
     for dtype, (tensors, size) in _by_dtype(checkpoint.tensors).items():
         table.add_row(Text(printable(dtype)), f"{tensors:,} tensors, {format_bytes(size)}")
-    problems = checkpoint.problems()
+    problems, lacks = checkpoint.problems(), []
     if isinstance(checkpoint, HFCheckpoint):
         missing = missing_for_transformers(checkpoint.directory, checkpoint.settings)
+        if NO_CODE in missing:  # as of every model that was trained here
+            missing.remove(NO_CODE)
+            table.add_row("transformers", NO_CODE)
+            lacks.append("transformers' code")
         problems += [f"transformers cannot load it: {what}" for what in missing]
     elif not problems:
         problems = checkpoint.damage()
     has_tokenizer = (checkpoint.directory / "tokenizer.json").is_file()
     if not has_tokenizer:
-        table.add_row("tokenizer", "no tokenizer.json: commands that take or write text need one")
-    is_complete = "yes" if has_tokenizer else "yes, but for a tokenizer"
+        table.add_row("tokenizer", NO_TOKENIZER)
+        lacks.append("a tokenizer")
+    is_complete = f"yes, but for {' and '.join(lacks)}" if lacks else "yes"
     table.add_row("complete", "no" if problems else is_complete)
     Console().print(table)
     if problems:

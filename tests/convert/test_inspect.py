@@ -64,7 +64,9 @@ def test_both_kinds_hold_the_same(hf, tmp_path, capsys, monkeypatch):
         (lambda d: (d / "modeling_hymba.py").unlink(), "modeling_hymba.py is missing"),
         (lambda d: (d / "configuration_hymba.py").unlink(), "configuration_hymba.py is missing"),
         (
-            lambda d: (d / "config.json").write_text(json.dumps(golden_config())),
+            lambda d: (d / "config.json").write_text(
+                json.dumps(golden_config() | {"auto_map": AUTO_MAP | {"AutoConfig": 1}})
+            ),
             "has no auto_map to the HF implementation for AutoConfig",
         ),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -79,6 +81,20 @@ def test_what_transformers_lacks_is_said(damage, message, hf, tmp_path, capsys):
     assert "transformers cannot load it: " in caught.value.code
     assert message in caught.value.code
     assert "yes" not in capsys.readouterr().out
+
+
+def test_a_model_without_code_for_transformers_is_complete(hf, tmp_path, capsys, monkeypatch):
+    """As all that were trained here."""
+    monkeypatch.setenv("COLUMNS", "250")
+    copy = shutil.copytree(hf, tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps(golden_config()))
+    printed = inspect(copy, capsys)
+    assert "│ complete │ yes, but for transformers' code │" in printed
+    assert (
+        "│ transformers │ config.json has no auto_map to the HF implementation: put "
+        "configuration_hymba.py and modeling_hymba.py beside it, and an auto_map that names them "
+        "into it │"
+    ) in printed
 
 
 def test_a_path_is_no_markup(hf, tmp_path, capsys):
