@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.config.data import MIN_VOCAB_SIZE, DataConfig
 from hymba_jax.config.run import CONFIG_FILE, RunConfig, read_table
 from hymba_jax.config.toml import override_from, toml_lines
+from hymba_jax.data.tokenized import is_tokenized
 from hymba_jax.errors import HymbaError
-from hymba_jax.files import resolve_location
+from hymba_jax.files import Location, resolve_location
 from hymba_jax.hf_files import ADAPTER_CONFIG, HF_CONFIG, download_advice
 from hymba_jax.model.trainable import Trainable
 from hymba_jax.run_files import checkpoint_steps
@@ -75,12 +77,21 @@ def read_model_directory(
     if (directory / CONFIG_FILE).is_file():
         steps = checkpoint_steps(directory)
         return read_model(directory / CONFIG_FILE, steps[-1] if steps and step is None else step)
-    advice = download_advice(directory)
+    reason = what_else(directory) or f"{CONFIG_FILE} is missing"
     if (directory / HF_CONFIG).is_file():
-        advice = f": convert the HF checkpoint first, hymba convert {directory} TARGET"
+        reason += f": convert the HF checkpoint first, hymba convert {directory} TARGET"
     elif (directory / ADAPTER_CONFIG).is_file():
-        advice = f": it is an adapter, generate with --model BASE --adapter {directory}"
-    raise HymbaError(f"{directory}: no model found, {CONFIG_FILE} is missing{advice}")
+        reason += f": it is an adapter, generate with --model BASE --adapter {directory}"
+    raise HymbaError(f"{directory}: no model found, {reason}")
+
+
+def what_else(directory: Location) -> str:
+    """What a directory without a model is, and what to do; empty if that is not known."""
+    if not directory.exists():
+        return f"there is no such directory{download_advice(directory)}"
+    if isinstance(directory, Path) and is_tokenized(directory):
+        return f"it is a tokenized corpus: hymba tokenize --check --output {directory} reads it"
+    return ""
 
 
 def read_trainable(path: str | os.PathLike[str]) -> Trainable:

@@ -13,6 +13,7 @@ import tyro
 from hymba_jax.checkpoint.checkpoints import PARAMS, Step, resolve_step
 from hymba_jax.checkpoint.load import load_model
 from hymba_jax.checkpoint.local_copy import local_copy
+from hymba_jax.checkpoint.model_file import what_else
 from hymba_jax.checkpoint.run_lock import check_unlocked
 from hymba_jax.config import ComputeConfig
 from hymba_jax.config.run import CONFIG_FILE
@@ -28,7 +29,7 @@ from hymba_jax.convert.verify import Expected, compare, read_expected
 from hymba_jax.display import Display, format_bytes
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import resolve_location, resolve_path, written_beside
-from hymba_jax.hf_files import HF_CONFIG, download_advice
+from hymba_jax.hf_files import HF_CONFIG
 from hymba_jax.model import Hymba
 from hymba_jax.parallel.mesh import make_mesh
 
@@ -121,8 +122,8 @@ def open_checkpoint(directory: Path, step: int | None = None) -> NativeCheckpoin
         return NativeCheckpoint(directory, step)
     if not (directory / HF_CONFIG).is_file():
         raise HymbaError(
-            f"{directory}: no checkpoint found, neither {CONFIG_FILE} (native) "
-            f"nor {HF_CONFIG} (HF){download_advice(directory)}"
+            f"{directory}: no checkpoint found, "
+            + (what_else(directory) or f"neither {CONFIG_FILE} (native) nor {HF_CONFIG} (HF)")
         )
     if step is not None:
         raise HymbaError(f"{directory}: an HF checkpoint has no steps")

@@ -206,7 +206,7 @@ def widen(directory):
 @pytest.mark.parametrize(
     ("damage", "step", "message"),
     [
-        (lose("."), None, "{path}: no model found, config.toml is missing"),
+        (lose("."), None, "{path}: no model found, there is no such directory"),
         (lose("config.toml"), None, "{path}: no model found, config.toml is missing"),
         (lose("checkpoints"), None, "{path}/checkpoints: no checkpoint; there is none"),
         (lose("checkpoints"), 3, "{path}/checkpoints: no checkpoint 3; there is none"),

@@ -133,9 +133,20 @@ def test_another_dtype_is_said(tmp_path, capsys):
 
 
 def test_a_directory_without_checkpoint(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        inspect(tmp_path, capsys)
-    assert "no checkpoint found" in caught.value.code
+    gone, corpus = tmp_path / "gone", tmp_path / "corpus"
+    corpus.mkdir()
+    for name in ("manifest.json", "tokenizer.json"):
+        (corpus / name).write_text("{}")
+    for directory, reason in (
+        (tmp_path, "neither config.toml (native) nor config.json (HF)"),
+        (gone, "there is no such directory"),
+        (corpus, f"it is a tokenized corpus: hymba tokenize --check --output {corpus} reads it"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            inspect(directory, capsys)
+        assert caught.value.code == f"error: {directory}: no checkpoint found, {reason}"
+    with pytest.raises(HymbaError, match="no model found, it is a tokenized corpus: hymba token"):
+        read_model_directory(corpus)
 
 
 def test_a_flipped_bit_is_found_wherever_arrays_are_read(hf, tmp_path, capsys):
@@ -210,5 +221,5 @@ def test_a_name_on_hugging_face_is_explained(tmp_path, monkeypatch):
     ) in caught.value.code
     with pytest.raises(HymbaError, match=r"no model found, .* hf download nvidia/Hymba"):
         read_model_directory("nvidia/Hymba-1.5B-Base")
-    with pytest.raises(HymbaError, match=r"no model found, config.toml is missing$"):
+    with pytest.raises(HymbaError, match=r"no model found, there is no such directory$"):
         read_model_directory(tmp_path / "gone")

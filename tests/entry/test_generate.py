@@ -371,7 +371,7 @@ def test_standard_input_that_is_no_text(refusal):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "/no/such/model"], "/no/such/model: no model found, config.toml is missing"),
+        (["--model", "/no/such/model"], "/no/such/model: no model found, there is no such d"),
         (["--step", "3"], "/checkpoints: no checkpoint 3; there is none"),
         (["--prompt", "x" * 600], "the prompt: 601 tokens do not fit the model's context of 512"),
         (
