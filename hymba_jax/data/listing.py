@@ -13,15 +13,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fsspec.utils import glob_translate
 
+from hymba_jax.config.data import RecallName
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import PathLike, file_kind, open_regular, resolve_path
 from hymba_jax.remote import URL, filesystem, store_errors
 
 _WILDCARD = re.compile(r"[*?[]")
+# What may be meant to name a generated task.
+_LIKE_TASK = re.compile(r"\w+(:\d+){2,3}")
 # What makes a directory that of a run, here or in another place.
 _RUN_FILES = ("config.toml", "tokenizer.json", "checkpoints")
 # What stores call it that tells contents of an object apart.
@@ -168,7 +171,10 @@ def _local(path: Path, skip: Collection[PathLike], skipped: Counter[str]) -> lis
         return [file for file in _walk(root, depth, outputs, skipped) if matches(file.name)]
     except (FileNotFoundError, NotADirectoryError) as error:
         where = error.filename or root
-        raise HymbaError(f"{where}: no such file or directory: check the data path") from error
+        advice = "check the data path"
+        if _LIKE_TASK.fullmatch(str(where)):
+            advice += f"; a generated task is {', '.join(get_args(RecallName))}"
+        raise HymbaError(f"{where}: no such file or directory: {advice}") from error
     except OSError as error:
         where = error.filename or root
         raise HymbaError(f"{where}: cannot be read ({error.strerror})") from error

@@ -257,7 +257,10 @@ def _isolated_rows(
             'to "documents"'
         )
     if isinstance(tokens, RecallSource):
-        return tokens.rows(config.sequence_length)
+        try:
+            return tokens.rows(config.sequence_length)
+        except HymbaError as error:
+            raise HymbaError(f"{tokens.label}: {error}") from error
     kind = PreferenceRows if tokens.is_preference else ConversationRows
     rows = kind(tokens.store, config.sequence_length, config.too_long)
     if not len(rows):

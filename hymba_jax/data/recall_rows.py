@@ -59,11 +59,13 @@ class RecallSource:
     Attributes:
       task: what is generated.
       is_held_out: whether it is for validation.
+      label: what messages call it.
       is_preference: as of `Tokens`.
     """
 
     task: RecallTask
     is_held_out: bool
+    label: str
 
     is_preference = False
 

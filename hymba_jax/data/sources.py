@@ -236,7 +236,7 @@ def _open_other(place: Place, tokenizer: Tokenizer, config: DataConfig) -> Sourc
                 f"the tokenizer has {tokenizer.vocab_size}: choose a smaller vocabulary, or "
                 "another data.tokenizer"
             )
-        return RecallSource(place.task, place.is_held_out)
+        return RecallSource(place.task, place.is_held_out, place.label)
     if config.has_answers(place.source):
         raise HymbaError(f"{place.path}: {_other_format(place, 'text', config)}")
     files = place.token_files

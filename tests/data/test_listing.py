@@ -188,6 +188,8 @@ def test_paths_as_people_write_them(tmp_path, monkeypatch):
         assert names(path) == ["1.txt"]
     assert names("*.txt") == ["1.txt"]
     assert "/missing: no such file or directory" in error_of(tmp_path / "missing")
+    tasks = "a generated task is mqar, selective_copying, induction"
+    assert error_of("mqr:8:32").endswith(f"check the data path; {tasks}")
     assert "no such file or directory" in error_of("memory://missing/bucket")
 
 

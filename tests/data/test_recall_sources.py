@@ -158,8 +158,8 @@ def test_a_file_of_that_name_is_not_read(tmp_path, monkeypatch):
             "data.sources.a: mqar:2:8:300 has a vocabulary of 300 tokens, the tokenizer has 259: "
             "choose a smaller vocabulary, or another data.tokenizer",
         ),
-        ("mqar:2:7", {}, "mqar: rows of 7 tokens do not fill a sequence of 48: let sequence_len"),
-        ("mqar:20:60", {}, "mqar: rows of 60 tokens do not fill a sequence of 48: let sequence"),
+        ("mqar:2:7", {}, "data.sources.a: mqar: rows of 7 tokens do not fill a sequence of 48: le"),
+        ("mqar:20:60", {}, "data.sources.a: mqar: rows of 60 tokens do not fill a sequence of 48"),
         (
             "mqar:2:8",
             {"tokenizer": "bpe:300"},
