@@ -21,7 +21,7 @@ from typing import Any
 
 from hymba_jax.config.data import LossOn
 from hymba_jax.data import records
-from hymba_jax.data.records import BrokenFile
+from hymba_jax.data.records import BrokenFile, WrongColumns
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import parse_json_object
 from hymba_jax.tokenizer import Tokenizer
@@ -166,11 +166,11 @@ class Conversations:
         return self.of_json(without_nulls(row))
 
     def columns(self, schema: Any) -> list[str]:
-        """The columns that conversations are in. Raises BrokenFile if there are none."""
+        """The columns that conversations are in. Raises WrongColumns if there are none."""
         found = [name for name in _FIELDS if name in schema.names]
         if not {"messages", "conversations", "completion"} & {*found}:
             columns = ", ".join(map(repr, schema.names)) or "none"
-            raise BrokenFile(f"no columns {_NEEDED} (it has: {columns}): rename them")
+            raise WrongColumns(f"no columns {_NEEDED} (it has: {columns}): rename them")
         return found
 
     def of_file(self, blocks: Iterator[bytes]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from hymba_jax.config.data import OnBadRecord
 from hymba_jax.data.formats import read_records
 from hymba_jax.data.listing import File
-from hymba_jax.data.records import BrokenFile, Content, Document, Problem
+from hymba_jax.data.records import BrokenFile, Content, Document, Problem, WrongColumns
 from hymba_jax.data.text_field import TextField
 from hymba_jax.errors import HymbaError, printable
 
@@ -64,7 +64,8 @@ def _read(file: File, content: Content) -> Iterator[Document | Problem]:
         with file.open() as stream:
             yield from read_records(stream, file.name, content)
     except BrokenFile as error:
-        yield Problem(file.name, str(error), whole_file=True)
+        is_rare = not isinstance(error, WrongColumns)
+        yield Problem(file.name, str(error), whole_file=True, is_rare=is_rare)
     except OSError as error:
         raise HymbaError(
             f"{file.path}: cannot be read ({error.strerror or error}): check the file"
@@ -75,7 +76,7 @@ def _bad_records(file: File, problems: list[Problem], count: int) -> BadRecordsE
     advice = 'or set data.on_bad_record to "skip" (--data.on-bad-record skip)'
     lines = [f"{file.path}{_place(file, problem)}: {problem.reason}" for problem in problems]
     if count == 1:
-        return BadRecordsError(f"{lines[0]}, {advice}")
+        return BadRecordsError(f"{lines[0]}, {advice}" if problems[0].is_rare else lines[0])
     more = [f"and {count - len(lines)} more"] if count > len(lines) else []
     return BadRecordsError(
         f"{file.path}: {count} problems: fix them, {advice}",

@@ -21,7 +21,7 @@ from hymba_jax.data.conversations import (
     side_messages,
     without_nulls,
 )
-from hymba_jax.data.records import BrokenFile
+from hymba_jax.data.records import BrokenFile, WrongColumns
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.tokenizer.answers import ChatPair, ChatText
 
@@ -76,10 +76,10 @@ class Preferences:
         return self.of_json(without_nulls(row))
 
     def columns(self, schema: Any) -> list[str]:
-        """The columns that pairs are in. Raises BrokenFile if there are none."""
+        """The columns that pairs are in. Raises WrongColumns if there are none."""
         if not {*_SIDES} <= {*schema.names}:
             columns = ", ".join(map(repr, schema.names)) or "none"
-            raise BrokenFile(f"no columns {_NEEDED} (it has: {columns}): rename them")
+            raise WrongColumns(f"no columns {_NEEDED} (it has: {columns}): rename them")
         return [name for name in ("prompt", *_SIDES, *OPTION_FIELDS) if name in schema.names]
 
     def of_file(self, blocks: Iterator[bytes]) -> Iterator[str]:

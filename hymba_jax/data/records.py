@@ -48,12 +48,14 @@ class Problem:
       whole_file: whether it is a file; documents before the problem remain.
       is_bad: whether something is wrong with it. With an empty record nothing is: it is skipped,
         whatever is done about bad ones.
+      is_rare: whether others may be good. If a table lacks columns, those beside it will, too.
     """
 
     name: str
     reason: str
     whole_file: bool = False
     is_bad: bool = True
+    is_rare: bool = True
 
 
 @runtime_checkable
@@ -74,7 +76,7 @@ class Content(Protocol):
         """That of a row of Parquet with the columns of `columns`."""
 
     def columns(self, schema: Any) -> list[str]:
-        """The columns that are read of a table of Arrow. Raises BrokenFile."""
+        """The columns that are read of a table of Arrow. Raises WrongColumns."""
 
     def of_file(self, blocks: Iterator[bytes]) -> Iterator[str]:
         """The text of a file that has no records. Raises BrokenFile."""
@@ -82,6 +84,10 @@ class Content(Protocol):
 
 class BrokenFile(ValueError):
     """What is wrong with a file from here on, and what to do, without its name."""
+
+
+class WrongColumns(BrokenFile):
+    """The same of a table whose columns are not those of the documents."""
 
 
 def peek(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hymba_jax.data import records
-from hymba_jax.data.records import BrokenFile, decode
+from hymba_jax.data.records import WrongColumns, decode
+
+_SET_FIELD = "set data.text_field (--data.text-field)"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class TextField:
             raise ValueError(f"no field {self.name!r} (it has: {fields}): {_advice(value)}")
         text = value[self.name]
         if not isinstance(text, str):
-            raise ValueError(f"field {self.name!r} is not a string: fix it or set text_field")
+            raise ValueError(f"field {self.name!r} is not a string: fix it or {_SET_FIELD}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -51,19 +53,19 @@ class TextField:
         return str(text)
 
     def columns(self, schema: Any) -> list[str]:
-        """The column of the text. Raises BrokenFile if there is no such column of strings."""
+        """The column of the text. Raises WrongColumns if there is no such column of strings."""
         from pyarrow import types
 
         index = schema.get_field_index(self.name)
         if index < 0:
             columns = ", ".join(map(repr, schema.names)) or "none"
             advice = _advice(schema.names)
-            raise BrokenFile(f"no column {self.name!r} (it has: {columns}): {advice}")
+            raise WrongColumns(f"no column {self.name!r} (it has: {columns}): {advice}")
         kind = schema.field(index).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if str(kind) not in ("string", "large_string", "string_view"):
-            raise BrokenFile(
-                f"column {self.name!r} is {kind}, not string: convert it or set text_field"
+            raise WrongColumns(
+                f"column {self.name!r} is {kind}, not string: convert it or {_SET_FIELD}"
             )
         return [self.name]
 
@@ -78,4 +80,4 @@ def _advice(fields: Collection[str]) -> str:
         return "set data.format to preference"
     if "messages" in fields or "conversations" in fields or "completion" in fields:
         return "set data.format to chat"
-    return "set text_field"
+    return _SET_FIELD

@@ -4,6 +4,8 @@ import hashlib
 import json
 from itertools import product
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hymba_jax.data.documents import BadRecordsError, read_documents
@@ -86,6 +88,16 @@ def test_bad_records_of_a_file_are_listed_together(tmp_path):
     _, (alone,) = read_broken(files)
     assert alone.startswith(f"{path}:1: broken JSON")
     assert alone.endswith(ADVICE)
+
+
+def test_a_table_without_the_column_is_not_to_be_skipped(tmp_path):
+    """As the others would be, too."""
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
+    _, (line,) = read_broken(list_files(str(tmp_path)).files)
+    assert line == (
+        f"{tmp_path}/a.parquet: no column 'text' (it has: 'body'): set data.text_field "
+        "(--data.text-field)"
+    )
 
 
 def test_bad_records_are_skipped_and_reported(tmp_path):

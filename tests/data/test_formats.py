@@ -267,7 +267,7 @@ def test_json_lines():
     [
         (b'{"text": "a"', ["broken JSON", "column"]),
         (b"text", ["broken JSON", "column 1", "fix or remove"]),
-        (b'{"body": "a", "n": 1}', ["no field 'text'", "'body', 'n'", "text_field"]),
+        (b'{"body": "a", "n": 1}', ["no field 'text'", "'body', 'n'", "(--data.text-field)"]),
         (b"{}", ["no field 'text'", "none"]),
         (b'{"messages": []}', ["no field 'text'", "set data.format to chat"]),
         (b'{"chosen": "a", "rejected": "b"}', ["no field 'text'", "data.format to preference"]),
