@@ -119,9 +119,10 @@ def check_resumes(previous: RunConfig, config: RunConfig, step: int) -> None:
     if stages[len(begun) - 1].stop < step:
         last = stages[len(begun) - 1]
         name = f"stages.{last.name}.steps" if last.name else "training.steps"
+        is_done = "finished, " if previous.resolved_stages[-1].stop <= step else ""
         raise HymbaError(
-            f"{config.output}: is at step {step}, {name} is {last.run.training.steps}: set more "
-            "steps, or choose another output"
+            f"{config.output}: is {is_done}at step {step}, {name} is {last.run.training.steps}: "
+            "set more steps, or choose another output"
         )
 
 

@@ -247,7 +247,7 @@ def test_evaluations_that_cannot_be_told_apart_or_never_run_are_refused(config, 
 def test_fewer_steps_than_were_done_are_refused(config):
     train(config)
     before = (Path(config.output) / "config.toml").read_text()
-    with pytest.raises(HymbaError, match=r"is at step 4, training\.steps is 3: set more steps"):
+    with pytest.raises(HymbaError, match=r"is finished, at step 4, training\.steps is 3: set mo"):
         train(changed(config, steps=3))
     assert (Path(config.output) / "config.toml").read_text() == before
 
