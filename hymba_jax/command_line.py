@@ -19,10 +19,12 @@ def parse_command_line[T](
       options: of `tyro.cli`.
 
     Raises:
-      HymbaError: an option is given twice, of which tyro uses the last one alone.
+      HymbaError: an option is given twice, of which tyro uses the last one alone, or several paths
+        of data.
       SystemExit: for --help, and for unknown options.
     """
     _check_given_once(args)
+    _check_one_path(args)
     return tyro.cli(kind, args=args, prog=prog, **options)
 
 
@@ -39,3 +41,13 @@ def _check_given_once(args: Sequence[str]) -> None:
                 f"several, {name} FIRST SECOND"
             )
         given.add(name)
+
+
+def _check_one_path(args: Sequence[str]) -> None:
+    """Raises HymbaError for several paths of data, as of a glob that the shell has expanded."""
+    for name, *values in zip(args, args[1:], args[2:], strict=False):
+        if name == "--data.path" and not any(value.startswith("-") for value in values):
+            raise HymbaError(
+                f"--data.path takes one path, not {' and '.join(values)}: give a directory, or a "
+                "glob in quotes"
+            )

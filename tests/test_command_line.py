@@ -51,6 +51,16 @@ def test_options_given_twice_are_refused(arguments, name):
         parse_command_line(Options, arguments, "x")
 
 
+def test_several_paths_of_data_are_refused():
+    for command in ("tokenize", "train", "evaluate"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--data.path", "a.txt", "b.txt", "c.txt"])
+        assert stopped.value.code == (
+            "error: --data.path takes one path, not a.txt and b.txt: give a directory, or a glob "
+            "in quotes"
+        )
+
+
 def test_values_that_are_names_of_options():
     arguments = ["--stop-at=--steps", "--steps", "3", "--part.flag"]
     assert parse_command_line(Options, arguments, "x") == Options(("--steps",), 3, Part(True))
