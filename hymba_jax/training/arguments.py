@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from hymba_jax.convert.init_from import read_config
 from hymba_jax.data.listing import is_url
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import read_toml, resolve_location, resolve_path
+
+_OF_SOURCE = re.compile(r"--data\.(sources|validation)\.([^.=]+)\.")
 
 
 def parse_run(args: Sequence[str], prog: str) -> tuple[RunConfig, DistributedConfig]:
@@ -117,7 +120,8 @@ def run_defaults(args: Sequence[str]) -> RunConfig:
     that of the config's `init_from`.
 
     Raises:
-      HymbaError: one of them cannot be read, or several name a model.
+      HymbaError: one of them cannot be read, several name a model, or an option is of a source of
+        data that the config lacks.
     """
     named = _named(args)
     base = RunConfig()
@@ -127,7 +131,21 @@ def run_defaults(args: Sequence[str]) -> RunConfig:
         if others := [*_models(named)][1:]:
             raise HymbaError(f"--preset {named.preset} and {others[0]} both name a model: drop one")
         base = RunConfig(model=find_preset(named.preset))
-    return base if named.config is None else RunConfig.from_toml(named.config, base)
+    run = base if named.config is None else RunConfig.from_toml(named.config, base)
+    _check_sources(args, run.data)
+    return run
+
+
+def _check_sources(args: Sequence[str], data: DataConfig) -> None:
+    """Raises HymbaError if an option is of a source that the config does not have."""
+    for option in filter(None, map(_OF_SOURCE.match, args)):
+        table, name = option.groups()
+        names = [known.replace("_", "-") for known in getattr(data, table)]
+        if name.replace("_", "-") not in names:
+            raise HymbaError(
+                f"{option.string}: the config has no source {name}: add a table "
+                f"[data.{table}.{name}] to its file"
+            )
 
 
 def names_model(args: Sequence[str]) -> bool:

@@ -312,6 +312,18 @@ def test_sources_are_tables_that_the_command_line_overrides(tmp_path):
     }
 
 
+@pytest.mark.parametrize("table", ["sources", "validation"])
+def test_sources_that_the_file_lacks_are_refused_on_the_command_line(tmp_path, table):
+    path = write(tmp_path, f'[data.{table}.my_web]\npath = "web"')
+    for name in ("my_web", "my-web"):
+        parse_run(["--config", str(path), f"--data.{table}.{name}.path=b"], "train.py")
+    option = f"--data.{table}.new.path"
+    message = f"{option}: the config has no source new: add a table [data.{table}.new] to its file"
+    with pytest.raises(HymbaError) as caught:
+        parse_run(["--config", str(path), option, "d.parquet"], "train.py")
+    assert str(caught.value) == message
+
+
 def test_the_command_line_is_checked_as_a_whole():
     with pytest.raises(ConfigError, match="hidden_size 252"):
         parse_run(["--model.hidden-size", "252"], "train.py")
