@@ -149,12 +149,12 @@ def _check_sources(args: Sequence[str], data: DataConfig) -> None:
 
 
 def names_model(args: Sequence[str]) -> bool:
-    """Whether a command line says what model its run has.
+    """Whether a command line says what model its run has, if only by a field of it.
 
     Raises:
       HymbaError: its config cannot be read.
     """
-    return any(_models(_named(args)))
+    return any(_models(_named(args))) or any(arg.startswith("--model.") for arg in args)
 
 
 def _named(args: Sequence[str]) -> argparse.Namespace:

@@ -68,6 +68,8 @@ def test_a_run_without_a_model(tmp_path, output):
     for arguments in ([], ["--config", config]):
         message = refusal("--output", output, *arguments)
         assert message.startswith("error: no model is named: use --config configs/tiny.toml, or")
+    message = refusal("--model.hidden-size", "0", "--output", output)
+    assert "no model is named" not in message
     assert not output.exists()
 
 
