@@ -82,7 +82,7 @@ class ControlTokens:
           origins: who wrote each character: TEMPLATE, ROLE or USER.
         """
         rewritten = self._rewritten(text, self.find(text, origins))
-        return list(self.ordinary.encode(rewritten, add_special_tokens=False).ids)
+        return token_ids(self.ordinary, rewritten)
 
     def encode_with_spans(
         self, text: str, origins: bytes
@@ -92,7 +92,7 @@ class ControlTokens:
         Tokens that share a character, such as its bytes, have the same span.
         """
         matches = self.find(text, origins)
-        encoding = self.ordinary.encode(self._rewritten(text, matches), add_special_tokens=False)
+        encoding = _encoding(self.ordinary, self._rewritten(text, matches))
         # The position in the text that each in the rewritten one stands for: of a name its start.
         pieces, done = [], 0
         for match in matches:
@@ -101,7 +101,7 @@ class ControlTokens:
             done = match.end
         positions = np.concatenate([*pieces, np.arange(done, len(text) + 1)])
         spans = positions[np.array(encoding.offsets, np.int64).reshape(-1, 2)]
-        return list(encoding.ids), spans
+        return encoding.ids, spans
 
     def _rewritten(self, text: str, matches: Sequence[Match]) -> str:
         """The text with secret names in place of the matches."""
@@ -127,7 +127,7 @@ class ControlTokens:
                 )
 
     def _matches(self, text: str) -> Iterator[Match]:
-        encoding = self._matcher.encode(text, add_special_tokens=False)
+        encoding = _encoding(self._matcher, text)
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if (number := self._matched.get(token)) is None:
                 continue
@@ -165,6 +165,21 @@ class ControlTokens:
             next(letter for letter in letters if letter not in taken),
             next(mark for mark in marks if mark not in taken),
         )
+
+
+def token_ids(model: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The token ids of a text, while other threads run.
+
+    As a batch of one: the library's `encode` holds the GIL, for seconds if the text is long.
+    """
+    (encoding,) = model.encode_batch_fast([text], add_special_tokens=False)
+    return encoding.ids
+
+
+def _encoding(model: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """As `token_ids`, with where in the text each token is; that takes longer."""
+    (encoding,) = model.encode_batch([text], add_special_tokens=False)
+    return encoding
 
 
 def _is_templates(origins: bytes, match: Match) -> bool:

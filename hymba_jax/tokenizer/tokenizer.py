@@ -21,7 +21,7 @@ from hymba_jax.config import HymbaConfig
 from hymba_jax.config.data import DataConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, matches, read_json, read_text, replace_text, resolve_location
-from hymba_jax.tokenizer.control_tokens import ControlTokens, marked_special
+from hymba_jax.tokenizer.control_tokens import ControlTokens, marked_special, token_ids
 from hymba_jax.types import Int
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -171,7 +171,7 @@ class Tokenizer:
         _check_text(text)
         model = self.model if parse_special else self.control.ordinary
         with _one_line("the tokenizer failed"):
-            return list(model.encode(text, add_special_tokens=False).ids)
+            return token_ids(model, text)
 
     def encode_traced(self, text: str, origins: bytes) -> list[int]:
         """Token ids of `text` with the control tokens that a chat template wrote in it.

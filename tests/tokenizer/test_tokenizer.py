@@ -1,9 +1,12 @@
 import dataclasses
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hymba_jax.data.corpus import standard_library
 from hymba_jax.data.manifest import SIDES
 from hymba_jax.errors import HymbaError
 from hymba_jax.tokenizer import Tokenizer, build_tokenizer
+from hymba_jax.tokenizer.control_tokens import USER
 
 HF_FILES = Path(__file__).parents[3] / "shared" / "released"
 
@@ -71,12 +75,30 @@ def test_round_trip_is_exact_and_free_of_specials(tokenizer):
         assert tokenizer.decode(ids) == text
         assert all(3 <= token < tokenizer.vocab_size for token in ids)
         assert tokenizer.encode(text) == ids
+        one = tokenizer.control.ordinary.encode(text, add_special_tokens=False)
+        assert one.ids == ids
 
 
 def test_long_runs_take_no_long_time(tokenizer):
     for run in (" ", "\n", "a", "\u00e9", "</s>", " \n"):
         text = run * 100_000
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_traced", "encode_with_spans"])
+def test_other_threads_run_while_a_long_text_is_encoded(method):
+    """As a server's loop has to."""
+    text = "x = 1\n" * 50_000
+    arguments = [text] if method == "encode" else [text, bytes([USER]) * len(text)]
+    encode = getattr(build_tokenizer("bytes", []), method)
+    thread = threading.Thread(target=encode, args=arguments)
+    times = [time.monotonic()]
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        times.append(time.monotonic())
+    waits = [after - before for before, after in itertools.pairwise(times)]
+    assert max(waits) < sum(waits) / 2  # it was nearly all of it, with the GIL held
 
 
 def test_specials_come_first_and_decode_to_nothing(tokenizer):
