@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from hymba_jax.config import HymbaConfig
 from hymba_jax.config.data import DataConfig
+from hymba_jax.config.field_types import shown
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import Location, matches, read_json, read_text, replace_text, resolve_location
 from hymba_jax.tokenizer.control_tokens import ControlTokens, marked_special, token_ids
@@ -475,8 +476,12 @@ def _digest(parts: Sequence[object]) -> str:
 
 
 def _check_text(text: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise HymbaError(f"{text!a} is not valid Unicode: it has bytes that are not UTF-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise HymbaError(
+            f"{shown(text)} is not valid Unicode: it has bytes that are not UTF-8"
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tokenizer.chat_reference import (
 )
 
 from hymba_jax.errors import HymbaError
-from hymba_jax.tokenizer import Tokenizer, build_tokenizer, template_sandbox
+from hymba_jax.tokenizer import Tokenizer, build_tokenizer, template_sandbox, traced_text
 from hymba_jax.tokenizer.chat_template import answer_end, encode, render
 
 HF_FILES = Path(__file__).parents[3] / "shared" / "released"
@@ -205,6 +205,12 @@ def test_names_of_special_tokens_in_messages_are_text(template):
 def test_the_longest_name_counts():
     tokenizer = byte_tokenizer("<a><a>b", "<a>", "<a><a>")
     assert encode(tokenizer, []) == [260, *tokenizer.encode("b")]
+
+
+def test_a_conversation_may_have_more_characters_than_templates_may_split(monkeypatch):
+    monkeypatch.setattr(traced_text, "MAX_SUBSTRINGS", 5)
+    tokenizer = byte_tokenizer("{{ messages[0].content }}")
+    assert encode(tokenizer, conversation("six of them")) == tokenizer.encode("six of them")
 
 
 @pytest.mark.parametrize("name", ["byte level", "bpe, first", "unigram, always"])

@@ -85,6 +85,11 @@ def test_long_runs_take_no_long_time(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_what_is_not_unicode_is_shown_in_short(tokenizer):
+    with pytest.raises(HymbaError, match=r"^.{50,90} is not valid Unicode"):
+        tokenizer.encode("x" * 1000 + "\ud800")
+
+
 @pytest.mark.parametrize("method", ["encode", "encode_traced", "encode_with_spans"])
 def test_other_threads_run_while_a_long_text_is_encoded(method):
     """As a server's loop has to."""
