@@ -1,7 +1,7 @@
 """The HTTP side of a server: routes, limits, errors, and streams of events.
 
-It runs in one asyncio loop. Text is tokenized and rendered in threads beside it, and the model's
-own thread delivers what it samples (`model_thread.py`).
+It runs in one asyncio loop. Requests are parsed, rendered and tokenized in threads beside it, and
+the model's own thread delivers what it samples (`model_thread.py`).
 """
 
 import asyncio
@@ -112,23 +112,19 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         """Completions of prompts."""
-        asked = parse(CompletionRequest, await self._body(request))
-        return await self._answer(request, asked, ServedModel.prepare_completions)
+        return await self._answer(request, CompletionRequest, ServedModel.prepare_completions)
 
     async def chat(self, request: Request) -> Response:
         """The next answer in a conversation."""
-        asked = parse(ChatRequest, await self._body(request))
-        return await self._answer(request, asked, ServedModel.prepare_chat)
+        return await self._answer(request, ChatRequest, ServedModel.prepare_chat)
 
     async def _answer[T: (ChatRequest, CompletionRequest)](
-        self, request: Request, asked: T, prepare: Callable[[ServedModel, T], Prepared]
+        self, request: Request, kind: type[T], prepare: Callable[[ServedModel, T], Prepared]
     ) -> Response:
-        served = self._served(asked.model)
-        if asked.stream_options and not asked.stream:
-            raise ApiError(400, "stream_options needs stream", param="stream_options")
+        body = await self._body(request)
         try:
-            prepared = await asyncio.to_thread(prepare, served, asked)
-            generation = Generation(served.thread, prepared.requests)
+            asked, prepared = await asyncio.to_thread(self._prepared, body, kind, prepare)
+            generation = Generation(prepared.served.thread, prepared.requests)
         except HymbaError as error:
             raise _refusal(error) from error
         if asked.stream:
@@ -141,6 +137,16 @@ class Api:
             raise _failure(error) from error
         finally:
             generation.cancel()
+
+    def _prepared[T: (ChatRequest, CompletionRequest)](
+        self, body: bytes, kind: type[T], prepare: Callable[[ServedModel, T], Prepared]
+    ) -> tuple[T, Prepared]:
+        """What is asked for. Raises HymbaError or ApiError if it is impossible."""
+        asked = parse(kind, body)
+        served = self._served(asked.model)
+        if asked.stream_options and not asked.stream:
+            raise ApiError(400, "stream_options needs stream", param="stream_options")
+        return asked, prepare(served, asked)
 
     async def _whole(self, prepared: Prepared, generation: Generation) -> Json:
         """An answer in one piece."""

@@ -4,7 +4,7 @@ Fields that would change an answer and are not served are refused, not ignored; 
 value that changes nothing, as clients send it, that is accepted. Those of vLLM that OpenAI's API
 lacks are `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids` and `structured_outputs`.
 
-A request is validated in the loop that serves all streams, so few errors are collected, whatever it
+No stream is served while pydantic validates a request, so few errors are collected, whatever it
 holds: a list or mapping ends at its first, and of the unknown fields of an object one is left.
 """
 

@@ -629,6 +629,18 @@ class TestErrors:
             parse(kind, json.dumps(valid | body).encode())
         assert error.value.__cause__.error_count() < 10
 
+    def test_they_are_looked_for_beside_the_loop(self, client, monkeypatch):
+        """Which serves all streams, and whose pause would be as long as a body is large."""
+        loops = []
+
+        def parse_here(*arguments):
+            loops.append(asyncio._get_running_loop())
+            return parse(*arguments)
+
+        monkeypatch.setattr("hymba_jax.serving.app.parse", parse_here)
+        client.completions.create(**OK, max_tokens=1)
+        assert loops == [None]
+
     def test_deeply_nested(self, server):
         value = {}
         for _ in range(70):
