@@ -9,11 +9,13 @@ holds: a list or mapping ends at its first, and of the unknown fields of an obje
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from hymba_jax.config.field_types import shown
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.errors import HymbaError
 from hymba_jax.files import parse_json
@@ -243,9 +245,8 @@ def structured_outputs(asked: ChatRequest | CompletionRequest) -> StructuredOutp
     wanted = [asked.structured_outputs] if asked.structured_outputs else []
     form = asked.response_format if isinstance(asked, ChatRequest) else None
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-        raise ApiError(
-            400, 'json_schema belongs to the type "json_schema"', param="response_format"
-        )
+        problem = 'belongs to the type "json_schema"' if form.json_schema else "is missing"
+        raise ApiError(400, f"response_format: json_schema {problem}", param="response_format")
     if form is not None and form.type != "text":
         schema = form.json_schema and form.json_schema.json_schema
         wanted.append(
@@ -279,13 +280,16 @@ def parse[T: _Model](kind: type[T], body: bytes) -> T:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = _place(value, first["loc"], is_missing=first["type"] == "missing")
+        errors = error.errors(include_url=False)
+        # Of the types of a union that which fits furthest: an item of a list, not that it is one.
+        wrong = max(errors, key=lambda each: len(_place(value, each)))
+        place, message = _place(value, wrong), _message(wrong)
         # A name that is half of a UTF-16 pair has no place.
-        field = kind.model_fields.get(str(first["loc"][0])) if first["loc"] else None
-        wanted = field and field.description
-        message = f"not {wanted}" if wanted and place in value else first["msg"]
-        raise ApiError(400, f"{place or 'the body'}: {message}", param=place) from error
+        field = kind.model_fields.get(place[0]) if place else None
+        if field and field.description and place[0] in value:
+            place, message = place[:1], f"not {field.description}"
+        name = ".".join(place)
+        raise ApiError(400, f"{name or 'the body'}: {message}", param=name) from error
 
 
 def sampling_config(
@@ -326,16 +330,27 @@ def logit_bias(fields: GenerationFields) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), value) for token, value in biases.items())
 
 
-def _place(value: Any, location: Sequence[str | int], *, is_missing: bool) -> str:
+def _place(value: Any, error: ErrorDetails) -> list[str]:
     """Where in a request an error is; pydantic's location also names types of unions."""
     parts = []
-    for part in location:
+    for part in error["loc"]:
         try:
             value = value[part]
         except (TypeError, LookupError):
             continue
-        parts.append(part)
-    return ".".join(map(str, [*parts, *location[-1:]] if is_missing else parts))
+        parts.append(str(part))
+    return [*parts, str(error["loc"][-1])] if error["type"] == "missing" else parts
+
+
+def _message(error: ErrorDetails) -> str:
+    """What is wrong there."""
+    match error["type"]:
+        case "none_required":
+            return "not served"
+        case "literal_error":
+            return f"{shown(error['input'])} is not served, only {error['ctx']['expected']}"
+        case _:
+            return error["msg"]
 
 
 def _depth(value: Any) -> int:

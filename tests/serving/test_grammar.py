@@ -105,8 +105,12 @@ def test_rows_beside_it_are_as_they_were():
     ("changes", "message"),
     [
         ({"response_format": response_format({"type": "objec"})}, "the grammar is invalid: "),
-        ({"response_format": {"type": "json_schema"}}, 'json_schema belongs to the type "json_sc'),
-        ({"response_format": {"type": "x"}}, "response_format.type: Input should be"),
+        ({"response_format": {"type": "json_schema"}}, "response_format: json_schema is missing"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x"}}},
+            'json_schema belongs to the type "json_schema"',
+        ),
+        ({"response_format": {"type": "x"}}, "response_format.type: 'x' is not served, only"),
         ({"structured_outputs": {"regex": "(a"}}, "the grammar is invalid: "),
         ({"structured_outputs": {"grammar": "start: x"}}, "the grammar is invalid: "),
         (

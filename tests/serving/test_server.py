@@ -562,14 +562,24 @@ class TestErrors:
             ("completions", b"[1]", 400, "the body is not a JSON object"),
             ("completions", b"\xff", 400, "the body is not JSON"),
             ("completions", b'{"model": "' + b"a" * 30_000, 413, "more than 20000 bytes"),
+            *(
+                ("chat/completions", HI | {name: value}, 400, f"{name}: not served")
+                for name, value in {
+                    "reasoning_effort": "low",
+                    "audio": {"voice": "x"},
+                    "functions": [],
+                }.items()
+            ),
+            ("completions", OK | {"suffix": "b"}, 400, "suffix: 'b' is not served, only ''"),
+            ("chat/completions", HI | {"tool_choice": {}}, 400, "tool_choice.type: Field requ"),
             ("chat/completions", HI | {"messages": []}, 400, "messages: List should have at least"),
-            ("chat/completions", HI | {"messages": [{"role": "x"}]}, 400, "messages.0.role: Input"),
+            ("chat/completions", HI | {"messages": [{"role": "x"}]}, 400, "role: 'x' is not serve"),
             ("chat/completions", HI | {"messages": [{"role": "user"}]}, 400, "there is no content"),
             (
                 "chat/completions",
                 HI | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
                 400,
-                "messages.0.content: Input should be a valid string",
+                "messages.0.content.0.type: 'image_url' is not served, only 'text'",
             ),
             (
                 "chat/completions",
