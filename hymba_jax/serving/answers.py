@@ -223,7 +223,7 @@ class ChatFormat:
         """The text and the tool calls that are new."""
         if not self._has_tools:
             return delta.text, []
-        text, is_last = delta.text, delta.finish_reason is not None
+        text = delta.text
         if choice not in self._streams:
             self._streams[choice] = ToolCallStream()
             text = self._forced + text
@@ -231,7 +231,7 @@ class ChatFormat:
         is_end = delta.end is not None and delta.end.token == end
         if self._closes_call and (is_end or delta.stop_string == END):
             text += END
-        content, calls = self._streams[choice].push(text, last=is_last)
+        content, calls = self._streams[choice].push(text, finish_reason=delta.finish_reason)
         return content, [
             {
                 "id": f"call_{secrets.token_hex(12)}",

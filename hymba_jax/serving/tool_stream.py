@@ -3,6 +3,7 @@
 import re
 
 from hymba_jax.errors import HymbaError
+from hymba_jax.inference.completion_stream import FinishReason
 from hymba_jax.inference.tool_calls import START, ToolCall, first_call
 
 _BEGUN = re.compile(rf"{START}\s*(\{{|\Z)")  # other text behind the mark only mentions it
@@ -12,7 +13,8 @@ class ToolCallStream:
     """Turns the deltas of an answer into its text outside of tool calls, and its calls.
 
     Text is held back while it may belong to a call; blanks around calls are dropped. What looks
-    like a call and is none, or has no end, is text.
+    like a call and is none, or has no end, is text; what may have become a call when the answer was
+    cut off is left out.
 
     Attributes:
       num_calls: found so far.
@@ -23,11 +25,13 @@ class ToolCallStream:
         self._held = ""
         self._is_after_call = False  # and no text has come since
 
-    def push(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCall]]:
+    def push(
+        self, text: str, *, finish_reason: FinishReason | None = None
+    ) -> tuple[str, list[ToolCall]]:
         """The text and the calls that are certain after one more delta.
 
         Args:
-          last: nothing follows.
+          finish_reason: as of `Delta`: of the answer, if nothing follows.
         """
         self._held += text
         content, calls = "", list[ToolCall]()
@@ -39,9 +43,12 @@ class ToolCallStream:
                 calls.append(found.call)
                 self._is_after_call = True
             self._held = found.after
-        certain = len(self._held) if last else _certain_length(self._held)
-        content += self._text(self._held[:certain])
-        self._held = self._held[certain:]
+        begun = len(self._held) if finish_reason == "stop" else _call_start(self._held)
+        certain = self._held[:begun]
+        if begun < len(self._held) or finish_reason is None:
+            certain = certain.rstrip()
+        content += self._text(certain)
+        self._held = self._held[len(certain) :]
         self.num_calls += len(calls)
         return content, calls
 
@@ -52,12 +59,9 @@ class ToolCallStream:
         return text
 
 
-def _certain_length(text: str) -> int:
-    """Characters before a call that has begun, or may begin at the end, and blanks before it."""
-    begun = _BEGUN.search(text)
-    if begun:
-        certain = begun.start()
-    else:
-        partial = (i for i in range(1, len(START)) if text.endswith(START[:i]))
-        certain = len(text) - max(partial, default=0)
-    return len(text[:certain].rstrip())
+def _call_start(text: str) -> int:
+    """Where a call has begun, or may begin at the end; the text's length if there is none."""
+    if begun := _BEGUN.search(text):
+        return begun.start()
+    partial = (i for i in range(1, len(START)) if text.endswith(START[:i]))
+    return len(text) - max(partial, default=0)
