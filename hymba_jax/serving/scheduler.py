@@ -8,8 +8,8 @@ The batch has a fixed number of slots, its rows. Each step of the scheduler
    joins the batch counts as `MIN_CHUNK` tokens besides its chunks;
 3. decodes one token for every running sequence, or `decode_steps` if no prompt is left to prefill
    into a free slot, and no sequence follows a grammar, whose next mask depends on the token before;
-4. delivers what the step before has sampled, while the device computes this one; before 3, if a
-   sequence follows a grammar.
+4. delivers what the step before has sampled, while the device computes this one; of sequences that
+   follow a grammar before 3.
 
 So whoever is being answered waits for that many prompt tokens between two of its own at most,
 however long the prompts of others are. A prompt is prefilled alone and in the same chunks whenever
@@ -519,8 +519,7 @@ class Scheduler:
         return PromptScores([*request.prompt], scores.log_probs.tolist(), alternatives)
 
     def _decode(self) -> None:
-        if any(running.matcher for running in self._rows.values()):
-            self.deliver()  # the next mask depends on it
+        self._deliver_for_masks()
         if self._abandoned:
             self._state = self._engine.stop(self._state, sorted(self._abandoned))
             self._abandoned.clear()
@@ -533,6 +532,14 @@ class Scheduler:
         rows = {row: (row, running) for row, running in self._rows.items()}
         self._unread.append(_Unread(rows, sampled))
         self.deliver(but=1)
+
+    def _deliver_for_masks(self) -> None:
+        """Delivers what rows that follow a grammar have sampled: their next masks depend on it."""
+        for rows, sampled in self._unread:
+            if followers := {row: rows[row] for row in rows if rows[row][1].matcher}:
+                self._push(followers, sampled)
+                for row in followers:
+                    del rows[row]
 
     def _masked_biases(self) -> dict[int, Float[np.ndarray, " vocab"]]:
         """What is added to the logits of rows that follow a grammar."""

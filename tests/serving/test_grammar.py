@@ -101,6 +101,26 @@ def test_rows_beside_it_are_as_they_were():
     assert re.fullmatch("(ab)*(c|a?)", together[0][2])
 
 
+def test_rows_beside_it_are_delivered_while_the_next_tokens_are_decoded(monkeypatch):
+    scheduler, order = Scheduler(model(), slots=SLOTS), []
+    decode = scheduler._engine.decode
+    monkeypatch.setattr(
+        scheduler._engine, "decode", lambda *args: order.append("decode") or decode(*args)
+    )
+    grammar = Grammars(model()).of_regex("b{9}")
+    sampling = SamplingConfig(max_new_tokens=8)
+    for name, prompt, follows in (("free", [1, 5], None), ("bound", [1, 6], grammar)):
+        request = GenerationRequest(prompt, sampling, grammar=follows)
+        scheduler.submit(request, lambda delta, name=name: order.append(name))
+    while scheduler.num_running < 2:
+        scheduler.step()
+    order.clear()
+    scheduler.step()
+    assert order == ["bound", "decode", "free"]
+    while scheduler.has_work:
+        scheduler.step()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
