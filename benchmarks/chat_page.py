@@ -1,6 +1,6 @@
 """A picture of the page that `hymba serve` has at /, after a message and its answer.
 
-python benchmarks/chat_page.py [--model runs/tiny] [--image benchmarks/chat.png]
+python benchmarks/chat_page.py [--model runs/tiny] [--picture FILE]
 
 The demo was not trained on conversations: its template is their text alone, so that it continues
 what is written. Needs the package playwright, and Chromium on the path.
@@ -37,7 +37,7 @@ class Options:
     )
     seed: int = 1
     max_tokens: int = 90
-    image: Path = Path("benchmarks/chat.png")
+    picture: Path = Path("chat.png")
 
 
 def main(options: Options) -> None:
@@ -59,7 +59,7 @@ def main(options: Options) -> None:
             page.click("#send")
             expect(page.locator("#send")).to_be_enabled(timeout=60_000)
             expect(page.locator("#speed")).to_have_text(re.compile("tokens/s"))
-            page.screenshot(path=options.image)
+            page.screenshot(path=options.picture)
             browser.close()
 
 

@@ -51,7 +51,7 @@ class Args:
     config: Path = Path("configs/context_extension.toml")
     output: str = ""
     span: int = 32
-    picture: Path = Path("benchmarks/context_extension.png")
+    picture: Path = Path("context_extension.png")
     json: Path | None = None
 
 

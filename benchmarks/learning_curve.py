@@ -1,6 +1,6 @@
 """A run's bits per byte on held-out text, against general compressors on the same files.
 
-python benchmarks/learning_curve.py runs/tiny
+python benchmarks/learning_curve.py runs/tiny [--picture FILE] [--json FILE]
 """
 
 import gzip
@@ -31,7 +31,7 @@ class Args:
     """
 
     run: tyro.conf.Positional[Path]
-    picture: Path = Path("benchmarks/learning_curve.png")
+    picture: Path = Path("learning_curve.png")
     json: Path | None = None
 
 

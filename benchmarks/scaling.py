@@ -45,7 +45,7 @@ class Args:
 
     chips: tuple[int, ...] = (1, 4, 16, 64, 256)
     layers: str = "8*W"
-    picture: Path = Path("benchmarks/scaling.png")
+    picture: Path = Path("scaling.png")
     json: Path | None = None
 
 

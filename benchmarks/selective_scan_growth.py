@@ -1,6 +1,6 @@
 """How the time and the memory of the selective scan grow with the length, as a picture.
 
-python benchmarks/selective_scan_growth.py [--output FILE.png]
+python benchmarks/selective_scan_growth.py [--picture FILE]
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Options:
     channels: int = 3200
     state: int = 16
     repeats: int = 5
-    output: Path = Path("benchmarks/selective_scan_growth.png")
+    picture: Path = Path("selective_scan_growth.png")
 
 
 def main(options: Options) -> None:
@@ -34,7 +34,7 @@ def main(options: Options) -> None:
         dy, inputs = make_inputs(1, length, options.channels, options.state)
         rows.append({"length": length, **costs(selective_scan, dy, inputs, options.repeats)})
     report(f"selective scan, B=1 E={options.channels} N={options.state}, float32", rows)
-    draw(rows, options.output)
+    draw(rows, options.picture)
 
 
 def draw(rows: list[Row], path: Path) -> None:
