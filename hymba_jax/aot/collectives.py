@@ -28,6 +28,10 @@ class Collective(NamedTuple):
         return self.trip_count * self.size * _SENT[self.kind](self.group)
 
 
+# On TPUs a collective may run beside fusions, which then contain it, as do its start and its end.
+# Channels do not tell one from another: equal layers share them.
+_BESIDE, _DONE = "async_collective_fusion", "async-collective-done"
+
 # Of what a chip brings, in a group of n. A sum is scattered, then gathered.
 _SENT = {
     "all-gather": lambda n: n - 1,
@@ -41,19 +45,15 @@ _SENT = {
 def collectives(program: Program) -> Iterator[Collective]:
     """All collectives; branches are left out."""
     for name, trip_count in program.runs():
-        channels = set()
         for line in program.computations[name]:
+            if line.called.startswith(_BESIDE) or line.name.startswith(_DONE):
+                continue
             # Reduce-scatters, as TPUs write them.
             scatters = line.called.startswith("all-reduce-scatter")
             for inner in program.fused(line):
                 kind = inner.op.removesuffix("-start")
                 if kind not in _SENT:
                     continue
-                # One that runs beside other fusions is in each of them.
-                channel = re.search(r"channel_id=(\d+)", inner.attributes)
-                if channel and channel[1] in channels:
-                    continue
-                channels |= {channel[1]} if channel else set()
                 yield Collective(
                     "reduce-scatter" if scatters else kind,
                     trip_count,

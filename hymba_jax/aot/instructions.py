@@ -69,8 +69,8 @@ def hide_copies(
     """The costs of scheduled instructions, with what is hidden of asynchronous copies.
 
     Such a copy, most often between HBM and a TPU's VMEM, moves its bytes while the instructions
-    between its start and its end compute and leave HBM idle. Copies that run at the same time take
-    turns. Loops count as if they left HBM no time.
+    between its start and its end compute and leave HBM idle. Copies that run at the same time share
+    that time. Loops count as if they left none.
     """
     hidden = [*costs]
     pending: dict[str, int] = {}  # copies that have not ended, by name

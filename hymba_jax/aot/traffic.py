@@ -81,22 +81,26 @@ def _share_used(program: Program, lines: list[Instruction], name: str) -> float:
     once."""
     total = 0.0
     size = max(math.prod(program.arrays[name][0].shape), 1)
+    by_name = {line.name: line for line in lines}
     in_place = {line.name for line in _updates_in_place(lines)}
+    is_parameter = _behind_bitcasts(by_name, name).op == "parameter"
     for line in lines:
         for place, operand in enumerate(line.operands):
             if operand != name:
                 continue
             if line.op in _SLICES and place == 0:
                 total += math.prod(line.results[0].shape) / size
-            elif line.op == "tuple" or (line.name in in_place and place == 0):
-                continue
+            elif (line.op == "tuple" and is_parameter) or (line.name in in_place and place == 0):
+                continue  # passed through, or updated
             elif line.op in _ELEMENTWISE and line is not lines[-1]:
                 total += _share_used(program, lines, line.name)
             elif line.op == "fusion":
                 total += _share_read(program, line.called, place)
             else:
                 return 1.0
-    return min(total, 1.0)
+            if total >= 1.0:
+                return 1.0
+    return total
 
 
 def _written(program: Program, computation: str, results: list[HLOArray]) -> int:

@@ -136,7 +136,7 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
   ROOT %all-gather.1 = bf16[128,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
 }
 
-%beside (q: bf16[32,128], a: bf16[5,16,128], b: bf16[5,64,128]) -> bf16[5,16,64] {
+%async_collective_fusion.1 (q: bf16[32,128], a: bf16[5,16,128], b: bf16[5,64,128]) -> bf16[5,16,64] {
   %q = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
   %a = bf16[5,16,128]{2,1,0:T(8,128)(2,1)} parameter(1)
   %b = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} parameter(2)
@@ -155,9 +155,11 @@ TPU = """HloModule jit_f, is_scheduled=true, num_partitions=8
   %x = bf16[32,128]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
   %i = s32[]{:T(128)} get-tuple-element(%t), index=0
   %started = bf16[128,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%start
+  %again = bf16[128,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%start
   %u = bf16[5,16,128]{2,1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call"
   %v = bf16[5,64,128]{2,1,0:T(8,128)(2,1)} custom-call(%x), custom_call_target="tpu_custom_call"
-  %product = bf16[5,16,64]{2,1,0:T(8,128)(2,1)} fusion(%x, %u, %v), kind=kOutput, calls=%beside
+  %product = bf16[5,16,64]{2,1,0:T(8,128)(2,1)} fusion(%x, %u, %v), kind=kOutput, calls=%async_collective_fusion.1
+  %async-collective-done.1 = bf16[128,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%start
   %w = f32[128,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
   %scattered = f32[16,128]{1,0:T(8,128)} fusion(%w), kind=kCustom, calls=%all-reduce-scatter.1
   %one = s32[]{:T(128)} constant(1)
@@ -184,8 +186,9 @@ ENTRY %main (x.1: bf16[32,128]) -> bf16[32,128] {
 
 def test_a_program_for_tpus():
     program = Program(TPU)
+    gather = Collective("all-gather", 7, 4, 32 * 128 * 2)
     assert [*collectives(program)] == [
-        Collective("all-gather", 7, 4, 32 * 128 * 2),
+        *(gather, gather),  # two that share a channel, as those of equal layers do
         Collective("reduce-scatter", 7, 8, 128 * 128 * 4),
     ]
     assert matmul_flops(program) == 7 * 5 * 2 * 16 * 64 * 128
@@ -222,7 +225,11 @@ def test_what_is_started_counts_once():
 
 def test_a_loop_that_was_unrolled_rises_in_larger_steps():
     unrolled = Program(TPU.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[] constant(2)"))
-    assert [collective.trip_count for collective in collectives(unrolled)] == [4, 4]  # 0, 2, 4, 6
+    assert [collective.trip_count for collective in collectives(unrolled)] == [
+        4,
+        4,
+        4,
+    ]  # 0, 2, 4, 6
     unknown = Program(TPU.replace("add(%i, %one)", "multiply(%i, %one)"))
     assert unknown.unknown_loops == 1
 
@@ -389,6 +396,44 @@ def test_copies_hide_behind_what_computes(rows, shown):
     assert [cost.hidden_seconds for cost in matmuls] == [0, 0]
     total = analyze(program, chip).step_seconds(chip)
     assert total == pytest.approx(expected + sum(cost.seconds(chip) for cost in matmuls))
+
+
+def test_copies_at_the_same_time_share_what_hbm_is_idle():
+    """Two copies beside one matmul: the time that they hide is the matmul's, not twice that."""
+    chip = CHIPS["v5e"]
+    start, end = (
+        next(line for line in COPY.splitlines() if f" {op}(" in line) + "\n"
+        for op in ("copy-start", "copy-done")
+    )
+    text = COPY.replace(start, start + start.replace("%copy-start", "%other-start"))
+    other = end.replace("%copy-done", "%other-done").replace("%copy-start", "%other-start")
+    text = text.replace(end, end + other)
+    costs = [*instruction_costs(Program(text), chip)]
+    hidden = [cost.hidden_seconds for cost in costs]
+    beside = next(cost.flops for cost in costs if cost.flops) / chip.peak_flops
+    assert sum(seconds > 0 for seconds in hidden) == 1
+    assert sum(hidden) == pytest.approx(beside)
+
+
+def test_what_a_fusion_returns_beside_others_is_read():
+    """Two arrays in, a sum and a product out: four arrays of 512 bytes."""
+    program = Program("""HloModule jit_f
+
+%fused (p: f32[128], q: f32[128]) -> (f32[128], f32[128]) {
+  %p = f32[128]{0} parameter(0)
+  %q = f32[128]{0} parameter(1)
+  %sum = f32[128]{0} add(%p, %q)
+  %product = f32[128]{0} multiply(%p, %q)
+  ROOT %both = (f32[128]{0}, f32[128]{0}) tuple(%sum, %product)
+}
+
+ENTRY %main (p: f32[128], q: f32[128]) -> (f32[128], f32[128]) {
+  %x = f32[128]{0} parameter(0)
+  %y = f32[128]{0} parameter(1)
+  ROOT %f = (f32[128]{0}, f32[128]{0}) fusion(%x, %y), kind=kLoop, calls=%fused
+}
+""")
+    assert total_hbm_bytes(program) == 4 * 128 * 4
 
 
 def test_a_slice_of_a_sum_reads_its_share_of_the_terms():
