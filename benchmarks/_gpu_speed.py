@@ -259,7 +259,10 @@ def _training_run(config: str, dry_run: bool) -> RunConfig:
     run = with_vocabulary(RunConfig.from_toml(CONFIGS / config)).resolved_stages[0].run
     training = dataclasses.replace(run.training, batch_size=8, gradient_accumulation_steps=1)
     model = dataclasses.replace(run.model, vocab_size=PRESETS["hymba-1.5b"].vocab_size)
-    run = dataclasses.replace(run, model=model, parallel=ParallelConfig(), training=training)
+    compute = dataclasses.replace(run.compute, scan_layers=True)  # compiled within the time limit
+    run = dataclasses.replace(
+        run, model=model, compute=compute, parallel=ParallelConfig(), training=training
+    )
     if dry_run:
         data = dataclasses.replace(run.data, sequence_length=32)
         run = dataclasses.replace(run, model=TINY, data=data)

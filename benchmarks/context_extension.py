@@ -1,6 +1,6 @@
 """What extending the context does: bits per byte by position, before and after.
 
-    python benchmarks/context_extension.py
+    python benchmarks/context_extension.py [--picture FILE]
 
 Trains a run of several stages, or resumes it, and scores all held-out text in windows of the last
 stage's length, each without earlier context: by the model at the end of the stage before, as it is
