@@ -14,7 +14,7 @@ _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2**21
 # Of containers; "max" where there is none.
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 _VECTOR_WIDTH = "--xla_cpu_prefer_vector_width"
 
 
@@ -39,12 +39,17 @@ def host_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of `host_memory` that other programs leave, where Linux says so."""
+    """Bytes of `host_memory` that other programs leave, where Linux says so.
+
+    What this process holds counts as available, as it may reuse it. Of a cgroup only the limit is
+    known, not what other programs in it use.
+    """
     memory = host_memory()
     with contextlib.suppress(OSError):  # another system
+        resident = int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                memory = min(memory, int(line.split()[1]) * 1024)
+                memory = min(memory, int(line.split()[1]) * 1024 + resident)
     return memory
 
 

@@ -279,7 +279,10 @@ def test_tables_fit_into_80_columns(tmp_path, capsys, monkeypatch):
     [
         (["{}"], "error: {}: the directory has no .toml files"),
         (["{}", "--context", "0"], "error: context is 0, below 1"),
-        ([], "error: configs/designs: no such file or directory: name runs or TOML files; what is"),
+        (
+            [],
+            "error: configs/designs: no such file or directory: run it in the repository",
+        ),
     ],
 )
 def test_the_command_refuses(tmp_path, monkeypatch, arguments, message):

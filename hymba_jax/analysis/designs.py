@@ -204,10 +204,10 @@ def _by_purpose(sizes: Mapping[str, int]) -> dict[str, int]:
 def _files(paths: Sequence[str]) -> Iterator[Location]:
     for path in map(resolve_location, paths):
         if not path.exists():
-            raise HymbaError(
-                f"{path}: no such file or directory: name runs or TOML files; what is compared by "
-                f"default, {DESIGNS}, is in the repository of hymba_jax: run it there"
-            )
+            advice = "name runs or TOML files"
+            if str(path) == DESIGNS:
+                advice = f"run it in the repository of hymba_jax, or {advice}"
+            raise HymbaError(f"{path}: no such file or directory: {advice}")
         files = matches(path, "*.toml") if path.is_dir() else [path]
         if not files:
             raise HymbaError(f"{path}: the directory has no .toml files")

@@ -7,7 +7,6 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import jax
@@ -34,6 +33,10 @@ from hymba_jax.model import Hymba
 from hymba_jax.tokenizer import Tokenizer, chat_template
 from hymba_jax.types import Bool, Float
 
+_LOAD_OPTIONS = {
+    *("dtype", "state_dtype", "weights", "kv_cache", "batch_size", "context", "max_chunk"),
+    *("speculate", "prefix_states", "step", "adapter"),
+}
 PREFIX_CHUNK = 64  # tokens of a prompt that are prefilled at once, where states are kept after them
 
 
@@ -170,6 +173,7 @@ class LanguageModel:
           HymbaError: an invalid prompt or sampling value, or no such field; too little memory for
             them; or the model's logits are not finite.
         """
+        _check_names(sampling.keys() - {"parse_special"})
         return collect(self.stream(prompts, config, stream_interval=DECODE_STEPS, **sampling))
 
     def stream(
@@ -430,7 +434,7 @@ def _check_names(sampling: Iterable[str]) -> None:
     for name in sampling:
         if name in fields:
             continue
-        if name in signature(LanguageModel).parameters:
+        if name in _LOAD_OPTIONS:
             raise HymbaError(f"{name} is set when a model is loaded (hymba_jax.load), not here")
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}"

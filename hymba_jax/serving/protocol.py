@@ -347,6 +347,8 @@ def _message(error: ErrorDetails) -> str:
     match error["type"]:
         case "none_required":
             return "not served"
+        case "literal_error" if isinstance(error["input"], bool):
+            return "not served"
         case "literal_error":
             return f"{shown(error['input'])} is not served, only {error['ctx']['expected']}"
         case _:

@@ -144,7 +144,7 @@ def _check_sources(args: Sequence[str], data: DataConfig) -> None:
         if name.replace("_", "-") not in names:
             raise HymbaError(
                 f"{option.string}: the config has no source {name}: add a table "
-                f"[data.{table}.{name}] to its file"
+                f"[data.{table}.{name}] to the file that --config names"
             )
 
 

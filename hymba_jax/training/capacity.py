@@ -25,16 +25,16 @@ def check_memory(abstract: AbstractTrainState, mesh: Mesh, teacher: Params | Non
     gradients, _ = abstract.trainable.split(abstract.state.params)
     needed = bytes_per_device((abstract.state, gradients, teacher))
     devices = mesh.local_devices
-    is_cpu = devices[0].platform == "cpu"
-    available = available_memory() // len(devices) if is_cpu else device_memory(devices)
-    if available is None or needed <= available:
-        return
-    change = "choose a smaller model"
-    share = ""
-    if is_cpu:
-        share = f", its share of {available_memory() / 1e9:,.1f} GB of available host memory"
+    change, share = "choose a smaller model", ""
+    if devices[0].platform == "cpu":
+        of_host = available_memory()
+        share = f", its share of {of_host / 1e9:,.1f} GB of available host memory"
+        available: int | None = of_host // len(devices)
     else:
         change += ", or shard it over more devices by parallel.fsdp"
+        available = device_memory(devices)
+    if available is None or needed <= available:
+        return
     state = f"{abstract.num_params:,} parameters, their gradients and optimizer state"
     if teacher is not None:
         state += ", beside the teacher's parameters,"

@@ -318,7 +318,10 @@ def test_sources_that_the_file_lacks_are_refused_on_the_command_line(tmp_path, t
     for name in ("my_web", "my-web"):
         parse_run(["--config", str(path), f"--data.{table}.{name}.path=b"], "train.py")
     option = f"--data.{table}.new.path"
-    message = f"{option}: the config has no source new: add a table [data.{table}.new] to its file"
+    message = (
+        f"{option}: the config has no source new: add a table [data.{table}.new] to the file that "
+        "--config names"
+    )
     with pytest.raises(HymbaError) as caught:
         parse_run(["--config", str(path), option, "d.parquet"], "train.py")
     assert str(caught.value) == message

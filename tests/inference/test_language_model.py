@@ -491,12 +491,19 @@ def test_impossible_sampling_values(model, values, message):
         ("temprature", "unknown option temprature: did you mean temperature?"),
         ("max_tokens", "unknown option max_tokens: did you mean max_new_tokens?"),
         ("xyz", "unknown option xyz: there are max_new_tokens, temperature, "),
+        ("tokenizer", "unknown option tokenizer: there are"),
+        ("dtype", "dtype is set when a model is loaded (hymba_jax.load), not here"),
         ("speculate", "speculate is set when a model is loaded (hymba_jax.load), not here"),
     ],
 )
 def test_sampling_values_that_do_not_exist(model, option, message):
     for function in (model.generate, model.stream):
         assert refusal(function, "a", **{option: 1}).startswith(message)
+
+
+def test_generate_has_no_distance_between_deltas(model):
+    message = refusal(model.generate, "a", stream_interval=4)
+    assert message.startswith("unknown option stream_interval: there are")
 
 
 @pytest.mark.parametrize("interval", [-1, 0, 17])

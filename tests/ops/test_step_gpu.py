@@ -138,7 +138,14 @@ def test_selective_scan(kernels, channels, optional):
     np.testing.assert_array_equal(step(**stopped)[1], inputs["state"])
     x = inputs["x"].copy()
     x[1] = np.nan
-    padded = step(**inputs | {"x": x}, valid=np.array([True, False, True]))
+    valid = np.array([True, False, True])
+    moved = inputs | {"x": x}
+    padded = step(**moved, valid=valid)
+
+    def total(A, moved, valid):
+        return selective_scan_step(**moved | {"A": A}, valid=valid)[0].sum()
+
+    assert np.isfinite(jax.jit(jax.grad(total))(inputs["A"], moved, valid)).all()
     for actual, full, padding in zip(padded, step(**inputs), (0, inputs["state"][1]), strict=True):
         np.testing.assert_array_equal(actual[::2], full[::2])
         np.testing.assert_array_equal(actual[1], np.broadcast_to(padding, actual[1].shape))
@@ -204,12 +211,16 @@ def test_causal_conv(kernels, channels, kernel):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("given", [{"segment_ids": jnp.zeros((2, 1), jnp.int32)}, {"channels": 24}])
-def test_a_convolution_that_is_in_xla(kernels, given):
-    """Of rows with several documents, or of a number of channels that Triton lacks."""
-    channels = given.pop("channels", 32)
-    shapes = (2, 1, channels), (4, channels), (channels,)
-    jax.eval_shape(partial(causal_conv, **given), *(jnp.zeros(shape) for shape in shapes))
+@pytest.mark.parametrize(
+    ("channels", "taps", "documents"),
+    [(32, 4, True), (24, 4, False), (32, 1, False), (32, 99, False)],
+)
+def test_a_convolution_that_is_in_xla(kernels, channels, taps, documents):
+    """Of rows with several documents, or of numbers of channels and taps that are not for it."""
+    shapes = (2, 1, channels), (taps, channels), (channels,)
+    conv = partial(causal_conv, segment_ids=jnp.zeros((2, 1), jnp.int32) if documents else None)
+    y, inputs = jax.eval_shape(conv, *(jnp.zeros(shape) for shape in shapes))
+    assert (y.shape, inputs.shape) == (shapes[0], (2, taps - 1, channels))
     assert not kernels
 
 

@@ -571,6 +571,7 @@ class TestErrors:
                 }.items()
             ),
             ("completions", OK | {"suffix": "b"}, 400, "suffix: 'b' is not served, only ''"),
+            ("chat/completions", HI | {"store": True}, 400, "store: not served"),
             ("chat/completions", HI | {"tool_choice": {}}, 400, "tool_choice.type: Field requ"),
             ("chat/completions", HI | {"messages": []}, 400, "messages: List should have at least"),
             ("chat/completions", HI | {"messages": [{"role": "x"}]}, 400, "role: 'x' is not serve"),

@@ -1,12 +1,14 @@
 """States that no device can hold are refused before they are allocated."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from unittest.mock import Mock
 
 import jax
 import pytest
+from jax.sharding import Mesh
 from training.tiny import MODEL
 
 from hymba_jax import host
@@ -47,6 +49,19 @@ def test_what_is_larger_than_the_host_is_refused(monkeypatch):
     assert re.search(r"optimizer state take 4,[34]\d\d\.\d GB on each device", message)
     assert "a cpu has 2.0 GB, its share of 16.0 GB of available host memory" in message
     assert message.endswith(": choose a smaller model")
+
+
+def test_what_is_larger_than_an_accelerator_is_refused(monkeypatch):
+    mesh = make_mesh(jax.devices()[:1])
+    state = abstract(HUGE, mesh)
+    chip = Mock(jax.Device, platform="tpu", device_kind="TPU v5 lite")
+    for memory, refused in ((None, False), (2 * BYTES, False), (16 * 10**9, True)):
+        chip.memory_stats = Mock(return_value=memory and {"bytes_limit": memory})
+        if not refused:
+            check_memory(state, Mock(Mesh, local_devices=[chip]))
+            continue
+        with pytest.raises(HymbaError, match=r"a TPU v5 lite has 16\.0 GB: .* by parallel\.fsdp"):
+            check_memory(state, Mock(Mesh, local_devices=[chip]))
 
 
 def test_only_the_shard_of_a_device_counts(monkeypatch):
@@ -105,8 +120,11 @@ def test_the_memory_that_other_programs_leave(monkeypatch, tmp_path):
     """That of a system that does not say it is all of it."""
     monkeypatch.setattr(host, "host_memory", lambda: 2**30)
     monkeypatch.setattr(host, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host, "_STATM", tmp_path / "statm")
+    (tmp_path / "statm").write_text("9 3 2 1 0 5 0\n")  # 3 resident pages
+    own = 3 * os.sysconf("SC_PAGE_SIZE")
     assert available_memory() == 2**30
-    for available, expected in ((2**19, 2**29), (2**21, 2**30)):  # KiB, and bytes
+    for available, expected in ((2**19, 2**29 + own), (2**21, 2**30)):  # KiB, and bytes
         text = f"MemTotal: {2**22} kB\nMemFree: 7 kB\nMemAvailable: {available} kB\n"
         (tmp_path / "meminfo").write_text(text)
         assert available_memory() == expected

@@ -102,8 +102,8 @@ def attention_step_gpu(
         out_shape=[shape for _, shape in results],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         cost_estimate=kernel_cost(
-            flops=2 * batch * kv_heads * heads * (slots + meta_tokens) * (head_dim + value_dim),
-            exponentials=batch * kv_heads * heads * (slots + meta_tokens),
+            flops=2 * batch * kv_heads * _ROWS * (slots + meta_tokens) * (head_dim + value_dim),
+            exponentials=batch * kv_heads * _ROWS * (slots + meta_tokens),
             hbm_bytes=array_bytes(*operands),
         ),
         name="attention_step",

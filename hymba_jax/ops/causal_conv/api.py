@@ -61,11 +61,11 @@ def causal_conv(
         if initial_inputs is None:
             initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
         documents = Documents(document_starts(segment_ids), initial_inputs)
-    elif x.shape[1] == 1 and target_platform().endswith("gpu") and supports(x.shape[2]):
+    elif x.shape[1] == 1 and target_platform().endswith("gpu"):
         if initial_inputs is None:
             initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
         return shard_map(
-            _by_kernel,
+            _step,
             AXES,
             (_SEQUENCE, AXES["initial_inputs"]),
             x=x,
@@ -91,6 +91,15 @@ def causal_conv(
     if documents is not None:
         documents = documents._replace(starts=documents.starts[:, last])
     return y, causal_conv_reference(x[:, last], weight, bias, None, documents)[1]
+
+
+def _step(
+    x: Array, weight: Array, bias: Array, initial_inputs: Array, lengths: Array
+) -> tuple[Array, Array]:
+    """One position of a device's rows and channels."""
+    if supports(x.shape[2], weight.shape[0]):
+        return _by_kernel(x, weight, bias, initial_inputs, lengths)
+    return causal_conv_reference(x, weight, bias, initial_inputs, lengths=lengths)
 
 
 @jax.custom_vjp

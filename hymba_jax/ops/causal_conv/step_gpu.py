@@ -17,11 +17,12 @@ from hymba_jax.types import Array, Float, Int
 
 _MAX_BLOCK = 512  # channels of a program
 _MIN_BLOCK = 16
+_MAX_TAPS = 16
 
 
-def supports(channels: int) -> bool:
-    """Whether the kernel takes so many channels."""
-    return channels % _MIN_BLOCK == 0
+def supports(channels: int, taps: int) -> bool:
+    """Whether the kernel takes so many channels, and taps, whose inputs are in registers."""
+    return channels % _MIN_BLOCK == 0 and 2 <= taps <= _MAX_TAPS
 
 
 def causal_conv_step_gpu(
@@ -77,7 +78,7 @@ def _kernel(
 ) -> None:
     """Some channels of one sequence."""
     is_valid = length_ref[...] > 0
-    inputs = [*(inputs_ref[i] for i in range(before)), x_ref[...].astype(inputs_ref.dtype)]
+    inputs = [*(inputs_ref[i] for i in range(before)), x_ref[...]]
     y = bias_ref[...].astype(jnp.float32)
     for tap, value in enumerate(inputs):
         y = y + weight_ref[tap].astype(jnp.float32) * value.astype(jnp.float32)

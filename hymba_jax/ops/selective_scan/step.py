@@ -53,6 +53,12 @@ def _in_xla(
     state: Array,
     valid: Array | None,
 ) -> tuple[Array, Array]:
+    dtype = x.dtype
+    if valid is not None:
+        # A time step of softplus(-inf) = 0 leaves the state unchanged.
+        x, B, C = (jnp.where(valid[:, None], v, 0) for v in (x, B, C))
+        dt = jnp.where(valid[:, None], dt, -jnp.inf)
+        z = None if z is None else jnp.where(valid[:, None], z, 0)
     inputs, dt, A, B, C, h = (v.astype(jnp.float32) for v in (x, dt, A, B, C, state))
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None]
@@ -60,11 +66,9 @@ def _in_xla(
     u = delta * inputs
     if target_platform() == "cpu":  # else XLA computes them, convolution included, for each state
         delta, u, B = lax.optimization_barrier((delta, u, B))
-    after = jnp.exp(delta[:, None] * A[None]) * h + u[:, None] * B[:, :, None]
-    y = skip_and_gate((after * C[:, :, None]).sum(1), inputs, D, z)
-    if valid is not None:
-        y, after = jnp.where(valid[:, None], y, 0), jnp.where(valid[:, None, None], after, h)
-    return y.astype(x.dtype), after
+    h = jnp.exp(delta[:, None] * A[None]) * h + u[:, None] * B[:, :, None]
+    y = (h * C[:, :, None]).sum(1)
+    return skip_and_gate(y, inputs, D, z).astype(dtype), h
 
 
 @jax.custom_vjp
