@@ -28,8 +28,6 @@ from hymba_jax.run_files import checkpoint_steps
 from hymba_jax.training.optimizer import make_optimizer
 
 silence_orbax()
-# Pytest makes errors of the warning that this ignores.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 
 def make_state(step=0, width=64):

@@ -17,7 +17,6 @@ from hymba_jax.run_files import COMMITTED, checkpoint_steps
 
 silence_orbax()
 # As in test_checkpoint.py; gcsfs closes its sockets after its event loop.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 
 @pytest.fixture

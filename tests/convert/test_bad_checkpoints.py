@@ -34,8 +34,6 @@ from hymba_jax.convert.verify import read_expected
 from hymba_jax.errors import HymbaError
 
 silence_orbax()
-# Pytest makes errors of the warning that this ignores.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"

@@ -29,9 +29,6 @@ from hymba_jax.errors import HymbaError
 from hymba_jax.model.abstract import abstract_model
 from hymba_jax.parallel.mesh import make_mesh
 
-# Pytest makes errors of the warning that this ignores.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
 CONFIG = dataclasses.replace(TINY, layers="2*W", max_positions=64)
 COMPUTE = ComputeConfig()
 

@@ -45,8 +45,6 @@ from hymba_jax.training.loss import make_loss_fn, next_token_loss
 from hymba_jax.training.optimizer import make_optimizer
 from hymba_jax.training.step import compile_train_step, make_train_step
 
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
 LENGTH = 8
 EIGHT_HEADS = dataclasses.replace(
     MODEL, attention=dataclasses.replace(MODEL.attention, num_heads=4, num_kv_heads=2)

@@ -26,8 +26,6 @@ from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training import loop
 
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
 STUDENT = dataclasses.replace(TINY, layers="L", max_positions=64)
 TEACHER = dataclasses.replace(STUDENT, hidden_size=24)
 STEPS = 20

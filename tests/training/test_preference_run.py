@@ -31,8 +31,6 @@ from hymba_jax.parallel.mesh import make_mesh
 from hymba_jax.tokenizer import Tokenizer
 from hymba_jax.training import loop
 
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
 MODEL = dataclasses.replace(TINY, layers="L", max_positions=64)
 WORDS = ["ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st", "uv", "wx"]
 PAIRS = [
