@@ -22,7 +22,7 @@ _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
 # Of which a slice reads no larger share of an operand than of the result: each of its elements is
 # computed from elements of one place of the operand, or summed over other axes.
-_ELEMENTWISE = {
+_PROPORTIONAL = {
     *("bitcast", "convert", "copy", "reshape", "transpose", "negate", "reduce"),
     *("add", "subtract", "multiply"),
 }
@@ -92,7 +92,7 @@ def _share_used(program: Program, lines: list[Instruction], name: str) -> float:
                 total += math.prod(line.results[0].shape) / size
             elif (line.op == "tuple" and is_parameter) or (line.name in in_place and place == 0):
                 continue  # passed through, or updated
-            elif line.op in _ELEMENTWISE and line is not lines[-1]:
+            elif line.op in _PROPORTIONAL and line is not lines[-1]:
                 total += _share_used(program, lines, line.name)
             elif line.op == "fusion":
                 total += _share_read(program, line.called, place)

@@ -14,6 +14,7 @@ import tokenizers
 from flax import nnx
 from inference.models import byte_tokenizer, make_model
 
+import hymba_jax
 from hymba_jax.errors import HymbaError
 from hymba_jax.inference import LanguageModel, SamplingConfig
 from hymba_jax.inference.engine import Engine
@@ -499,6 +500,12 @@ def test_impossible_sampling_values(model, values, message):
 def test_sampling_values_that_do_not_exist(model, option, message):
     for function in (model.generate, model.stream):
         assert refusal(function, "a", **{option: 1}).startswith(message)
+
+
+def test_options_of_load_are_not_those_of_generate(model):
+    for option in inspect.signature(hymba_jax.load).parameters.keys() - {"directory"}:
+        message = f"{option} is set when a model is loaded (hymba_jax.load), not here"
+        assert refusal(model.generate, "a", **{option: 1}) == message
 
 
 def test_generate_has_no_distance_between_deltas(model):

@@ -49,14 +49,14 @@ def test_sigterm_completes_the_streams_that_run(tmp_path):
         options = {"model": "model", "max_tokens": 300, "temperature": 0, "stream": True}
         options["logit_bias"] = {str(model().tokenizer.encode("B")[0]): 100}
         streams = [client.completions.create(prompt=prompt, **options) for prompt in "abcdefgh"]
-        texts = [next(stream).choices[0].text for stream in streams[:2]] + [""] * 6
+        answers = [next(stream).choices[0].text for stream in streams[:2]] + [""] * 6
         server.send_signal(signal.SIGTERM)
         time.sleep(0.5)  # uvicorn looks for signals ten times a second
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
         for i, stream in enumerate(streams):
-            texts[i] += "".join(chunk.choices[0].text for chunk in stream)
-        assert texts == ["B" * 300] * 8
+            answers[i] += "".join(chunk.choices[0].text for chunk in stream)
+        assert answers == ["B" * 300] * 8
         assert server.wait(30) == 143
         assert server.stderr.read() == "model: stopped; 8 completions were complete\n"
 

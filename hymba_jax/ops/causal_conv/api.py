@@ -1,14 +1,13 @@
 """The depthwise causal convolution."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
 from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
-from hymba_jax.ops.causal_conv.step_gpu import causal_conv_step_gpu, supports
+from hymba_jax.ops.causal_conv.step import causal_conv_step
 from hymba_jax.ops.documents import Documents, document_starts
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
@@ -62,17 +61,15 @@ def causal_conv(
             initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
         documents = Documents(document_starts(segment_ids), initial_inputs)
     elif x.shape[1] == 1 and target_platform().endswith("gpu"):
-        if initial_inputs is None:
-            initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
         return shard_map(
-            _step,
+            causal_conv_step,
             AXES,
             (_SEQUENCE, AXES["initial_inputs"]),
             x=x,
             weight=weight,
             bias=bias,
-            initial_inputs=initial_inputs.astype(x.dtype),
-            lengths=jnp.ones(x.shape[0], jnp.int32) if lengths is None else lengths,
+            initial_inputs=initial_inputs,
+            lengths=lengths,
         )
     axis_name = length_axis(x.shape[1], at_least=before)
     if axis_name is None or lengths is not None:
@@ -91,33 +88,3 @@ def causal_conv(
     if documents is not None:
         documents = documents._replace(starts=documents.starts[:, last])
     return y, causal_conv_reference(x[:, last], weight, bias, None, documents)[1]
-
-
-def _step(
-    x: Array, weight: Array, bias: Array, initial_inputs: Array, lengths: Array
-) -> tuple[Array, Array]:
-    """One position of a device's rows and channels."""
-    if supports(x.shape[2], weight.shape[0]):
-        return _by_kernel(x, weight, bias, initial_inputs, lengths)
-    return causal_conv_reference(x, weight, bias, initial_inputs, lengths=lengths)
-
-
-@jax.custom_vjp
-def _by_kernel(
-    x: Array, weight: Array, bias: Array, initial_inputs: Array, lengths: Array
-) -> tuple[Array, Array]:
-    y, inputs = causal_conv_step_gpu(x[:, 0], weight, bias, initial_inputs, lengths)
-    return y[:, None], inputs
-
-
-def _forward(*arrays: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    return _by_kernel(*arrays), arrays
-
-
-def _backward(arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    *floats, lengths = arrays
-    _, vjp = jax.vjp(partial(causal_conv_reference, lengths=lengths), *floats)
-    return (*vjp(cotangents), None)
-
-
-_by_kernel.defvjp(_forward, _backward)

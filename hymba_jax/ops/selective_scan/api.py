@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from hymba_jax.ops.documents import Documents, document_starts
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.associative import selective_scan_associative
+from hymba_jax.ops.selective_scan.padding import mask_padding
 from hymba_jax.ops.selective_scan.pallas_gpu import selective_scan_pallas_gpu
 from hymba_jax.ops.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from hymba_jax.ops.selective_scan.reference import selective_scan_reference
@@ -97,15 +98,9 @@ def selective_scan(
         )
     is_step = implementation is None and x.shape[1] == 1
     starts = None if segment_ids is None or is_step else document_starts(segment_ids)
-    of_step: dict[str, Array | None] = {}
     valid = None if lengths is None else jnp.arange(x.shape[1])[None] < lengths[:, None]
-    if is_step:
-        of_step["valid"] = valid
-    elif valid is not None:
-        # A time step of softplus(-inf) = 0 leaves the state unchanged.
-        x, B, C = (jnp.where(valid[:, :, None], v, 0) for v in (x, B, C))
-        dt = jnp.where(valid[:, :, None], dt, -jnp.inf)
-        z = None if z is None else jnp.where(valid[:, :, None], z, 0)
+    if valid is not None and not is_step:
+        x, dt, B, C, z = mask_padding(valid, x, dt, B, C, z)
         starts = None if starts is None else starts & valid
     scan = selective_scan_single if is_step else IMPLEMENTATIONS[name]
     axis_name = length_axis(x.shape[1])
@@ -125,7 +120,7 @@ def selective_scan(
         dt_bias=dt_bias,
         initial_state=initial_state,
         starts=starts,
-        **of_step,
+        **({"valid": valid} if is_step else {}),
     )
 
 

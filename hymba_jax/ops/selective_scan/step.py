@@ -8,6 +8,7 @@ from jax import lax
 
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan.output import skip_and_gate
+from hymba_jax.ops.selective_scan.padding import mask_padding
 from hymba_jax.ops.selective_scan.step_gpu import selective_scan_step_gpu, supports
 from hymba_jax.types import Array, Bool, Float
 
@@ -55,10 +56,7 @@ def _in_xla(
 ) -> tuple[Array, Array]:
     dtype = x.dtype
     if valid is not None:
-        # A time step of softplus(-inf) = 0 leaves the state unchanged.
-        x, B, C = (jnp.where(valid[:, None], v, 0) for v in (x, B, C))
-        dt = jnp.where(valid[:, None], dt, -jnp.inf)
-        z = None if z is None else jnp.where(valid[:, None], z, 0)
+        x, dt, B, C, z = mask_padding(valid, x, dt, B, C, z)
     inputs, dt, A, B, C, h = (v.astype(jnp.float32) for v in (x, dt, A, B, C, state))
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)[None]

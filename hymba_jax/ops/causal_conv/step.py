@@ -1,0 +1,51 @@
+"""One position of the causal convolution on GPUs, for decoding."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hymba_jax.ops.causal_conv.reference import causal_conv_reference
+from hymba_jax.ops.causal_conv.step_gpu import causal_conv_step_gpu, supports
+from hymba_jax.types import Array, Float, Int
+
+
+def causal_conv_step(
+    x: Float[Array, "batch 1 channels"],
+    weight: Float[Array, "kernel channels"],
+    bias: Float[Array, "channels"],
+    initial_inputs: Float[Array, "batch kernel-1 channels"] | None,
+    lengths: Int[Array, "batch"] | None,
+) -> tuple[Float[Array, "batch 1 channels"], Float[Array, "batch kernel-1 channels"]]:
+    """`causal_conv` of one position, inside `shard_map`."""
+    batch, _, channels = x.shape
+    taps = weight.shape[0]
+    if not supports(channels, taps):
+        return causal_conv_reference(x, weight, bias, initial_inputs, lengths=lengths)
+    if initial_inputs is None:
+        initial_inputs = jnp.zeros((batch, taps - 1, channels), x.dtype)
+    if lengths is None:
+        lengths = jnp.ones(batch, jnp.int32)
+    return _by_kernel(x, weight, bias, initial_inputs.astype(x.dtype), lengths)
+
+
+@jax.custom_vjp
+def _by_kernel(
+    x: Array, weight: Array, bias: Array, initial_inputs: Array, lengths: Array
+) -> tuple[Array, Array]:
+    y, inputs = causal_conv_step_gpu(x[:, 0], weight, bias, initial_inputs, lengths)
+    return y[:, None], inputs
+
+
+def _forward(*arrays: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    return _by_kernel(*arrays), arrays
+
+
+def _backward(arrays: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    *floats, lengths = arrays
+    _, vjp = jax.vjp(partial(causal_conv_reference, lengths=lengths), *floats)
+    return (*vjp(cotangents), None)
+
+
+_by_kernel.defvjp(_forward, _backward)
