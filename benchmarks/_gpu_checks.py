@@ -4,6 +4,7 @@ Kernels are compared with the ops' definitions (their `reference` implementation
 with what the HF implementation computed (tests/golden). No test's packages are needed.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,13 +19,16 @@ from attention import attend
 from flax import nnx
 from jax.extend.backend import get_backend
 
+from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, DType, HymbaConfig
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.inference.batch_state import NO_TOKEN, Request
 from hymba_jax.inference.engine import Engine
+from hymba_jax.model import Hymba, fuse_projections
 from hymba_jax.ops.attention import attention_step
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.int8_rows import Int8Rows
+from hymba_jax.ops.layer_step.projections import MAX_ROWS
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
@@ -36,6 +40,12 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from golden_cases import GOLDEN, Golden, load, to_hf
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "mlp_size": 96,
+    "attention": AttentionConfig(num_heads=2, num_kv_heads=1, window=16),
+    "num_meta_tokens": 4,
+}
 QUICK = "tiny-default-rope"  # the golden model that compiles in the least time
 
 # Of the largest entry: float32 rounds at 6e-8, and sums have thousands of terms. A result in
@@ -319,6 +329,38 @@ def conforming_decoding(recorder: Recorder) -> None:
                 )
 
 
+def decoding_layers(recorder: Recorder) -> None:
+    """Layers in bfloat16 for few rows, whose norms, gates and sums are in kernels of matmuls,
+    beside the same layers for more rows, which XLA makes: as far from float32 as those are."""
+    config = dataclasses.replace(
+        PRESETS["hymba-1.5b"], layers="G Ww", vocab_size=256, **(SMALL if recorder.dry_run else {})
+    )
+    models = {dtype: _random_model(config, dtype) for dtype in ("float32", "bfloat16")}
+    tokens = np.random.default_rng(0).integers(3, 256, (MAX_ROWS + 1, 40))
+
+    def logits(dtype: str, rows: int) -> np.ndarray:
+        return _logits_in_chunks(models[dtype], tokens[:rows], [37, 1, 1, 1])[:, 37:]
+
+    with recorder.case(f"{len(tokens)} rows") as row:
+        exact = logits("float32", len(tokens))
+        error = np.abs(logits("bfloat16", len(tokens)) - exact).max()
+        row["error"] = float(error / np.abs(exact).max())
+    for rows in (1, 5, MAX_ROWS):
+        with recorder.case(f"{rows} rows") as row:
+            actual = {"logits": logits("bfloat16", rows)}
+            _compare(row, actual, {"logits": exact[:rows]}, {"logits": 2 * error})
+
+
+def _random_model(config: HymbaConfig, dtype: DType) -> tuple[Any, Any]:
+    """Structure and parameters, the same numbers in every dtype, fused for inference."""
+    compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", scan_layers=False)
+    params = nnx.state(Hymba(config, compute, nnx.Rngs(0)))
+    compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
+    graph, like = nnx.split(Hymba.abstract(config, compute))
+    params = jax.tree.map(lambda a, b: a.astype(b.dtype), params, like)
+    return nnx.split(fuse_projections(nnx.merge(graph, params)))
+
+
 def golden(recorder: Recorder, names: str) -> None:
     """Logits, loss and the gradient of every parameter against the HF implementation."""
     for name in (QUICK,) if recorder.dry_run else names.split(","):
@@ -348,7 +390,8 @@ def caches(recorder: Recorder) -> None:
     name = QUICK if recorder.dry_run else "tiny-ntk"
     with recorder.case(f"{name}: logits of chunks of 16 tokens and of single ones") as row:
         golden = load(name)
-        logits = _logits_in_chunks(golden, [16, 1, 1, 16, 1])
+        inputs = golden.arrays["input_ids"].astype(np.int32)
+        logits = _logits_in_chunks(golden.model(scan_layers=False), inputs, [16, 1, 1, 16, 1])
         expected = {"logits": golden.arrays["logits"][:, : logits.shape[1]]}
         _compare(row, {"logits": logits}, expected, {"logits": VALUES})
     with recorder.case(f"{name}-decode: greedy tokens") as row:
@@ -361,10 +404,10 @@ def caches(recorder: Recorder) -> None:
             raise AssertionError(f"{tokens}, not {right}")
 
 
-def _logits_in_chunks(golden: Golden, widths: list[int]) -> np.ndarray:
+def _logits_in_chunks(model: tuple[Any, Any], tokens: np.ndarray, widths: list[int]) -> np.ndarray:
     """Logits of the first tokens of every row, prefilled in chunks of these widths."""
-    graph, params = golden.model(scan_layers=False)
-    tokens = golden.arrays["input_ids"].astype(np.int32)[:, : sum(widths)]
+    graph, params = model
+    tokens = tokens[:, : sum(widths)]
 
     @partial(jax.jit, static_argnames="is_start")
     def extend(params: Any, chunk: Any, cache: Any, meta: Any, *, is_start: bool) -> Any:

@@ -24,8 +24,10 @@ from selective_scan import associative
 from selective_scan import with_gradient as scan_with_gradient
 
 from hymba_jax.aot.fit import compiled_memory
+from hymba_jax.aot.hlo import Program
 from hymba_jax.aot.programs import InferencePrograms, bytes_per_device
 from hymba_jax.aot.topology import CHIPS
+from hymba_jax.aot.traffic import launches
 from hymba_jax.checkpoint.model_file import with_vocabulary
 from hymba_jax.checkpoint.train_state import abstract_train_state, init_state
 from hymba_jax.config import PRESETS, AttentionConfig, HymbaConfig, SSMConfig
@@ -269,7 +271,16 @@ def _training_run(config: str, dry_run: bool) -> RunConfig:
     return run
 
 
-def decode(recorder: Recorder, sequences: str) -> None:
+def decode_as_graph(recorder: Recorder, sequences: str) -> None:
+    """As `decode`, with the loop itself inside XLA's CUDA graph, which has no host wait for whether
+    to go on."""
+    options = {"xla_gpu_enable_command_buffer": "+WHILE"} if _bandwidth() else None
+    decode(recorder, sequences, options)
+
+
+def decode(
+    recorder: Recorder, sequences: str, compiler_options: dict[str, Any] | None = None
+) -> None:
     """The engine's loop over tokens for so many sequences of 8k tokens, 1.5B in bfloat16.
 
     Only the number of tokens in the caches matters for time, so it is set: parameters and caches
@@ -285,8 +296,10 @@ def decode(recorder: Recorder, sequences: str) -> None:
         traced = programs.decode(batch, context)
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            compiled = traced.program.lower().compile()
+            compiled = traced.program.lower().compile(compiler_options=compiler_options)
         row["compile s"] = time.perf_counter() - start
+        program = Program(compiled.as_text())
+        row["kernels per step"] = launches(program, program.largest_loop())
         _check_memory(row, compiled)
     if recorder.failed:
         return

@@ -12,8 +12,9 @@ Bytes per step are counted in the optimized HLO of the loop's body (`hymba_jax/a
 branches (sampling's filters) are left out. `minimum` is every parameter, key, value and state read
 once, and every state written once; layers that reuse keys and values must read them again.
 
-Copies are those of arrays of a cache's shape, into another layout or another place in HBM, in a
-step and around the loop, which samples up to 16 tokens.
+Kernels are those that a GPU starts in a step, without those of branches. Copies are those of arrays
+of a cache's shape, into another layout or another place in HBM, in a step and around the loop,
+which samples up to 16 tokens.
 """
 
 import math
@@ -37,7 +38,7 @@ from hymba_jax.aot.fit import compiled_memory, refused_memory
 from hymba_jax.aot.hlo import Instruction, Program
 from hymba_jax.aot.programs import InferencePrograms, TracedProgram
 from hymba_jax.aot.topology import CHIPS, parse_topology
-from hymba_jax.aot.traffic import hbm_bytes
+from hymba_jax.aot.traffic import hbm_bytes, launches
 from hymba_jax.config import PRESETS, CacheFormat, DType, WeightFormat
 from hymba_jax.parallel.mesh import bytes_per_device
 
@@ -145,7 +146,7 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
     memory = compiled_memory(compiled)
     program = Program(compiled.as_text())
     shapes = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(traced.cache)}
-    body = _largest_loop(program)  # over tokens, as it carries the cache; sampling's carry less
+    body = program.largest_loop()  # over tokens, as it carries the cache; sampling's carry less
     copies = _copies(program, body, shapes)
     copies_around = _copies(program, program.computations[program.entry], shapes)
     return {
@@ -156,20 +157,12 @@ def _row(target: Target, mesh: Mesh, trace: Callable[[], TracedProgram]) -> Row:
         "temporaries": memory.temporaries / 1e9,
         "HBM GB per step": sum(hbm_bytes(program, line) for line in body) / 1e9,
         "minimum": (bytes_per_device(traced.read) + bytes_per_device(traced.written)) / 1e9,
+        "kernels": launches(program, body) if target == "h100" else "",
         "copies": len(copies),
         "copied": sum(copies) / 1e9,
         "copies around": len(copies_around),
         "copied around": sum(copies_around) / 1e9,
     }
-
-
-def _largest_loop(program: Program) -> list[Instruction]:
-    """The body of the loop that carries the most bytes; empty if there is no loop."""
-    loops = [
-        line for lines in program.computations.values() for line in lines if line.op == "while"
-    ]
-    largest = max(loops, key=lambda loop: sum(a.size for a in loop.results), default=None)
-    return program.computations[largest.computation("body")] if largest else []
 
 
 def _memory(rows: Sequence[Row]) -> list[Row]:
@@ -189,6 +182,7 @@ def _traffic(rows: Sequence[Row]) -> list[Row]:
         "fits",
         "HBM GB per step",
         "minimum",
+        "kernels",
         "copies",
         "copied",
     )

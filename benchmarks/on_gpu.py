@@ -64,6 +64,7 @@ STEPS = (
     Step("conforming scan", 80, "_gpu_checks:conforming_scan"),
     Step("conforming attention", 60, "_gpu_checks:conforming_attention"),
     Step("conforming decoding", 40, "_gpu_checks:conforming_decoding"),
+    Step("decoding layers", 60, "_gpu_checks:decoding_layers"),
     Step("conforming SSD", 60, "_gpu_checks:conforming_ssd"),
     Step("golden models", 60, "_gpu_checks:golden:tiny-ntk,tiny-wide"),
     Step("caches", 50, "_gpu_checks:caches"),
@@ -73,6 +74,7 @@ STEPS = (
     Step("train 125M", 100, "_gpu_speed:train:hymba_125m.toml"),
     Step("train 1.5B", 240, "_gpu_speed:train:hymba_1_5b.toml"),
     Step("decode 1", 120, "_gpu_speed:decode:1"),
+    Step("decode 1 as a graph", 90, "_gpu_speed:decode_as_graph:1"),
     Step("decode 128", 120, "_gpu_speed:decode:128"),
     Step("more golden models", 90, "_gpu_checks:golden:tiny-shared,tiny-nometa,tiny-default-rope"),
 )

@@ -73,6 +73,12 @@ class Program:
             line.name: line.results for lines in self.computations.values() for line in lines
         }
 
+    def largest_loop(self) -> list[Instruction]:
+        """The body of the loop that carries the most bytes; empty if there is no loop."""
+        loops, size = self._lines("while"), lambda loop: sum(a.size for a in loop.results)
+        largest = max(loops, key=size, default=None)
+        return self.computations[largest.computation("body")] if largest else []
+
     def runs(self) -> Iterator[tuple[str, int]]:
         """All computations outside fusions, with how often each is run.
 

@@ -7,7 +7,7 @@ reads its arguments and writes its results once, and again as often as it says t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from hymba_jax.aot.hlo import HLOArray, Instruction, Program
 from hymba_jax.aot.kernels import stated_cost
@@ -53,6 +53,11 @@ def hbm_bytes(program: Program, line: Instruction) -> int:
     if line.op in _UPDATES:
         return 2 * program.arrays[line.operands[_UPDATES[line.op]]][0].size
     return written + sum(array.in_hbm_size for array in inputs)
+
+
+def launches(program: Program, lines: Iterable[Instruction]) -> int:
+    """Kernels and copies that a GPU starts for these instructions, without those of branches."""
+    return sum(hbm_bytes(program, line) > 0 for line in lines)
 
 
 def _fusion_bytes(program: Program, line: Instruction) -> int:

@@ -69,8 +69,7 @@ class Attention(nnx.Module):
         """
         query = self.query(x, context.rope)
         if not self.reuses_kv:
-            new = self.key_value(x, context.rope)
-            shared = AttendedKV(new if cache is None else cache.rounded(new), cache, meta)
+            shared = AttendedKV.of(self.key_value(x, context.rope), cache, meta)
         elif shared is None:
             raise ValueError("this layer reuses keys and values, and was given none")
         return self.attend(query, shared, context).reshape(*x.shape[:2], -1), shared
@@ -82,17 +81,7 @@ class Attention(nnx.Module):
         if kv.meta is None:
             return attention(query, *new, window=None)  # meta tokens are not windowed
         if kv.cache is not None and context.start is not None and query.shape[1] == 1:
-            output = attention_step(
-                query[:, 0],
-                new.key[:, 0],
-                new.value[:, 0],
-                past_key=kv.cache.key,
-                past_value=kv.cache.value,
-                past_length=context.start,
-                meta_key=kv.meta.key[0],
-                meta_value=kv.meta.value[0],
-            )
-            return output[:, None]
+            return attention_step(query[:, 0], **kv.of_step(context.start, query.dtype))[:, None]
         tokens, kv_start = kv.tokens(context.start, query.dtype)
         meta_key, meta_value = (a[0].swapaxes(0, 1) for a in kv.meta)
         return attention(
@@ -129,11 +118,11 @@ class Attention(nnx.Module):
     def query(
         self, x: Float[Array, "batch length hidden"], rope: Rope
     ) -> Float[Array, "batch length heads head_dim"]:
-        return rope.rotate(self.query_norm(_split_heads(self.query_proj(x), self.head_dim)))
+        return rope.rotate(self.query_norm(split_heads(self.query_proj(x), self.head_dim)))
 
     def key_value(self, x: Float[Array, "batch length hidden"], rope: Rope) -> KeyValue:
-        key = rope.rotate(self.key_norm(_split_heads(self.key_proj(x), self.head_dim)))
-        return KeyValue(key, _split_heads(self.value_proj(x), self.value_dim))
+        key = rope.rotate(self.key_norm(split_heads(self.key_proj(x), self.head_dim)))
+        return KeyValue(key, split_heads(self.value_proj(x), self.value_dim))
 
     def weights(
         self, x: Float[Array, "batch length hidden"], rope: Rope, kv: KeyValue | None = None
@@ -154,7 +143,7 @@ class Attention(nnx.Module):
         return maps.reshape(maps.shape[0], -1, *maps.shape[3:])
 
 
-def _split_heads(
+def split_heads(
     x: Float[Array, "batch length width"], head_dim: int
 ) -> Float[Array, "batch length heads head_dim"]:
     return x.reshape(*x.shape[:2], -1, head_dim)

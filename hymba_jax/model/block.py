@@ -12,6 +12,7 @@ from hymba_jax.config.adapter import AdapterConfig
 from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
+from hymba_jax.model.layer_step import layer_step, takes_step
 from hymba_jax.model.layers import rms_norm
 from hymba_jax.model.lora import add_adapters, start_dropout
 from hymba_jax.model.mixer import make_mixer
@@ -67,6 +68,8 @@ class Block(nnx.Module):
           meta: keys and values of the meta tokens; None where x are the meta tokens.
           shared: keys and values of the layer before, for a layer that reuses them.
         """
+        if takes_step(self, x, context, state):
+            return layer_step(self, x, context, state, meta, shared)
         mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, state, meta, shared)
         x = constrain(x + mixed, "batch", "length", None)
         if self.has_mlp:

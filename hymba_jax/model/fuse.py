@@ -11,19 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hymba_jax.model.hymba import Hymba
-from hymba_jax.model.layers import Linear
-from hymba_jax.types import Array, Float
-
-
-class FusedSlice(nnx.Module):
-    """A slice of a fused linear map, whose output is computed once."""
-
-    def __init__(self, fused: Linear, start: int, stop: int):
-        self.fused = fused
-        self.start, self.stop = start, stop
-
-    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
-        return self.fused(x)[..., self.start : self.stop]
+from hymba_jax.model.layers import FusedSlice
 
 
 def fuse_projections(model: Hymba) -> Hymba:

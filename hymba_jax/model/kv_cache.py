@@ -8,7 +8,7 @@ A cache of 8-bit integers has a scale for each head of each token. New keys and 
 before anything attends to them, so that it does not matter in which chunks a sequence comes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,26 @@ class AttendedKV(NamedTuple):
     new: KeyValue | Int8KeyValue
     cache: KVCache | None
     meta: KVCache | None
+
+    @classmethod
+    def of(cls, new: KeyValue, cache: KVCache | None, meta: KVCache | None) -> "AttendedKV":
+        """Of a layer with its own; new ones are rounded as the cache will hold them."""
+        return cls(new if cache is None else cache.rounded(new), cache, meta)
+
+    def of_step(self, start: Int[Array, "batch"] | None, dtype: DTypeLike) -> dict[str, Any]:
+        """Arguments of `attention_step` for one new position, which follows `start` tokens."""
+        if self.cache is None or self.meta is None or start is None:
+            raise ValueError("there is no cache")
+        new = self.new.astype(dtype)
+        return {
+            "key": new.key[:, 0],
+            "value": new.value[:, 0],
+            "past_key": self.cache.key,
+            "past_value": self.cache.value,
+            "past_length": start,
+            "meta_key": self.meta.key[0],
+            "meta_value": self.meta.value[0],
+        }
 
     def tokens(
         self, start: Int[Array, "batch"] | None, dtype: DTypeLike

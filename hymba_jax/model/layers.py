@@ -1,4 +1,4 @@
-"""The two building blocks of every layer: a linear map and a norm.
+"""The building blocks of every layer: linear maps and a norm.
 
 Parameters name their logical axes in the metadata `axes`; `parallel/mesh.py` has the one
 table from those to the axes of a device mesh.
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig
+from hymba_jax.ops.int8_matmul import int8_matmul, quantize
 from hymba_jax.ops.matmul import matmul
 from hymba_jax.ops.remat import NORM, named
 from hymba_jax.parallel.mesh import gather_param
@@ -55,6 +56,32 @@ class Linear(nnx.Module):
         """x @ kernel, without an adapter."""
         kernel = self.kernel[...].astype(self.dtype)
         return matmul(x.astype(self.dtype), kernel, axes=self.kernel.get_metadata("axes"))
+
+
+class FusedSlice(nnx.Module):
+    """A slice of a fused linear map, whose output is computed once."""
+
+    def __init__(self, fused: Linear, start: int, stop: int):
+        self.fused = fused
+        self.start, self.stop = start, stop
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
+        return self.fused(x)[..., self.start : self.stop]
+
+
+class QuantizedLinear(nnx.Module):
+    """x @ (kernel * scale), with a kernel of 8-bit integers."""
+
+    def __init__(self, kernel: Float[Array, "features outputs"]):
+        integers, scale = quantize(kernel)
+        self.kernel, self.scale = nnx.Param(integers), nnx.Param(scale)
+
+    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
+        return int8_matmul(x, self.kernel[...], self.scale[...])
 
 
 class RMSNorm(nnx.Module):

@@ -5,20 +5,7 @@ from typing import Any
 from flax import nnx
 
 from hymba_jax.model.hymba import Hymba
-from hymba_jax.model.layers import Linear
-from hymba_jax.ops.int8_matmul import int8_matmul, quantize
-from hymba_jax.types import Array, Float
-
-
-class QuantizedLinear(nnx.Module):
-    """x @ (kernel * scale), with a kernel of 8-bit integers."""
-
-    def __init__(self, kernel: Float[Array, "features outputs"]):
-        integers, scale = quantize(kernel)
-        self.kernel, self.scale = nnx.Param(integers), nnx.Param(scale)
-
-    def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
-        return int8_matmul(x, self.kernel[...], self.scale[...])
+from hymba_jax.model.layers import Linear, QuantizedLinear
 
 
 def quantize_kernels(model: Hymba) -> Hymba:

@@ -52,7 +52,8 @@ def softmax_of(query, key, value):
 def test_attention(kernels, batch, slots, meta, int8):
     """Several blocks, a part of one, and none; slots split among programs where rows are few."""
     rng = np.random.default_rng(slots + meta)
-    filled = [slots, 0, slots // 2 + 1][:batch]
+    tokens = [slots + 30, 0, slots // 2 + 1][:batch]
+    filled = np.minimum(tokens, slots)
     query = random(rng, batch, KV_HEADS, HEADS, HEAD_DIM)
     key, value = (random(rng, batch, KV_HEADS, dim) for dim in (HEAD_DIM, VALUE_DIM))
     meta_key, meta_value = (random(rng, KV_HEADS, meta, dim) for dim in (HEAD_DIM, VALUE_DIM))
@@ -69,7 +70,7 @@ def test_attention(kernels, batch, slots, meta, int8):
         value,
         past_key=past[0],
         past_value=past[1],
-        past_length=jnp.asarray(filled),
+        past_length=jnp.asarray(tokens),
         meta_key=meta_key,
         meta_value=meta_value,
     )

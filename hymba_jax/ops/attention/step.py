@@ -35,7 +35,8 @@ def attention_step(
       query, key, value: of the new token.
       past_key, past_value: of 8-bit integers, they are not written as floats: scales are applied to
         scores and weights.
-      past_length: slots of each row that are filled, from the first.
+      past_length: tokens of each row before this one; so many slots are filled, from the first, or
+        all.
       meta_key, meta_value: the same for all rows, and held once.
     """
     batch, heads, head_dim = query.shape

@@ -8,7 +8,7 @@ with the factors that their largest scores differ by (flash-decoding).
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,27 @@ _ROWS = 16  # of Triton's smallest matmul
 _PROGRAMS = 2 * 132  # that keep an H100 busy
 _MIN_SLOTS = 256  # of a program
 _LOWEST = -1e30  # below every score; its exponential is zero
+
+
+class AttentionParts(NamedTuple):
+    """What programs that share the slots of a head have computed, to be added by `combine`.
+
+    Attributes:
+      sums: of weighted values; where a single program has all slots, the output itself.
+      totals: of weights, each relative to the largest; None for a single program.
+      largest: score.
+    """
+
+    sums: Float[Array, "batch kv_heads programs heads_of_kv value_dim"]
+    totals: Float[Array, "batch kv_heads programs heads_of_kv"] | None = None
+    largest: Float[Array, "batch kv_heads programs heads_of_kv"] | None = None
+
+    def combine(self, dtype: DTypeLike) -> Float[Array, "batch kv_heads heads_of_kv value_dim"]:
+        if self.totals is None or self.largest is None:
+            return self.sums[:, :, 0]
+        factors = jnp.exp(self.largest - self.largest.max(2, keepdims=True))
+        total = (self.totals * factors).sum(2)
+        return ((self.sums * factors[..., None]).sum(2) / total[..., None]).astype(dtype)
 
 
 def supports(dtype: DTypeLike, heads: int, head_dim: int, value_dim: int) -> bool:
@@ -49,14 +70,24 @@ def attention_step_gpu(
     query: Float[Array, "batch kv_heads heads_of_kv head_dim"],
     key: Float[Array, "batch kv_heads head_dim"],
     value: Float[Array, "batch kv_heads value_dim"],
+    **cache: Any,
+) -> Float[Array, "batch kv_heads heads_of_kv value_dim"]:
+    """As `attention_step`, with query heads by the key/value head that they share."""
+    return attention_parts(query, key, value, **cache).combine(value.dtype)
+
+
+def attention_parts(
+    query: Float[Array, "batch kv_heads heads_of_kv head_dim"],
+    key: Float[Array, "batch kv_heads head_dim"],
+    value: Float[Array, "batch kv_heads value_dim"],
     *,
     past_key: Float[Array, "batch kv_heads slots head_dim"] | Int8Rows,
     past_value: Float[Array, "batch kv_heads slots value_dim"] | Int8Rows,
     past_length: Int[Array, "batch"],
     meta_key: Float[Array, "kv_heads meta_tokens head_dim"],
     meta_value: Float[Array, "kv_heads meta_tokens value_dim"],
-) -> Float[Array, "batch kv_heads heads_of_kv value_dim"]:
-    """As `attention_step`, with query heads by the key/value head that they share."""
+) -> AttentionParts:
+    """`attention_step_gpu` before its programs' sums are added."""
     batch, kv_heads, heads, head_dim = query.shape
     value_dim, meta_tokens = value.shape[-1], meta_key.shape[1]
     slots = jax.tree.leaves(past_key)[0].shape[2]
@@ -89,7 +120,7 @@ def attention_step_gpu(
     results = [of_program(heads, value_dim)]
     if splits > 1:
         results += [of_program(heads), of_program(heads)]
-    output, *totals_and_largest = pl.pallas_call(
+    parts = pl.pallas_call(
         partial(_kernel, blocks=blocks, meta_tokens=meta_tokens, scale=head_dim**-0.5),
         grid=grid,
         in_specs=(
@@ -108,13 +139,7 @@ def attention_step_gpu(
         ),
         name="attention_step",
     )(*operands)
-    if splits == 1:
-        return output[:, :, 0]
-    totals, largest = totals_and_largest
-    factors = jnp.exp(largest - largest.max(2, keepdims=True))
-    total = (totals * factors).sum(2)
-    sums = (output * factors[..., None]).sum(2)
-    return (sums / total[..., None]).astype(value.dtype)
+    return AttentionParts(*parts)
 
 
 def _kernel(
@@ -133,7 +158,8 @@ def _kernel(
 ) -> None:
     """The attention of a program's slots; of several programs, weighted values to be added, the
     sum of weights, and the largest score."""
-    split, length = pl.program_id(2), length_ref[...]
+    slots = jax.tree.leaves(past_key_ref)[0].shape[0]
+    split, length = pl.program_id(2), jnp.minimum(length_ref[...], slots)
     # The last head fills Triton's matmul, as often as it takes; its result is written as often.
     heads = jnp.minimum(jnp.arange(_ROWS), query_ref.shape[0] - 1)
     key_axis, value_axis = (jnp.arange(ref.shape[-1]) for ref in (key_ref, value_ref))

@@ -81,6 +81,22 @@ def selective_scan_step_gpu(
     return y, state
 
 
+def scan_position(
+    h: Float[Array, "state channels"],
+    x: Float[Array, "channels"],
+    dt: Float[Array, "channels"],
+    A: Float[Array, "state channels"],
+    B: Float[Array, "state"],
+    C: Float[Array, "state"],
+    D: Float[Array, "channels"] | None,
+    z: Float[Array, "channels"] | None,
+) -> tuple[Float[Array, "channels"], Float[Array, "state channels"]]:
+    """y and the state after a position of one sequence, in float32, in a kernel."""
+    delta = softplus(dt, jnp.exp)
+    h = jnp.exp(delta[None] * A) * h + (delta * x)[None] * B[:, None]
+    return skip_and_gate((h * C[:, None]).sum(0), x, D, z), h
+
+
 def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     """Some channels of one sequence."""
     *inputs, y_ref, state_ref = refs
@@ -89,9 +105,7 @@ def _kernel(names: tuple[str, ...], *refs: Any) -> None:
     x, dt, A, B, C, h = (given[name].astype(jnp.float32) for name in names)
     if "dt_bias" in given:
         dt = dt + given["dt_bias"].astype(jnp.float32)
-    delta = softplus(dt, jnp.exp)
-    after = jnp.exp(delta[None] * A) * h + (delta * x)[None] * B[:, None]
-    y = skip_and_gate((after * C[:, None]).sum(0), x, given.get("D"), given.get("z"))
+    y, after = scan_position(h, x, dt, A, B, C, given.get("D"), given.get("z"))
     if "valid" in given:
         is_valid = given["valid"] > 0
         y, after = jnp.where(is_valid, y, 0.0), jnp.where(is_valid, after, h)

@@ -1,0 +1,43 @@
+"""One layer's position on GPUs, for few rows: norms, gates, rotation and sums are in the kernels of
+the matmuls beside them.
+
+With few rows a decoding step reads parameters and little else, and starting kernels takes longer
+than what they compute: XLA makes about 30 of a layer, these are seven with attention's.
+
+| file             | subject                                                           |
+|------------------|-------------------------------------------------------------------|
+| `projections.py` | matmuls, with what comes before and after them                    |
+| `heads.py`       | the heads between their projections                               |
+| `sizes.py`       | what the kernels take                                             |
+"""
+
+from hymba_jax.ops.layer_step.heads import (
+    ScanParams,
+    ScanSums,
+    convolve_and_project,
+    finish_heads,
+)
+from hymba_jax.ops.layer_step.projections import (
+    Int8Kernel,
+    Kernel,
+    NormedRows,
+    project_gated,
+    project_heads,
+    project_residual,
+)
+from hymba_jax.ops.layer_step.sizes import LayerSizes, takes_layer_step
+
+__all__ = [
+    "Int8Kernel",
+    "Kernel",
+    "LayerSizes",
+    "NormedRows",
+    "ScanParams",
+    "ScanSums",
+    "convolve_and_project",
+    "finish_heads",
+    "project_gated",
+    "project_heads",
+    "project_residual",
+    "takes_layer_step",
+]
