@@ -345,7 +345,7 @@ def decoding_layers(recorder: Recorder) -> None:
         exact = logits("float32", len(tokens))
         error = np.abs(logits("bfloat16", len(tokens)) - exact).max()
         row["error"] = float(error / np.abs(exact).max())
-    for rows in (1, 5, MAX_ROWS):
+    for rows in (1, 5, 40, MAX_ROWS):
         with recorder.case(f"{rows} rows") as row:
             actual = {"logits": logits("bfloat16", rows)}
             _compare(row, actual, {"logits": exact[:rows]}, {"logits": 2 * error})

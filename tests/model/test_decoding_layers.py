@@ -110,3 +110,29 @@ def test_steps_equal_the_layers(kernels, changes, int8, kv_cache, rows):
         after,
         before,
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "rows", "is_taken"),
+    [
+        ({}, "bfloat16", 128, True),
+        ({}, "bfloat16", 129, False),
+        ({}, "float32", 1, False),
+        ({"mlp_activation": "relu2"}, "bfloat16", 1, False),
+        ({"fusion": "concat"}, "bfloat16", 1, False),
+        ({"layers": "S A M"}, "bfloat16", 1, False),
+        ({"hidden_size": 48}, "bfloat16", 1, False),
+        ({"ssm": SSMConfig(state_size=8)}, "bfloat16", 1, False),
+    ],
+)
+def test_other_layers_are_those_of_XLA(kernels, changes, dtype, rows, is_taken):
+    model = make_model(dataclasses.replace(CONFIG, **changes), dtype=dtype)
+    called = kernels()
+
+    def step():
+        state = model.init_state(rows, 32).initialize(model.meta_state())
+        ones = jnp.ones(rows, jnp.int32)
+        return model.extend(ones[:, None], state, model.meta_state(), ones)
+
+    jax.eval_shape(step)
+    assert bool(called) == is_taken

@@ -22,7 +22,7 @@ from hymba_jax.ops.layer_step import (
 
 EPS = 1e-6
 ROUNDING = 2**-8  # to bfloat16
-ROWS = [1, 3, 16]
+ROWS = [1, 3, 16, 39]
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 the matmuls beside them.
 
 With few rows a decoding step reads parameters and little else, and starting kernels takes longer
-than what they compute: XLA makes about 30 of a layer, these are seven with attention's.
+than what they compute: XLA makes about 30 of a layer, these are seven to ten with attention's.
 
 | file             | subject                                                           |
 |------------------|-------------------------------------------------------------------|

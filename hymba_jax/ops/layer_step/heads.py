@@ -17,7 +17,13 @@ from jax.experimental.pallas import triton
 
 from hymba_jax.ops.attention.step_gpu import AttentionParts
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
-from hymba_jax.ops.layer_step.projections import MAX_ROWS, Int8Kernel, Kernel, whole
+from hymba_jax.ops.layer_step.projections import (
+    MIN_TILE,
+    NORMED_ROWS,
+    Int8Kernel,
+    Kernel,
+    whole,
+)
 from hymba_jax.ops.selective_scan.step_gpu import scan_position
 from hymba_jax.types import Array, Float, Int
 
@@ -70,7 +76,7 @@ def convolve_and_project(
     before = initial_inputs.shape[1]
     integers = x_proj.integers if isinstance(x_proj, Int8Kernel) else x_proj
     rank = integers.shape[1] - 2 * state
-    block = block_of(channels, channels)
+    block = block_of(channels, channels, rows)
     widths = (max(pl.next_power_of_2(rank), state), state, state)
     operands = (x, weight, bias, initial_inputs, lengths, integers)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, initial_inputs)]
@@ -79,14 +85,14 @@ def convolve_and_project(
     ]
     u, inputs, *sums = pl.pallas_call(
         partial(_convolve, before, block, (rank, state, state)),
-        grid=(channels // block,),
+        grid=(channels // block, pl.cdiv(rows, MIN_TILE)),
         in_specs=[whole(a) for a in operands],
         out_specs=[whole(a) for a in shapes],
         out_shape=shapes,
         input_output_aliases={3: 1},
-        compiler_params=triton.CompilerParams(num_warps=4),
+        compiler_params=triton.CompilerParams(num_warps=8 if block > 64 else 4),
         cost_estimate=kernel_cost(
-            flops=2 * MAX_ROWS * channels * sum(widths),
+            flops=2 * rows * channels * sum(widths),
             exponentials=x.size,
             hbm_bytes=array_bytes(operands, shapes),
         ),
@@ -109,9 +115,9 @@ def _convolve(
     last_ref: Any,
     *sums_refs: Any,
 ) -> None:
-    """Some channels of all rows."""
-    program = pl.program_id(0)
-    row, channel = jnp.arange(MAX_ROWS), program * block + jnp.arange(block)
+    """Some channels of some rows."""
+    program, row = pl.program_id(0), pl.program_id(1) * MIN_TILE + jnp.arange(MIN_TILE)
+    channel = program * block + jnp.arange(block)
     exists = (row < x_ref.shape[0])[:, None]
     is_valid = triton.load(lengths_ref.at[row], mask=exists[:, 0], other=0)[:, None] > 0
     at = row[:, None], channel[None]
@@ -168,18 +174,20 @@ def finish_heads(
       lengths: 1, or 0 where the position is padding, which has no effect.
     """
     rows, channels = u.shape
-    block = block_of(channels, parts.sums.shape[-1])
+    block = block_of(channels, parts.sums.shape[-1], rows)
+    # Of many rows, several to a program, so that dt_proj is read less often.
+    rows_of_program = 1 if rows <= NORMED_ROWS else 4
     are_sums = parts.totals is not None  # else there is nothing to add
     operands = (u, z, sums, params, state, lengths, parts if are_sums else None)
     outputs = (u, state, u) if are_sums else (u, state)
     y, state, *combined = pl.pallas_call(
-        partial(_finish, block, eps),
-        grid=(rows, channels // block),
+        partial(_finish, block, rows_of_program, eps),
+        grid=(pl.cdiv(rows, rows_of_program), channels // block),
         in_specs=jax.tree.map(whole, operands),
         out_specs=[whole(a) for a in outputs],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs],
         input_output_aliases={len(jax.tree.leaves(operands[:4])): 1},
-        compiler_params=triton.CompilerParams(num_warps=4),
+        compiler_params=triton.CompilerParams(num_warps=8 if block > 64 else 4),
         cost_estimate=kernel_cost(
             flops=2 * rows * params.dt_proj.size,
             exponentials=state.size,
@@ -193,6 +201,7 @@ def finish_heads(
 
 def _finish(
     block: int,
+    rows_of_program: int,
     eps: float,
     u_ref: Any,
     z_ref: Any,
@@ -205,38 +214,42 @@ def _finish(
     last_ref: Any,
     *attention_refs: Any,
 ) -> None:
-    """Some channels of one row."""
-    row, start = pl.program_id(0), pl.program_id(1) * block
+    """Some channels of some rows."""
+    start, rows, dtype = pl.program_id(1) * block, u_ref.shape[0], u_ref.dtype
     channel = start + jnp.arange(block)
-    at = jnp.full_like(channel, row), channel
-    if parts is not None:
-        (ref,) = attention_refs
-        triton.store(ref.at[at], _combined(parts, row, start, block).astype(ref.dtype))
     rank, size = params.dt_norm.shape[0], params.B_norm.shape[0]
-    starts, dtype = (0, rank, rank + size), u_ref.dtype
     refs: Any = params
-    dt, B, C = (
-        _normed(ref, row, norm, start, refs.x_proj_scale, eps, dtype)
-        for ref, norm, start in zip(sums, refs[1:4], starts, strict=True)
-    )
-    given = jnp.arange(dt.shape[0])[:, None]
+    given, of_state = jnp.arange(sums.dt.shape[-1])[:, None], jnp.arange(size)[:, None]
     kernel = triton.load(
         refs.dt_proj.at[given, channel[None]],
-        mask=jnp.broadcast_to(given < rank, (dt.shape[0], block)),
+        mask=jnp.broadcast_to(given < rank, (len(given), block)),
         other=0.0,
     )
-    dt = (dt.astype(jnp.float32)[:, None] * kernel.astype(jnp.float32)).sum(0)
-    dt = dt.astype(dtype).astype(jnp.float32) + triton.load(refs.dt_bias.at[channel])
-    of_state = jnp.arange(size)[:, None], channel[None]
-    place = jnp.full((1, 1), row), *of_state
-    A = -jnp.exp(triton.load(refs.A_log.at[of_state]))
-    before = triton.load(state_ref.at[place])
-    u, z = (triton.load(ref.at[at]).astype(jnp.float32) for ref in (u_ref, z_ref))
-    B, C = (v.astype(jnp.float32) for v in (B, C))
-    y, after = scan_position(before, u, dt, A, B, C, triton.load(refs.D.at[channel]), z)
-    is_valid = triton.load(lengths_ref.at[row]) > 0
-    triton.store(y_ref.at[at], jnp.where(is_valid, y, 0.0).astype(y_ref.dtype))
-    triton.store(last_ref.at[place], jnp.where(is_valid, after, before))
+    dt_bias, D = (triton.load(ref.at[channel]) for ref in (refs.dt_bias, refs.D))
+    A = -jnp.exp(triton.load(refs.A_log.at[of_state, channel[None]]))
+
+    def finish(row: Array, _: None) -> None:
+        at = jnp.full_like(channel, row), channel
+        place = jnp.full((1, 1), row), of_state, channel[None]
+        if parts is not None:
+            (ref,) = attention_refs
+            triton.store(ref.at[at], _combined(parts, row, start, block).astype(dtype))
+        dt, B, C = (
+            _normed(ref, row, norm, column, refs.x_proj_scale, eps, dtype)
+            for ref, norm, column in zip(sums, refs[1:4], (0, rank, rank + size), strict=True)
+        )
+        dt = (dt.astype(jnp.float32)[:, None] * kernel.astype(jnp.float32)).sum(0)
+        dt = dt.astype(dtype).astype(jnp.float32) + dt_bias
+        before = triton.load(state_ref.at[place])
+        u, z = (triton.load(ref.at[at]).astype(jnp.float32) for ref in (u_ref, z_ref))
+        B, C = (v.astype(jnp.float32) for v in (B, C))
+        y, after = scan_position(before, u, dt, A, B, C, D, z)
+        is_valid = triton.load(lengths_ref.at[row]) > 0
+        triton.store(y_ref.at[at], jnp.where(is_valid, y, 0.0).astype(dtype))
+        triton.store(last_ref.at[place], jnp.where(is_valid, after, before))
+
+    first = pl.program_id(0) * rows_of_program
+    lax.fori_loop(first, jnp.minimum(first + rows_of_program, rows), finish, None)
 
 
 def _combined(parts: Any, row: Array, start: Array, block: int) -> Float[Array, "block"]:
@@ -267,7 +280,6 @@ def _normed(
     width = norm_ref.shape[0]
     column = jnp.arange(padded)
     exists = column < width
-
     program = jnp.arange(pl.next_power_of_2(programs))[:, None]
     parts = triton.load(
         sums_ref.at[program, jnp.full((1, 1), row), column[None]],
@@ -282,7 +294,8 @@ def _normed(
     return (x * factor).astype(dtype) * triton.load(norm_ref.at[column], mask=exists, other=0.0)
 
 
-def block_of(channels: int, value_dim: int) -> int:
-    """Channels of a program, all of one attention head."""
-    blocks = (64, 32, 16)
+def block_of(channels: int, value_dim: int, rows: int) -> int:
+    """Channels of a program, all of one attention head; more of many rows, as each program of the
+    second kernel reads the sums of all programs of the first."""
+    blocks = (64, 32, 16) if rows <= NORMED_ROWS else (128, 64, 32, 16)
     return next(block for block in blocks if not channels % block and not value_dim % block)

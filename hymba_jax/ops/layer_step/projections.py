@@ -1,12 +1,13 @@
 """Matmuls of few rows as Pallas kernels in Triton, with the norm before and what comes after.
 
-A program computes some columns for all rows: it reads the kernel once, and the rows, which are
-few, from the GPU's cache. Each program normalises the rows itself.
+A program computes some columns for all rows: the kernel is read once, and the rows, which are few,
+by every program from the GPU's cache. Up to `NORMED_ROWS` each program normalises them itself; of
+more, that would be most of its work, and another kernel does it once.
 """
 
+import functools
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ from jax.experimental.pallas import triton
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.types import Array, Float, Int
 
-MAX_ROWS = 16  # of Triton's smallest matmul
-MIN_COLUMNS = 16
-_FEATURES = (128, 64, 32)  # of a tile of the kernel
-_TILE = 4096  # its numbers, so that six of them are in shared memory
-_STAGES = 6  # tiles that are read ahead, to cover HBM's latency
+MAX_ROWS = 128
+NORMED_ROWS = 32
+MIN_TILE = 16  # of Triton's smallest matmul: rows, and columns
+_FEATURES = (128, 64, 32)  # of a tile
+_KERNEL_TILE, _ROWS_TILE = 4096, 8192  # numbers of a tile
+_STAGES = 6  # tiles that are read ahead, for HBM's latency
+_SHARED_MEMORY = 96 * 2**10  # bytes, that every GPU since Ampere has
 
 
 class Int8Kernel(NamedTuple):
@@ -65,7 +68,7 @@ def project_heads(
     starts = [sum(outputs[:i]) for i in range(len(outputs) + 1)]
 
     def finish(sums: list[Array], column: Array, cos_ref: Any, sin_ref: Any, *refs: Any) -> None:
-        row, exists = _row_index(rows.x)
+        row, exists = _row_index(cos_ref)
         angle = row[:, None], jnp.arange(half)[None]
         cos, sin = (triton.load(r.at[angle], mask=exists[:, None]) for r in (cos_ref, sin_ref))
         first, second = (a.astype(rows.x.dtype).astype(jnp.float32) for a in sums)
@@ -98,7 +101,7 @@ def project_gated(
 ) -> Float[Array, "rows half_the_outputs"]:
     """silu(x gate) * (x up), for a kernel whose columns are the gate's, then up's."""
     inner = jax.tree.leaves(kernel)[0].shape[1] // 2
-    width = _width(inner)
+    width = _width(inner, 32 if len(rows.x) <= NORMED_ROWS else 64)
 
     def finish(sums: list[Array], column: Array, ref: Any) -> None:
         gate, up = (a.astype(rows.x.dtype).astype(jnp.float32) for a in sums)
@@ -128,32 +131,61 @@ def project_residual(
 ) -> Float[Array, "rows outputs"]:
     """The residual plus the projection of the terms' mean."""
     hidden = residual.shape[1]
+    # As few columns as make programs for most of a GPU's cores: the outputs are few.
+    width = _width(hidden, MIN_TILE if len(residual) <= NORMED_ROWS else 32)
 
     def finish(sums: list[Array], column: Array, residual_ref: Any, ref: Any) -> None:
-        row, exists = _row_index(residual)
-        at = row[:, None], (column + jnp.arange(MIN_COLUMNS))[None]
+        row, exists = _row_index(residual_ref)
+        at = row[:, None], (column + jnp.arange(width))[None]
         before = triton.load(residual_ref.at[at], mask=exists[:, None])
         _store(ref, before.astype(jnp.float32) + sums[0].astype(before.dtype), column)
 
-    # Of so few columns that there are programs for a GPU's cores: the outputs are few.
     (y,) = _matmul(
         terms,
         kernel,
         (residual,),
         finish,
         outputs=[hidden],
-        columns=lambda program: (MIN_COLUMNS * program,),
-        width=MIN_COLUMNS,
-        programs=hidden // MIN_COLUMNS,
+        columns=lambda program: (width * program,),
+        width=width,
+        programs=hidden // width,
         eps=eps,
         name="project_residual",
     )
     return y
 
 
-def _width(columns: int) -> int:
-    """Columns of a program that has two sums."""
-    return next(width for width in (32, MIN_COLUMNS) if not columns % width)
+def _width(columns: int, wanted: int) -> int:
+    """Columns of a sum."""
+    return next(width for width in (64, 32, 16) if width <= wanted and not columns % width)
+
+
+def _normalise(terms: Sequence[NormedRows], eps: float) -> Float[Array, "rows features"]:
+    """The mean of the terms."""
+    x = terms[0].x
+    rows, features = x.shape
+
+    def body(term_refs: Any, ref: Any) -> None:
+        column = jnp.arange(pl.next_power_of_2(features))
+        exists, at = column < features, (jnp.full_like(column, pl.program_id(0)), column)
+        mean = jnp.zeros(len(column), jnp.float32)
+        for x_ref, scale_ref in term_refs:
+            x = triton.load(x_ref.at[at], mask=exists, other=0.0).astype(jnp.float32)
+            factor = lax.rsqrt(jnp.square(x).sum() / features + eps)
+            scale = triton.load(scale_ref.at[column], mask=exists, other=0.0)
+            mean = mean + ((x * factor).astype(ref.dtype) * scale).astype(jnp.float32)
+        triton.store(ref.at[at], (mean / len(term_refs)).astype(ref.dtype), mask=exists)
+
+    return pl.pallas_call(
+        body,
+        grid=(rows,),
+        in_specs=[jax.tree.map(whole, tuple(terms))],
+        out_specs=whole(x),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4),
+        cost_estimate=kernel_cost(flops=0, exponentials=0, hbm_bytes=array_bytes(terms, x)),
+        name="normalise",
+    )(tuple(terms))
 
 
 def _matmul(
@@ -170,9 +202,16 @@ def _matmul(
     name: str,
 ) -> list[Array]:
     """Each program's sums, of `width` columns from each of `columns(program)`, and its `finish`."""
+    if len(terms[0].x) > NORMED_ROWS and terms[0].scale is not None:
+        terms = [NormedRows(_normalise(terms, eps), None)]
     x = terms[0].x
-    features = x.shape[1]
-    tile = next(size for size in _FEATURES if not features % size and size * width <= _TILE)
+    features, rows = x.shape[1], _padded(len(x))
+    tile = next(
+        size
+        for size in _FEATURES
+        if not features % size and size * width <= _KERNEL_TILE and size * rows <= _ROWS_TILE
+    )
+    ahead = tile * x.dtype.itemsize * (rows * len(terms) + width * len(columns(0)))
 
     def body(term_refs: Any, kernel_ref: Any, *refs: Any) -> None:
         starts = columns(pl.program_id(0))
@@ -189,9 +228,12 @@ def _matmul(
             in_specs=jax.tree.map(whole, operands),
             out_specs=[whole(shape) for shape in shapes],
             out_shape=shapes,
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
+            compiler_params=triton.CompilerParams(
+                num_warps=8 if rows == MAX_ROWS else 4,
+                num_stages=min(_STAGES, _SHARED_MEMORY // ahead),
+            ),
             cost_estimate=kernel_cost(
-                flops=2 * MAX_ROWS * features * total,
+                flops=2 * rows * features * total,
                 exponentials=0,
                 hbm_bytes=array_bytes(operands, shapes),
             ),
@@ -216,32 +258,35 @@ def _sums(
 
     def load(ref: Any, block: Array) -> Array:
         at = row[:, None], (block * tile + jnp.arange(tile))[None]
-        return triton.load(ref.at[at], mask=exists[:, None], other=0.0).astype(jnp.float32)
+        return triton.load(ref.at[at], mask=exists[:, None], other=0.0)
 
     def square(ref: Any, block: Array, total: Array) -> Array:
-        return total + jnp.square(load(ref, block))
+        return total + jnp.square(load(ref, block).astype(jnp.float32))
 
     def factor(term: NormedRows) -> Array | None:
         """1 / rms of each row."""
         if term.scale is None:
             return None
-        zeros = jnp.zeros((MAX_ROWS, tile), jnp.float32)
-        squares = lax.fori_loop(0, features // tile, partial(square, term.x), zeros)
+        zeros = jnp.zeros((len(row), tile), jnp.float32)
+        squares = lax.fori_loop(0, features // tile, functools.partial(square, term.x), zeros)
         return lax.rsqrt(squares.sum(1) / features + eps)
 
     factors = [factor(term) for term in terms]
 
+    def normed(term: NormedRows, of_rows: Array | None, block: Array) -> Array:
+        x, scale_ref = load(term.x, block), cast(Any, term.scale)
+        if of_rows is None:
+            return x
+        scale = triton.load(scale_ref.at[block * tile + jnp.arange(tile)])
+        return (x.astype(jnp.float32) * of_rows[:, None]).astype(dtype) * scale[None]
+
     def add(block: Array, sums: list[Array]) -> list[Array]:
         at = block * tile + jnp.arange(tile)
-        mean = jnp.zeros((MAX_ROWS, tile), jnp.float32)
-        for term, of_rows in zip(terms, factors, strict=True):
-            x = load(term.x, block)
-            if term.scale is not None and of_rows is not None:
-                scale_ref: Any = term.scale
-                scale = triton.load(scale_ref.at[at])
-                x = ((x * of_rows[:, None]).astype(dtype) * scale[None]).astype(jnp.float32)
-            mean = mean + x
-        mean = (mean / len(terms)).astype(dtype)
+        rows = [normed(term, factor, block) for term, factor in zip(terms, factors, strict=True)]
+        mean = rows[0]
+        if len(rows) > 1:
+            total = functools.reduce(jnp.add, (x.astype(jnp.float32) for x in rows))
+            mean = (total / len(rows)).astype(dtype)
         tiles = (
             triton.load(integers.at[at[:, None], (start + jnp.arange(width))[None]])
             for start in starts
@@ -251,7 +296,7 @@ def _sums(
             for total, weights in zip(sums, tiles, strict=True)
         ]
 
-    zeros = [jnp.zeros((MAX_ROWS, width), jnp.float32) for _ in starts]
+    zeros = [jnp.zeros((len(row), width), jnp.float32) for _ in starts]
     sums = lax.fori_loop(0, features // tile, add, zeros)
     if not isinstance(kernel, Int8Kernel):
         return sums
@@ -262,8 +307,13 @@ def _sums(
 
 def _row_index(x: Any) -> tuple[Array, Array]:
     """Of the rows of a matmul, and which of them exist."""
-    row = jnp.arange(MAX_ROWS)
+    row = jnp.arange(_padded(x.shape[0]))
     return row, row < x.shape[0]
+
+
+def _padded(rows: int) -> int:
+    """Rows of a matmul that Triton has."""
+    return max(MIN_TILE, pl.next_power_of_2(rows))
 
 
 def _store(ref: Any, values: Float[Array, "rows width"], start: Array) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hymba_jax.ops.attention.step_gpu import supports as attention_supports
-from hymba_jax.ops.layer_step.projections import MAX_ROWS, MIN_COLUMNS
+from hymba_jax.ops.layer_step.projections import MAX_ROWS, MIN_TILE
 from hymba_jax.ops.platform import target_platform
 
 _MULTIPLE = 32  # of a matmul's features
@@ -56,7 +56,7 @@ def takes_layer_step(sizes: LayerSizes) -> bool:
         and 32 <= sizes.head_dim <= 128
         and not any(columns % sizes.head_dim for columns in sizes.projections)
         and not any(size % _MULTIPLE for size in (sizes.hidden, sizes.channels, sizes.inner))
-        and sizes.state >= MIN_COLUMNS
+        and sizes.state >= MIN_TILE
         and sizes.state & (sizes.state - 1) == 0
         and 2 <= sizes.taps <= _MAX_TAPS
     )
