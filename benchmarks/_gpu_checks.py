@@ -19,12 +19,19 @@ from attention import attend
 from flax import nnx
 from jax.extend.backend import get_backend
 
-from hymba_jax.config import PRESETS, AttentionConfig, ComputeConfig, DType, HymbaConfig
+from hymba_jax.config import (
+    PRESETS,
+    AttentionConfig,
+    CacheFormat,
+    ComputeConfig,
+    HymbaConfig,
+)
 from hymba_jax.config.sampling import SamplingConfig
 from hymba_jax.data import IGNORED_TARGET, Batch
 from hymba_jax.inference.batch_state import NO_TOKEN, Request
 from hymba_jax.inference.engine import Engine
 from hymba_jax.model import Hymba, fuse_projections
+from hymba_jax.model.quantized import quantize_kernels
 from hymba_jax.ops.attention import attention_step
 from hymba_jax.ops.attention.api import fastest
 from hymba_jax.ops.int8_rows import Int8Rows
@@ -46,6 +53,7 @@ SMALL: dict[str, Any] = {
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, window=16),
     "num_meta_tokens": 4,
 }
+SLOTS = 1024  # of caches of decoding layers
 QUICK = "tiny-default-rope"  # the golden model that compiles in the least time
 
 # Of the largest entry: float32 rounds at 6e-8, and sums have thousands of terms. A result in
@@ -330,35 +338,62 @@ def conforming_decoding(recorder: Recorder) -> None:
 
 
 def decoding_layers(recorder: Recorder) -> None:
-    """Layers in bfloat16 for few rows, whose norms, gates and sums are in kernels of matmuls,
-    beside the same layers for more rows, which XLA makes: as far from float32 as those are."""
+    """Layers in bfloat16 for few rows, by the kernels of `ops/layer_step`, beside the same layers
+    for more rows, which XLA makes: as far from float32 as those are. The cache has so many slots
+    that programs share those of a head."""
     config = dataclasses.replace(
         PRESETS["hymba-1.5b"], layers="G Ww", vocab_size=256, **(SMALL if recorder.dry_run else {})
     )
-    models = {dtype: _random_model(config, dtype) for dtype in ("float32", "bfloat16")}
     tokens = np.random.default_rng(0).integers(3, 256, (MAX_ROWS + 1, 40))
+    for kind in ("float", "int8"):
+        cache: CacheFormat = "int8" if kind == "int8" else "float"
+        models = {
+            dtype: _random_model(config, dtype, int8=kind == "int8")
+            for dtype in ("float32", "bfloat16")
+        }
 
-    def logits(dtype: str, rows: int) -> np.ndarray:
-        return _logits_in_chunks(models[dtype], tokens[:rows], [37, 1, 1, 1])[:, 37:]
+        def logits(
+            dtype: str, rows: int, models: Any = models, cache: CacheFormat = cache
+        ) -> np.ndarray:
+            widths = [37, 1, 1, 1]
+            model = models[dtype]
+            return _logits_in_chunks(model, tokens[:rows], widths, SLOTS, cache)[:, 37:]
 
-    with recorder.case(f"{len(tokens)} rows") as row:
-        exact = logits("float32", len(tokens))
-        error = np.abs(logits("bfloat16", len(tokens)) - exact).max()
-        row["error"] = float(error / np.abs(exact).max())
-    for rows in (1, 5, 40, MAX_ROWS):
-        with recorder.case(f"{rows} rows") as row:
-            actual = {"logits": logits("bfloat16", rows)}
-            _compare(row, actual, {"logits": exact[:rows]}, {"logits": 2 * error})
+        with recorder.case(f"{kind}, {len(tokens)} rows") as row:
+            exact = logits("float32", len(tokens))
+            error = np.abs(logits("bfloat16", len(tokens)) - exact).max()
+            row["error"] = float(error / np.abs(exact).max())
+        for rows in (1, 5, 40, MAX_ROWS):
+            with recorder.case(f"{kind}, {rows} rows") as row:
+                is_taken = _has_layer_step(models["bfloat16"], rows)
+                if is_taken != target_platform().endswith("gpu"):
+                    raise AssertionError(f"is {is_taken and 'not '}made by XLA")
+                actual = {"logits": logits("bfloat16", rows)}
+                _compare(row, actual, {"logits": exact[:rows]}, {"logits": 2 * error})
 
 
-def _random_model(config: HymbaConfig, dtype: DType) -> tuple[Any, Any]:
-    """Structure and parameters, the same numbers in every dtype, fused for inference."""
+def _has_layer_step(model: tuple[Any, Any], rows: int) -> bool:
+    """Whether a decoding step has the kernels of `ops/layer_step`."""
+    graph, params = model
+
+    def step(params: Any) -> Any:
+        model, ones = nnx.merge(graph, params), jnp.ones(rows, jnp.int32)
+        meta = model.meta_state()
+        state = model.init_state(rows, SLOTS).initialize(meta)
+        return model.extend(ones[:, None], state, meta, ones)
+
+    return "project_heads" in str(jax.make_jaxpr(step)(params))
+
+
+def _random_model(config: HymbaConfig, dtype: Any, *, int8: bool) -> tuple[Any, Any]:
+    """Structure and parameters, the same numbers in every dtype, as inference has them."""
     compute = ComputeConfig(dtype="bfloat16", param_dtype="bfloat16", scan_layers=False)
     params = nnx.state(Hymba(config, compute, nnx.Rngs(0)))
     compute = ComputeConfig(dtype=dtype, param_dtype=dtype, scan_layers=False)
     graph, like = nnx.split(Hymba.abstract(config, compute))
     params = jax.tree.map(lambda a, b: a.astype(b.dtype), params, like)
-    return nnx.split(fuse_projections(nnx.merge(graph, params)))
+    model = fuse_projections(nnx.merge(graph, params))
+    return nnx.split(quantize_kernels(model) if int8 else model)
 
 
 def golden(recorder: Recorder, names: str) -> None:
@@ -404,8 +439,18 @@ def caches(recorder: Recorder) -> None:
             raise AssertionError(f"{tokens}, not {right}")
 
 
-def _logits_in_chunks(model: tuple[Any, Any], tokens: np.ndarray, widths: list[int]) -> np.ndarray:
-    """Logits of the first tokens of every row, prefilled in chunks of these widths."""
+def _logits_in_chunks(
+    model: tuple[Any, Any],
+    tokens: np.ndarray,
+    widths: list[int],
+    slots: int = 0,
+    kv_cache: CacheFormat = "float",
+) -> np.ndarray:
+    """Logits of the first tokens of every row, prefilled in chunks of these widths.
+
+    Args:
+      slots: of the cache, if more than the tokens.
+    """
     graph, params = model
     tokens = tokens[:, : sum(widths)]
 
@@ -418,7 +463,8 @@ def _logits_in_chunks(model: tuple[Any, Any], tokens: np.ndarray, widths: list[i
 
     meta = jax.jit(lambda params: nnx.merge(graph, params).meta_state())(params)
     rows, length = tokens.shape
-    cache = nnx.merge(graph, params).init_state(rows, length).initialize(meta)
+    empty = nnx.merge(graph, params).init_state(rows, max(slots, length), kv_cache=kv_cache)
+    cache = empty.initialize(meta)
     logits = []
     for i, width in enumerate(widths):
         start = sum(widths[:i])

@@ -271,16 +271,7 @@ def _training_run(config: str, dry_run: bool) -> RunConfig:
     return run
 
 
-def decode_as_graph(recorder: Recorder, sequences: str) -> None:
-    """As `decode`, with the loop itself inside XLA's CUDA graph, which has no host wait for whether
-    to go on."""
-    options = {"xla_gpu_enable_command_buffer": "+WHILE"} if _bandwidth() else None
-    decode(recorder, sequences, options)
-
-
-def decode(
-    recorder: Recorder, sequences: str, compiler_options: dict[str, Any] | None = None
-) -> None:
+def decode(recorder: Recorder, sequences: str) -> None:
     """The engine's loop over tokens for so many sequences of 8k tokens, 1.5B in bfloat16.
 
     Only the number of tokens in the caches matters for time, so it is set: parameters and caches
@@ -296,7 +287,7 @@ def decode(
         traced = programs.decode(batch, context)
         start = time.perf_counter()
         with jax.set_mesh(mesh):
-            compiled = traced.program.lower().compile(compiler_options=compiler_options)
+            compiled = traced.program.lower().compile()
         row["compile s"] = time.perf_counter() - start
         program = Program(compiled.as_text())
         row["kernels per step"] = launches(program, program.largest_loop())

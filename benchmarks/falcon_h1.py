@@ -4,8 +4,8 @@
 
 Falcon-H1 has the 125M's width, depth, heads, MLP and vocabulary, and Mamba2 heads with states of
 128 beside its attention; random weights on both sides. Prefill of one prompt, milliseconds of a
-decoded token behind such prompts, and loss and gradient of one sequence; each dtype and side in a
-process of its own, one after the other.
+decoded token behind such prompts, and loss and gradient of one sequence, of ours also with stacked
+layers (`compute.scan_layers`); each dtype and side in a process of its own, one after the other.
 """
 
 import json
@@ -79,8 +79,16 @@ def native(args: Args) -> Row:
     for batch in BATCHES:
         row[f"decode {batch}"] = decode_ms(engine, batch, args.context, args.repeats)
     del engine
-    step = StepArgs(shape="125m", length=(args.length,), dtype=dtype, steps=args.repeats)
-    return row | {"gradient": shape_row(step, CONFIG)["ms"]}
+    for name, scan_layers in (("gradient", False), ("gradient, stacked", True)):
+        step = StepArgs(
+            shape="125m",
+            length=(args.length,),
+            dtype=dtype,
+            scan_layers=scan_layers,
+            steps=args.repeats,
+        )
+        row[name] = shape_row(step, CONFIG)["ms"]
+    return row
 
 
 def falcon(args: Args, dtype: DType) -> Row:

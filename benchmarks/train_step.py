@@ -54,6 +54,7 @@ class Args:
       batch, length: of a shape; the first batch with the first length, and so on.
       dtype: of a shape's activations; its parameters are float32.
       remat: what a shape's backward pass recomputes.
+      scan_layers: stack a shape's layers, so that they are compiled once.
       steps: how many are timed, after two that are not.
       prepare: the host's memory and vectors, as `train.py` does.
       row: measure the first batch in this process and write it to `json`, as each child does.
@@ -66,6 +67,7 @@ class Args:
     length: tuple[int, ...] = (512,)
     dtype: DType = "float32"
     remat: Remat = "none"
+    scan_layers: bool = True
     steps: int = 10
     prepare: bool = True
     row: bool = False
@@ -88,6 +90,7 @@ def in_children(args: Args) -> list[Row]:
     """A row for each batch with its length, each measured in a process of its own."""
     shared = [
         *("--shape", str(args.shape), "--dtype", args.dtype, "--remat", args.remat),
+        "--scan-layers" if args.scan_layers else "--no-scan-layers",
         *("--steps", str(args.steps)),
         "--prepare" if args.prepare else "--no-prepare",
     ]
@@ -144,7 +147,7 @@ def make_step(run: RunConfig) -> tuple[Callable[[], object], Params]:
 
 def shape_row(args: Args, config: HymbaConfig) -> Row:
     """Of a shape's loss and gradient."""
-    compute = ComputeConfig(dtype=args.dtype, remat=args.remat)
+    compute = ComputeConfig(dtype=args.dtype, remat=args.remat, scan_layers=args.scan_layers)
     init = nnx.jit(lambda: Hymba(config, compute, nnx.Rngs(0)))
     graph, variables = nnx.split(init())
     params = nnx.to_pure_dict(variables)
@@ -169,6 +172,7 @@ def shape_row(args: Args, config: HymbaConfig) -> Row:
         "batch": f"{shape[0]} x {shape[1]}",
         "dtype": args.dtype,
         "remat": args.remat,
+        "stacked": "yes" if args.scan_layers else "no",
         "compile s": compile_seconds,
         "ms": milliseconds,
         **_rates(config, args.dtype, params, shape, milliseconds),

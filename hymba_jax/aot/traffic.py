@@ -56,7 +56,8 @@ def hbm_bytes(program: Program, line: Instruction) -> int:
 
 
 def launches(program: Program, lines: Iterable[Instruction]) -> int:
-    """Kernels and copies that a GPU starts for these instructions, without those of branches."""
+    """Kernels and copies that a GPU starts for these instructions, without those of branches and
+    inner loops; a call of a library counts as one."""
     return sum(hbm_bytes(program, line) > 0 for line in lines)
 
 

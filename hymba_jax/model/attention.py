@@ -81,7 +81,9 @@ class Attention(nnx.Module):
         if kv.meta is None:
             return attention(query, *new, window=None)  # meta tokens are not windowed
         if kv.cache is not None and context.start is not None and query.shape[1] == 1:
-            return attention_step(query[:, 0], **kv.of_step(context.start, query.dtype))[:, None]
+            return attention_step(query[:, 0], **kv.step_arguments(context.start, query.dtype))[
+                :, None
+            ]
         tokens, kv_start = kv.tokens(context.start, query.dtype)
         meta_key, meta_value = (a[0].swapaxes(0, 1) for a in kv.meta)
         return attention(

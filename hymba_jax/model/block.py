@@ -68,7 +68,7 @@ class Block(nnx.Module):
           meta: keys and values of the meta tokens; None where x are the meta tokens.
           shared: keys and values of the layer before, for a layer that reuses them.
         """
-        if takes_step(self, x, context, state):
+        if takes_step(self, x, context, state, shared):
             return layer_step(self, x, context, state, meta, shared)
         mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, state, meta, shared)
         x = constrain(x + mixed, "batch", "length", None)

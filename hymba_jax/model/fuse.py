@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hymba_jax.model.hymba import Hymba
-from hymba_jax.model.layers import FusedSlice
+from hymba_jax.model.layers import FusedSlice, input_projections
 
 
 def fuse_projections(model: Hymba) -> Hymba:
@@ -28,14 +28,8 @@ def fuse_projections(model: Hymba) -> Hymba:
 
 
 def _fuse(modules: Iterable[Any]) -> None:
-    """Fuses the linear maps of modules that have the same input: their `INPUT_PROJECTIONS`."""
-    owners = [
-        (module, name)
-        for module in modules
-        if module is not None
-        for name in module.INPUT_PROJECTIONS
-        if hasattr(module, name)
-    ]
+    """Fuses the linear maps of modules that have the same input."""
+    owners = input_projections(modules)
     linears = [getattr(module, name) for module, name in owners]
     fused = nnx.clone(linears[0])
     kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)

@@ -103,10 +103,10 @@ class AttendedKV(NamedTuple):
 
     @classmethod
     def of(cls, new: KeyValue, cache: KVCache | None, meta: KVCache | None) -> "AttendedKV":
-        """Of a layer with its own; new ones are rounded as the cache will hold them."""
+        """Of a layer that computes its own keys and values, rounded as its cache stores them."""
         return cls(new if cache is None else cache.rounded(new), cache, meta)
 
-    def of_step(self, start: Int[Array, "batch"] | None, dtype: DTypeLike) -> dict[str, Any]:
+    def step_arguments(self, start: Int[Array, "batch"] | None, dtype: DTypeLike) -> dict[str, Any]:
         """Arguments of `attention_step` for one new position, which follows `start` tokens."""
         if self.cache is None or self.meta is None or start is None:
             raise ValueError("there is no cache")

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from hymba_jax.model.attention import split_heads
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KeyValue, KVCache
-from hymba_jax.model.layers import FusedSlice, Linear, QuantizedLinear, RMSNorm
+from hymba_jax.model.layers import (
+    FusedSlice,
+    Linear,
+    QuantizedLinear,
+    RMSNorm,
+    input_projections,
+)
 from hymba_jax.model.mixer import HybridMixer
 from hymba_jax.model.ssm import SSM, SSMState
 from hymba_jax.model.state import LayerOutput, LayerState
@@ -39,6 +45,7 @@ def takes_step(
     x: Float[Array, "batch length hidden"],
     context: Context,
     state: LayerState,
+    shared: AttendedKV | None,
 ) -> bool:
     """Whether `layer_step` takes this layer with this input."""
     mixer = block.mixer
@@ -46,8 +53,11 @@ def takes_step(
         return False
     attention, ssm = mixer.attention, mixer.ssm
     linears = _projections(block)
-    is_decoding = x.shape[1] == 1 and context.start is not None and state.ssm is not None
-    if not (is_decoding and all(isinstance(linear, FusedSlice) for linear in linears)):
+    cache = shared and shared.cache if attention.reuses_kv else state.kv
+    is_decoding = x.shape[1] == 1 and context.start is not None and context.lengths is not None
+    if not (is_decoding and cache is not None and state.ssm is not None):
+        return False
+    if not all(isinstance(linear, FusedSlice) for linear in linears):
         return False
     channels = linears[-1].width
     is_released_design = (
@@ -67,7 +77,9 @@ def takes_step(
             heads_of_kv=attention.num_heads // attention.num_kv_heads,
             head_dim=attention.head_dim,
             value_dim=attention.value_dim,
+            cache_elements=max(leaf.size for leaf in jax.tree.leaves(cache)),
             projections=[linear.width for linear in linears],
+            dt_rank=ssm.dt_norm.scale.shape[0],
             state=ssm.B_norm.scale.shape[0],
             taps=ssm.conv_kernel.shape[0],
         )
@@ -82,7 +94,7 @@ def layer_step(
     meta: KVCache | None,
     shared: AttendedKV | None,
 ) -> LayerOutput:
-    """`Block.__call__`, of a block that `takes_step` says."""
+    """`Block.__call__`, for a block that `takes_step` accepts."""
     mixer, rows = block.mixer, x[:, 0]
     attention = mixer.attention
     linears = _projections(block)
@@ -102,7 +114,7 @@ def layer_step(
         raise ValueError("this layer reuses keys and values, and was given none")
     with jax.named_scope("attention"):
         query = query.reshape(len(x), attention.num_kv_heads, -1, attention.head_dim)
-        parts = attention_parts(query, **shared.of_step(context.start, x.dtype))
+        parts = attention_parts(query, **shared.step_arguments(context.start, x.dtype))
     attended, y, ssm = _ssm_step(mixer.ssm, parts, ssm_input, gate, context, state.ssm)
     terms = _normed(attended, mixer.attention_norm), _normed(y, mixer.ssm_norm)
     rows = project_residual(terms, _kernel_of(mixer.out_proj), rows, eps=mixer.attention_norm.eps)
@@ -125,7 +137,7 @@ def _ssm_step(
     state: Any,
 ) -> tuple[Float[Array, "batch channels"], Float[Array, "batch channels"], SSMState]:
     """The SSM heads between their projections, and the sum of the attention heads' parts."""
-    lengths = jnp.ones(len(x), jnp.int32) if context.lengths is None else context.lengths
+    lengths: Any = context.lengths
     x_proj = _kernel_of(ssm.x_proj)
     u, conv_state, sums = convolve_and_project(
         x,
@@ -154,13 +166,8 @@ def _ssm_step(
 
 def _projections(block: Any) -> list[Any]:
     """The input projections of a mixer; of a fused one, its slices in their order."""
-    modules = (block.mixer.attention, block.mixer.ssm)
-    return [
-        getattr(module, name)
-        for module in modules
-        for name in module.INPUT_PROJECTIONS
-        if hasattr(module, name)
-    ]
+    owners = input_projections((block.mixer.attention, block.mixer.ssm))
+    return [getattr(module, name) for module, name in owners]
 
 
 def _kernel_of(linear: Linear | QuantizedLinear) -> Kernel:

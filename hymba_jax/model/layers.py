@@ -4,7 +4,7 @@ Parameters name their logical axes in the metadata `axes`; `parallel/mesh.py` ha
 table from those to the axes of a device mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -82,6 +82,18 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading outputs"]:
         return int8_matmul(x, self.kernel[...], self.scale[...])
+
+
+def input_projections(modules: Iterable[Any]) -> list[tuple[Any, str]]:
+    """The linear maps of modules that have the same input, their `INPUT_PROJECTIONS`: owner and
+    name, in the order in which they are fused."""
+    return [
+        (module, name)
+        for module in modules
+        if module is not None
+        for name in module.INPUT_PROJECTIONS
+        if hasattr(module, name)
+    ]
 
 
 class RMSNorm(nnx.Module):

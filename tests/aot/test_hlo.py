@@ -15,6 +15,7 @@ from hymba_jax.aot.instructions import InstructionCost, by_part, instruction_cos
 from hymba_jax.aot.kernel_time import CYCLES
 from hymba_jax.aot.kernels import Kernel, kernels
 from hymba_jax.aot.topology import CHIPS
+from hymba_jax.aot.traffic import hbm_bytes, launches
 
 TRIPS, INNER, ROWS, WIDTH = 5, 3, 16, 32
 FLOAT = 4  # bytes
@@ -117,6 +118,23 @@ def test_a_loop_of_unknown_trip_count_is_counted_once():
     )
     assert program.unknown_loops == 1
     assert matmul_flops(program) == 2 * WIDTH**3
+
+
+def test_launches_of_the_largest_loop():
+    """Two matmuls on the larger array, and one on the smaller."""
+
+    def function(small, large, kernel):
+        small = lax.fori_loop(0, TRIPS, lambda _, x: x @ kernel, small)
+        large = lax.fori_loop(0, TRIPS, lambda _, x: x @ kernel @ kernel, large)
+        return small, large
+
+    program = compiled(function, (ROWS, WIDTH), (4 * ROWS, WIDTH), (WIDTH, WIDTH))
+    body = program.largest_loop()
+    dots = [line for line in body for inner in program.fused(line) if inner.op == "dot"]
+    assert {line.results[0].shape for line in dots} == {(4 * ROWS, WIDTH)}
+    assert 2 <= launches(program, body) == sum(hbm_bytes(program, line) > 0 for line in body)
+    assert launches(program, dots) == 2
+    assert not Program("").largest_loop()
 
 
 def test_traffic_in_a_loop():

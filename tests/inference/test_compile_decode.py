@@ -28,3 +28,19 @@ def test_decode_fits(target, tmp_path):
     assert row["donated"] > KEY_VALUE_GB  # the whole cache is updated where it is
     assert row["copied"] < row["minimum"] / 100
     assert row["minimum"] <= row["HBM GB per step"] < 2.2 * row["minimum"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [(), ("--weights", "int8", "--kv-cache", "int8")])
+@pytest.mark.parametrize("batch", [1, 16, 40, 128])
+def test_few_kernels_are_started(batch, formats, tmp_path):
+    """Those of `ops/layer_step`, and those that round keys and values to 8 bits."""
+    if find_spec(COMPILERS["h100"]) is None:
+        pytest.skip(f"{COMPILERS['h100']}, the compiler for h100, is not installed")
+    file = tmp_path / "rows.json"
+    command = [sys.executable, ROOT / "benchmarks/compile_decode.py", "--json", file]
+    options = ["--batch", str(batch), "--prompts", "0", "--no-search", "--state-dtype", "float32"]
+    subprocess.run([*command, "--target", "h100", *options, *formats], check=True)
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["kernels"] < (300 if batch <= 32 else 400) + (120 if formats else 0)
+    assert row["HBM GB per step"] < 1.4 * row["minimum"]

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hymba_jax.ops.attention.step_gpu import AttentionParts
 from hymba_jax.ops.int8_matmul import quantize
 from hymba_jax.ops.layer_step import (
     Int8Kernel,
+    LayerSizes,
     NormedRows,
     ScanParams,
     convolve_and_project,
@@ -18,9 +20,10 @@ from hymba_jax.ops.layer_step import (
     project_gated,
     project_heads,
     project_residual,
+    takes_layer_step,
 )
 
-EPS = 1e-6
+EPS = 0.1  # which the tests can see
 ROUNDING = 2**-8  # to bfloat16
 ROWS = [1, 3, 16, 39]
 
@@ -161,3 +164,58 @@ def test_heads(rows, int8, programs):
     assert_rounded(after, expected, times=8)
     if rows > 1:
         np.testing.assert_array_equal(after[1], before[1])
+
+
+SIZES = LayerSizes(
+    rows=8,
+    dtypes=("bfloat16", "bfloat16"),
+    state_dtype="float32",
+    hidden=192,
+    channels=384,
+    inner=512,
+    heads_of_kv=3,
+    head_dim=64,
+    value_dim=128,
+    cache_elements=2**20,
+    projections=(192, 64, 128, 384, 384),
+    dt_rank=12,
+    state=16,
+    taps=4,
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "taken", "refused"),
+    [
+        ("rows", 128, 129),
+        ("dtypes", ("float16", "float16"), ("float32", "float32")),
+        ("dtypes", ("bfloat16", "bfloat16"), ("bfloat16", "float32")),
+        ("state_dtype", "float32", "bfloat16"),
+        ("hidden", 96, 80),
+        ("channels", 416, 400),
+        ("inner", 0, 1000),
+        ("heads_of_kv", 16, 17),
+        ("head_dim", 32, 16),
+        ("value_dim", 32, 48),
+        ("cache_elements", 2**31 - 1, 2**31),
+        ("projections", (192, 64), (192, 96)),
+        ("dt_rank", 256, 257),
+        ("state", 256, 512),
+        ("state", 16, 8),
+        ("state", 32, 24),
+        ("taps", 16, 17),
+        ("taps", 2, 1),
+    ],
+)
+def test_which_layers_are_taken(monkeypatch, size, taken, refused):
+    monkeypatch.setattr("hymba_jax.ops.layer_step.sizes.target_platform", lambda: "gpu")
+    assert takes_layer_step(SIZES._replace(**{size: taken}))
+    assert not takes_layer_step(SIZES._replace(**{size: refused}))
+
+
+def test_only_layers_on_one_gpu_are_taken(monkeypatch):
+    assert not takes_layer_step(SIZES)  # on a CPU
+    monkeypatch.setattr("hymba_jax.ops.layer_step.sizes.target_platform", lambda: "older gpu")
+    for devices in (1, 2):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((devices,), ("fsdp",))):
+            assert takes_layer_step(SIZES) == (devices == 1)

@@ -35,15 +35,16 @@ def attention_step(
       query, key, value: of the new token.
       past_key, past_value: of 8-bit integers, they are not written as floats: scales are applied to
         scores and weights.
-      past_length: tokens of each row before this one; so many slots are filled, from the first, or
-        all.
+      past_length: tokens of each row before this one; the first min(past_length, slots) slots are
+        filled.
       meta_key, meta_value: the same for all rows, and held once.
     """
     batch, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     attend = _attend
+    cache_elements = max(leaf.size for leaf in jax.tree.leaves((past_key, past_value)))
     if target_platform().endswith("gpu") and supports(
-        query.dtype, heads // kv_heads, head_dim, value.shape[-1]
+        query.dtype, heads // kv_heads, head_dim, value.shape[-1], cache_elements
     ):
         attend = _on_shards(attention_step_gpu)
     output = attend(

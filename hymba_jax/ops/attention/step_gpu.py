@@ -49,14 +49,18 @@ class AttentionParts(NamedTuple):
         return ((self.sums * factors[..., None]).sum(2) / total[..., None]).astype(dtype)
 
 
-def supports(dtype: DTypeLike, heads: int, head_dim: int, value_dim: int) -> bool:
+def supports(
+    dtype: DTypeLike, heads: int, head_dim: int, value_dim: int, cache_elements: int
+) -> bool:
     """Whether the kernel takes such queries: of 16 bits, of heads whose width Triton has.
 
     Args:
       heads: query heads that share a key/value head.
+      cache_elements: of the cached keys or values, whichever are more.
     """
     widths_fit = all(width in (16, 32, 64, 128, 256) for width in (head_dim, value_dim))
-    return jnp.dtype(dtype).itemsize == 2 and heads <= _ROWS and widths_fit
+    indices_fit = cache_elements < 2**31  # Pallas computes those of 8-bit arrays in 32 bits
+    return jnp.dtype(dtype).itemsize == 2 and heads <= _ROWS and widths_fit and indices_fit
 
 
 def splits_of(batch: int, kv_heads: int, slots: int) -> tuple[int, int]:

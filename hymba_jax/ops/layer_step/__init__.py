@@ -1,8 +1,9 @@
-"""One layer's position on GPUs, for few rows: norms, gates, rotation and sums are in the kernels of
-the matmuls beside them.
+"""One layer's position on GPUs, for few rows, in kernels that also compute what comes before and
+after the matmuls.
 
-With few rows a decoding step reads parameters and little else, and starting kernels takes longer
-than what they compute: XLA makes about 30 of a layer, these are seven to ten with attention's.
+A decoding step of few rows reads parameters, caches and states once and computes little, so that
+starting kernels takes as long as what they do. XLA makes about 30 of a layer, these are seven with
+attention's, and ten for more than 32 rows.
 
 | file             | subject                                                           |
 |------------------|-------------------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""Heads of few rows between their projections, as two Pallas kernels in Triton.
+"""What the heads of few rows compute between their projections: two Pallas kernels in Triton.
 
 The first updates the convolution's last inputs in place and multiplies what it computes with
 x_proj, each program a sum over its channels. The second adds these sums, and has the inner norms,
@@ -44,7 +44,7 @@ class ScanParams(NamedTuple):
     """Parameters of the recurrence, as `model/ssm.py` has them.
 
     Attributes:
-      x_proj_scale: of 8-bit integers.
+      x_proj_scale: x_proj's scales, if its kernel is of 8-bit integers.
     """
 
     x_proj_scale: Float[Array, "dt_B_C"] | None
@@ -77,7 +77,7 @@ def convolve_and_project(
     integers = x_proj.integers if isinstance(x_proj, Int8Kernel) else x_proj
     rank = integers.shape[1] - 2 * state
     block = block_of(channels, channels, rows)
-    widths = (max(pl.next_power_of_2(rank), state), state, state)
+    widths = (max(pl.next_power_of_2(rank), MIN_TILE), state, state)
     operands = (x, weight, bias, initial_inputs, lengths, integers)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, initial_inputs)]
     shapes += [

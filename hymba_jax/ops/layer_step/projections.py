@@ -21,8 +21,8 @@ from hymba_jax.types import Array, Float, Int
 MAX_ROWS = 128
 NORMED_ROWS = 32
 MIN_TILE = 16  # of Triton's smallest matmul: rows, and columns
-_FEATURES = (128, 64, 32)  # of a tile
-_KERNEL_TILE, _ROWS_TILE = 4096, 8192  # numbers of a tile
+_TILE_FEATURES = (128, 64, 32)
+_KERNEL_TILE, _ROWS_TILE = 4096, 8192  # elements of a tile
 _STAGES = 6  # tiles that are read ahead, for HBM's latency
 _SHARED_MEMORY = 96 * 2**10  # bytes, that every GPU since Ampere has
 
@@ -156,7 +156,7 @@ def project_residual(
 
 
 def _width(columns: int, wanted: int) -> int:
-    """Columns of a sum."""
+    """The widest tile of at most `wanted` columns that divides them."""
     return next(width for width in (64, 32, 16) if width <= wanted and not columns % width)
 
 
@@ -208,7 +208,7 @@ def _matmul(
     features, rows = x.shape[1], _padded(len(x))
     tile = next(
         size
-        for size in _FEATURES
+        for size in _TILE_FEATURES
         if not features % size and size * width <= _KERNEL_TILE and size * rows <= _ROWS_TILE
     )
     ahead = tile * x.dtype.itemsize * (rows * len(terms) + width * len(columns(0)))
@@ -312,7 +312,7 @@ def _row_index(x: Any) -> tuple[Array, Array]:
 
 
 def _padded(rows: int) -> int:
-    """Rows of a matmul that Triton has."""
+    """Rows, padded to a size that Triton supports."""
     return max(MIN_TILE, pl.next_power_of_2(rows))
 
 

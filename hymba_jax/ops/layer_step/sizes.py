@@ -1,28 +1,29 @@
 """What the kernels of a layer's position take."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hymba_jax.ops.attention.step_gpu import supports as attention_supports
 from hymba_jax.ops.layer_step.projections import MAX_ROWS, MIN_TILE
 from hymba_jax.ops.platform import target_platform
+from hymba_jax.parallel.mesh import is_partitioned
 
 _MULTIPLE = 32  # of a matmul's features
 _MAX_TAPS = 16  # whose inputs are in registers
+_MAX_SELECTION = 256  # widths of dt, B and C, of which a program has whole rows in registers
 
 
 class LayerSizes(NamedTuple):
-    """Of a layer and its rows.
+    """Sizes that decide whether the kernels can compute a layer.
 
     Attributes:
       dtypes: of rows and parameters.
       inner: of the MLP, 0 where there is none.
       heads_of_kv: query heads that share a key/value head.
+      cache_elements: of the cached keys or values, whichever are more.
       projections: columns of each input projection.
       taps: of the convolution.
     """
@@ -36,7 +37,9 @@ class LayerSizes(NamedTuple):
     heads_of_kv: int
     head_dim: int
     value_dim: int
+    cache_elements: int
     projections: Sequence[int]
+    dt_rank: int
     state: int
     taps: int
 
@@ -44,19 +47,24 @@ class LayerSizes(NamedTuple):
 def takes_layer_step(sizes: LayerSizes) -> bool:
     """Whether the kernels take such a layer, on the platform that is traced for: few rows of 16
     bits on one GPU, and sizes that Triton has."""
-    mesh = jax.sharding.get_abstract_mesh()
     return (
         target_platform().endswith("gpu")
-        and math.prod(mesh.axis_sizes) == 1
+        and not is_partitioned()
         and sizes.rows <= MAX_ROWS
         and len({jnp.dtype(dtype) for dtype in sizes.dtypes}) == 1
-        and jnp.dtype(sizes.dtypes[0]).itemsize == 2
         and jnp.dtype(sizes.state_dtype) == jnp.float32
-        and attention_supports(sizes.dtypes[0], sizes.heads_of_kv, sizes.head_dim, sizes.value_dim)
+        and attention_supports(
+            sizes.dtypes[0],
+            sizes.heads_of_kv,
+            sizes.head_dim,
+            sizes.value_dim,
+            sizes.cache_elements,
+        )
         and 32 <= sizes.head_dim <= 128
         and not any(columns % sizes.head_dim for columns in sizes.projections)
         and not any(size % _MULTIPLE for size in (sizes.hidden, sizes.channels, sizes.inner))
-        and sizes.state >= MIN_TILE
+        and MIN_TILE <= sizes.state <= _MAX_SELECTION
         and sizes.state & (sizes.state - 1) == 0
+        and sizes.dt_rank <= _MAX_SELECTION
         and 2 <= sizes.taps <= _MAX_TAPS
     )
