@@ -61,7 +61,7 @@ class Step(NamedTuple):
     xla_flags: str = ""
 
 
-# Whether to go on with a loop is decided on the GPU, not on the host.
+# Loops are in CUDA graphs: their conditions are evaluated on the GPU, not on the host.
 LOOPS_IN_GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE"
 
 STEPS = (

@@ -81,9 +81,8 @@ class Attention(nnx.Module):
         if kv.meta is None:
             return attention(query, *new, window=None)  # meta tokens are not windowed
         if kv.cache is not None and context.start is not None and query.shape[1] == 1:
-            return attention_step(query[:, 0], **kv.step_arguments(context.start, query.dtype))[
-                :, None
-            ]
+            arguments = kv.step_arguments(context.start, query.dtype)
+            return attention_step(query[:, 0], **arguments)[:, None]
         tokens, kv_start = kv.tokens(context.start, query.dtype)
         meta_key, meta_value = (a[0].swapaxes(0, 1) for a in kv.meta)
         return attention(

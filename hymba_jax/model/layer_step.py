@@ -49,14 +49,14 @@ def takes_step(
 ) -> bool:
     """Whether `layer_step` takes this layer with this input."""
     mixer = block.mixer
-    if not (isinstance(mixer, HybridMixer) and isinstance(mixer.ssm, SSM)):
+    is_decoding = x.shape[1] == 1 and context.start is not None and context.lengths is not None
+    if not (is_decoding and isinstance(mixer, HybridMixer) and isinstance(mixer.ssm, SSM)):
         return False
     attention, ssm = mixer.attention, mixer.ssm
-    linears = _projections(block)
     cache = shared and shared.cache if attention.reuses_kv else state.kv
-    is_decoding = x.shape[1] == 1 and context.start is not None and context.lengths is not None
-    if not (is_decoding and cache is not None and state.ssm is not None):
+    if cache is None or state.ssm is None:
         return False
+    linears = _projections(block)
     if not all(isinstance(linear, FusedSlice) for linear in linears):
         return False
     channels = linears[-1].width

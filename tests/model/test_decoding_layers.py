@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental import pallas as pl
+from interpreter import interpret_kernels
 from random_weights import random_weights
 
 from hymba_jax.config import AttentionConfig, HymbaConfig, SSMConfig
@@ -36,18 +36,11 @@ LENGTHS = jnp.asarray([PROMPT, 2, PROMPT - 1])  # of the rows' prompts
 @pytest.fixture
 def kernels(monkeypatch):
     """What GPUs run; the names of those that were called."""
-    called = []
-    pallas_call = pl.pallas_call
-
-    def interpreted(*args, name, **kwargs):
-        called.append(name)
-        return pallas_call(*args, name=name, interpret=True, **kwargs)
 
     def start():
         jax.clear_caches()  # of what was traced for CPUs
-        monkeypatch.setattr(pl, "pallas_call", interpreted)
         monkeypatch.setattr("hymba_jax.ops.layer_step.sizes.target_platform", lambda: "gpu")
-        return called
+        return interpret_kernels(monkeypatch)
 
     yield start
     jax.clear_caches()

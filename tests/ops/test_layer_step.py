@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
+from interpreter import interpret_kernels
 
 from hymba_jax.ops.attention.step_gpu import AttentionParts
 from hymba_jax.ops.int8_matmul import quantize
@@ -30,7 +30,7 @@ ROWS = [1, 3, 16, 39]
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    interpret_kernels(monkeypatch)
 
 
 def random(rng, *shape, dtype=jnp.bfloat16):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
+from interpreter import interpret_kernels
 
 from hymba_jax.ops.attention import attention_step, step_gpu
 from hymba_jax.ops.causal_conv import causal_conv
@@ -20,14 +20,7 @@ ROUNDING = 2**-8  # of weights, and of the result, to bfloat16
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """What GPUs run; the names of those that were called."""
-    called = []
-    pallas_call = pl.pallas_call
-
-    def interpreted(*args, name, **kwargs):
-        called.append(name)
-        return pallas_call(*args, name=name, interpret=True, **kwargs)
-
-    monkeypatch.setattr(pl, "pallas_call", interpreted)
+    called = interpret_kernels(monkeypatch)
     for op in ("attention", "selective_scan"):
         monkeypatch.setattr(f"hymba_jax.ops.{op}.step.target_platform", lambda: "gpu")
     monkeypatch.setattr("hymba_jax.ops.causal_conv.api.target_platform", lambda: "gpu")

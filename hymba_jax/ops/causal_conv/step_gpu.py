@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from hymba_jax.ops.block_size import largest_block
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.types import Array, Float, Int
 
@@ -38,9 +39,7 @@ def causal_conv_step_gpu(
       lengths: 1, or 0 where the position is padding.
     """
     batch, before, channels = initial_inputs.shape
-    block = _MAX_BLOCK
-    while channels % block:
-        block //= 2
+    block = largest_block(_MAX_BLOCK, channels)
     by_row = pl.BlockSpec((None, block), lambda b, i: (b, i))
     of_inputs = pl.BlockSpec((None, before, block), lambda b, i: (b, 0, i))
     operands = (x, weight, bias, initial_inputs, lengths)

@@ -16,13 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from hymba_jax.ops.attention.step_gpu import AttentionParts
+from hymba_jax.ops.block_size import largest_block
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.ops.layer_step.projections import (
     MIN_TILE,
     NORMED_ROWS,
     Int8Kernel,
     Kernel,
-    whole,
+    normed_row,
 )
 from hymba_jax.ops.selective_scan.step_gpu import scan_position
 from hymba_jax.types import Array, Float, Int
@@ -86,8 +87,6 @@ def convolve_and_project(
     u, inputs, *sums = pl.pallas_call(
         partial(_convolve, before, block, (rank, state, state)),
         grid=(channels // block, pl.cdiv(rows, MIN_TILE)),
-        in_specs=[whole(a) for a in operands],
-        out_specs=[whole(a) for a in shapes],
         out_shape=shapes,
         input_output_aliases={3: 1},
         compiler_params=triton.CompilerParams(num_warps=8 if block > 64 else 4),
@@ -183,8 +182,6 @@ def finish_heads(
     y, state, *combined = pl.pallas_call(
         partial(_finish, block, rows_of_program, eps),
         grid=(pl.cdiv(rows, rows_of_program), channels // block),
-        in_specs=jax.tree.map(whole, operands),
-        out_specs=[whole(a) for a in outputs],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs],
         input_output_aliases={len(jax.tree.leaves(operands[:4])): 1},
         compiler_params=triton.CompilerParams(num_warps=8 if block > 64 else 4),
@@ -289,13 +286,11 @@ def _normed(
     x = parts.sum(0)
     if scale_ref is not None:
         x = x * triton.load(scale_ref.at[start + column], mask=exists, other=0.0)
-    x = x.astype(dtype).astype(jnp.float32)
-    factor = lax.rsqrt(jnp.square(x).sum() / width + eps)
-    return (x * factor).astype(dtype) * triton.load(norm_ref.at[column], mask=exists, other=0.0)
+    scale = triton.load(norm_ref.at[column], mask=exists, other=0.0)
+    return normed_row(x.astype(dtype), scale, width, eps)
 
 
 def block_of(channels: int, value_dim: int, rows: int) -> int:
     """Channels of a program, all of one attention head; more of many rows, as each program of the
     second kernel reads the sums of all programs of the first."""
-    blocks = (64, 32, 16) if rows <= NORMED_ROWS else (128, 64, 32, 16)
-    return next(block for block in blocks if not channels % block and not value_dim % block)
+    return largest_block(64 if rows <= NORMED_ROWS else 128, channels, value_dim)

@@ -15,14 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from hymba_jax.ops.block_size import largest_block
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.types import Array, Float, Int
 
 MAX_ROWS = 128
 NORMED_ROWS = 32
 MIN_TILE = 16  # of Triton's smallest matmul: rows, and columns
-_TILE_FEATURES = (128, 64, 32)
-_KERNEL_TILE, _ROWS_TILE = 4096, 8192  # elements of a tile
+_FEATURES, _KERNEL_TILE, _ROWS_TILE = 128, 4096, 8192  # of a tile: its width, and elements
 _STAGES = 6  # tiles that are read ahead, for HBM's latency
 _SHARED_MEMORY = 96 * 2**10  # bytes, that every GPU since Ampere has
 
@@ -101,7 +101,7 @@ def project_gated(
 ) -> Float[Array, "rows half_the_outputs"]:
     """silu(x gate) * (x up), for a kernel whose columns are the gate's, then up's."""
     inner = jax.tree.leaves(kernel)[0].shape[1] // 2
-    width = _width(inner, 32 if len(rows.x) <= NORMED_ROWS else 64)
+    width = largest_block(32 if len(rows.x) <= NORMED_ROWS else 64, inner)
 
     def finish(sums: list[Array], column: Array, ref: Any) -> None:
         gate, up = (a.astype(rows.x.dtype).astype(jnp.float32) for a in sums)
@@ -132,7 +132,7 @@ def project_residual(
     """The residual plus the projection of the terms' mean."""
     hidden = residual.shape[1]
     # As few columns as make programs for most of a GPU's cores: the outputs are few.
-    width = _width(hidden, MIN_TILE if len(residual) <= NORMED_ROWS else 32)
+    width = largest_block(MIN_TILE if len(residual) <= NORMED_ROWS else 32, hidden)
 
     def finish(sums: list[Array], column: Array, residual_ref: Any, ref: Any) -> None:
         row, exists = _row_index(residual_ref)
@@ -155,11 +155,6 @@ def project_residual(
     return y
 
 
-def _width(columns: int, wanted: int) -> int:
-    """The widest tile of at most `wanted` columns that divides them."""
-    return next(width for width in (64, 32, 16) if width <= wanted and not columns % width)
-
-
 def _normalise(terms: Sequence[NormedRows], eps: float) -> Float[Array, "rows features"]:
     """The mean of the terms."""
     x = terms[0].x
@@ -170,17 +165,14 @@ def _normalise(terms: Sequence[NormedRows], eps: float) -> Float[Array, "rows fe
         exists, at = column < features, (jnp.full_like(column, pl.program_id(0)), column)
         mean = jnp.zeros(len(column), jnp.float32)
         for x_ref, scale_ref in term_refs:
-            x = triton.load(x_ref.at[at], mask=exists, other=0.0).astype(jnp.float32)
-            factor = lax.rsqrt(jnp.square(x).sum() / features + eps)
+            x = triton.load(x_ref.at[at], mask=exists, other=0.0)
             scale = triton.load(scale_ref.at[column], mask=exists, other=0.0)
-            mean = mean + ((x * factor).astype(ref.dtype) * scale).astype(jnp.float32)
+            mean = mean + normed_row(x, scale, features, eps).astype(jnp.float32)
         triton.store(ref.at[at], (mean / len(term_refs)).astype(ref.dtype), mask=exists)
 
     return pl.pallas_call(
         body,
         grid=(rows,),
-        in_specs=[jax.tree.map(whole, tuple(terms))],
-        out_specs=whole(x),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=triton.CompilerParams(num_warps=4),
         cost_estimate=kernel_cost(flops=0, exponentials=0, hbm_bytes=array_bytes(terms, x)),
@@ -206,11 +198,7 @@ def _matmul(
         terms = [NormedRows(_normalise(terms, eps), None)]
     x = terms[0].x
     features, rows = x.shape[1], _padded(len(x))
-    tile = next(
-        size
-        for size in _TILE_FEATURES
-        if not features % size and size * width <= _KERNEL_TILE and size * rows <= _ROWS_TILE
-    )
+    tile = largest_block(min(_FEATURES, _KERNEL_TILE // width, _ROWS_TILE // rows), features)
     ahead = tile * x.dtype.itemsize * (rows * len(terms) + width * len(columns(0)))
 
     def body(term_refs: Any, kernel_ref: Any, *refs: Any) -> None:
@@ -225,8 +213,6 @@ def _matmul(
         pl.pallas_call(
             body,
             grid=(programs,),
-            in_specs=jax.tree.map(whole, operands),
-            out_specs=[whole(shape) for shape in shapes],
             out_shape=shapes,
             compiler_params=triton.CompilerParams(
                 num_warps=8 if rows == MAX_ROWS else 4,
@@ -305,6 +291,15 @@ def _sums(
     return [a * b[None] for a, b in zip(sums, scales, strict=True)]
 
 
+def normed_row(
+    x: Float[Array, "padded"], scale: Float[Array, "padded"], features: int, eps: float
+) -> Float[Array, "padded"]:
+    """RMSNorm of one row in a kernel, whose padding is zero."""
+    x32 = x.astype(jnp.float32)
+    factor = lax.rsqrt(jnp.square(x32).sum() / features + eps)
+    return (x32 * factor).astype(x.dtype) * scale
+
+
 def _row_index(x: Any) -> tuple[Array, Array]:
     """Of the rows of a matmul, and which of them exist."""
     row = jnp.arange(_padded(x.shape[0]))
@@ -321,8 +316,3 @@ def _store(ref: Any, values: Float[Array, "rows width"], start: Array) -> None:
     row, exists = _row_index(ref)
     at = row[:, None], (start + jnp.arange(values.shape[1]))[None]
     triton.store(ref.at[at], values.astype(ref.dtype), mask=exists[:, None])
-
-
-def whole(array: Any) -> pl.BlockSpec:
-    """An array of which programs read parts by index."""
-    return pl.BlockSpec(array.shape, lambda *_: (0,) * len(array.shape))

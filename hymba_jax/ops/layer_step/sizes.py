@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hymba_jax.ops.attention.step_gpu import supports as attention_supports
+from hymba_jax.ops.causal_conv.step_gpu import supports as conv_supports
 from hymba_jax.ops.layer_step.projections import MAX_ROWS, MIN_TILE
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.parallel.mesh import is_partitioned
 
 _MULTIPLE = 32  # of a matmul's features
-_MAX_TAPS = 16  # whose inputs are in registers
 _MAX_SELECTION = 256  # widths of dt, B and C, of which a program has whole rows in registers
 
 
@@ -66,5 +66,5 @@ def takes_layer_step(sizes: LayerSizes) -> bool:
         and MIN_TILE <= sizes.state <= _MAX_SELECTION
         and sizes.state & (sizes.state - 1) == 0
         and sizes.dt_rank <= _MAX_SELECTION
-        and 2 <= sizes.taps <= _MAX_TAPS
+        and conv_supports(sizes.channels, sizes.taps)
     )

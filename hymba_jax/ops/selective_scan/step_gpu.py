@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from hymba_jax.ops.block_size import largest_block
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
@@ -40,9 +41,7 @@ def selective_scan_step_gpu(
 ) -> tuple[Float[Array, "batch channels"], Float[Array, "batch state channels"]]:
     """As `selective_scan_step`, without a gradient."""
     batch, size, channels = state.shape
-    block = _MAX_BLOCK
-    while channels % block:
-        block //= 2
+    block = largest_block(_MAX_BLOCK, channels)
     of_channels = pl.BlockSpec((block,), lambda b, i: (i,))
     by_row = pl.BlockSpec((None, block), lambda b, i: (b, i))
     of_state = pl.BlockSpec((None, size), lambda b, i: (b, 0))
