@@ -22,7 +22,7 @@ RopeType = Literal["auto", "default", "ntk", "dynamic_ntk"]
 DType = Literal["float32", "bfloat16"]
 WeightFormat = Literal["float", "int8"]
 CacheFormat = Literal["float", "int8"]
-Remat = Literal["none", "block", "kernels", "dots"]
+Remat = Literal["none", "block", "kernels", "dots", "activations"]
 QKNorm = Literal["none", "rms", "perhead-rms"]
 Fusion = Literal["mean", "concat"]
 MLPActivation = Literal["silu", "relu2"]
@@ -363,7 +363,8 @@ class ComputeConfig:
         Training updates float32 copies of those that are not float32.
       remat: what the backward pass recomputes: "none" keeps every activation, "block" only the
         input of each block, "kernels" also what scan and attention compute, and "dots" the
-        results of matmuls, too, so that no projection is run again.
+        results of matmuls, too, so that no projection is run again. "activations" keeps what lies
+        between matmuls as well, at its own precision: norms, convolution, gates.
       scan_layers: apply repeated layer groups by a scan over stacked parameters.
     """
 

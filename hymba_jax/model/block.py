@@ -18,7 +18,7 @@ from hymba_jax.model.lora import add_adapters, start_dropout
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState, StateFormats
-from hymba_jax.ops.remat import ATTENTION, MATMUL, NORM, SCAN
+from hymba_jax.ops.remat import ACTIVATION, ATTENTION, MATMUL, NORM, SCAN
 from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float, Key
 
@@ -26,6 +26,9 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "block": None,
     "kernels": jax.checkpoint_policies.save_only_these_names(SCAN, ATTENTION, NORM),
     "dots": jax.checkpoint_policies.save_only_these_names(SCAN, ATTENTION, NORM, MATMUL),
+    "activations": jax.checkpoint_policies.save_only_these_names(
+        SCAN, ATTENTION, NORM, MATMUL, ACTIVATION
+    ),
 }
 
 

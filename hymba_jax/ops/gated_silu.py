@@ -3,6 +3,7 @@
 import jax
 from jax import lax
 
+from hymba_jax.ops.remat import ACTIVATION, named
 from hymba_jax.types import Array, Float
 
 
@@ -19,7 +20,7 @@ def gated_silu(
 
 
 def _forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(gate, up), (gate, up)
+    return named(ACTIVATION, _product(gate, up)), (gate, up)
 
 
 def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 MATMUL, ATTENTION, SCAN, NORM = "matmul", "attention", "selective_scan", "norm"
+ACTIVATION = "activation"  # what lies between matmuls, and is cheap to compute
 
 
 def named[T](name: str, results: T) -> T:

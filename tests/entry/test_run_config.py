@@ -198,7 +198,8 @@ def test_a_preset_is_the_start_and_the_file_overrides_it(tmp_path):
         ),
         (
             '[compute]\nremat = "all"',
-            'compute.remat is \'all\', not "none" or "block" or "kernels" or "dots"',
+            'compute.remat is \'all\', not "none" or "block" or "kernels" or "dots" or '
+            '"activations"',
         ),
         ("model = 3", "model is 3, not a table"),
         (
