@@ -13,12 +13,12 @@ from hymba_jax.config.layer_pattern import LayerSpec
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
 from hymba_jax.model.layer_step import layer_step, takes_step
-from hymba_jax.model.layers import rms_norm
+from hymba_jax.model.layers import make_norm
 from hymba_jax.model.lora import add_adapters, start_dropout
 from hymba_jax.model.mixer import make_mixer
 from hymba_jax.model.mlp import MLP
 from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState, StateFormats
-from hymba_jax.ops.remat import ACTIVATION, ATTENTION, MATMUL, NORM, SCAN
+from hymba_jax.ops.remat import ACTIVATION, ATTENTION, MATMUL, NORM, SCAN, named
 from hymba_jax.parallel.mesh import constrain
 from hymba_jax.types import Array, Float, Key
 
@@ -49,11 +49,11 @@ class Block(nnx.Module):
     def __init__(
         self, config: HymbaConfig, spec: LayerSpec, compute: ComputeConfig, rngs: nnx.Rngs
     ):
-        self.mixer_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
+        self.mixer_norm = make_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         self.mixer = make_mixer(config, spec, compute, rngs)
         self.has_mlp = spec.mlp
         if self.has_mlp:
-            self.mlp_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
+            self.mlp_norm = make_norm(config.hidden_size, "hidden", config.norm_eps, compute)
             self.mlp = MLP(config, compute, rngs)
         self.dropout_keys: nnx.Variable[Array] | None = nnx.data(None)  # see `lora.set_dropout`
 
@@ -73,10 +73,12 @@ class Block(nnx.Module):
         """
         if takes_step(self, x, context, state, shared):
             return layer_step(self, x, context, state, meta, shared)
-        mixed, kv, ssm = self.mixer(self.mixer_norm(x), context, state, meta, shared)
+        x, normed = self.mixer_norm.of_residual(x)
+        mixed, kv, ssm = self.mixer(normed, context, state, meta, shared)
         x = constrain(x + mixed, "batch", "length", None)
         if self.has_mlp:
-            x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+            x, normed = self.mlp_norm.of_residual(named(ACTIVATION, x))
+            x = constrain(x + self.mlp(normed), "batch", "length", None)
         return LayerOutput(x, kv, ssm)
 
     def replay(

@@ -18,7 +18,7 @@ from hymba_jax.config.layer_pattern import GroupSpec
 from hymba_jax.model.block import Block, LayerGroup, ScannedLayers, WithMeta, run_replay
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import KVCache
-from hymba_jax.model.layers import INIT_STD, Linear, rms_norm
+from hymba_jax.model.layers import INIT_STD, Linear, make_norm
 from hymba_jax.model.rope import make_rope
 from hymba_jax.model.state import LayerState, MetaState, ModelState, StateFormats
 from hymba_jax.ops.documents import document_starts, first_positions
@@ -68,7 +68,7 @@ class Hymba(nnx.Module):
             else:
                 self.groups.append(LayerGroup(config, group.layers, compute, keys, adapter))
             start += group.num_layers
-        self.final_norm = rms_norm(config.hidden_size, "hidden", config.norm_eps, compute)
+        self.final_norm = make_norm(config.hidden_size, "hidden", config.norm_eps, compute)
         self.quantized_output: Callable[[Array], Array] | None = nnx.data(None)  # `quantized.py`
         if not config.tie_embeddings:
             self.lm_head = Linear(

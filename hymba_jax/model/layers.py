@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from hymba_jax.config import ComputeConfig
 from hymba_jax.ops.int8_matmul import int8_matmul, quantize
 from hymba_jax.ops.matmul import matmul
-from hymba_jax.ops.remat import NORM, named
+from hymba_jax.ops.rms_norm import rms_norm, rms_norm_of_residual
 from hymba_jax.parallel.mesh import gather_param
 from hymba_jax.types import Array, Float
 
@@ -106,18 +106,24 @@ class RMSNorm(nnx.Module):
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones(shape, dtype), axes=axes)
         self.eps = eps
+        # Along `hidden`, parameters are sharded and activations are not.
+        self.axis = None if axes == ("hidden",) else axes[-1]
 
-    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading features"]:
-        x32 = x.astype(jnp.float32)
-        mean_square = named(NORM, jnp.mean(jnp.square(x32), axis=-1, keepdims=True))
-        normed = (x32 * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        # Broadcast in float32, in which its gradient is summed.
-        scale = gather_param(self.scale, x.dtype).astype(jnp.float32)
-        return normed * jnp.broadcast_to(scale, x.shape).astype(x.dtype)
+        return rms_norm(x, self.gathered(x.dtype), eps=self.eps, axis=self.axis)
+
+    def of_residual(
+        self, x: Float[Array, "batch length features"]
+    ) -> tuple[Float[Array, "batch length features"], Float[Array, "batch length features"]]:
+        """x, as the residual stream goes on, and its norm."""
+        return rms_norm_of_residual(x, self.gathered(x.dtype), eps=self.eps)
+
+    def gathered(self, dtype: DTypeLike) -> Float[Array, "*heads features"]:
+        """The scale, in the dtype of what is normalised."""
+        return gather_param(self.scale, dtype)
 
 
-def rms_norm(features: int, axis: str, eps: float, compute: ComputeConfig) -> RMSNorm:
+def make_norm(features: int, axis: str, eps: float, compute: ComputeConfig) -> RMSNorm:
     """An RMSNorm with one scale a feature."""
     return RMSNorm((features,), (axis,), eps, compute.param_dtype)
 

@@ -12,11 +12,14 @@ from hymba_jax.config.layer_pattern import LayerSpec, SSMKind
 from hymba_jax.model.attention import Attention
 from hymba_jax.model.context import Context
 from hymba_jax.model.kv_cache import AttendedKV, KVCache
-from hymba_jax.model.layers import Linear, rms_norm
+from hymba_jax.model.layers import Linear, RMSNorm, make_norm
 from hymba_jax.model.mamba2 import Mamba2
 from hymba_jax.model.ssm import SSM
 from hymba_jax.model.state import LayerOutput, LayerState, RecurrentState, StateFormats
+from hymba_jax.ops.rms_norm import mean_of_norms
 from hymba_jax.types import Array, Float
+
+type NormAndHeads = tuple[RMSNorm, Float[Array, "batch length channels"]]
 
 
 class SSMHeads(Protocol):
@@ -58,8 +61,8 @@ class HybridMixer(nnx.Module):
         self.attention = Attention(config, spec, compute, rngs)
         self.ssm = SSM_KINDS[spec.ssm](config, compute, rngs)
         eps = config.norm_eps
-        self.attention_norm = rms_norm(config.attention_channels, "channels", eps, compute)
-        self.ssm_norm = rms_norm(config.channels, "channels", eps, compute)
+        self.attention_norm = make_norm(config.attention_channels, "channels", eps, compute)
+        self.ssm_norm = make_norm(config.channels, "channels", eps, compute)
         self.fuse = {"mean": _mean, "concat": _concat}[config.fusion]
         self.out_proj = _out_proj(config, spec, compute, rngs)
 
@@ -73,7 +76,7 @@ class HybridMixer(nnx.Module):
     ) -> LayerOutput:
         attention, kv = self.attention(x, context, state.kv, meta, shared)
         ssm, ssm_state = self.ssm(x, context, state.ssm)
-        y = self.out_proj(self.fuse(self.attention_norm(attention), self.ssm_norm(ssm)))
+        y = self.out_proj(self.fuse((self.attention_norm, attention), (self.ssm_norm, ssm)))
         return LayerOutput(y, kv, ssm_state)
 
     def replay(
@@ -175,9 +178,11 @@ def _out_proj(
     return Linear(width, config.hidden_size, ("channels", "hidden"), compute, rngs)
 
 
-def _mean(attention: Array, ssm: Array) -> Array:
-    return (attention + ssm) / 2
+def _mean(attention: NormAndHeads, ssm: NormAndHeads) -> Array:
+    (norm, x), (other_norm, other) = attention, ssm
+    scales = norm.gathered(x.dtype), other_norm.gathered(other.dtype)
+    return mean_of_norms(x, other, *scales, eps=norm.eps, axis=norm.axis)
 
 
-def _concat(attention: Array, ssm: Array) -> Array:
-    return jnp.concatenate((attention, ssm), axis=-1)
+def _concat(attention: NormAndHeads, ssm: NormAndHeads) -> Array:
+    return jnp.concatenate([norm(heads) for norm, heads in (attention, ssm)], axis=-1)

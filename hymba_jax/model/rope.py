@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hymba_jax.config import HymbaConfig
+from hymba_jax.ops.remat import ACTIVATION, named
 from hymba_jax.types import Array, Float, Int
 
 
@@ -20,7 +21,7 @@ class Rope(NamedTuple):
         self, x: Float[Array, "batch length heads head_dim"]
     ) -> Float[Array, "batch length heads head_dim"]:
         """Rotates pairs (i, i + head_dim / 2) of each head by its position's angles."""
-        return _rotate(x, self.cos, self.sin)
+        return named(ACTIVATION, _rotate(x, self.cos, self.sin))
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from hymba_jax.config import ComputeConfig, HymbaConfig
 from hymba_jax.model.context import Context
-from hymba_jax.model.layers import Linear, rms_norm, uniform
+from hymba_jax.model.layers import Linear, make_norm, uniform
 from hymba_jax.model.state import broadcast_to_batch
 from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.selective_scan import selective_scan
@@ -60,9 +60,9 @@ class SSM(nnx.Module):
         )
         self.conv_bias = nnx.Param(jnp.zeros(channels, compute.param_dtype), axes=("channels",))
         self.x_proj = Linear(channels, sum(self.sizes), ("channels", "dt_B_C"), compute, rngs)
-        self.dt_norm = rms_norm(rank, "dt_rank", config.norm_eps, compute)
-        self.B_norm = rms_norm(state, "state", config.norm_eps, compute)
-        self.C_norm = rms_norm(state, "state", config.norm_eps, compute)
+        self.dt_norm = make_norm(rank, "dt_rank", config.norm_eps, compute)
+        self.B_norm = make_norm(state, "state", config.norm_eps, compute)
+        self.C_norm = make_norm(state, "state", config.norm_eps, compute)
         self.dt_proj = Linear(
             rank,
             channels,

@@ -23,7 +23,6 @@ from hymba_jax.ops.layer_step.projections import (
     NORMED_ROWS,
     Int8Kernel,
     Kernel,
-    normed_row,
 )
 from hymba_jax.ops.selective_scan.step_gpu import scan_position
 from hymba_jax.types import Array, Float, Int
@@ -287,7 +286,9 @@ def _normed(
     if scale_ref is not None:
         x = x * triton.load(scale_ref.at[start + column], mask=exists, other=0.0)
     scale = triton.load(norm_ref.at[column], mask=exists, other=0.0)
-    return normed_row(x.astype(dtype), scale, width, eps)
+    x = x.astype(dtype).astype(jnp.float32)  # rounded as XLA's matmul rounds
+    factor = lax.rsqrt(jnp.square(x).sum() / width + eps)
+    return (x * factor).astype(dtype) * scale
 
 
 def block_of(channels: int, value_dim: int, rows: int) -> int:

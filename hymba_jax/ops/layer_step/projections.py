@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 
 from hymba_jax.ops.block_size import largest_block
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
+from hymba_jax.ops.rms_norm.pallas_gpu import norm_rows
 from hymba_jax.types import Array, Float, Int
 
 MAX_ROWS = 128
@@ -155,31 +156,6 @@ def project_residual(
     return y
 
 
-def _normalise(terms: Sequence[NormedRows], eps: float) -> Float[Array, "rows features"]:
-    """The mean of the terms."""
-    x = terms[0].x
-    rows, features = x.shape
-
-    def body(term_refs: Any, ref: Any) -> None:
-        column = jnp.arange(pl.next_power_of_2(features))
-        exists, at = column < features, (jnp.full_like(column, pl.program_id(0)), column)
-        mean = jnp.zeros(len(column), jnp.float32)
-        for x_ref, scale_ref in term_refs:
-            x = triton.load(x_ref.at[at], mask=exists, other=0.0)
-            scale = triton.load(scale_ref.at[column], mask=exists, other=0.0)
-            mean = mean + normed_row(x, scale, features, eps).astype(jnp.float32)
-        triton.store(ref.at[at], (mean / len(term_refs)).astype(ref.dtype), mask=exists)
-
-    return pl.pallas_call(
-        body,
-        grid=(rows,),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4),
-        cost_estimate=kernel_cost(flops=0, exponentials=0, hbm_bytes=array_bytes(terms, x)),
-        name="normalise",
-    )(tuple(terms))
-
-
 def _matmul(
     terms: Sequence[NormedRows],
     kernel: Kernel,
@@ -195,7 +171,7 @@ def _matmul(
 ) -> list[Array]:
     """Each program's sums, of `width` columns from each of `columns(program)`, and its `finish`."""
     if len(terms[0].x) > NORMED_ROWS and terms[0].scale is not None:
-        terms = [NormedRows(_normalise(terms, eps), None)]
+        terms = [NormedRows(norm_rows(cast(Any, terms), eps), None)]
     x = terms[0].x
     features, rows = x.shape[1], _padded(len(x))
     tile = largest_block(min(_FEATURES, _KERNEL_TILE // width, _ROWS_TILE // rows), features)
@@ -289,15 +265,6 @@ def _sums(
     scale: Any = kernel.scale
     scales = [triton.load(scale.at[start + jnp.arange(width)]) for start in starts]
     return [a * b[None] for a, b in zip(sums, scales, strict=True)]
-
-
-def normed_row(
-    x: Float[Array, "padded"], scale: Float[Array, "padded"], features: int, eps: float
-) -> Float[Array, "padded"]:
-    """RMSNorm of one row in a kernel, whose padding is zero."""
-    x32 = x.astype(jnp.float32)
-    factor = lax.rsqrt(jnp.square(x32).sum() / features + eps)
-    return (x32 * factor).astype(x.dtype) * scale
 
 
 def _row_index(x: Any) -> tuple[Array, Array]:
