@@ -132,7 +132,7 @@ class CausalConv(nnx.Module):
         context: Context,
         state: Float[Array, "batch _ channels"] | None,
     ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch _ channels"]]:
-        y, state = causal_conv(
+        return causal_conv(
             x,
             self.conv_kernel[...],
             self.conv_bias[...],
@@ -140,7 +140,6 @@ class CausalConv(nnx.Module):
             segment_ids=context.segment_ids,
             lengths=context.lengths,
         )
-        return jax.nn.silu(y), state
 
     def init_state(self, batch: int, dtype: DTypeLike) -> Float[Array, "batch _ channels"]:
         taps, channels = self.conv_kernel.shape[-2:]

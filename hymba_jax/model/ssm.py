@@ -119,7 +119,6 @@ class SSM(nnx.Module):
             segment_ids=context.segment_ids,
             lengths=context.lengths,
         )
-        u = jax.nn.silu(u)
         dt, B, C = jnp.split(self.x_proj(u), (self.sizes[0], sum(self.sizes[:2])), axis=-1)
         dt = self.dt_proj(self.dt_norm(dt))
         return ScanInputs(u, dt, self.B_norm(B), self.C_norm(C), conv_state)

@@ -93,18 +93,35 @@ def test_masks_of_documents_are_no_inputs_of_a_scan_over_layers():
         assert (ROWS, LENGTH, CHANNELS) not in [array.aval.shape for array in scan.invars]
 
 
-def squares(jaxpr):
-    """How often a jaxpr squares an array, as only norms do."""
-    count = 0
+def count(jaxpr, name):
+    """How often a jaxpr has an operation."""
+    total = 0
     for equation in jaxpr.eqns:
-        count += equation.primitive.name == "square"
+        total += equation.primitive.name == name
         inner = jax.tree.leaves([*equation.params.values()], is_leaf=lambda v: hasattr(v, "eqns"))
-        count += sum(squares(part) for part in inner if hasattr(part, "eqns"))
-    return count
+        total += sum(count(part, name) for part in inner if hasattr(part, "eqns"))
+    return total
 
 
-@pytest.mark.parametrize(("remat", "again"), [("block", 5), ("kernels", 0), ("dots", 0)])
-def test_only_block_computes_mean_squares_again(remat, again):
-    """Of five norms a layer; the last of the model is in none."""
+def count_in_gradient(remat, name):
     function, params = gradient(remat)
-    assert squares(jax.make_jaxpr(function)(params).jaxpr) == 5 + again + 1
+    return count(jax.make_jaxpr(function)(params).jaxpr, name)
+
+
+@pytest.mark.parametrize("remat", ["block", "kernels", "dots", "activations"])
+def test_only_block_computes_mean_squares_again(remat):
+    """Of five norms a layer; the last of the model is in none."""
+    again = 5 if remat == "block" else 0
+    assert count_in_gradient(remat, "square") == 5 + again + 1
+
+
+def test_activations_computes_no_gate_again():
+    """Of three silus, the gradients of those of convolution and scan start from their inputs."""
+    none, dots, activations = (
+        count_in_gradient(remat, "logistic") for remat in ("none", "dots", "activations")
+    )
+    assert (dots - none, activations - none) == (3, 2)
+
+
+def test_activations_runs_no_matmul_again():
+    assert flops("activations") == flops("none")

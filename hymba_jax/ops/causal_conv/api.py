@@ -1,14 +1,16 @@
-"""The depthwise causal convolution."""
+"""Chooses an implementation of the depthwise causal convolution."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from hymba_jax.ops.causal_conv.final_inputs import final_inputs_of
+from hymba_jax.ops.causal_conv.pallas_gpu import causal_conv_pallas_gpu, supports
 from hymba_jax.ops.causal_conv.reference import causal_conv_reference
 from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
 from hymba_jax.ops.causal_conv.step import causal_conv_step
-from hymba_jax.ops.documents import Documents, document_starts
+from hymba_jax.ops.documents import Documents, document_starts, first_positions
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
 from hymba_jax.types import Array, Float, Int
@@ -20,6 +22,7 @@ AXES: dict[str, Axes] = {
     "bias": ("channels",),
     "initial_inputs": ("batch", None, "channels"),
     "starts": ("batch", "length"),
+    "seen": ("batch", "length"),
     "lengths": ("batch",),
 }
 
@@ -34,12 +37,12 @@ def causal_conv(
     segment_ids: Int[Array, "batch length"] | None = None,
     lengths: Int[Array, "batch"] | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
-    """Convolves every channel with its own taps over the current and the earlier positions.
+    """silu of each channel's convolution with its own taps, over this and the earlier positions.
 
-        y_t = bias + sum over k of weight[k] x_{t - (kernel - 1) + k}
+        y_t = silu(bias + sum over k of weight[k] x_{t - (kernel - 1) + k})
 
-    so the last tap is applied to the current position, as in PyTorch's `Conv1d`. No activation. The
-    mesh in context may shard the length, unless `lengths` are given.
+    so the last tap is applied to the current position, as in PyTorch's `Conv1d`. The sum is rounded
+    to x's dtype before silu. The mesh in context may shard the length, unless `lengths` are given.
 
     Args:
       x: inputs.
@@ -55,36 +58,23 @@ def causal_conv(
       document of each row's last valid position, its `initial_inputs` included.
     """
     before = weight.shape[0] - 1
-    documents = None
-    if segment_ids is not None:
-        if initial_inputs is None:
-            initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
-        documents = Documents(document_starts(segment_ids), initial_inputs)
-    elif x.shape[1] == 1 and target_platform().endswith("gpu"):
-        return shard_map(
-            causal_conv_step,
-            AXES,
-            (_SEQUENCE, AXES["initial_inputs"]),
-            x=x,
-            weight=weight,
-            bias=bias,
-            initial_inputs=initial_inputs,
-            lengths=lengths,
-        )
+    if initial_inputs is None:
+        initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
+    initial_inputs = initial_inputs.astype(x.dtype)
+    arrays = {"x": x, "weight": weight, "bias": bias, "initial_inputs": initial_inputs}
+    on_gpu = target_platform().endswith("gpu")
+    if x.shape[1] == 1 and segment_ids is None and on_gpu:
+        results = (_SEQUENCE, AXES["initial_inputs"])
+        return shard_map(causal_conv_step, AXES, results, **arrays, lengths=lengths)
+    starts = None if segment_ids is None else document_starts(segment_ids)
+    documents = None if starts is None else Documents(starts, initial_inputs)
     axis_name = length_axis(x.shape[1], at_least=before)
-    if axis_name is None or lengths is not None:
-        return causal_conv_reference(x, weight, bias, initial_inputs, documents, lengths)
-    y = shard_map(
-        partial(causal_conv_sharded, axis_name),
-        AXES,
-        _SEQUENCE,
-        x=x,
-        weight=weight,
-        bias=bias,
-        initial_inputs=initial_inputs,
-        starts=documents and documents.starts,
-    )
-    last = slice(x.shape[1] - before, None)
-    if documents is not None:
-        documents = documents._replace(starts=documents.starts[:, last])
-    return y, causal_conv_reference(x[:, last], weight, bias, None, documents)[1]
+    if axis_name is not None and lengths is None:
+        conv = partial(causal_conv_sharded, axis_name)
+        y = shard_map(conv, AXES, _SEQUENCE, **arrays, starts=starts)
+    elif on_gpu and supports(x, weight):
+        seen = None if starts is None else jnp.arange(x.shape[1])[None] - first_positions(starts)
+        y = shard_map(causal_conv_pallas_gpu, AXES, _SEQUENCE, **arrays, seen=seen, lengths=lengths)
+    else:
+        y = causal_conv_reference(**arrays, documents=documents, lengths=lengths)
+    return y, final_inputs_of(x, initial_inputs, documents, lengths)

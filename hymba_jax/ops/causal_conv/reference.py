@@ -1,4 +1,4 @@
-"""The causal convolution as a sum of shifted products."""
+"""silu of the causal convolution, a sum of shifted products."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ from jax import lax
 
 from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.precision import einsum
+from hymba_jax.ops.remat import ACTIVATION, named
 from hymba_jax.types import Array, Float, Int
 
 
@@ -13,55 +14,31 @@ def causal_conv_reference(
     x: Float[Array, "batch length channels"],
     weight: Float[Array, "kernel channels"],
     bias: Float[Array, "channels"],
-    initial_inputs: Float[Array, "batch kernel-1 channels"] | None = None,
+    initial_inputs: Float[Array, "batch kernel-1 channels"],
     documents: Documents | None = None,
     lengths: Int[Array, "batch"] | None = None,
-) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch kernel-1 channels"]]:
-    """`causal_conv` as in its formula, summed in at least float32."""
+) -> Float[Array, "batch length channels"]:
+    """y of `causal_conv` as in its formula, summed in at least float32."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     before, length = weight.shape[0] - 1, x.shape[1]
     positions = jnp.arange(length)[None]
-    if initial_inputs is None:
-        initial_inputs = jnp.zeros((x.shape[0], before, x.shape[2]), x.dtype)
     if lengths is not None:
         valid = positions < lengths[:, None]
         x = jnp.where(valid[:, :, None], x, 0)
+    seen = of_documents = None
     if documents is not None:
         # Made to depend on x: what is the same in all layers, such as the masks broadcast over
         # channels, would be computed before a scan over layers, and read in each.
         _, starts = lax.optimization_barrier((x[:1, :1, :1], documents.starts))
         starts = starts if lengths is None else starts & valid
-        # Where the document of each position starts, if not before the first one.
-        latest = lax.cummax(jnp.where(starts, positions, -before), axis=1)
-        document_inputs = documents.state.astype(x.dtype)
-
-    initial_inputs = initial_inputs.astype(x.dtype)
-    seen = of_documents = None
-    if documents is not None:
-        seen = positions - latest
-        of_documents = _of_initial_inputs(weight.astype(dtype), document_inputs.astype(dtype))
+        # From where the document of each position starts, if not before the first one.
+        seen = positions - lax.cummax(jnp.where(starts, positions, -before), axis=1)
+        of_documents = _of_initial_inputs(weight.astype(dtype), documents.state.astype(dtype))
     y = bias.astype(dtype)[None, None]
     y = y + _shifted_sum(x, weight.astype(dtype), initial_inputs, of_documents, seen)
-
-    ends = length if lengths is None else lengths[:, None]
-    last = ends + jnp.arange(-before, 0)[None]
-    if lengths is None:
-        newest = jnp.concatenate([initial_inputs, x[:, max(length - before, 0) :]], axis=1)
-        final_inputs = newest[:, newest.shape[1] - before :]
-    else:
-        inputs = jnp.concatenate([initial_inputs, x], axis=1)
+    if lengths is not None:
         y = jnp.where(valid[:, :, None], y, 0)
-        if length == 1:  # decoding, where a gather would dominate
-            final_inputs = jnp.where(valid[:, :, None], inputs[:, 1:], inputs[:, :-1])
-        else:
-            final_inputs = jnp.take_along_axis(inputs, (last + before)[:, :, None], axis=1)
-    if documents is not None and before:
-        # If the last document is shorter than these, its initial inputs come first.
-        start = latest[:, -1:]
-        index = jnp.clip(before + last - start, 0, before - 1)
-        of_before = jnp.take_along_axis(document_inputs, index[:, :, None], axis=1)
-        final_inputs = jnp.where((last >= start)[:, :, None], final_inputs, of_before)
-    return y.astype(x.dtype), final_inputs
+    return named(ACTIVATION, jax.nn.silu(y.astype(x.dtype)))
 
 
 def _of_initial_inputs(

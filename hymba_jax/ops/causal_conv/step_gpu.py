@@ -58,7 +58,7 @@ def causal_conv_step_gpu(
         input_output_aliases={3: 1},
         compiler_params=triton.CompilerParams(num_warps=4),
         cost_estimate=kernel_cost(
-            flops=0, exponentials=0, hbm_bytes=array_bytes(operands, x, initial_inputs)
+            flops=0, exponentials=x.size, hbm_bytes=array_bytes(operands, x, initial_inputs)
         ),
         name="causal_conv_step",
     )(*operands)
@@ -81,6 +81,8 @@ def _kernel(
     y = bias_ref[...].astype(jnp.float32)
     for tap, value in enumerate(inputs):
         y = y + weight_ref[tap].astype(jnp.float32) * value.astype(jnp.float32)
+    y = y.astype(y_ref.dtype).astype(jnp.float32)
+    y = y * jax.nn.sigmoid(y)
     y_ref[...] = jnp.where(is_valid, y, 0.0).astype(y_ref.dtype)
     for i in range(before):
         last_ref[i] = jnp.where(is_valid, inputs[i + 1], inputs[i])
