@@ -113,6 +113,19 @@ def make_marks(batch, length):
     return {"segment_ids": starts.cumsum(1) % 2, "lengths": lengths}
 
 
+def kernels(jaxpr):
+    """The equations that call the GPU's, in order."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "mpmd_map":
+            yield equation
+            continue
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from kernels(inner)
+
+
 def documents_of(segment_ids):
     """The first position of each document of a row, and the one after its last."""
     starts = [t for t in range(1, len(segment_ids)) if segment_ids[t] != segment_ids[t - 1]]
@@ -275,6 +288,41 @@ def test_gpu_kernels_with_chunks_as_they_are():
     with INTERPRETER.get("pallas_gpu", nullcontext)():
         scan = partial(selective_scan, implementation="pallas_gpu")
         assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
+
+
+@pytest.mark.skipif("pallas_gpu" not in INTERPRETER, reason="races are found by the interpreter")
+def test_gpu_blocks_of_a_cluster_do_not_race():
+    """Two clusters of four blocks, three of them padding, and three chunks; the same bits again."""
+    sizes = (1, 19, 70, 4)
+    inputs, weights = make_inputs(*sizes), make_weights(*sizes)
+    scan = partial(selective_scan, implementation="pallas_gpu")
+    with (
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
+        short_chunks(),
+    ):
+        runs = [with_gradients(scan, device(inputs), {}, weights) for _ in range(2)]
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+    assert_all_close(runs[0][1], exact_gradients(sizes))
+
+
+def test_gpu_gradients_of_b_and_c_are_written_once_a_cluster():
+    """Of four blocks of 32 channels, in float32, dB and dC alike; by what the kernel states."""
+    batch, length, channels, state = 8, 128, 640, 16
+    inputs = jax.eval_shape(lambda: device(make_inputs(batch, length, channels, state)))
+    scan = partial(selective_scan, implementation="pallas_gpu")
+
+    def gradients(inputs):
+        outputs, vjp = jax.vjp(lambda inputs: scan(**inputs), inputs)
+        return vjp(outputs)
+
+    jaxpr = jax.make_jaxpr(gradients)(inputs).jaxpr
+    backward = [e.params["cost_estimate"] for e in kernels(jaxpr)][-1]
+    sequence, projection = batch * length * channels, batch * length * state
+    states = state * channels
+    once = 7 * sequence + 2 * projection  # x, dt, z, dy and the gradients of the first three; B, C
+    once += batch * (length // 64 + 3) * states  # of chunks; dh, dA and that of the first
+    once += states + (2 + 2 * batch) * channels  # A, D, the bias; the gradients of these two
+    assert backward.bytes_accessed == 4 * (once + channels // 128 * 2 * projection)
 
 
 def full_sizes(implementation):

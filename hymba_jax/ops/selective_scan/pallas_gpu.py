@@ -5,7 +5,7 @@ spread over the lanes of one warp, 2 or 4 in the registers of each, so that the 
 never leave the registers, and one sequence of a few thousand channels is enough to keep every
 scheduler of the GPU busy without computing any exponential twice. Sequences pass through shared
 memory in chunks, fetched by asynchronous copies one chunk ahead; blocks of neighbouring channels
-form a cluster, for which B and C are fetched once.
+form a cluster, for which B and C are fetched once and their gradients written once.
 
 Each chunk is three passes: softplus for all its positions at once, the recurrence, and skip and
 gate for all positions at once. The gradient keeps only the states between chunks, recomputes those
@@ -32,6 +32,7 @@ from hymba_jax.types import Array, Float
 _CHUNK = 64
 _GROUP = 8  # steps whose rows are loaded, and whose gradients of B and C are summed, together
 _CLUSTER = 128  # channels for which B and C are fetched together
+_SUMMED = 4  # blocks of a cluster that sum their gradients of B and C; two still fit on an SM
 _STATES = 16  # the lanes and registers of a channel hold a multiple of these
 _WAVE = 132 * 4  # warps that occupy every scheduler of an H100
 _LOG2_E = math.log2(math.e)
@@ -185,19 +186,17 @@ class _Tile:
         self.shape = (block, states)
         self.layouts = _Layouts(block)
         self.row = lax.axis_index("batch")
-        self.index = lax.axis_index("group") * blocks_in_cluster + lax.axis_index("member")
-        self.channels = pl.ds(self.index * block, block)
-        self.in_cluster = blocks_in_cluster > 1
+        self.cluster, self.member = lax.axis_index("group"), lax.axis_index("member")
+        self.channels = pl.ds((self.cluster * blocks_in_cluster + self.member) * block, block)
+        self.among = "member" if blocks_in_cluster > 1 else None  # who share a copy
 
     def fetch(self, i: Any, gmem: dict[str, Any], smem: dict[str, Any], barrier: Any) -> None:
         """Starts the asynchronous copies of chunk i of every sequence into its slot."""
         steps, slot = pl.ds(i * _CHUNK, _CHUNK), lax.rem(i, 2)
         for name, into in smem.items():
-            source, among = gmem[name].at[self.row, steps], None
+            source, among = gmem[name].at[self.row, steps], self.among
             if name in _OF_CHANNELS:
-                source = source.at[:, self.channels]
-            elif self.in_cluster:
-                among = "member"
+                source, among = source.at[:, self.channels], None
             plgpu.copy_gmem_to_smem(source, into.at[slot], barrier.at[slot], collective_axes=among)
 
     def vector(self, ref: Any) -> Array:
@@ -230,6 +229,46 @@ class _Tile:
     def states(self, ref: Any) -> Array:
         """The states of each channel."""
         return plgpu.load(ref.at[self.row, self.channels], layout=self.layouts.state)
+
+
+class _ClusterSum(NamedTuple):
+    """Sums what the blocks of a cluster have summed over their own channels, a chunk at a time.
+
+    A block publishes its part in global memory, awaits that copy, and copies it from there into the
+    shared memory of all members. Each of them sums a share of the rows, in the members' order.
+
+    What is written to global memory is read only by the block that wrote it, and both copies are of
+    the asynchronous proxy: PTX orders these without a fence ("proxy-preserved base causality
+    order"). Members learn of the arrival as of B's and C's, by the bytes that a barrier counts.
+    """
+
+    tile: _Tile
+    part: Any  # of this block, in shared memory
+    parts: Any  # of all members, in shared memory
+    arrived: Any  # the barrier of `parts`
+    published: Any  # of all members, in global memory, in two slots
+    total: Any  # in global memory, for all chunks
+
+    def publish(self, i: Any) -> None:
+        """Starts the copy of chunk i's part. All members have received what its slot held."""
+        plgpu.copy_smem_to_gmem(self.part, self.published.at[lax.rem(i, 2), self.tile.member])
+
+    def fetch(self, i: Any) -> None:
+        """Starts the copies of all parts, which every member has published and awaited. They are
+        split along the first axis: each member sends the part that it wrote."""
+        plgpu.copy_gmem_to_smem(
+            self.published.at[lax.rem(i, 2)],
+            self.parts,
+            self.arrived,
+            collective_axes=self.tile.among,
+        )
+
+    def write(self, i: Any) -> None:
+        """This member's share of the sum."""
+        members, rows, _ = self.parts.shape
+        share = pl.ds(self.tile.member * (rows // members), rows // members)
+        plgpu.barrier_wait(self.arrived)
+        self.total[i, share] = sum(self.parts[m, share] for m in range(members))
 
 
 def _at_start(starts: Any, j: Any, k: int, of_document: Any, otherwise: Array) -> Array:
@@ -336,18 +375,19 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
     """The gradient of each input, given the states before chunks and the cotangents."""
     batch, length, channels = inputs.x.shape
     states, chunks = inputs.A.shape[1], length // _CHUNK
-    blocks, groups = _cluster_size(channels, block), _CHUNK // _GROUP
+    blocks, groups = min(_SUMMED, _cluster_size(channels, block)), _CHUNK // _GROUP
     given = {"dy": dy, "chunk_states": chunk_states, "dh": dh}
     operands = _present(**inputs._replace(initial_state=None)._asdict(), **given)
-    # What is summed over channels or rows is written as one partial sum per block.
-    by_block = (channels // block, batch, chunks, groups, _GROUP * states)
+    # What is summed over channels is written as one partial sum per cluster, dB above dC, and what
+    # is summed over rows as one per row.
+    clusters, part = channels // (block * blocks), (2 * groups, _GROUP * states)
     by_row = jax.ShapeDtypeStruct((batch, channels), _f32)
     gradients = _Inputs(
         x=inputs.x,
         dt=inputs.dt,
         z=inputs.z,
-        B=jax.ShapeDtypeStruct(by_block, _f32),
-        C=jax.ShapeDtypeStruct(by_block, _f32),
+        B=None,
+        C=None,
         starts=None,
         A=dh,
         D=by_row,
@@ -356,19 +396,30 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
         document_state=None if inputs.document_state is None else dh,
     )
     outputs = {"d" + name: v for name, v in _present(**gradients._asdict()).items()}
+    outputs["dBC"] = jax.ShapeDtypeStruct((clusters, batch, chunks, *part), _f32)
+    # Overwritten every other chunk, so it stays in the L2 cache and costs no HBM bytes.
+    published = jax.ShapeDtypeStruct((batch * clusters, 2, blocks, *part), _f32)
 
     def selective_scan_backward(
         *refs: Any,
         slots: dict[str, Any],
         rows: Any,
-        h_s: Any,
-        dB_s: Any,
-        dC_s: Any,
-        **barriers: Any,
+        shared: Any,
+        full: Any,
+        free: Any,
+        arrived: Any,
     ) -> None:
-        gmem = dict(zip((*operands, *outputs), refs, strict=True))
-        full, free = barriers["full"], barriers["free"]
+        gmem = dict(zip((*operands, *outputs, "published"), refs, strict=True))
+        (h_s, part_s), parts_s = shared
         tile = _Tile(block, states, blocks)
+        sums = _ClusterSum(
+            tile,
+            part_s,
+            parts_s,
+            arrived,
+            gmem["published"].at[tile.row * clusters + tile.cluster],
+            gmem["dBC"].at[tile.cluster, tile.row],
+        )
         # The recurrence replaces the rows of a group by du, the part of ddelta that comes through
         # the decay, and the sum over states of h C.
         u_s, delta_s, dsum_s = (rows.at[k] for k in range(3))
@@ -383,12 +434,16 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
             i = chunks - 1 - step
             slot = lax.rem(i, 2)
             here = {name: ref.at[slot] for name, ref in slots.items()}
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0)
+            _await_members(free)
 
             @pl.when(i > 0)
             def _() -> None:
-                _await_members(free)
                 tile.fetch(i - 1, gmem, slots, full)
+
+            @pl.when(step > 0)
+            def _() -> None:
+                sums.fetch(i + 1)
 
             h = plgpu.load(
                 gmem["chunk_states"].at[tile.row, i, tile.channels], layout=tile.layouts.state
@@ -402,6 +457,11 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
                 gate = tile.chunk(here["z"])
                 dsum = dsum * gate * _sigmoid(gate)
             dsum_s[...] = dsum
+
+            @pl.when(step > 0)
+            def _() -> None:
+                sums.write(i + 1)
+
             plgpu.commit_smem()
 
             def recompute(j: Array, h: Array) -> Array:
@@ -441,12 +501,13 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
                     if ddocument is not None:
                         ddocument = _at_start(here["starts"], j, k, ddocument + dh, ddocument)
                         dh = _at_start(here["starts"], j, k, 0.0, dh)
-                dB_s[j] = tile.over_channels(dB[::-1])
-                dC_s[j] = tile.over_channels(dC)
+                part_s[j] = tile.over_channels(dB[::-1])
+                part_s[groups + j] = tile.over_channels(dC)
                 return dh, ddocument, dA
 
             dh, ddocument, dA = lax.fori_loop(0, groups, group, (dh, ddocument, dA))
             plgpu.commit_smem()
+            sums.publish(i)
 
             x, v, dy = tile.chunk(here["x"]), tile.chunk(here["dt"]) + bias, tile.chunk(here["dy"])
             du, dsum = tile.chunk(u_s), dy
@@ -468,8 +529,6 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
                 if name in here:
                     into = gmem["d" + name].at[tile.row, steps, tile.channels]
                     plgpu.copy_smem_to_gmem(here[name], into)
-            plgpu.copy_smem_to_gmem(dB_s, gmem["dB"].at[tile.index, tile.row, i])
-            plgpu.copy_smem_to_gmem(dC_s, gmem["dC"].at[tile.index, tile.row, i])
             return dh, ddocument, dA, dD, dbias
 
         zero = plgpu.layout_cast(jnp.zeros(tile.shape, _f32), tile.layouts.state)
@@ -483,24 +542,35 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
         for name, v in (("dD", dD), ("ddt_bias", dbias)):
             plgpu.store(gmem[name].at[tile.row, tile.channels], v, optimized=False)
         plgpu.wait_smem_to_gmem(0)
+        _await_members(free)
+        sums.fetch(0)
+        sums.write(0)
 
     kernel = plgpu.kernel(
         selective_scan_backward,
-        out_type=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs.values()],
+        out_type=[
+            *(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in outputs.values()),
+            published,
+        ],
         scratch_types={
             **_fetched(operands, block, blocks),
             "rows": plgpu.SMEM((3, _CHUNK, block), _f32),
-            "h_s": plgpu.SMEM((groups, block, states), _f32),
-            "dB_s": plgpu.SMEM(by_block[-2:], _f32),
-            "dC_s": plgpu.SMEM(by_block[-2:], _f32),
+            # Parts arrive after all members have awaited each other, done with the states and their
+            # own part, whose accesses `commit_smem` orders before these copies.
+            "shared": plgpu.RefUnion(
+                [plgpu.SMEM((groups, block, states), _f32), plgpu.SMEM(part, _f32)],
+                plgpu.SMEM((blocks, *part), _f32),
+            ),
+            "arrived": plgpu.Barrier(num_arrivals=1),
         },
         cost_estimate=backward_cost(
             inputs.x.size, inputs.A.shape[1], array_bytes(operands, outputs)
         ),
         **_grid(batch, channels, block, blocks),
     )
-    out = dict(zip(outputs, kernel(*operands.values()), strict=True))
-    dB, dC = (out[name].sum(0).reshape(inputs.B.shape) for name in ("dB", "dC"))
+    out = dict(zip((*outputs, "published"), kernel(*operands.values()), strict=True))
+    dBC = out["dBC"].sum(0).reshape(batch, chunks, 2, _CHUNK, states)
+    dB, dC = (dBC[:, :, k].reshape(inputs.B.shape) for k in range(2))
     dA, dD, dbias = (out[name].sum(0) for name in ("dA", "dD", "ddt_bias"))
     return gradients._replace(
         x=out["dx"],
@@ -521,7 +591,7 @@ def _present(**arrays: Any) -> dict[str, Any]:
 
 
 def _await_members(free: Any) -> None:
-    """Waits until every block of the cluster is done with the slot that is filled next."""
+    """Waits until every block of the cluster is done with what is filled next."""
     if free is not None:
         plgpu.barrier_arrive(free)
         plgpu.barrier_wait(free)
