@@ -34,9 +34,11 @@ from hymba_jax.model import Hymba, fuse_projections
 from hymba_jax.model.quantized import quantize_kernels
 from hymba_jax.ops.attention import attention_step
 from hymba_jax.ops.attention.api import fastest
+from hymba_jax.ops.causal_conv import causal_conv
 from hymba_jax.ops.int8_rows import Int8Rows
 from hymba_jax.ops.layer_step.projections import MAX_ROWS
 from hymba_jax.ops.platform import target_platform
+from hymba_jax.ops.rms_norm import mean_of_norms, rms_norm_of_residual
 from hymba_jax.ops.selective_scan import selective_scan
 from hymba_jax.ops.selective_scan.api import FASTEST
 from hymba_jax.ops.ssd import ssd
@@ -53,6 +55,7 @@ SMALL: dict[str, Any] = {
     "attention": AttentionConfig(num_heads=2, num_kv_heads=1, window=16),
     "num_meta_tokens": 4,
 }
+EPS = 1e-6  # of norms
 SLOTS = 1024  # of caches of decoding layers
 QUICK = "tiny-default-rope"  # the golden model that compiles in the least time
 
@@ -302,6 +305,79 @@ def _run_attention(
         return {"output": run(*inputs)}
 
     return jax.jit(forward if wanted == "forward" else backward)(*inputs)
+
+
+def conforming_elementwise(recorder: Recorder) -> None:
+    """Norms and the convolution by the platform's kernels, values and gradients, against their
+    formulas in float64. Documents are shorter than the convolution, too."""
+    batch, length, channels = (2, 20, 8) if recorder.dry_run else (3, 1000, 3200)
+    segment_ids = np.cumsum(np.isin(np.arange(length), [1, 3, length // 2]))[None].repeat(batch, 0)
+    cases: dict[str, tuple[Any, Any, list[tuple[int, ...]]]] = {
+        "norm of a residual stream": (
+            partial(rms_norm_of_residual, eps=EPS),
+            lambda x, scale: (x, _norm(x, scale)),
+            [(batch, length, channels), (channels,)],
+        ),
+        "mean of norms": (
+            partial(mean_of_norms, eps=EPS),
+            lambda x, other, *scales: (_norm(x, scales[0]) + _norm(other, scales[1])) / 2,
+            [(batch, length, channels)] * 2 + [(channels,)] * 2,
+        ),
+        "convolution": (
+            partial(_convolution, causal_conv, segment_ids=segment_ids),
+            partial(_convolution_by_formula, segment_ids=segment_ids),
+            [(batch, length, channels), (4, channels), (channels,), (batch, 3, channels)],
+        ),
+    }
+    for name, (op, formula, shapes) in cases.items():
+        for dtype, bound in (("float32", FLOAT32), ("bfloat16", 4 * BFLOAT16)):  # XLA rounds often
+            with recorder.case(f"{name}, {dtype}, {_by((batch, length, channels))}") as row:
+                rng = np.random.default_rng(0)
+                arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+                actual = _values_and_gradients(op, arrays)
+                with jax.enable_x64(True):
+                    exact = [jnp.asarray(array, jnp.float64) for array in arrays]
+                    expected = _values_and_gradients(formula, exact)
+                    expected = jax.tree.map(np.asarray, expected)
+                _compare(row, actual, expected, _of_largest(bound, expected))
+
+
+def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + EPS) * scale
+
+
+def _convolution(
+    op: Any, x: Any, weight: Any, bias: Any, initial_inputs: Any, segment_ids: np.ndarray
+) -> jax.Array:
+    ids = jnp.asarray(segment_ids)
+    return op(x, weight, bias, initial_inputs=initial_inputs, segment_ids=ids)[0]
+
+
+def _convolution_by_formula(
+    x: Any, weight: Any, bias: Any, initial_inputs: Any, segment_ids: np.ndarray
+) -> jax.Array:
+    """Of rows with the same documents, one document after the other."""
+    outputs = []
+    for document in np.unique(segment_ids[0]):
+        own = x[:, segment_ids[0] == document]
+        padded = jnp.concatenate([initial_inputs, own], axis=1)
+        taps = range(len(weight))
+        total = bias + sum(weight[k] * padded[:, k : k + own.shape[1]] for k in taps)
+        outputs.append(jax.nn.silu(total))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _values_and_gradients(function: Any, arrays: list[jax.Array]) -> dict[str, jax.Array]:
+    """By number; cotangents are cosines of positions."""
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        values, vjp = jax.vjp(function, *arrays)
+        cotangents = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size)).reshape(v.shape), values)
+        gradients = vjp(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))
+        return [*jax.tree.leaves(values), *gradients]
+
+    return {str(i): array for i, array in enumerate(run(*arrays))}
 
 
 def conforming_decoding(recorder: Recorder) -> None:

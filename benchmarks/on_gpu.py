@@ -68,6 +68,7 @@ STEPS = (
     Step("machine", 60, "_gpu_checks:machine"),
     Step("conforming scan", 80, "_gpu_checks:conforming_scan"),
     Step("conforming attention", 60, "_gpu_checks:conforming_attention"),
+    Step("conforming norms and convolution", 60, "_gpu_checks:conforming_elementwise"),
     Step("conforming decoding", 40, "_gpu_checks:conforming_decoding"),
     Step("decoding layers", 60, "_gpu_checks:decoding_layers"),
     Step("conforming SSD", 60, "_gpu_checks:conforming_ssd"),
