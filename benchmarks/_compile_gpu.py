@@ -106,8 +106,12 @@ def shared_bytes(kernel: Any) -> int:
 
 
 def _hbm_bytes(equation: Any, mesh: Any) -> float:
-    """Bytes that an equation moves between global memory and a block."""
+    """Bytes that an equation moves between HBM and a block."""
     name, params = equation.primitive.name, equation.params
+    if name.startswith("copy_") and any(v.aval.dtype == "int8" for v in equation.invars[:2]):
+        # Of shared memory that is used in turn for several arrays: the scan's exchange within a
+        # cluster, whose part of global memory is small, and stays in the L2 cache.
+        return 0
     if name == "copy_gmem_to_smem":
         slots = equation.invars[1].aval
         extents = dict(zip(mesh.cluster_names, mesh.cluster, strict=True))
