@@ -27,12 +27,13 @@ MODEL = HymbaConfig(
 AXES = ("data", "fsdp", "sequence", "tensor")
 # Of data 2 x fsdp 2 x tensor 2: rows, SSM channels, and heads of queries and keys.
 ROWS, CHANNELS, HEADS, KV_HEADS = 2, 256, 2, 1
+TRITON = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 GPU_CHUNK = 64  # that the kernel for GPUs fills fewer positions up to
 
 
 def lower(platform, dtype, axes=("data", "fsdp", "tensor")):
     """The training step as 8 devices of a platform are given it, 2 along each of these axes."""
-    kind = "TPU v6 lite" if platform == "tpu" else "any"
+    kind = {"tpu": "TPU v6 lite", "gpu": "NVIDIA H100"}.get(platform, "any")
     device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     sizes = [2 if axis in axes else 1 for axis in AXES]
     mesh = AbstractMesh(tuple(sizes), AXES, (AxisType.Auto,) * 4, abstract_device=device)
@@ -84,6 +85,7 @@ def test_every_tpu_runs_the_kernels_on_its_shard():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS), attention(given, 1, 128, 128))
 
 
+@TRITON
 def test_every_gpu_runs_the_kernels_on_its_shard():
     """The meta tokens' are on all devices."""
     given = [*calls(lower("gpu", "bfloat16"), "mosaic_gpu_v2")]
@@ -100,6 +102,7 @@ def test_every_tpu_runs_the_kernels_on_its_shard_of_the_length():
     assert_kinds(given, *tokens, scans(given, 1, META_TOKENS // 2), attention(given, 1, 128, 128))
 
 
+@TRITON
 @pytest.mark.slow
 def test_every_gpu_runs_the_kernels_on_its_shard_of_the_length():
     """Meta tokens, a window and its own part are met."""
