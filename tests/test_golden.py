@@ -95,6 +95,7 @@ class TestHFImplementation:
         {"remat": "block"},
         {"remat": "kernels"},
         {"remat": "dots"},
+        {"remat": "activations"},
         {"scan_layers": False, "remat": "block"},
     ],
     ids=lambda compute: "-".join(f"{key}={value}" for key, value in compute.items()),

@@ -106,8 +106,8 @@ class RMSNorm(nnx.Module):
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], eps: float, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones(shape, dtype), axes=axes)
         self.eps = eps
-        # Along `hidden`, parameters are sharded and activations are not.
-        self.axis = None if axes == ("hidden",) else axes[-1]
+        # The one axis along which activations that are normalised may be sharded.
+        self.axis = "channels" if axes[-1] == "channels" else None
 
     def __call__(self, x: Float[Array, "*leading features"]) -> Float[Array, "*leading features"]:
         return rms_norm(x, self.gathered(x.dtype), eps=self.eps, axis=self.axis)

@@ -106,6 +106,15 @@ def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
     return tuple(name for name in sharded_over(axis, size, mesh) if mesh.shape[name] > 1)
 
 
+def shard_elements(array: Array, axes: Axes) -> int:
+    """Elements of a device's shard of an array with these logical axes."""
+    if not is_partitioned():
+        return array.size
+    shape = jax.sharding.get_abstract_mesh().shape
+    sharded = (mesh_axes(a, size) for a, size in zip(axes, array.shape, strict=True) if a)
+    return array.size // math.prod(shape[name] for names in sharded for name in names)
+
+
 def _shard_map(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

@@ -163,6 +163,16 @@ def test_on_shards(kernels):
     assert set(kernels) == {"causal_conv_forward", "causal_conv_backward"}
 
 
+@pytest.mark.parametrize(("length", "lengths"), [(8, None), (32, [32, 5])])
+def test_a_sharded_length_is_left_to_xla(kernels, length, lengths):
+    """Shards shorter than the taps, and padded rows."""
+    mesh = make_mesh(jax.devices("cpu")[:8], ParallelConfig(data=2, sequence=4))
+    marks = {} if lengths is None else {"lengths": np.array(lengths)}
+    with jax.set_mesh(mesh):
+        assert_as_by_hand(make_inputs(length, 4, 16, batch=2), **marks)
+    assert not kernels
+
+
 class TestRematerialised:
     @pytest.mark.parametrize(("kept", "forward"), [("activation", 1), ("norm", 2)])
     def test_what_is_kept_is_not_computed_again(self, kernels, kept, forward):

@@ -9,6 +9,7 @@ import pytest
 from interpreter import interpret_kernels
 
 from hymba_jax.config.parallel import ParallelConfig
+from hymba_jax.model.layers import RMSNorm
 from hymba_jax.ops.rms_norm import api
 from hymba_jax.ops.rms_norm.pallas_gpu import (
     mean_of_norms_pallas_gpu,
@@ -16,6 +17,7 @@ from hymba_jax.ops.rms_norm.pallas_gpu import (
     rms_norm_of_residual_pallas_gpu,
 )
 from hymba_jax.parallel.mesh import make_mesh
+from hymba_jax.parallel.shard_map import shard_elements
 
 EPS = 0.1  # which the tests can see
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
@@ -83,6 +85,24 @@ def test_rounded_once(monkeypatch):
         for a, s in ((x, scale), (other, other_scale))
     ]
     np.testing.assert_array_equal(actual, norm_rows(in_float32, EPS).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("hidden", None), ("channels", "channels"), ("dt_rank", None)]
+)
+def test_along_which_axis_activations_are_sharded(name, axis):
+    assert RMSNorm((4,), (name,), EPS, "float32").axis == axis
+
+
+def test_sizes_are_those_of_a_shard():
+    """Of arrays above 2**31 elements, too."""
+    mesh = make_mesh(jax.devices("cpu")[:8], ParallelConfig(data=2, fsdp=2, tensor=2))
+    x = jax.ShapeDtypeStruct((8, 2**20, 1024), "bfloat16")
+    axes = ("batch", "length", "channels")
+    assert shard_elements(x, axes) == x.size
+    with jax.set_mesh(mesh):
+        assert shard_elements(x, axes) == x.size // 8
+        assert shard_elements(x, ("batch", "length", None)) == x.size // 4
 
 
 class TestWhichImplementation:

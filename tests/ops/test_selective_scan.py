@@ -291,8 +291,11 @@ def test_gpu_kernels_with_chunks_as_they_are():
 
 
 @pytest.mark.skipif("pallas_gpu" not in INTERPRETER, reason="races are found by the interpreter")
-def test_gpu_blocks_of_a_cluster_do_not_race():
-    """Two clusters of four blocks, three of them padding, and three chunks; the same bits again."""
+@pytest.mark.parametrize("copied", slow_but([256, 32], 256))
+def test_gpu_blocks_of_a_cluster_do_not_race(copied, monkeypatch):
+    """Two clusters of four blocks, three of them padding, and three chunks; the same bits again.
+    Where copies take fewer entries of a row, as with many states, groups have several rows."""
+    monkeypatch.setattr(pallas_gpu, "_COPIED", copied)
     sizes = (1, 19, 70, 4)
     inputs, weights = make_inputs(*sizes), make_weights(*sizes)
     scan = partial(selective_scan, implementation="pallas_gpu")
@@ -506,10 +509,13 @@ def test_rematerialised_in_a_scan_over_layers(scan, implementation):
 
 
 # One block of channels; six, which no fetch can be shared among equally.
-@pytest.mark.parametrize("channels", slow_but([6, 96], 6))
-def test_gpu_kernels_lower_when_rematerialised(channels):
+@pytest.mark.parametrize(
+    ("channels", "states"),
+    slow_but([(6, 3), (96, 3), (96, 48), (128, 64), (6, 64)], (6, 3), (6, 64)),
+)
+def test_gpu_kernels_lower_when_rematerialised(channels, states):
     """Forward, forward again and backward, as far as a machine without a GPU goes."""
-    sizes = (2, 11, channels, 3)
+    sizes = (2, 11, channels, states)
     stacked = {k: jnp.stack([v, v]) for k, v in device(make_inputs(*sizes)).items()}
     loss = loss_of(partial(selective_scan, implementation="pallas_gpu"), make_weights(*sizes))
     traced = jax.jit(jax.value_and_grad(loss_of_layers(loss))).trace(stacked)

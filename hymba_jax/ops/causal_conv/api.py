@@ -12,7 +12,7 @@ from hymba_jax.ops.causal_conv.sharded import causal_conv_sharded
 from hymba_jax.ops.causal_conv.step import causal_conv_step
 from hymba_jax.ops.documents import Documents, document_starts, first_positions
 from hymba_jax.ops.platform import target_platform
-from hymba_jax.parallel.shard_map import Axes, length_axis, shard_map
+from hymba_jax.parallel.shard_map import Axes, length_axis, shard_elements, shard_map
 from hymba_jax.types import Array, Float, Int
 
 _SEQUENCE: Axes = ("batch", "length", "channels")
@@ -72,9 +72,14 @@ def causal_conv(
     if axis_name is not None and lengths is None:
         conv = partial(causal_conv_sharded, axis_name)
         y = shard_map(conv, AXES, _SEQUENCE, **arrays, starts=starts)
-    elif on_gpu and supports(x, weight):
+    elif on_gpu and supports(x, weight) and _fits(x):
         seen = None if starts is None else jnp.arange(x.shape[1])[None] - first_positions(starts)
         y = shard_map(causal_conv_pallas_gpu, AXES, _SEQUENCE, **arrays, seen=seen, lengths=lengths)
     else:
         y = causal_conv_reference(**arrays, documents=documents, lengths=lengths)
     return y, final_inputs_of(x, initial_inputs, documents, lengths)
+
+
+def _fits(x: Array) -> bool:
+    """Whether the kernels take a device's shard: a whole length, indexed by 32 bits."""
+    return length_axis(x.shape[1]) is None and shard_elements(x, _SEQUENCE) < 2**31

@@ -22,8 +22,8 @@ from hymba_jax.types import Array, Float, Int
 
 _BLOCK = 128  # channels of a program, two to a thread
 _GROUP = 8  # positions whose inputs are fetched together
-# At least, 8 and 4 for each of a GPU's about 132 processors, and less than twice as many, which run
-# at once; those of a gradient fetch twice as much, and each writes sums.
+# At least, 8 and 4 for each of a GPU's about 132 processors. Unless segments are the longest, less
+# than twice as many, which run at once; those of a gradient fetch twice as much, and write sums.
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 1056, 528
 MIN_SEGMENT, MAX_SEGMENT = 64, 512  # positions of a program
 _MAX_TAPS = 8  # whose inputs, weights and gradients are in registers
@@ -52,7 +52,6 @@ def supports(x: Array, weight: Array) -> bool:
         x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
         and x.shape[1] > 1
         and 2 <= weight.shape[0] <= _MAX_TAPS
-        and x.size < 2**31  # indices are 32 bits
     )
 
 

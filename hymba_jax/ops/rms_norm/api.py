@@ -14,7 +14,7 @@ from hymba_jax.ops.rms_norm.pallas_gpu import (
     rms_norm_of_residual_pallas_gpu,
 )
 from hymba_jax.ops.rms_norm.reference import rms_norm_reference
-from hymba_jax.parallel.shard_map import Axes, mesh_axes, shard_map
+from hymba_jax.parallel.shard_map import Axes, mesh_axes, shard_elements, shard_map
 from hymba_jax.types import Array, Float
 
 _ROWS: Axes = ("batch", "length", None)
@@ -78,7 +78,7 @@ def _takes_kernel(x: Array, scale: Array, axis: str | None) -> bool:
         and x.ndim == 3
         and scale.ndim == 1
         and MIN_FEATURES <= x.shape[-1] <= MAX_FEATURES
-        and x.size < 2**31  # indices are 32 bits
+        and shard_elements(x, _ROWS) < 2**31  # indices are 32 bits
         and not (axis and mesh_axes(axis, x.shape[-1]))
     )
 

@@ -32,7 +32,8 @@ from hymba_jax.types import Array, Float
 _CHUNK = 64
 _GROUP = 8  # steps whose rows are loaded, and whose gradients of B and C are summed, together
 _CLUSTER = 128  # channels for which B and C are fetched together
-_SUMMED = 4  # blocks of a cluster that sum their gradients of B and C; two still fit on an SM
+_SUMMED = 4  # blocks of a cluster that sum their gradients of B and C, of few states
+_COPIED = 256  # entries of an axis that an asynchronous copy takes
 _STATES = 16  # the lanes and registers of a channel hold a multiple of these
 _WAVE = 132 * 4  # warps that occupy every scheduler of an H100
 _LOG2_E = math.log2(math.e)
@@ -127,6 +128,20 @@ def _cluster_size(channels: int, block: int) -> int:
     """A power of two, among which the rows of a chunk can be divided to be fetched."""
     blocks = min(_CLUSTER // block, -(-channels // block))
     return 1 << (blocks.bit_length() - 1)
+
+
+def _summed_blocks(states: int) -> int:
+    """Blocks whose parts fit into about the shared memory of what they lie over: with 16 states in
+    bfloat16, two blocks still fit on an SM."""
+    return _SUMMED if states <= 2 * _STATES else _SUMMED // 2
+
+
+def _steps_of_a_row(states: int) -> int:
+    """Steps of a group whose gradients of B and C are one row of what a block publishes."""
+    steps = _GROUP
+    while steps > 1 and steps * states > _COPIED:
+        steps //= 2
+    return steps
 
 
 def _pad(v: Array, axis: int, multiple: int, value: float = 0.0) -> Array:
@@ -375,12 +390,16 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
     """The gradient of each input, given the states before chunks and the cotangents."""
     batch, length, channels = inputs.x.shape
     states, chunks = inputs.A.shape[1], length // _CHUNK
-    blocks, groups = min(_SUMMED, _cluster_size(channels, block)), _CHUNK // _GROUP
+    blocks = min(_summed_blocks(states), _cluster_size(channels, block))
+    groups = _CHUNK // _GROUP
     given = {"dy": dy, "chunk_states": chunk_states, "dh": dh}
     operands = _present(**inputs._replace(initial_state=None)._asdict(), **given)
     # What is summed over channels is written as one partial sum per cluster, dB above dC, and what
     # is summed over rows as one per row.
-    clusters, part = channels // (block * blocks), (2 * groups, _GROUP * states)
+    together = _steps_of_a_row(states)
+    pieces = _GROUP // together  # of a group
+    clusters = channels // (block * blocks)
+    part = (2 * groups * pieces, together * states)
     by_row = jax.ShapeDtypeStruct((batch, channels), _f32)
     gradients = _Inputs(
         x=inputs.x,
@@ -501,8 +520,10 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
                     if ddocument is not None:
                         ddocument = _at_start(here["starts"], j, k, ddocument + dh, ddocument)
                         dh = _at_start(here["starts"], j, k, 0.0, dh)
-                part_s[j] = tile.over_channels(dB[::-1])
-                part_s[groups + j] = tile.over_channels(dC)
+                for index, steps in ((j, dB[::-1]), (groups + j, dC)):
+                    for k in range(pieces):
+                        own = steps[k * together : (k + 1) * together]
+                        part_s[index * pieces + k] = tile.over_channels(own)
                 return dh, ddocument, dA
 
             dh, ddocument, dA = lax.fori_loop(0, groups, group, (dh, ddocument, dA))
