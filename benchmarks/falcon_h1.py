@@ -5,12 +5,13 @@
 Falcon-H1 has the 125M's width, depth, heads, MLP and vocabulary, and Mamba2 heads with states of
 128 beside its attention; random weights on both sides. Prefill of one prompt, milliseconds of a
 decoded token behind such prompts, and loss and gradient of one sequence, of ours also with stacked
-layers (`compute.scan_layers`); each dtype and side in a process of its own, one after the other.
+layers (`compute.scan_layers`), and `compute.remat` "activations", as every array that is kept is
+copied there; each dtype and side in a process of its own, one after the other.
 """
 
 import json
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -79,15 +80,11 @@ def native(args: Args) -> Row:
     for batch in BATCHES:
         row[f"decode {batch}"] = decode_ms(engine, batch, args.context, args.repeats)
     del engine
-    for name, scan_layers in (("gradient", False), ("gradient, stacked", True)):
-        step = StepArgs(
-            shape="125m",
-            length=(args.length,),
-            dtype=dtype,
-            scan_layers=scan_layers,
-            steps=args.repeats,
-        )
-        row[name] = shape_row(step, CONFIG)["ms"]
+    step = StepArgs(shape="125m", length=(args.length,), dtype=dtype, steps=args.repeats)
+    apart = replace(step, scan_layers=False)
+    stacked = replace(step, scan_layers=True, remat="activations")
+    for name, way in (("gradient", apart), ("gradient, stacked", stacked)):
+        row[name] = shape_row(way, CONFIG)["ms"]
     return row
 
 
