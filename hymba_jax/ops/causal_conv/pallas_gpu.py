@@ -7,7 +7,6 @@ incomplete gradients of the last inputs likewise. Gradients of what all position
 over the positions of a program, and then over programs: always in the same order.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from hymba_jax.ops.exp2 import sigmoid
 from hymba_jax.ops.kernel_cost import array_bytes, kernel_cost
 from hymba_jax.ops.remat import ACTIVATION, named
 from hymba_jax.types import Array, Float, Int
@@ -31,7 +31,6 @@ _MAX_TAPS = 8  # whose inputs, weights and gradients are in registers
 type _Vectors = tuple[Float[Array, "channels"], ...]
 
 _f32 = jnp.float32
-_LOG2_E = math.log2(math.e)
 _COMPILER = triton.CompilerParams(num_warps=2)
 
 
@@ -161,7 +160,7 @@ def _forward(inputs: _Inputs) -> Array:
             for position, x in zip(positions, xs, strict=True):
                 taken = program.inputs_of(x, older, program.seen(position))
                 v = program.convolve(taken)
-                y = jnp.where(position < program.end, v * _sigmoid(v), 0.0)
+                y = jnp.where(position < program.end, v * sigmoid(v), 0.0)
                 program.store(y_ref, position, y)
                 older = taken[1:]
             return older
@@ -198,8 +197,8 @@ def _backward(inputs: _Inputs, dy: Array) -> _Inputs:
             seen = program.seen(position)
             taken = program.inputs_of(x, older, seen)
             v = program.convolve(taken)
-            sigmoid = _sigmoid(v)
-            dv = dy * sigmoid * (1.0 + v * (1.0 - sigmoid))
+            share = sigmoid(v)
+            dv = dy * share * (1.0 + v * (1.0 - share))
             through = [weight * dv for weight in program.weight]
             dx, *gradients_of_older = (
                 gradient + jnp.where(seen >= before - tap, through[tap], 0.0)
@@ -279,11 +278,6 @@ def _of_initial_inputs(
         for i in range(before)
     ]
     return jnp.stack(gradients, axis=1)
-
-
-def _sigmoid(v: Array) -> Array:
-    """By the unit for powers of two, which errs by 2**-22."""
-    return 1.0 / (1.0 + jnp.exp2(v * -_LOG2_E))
 
 
 def _grid(inputs: _Inputs, programs: int) -> tuple[int, tuple[int, int, int]]:

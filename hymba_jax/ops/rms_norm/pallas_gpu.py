@@ -5,6 +5,7 @@ a program holds a row in registers. The gradient of a scale is summed over the r
 one after the other, and then over programs: always in the same order.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from hymba_jax.types import Array, Float
 MIN_FEATURES, MAX_FEATURES = 256, 8192  # a row is worth a program, and fits in its registers
 _PROGRAMS = 256  # of a gradient: two for each of a GPU's about 132 processors, at once
 
-type Terms = tuple[tuple[Float[Array, "rows features"], Float[Array, "features"]], ...]
+type Terms = Sequence[tuple[Float[Array, "rows features"], Float[Array, "features"]]]
 
 
 def mean_of_norms_pallas_gpu(
@@ -89,9 +90,7 @@ def _of_residual_bwd(
 _of_residual.defvjp(_of_residual_fwd, _of_residual_bwd)
 
 
-def norm_rows(
-    terms: Terms | list[tuple[Array, Array]], eps: float
-) -> Float[Array, "rows features"]:
+def norm_rows(terms: Terms, eps: float) -> Float[Array, "rows features"]:
     """The mean of the terms' RMSNorms, rounded once. A program computes a row.
 
     Args:

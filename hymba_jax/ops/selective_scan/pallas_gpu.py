@@ -12,7 +12,6 @@ gate for all positions at once. The gradient keeps only the states between chunk
 between groups of `_GROUP` steps, and then takes the groups in reverse.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.exp2 import LOG2_E, exp, sigmoid
 from hymba_jax.ops.kernel_cost import array_bytes
 from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.cost import backward_cost, forward_cost
@@ -36,7 +36,6 @@ _SUMMED = 4  # blocks of a cluster that sum their gradients of B and C, of few s
 _COPIED = 256  # entries of an axis that an asynchronous copy takes
 _STATES = 16  # the lanes and registers of a channel hold a multiple of these
 _WAVE = 132 * 4  # warps that occupy every scheduler of an H100
-_LOG2_E = math.log2(math.e)
 
 _f32 = jnp.float32
 _COMPILER = plgpu.CompilerParams(
@@ -294,14 +293,6 @@ def _at_start(starts: Any, j: Any, k: int, of_document: Any, otherwise: Array) -
     return jnp.where(is_start, of_document, otherwise)
 
 
-def _exp(v: Array) -> Array:
-    return jnp.exp2(v * _LOG2_E)
-
-
-def _sigmoid(v: Array) -> Array:
-    return 1.0 / (1.0 + _exp(-v))
-
-
 def _forward(
     inputs: _Inputs, block: int, *, keep_chunk_states: bool
 ) -> tuple[Array, Array, Array | None]:
@@ -320,7 +311,7 @@ def _forward(
         gmem = dict(zip((*operands, *outputs), refs, strict=True))
         tile = _Tile(block, states, blocks)
         delta_s, u_s, sum_s = (rows.at[k] for k in range(3))
-        A = plgpu.load(gmem["A"].at[tile.channels], layout=tile.layouts.state) * _LOG2_E
+        A = plgpu.load(gmem["A"].at[tile.channels], layout=tile.layouts.state) * LOG2_E
         bias, D = tile.vector(gmem["dt_bias"]), tile.vector(gmem["D"])
         h = tile.states(gmem["initial_state"])
         document = tile.states(gmem["document_state"]) if "starts" in slots else None
@@ -338,7 +329,7 @@ def _forward(
                 tile.fetch(i + 1, gmem, slots, full)
 
             plgpu.barrier_wait(full.at[slot])
-            delta = softplus(tile.chunk(here["dt"]) + bias, _exp)
+            delta = softplus(tile.chunk(here["dt"]) + bias, exp)
             delta_s[...] = delta
             u_s[...] = delta * tile.chunk(here["x"])
             plgpu.commit_smem()
@@ -357,7 +348,7 @@ def _forward(
             y = tile.chunk(sum_s) + D * tile.chunk(here["x"])
             if "z" in here:
                 gate = tile.chunk(here["z"])
-                y = y * gate * _sigmoid(gate)
+                y = y * gate * sigmoid(gate)
             y_s[slot] = y.astype(y_s.dtype)
             plgpu.commit_smem()
             steps = pl.ds(i * _CHUNK, _CHUNK)
@@ -442,7 +433,7 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
         # The recurrence replaces the rows of a group by du, the part of ddelta that comes through
         # the decay, and the sum over states of h C.
         u_s, delta_s, dsum_s = (rows.at[k] for k in range(3))
-        A = plgpu.load(gmem["A"].at[tile.channels], layout=tile.layouts.state) * _LOG2_E
+        A = plgpu.load(gmem["A"].at[tile.channels], layout=tile.layouts.state) * LOG2_E
         bias, D = tile.vector(gmem["dt_bias"]), tile.vector(gmem["D"])
         dh = tile.states(gmem["dh"])
         document = tile.states(gmem["document_state"]) if "starts" in slots else None
@@ -468,13 +459,13 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
                 gmem["chunk_states"].at[tile.row, i, tile.channels], layout=tile.layouts.state
             )
             plgpu.barrier_wait(full.at[slot])
-            delta = softplus(tile.chunk(here["dt"]) + bias, _exp)
+            delta = softplus(tile.chunk(here["dt"]) + bias, exp)
             delta_s[...] = delta
             u_s[...] = delta * tile.chunk(here["x"])
             dsum = tile.chunk(here["dy"])
             if "z" in here:
                 gate = tile.chunk(here["z"])
-                dsum = dsum * gate * _sigmoid(gate)
+                dsum = dsum * gate * sigmoid(gate)
             dsum_s[...] = dsum
 
             @pl.when(step > 0)
@@ -534,14 +525,14 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array, block:
             du, dsum = tile.chunk(u_s), dy
             if "z" in here:
                 gate = tile.chunk(here["z"])
-                sigmoid = _sigmoid(gate)
-                silu = gate * sigmoid
-                dsilu = sigmoid * (1.0 + gate - silu)
+                share = sigmoid(gate)
+                silu = gate * share
+                dsilu = share * (1.0 + gate - silu)
                 here["z"][...] = (dy * (tile.chunk(dsum_s) + D * x) * dsilu).astype(here["z"].dtype)
                 dsum = dy * silu
-            ddt = (tile.chunk(delta_s) * (1 / _LOG2_E) + du * x) * _sigmoid(v)
+            ddt = (tile.chunk(delta_s) * (1 / LOG2_E) + du * x) * sigmoid(v)
             here["dt"][...] = ddt.astype(here["dt"].dtype)
-            here["x"][...] = (du * softplus(v, _exp) + D * dsum).astype(here["x"].dtype)
+            here["x"][...] = (du * softplus(v, exp) + D * dsum).astype(here["x"].dtype)
             dD = dD + jnp.sum(dsum * x, axis=0)
             dbias = dbias + jnp.sum(ddt, axis=0)
             plgpu.commit_smem()

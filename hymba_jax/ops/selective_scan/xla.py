@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.exp2 import LOG2_E
 from hymba_jax.ops.platform import target_platform
 from hymba_jax.ops.precision import dot
 from hymba_jax.ops.remat import SCAN, named
@@ -220,7 +221,7 @@ def _sum_over_states(v: Array) -> Array:
 
 def _discretise(x: Array, dt: Array) -> tuple[Array, Array]:
     """delta = softplus(dt) and delta x."""
-    delta = softplus(dt, lambda v: _exp2(v * _LOG2_E))
+    delta = softplus(dt, lambda v: _exp2(v * LOG2_E))
     # Else XLA computes them once for each state.
     return lax.optimization_barrier((delta, delta * x))
 
@@ -231,10 +232,9 @@ def _before(h: Array, start: Array | None, document_state: Array | None) -> Arra
 
 
 def _decay(delta: Array, A: Array) -> Array:
-    return _exp2(delta[None] * (A * _LOG2_E))
+    return _exp2(delta[None] * (A * LOG2_E))
 
 
-_LOG2_E = math.log2(math.e)
 # Added to a small number, it leaves no room for a fraction in the 24 bits of a float32, and the
 # lowest bits hold the number's integer plus the bias of the exponent.
 _ROUNDER = 1.5 * 2**23 + 127
