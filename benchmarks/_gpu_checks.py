@@ -324,7 +324,7 @@ def conforming_elementwise(recorder: Recorder) -> None:
             [(batch, length, channels)] * 2 + [(channels,)] * 2,
         ),
         "convolution": (
-            partial(_convolution, causal_conv, segment_ids=segment_ids),
+            partial(_convolution, segment_ids=segment_ids),
             partial(_convolution_by_formula, segment_ids=segment_ids),
             [(batch, length, channels), (4, channels), (channels,), (batch, 3, channels)],
         ),
@@ -347,10 +347,10 @@ def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _convolution(
-    op: Any, x: Any, weight: Any, bias: Any, initial_inputs: Any, segment_ids: np.ndarray
+    x: Any, weight: Any, bias: Any, initial_inputs: Any, segment_ids: np.ndarray
 ) -> jax.Array:
     ids = jnp.asarray(segment_ids)
-    return op(x, weight, bias, initial_inputs=initial_inputs, segment_ids=ids)[0]
+    return causal_conv(x, weight, bias, initial_inputs=initial_inputs, segment_ids=ids)[0]
 
 
 def _convolution_by_formula(
@@ -370,12 +370,13 @@ def _convolution_by_formula(
 def _values_and_gradients(function: Any, arrays: list[jax.Array]) -> dict[str, jax.Array]:
     """By number; cotangents are cosines of positions."""
 
+    def cotangent(value: jax.Array) -> jax.Array:
+        return jnp.cos(jnp.arange(value.size)).reshape(value.shape).astype(value.dtype)
+
     @jax.jit
     def run(*arrays: jax.Array) -> list[jax.Array]:
         values, vjp = jax.vjp(function, *arrays)
-        cotangents = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size)).reshape(v.shape), values)
-        gradients = vjp(jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values))
-        return [*jax.tree.leaves(values), *gradients]
+        return [*jax.tree.leaves(values), *vjp(jax.tree.map(cotangent, values))]
 
     return {str(i): array for i, array in enumerate(run(*arrays))}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from interpreter import interpret_kernels
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from test_causal_conv import dsilu, silu
 
 from hymba_jax.config.parallel import ParallelConfig
 from hymba_jax.ops.causal_conv import causal_conv
@@ -70,9 +71,8 @@ def by_hand(inputs, dy, segment_ids=None, lengths=None):
                 [{"x": x, "initial_inputs": initial}[name][at] for name, at in sources]
             )
             total = bias + (weight * taken).sum(0)
-            sigmoid = 1 / (1 + np.exp(-total))
-            y[row, t] = total * sigmoid
-            dtotal = dy[row, t] * sigmoid * (1 + total * (1 - sigmoid))
+            y[row, t] = silu(total)
+            dtotal = dy[row, t] * dsilu(total)
             gradients["bias"] += dtotal
             gradients["weight"] += dtotal * taken
             for (name, at), tap in zip(sources, weight, strict=True):

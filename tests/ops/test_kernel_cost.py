@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jaxprs import stated_costs
 
 from hymba_jax.ops.attention.pallas_gpu import pallas_gpu
 from hymba_jax.ops.attention.pallas_tpu import pallas_tpu
@@ -44,22 +45,6 @@ def test_blocks_that_a_window_visits(window, start, always):
     assert counted == pairs.sum()
 
 
-def stated(function, *arrays):
-    """The costs of the kernels that a function calls, in order."""
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            if cost := equation.params.get("cost_estimate"):
-                yield cost
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-            ):
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
-
-    return [*walk(jax.make_jaxpr(function)(*arrays).jaxpr)]
-
-
 def gradient(function):
     """The output and all gradients, as a training step needs them."""
 
@@ -89,7 +74,7 @@ def test_attention_states_the_scores_that_it_computes(attention, widths):
     on_tpu = attention is pallas_tpu
     of_head = 512 * 128 + 3 * 256**2 if on_tpu else (4 + 4 + 3) * 128**2
     scores = 2 * 2 * of_head
-    costs = stated(gradient(run), *arrays)
+    costs = stated_costs(gradient(run), *arrays)
     assert [cost.transcendentals for cost in costs] == [scores] * len(widths)
     assert [cost.flops for cost in costs] == [2 * width * scores for width in widths]
 
@@ -105,7 +90,7 @@ def test_the_scan_states_its_exponentials_and_bytes(implementation):
         return selective_scan(x, dt, A, B, C, D, z, D, implementation=implementation)
 
     arrays = (sequence, sequence, A, projection, projection, D, sequence)
-    forward, backward = stated(gradient(run), *arrays)
+    forward, backward = stated_costs(gradient(run), *arrays)
     positions = 2 * 256 * 1280
     assert forward.transcendentals == positions * (16 + 2)
     assert backward.transcendentals == positions * (2 * 16 + 3)
@@ -123,7 +108,9 @@ def test_ssd_states_its_matmuls_exponentials_and_bytes():
     dt = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
     A = jax.ShapeDtypeStruct((4,), jnp.float32)
     B = jax.ShapeDtypeStruct((2, 256, 1, 128), jnp.float32)
-    forward, backward = stated(gradient(partial(ssd, implementation="pallas_tpu")), x, dt, A, B, B)
+    forward, backward = stated_costs(
+        gradient(partial(ssd, implementation="pallas_tpu")), x, dt, A, B, B
+    )
     positions, channels = 2 * 256, 4 * 64
     for cost in (forward, backward):
         assert cost.transcendentals == positions * 4 * (128 + 2)

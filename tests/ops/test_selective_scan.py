@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from jaxprs import stated_costs
 from slow import slow_but
 
 from hymba_jax.ops.platform import target_platform
@@ -111,19 +112,6 @@ def make_marks(batch, length):
     starts[0] = starts[-1]
     lengths = np.arange(1, batch + 1) * length // batch
     return {"segment_ids": starts.cumsum(1) % 2, "lengths": lengths}
-
-
-def kernels(jaxpr):
-    """The equations that call the GPU's, in order."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "mpmd_map":
-            yield equation
-            continue
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from kernels(inner)
 
 
 def documents_of(segment_ids):
@@ -318,8 +306,7 @@ def test_gpu_gradients_of_b_and_c_are_written_once_a_cluster():
         outputs, vjp = jax.vjp(lambda inputs: scan(**inputs), inputs)
         return vjp(outputs)
 
-    jaxpr = jax.make_jaxpr(gradients)(inputs).jaxpr
-    backward = [e.params["cost_estimate"] for e in kernels(jaxpr)][-1]
+    *_, backward = stated_costs(gradients, inputs)
     sequence, projection = batch * length * channels, batch * length * state
     states = state * channels
     once = 7 * sequence + 2 * projection  # x, dt, z, dy and the gradients of the first three; B, C

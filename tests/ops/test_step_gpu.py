@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interpreter import interpret_kernels
+from test_causal_conv import dsilu, silu
 
 from hymba_jax.ops.attention import attention_step, step_gpu
 from hymba_jax.ops.causal_conv import causal_conv
@@ -181,8 +182,7 @@ def test_causal_conv(kernels, channels, kernel):
     x, weight, bias, inputs = (np.float32(rng.normal(size=shape)) for shape in shapes)
     window = np.concatenate([inputs, x], axis=1)
     total = bias + (weight * window).sum(1, keepdims=True)
-    sigmoid = 1 / (1 + np.exp(-total))
-    y, dtotal = total * sigmoid, sigmoid * (1 + total * (1 - sigmoid))
+    y, dtotal = silu(total), dsilu(total)
     x[1], y[1], dtotal[1], window[1, 1:] = np.nan, 0, 0, inputs[1]
     lengths = jnp.asarray([1, 0, 1])
 
