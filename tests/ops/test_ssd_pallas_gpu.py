@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jaxprs import stated_costs
 from slow import slow_but
-from test_kernel_cost import gradient, stated
+from test_kernel_cost import gradient
 from test_selective_scan import float64, make_marks, on_device, with_gradients
 from test_ssd import (
     OPTIONAL,
@@ -183,11 +184,11 @@ def test_what_is_kept_is_not_computed_again():
     kept, again = policies.save_only_these_names(SCAN), policies.nothing_saveable
     for policy, kernels in ((kept, 4), (again, 5)):
         function = gradient(jax.checkpoint(scan, policy=policy))
-        assert len(stated(function, *arrays())) == kernels
+        assert len(stated_costs(function, *arrays())) == kernels
 
 
 def test_kernels_state_their_matmuls_and_bytes():
-    costs = stated(gradient(scan), *arrays())
+    costs = stated_costs(gradient(scan), *arrays())
     positions, chunk = 2 * 128 * 16, 64
     of_state = 64 * 128
     per_position = [
