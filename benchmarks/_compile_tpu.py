@@ -1,16 +1,16 @@
 """Compiles the selective scan for TPUs on a machine without one, and says what it will cost there.
 
 VMEM and spills are the compiler's, from the allocations that it dumps, and so are cycles, those of
-a position and 640 channels, from its schedules. Bytes are XLA's count, in which the kernel has what
-it states: a block whenever its index changes. Exponentials, with all that a TPU has the same slot
-for, are counted in the kernel's jaxpr.
+a position and 640 channels, from its schedules. Bytes are those that `hymba compile` counts, in
+which the kernel has what it states: a block whenever its index changes. Exponentials, with all that
+a TPU has the same slot for, are counted in the kernel's jaxpr.
 """
 
 import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,9 @@ from _scan_passes import (
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hymba_jax.aot.topology import without_a_tpu
+from hymba_jax.aot.cost import instruction_costs
+from hymba_jax.aot.hlo import Program
+from hymba_jax.aot.topology import CHIPS, without_a_tpu
 
 
 def compile_for_tpu(
@@ -42,7 +44,9 @@ def compile_for_tpu(
         rows: list[Row] = []
         for target in topology_names:
             compile_pass = partial(_compile, target, Path(dump))
-            rows += compile_scans(compile_pass, target, "pallas_tpu", lengths, batches, dtypes)
+            # Whose platform the kernels are traced for.
+            with jax.set_mesh(chip_mesh(target)):
+                rows += compile_scans(compile_pass, target, "pallas_tpu", lengths, batches, dtypes)
         return rows
 
 
@@ -63,7 +67,7 @@ class CompiledKernel(NamedTuple):
     spilled: int
     limit: int
     step: Loop
-    moved: float
+    moved: int
     jaxpr: Any
     params: Any
     operands: Any
@@ -80,12 +84,18 @@ class CompiledKernel(NamedTuple):
         return self.programs * self.step.cycles
 
 
+@cache
+def chip_mesh(target: str) -> Mesh:
+    """A chip of a slice."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    return Mesh(devices[:1], ("chip",))
+
+
 def compile_kernel(
     name: str, target: str, dump: Path, function: Callable[..., Any], inputs: Any
 ) -> CompiledKernel:
     """Compiles a function of the kernel whose name begins so, for a chip of a slice."""
-    chip = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:1]
-    sharding = NamedSharding(Mesh(chip, ("chip",)), PartitionSpec())
+    sharding = NamedSharding(chip_mesh(target), PartitionSpec())
     before = set(dump.iterdir())
     traced = jax.jit(function, in_shardings=sharding).trace(*inputs)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
@@ -96,12 +106,12 @@ def compile_kernel(
     )
     jaxpr = traced.jaxpr.jaxpr
     (kernel,) = (e for e, _ in equations(jaxpr) if e.primitive.name == "pallas_call")
-    costs: Any = compiled.cost_analysis()
+    costs = instruction_costs(Program(compiled.as_text()), CHIPS[target.partition(":")[0]])
     return CompiledKernel(
         *vmem_allocations(allocations),
         kernel.params["compiler_params"].vmem_limit_bytes,
         grid_loop(schedule),
-        costs["bytes accessed"],
+        round(sum(cost.hbm_bytes for cost in costs)),
         jaxpr,
         kernel.params,
         [v.aval for v in kernel.invars],
@@ -117,11 +127,10 @@ def _compile(target: str, dump: Path, function: Callable[..., Any], inputs: Any)
     taken = kernel.programs * exponentials(kernel.params["jaxpr"])
     batch, length, channels = kernel.operands[0].shape
     blocks = batch * length * channels / 640  # positions of as many channels as a block has
-    # One program of a group of blocks runs the loop for columns, the first, and, in the backward
-    # pass, the one for their gradients, the fifth.
-    shared = [loop for i, loop in enumerate(kernel.step.inner) if i in (0, 4)]
+    # One program of a group of blocks runs the first loop, for columns.
+    columns, *_ = kernel.step.inner
     others = 1 - 1 / kernel.params["grid_mapping"].grid[-1]
-    cycles = kernel.cycles - kernel.programs * others * sum(v.trips * v.cycles for v in shared)
+    cycles = kernel.cycles - kernel.programs * others * columns.trips * columns.cycles
     return {
         "compiled": "yes",
         "VMEM MiB": kernel.vmem / 2**20,

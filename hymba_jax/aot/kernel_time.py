@@ -15,24 +15,24 @@ CLOCKS = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
 
 CYCLES = {
     "TPU v5 lite": {
-        "selective_scan_forward": 2.92,
-        "selective_scan_backward": 3.86,
+        "selective_scan_forward": 2.44,
+        "selective_scan_backward": 3.34,
         "attention_forward": 5.86,
         "attention_backward": 10.3,
         "ssd_forward": 8.17,
         "ssd_backward": 14.2,
     },
     "TPU v6 lite": {
-        "selective_scan_forward": 2.82,
-        "selective_scan_backward": 3.83,
+        "selective_scan_forward": 2.46,
+        "selective_scan_backward": 3.16,
         "attention_forward": 4.58,
         "attention_backward": 6.42,
         "ssd_forward": 7.08,
         "ssd_backward": 13.5,
     },
 }
-"""Per 1024 exponentials at the sizes of the 1.5B, of SSD at those of the 1B in bfloat16; a v5p is
-charged those of a v5e."""
+"""Per 1024 exponentials in bfloat16, at the sizes of the 1.5B, of SSD at those of the 1B; a v5p is
+charged those of a v5e. In float32, scan and SSD take two to four times as many."""
 
 EXPONENTIALS_PER_SECOND = {"NVIDIA H100 80GB HBM3": 132 * 16 * 1.98e9}
 """16 a cycle on each of 132 multiprocessors."""

@@ -3,6 +3,13 @@
 import jax
 
 
+def device_kind() -> str:
+    """What JAX calls the device that is traced for, such as `TPU v4`."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    kind: str = (jax.devices()[0] if target is None else target).device_kind
+    return kind
+
+
 def target_platform() -> str:
     """`cpu`, `tpu`, `gpu` (Hopper), `older gpu` (without its asynchronous copies) or `newer gpu`
     (without its matrix instructions).

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Of the schedules on TPUs: float32 matmuls take several of bfloat16.
+MOST_CYCLES = {"bfloat16": (30, 76), "float32": (70, 290)}
 COMPILERS = {"v5e": "libtpu", "v6e": "libtpu", "h100": "jax_cuda13_plugin"}
 
 
@@ -25,15 +27,16 @@ def test_kernels_compile(target, dtype, tmp_path):
     subprocess.run([*command, "--target", target, "--dtype", dtype, *sizes], check=True)
     rows = {row["pass"]: row for row in map(json.loads, file.read_text().splitlines())}
     assert list(rows) == ["inference", "training", "backward"]
-    # The schedule of a TPU's backward pass is the better for some.
-    allowed = {"backward": 2**16} if target != "h100" else {}
-    for name, row in rows.items():
-        assert row["compiled"] == "yes"
-        assert row["spilled"] <= allowed.get(name, 0)
+    assert all(row["compiled"] == "yes" for row in rows.values())
     for name in ("inference", "training"):
         assert 1 <= rows[name]["HBM vs minimum"] < 1.15
         assert rows[name]["exponentials vs minimum"] == 1
     if target == "h100":
+        assert all(row["spilled"] == 0 for row in rows.values())
         assert all(row["waves"] >= 1 for row in rows.values())
     else:
         assert all(row["of limit"] < 1 for row in rows.values())
+        # Whose schedules are the better for some spilled registers.
+        forward, backward = MOST_CYCLES[dtype]
+        assert rows["training"]["cycles a position"] < forward
+        assert rows["backward"]["cycles a position"] < backward

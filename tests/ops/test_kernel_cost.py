@@ -81,9 +81,10 @@ def test_attention_states_the_scores_that_it_computes(attention, widths):
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
 def test_the_scan_states_its_exponentials_and_bytes(implementation):
-    """Two rows, 256 positions, 1280 channels, which TPUs take in two blocks that share B and C."""
-    sequence = jax.ShapeDtypeStruct((2, 256, 1280), jnp.float32)
-    projection = jax.ShapeDtypeStruct((2, 256, 16), jnp.float32)
+    """Two rows, 512 positions, 1280 channels, which TPUs take in two chunks, and in two blocks that
+    share B and C."""
+    sequence = jax.ShapeDtypeStruct((2, 512, 1280), jnp.float32)
+    projection = jax.ShapeDtypeStruct((2, 512, 16), jnp.float32)
     A, D = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 1280), (1280,)))
 
     def run(x, dt, A, B, C, D, z):
@@ -91,14 +92,17 @@ def test_the_scan_states_its_exponentials_and_bytes(implementation):
 
     arrays = (sequence, sequence, A, projection, projection, D, sequence)
     forward, backward = stated_costs(gradient(run), *arrays)
-    positions = 2 * 256 * 1280
+    positions = 2 * 512 * 1280
     assert forward.transcendentals == positions * (16 + 2)
     assert backward.transcendentals == positions * (2 * 16 + 3)
     if implementation == "pallas_tpu":
         state = 2 * 16 * 1280
         once = 4 * positions + 2 * state + 2 * state  # x, dt, z, y; first, last and chunks' states
-        once += 2 * 2 * 256 * 16 + (16 + 2) * 1280  # B and C; A, D and the bias, for all rows
+        once += 2 * 2 * 512 * 16 + (16 + 2) * 1280  # B and C; A, D and the bias, for all rows
         assert forward.bytes_accessed == 4 * once
+        # Matmuls, 16 positions at a time: y; then y again, and gradients of B, C, u and delta.
+        terms = positions * 16
+        assert [cost.flops for cost in (forward, backward)] == [2 * 16 * terms, 5 * 2 * 16 * terms]
 
 
 def test_ssd_states_its_matmuls_exponentials_and_bytes():

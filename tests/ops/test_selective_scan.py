@@ -31,7 +31,7 @@ OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 FLOAT32 = 1e-5
 
 # Positions that each implementation takes at a time; tests cross the borders between them.
-CHUNK = {"associative": 32, "pallas_gpu": 64, "pallas_tpu": 128, "reference": 1, "xla": 8}
+CHUNK = {"associative": 32, "pallas_gpu": 64, "pallas_tpu": 256, "reference": 1, "xla": 8}
 
 
 @contextmanager
@@ -39,7 +39,12 @@ def pallas_interpreter():
     """Runs a kernel as XLA operations, with NaN wherever nothing was written; its loops are not
     unrolled, so that it compiles faster."""
     rolled = patch.multiple(pallas_tpu, _UNROLL_ITERATIONS=1, _UNROLL_POSITIONS=1)
-    with patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)), rolled:
+    with (
+        patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True)),
+        patch.object(pallas_tpu, "_MAX_CHUNK", 48),
+        patch.dict(CHUNK, pallas_tpu=48),
+        rolled,
+    ):
         yield
 
 
@@ -262,6 +267,35 @@ def test_blocks_of_channels(scan, channels):
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
+def test_more_states_than_positions_of_an_iteration(scan):
+    """And blocks and chunks that end with the channels and with the length."""
+    sizes = (1, 32, 128, 20)
+    assert_conforms(scan, make_inputs(*sizes), make_weights(*sizes), exact_gradients(sizes))
+    assert_rounded(scan, sizes, SUMS_ON_TPUS)
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite"])
+@pytest.mark.parametrize("state", [4, 16, 48, 128, 600])
+@pytest.mark.parametrize("length", [1, 16, 17, 255, 256, 257, 2176])
+def test_chunks_of_tpus(length, state, kind, monkeypatch):
+    """Whole iterations, of which only the last may be padding, and few enough for VMEM."""
+    monkeypatch.setattr(pallas_tpu, "device_kind", lambda: kind)
+    chunk = pallas_tpu._chunk(length, state)
+    chunks = -(-length // chunk)
+    assert chunk % 16 == 0
+    assert chunks * chunk - length < 16 * chunks
+    assert chunk <= (64 if kind == "TPU v4" else 256)
+    assert chunk == 16 or chunk * state <= 256 * 32
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
+def test_mixed_dtypes_are_not_rounded(scan):
+    """With B and C in float32 all sums are, though x is in bfloat16."""
+    sizes = (1, 21, 5, 4)
+    assert_rounded(scan, sizes, halved=("x", "dt", "z"))
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
 def test_groups_of_blocks(scan, monkeypatch):
     """Two of a block each, whose gradients of B and C are summed."""
     monkeypatch.setattr(pallas_tpu, "_MAX_GROUP", 1)
@@ -349,7 +383,7 @@ def test_what_follows_the_end_does_not_matter(scan, implementation):
     assert all(np.asarray(gradients[name])[~past].any() for name in SEQUENCES)
 
 
-def assert_documents_apart(scan, inputs, weights, segment_ids):
+def assert_documents_apart(scan, inputs, weights, segment_ids, factors=(-2, np.nan)):
     """The values and gradients of each are the same to the last bit, whatever the others hold. Of
     what they share, the gradients are the document's own only while the others hold numbers. Rows
     have the same documents."""
@@ -374,7 +408,7 @@ def assert_documents_apart(scan, inputs, weights, segment_ids):
         alone, shared = of_the_document(inputs)
         assert all(gradient.any() for gradient in shared[0].values())
         assert not any(gradient.any() for gradient in shared[1])
-        for factor in (-2, np.nan):
+        for factor in factors:
             changed = {k: v.copy() for k, v in inputs.items()}
             for name in SEQUENCES:
                 changed[name][outside] *= np.float32(factor)
@@ -385,11 +419,13 @@ def assert_documents_apart(scan, inputs, weights, segment_ids):
 
 
 def test_documents_do_not_see_each_other(scan, implementation):
-    """One of them is a single position, the one after it lies across the border of a chunk."""
+    """One of them is a single position, the one after it lies across the border of a chunk. The
+    TPU kernels' sums have zeros for other positions, so that those have to be finite."""
     sizes = marked_sizes(implementation)
     segment_ids = np.zeros(sizes[:2], int)
     segment_ids[:, sizes[1] // 3] = 1
-    assert_documents_apart(scan, make_inputs(*sizes), make_weights(*sizes), segment_ids)
+    factors = (-2,) if implementation == "pallas_tpu" else (-2, np.nan)
+    assert_documents_apart(scan, make_inputs(*sizes), make_weights(*sizes), segment_ids, factors)
 
 
 # Kernels, and what CPUs use.
@@ -413,27 +449,56 @@ def test_optional_inputs(scan, without):
 
 
 @pytest.mark.parametrize("implementation", QUICK, indirect=True)
-def test_bfloat16(scan):
+def test_bfloat16(scan, implementation):
     """Arithmetic in float32, so the only error beyond it is the rounding of each result to
-    8 bits, 2**-9 of its size; a bound of 2**-8 leaves a result on the edge its neighbour."""
-    sizes = (2, 19, 6, 4)
-    halved = ("x", "dt", "B", "C", "z")
+    8 bits, 2**-9 of its size; a bound of 2**-8 leaves a result on the edge its neighbour. TPUs'
+    sums over states and channels round both factors, too."""
+    assert_rounded(scan, (2, 19, 6, 4), SUMS_ON_TPUS if implementation == "pallas_tpu" else ())
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu"], indirect=True)
+def test_bfloat16_in_several_chunks(scan, implementation):
+    """Of documents, with as many states as the models have and channels whose roundings average."""
+    sizes = (1, 2 * CHUNK[implementation] + 21, 130, 16)
+    assert_rounded(scan, sizes, SUMS_ON_TPUS, **make_marks(*sizes[:2]))
+
+
+# Results of sums whose factors TPUs round. Neither the states nor their gradients are among them.
+SUMS_ON_TPUS = ("y", "B", "C", "dt", "dt_bias", "x", "z")
+
+
+def assert_rounded(scan, sizes, sums=(), halved=("x", "dt", "B", "C", "z"), **marks):
+    """Bfloat16 inputs give the results of these numbers in float64, rounded.
+
+    Args:
+      sums: results whose terms are rounded, too: each by 2**-8 at most, which is as much as they
+        may be off in root mean square.
+      halved: the inputs in bfloat16.
+    """
+
+    def assert_result(name, actual, expected):
+        if name in sums:
+            error = np.asarray(actual, np.float64) - expected
+            assert np.square(error).mean() < np.square(2**-8 * np.asarray(expected)).mean(), name
+        else:
+            assert_close(actual, expected, relative=2**-8 if name in ("y", *halved) else 0)
+
     inputs, (of_y, of_state) = make_inputs(*sizes), make_weights(*sizes)
     low = {
         k: jnp.asarray(v, jnp.bfloat16 if k in halved else jnp.float32) for k, v in inputs.items()
     }
     of_y = jnp.asarray(of_y, jnp.bfloat16)
-    (y, final_state), gradients = with_gradients(scan, low, {}, (of_y, of_state))
+    (y, final_state), gradients = with_gradients(scan, low, on_device(marks), (of_y, of_state))
     assert y.dtype == jnp.bfloat16
     assert final_state.dtype == jnp.float32
-    expected_y, expected_state = oracle(**float64(low))
-    assert_close(y, expected_y, relative=2**-8)
+    expected_y, expected_state = oracle(**float64(low), **marks)
+    assert_result("y", y, expected_y)
     assert_close(final_state, expected_state)
 
-    exact = gradients_in_float64(float64(low), (of_y, of_state))
+    exact = gradients_in_float64(float64(low), (of_y, of_state), **marks)
     for name, gradient in gradients.items():
         assert gradient.dtype == low[name].dtype
-        assert_close(gradient, exact[name], relative=2**-8 if name in halved else 0)
+        assert_result(name, gradient, exact[name])
 
 
 # Two halves are one program.

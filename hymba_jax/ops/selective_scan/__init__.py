@@ -6,7 +6,7 @@
 | `xla`          | a loop, for CPUs                                | 8 positions                  |
 | `associative`  | a parallel prefix in each chunk                 | 32 positions                 |
 | `pallas_gpu`   | Mosaic GPU kernels, from Hopper on              | 64 positions                 |
-| `pallas_tpu`   | Mosaic TPU kernels                              | 128 positions                |
+| `pallas_tpu`   | Mosaic TPU kernels                              | 256 positions                |
 
 All of them pass one suite of tests, and run on shards of the length where the mesh in context
 shards it (`sharded`). `selective_scan_step` is one position, for decoding.

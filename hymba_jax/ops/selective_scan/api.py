@@ -66,7 +66,9 @@ def selective_scan(
         y_t = (sum over states of h_t C_t + D x_t) * silu(z_t)
 
     which is equation 2 of Mamba (arXiv 2312.00752), discretised as its algorithm 2 does and
-    its code simplifies it (zero-order hold for A, Euler for B). All arithmetic is float32.
+    its code simplifies it (zero-order hold for A, Euler for B). All arithmetic is float32, but that
+    on TPUs, where x, B and C are in bfloat16, so are the factors in sums over states and over
+    channels. There, what is not finite spoils up to 15 positions before it, too.
 
     Args:
       x: input of the state-space model, after convolution and activation.
@@ -79,7 +81,8 @@ def selective_scan(
       dt_bias: bias added to `dt`; optional.
       initial_state: the state before the first position; zeros if absent.
       segment_ids: the document of each position, where rows contain several. A document starts
-        where the id changes, from `initial_state`.
+        where the id changes, from `initial_state`. It does not depend on the others, provided, on
+        TPUs, that they are finite.
       lengths: valid positions of each row. The rest is padding: it has y = 0 and does not change
         the state.
       implementation: a name in `IMPLEMENTATIONS`; by default the fastest for the platform, or the

@@ -2,11 +2,13 @@
 
 The grid runs over rows, groups of blocks of channels and, sequentially, chunks of time and, in
 each, the blocks of a group, whose states stay in VMEM between chunks. As in HBM, channels lie along
-lanes; states lie along sublanes. The scan is bound by arithmetic slots: `_put_columns` and
-`_prepare` store operands in VMEM so that loads broadcast them over tiles, and `_fold` makes sums
-over states cheap. What goes across lanes is done once for all blocks of a group, as it would delay
-the arithmetic. The positions of an iteration are scheduled together; tile after tile, few registers
-spill.
+lanes; states lie along sublanes. The recurrence is bound by arithmetic slots: `_put_columns` and
+`_prepare` store its operands in VMEM so that loads broadcast them over tiles.
+
+The matrix units, for which a recurrence has no use, take the sums over states and over channels
+(`tpu_terms`), of an iteration of 16 positions at a time. Where x, B and C are in bfloat16, so are
+their operands, as those of the model's matmuls; the recurrence is in float32. A sum has zeros for
+the other positions, so that what is not finite spoils all 16.
 
 The gradient keeps only the states between chunks. Its kernel takes the chunks in reverse,
 recomputes the states of each, and walks back over them.
@@ -24,32 +26,48 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.documents import Documents
 from hymba_jax.ops.kernel_cost import block_bytes
+from hymba_jax.ops.platform import device_kind
 from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.cost import backward_cost, forward_cost
 from hymba_jax.ops.selective_scan.softplus import softplus
+from hymba_jax.ops.selective_scan.tpu_terms import (
+    LANES,
+    POSITIONS,
+    Index,
+    Ref,
+    add_own_states,
+    columns_of,
+    from_packed_order,
+    matmul_dtype,
+    over_lanes,
+    put_terms,
+    spread,
+    sum_over_channels,
+    sum_over_states,
+    terms_shape,
+    to_packed_order,
+    to_rows,
+)
 from hymba_jax.types import Array, Float
 
-# Positions per chunk: one for each lane of the transposed B and C.
-_CHUNK = 128
-# A tile is 8 sublanes by 128 lanes. An iteration of a loop takes 8 positions.
-_SUBLANES, _LANES = 8, 128
+# A tile is 8 sublanes by 128 lanes.
+_SUBLANES = 8
+# Positions per chunk, and times states: longer ones have less of what is done once a chunk, until
+# the states take too much VMEM. Chips of these kinds have 16 MiB.
+_MAX_CHUNK, _MAX_CHUNK_STATES = 256, 256 * 32
+_SMALL_VMEM, _SMALL_CHUNK = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite"), 64
 # Channels and states per block: a wider one has more tiles for the latencies of each, until the
 # states take too many registers, and those of a chunk too much VMEM.
 _MAX_BLOCK, _MAX_STATES = 640, 640 * 16
 # Blocks per group. VMEM holds the states of all.
 _MAX_GROUP = 8
-_ITERATIONS = _CHUNK // _SUBLANES
-# Iterations, and positions of the recurrence, scheduled together: the latencies of one are the time
-# of the others.
-_UNROLL_ITERATIONS, _UNROLL_POSITIONS = 2, _SUBLANES
-# 16 states take about the 16 MiB of VMEM that a kernel has unasked, 128 take 47 MiB.
+# Scheduled together: positions of the recurrence, and iterations of loops without one.
+_UNROLL_POSITIONS, _UNROLL_ITERATIONS = POSITIONS, 4
+# Unasked, a kernel has 16 MiB. The gradient of 16 states takes 23, in float32 30.
 _PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
     vmem_limit_bytes=48 * 2**20,
 )
-
-# A VMEM ref, a shape or a BlockSpec of an array, depending on the stage.
-Ref = Any
 
 
 class _Inputs(NamedTuple):
@@ -58,9 +76,9 @@ class _Inputs(NamedTuple):
     x: Ref  # (batch, length, channels), as are dt and z
     dt: Ref
     z: Ref  # or None
-    B: Ref  # (batch, state, length), as is C
+    B: Ref  # (batch, chunks, iterations, row), see `tpu_terms`, as is C
     C: Ref
-    starts: Ref  # (batch, 8, length), 1 where a document starts, else 0; or None
+    starts: Ref  # the same: zeros, and a 1 in a position's first column if a document starts there
     A: Ref  # (state, channels)
     D: Ref  # (1, channels), as is dt_bias
     dt_bias: Ref
@@ -73,13 +91,14 @@ class _Steps(NamedTuple):
 
     delta: Ref  # (tiles, positions, lanes), as is u
     u: Ref
-    B: Ref  # (positions, tiles, sublanes, lanes), as are C and starts
-    C: Ref
-    starts: Ref  # or None
+    B: Ref  # (positions, states, lanes), as is C
+    C: Ref  # None in the forward pass
+    starts: Ref  # (positions, lanes); or None
     document_state: Ref  # or None
     # A is in base 2, which saves one multiplication per exponential. What a kernel has written is
     # loaded in each step; an input would occupy registers throughout.
     rates: Ref
+    terms: Ref  # of an iteration: states, and walking back their gradients
 
 
 def selective_scan_pallas_tpu(
@@ -95,24 +114,27 @@ def selective_scan_pallas_tpu(
     documents: Documents | None = None,
 ) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
     """`selective_scan` with the softplus, the skip and the gate inside the kernel."""
-    batch, _, channels = x.shape
+    batch, length, channels = x.shape
     state, block = A.shape[0], _block(A.shape[0], channels)
+    # Of y. The matmuls' operands have the dtype of the kernels' x.
+    of_y, x = x.dtype, x.astype(jnp.result_type(x, B, C))
+    chunk, dtype = _chunk(length, state), matmul_dtype(x.dtype)
 
     def of_positions(v: Array) -> Array:
-        return _pad(v.astype(jnp.float32).swapaxes(1, 2), _SUBLANES, _CHUNK)
+        return to_rows(_pad(v, chunk, POSITIONS), chunk)
 
     def of_channels(v: Array | None) -> Array:
         v = jnp.zeros(channels) if v is None else v
         return _pad(v.astype(jnp.float32)[None], 1, block)
 
     def of_states(v: Array) -> Array:
-        return _pad(v.astype(jnp.float32), _SUBLANES, block)
+        return to_packed_order(_pad(v.astype(jnp.float32), POSITIONS, block), dtype)
 
     if initial_state is None:
         initial_state = jnp.zeros((batch, state, channels))
     starts = document_state = None
     if documents is not None:
-        starts = of_positions(jnp.repeat(documents.starts[..., None], _SUBLANES, axis=2))
+        starts = of_positions(documents.starts[..., None].astype(jnp.float32))
         document_state = of_states(documents.state)
     y, final_state = _scan(
         _Inputs(
@@ -129,7 +151,7 @@ def selective_scan_pallas_tpu(
             document_state=document_state,
         )
     )
-    return y, final_state[:, :state, :channels]
+    return y.astype(of_y), from_packed_order(final_state, dtype)[:, :state, :channels]
 
 
 @jax.custom_vjp
@@ -165,20 +187,21 @@ def _forward(inputs: _Inputs, *, keep_chunk_states: bool) -> tuple[Array, ...]:
         in_specs=[specs],
         out_specs=out_specs,
         out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype) for v in shapes][:outputs],
-        scratch_shapes=[_steps(inputs), _terms(inputs)],
+        scratch_shapes=[_steps(inputs)._replace(C=None)],
         compiler_params=_PARAMS,
-        cost_estimate=forward_cost(*_sizes(inputs), moved),
+        cost_estimate=forward_cost(*_sizes(inputs), moved, flops=_sum_flops(inputs)),
         name="selective_scan_forward",
     )(inputs)
 
 
 def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -> None:
     # A block that is the same in every chunk stays in VMEM until the last: `h_ref` carries.
-    y_ref, h_ref, *borders_refs, steps, terms_ref = refs
+    y_ref, h_ref, *borders_refs, steps = refs
+    dtype = matmul_dtype(y_ref.dtype)
     lanes = _own_lanes(y_ref)
     inputs, h_ref = _own(inputs, lanes), h_ref.at[:, :, lanes]
     chunk = pl.program_id(2)
-    valid_rows = _valid_rows(edge, chunk, y_ref.shape[2])
+    valid_rows = _valid_rows(edge, chunk, *y_ref.shape[1:])
 
     @pl.when(chunk == 0)
     def _() -> None:
@@ -193,36 +216,34 @@ def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -
 
     _prepare(inputs, steps, valid_rows)
 
-    def iteration(i: Array, h: list[Array]) -> list[Array]:
-        def advance(t: Array, h: list[Array]) -> list[Array]:
-            at = i * _SUBLANES + t
-            C = steps.C[at]
-            for tile in range(len(h)):
-                h[tile] = _advance(steps, tile, at, h[tile])
-                _fold(terms_ref, tile, t, h[tile] * C)
-            return h
-
-        h = jax.lax.fori_loop(0, _SUBLANES, advance, h, unroll=_UNROLL_POSITIONS)
-        rows, valid = _rows(i), valid_rows(i)
-        y = _unfold(terms_ref) + inputs.D[...] * _read(inputs.x, rows, valid)
-        if inputs.z is not None:
-            y = y * jax.nn.silu(_read(inputs.z, rows, valid))
-        y_ref[0, rows] = y.astype(y_ref.dtype)
+    def position(i: Index, tile: int, t: Index, h: Array) -> Array:
+        h = _advance(steps, tile, i * POSITIONS + t, h)
+        put_terms(steps.terms, tile, t, h)
         return h
 
-    h = _tiles(h_ref[0])
-    h = jax.lax.fori_loop(0, _ITERATIONS, iteration, h, unroll=_UNROLL_ITERATIONS)
-    h_ref[0] = _flat(h)
+    def advance(i: Index) -> None:
+        for tile, lanes in _tiles_of(y_ref):
+            h_ref[0, :, lanes] = _positions(partial(position, i, tile), h_ref[0, :, lanes])
+
+    def read(i: Index) -> None:
+        rows, valid, C = _rows(i), valid_rows(i), spread(_row_of(inputs.C, i), dtype)
+        for tile, lanes in _tiles_of(y_ref):
+            y = sum_over_states(C, steps.terms, tile)
+            y += inputs.D[:, lanes] * _read(inputs.x, rows, lanes, valid)
+            if inputs.z is not None:
+                y = y * jax.nn.silu(_read(inputs.z, rows, lanes, valid))
+            y_ref[0, rows, lanes] = y.astype(y_ref.dtype)
+
+    _overlap(advance, read, iterations=inputs.C.shape[2])
 
 
 def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _Inputs:
     """The gradient of each input, given the states before chunks and the cotangents."""
     batch, groups, chunks, _ = grid = _grid(inputs)
     specs, chunk_state_spec = _specs(inputs, lambda step: chunks - 1 - step)
-    state = inputs.A.shape[0]
     # What several programs read gets a gradient from each of them, to be summed.
     positions_spec = pl.BlockSpec(
-        (1, 1, state, _CHUNK), lambda b, g, t, e: (b, g, 0, chunks - 1 - t)
+        (1, *specs.B.block_shape), lambda b, g, t, e: (b, g, chunks - 1 - t, 0, 0)
     )
     group_channels = inputs.A.shape[1] // groups
     channels_spec = pl.BlockSpec((1, _SUBLANES, group_channels), lambda b, g, t, e: (b, 0, g))
@@ -241,6 +262,7 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _In
     out_specs = specs._replace(starts=None, **{k: spec for k, (spec, _) in shared.items()})
     operands = (inputs, chunk_states, dy, dh)
     steps = _steps(inputs)
+    tiles, *tile = steps.rates.shape
     (gradients,) = pl.pallas_call(
         partial(_backward_kernel, edge=_edge(inputs)),
         grid=grid,
@@ -249,16 +271,15 @@ def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _In
         out_shape=[shapes],
         scratch_shapes=[
             steps,
-            pltpu.VMEM((_CHUNK + 1, *steps.rates.shape), jnp.float32),
+            pltpu.VMEM((tiles, steps.u.shape[1] + 1, *tile), jnp.float32),
             steps.u,
-            steps.B,
-            steps.C,
-            _terms(inputs),
-            _terms(inputs),
+            steps.terms,
         ],
         compiler_params=_PARAMS,
         cost_estimate=backward_cost(
-            *_sizes(inputs), block_bytes(grid, [in_specs, out_specs], [operands, shapes])
+            *_sizes(inputs),
+            block_bytes(grid, [in_specs, out_specs], [operands, shapes]),
+            flops=(4 if inputs.z is None else 5) * _sum_flops(inputs),
         ),
         name="selective_scan_backward",
     )(*operands)
@@ -280,10 +301,7 @@ def _backward_kernel(
     steps: _Steps,
     states_ref: Ref,
     dy_ungated_ref: Ref,
-    dB_ref: Ref,
-    dC_ref: Ref,
-    du_terms_ref: Ref,
-    ddelta_terms_ref: Ref,
+    dexponents_ref: Ref,
     *,
     edge: tuple[int, int] | None,
 ) -> None:
@@ -291,7 +309,7 @@ def _backward_kernel(
     inputs, gradients = _own(inputs, lanes), _own(gradients, lanes)
     final_dh_ref = final_dh_ref.at[:, :, lanes]
     step = pl.program_id(2)
-    valid_rows = _valid_rows(edge, pl.num_programs(2) - 1 - step, dy_ref.shape[2])
+    valid_rows = _valid_rows(edge, pl.num_programs(2) - 1 - step, *dy_ref.shape[1:])
 
     @pl.when(step == 0)
     def _() -> None:
@@ -302,232 +320,232 @@ def _backward_kernel(
 
     @pl.when(pl.program_id(3) == 0)
     def _() -> None:
-        _put_columns(inputs, steps, dB_ref, dC_ref)
+        _put_columns(inputs, steps)
+        for sums in (gradients.B, gradients.C):
+            sums[...] = jnp.zeros(sums.shape, sums.dtype)
 
     _prepare(inputs, steps, valid_rows)
+    dtype, iterations = matmul_dtype(dy_ref.dtype), inputs.C.shape[2]
 
-    def recompute(i: Array, _: None) -> None:
-        rows, valid = _rows(i), valid_rows(i)
-        dy = _read(dy_ref, rows, valid)
-        if inputs.z is not None:
-            z = _read(inputs.z, rows, valid)
-            gate = jax.nn.sigmoid(z)
-            dgate = dy * gate * (1 + z * (1 - gate))
-            dy = dy * z * gate
-        _put_rows(dy_ungated_ref, rows, dy)
+    def advance(i: Index, tile: int, t: Index, h: Array) -> Array:
+        at = i * POSITIONS + t
+        h = _advance(steps, tile, at, h)
+        states_ref[tile, at + 1] = h
+        put_terms(steps.terms, tile, t, h)
+        return h
 
-        def advance(t: Array, h: list[Array]) -> list[Array]:
-            at = i * _SUBLANES + t
-            C, dC = steps.C[at], dC_ref[at]
-            for tile in range(len(h)):
-                h[tile] = _advance(steps, tile, at, h[tile])
-                states_ref[at + 1, tile] = h[tile]
-                dC += h[tile] * _row(dy_ungated_ref, tile, at)
-                if inputs.z is not None:
-                    _fold(du_terms_ref, tile, t, h[tile] * C)
-            dC_ref[at] = dC
-            return h
+    def recompute(i: Index) -> None:
+        for tile, _ in _tiles_of(dy_ref):
+            _positions(partial(advance, i, tile), states_ref[tile, i * POSITIONS])
 
-        h = list(states_ref[i * _SUBLANES])
-        jax.lax.fori_loop(0, _SUBLANES, advance, h, unroll=_UNROLL_POSITIONS)
-        if inputs.z is not None:
-            y = _unfold(du_terms_ref) + inputs.D[...] * _read(inputs.x, rows, valid)
-            gradients.z[0, rows] = (dgate * y).astype(gradients.z.dtype)
+    def read(i: Index) -> None:
+        rows, valid, C = _rows(i), valid_rows(i), spread(_row_of(inputs.C, i), dtype)
+        dC = jnp.zeros(C.shape)
+        for tile, lanes in _tiles_of(dy_ref):
+            dy = _read(dy_ref, rows, lanes, valid)
+            if inputs.z is not None:
+                z = _read(inputs.z, rows, lanes, valid)
+                gate = jax.nn.sigmoid(z)
+                y = sum_over_states(C, steps.terms, tile)
+                y += inputs.D[:, lanes] * _read(inputs.x, rows, lanes, valid)
+                dz = dy * gate * (1 + z * (1 - gate)) * y
+                gradients.z[0, rows, lanes] = dz.astype(gradients.z.dtype)
+                dy = dy * z * gate
+            dy_ungated_ref[tile, rows] = dy
+            dC += sum_over_channels(dy, steps.terms, tile)
+        add_own_states(gradients.C.at[0, 0, 0], i, dC)
 
-    _put_tiles(states_ref.at[0], border_ref[0, 0])
-    jax.lax.fori_loop(0, _ITERATIONS, recompute, None, unroll=_UNROLL_ITERATIONS)
+    _put_tiles(states_ref.at[:, 0], border_ref[0, 0])
+    _overlap(recompute, read, iterations=iterations)
 
-    def walk_back(iteration: Array, _: None) -> None:
-        i = _ITERATIONS - 1 - iteration
-        rows, valid = _rows(i), valid_rows(i)
+    def retreat(
+        i: Index, tile: int, lanes: slice, step: Index, carry: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
+        dh, dA = carry
+        t = POSITIONS - 1 - step
+        at = i * POSITIONS + t
+        delta = _row(steps.delta, tile, at)
+        dh += steps.C[at] * _row(dy_ungated_ref, tile, at)
+        put_terms(steps.terms, tile, t, dh)
+        dh *= jnp.exp2(delta * steps.rates[tile])
+        dexponent = dh * _before(steps, tile, at, states_ref[tile, at])
+        put_terms(dexponents_ref, tile, t, dexponent * inputs.A[:, lanes])
+        dA += dexponent * delta
+        if steps.starts is not None:
+            start = _is_start(steps, at)
+            gradients.document_state[0, :, lanes] += jnp.where(start, dh, 0)
+            dh = jnp.where(start, 0, dh)
+        return dh, dA
 
-        def retreat(
-            step: Array, carry: tuple[list[Array], list[Array]]
-        ) -> tuple[list[Array], list[Array]]:
-            t = _SUBLANES - 1 - step
-            at = i * _SUBLANES + t
-            dh, dA = carry
-            B, C, dB = steps.B[at], steps.C[at], dB_ref[at]
-            for tile, A in enumerate(_tiles(inputs.A[...])):
-                delta = _row(steps.delta, tile, at)
-                dh[tile] += C * _row(dy_ungated_ref, tile, at)
-                dB += dh[tile] * _row(steps.u, tile, at)
-                _fold(du_terms_ref, tile, t, dh[tile] * B)
-                dh[tile] *= jnp.exp2(delta * steps.rates[tile])
-                dexponent = dh[tile] * _before(steps, tile, at, states_ref[at, tile])
-                _fold(ddelta_terms_ref, tile, t, dexponent * A)
-                dA[tile] += dexponent * delta
-            dB_ref[at] = dB
-            if steps.starts is not None:
-                start = steps.starts[at] > 0
-                gradients.document_state[0] += _flat([jnp.where(start, v, 0) for v in dh])
-                dh = [jnp.where(start, 0, v) for v in dh]
-            return dh, dA
+    def walk_back(step: Index) -> None:
+        i = iterations - 1 - step
+        for tile, lanes in _tiles_of(dy_ref):
+            carry = gradients.initial_state[0, :, lanes], gradients.A[0, :, lanes]
+            dh, dA = _positions(partial(retreat, i, tile, lanes), carry)
+            gradients.initial_state[0, :, lanes], gradients.A[0, :, lanes] = dh, dA
 
-        carry = _tiles(gradients.initial_state[0]), _tiles(gradients.A[0])
-        dh, dA = jax.lax.fori_loop(0, _SUBLANES, retreat, carry, unroll=_UNROLL_POSITIONS)
-        gradients.initial_state[0] = _flat(dh)
-        gradients.A[0] = _flat(dA)
-        x, dt = _read(inputs.x, rows, valid), _dt(inputs, rows, valid)
-        dy, delta = _rows_of(dy_ungated_ref, rows), _rows_of(steps.delta, rows)
-        du = _unfold(du_terms_ref)
-        dx = du * delta + inputs.D[...] * dy
-        ddt = (_unfold(ddelta_terms_ref) + du * x) * jax.nn.sigmoid(dt)
-        gradients.x[0, rows] = dx.astype(gradients.x.dtype)
-        gradients.dt[0, rows] = ddt.astype(gradients.dt.dtype)
-        gradients.D[0] += dy * x
-        gradients.dt_bias[0] += ddt
+    def put_gradients(step: Index) -> None:
+        i = iterations - 1 - step
+        rows, valid, B = _rows(i), valid_rows(i), spread(_row_of(inputs.B, i), dtype)
+        ones, dB = spread(jnp.ones((1, B.shape[1])), dtype), jnp.zeros(B.shape)
+        for tile, lanes in _tiles_of(dy_ref):
+            dB += sum_over_channels(steps.u[tile, rows], steps.terms, tile)
+            du = sum_over_states(B, steps.terms, tile)
+            ddelta = sum_over_states(ones, dexponents_ref, tile)
+            x, dt = _read(inputs.x, rows, lanes, valid), _dt(inputs, rows, lanes, valid)
+            dy = dy_ungated_ref[tile, rows]
+            dx = du * steps.delta[tile, rows] + inputs.D[:, lanes] * dy
+            ddt = (ddelta + du * x) * jax.nn.sigmoid(dt)
+            gradients.x[0, rows, lanes] = dx.astype(gradients.x.dtype)
+            gradients.dt[0, rows, lanes] = ddt.astype(gradients.dt.dtype)
+            gradients.D[0, :, lanes] += _fold(dy * x)
+            gradients.dt_bias[0, :, lanes] += _fold(ddt)
+        add_own_states(gradients.B.at[0, 0, 0], i, dB)
 
-    jax.lax.fori_loop(0, _ITERATIONS, walk_back, None, unroll=_UNROLL_ITERATIONS)
-
-    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
-    def _() -> None:
-        gradients.B[0, 0], gradients.C[0, 0] = _sum_lanes(dB_ref, dC_ref)
+    _overlap(walk_back, put_gradients, iterations=iterations)
 
 
-def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Array], Array | None]) -> None:
+def _overlap(
+    first: Callable[[Index], None], second: Callable[[Index], None], iterations: int
+) -> None:
+    """Runs both for each iteration, `second` and `first` of the next together: latencies of its
+    matmuls are time for that recurrence. It is traced before, and so reads terms before they are
+    written anew."""
+    first(0)
+
+    def iteration(i: Index, _: None) -> None:
+        second(i)
+        first(i + 1)
+
+    jax.lax.fori_loop(0, iterations - 1, iteration, None)
+    second(iterations - 1)
+
+
+def _positions(position: Callable[[Index, Any], Any], carry: Any) -> Any:
+    """A loop over those of an iteration."""
+    return jax.lax.fori_loop(0, POSITIONS, position, carry, unroll=_UNROLL_POSITIONS)
+
+
+def _tiles_of(sequence: Ref) -> list[tuple[int, slice]]:
+    """The tiles of a block's channels, and their lanes."""
+    return [(n, slice(n * LANES, (n + 1) * LANES)) for n in range(sequence.shape[2] // LANES)]
+
+
+def _fold(v: Array) -> Array:
+    """The halves of an iteration's positions, added; sums over the others are left to XLA."""
+    return v[:_SUBLANES] + v[_SUBLANES:]
+
+
+def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Index], Array | None]) -> None:
     """Lays out the other operands, those of a block."""
     _put_tiles(steps.rates, inputs.A[...] * math.log2(math.e))
     if inputs.starts is not None:
         _put_tiles(steps.document_state, inputs.document_state[0])
 
-    def iteration(i: Array, _: None) -> None:
+    def iteration(i: Index, _: None) -> None:
         rows, valid = _rows(i), valid_rows(i)
-        delta = softplus(_dt(inputs, rows, valid), jnp.exp)
-        _put_rows(steps.delta, rows, delta)
-        _put_rows(steps.u, rows, delta * _read(inputs.x, rows, valid))
+        for tile, lanes in _tiles_of(inputs.x):
+            delta = softplus(_dt(inputs, rows, lanes, valid), jnp.exp)
+            steps.delta[tile, rows] = delta
+            steps.u[tile, rows] = delta * _read(inputs.x, rows, lanes, valid)
 
-    jax.lax.fori_loop(0, _ITERATIONS, iteration, None, unroll=_UNROLL_ITERATIONS)
-
-
-def _put_columns(inputs: _Inputs, steps: _Steps, *sums_refs: Ref) -> None:
-    """Lays out a chunk's columns for all blocks of a group, and clears what they add up."""
-    pairs = ((inputs.B, steps.B), (inputs.C, steps.C), (inputs.starts, steps.starts))
-    sources, columns = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
-
-    def iteration(i: Array, sources: list[Array]) -> list[Array]:
-        """Takes the first columns and rolls on to the next."""
-        for ref, source in zip(columns, sources, strict=True):
-            for t in range(_SUBLANES):
-                column = jnp.broadcast_to(source[:, t : t + 1], source.shape)
-                ref[i * _SUBLANES + t] = column.reshape(ref.shape[1:])
-        for ref in sums_refs:
-            for t in range(_SUBLANES):
-                ref[i * _SUBLANES + t] = jnp.zeros(ref.shape[1:])
-        return [pltpu.roll(source, _CHUNK - _SUBLANES, 1) for source in sources]
-
-    jax.lax.fori_loop(
-        0, _ITERATIONS, iteration, [ref[0] for ref in sources], unroll=_UNROLL_ITERATIONS
-    )
+    jax.lax.fori_loop(0, inputs.C.shape[2], iteration, None, unroll=_UNROLL_ITERATIONS)
 
 
-def _dt(inputs: _Inputs, rows: Ref, valid: Array | None) -> Array:
+def _put_columns(inputs: _Inputs, steps: _Steps) -> None:
+    """Lays out a chunk's B, C and starts over lanes, for all blocks of a group."""
+    dtype = matmul_dtype(inputs.x.dtype)
+
+    def iteration(i: Index, _: None) -> None:
+        for ref, columns in ((inputs.B, steps.B), (inputs.C, steps.C)):
+            if columns is not None:
+                columns[_rows(i)] = columns_of(_row_of(ref, i), dtype)
+        if steps.starts is not None:
+            steps.starts[_rows(i)] = over_lanes(spread(_row_of(inputs.starts, i), dtype))
+
+    jax.lax.fori_loop(0, inputs.C.shape[2], iteration, None, unroll=_UNROLL_ITERATIONS)
+
+
+def _row_of(ref: Ref, i: Index) -> Array:
+    return ref[0, 0, pl.ds(i, 1)]
+
+
+def _dt(inputs: _Inputs, rows: Ref, lanes: slice, valid: Array | None) -> Array:
     # softplus(-inf) = 0, so what lies past the end leaves the state unchanged.
-    return _read(inputs.dt, rows, valid, -jnp.inf) + inputs.dt_bias[...]
+    return _read(inputs.dt, rows, lanes, valid, -jnp.inf) + inputs.dt_bias[:, lanes]
 
 
-def _before(steps: _Steps, tile: int, at: Array, h: Array) -> Array:
+def _before(steps: _Steps, tile: int, at: Index, h: Array) -> Array:
     """The state before a position, given that after the position before."""
     if steps.starts is None:
         return h
-    return jnp.where(steps.starts[at] > 0, steps.document_state[tile], h)
+    return jnp.where(_is_start(steps, at), steps.document_state[tile], h)
 
 
-def _advance(steps: _Steps, tile: int, at: Array, h: Array) -> Array:
+def _is_start(steps: _Steps, at: Index) -> Array:
+    return steps.starts[pl.ds(at, 1)] > 0
+
+
+def _advance(steps: _Steps, tile: int, at: Index, h: Array) -> Array:
     """The state after a position, given that after the position before."""
     decay = jnp.exp2(_row(steps.delta, tile, at) * steps.rates[tile])
     return decay * _before(steps, tile, at, h) + _row(steps.u, tile, at) * steps.B[at]
 
 
-def _rows(i: Array) -> Ref:
-    return pl.ds(pl.multiple_of(i * _SUBLANES, _SUBLANES), _SUBLANES)
+def _rows(i: Index) -> Ref:
+    return pl.ds(pl.multiple_of(jnp.asarray(i * POSITIONS), POSITIONS), POSITIONS)
 
 
-def _row(ref: Ref, tile: int, at: Array) -> Array:
+def _row(ref: Ref, tile: int, at: Index) -> Array:
     """A position's row, broadcast over states, which loads do at no cost."""
-    return ref[tile, pl.ds(at, 1)][None]
-
-
-def _put_rows(ref: Ref, rows: Ref, v: Array) -> None:
-    ref[:, rows] = jnp.stack(jnp.split(v, ref.shape[0], axis=1))
-
-
-def _rows_of(ref: Ref, rows: Ref) -> Array:
-    return jnp.concatenate(list(ref[:, rows]), axis=1)
-
-
-def _tiles(v: Array) -> list[Array]:
-    """(state, channels) as tiles of channels, (tiles of states, sublanes, lanes) each."""
-    tiles = jnp.split(v, v.shape[1] // _LANES, axis=1)
-    return [tile.reshape(-1, _SUBLANES, _LANES) for tile in tiles]
+    return ref[tile, pl.ds(at, 1)]
 
 
 def _put_tiles(ref: Ref, v: Array) -> None:
-    ref[...] = jnp.stack(_tiles(v))
+    """Stores (state, channels) as tiles of channels, (state, lanes) each."""
+    ref[...] = jnp.stack(jnp.split(v, v.shape[1] // LANES, axis=1))
 
 
-def _flat(tiles: list[Array]) -> Array:
-    """The inverse of `_tiles`."""
-    return jnp.concatenate([tile.reshape(-1, _LANES) for tile in tiles], axis=1)
-
-
-def _sum_lanes(*refs: Ref) -> list[Array]:
-    """Columns that were added up but for their lanes, as (state, positions)."""
-    lanes = jax.lax.broadcasted_iota(jnp.int32, (1, _CHUNK), 1)
-
-    def iteration(i: Array, sums: list[Array]) -> list[Array]:
-        for at in (i * _SUBLANES + t for t in range(_SUBLANES)):
-            columns = [ref[at].reshape(-1, _LANES).sum(1, keepdims=True) for ref in refs]
-            sums = [jnp.where(lanes == at, *pair) for pair in zip(columns, sums, strict=True)]
-        return sums
-
-    sums = [jnp.zeros((ref.shape[1] * _SUBLANES, _CHUNK)) for ref in refs]
-    return jax.lax.fori_loop(0, _ITERATIONS, iteration, sums, unroll=_UNROLL_ITERATIONS)
-
-
-def _fold(terms_ref: Ref, tile: int, t: Array, terms: Array) -> None:
-    """Stores a position's terms of a sum over states, tiles of states added up, as one sublane of
-    8 tiles. Adding the sublanes of one tile would take a rotation for each halving."""
-    terms_ref[tile : tile + 1, pl.ds(t, _SUBLANES, stride=_SUBLANES)] = terms.sum(0)[None]
-
-
-def _unfold(terms_ref: Ref) -> Array:
-    """The sums over states of an iteration's positions, one per row."""
-    starts = range(0, terms_ref.shape[1], _SUBLANES)
-    return jnp.concatenate(list(sum(terms_ref[:, n : n + _SUBLANES] for n in starts)), axis=1)
-
-
-def _read(ref: Ref, rows: Ref, valid: Array | None, otherwise: float = 0.0) -> Array:
-    v = ref[0, rows].astype(jnp.float32)
-    return v if valid is None else jnp.where(valid, v, otherwise)
+def _read(ref: Ref, rows: Ref, lanes: slice, valid: Array | None, otherwise: float = 0.0) -> Array:
+    v = ref[0, rows, lanes].astype(jnp.float32)
+    return v if valid is None else jnp.where(valid[:, lanes], v, otherwise)
 
 
 def _valid_rows(
-    edge: tuple[int, int] | None, chunk: Array, block: int
-) -> Callable[[Array], Array | None]:
+    edge: tuple[int, int] | None, chunk: Array, positions: int, block: int
+) -> Callable[[Index], Array | None]:
     """From an iteration, which of its positions and channels exist; None if all do."""
     if edge is None:
         return lambda i: None
-    shape = (_SUBLANES, block)
-    position = chunk * _CHUNK + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    shape = (POSITIONS, block)
+    position = chunk * positions + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     first = pl.program_id(1) * pl.num_programs(3) + pl.program_id(3)
     channel = first * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return lambda i: (position + i * _SUBLANES < edge[0]) & (channel < edge[1])
+    return lambda i: (position + i * POSITIONS < edge[0]) & (channel < edge[1])
 
 
 def _edge(inputs: _Inputs) -> tuple[int, int] | None:
     """Length and channels, where chunks or blocks go past them."""
     _, length, channels = inputs.x.shape
-    whole = (inputs.B.shape[2], inputs.A.shape[1])
+    whole = (math.prod(_chunks(inputs)), inputs.A.shape[1])
     return None if (length, channels) == whole else (length, channels)
 
 
 def _block(state: int, channels: int) -> int:
     """Channels per block: whole tiles, and as many in each block."""
-    state = pl.cdiv(state, _SUBLANES) * _SUBLANES
-    most = max(min(_MAX_BLOCK, _MAX_STATES // state), _LANES)
+    state = pl.cdiv(state, POSITIONS) * POSITIONS
+    most = max(min(_MAX_BLOCK, _MAX_STATES // state), LANES)
     blocks = pl.cdiv(channels, most)
-    return pl.cdiv(pl.cdiv(channels, blocks), _LANES) * _LANES
+    return pl.cdiv(pl.cdiv(channels, blocks), LANES) * LANES
+
+
+def _chunk(length: int, state: int) -> int:
+    """Positions per chunk: whole iterations, and as many in each chunk."""
+    state = pl.cdiv(state, POSITIONS) * POSITIONS
+    most = _SMALL_CHUNK if device_kind() in _SMALL_VMEM else _MAX_CHUNK
+    most = max(min(most, _MAX_CHUNK_STATES // state) // POSITIONS, 1) * POSITIONS
+    chunks = pl.cdiv(length, most)
+    return pl.cdiv(pl.cdiv(length, chunks), POSITIONS) * POSITIONS
 
 
 def _grid(inputs: _Inputs) -> tuple[int, int, int, int]:
@@ -535,7 +553,12 @@ def _grid(inputs: _Inputs) -> tuple[int, int, int, int]:
     state, channels = inputs.A.shape
     blocks = channels // _block(state, inputs.x.shape[2])
     group = max(n for n in range(1, _MAX_GROUP + 1) if blocks % n == 0)
-    return inputs.x.shape[0], blocks // group, inputs.B.shape[2] // _CHUNK, group
+    return inputs.x.shape[0], blocks // group, _chunks(inputs)[0], group
+
+
+def _chunks(inputs: _Inputs) -> tuple[int, int]:
+    """Chunks, and positions of each."""
+    return inputs.B.shape[1], inputs.B.shape[2] * POSITIONS
 
 
 def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, pl.BlockSpec]:
@@ -553,18 +576,20 @@ def _specs(inputs: _Inputs, chunk: Callable[[Array], Array]) -> tuple[_Inputs, p
             (*rows, group * block), lambda b, g, t, e: (*(b for _ in rows[1:]), 0, g)
         )
 
-    sequence = of_block((1, _CHUNK, block), lambda b, t, e: (b, t, e))
-    columns = of_block((1, state, _CHUNK), lambda b, t, e: (b, 0, t))
-    starts = of_block((1, _SUBLANES, _CHUNK), lambda b, t, e: (b, 0, t))
+    def rows(v: Array) -> pl.BlockSpec:
+        return of_block((1, 1, *v.shape[2:]), lambda b, t, e: (b, t, 0, 0))
+
+    sequence = of_block((1, _chunks(inputs)[1], block), lambda b, t, e: (b, t, e))
+
     states = of_group(1, state)
     channels = of_group(1)
     specs = _Inputs(
         x=sequence,
         dt=sequence,
         z=None if inputs.z is None else sequence,
-        B=columns,
-        C=columns,
-        starts=None if inputs.starts is None else starts,
+        B=rows(inputs.B),
+        C=rows(inputs.C),
+        starts=None if inputs.starts is None else rows(inputs.starts),
         A=of_group(state),
         D=channels,
         dt_bias=channels,
@@ -597,36 +622,36 @@ def _own(refs: _Inputs, lanes: Ref) -> _Inputs:
 
 def _sizes(inputs: _Inputs) -> tuple[int, int]:
     """Positions times channels, of all rows, and states."""
-    state, length = inputs.B.shape[1:]
-    return inputs.x.shape[0] * length * inputs.A.shape[1], state
+    state, channels = inputs.A.shape
+    return inputs.x.shape[0] * math.prod(_chunks(inputs)) * channels, state
+
+
+def _sum_flops(inputs: _Inputs) -> int:
+    """Of the matmuls that sum terms of all positions once. Those that lay out B and C, 4 % of them
+    with 3200 channels, are not counted."""
+    entries, state = _sizes(inputs)
+    return 2 * POSITIONS * state * entries
 
 
 def _steps(inputs: _Inputs) -> _Steps:
     state = inputs.A.shape[0]
-    tiles = _block(state, inputs.x.shape[2]) // _LANES
+    tiles = _block(state, inputs.x.shape[2]) // LANES
+    _, chunk = _chunks(inputs)
 
     def scratch(*shape: int) -> Ref:
-        return pltpu.VMEM((*shape, _LANES), jnp.float32)
+        return pltpu.VMEM((*shape, LANES), jnp.float32)
 
-    def columns(states: int) -> Ref:
-        return scratch(_CHUNK, states // _SUBLANES, _SUBLANES)
-
-    states = scratch(tiles, state // _SUBLANES, _SUBLANES)
+    states = scratch(tiles, state)
     return _Steps(
-        delta=scratch(tiles, _CHUNK),
-        u=scratch(tiles, _CHUNK),
-        B=columns(state),
-        C=columns(state),
-        starts=None if inputs.starts is None else columns(_SUBLANES),
+        delta=scratch(tiles, chunk),
+        u=scratch(tiles, chunk),
+        B=scratch(chunk, state),
+        C=scratch(chunk, state),
+        starts=None if inputs.starts is None else scratch(chunk),
         document_state=None if inputs.document_state is None else states,
         rates=states,
+        terms=terms_shape(tiles, state, matmul_dtype(inputs.x.dtype)),
     )
-
-
-def _terms(inputs: _Inputs) -> Ref:
-    """Scratch of `_fold`, for an iteration. Strided stores need 128 lanes."""
-    tiles = _block(inputs.A.shape[0], inputs.x.shape[2]) // _LANES
-    return pltpu.VMEM((tiles, _SUBLANES**2, _LANES), jnp.float32)
 
 
 def _pad(v: Array, rows: int, columns: int) -> Array:
