@@ -1,6 +1,5 @@
 """What the attention kernels for GPUs are made of: tiles, streams of blocks, and their matmuls."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hymba_jax.ops.exp2 import LOG2_E
 from hymba_jax.ops.wgmma import ROWS, iota, spread
 from hymba_jax.types import Array, Int
 
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
     @property
     def log2_scale(self) -> float:
         """Of scores of which powers of 2 are taken."""
-        return self.scale * math.log2(math.e)
+        return self.scale * LOG2_E
 
     @property
     def meta_blocks(self) -> int:

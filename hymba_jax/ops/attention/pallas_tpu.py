@@ -12,7 +12,6 @@ Queries and keys have their positions innermost, as XLA lays out what a width of
 tiles of; values and the output have their channels innermost.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.attention.reference import KVStart
+from hymba_jax.ops.exp2 import LOG2_E
 from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost, visited_blocks
 from hymba_jax.ops.precision import kernel_dot
 from hymba_jax.ops.remat import ATTENTION, named
@@ -78,7 +78,7 @@ class _Sizes(NamedTuple):
     @property
     def exponent(self) -> float:
         """By which scores are multiplied to be exponents of 2."""
-        return self.scale * math.log2(math.e)
+        return self.scale * LOG2_E
 
 
 class _Inputs(NamedTuple):

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.exp2 import LOG2_E
 from hymba_jax.ops.kernel_cost import block_bytes
 from hymba_jax.ops.platform import device_kind
 from hymba_jax.ops.remat import SCAN, named
@@ -216,14 +217,14 @@ def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -
 
     _prepare(inputs, steps, valid_rows)
 
-    def position(i: Index, tile: int, t: Index, h: Array) -> Array:
+    def advance(i: Index, tile: int, t: Index, h: Array) -> Array:
         h = _advance(steps, tile, i * POSITIONS + t, h)
         put_terms(steps.terms, tile, t, h)
         return h
 
-    def advance(i: Index) -> None:
+    def compute(i: Index) -> None:
         for tile, lanes in _tiles_of(y_ref):
-            h_ref[0, :, lanes] = _positions(partial(position, i, tile), h_ref[0, :, lanes])
+            h_ref[0, :, lanes] = _positions(partial(advance, i, tile), h_ref[0, :, lanes])
 
     def read(i: Index) -> None:
         rows, valid, C = _rows(i), valid_rows(i), spread(_row_of(inputs.C, i), dtype)
@@ -234,7 +235,7 @@ def _forward_kernel(inputs: _Inputs, *refs: Ref, edge: tuple[int, int] | None) -
                 y = y * jax.nn.silu(_read(inputs.z, rows, lanes, valid))
             y_ref[0, rows, lanes] = y.astype(y_ref.dtype)
 
-    _overlap(advance, read, iterations=inputs.C.shape[2])
+    _overlap(compute, read, iterations=inputs.C.shape[2])
 
 
 def _backward(inputs: _Inputs, chunk_states: Array, dy: Array, dh: Array) -> _Inputs:
@@ -438,7 +439,7 @@ def _fold(v: Array) -> Array:
 
 def _prepare(inputs: _Inputs, steps: _Steps, valid_rows: Callable[[Index], Array | None]) -> None:
     """Lays out the other operands, those of a block."""
-    _put_tiles(steps.rates, inputs.A[...] * math.log2(math.e))
+    _put_tiles(steps.rates, inputs.A[...] * LOG2_E)
     if inputs.starts is not None:
         _put_tiles(steps.document_state, inputs.document_state[0])
 

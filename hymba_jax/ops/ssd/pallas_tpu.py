@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hymba_jax.ops.documents import Documents
+from hymba_jax.ops.exp2 import LOG2_E
 from hymba_jax.ops.kernel_cost import block_bytes, kernel_cost
 from hymba_jax.ops.precision import kernel_dot
 from hymba_jax.ops.remat import SCAN, named
@@ -439,7 +440,7 @@ def _prepare(inputs: _Inputs, chunk: _Chunk, rows: _Rows) -> None:
         chunk.reads[...] = reads.astype(jnp.float32)
         chunk.scores[...] = jnp.where(reads, kernel_dot(inputs.B[0, 0], inputs.C[0, 0], (1, 1)), 0)
 
-    total = kernel_dot(inputs.exponent[0, 0], chunk.reads[...]) * math.log2(math.e)
+    total = kernel_dot(inputs.exponent[0, 0], chunk.reads[...]) * LOG2_E
     last = total[:, -1:]
     from_start, to_end = jnp.exp2(total), jnp.exp2(jnp.minimum(last - total, 0))
     kept = jnp.broadcast_to(jnp.exp2(last), rows.kept[0].shape)
