@@ -31,7 +31,7 @@ OPTIONAL = ("D", "z", "dt_bias", "initial_state")
 FLOAT32 = 1e-5
 
 # Positions that each implementation takes at a time; tests cross the borders between them.
-CHUNK = {"associative": 32, "pallas_gpu": 64, "pallas_tpu": 256, "reference": 1, "xla": 8}
+CHUNK = {"associative": 32, "pallas_gpu": 64, "pallas_tpu": 256, "reference": 1, "xla": 16}
 
 
 @contextmanager

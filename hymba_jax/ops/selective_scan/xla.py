@@ -24,7 +24,7 @@ from hymba_jax.ops.selective_scan.softplus import softplus
 from hymba_jax.types import Array, Bool, Float
 
 # The gradient keeps the state before every so many positions.
-_CHUNK = 8
+_CHUNK = 16
 # Channels whose loop over time runs before that of the next ones: their states fit into a
 # processor's first cache.
 _BLOCK = 128
