@@ -394,6 +394,23 @@ class TestOptimised:
             assert re.search(rf"{array}\S* parameter\(", program)
             assert not re.search(rf"{array}\S* copy(-start)?\(", program)
 
+    def test_prefill_has_the_temporaries_of_one_layer(self, new_programs):
+        """No array over the chunk is there for every layer."""
+        rows, length = 4, 128
+
+        def temporaries(layers):
+            engine = Engine(make_model(layers=layers))
+            meta = engine.programs.meta_state.eval_shape(engine.params)
+            init = functools.partial(engine.programs.init_prefill.eval_shape, engine.params, meta)
+            (chunk,) = engine.chunks([prompt_of(length)] * rows)
+            lowered = engine.programs.prefill.lower(
+                engine.params, meta, init(batch=rows, context=256), chunk, is_start=True
+            )
+            return lowered.compile().memory_analysis().temp_size_in_bytes
+
+        array = rows * length * TINY.channels * 4
+        assert temporaries("6*W") - temporaries("2*W") < array
+
 
 class TestDecoding:
     def test_stops_when_all_rows_have_stopped(self):

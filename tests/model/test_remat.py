@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from hymba_jax.aot.instructions import instruction_costs
 from hymba_jax.aot.topology import CHIPS
 from hymba_jax.config import AttentionConfig, ComputeConfig, HymbaConfig
 from hymba_jax.model import Hymba
+from hymba_jax.ops.selective_scan.xla import _CHUNK
 
 ROWS, LENGTH = 2, 24
 HIDDEN, MLP, CHANNELS, RANK, STATE = 32, 64, 64, 2, 16
@@ -28,8 +30,8 @@ CONFIG = HymbaConfig(
 )
 FLOPS_PER_ENTRY = 2 * ROWS * LENGTH  # of a kernel, and pass
 MIXER = 3 * HIDDEN * CHANNELS + CHANNELS * (RANK + 2 * STATE) + RANK * CHANNELS
-# The loop over the 8 positions of a chunk is counted once.
-SCAN_FORWARD = 2 * ROWS * (LENGTH // 8) * STATE * CHANNELS
+# The loop over the positions of a chunk is counted once.
+SCAN_FORWARD = 2 * ROWS * math.ceil(LENGTH / _CHUNK) * STATE * CHANNELS
 
 
 def gradient(remat, layers="M"):

@@ -312,7 +312,8 @@ def scores_computed(length, window, meta=4, **kwargs):
 
     def counting(subscripts, *operands, **options):
         output = einsum(subscripts, *operands, **options, preferred_element_type=jnp.float32)
-        if subscripts == "bhgqd,bkhd->bhgqk":
+        computed = not isinstance(output, jax.core.Tracer)  # which is there for its shape alone
+        if computed and subscripts == "bhgqd,bkhd->bhgqk":
             sizes.append(output.shape[-2] * output.shape[-1])
         return output
 

@@ -17,6 +17,7 @@ from jax import lax
 from hymba_jax.ops.attention.reference import KVStart, attention_mask
 from hymba_jax.ops.precision import einsum
 from hymba_jax.ops.remat import ATTENTION, named
+from hymba_jax.ops.sequential_map import sequential_map
 from hymba_jax.types import Array, Float, Int
 
 # Lower than any score, but finite: the difference of two of them is a number.
@@ -74,7 +75,7 @@ def _forward(
     kv_start: Array | None,
     mask: _Mask,
 ) -> tuple[Array, tuple[Any, ...]]:
-    def query_block(_: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def query_block(at: tuple[Array, Array]) -> tuple[Array, Array]:
         start, q = at
         q = _by_head(q, key.shape[2])
 
@@ -94,10 +95,10 @@ def _forward(
         # The sum is at least 1, except for fully masked queries.
         total = jnp.maximum(total, 1e-30)
         output = _by_query((output / total).astype(value.dtype))
-        return None, (output, highest + jnp.log(total))
+        return output, highest + jnp.log(total)
 
     q = _split(query, mask.block)
-    _, (output, log_sum) = lax.scan(query_block, None, (_starts(query, key, q), q))
+    output, log_sum = sequential_map(query_block, (_starts(query, key, q), q))
     output, log_sum = named(ATTENTION, (_join(output, query.shape[1]), log_sum))
     return output, (query, key, value, kv_start, output, log_sum)
 

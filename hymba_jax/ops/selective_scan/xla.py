@@ -6,7 +6,7 @@ dot does not; other sums are written out term by term.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from hymba_jax.ops.precision import dot
 from hymba_jax.ops.remat import SCAN, named
 from hymba_jax.ops.selective_scan.output import skip_and_gate
 from hymba_jax.ops.selective_scan.softplus import softplus
+from hymba_jax.ops.sequential_map import sequential_map
 from hymba_jax.types import Array, Bool, Float
 
 # The gradient keeps the state before every so many positions.
@@ -48,46 +49,64 @@ def selective_scan_xla(
         dt = dt + dt_bias.astype(jnp.float32)[None, None]
     if initial_state is None:
         initial_state = jnp.zeros((len(x), *A.shape), jnp.float32)
-
-    def scan_row(row: tuple[Any, ...]) -> tuple[Array, Array]:
-        return _scan(A, *row)
-
-    # Rows in sequence on CPUs: the states of one row fit into the cache.
-    on_cpu = target_platform() == "cpu"
-    over_rows = partial(lax.map, scan_row) if on_cpu else jax.vmap(scan_row)
     starts = document_state = None
     if documents is not None:
         starts, document_state = documents.starts, documents.state.astype(jnp.float32)
     initial_state = initial_state.astype(jnp.float32)
-    y, final_state = over_rows((inputs, dt, B, C, initial_state, starts, document_state))
+    y, final_state = _scan(A, inputs, dt, B, C, initial_state, starts, document_state)
     return skip_and_gate(y, inputs, D, z).astype(x.dtype), final_state
 
 
 @jax.custom_vjp
 def _scan(
     A: Float[Array, "state channels"],
-    x: Float[Array, "length channels"],
-    dt: Float[Array, "length channels"],
-    B: Float[Array, "length state"],
-    C: Float[Array, "length state"],
-    h: Float[Array, "state channels"],
-    starts: Bool[Array, "length"] | None,
-    document_state: Float[Array, "state channels"] | None,
-) -> tuple[Float[Array, "length channels"], Float[Array, "state channels"]]:
-    """The recurrence alone, of one row: y and the last state."""
+    x: Float[Array, "batch length channels"],
+    dt: Float[Array, "batch length channels"],
+    B: Float[Array, "batch length state"],
+    C: Float[Array, "batch length state"],
+    h: Float[Array, "batch state channels"],
+    starts: Bool[Array, "batch length"] | None,
+    document_state: Float[Array, "batch state channels"] | None,
+) -> tuple[Float[Array, "batch length channels"], Float[Array, "batch state channels"]]:
+    """The recurrence alone: y and the last state."""
     return _scan_fwd(A, x, dt, B, C, h, starts, document_state)[0]
 
 
 def _scan_fwd(
-    A: Array,
-    x: Array,
-    dt: Array,
-    B: Array,
-    C: Array,
-    h: Array,
-    starts: Array | None,
-    document_state: Array | None,
+    A: Array, *rows: Array | None
 ) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
+    y, h, chunk_states = named(SCAN, _map_rows(partial(_scan_row, A), rows))
+    x, dt, B, C, _, starts, document_state = rows
+    return (y, h), (A, x, dt, B, C, starts, document_state, chunk_states)
+
+
+def _scan_bwd(
+    residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    A, *rows = residuals
+    backward = partial(_scan_row_backward, A)
+    dA, dx, ddt, dB, dC, dh, ddocument = _map_rows(backward, (*rows, *cotangents))
+    return dA.sum(0), dx, ddt, dB, dC, dh, None, ddocument
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _map_rows(function: Callable[[Any], Any], rows: tuple[Any, ...]) -> Any:
+    """Rows in sequence on CPUs: the states of one row fit into the cache."""
+    on_cpu = target_platform() == "cpu"
+    return sequential_map(function, rows) if on_cpu else jax.vmap(function)(rows)
+
+
+def _scan_row(
+    A: Float[Array, "state channels"], row: tuple[Any, ...]
+) -> tuple[
+    Float[Array, "length channels"],
+    Float[Array, "state channels"],
+    Float[Array, "blocks chunks state block"],
+]:
+    """y, the last state, and that before each chunk."""
+    x, dt, B, C, h, starts, document_state = row
     x, dt = _rows_of_blocks(x), _rows_of_blocks(dt)
 
     def block(y: Array, of_block: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
@@ -108,16 +127,15 @@ def _scan_fwd(
         return y, (h, chunk_states)
 
     blocks = jnp.arange(x.shape[1]), *jax.tree.map(_blocks, (A, h, document_state))
-    y, (h, chunk_states) = named(SCAN, lax.scan(block, jnp.zeros_like(x), blocks))
-    residuals = A, x, dt, B, C, starts, document_state, chunk_states
-    return (y.reshape(len(x), -1), _joined(h)), residuals
+    y, (h, chunk_states) = lax.scan(block, jnp.zeros_like(x), blocks)
+    return y.reshape(len(x), -1), _joined(h), chunk_states
 
 
-def _scan_bwd(
-    residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+def _scan_row_backward(
+    A: Float[Array, "state channels"], row: tuple[Any, ...]
 ) -> tuple[Array | None, ...]:
-    A, x, dt, B, C, starts, document_state, chunk_states = residuals
-    dy, dh = _rows_of_blocks(cotangents[0]), cotangents[1]
+    x, dt, B, C, starts, document_state, chunk_states, dy, dh = row
+    x, dt, dy = (_rows_of_blocks(v) for v in (x, dt, dy))
 
     def block(carry: tuple[Array, ...], of_block: tuple[Any, ...]) -> tuple[Any, Any]:
         before, dx, ddt, dB, dC = carry
@@ -179,10 +197,7 @@ def _scan_bwd(
     carry = before, *(jnp.zeros_like(v) for v in (x, dt, B, C))
     (_, dx, ddt, dB, dC), of_states = lax.scan(block, carry, blocks)
     dA, dh, ddocument = jax.tree.map(_joined, of_states)
-    return dA, dx.reshape(len(x), -1), ddt.reshape(len(x), -1), dB, dC, dh, None, ddocument
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
+    return dA, dx.reshape(len(x), -1), ddt.reshape(len(x), -1), dB, dC, dh, ddocument
 
 
 def _rows_of_blocks(v: Float[Array, "length channels"]) -> Float[Array, "length blocks block"]:
