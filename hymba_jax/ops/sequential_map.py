@@ -24,6 +24,8 @@ def sequential_map[Results](function: Callable[[Any], Results], xs: Any) -> Resu
       the function's results, with the same leading axis.
     """
 
+    function = jax.jit(function, inline=True)  # traced once for its shapes and the loop
+
     def step(results: Results, at: tuple[Array, Any]) -> tuple[Results, None]:
         i, x = at
         values = function(x)

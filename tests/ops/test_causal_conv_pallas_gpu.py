@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from interpreter import interpret_kernels
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from slow import slow_but
 from test_causal_conv import dsilu, silu
 
 from hymba_jax.config.parallel import ParallelConfig
@@ -106,8 +107,14 @@ STARTS = [[2, 3, BORDER - 1, BORDER, BORDER + 2, LENGTH - 1], [0, 1, 70, 2 * BOR
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("taps", "channels"), [(4, 130), (2, 16)])
+@pytest.mark.parametrize(
+    ("taps", "channels", "documents"),
+    slow_but(
+        [(4, 130, False), (4, 130, True), (2, 16, False), (2, 16, True)],
+        (4, 130, True),
+        (2, 16, False),
+    ),
+)
 def test_values_and_gradients(kernels, taps, channels, documents, dtype):
     """Several programs for positions, and several or a part of one for channels."""
     inputs = make_inputs(LENGTH, taps, channels, dtype)
@@ -116,7 +123,7 @@ def test_values_and_gradients(kernels, taps, channels, documents, dtype):
     assert kernels == ["causal_conv_forward", "causal_conv_backward"]
 
 
-@pytest.mark.parametrize("length", [2, 3, 8, BORDER, BORDER + 1])
+@pytest.mark.parametrize("length", slow_but([2, 3, 8, BORDER, BORDER + 1], 2, 8, BORDER + 1))
 def test_lengths(kernels, length):
     """Shorter than the taps, a group of positions, all of a program, and one more."""
     assert_as_by_hand(make_inputs(length, 4, 16))

@@ -563,7 +563,7 @@ def test_rematerialised_in_a_scan_over_layers(scan, implementation):
 # One block of channels; six, which no fetch can be shared among equally.
 @pytest.mark.parametrize(
     ("channels", "states"),
-    slow_but([(6, 3), (96, 3), (96, 48), (128, 64), (6, 64)], (6, 3), (6, 64)),
+    slow_but([(6, 3), (96, 3), (96, 48), (128, 64), (6, 64)], (6, 64)),
 )
 def test_gpu_kernels_lower_when_rematerialised(channels, states):
     """Forward, forward again and backward, as far as a machine without a GPU goes."""
