@@ -52,6 +52,31 @@ def run(case, **compute):
 reference_run = functools.cache(run)
 
 
+def distance(gradients, expected):
+    """The largest error of each gradient, as a part of its own maximum."""
+    return {
+        name: np.abs(gradients[name] - wanted).max() / np.abs(wanted).max()
+        for name, wanted in expected.items()
+    }
+
+
+@functools.cache
+def rounding_distance(case):
+    """What one rounding does to the gradients: how far they are, at most, from those of weights
+    that differ by one unit in the last place."""
+    step, params = step_of(case)
+    rng = np.random.default_rng(0)
+
+    def neighbour(weights):
+        towards = np.where(rng.random(weights.shape) < 0.5, np.inf, -np.inf)
+        return jnp.asarray(np.nextafter(weights, towards.astype(np.float32)))
+
+    golden = load(case)
+    _, gradients = step(jax.tree.map(neighbour, params), golden.tokens)
+    moved = to_hf(gradients, golden.config, scan_layers=True)
+    return max(distance(moved, reference_run(case)[2]).values())
+
+
 class TestHFImplementation:
     @pytest.mark.parametrize("case", QUICK)
     def test_logits_and_loss(self, case):
@@ -101,14 +126,15 @@ class TestHFImplementation:
     ids=lambda compute: "-".join(f"{key}={value}" for key, value in compute.items()),
 )
 def test_compute_options_agree(case, compute):
-    """To float32 rounding, a tenth of the bounds above: they are the same sums in another order."""
+    """To float32 rounding: they are the same sums in another order. Gradients differ by no more
+    than those of weights rounded once, 9e-5 and 1.1e-5 of their maxima."""
     loss, logits, gradients = run(case, **compute)
     expected_loss, expected_logits, expected_gradients = reference_run(case)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=VALUE_BOUND / 10)
-    for name, expected in expected_gradients.items():
-        error = np.abs(gradients[name] - expected).max() / np.abs(expected).max()
-        assert error <= GRADIENT_BOUND / 10, (name, error)
+    bound = rounding_distance(case)
+    errors = distance(gradients, expected_gradients)
+    assert {name: error for name, error in errors.items() if error > bound} == {}
 
 
 @pytest.mark.parametrize("scan_layers", slow_but([True, False], False))
