@@ -24,17 +24,21 @@ def sequential_map[Results](function: Callable[[Any], Results], xs: Any) -> Resu
       the function's results, with the same leading axis.
     """
 
-    function = jax.jit(function, inline=True)  # traced once for its shapes and the loop
+    of_element = jax.jit(function, inline=True)  # traced once for its shapes and the loop
 
     def step(results: Results, at: tuple[Array, Any]) -> tuple[Results, None]:
         i, x = at
-        values = function(x)
         return jax.tree.map(
-            lambda v, of: lax.dynamic_update_index_in_dim(v, of, i, 0), results, values
+            lambda buffer, value: lax.dynamic_update_index_in_dim(buffer, value, i, 0),
+            results,
+            of_element(x),
         ), None
 
     leaf = max(jax.tree.leaves(xs), key=lambda v: v.size)  # a small one may be a constant
-    count, value = len(leaf), leaf[(0,) * leaf.ndim]
-    shapes = jax.eval_shape(function, jax.tree.map(lambda v: v[0], xs))
-    results = jax.tree.map(lambda of: jnp.full((count, *of.shape), value, of.dtype), shapes)
-    return lax.scan(step, results, (jnp.arange(count), xs))[0]
+    start = leaf[(0,) * leaf.ndim] if leaf.size else 0
+    element = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), xs)
+    results = jax.tree.map(
+        lambda shape: jnp.full((len(leaf), *shape.shape), start, shape.dtype),
+        jax.eval_shape(of_element, element),
+    )
+    return lax.scan(step, results, (jnp.arange(len(leaf)), xs))[0]

@@ -394,9 +394,10 @@ class TestOptimised:
             assert re.search(rf"{array}\S* parameter\(", program)
             assert not re.search(rf"{array}\S* copy(-start)?\(", program)
 
-    def test_prefill_has_the_temporaries_of_one_layer(self, new_programs):
-        """No array over the chunk is there for every layer."""
-        rows, length = 4, 128
+    @pytest.mark.parametrize("rows", slow_but([1, 4], 1))
+    def test_prefill_has_the_temporaries_of_one_layer(self, new_programs, rows):
+        """No array over the chunk is there for every layer. In several blocks of queries."""
+        length = 512
 
         def temporaries(layers):
             engine = Engine(make_model(layers=layers))
@@ -404,7 +405,7 @@ class TestOptimised:
             init = functools.partial(engine.programs.init_prefill.eval_shape, engine.params, meta)
             (chunk,) = engine.chunks([prompt_of(length)] * rows)
             lowered = engine.programs.prefill.lower(
-                engine.params, meta, init(batch=rows, context=256), chunk, is_start=True
+                engine.params, meta, init(batch=rows, context=1024), chunk, is_start=True
             )
             return lowered.compile().memory_analysis().temp_size_in_bytes
 

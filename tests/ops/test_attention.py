@@ -345,7 +345,7 @@ def test_blocks_compute_what_documents_use():
 
 
 def test_blocks_split_over_devices_by_rows():
-    """Every device computes its rows alone: no array of them is gathered."""
+    """Every device computes its rows: no array of them is gathered."""
     devices = jax.devices()
     rows = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
     arrays = cast(inputs(11, 23, meta=0, batch=len(devices)))

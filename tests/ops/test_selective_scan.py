@@ -575,6 +575,20 @@ def test_gpu_kernels_lower_when_rematerialised(channels, states):
     assert lowered.count("custom_call @mosaic_gpu") == 3
 
 
+@pytest.mark.parametrize("implementation", ["associative", "xla"])
+def test_derivatives_of_gradients(scan):
+    """Along one direction, against those of the definition."""
+    sizes = (2, 37, 6, 3)
+    inputs, rng = device(make_inputs(*sizes)), np.random.default_rng(3)
+    direction = device({name: 0.1 * rng.normal(size=v.shape) for name, v in inputs.items()})
+
+    def derivative(scan):
+        gradient = jax.grad(loss_of(scan, make_weights(*sizes)))
+        return jax.jit(lambda *args: jax.jvp(gradient, args[:1], args[1:])[1])(inputs, direction)
+
+    assert_all_close(derivative(scan), derivative(scan_of("reference")))
+
+
 def test_a_time_step_of_zero_changes_nothing(scan, implementation):
     """To the last bit, however often it is taken."""
     sizes = full_sizes(implementation)

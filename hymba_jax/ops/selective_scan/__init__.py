@@ -3,7 +3,7 @@
 | implementation | what it is                                      | gradient keeps a state every |
 |----------------|-------------------------------------------------|------------------------------|
 | `reference`    | the definition, one position after another      | position                     |
-| `xla`          | a loop, for CPUs                                | 8 positions                  |
+| `xla`          | a loop, for CPUs                                | 16 positions                 |
 | `associative`  | a parallel prefix in each chunk                 | 32 positions                 |
 | `pallas_gpu`   | Mosaic GPU kernels, from Hopper on              | 64 positions                 |
 | `pallas_tpu`   | Mosaic TPU kernels                              | 256 positions                |

@@ -93,7 +93,7 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _map_rows(function: Callable[[Any], Any], rows: tuple[Any, ...]) -> Any:
-    """Rows in sequence on CPUs: the states of one row fit into the cache."""
+    """Rows in sequence on CPUs, whose cache has room for the states of one; else all at once."""
     on_cpu = target_platform() == "cpu"
     return sequential_map(function, rows) if on_cpu else jax.vmap(function)(rows)
 
@@ -127,7 +127,9 @@ def _scan_row(
         return y, (h, chunk_states)
 
     blocks = jnp.arange(x.shape[1]), *jax.tree.map(_blocks, (A, h, document_state))
-    y, (h, chunk_states) = lax.scan(block, jnp.zeros_like(x), blocks)
+    # y starts as x, of which nothing stays. Zeros would depend on nothing, and of a single row they
+    # are in no loop: XLA would allocate and fill those of all layers before it computes the first.
+    y, (h, chunk_states) = lax.scan(block, x, blocks)
     return y.reshape(len(x), -1), _joined(h), chunk_states
 
 
@@ -192,9 +194,9 @@ def _scan_row_backward(
         return (before, dx, ddt, dB, dC), (dA, dh, ddocument)
 
     # `before` is carried only so that it is allocated once: no chunk reads another's.
-    before = jnp.zeros((_CHUNK, len(A), x.shape[2]))
+    before = jnp.zeros((_CHUNK, len(A), x.shape[2]), jnp.float32)
     blocks = jnp.arange(x.shape[1]), *jax.tree.map(_blocks, (A, dh, document_state)), chunk_states
-    carry = before, *(jnp.zeros_like(v) for v in (x, dt, B, C))
+    carry = before, x, dt, jnp.zeros_like(B), jnp.zeros_like(C)  # as in the forward pass
     (_, dx, ddt, dB, dC), of_states = lax.scan(block, carry, blocks)
     dA, dh, ddocument = jax.tree.map(_joined, of_states)
     return dA, dx.reshape(len(x), -1), ddt.reshape(len(x), -1), dB, dC, dh, ddocument
@@ -255,6 +257,7 @@ def _decay(delta: Array, A: Array) -> Array:
 _ROUNDER = 1.5 * 2**23 + 127
 
 
+@jax.custom_jvp
 def _exp2(x: Array) -> Array:
     """2**x of x <= 0. With XLA's the scan takes 1.6 times as long."""
     # x = whole + part with |part| <= 1/2; the Taylor polynomial of 2**part has error 1.2e-7. Below
@@ -265,6 +268,9 @@ def _exp2(x: Array) -> Array:
     power = _polynomial(part, [math.log(2) ** k / math.factorial(k) for k in range(7)])
     bits = lax.bitcast_convert_type(rounded, jnp.int32) << 23
     return power * lax.bitcast_convert_type(bits, jnp.float32)
+
+
+_exp2.defjvps(lambda tangent, power, _: tangent * (math.log(2) * power))
 
 
 def _polynomial(x: Array, coefficients: Sequence[float]) -> Array:
